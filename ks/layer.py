@@ -1,0 +1,173 @@
+"""KSLinear: a Kronecker-sparse chain as an nn.Module with nn.Linear's manners."""
+
+import math
+from pathlib import Path
+
+import torch
+
+from ks.ops import chain_product, choose_impl, empty_values
+from ks.patterns import check_patterns, make_chain
+
+FILE_FORMAT = "ks_chain"
+FILE_VERSION = 1
+
+
+class KSLinear(torch.nn.Module):
+    """y = x Wᵀ (+ bias) with W = K_1 … K_L, each K_l Kronecker-sparse; a drop-in for nn.Linear.
+
+    Args:
+        in_features: n.
+        out_features: m.
+        rank: r of the chain; see `ks.patterns.Chain`.
+        bias: whether to add a trained bias of shape (m,).
+        chain: 'monarch', 'lowrank', 'butterfly' or 'lowrank_butterfly'.
+        blocks, num_factors, row_splits, col_splits: as in `ks.patterns.make_chain`.
+        impl: 'auto', 'triton' or 'bmm'.
+        batch_last: features first, (n, ...) → (m, ...), instead of (..., n) → (..., m).
+        device, dtype: of the parameters.
+    Raises:
+        ValueError: a chain that does not fit the shape, or an impl that cannot run.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int = 4,
+        bias: bool = False,
+        *,
+        chain: str = "monarch",
+        blocks: int = 4,
+        num_factors: int = 3,
+        row_splits=None,
+        col_splits=None,
+        impl: str = "auto",
+        batch_last: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        family = make_chain(
+            out_features,
+            in_features,
+            chain,
+            blocks=blocks,
+            num_factors=num_factors,
+            row_splits=row_splits,
+            col_splits=col_splits,
+        )
+        self._build(family.patterns(rank), bias, impl, batch_last, device, dtype)
+
+    def _build(self, patterns, bias, impl, batch_last, device, dtype):
+        super().__init__()
+        self.patterns = check_patterns(patterns)
+        self.out_features, self.in_features = self.patterns[0].rows, self.patterns[-1].cols
+        self.batch_last, self.impl = batch_last, impl
+        self.factors = torch.nn.ParameterList(
+            torch.nn.Parameter(empty_values(pattern, device, dtype)) for pattern in self.patterns
+        )
+        self.bias = torch.nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
+        choose_impl(impl, self.factors[0].device)
+        self.reset_parameters()
+
+    @classmethod
+    def from_patterns(
+        cls, patterns, bias: bool = False, *, impl: str = "auto", batch_last: bool = False, device=None, dtype=None
+    ) -> "KSLinear":
+        """Build a layer from explicit patterns (a, b, c, d), output side first; the other arguments as the class's.
+
+        Raises:
+            ValueError: patterns that do not chain.
+        """
+        layer = cls.__new__(cls)
+        layer._build(patterns, bias, impl, batch_last, device, dtype)
+        return layer
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw values so that unit inputs give outputs of the variance 1/3 of a fresh nn.Linear; bias likewise.
+
+        Every factor has variance 1/c, so that it keeps the variance of its input; the left-most one a third of that.
+        """
+        with torch.no_grad():
+            for index, (factor, pattern) in enumerate(zip(self.factors, self.patterns)):
+                variance = (1 if index else 1 / 3) / pattern.c
+                factor.normal_(0.0, math.sqrt(variance), generator=generator)
+            if self.bias is not None:
+                bound = self.in_features**-0.5
+                self.bias.uniform_(-bound, bound, generator=generator)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., n) → (..., m), or (n, ...) → (m, ...) with `batch_last`."""
+        y = chain_product(x, list(self.factors), self.batch_last)
+        if self.bias is None:
+            return y
+        return y + (self.bias.view(-1, *[1] * (y.ndim - 1)) if self.batch_last else self.bias)
+
+    @torch.no_grad()
+    def to_dense(self) -> torch.Tensor:
+        """W = K_1 … K_L as a tensor of shape (m, n), in the layer's dtype and on its device (bias left out)."""
+        eye = torch.eye(self.in_features, dtype=self.factors[0].dtype, device=self.factors[0].device)
+        with torch.autocast(eye.device.type, enabled=False):
+            return chain_product(eye, list(self.factors), batch_last=True)
+
+    @property
+    def num_parameters(self) -> int:
+        """Free values of the chain and the bias."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def save(self, path) -> None:
+        """Write patterns, values, bias and layout to `path`; `ks.load(path)` needs nothing else."""
+        torch.save(self.to_payload(), path)
+
+    def to_payload(self) -> dict:
+        """What `save` writes: plain values and tensors, readable with weights_only=True."""
+        return {
+            "format": FILE_FORMAT,
+            "version": FILE_VERSION,
+            "patterns": [list(pattern) for pattern in self.patterns],
+            "batch_last": self.batch_last,
+            "state_dict": {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()},
+        }
+
+    @classmethod
+    def load(cls, path, *, impl: str = "auto", device=None) -> "KSLinear":
+        """Load a saved chain.
+
+        Args:
+            path: a file that `save` or the training script wrote.
+            impl: backend, as the class's.
+            device: where to put it; the CPU unless told.
+        Raises:
+            ValueError: not such a file, or of a newer version.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file")
+        try:
+            payload = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a corrupt file can raise nearly anything
+            raise ValueError(f"{path} cannot be read as a saved chain ({type(error).__name__})") from error
+        if not isinstance(payload, dict) or payload.get("format") != FILE_FORMAT:
+            raise ValueError(f"{path} is not a saved chain; a file written by KSLinear.save is needed")
+        if payload["version"] > FILE_VERSION:
+            raise ValueError(f"{path} has format version {payload['version']}; this one reads up to {FILE_VERSION}")
+        state = payload["state_dict"]
+        layer = cls.from_patterns(
+            payload["patterns"],
+            bias="bias" in state,
+            impl=impl,
+            batch_last=payload["batch_last"],
+            device=device,
+            dtype=state["factors.0"].dtype,
+        )
+        layer.load_state_dict(state)
+        return layer
+
+    def extra_repr(self) -> str:
+        patterns = " ".join(map(str, self.patterns))
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"patterns={patterns}, batch_last={self.batch_last}"
+        )
+
+
+load = KSLinear.load

@@ -1,0 +1,110 @@
+import copy
+
+import pytest
+import torch
+
+import ks
+from ks.layer import KSLinear
+from ks.reference import chain_to_dense
+
+
+def test_it_behaves_as_the_linear_layer_of_its_dense_weight():
+    layer = KSLinear(24, 36, rank=3, bias=True)
+    linear = torch.nn.Linear(24, 36)
+    with torch.no_grad():
+        linear.weight.copy_(chain_to_dense(list(layer.factors)))
+        linear.bias.copy_(layer.bias)
+    x = torch.randn(2, 5, 24)
+    torch.testing.assert_close(layer(x), linear(x))
+    torch.testing.assert_close(layer.to_dense(), linear.weight, check_stride=False)
+    assert (layer.in_features, layer.out_features) == (24, 36)
+    assert layer.num_parameters == 3 * (24 * 4 + 36 * 4) + 36
+
+
+def test_batch_last():
+    layer = KSLinear(24, 36, rank=3, bias=True, batch_last=True)
+    x = torch.randn(24, 5, 2)
+    expected = torch.einsum("mn,nbc->mbc", layer.to_dense(), x) + layer.bias[:, None, None]
+    torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("family", ["monarch", "lowrank", "butterfly", "lowrank_butterfly"])
+def test_a_fresh_layer_has_the_output_variance_of_a_fresh_linear(family):
+    torch.manual_seed(0)
+    x = torch.randn(512, 256)
+    ours = KSLinear(256, 128, rank=32, chain=family)(x).var()
+    theirs = torch.nn.Linear(256, 128, bias=False)(x).var()
+    assert 0.5 < ours / theirs < 2.0
+
+
+def test_no_bias_by_default_and_dtype_and_device_honoured():
+    layer = KSLinear(8, 8, device="meta", dtype=torch.bfloat16)
+    assert layer.bias is None
+    assert all(p.device.type == "meta" and p.dtype == torch.bfloat16 for p in layer.parameters())
+
+
+def test_repr_names_sizes_and_patterns():
+    text = repr(KSLinear(8, 16, rank=2))
+    assert "in_features=8, out_features=16, bias=False" in text
+    assert "(1, 4, 8, 4) (4, 8, 2, 1)" in text
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_save_and_load_need_no_arguments(tmp_path, bias):
+    layer = KSLinear(24, 36, rank=3, bias=bias, batch_last=True).to(torch.float64)
+    layer.save(tmp_path / "chain.pth")
+    loaded = ks.load(tmp_path / "chain.pth")
+    assert loaded.patterns == layer.patterns
+    assert loaded.batch_last
+    x = torch.randn(24, 2, dtype=torch.float64)
+    assert torch.equal(loaded(x), layer(x))
+
+
+def test_state_dict_moves_between_layers_and_keeps_the_memory_order():
+    source, target = KSLinear(24, 36, rank=3), KSLinear(24, 36, rank=3)
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(target.to_dense(), source.to_dense())
+    for factor, twin in zip(target.factors, copy.deepcopy(source).double().factors):
+        a, b, c, d = factor.shape
+        assert factor.shape == twin.shape
+        assert factor.stride() == twin.stride() == (d * b * c, c, 1, b * c)
+
+
+def test_from_patterns_and_explicit_splits_agree():
+    explicit = KSLinear(24, 36, rank=2, row_splits=(9, 4), col_splits=(4, 6))
+    assert KSLinear.from_patterns(explicit.patterns).patterns == KSLinear(24, 36, rank=2).patterns
+
+
+def test_what_is_no_saved_chain_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        ks.load(tmp_path / "absent.pth")
+    (tmp_path / "text.pth").write_text("hello")
+    with pytest.raises(ValueError, match="cannot be read as a saved chain"):
+        ks.load(tmp_path / "text.pth")
+    torch.save(torch.randn(2, 2), tmp_path / "tensor.pth")
+    with pytest.raises(ValueError, match="not a saved chain"):
+        ks.load(tmp_path / "tensor.pth")
+    torch.save(KSLinear(8, 8).to_payload() | {"version": 99}, tmp_path / "new.pth")
+    with pytest.raises(ValueError, match="format version 99"):
+        ks.load(tmp_path / "new.pth")
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="no Triton kernels"):
+        KSLinear(8, 8, impl="triton")
+    with pytest.raises(ValueError, match="meet 4 rows"):
+        KSLinear.from_patterns([(1, 2, 6, 1), (1, 4, 2, 1)])
+
+
+def test_it_trains_in_a_plain_torch_loop():
+    torch.manual_seed(0)
+    layer = KSLinear(16, 16, rank=4)
+    target = KSLinear(16, 16, rank=4).to_dense()
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)
+    for _ in range(300):
+        x = torch.randn(64, 16)
+        loss = torch.nn.functional.mse_loss(layer(x), x @ target.t())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 1e-2 * target.square().sum() / 16
