@@ -1,0 +1,39 @@
+"""Fixtures shared by the tests: scripts run as users run them, from another folder."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run one of the scripts in a subprocess whose working directory is not the repository."""
+
+    def run_script(script: str, *arguments, env: dict | None = None, timeout: float = 120):
+        return subprocess.run(
+            [sys.executable, str(ROOT / script), *map(str, arguments)],
+            cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run_script
+
+
+@pytest.fixture
+def weight_path(tmp_path) -> Path:
+    """A saved 16 × 24 weight."""
+    path = tmp_path / "weight.pth"
+    torch.save(torch.randn(16, 24, generator=torch.Generator().manual_seed(1)), path)
+    return path
+
+
+QUICK = ("--num_samples", "80", "--batch_size", "16", "--num_epochs", "3")
