@@ -1,0 +1,285 @@
+"""What a study leaves on disk: names, columns, atomic writes, reading back. Plain csv and json, no pandas."""
+
+import csv
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+CURVE_COLUMNS = ("epoch", "train_loss", "val_loss", "rank", "lr", "epoch_seconds")
+SUMMARY_COLUMNS = (
+    "rank",
+    "final_train_loss",
+    "final_val_loss",
+    "min_train_loss",
+    "min_val_loss",
+    "min_train_epoch",
+    "min_val_epoch",
+    "num_epochs",
+    "status",
+    "parameters",
+    "share_of_dense",
+    "relative_val_loss",
+    "train_seconds",
+)
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The files of one training run: `prefix` names them, `directory` holds them."""
+
+    directory: Path
+    prefix: str
+    rank: int
+
+    def _path(self, ending: str) -> Path:
+        return self.directory / f"{self.prefix}_{ending}"
+
+    @property
+    def curves_csv(self) -> Path:
+        return self._path(f"rank_{self.rank}_loss_curves.csv")
+
+    @property
+    def curves_json(self) -> Path:
+        return self._path(f"rank_{self.rank}_loss_curves.json")
+
+    @property
+    def final(self) -> Path:
+        return self._path("final.pth")
+
+    @property
+    def best(self) -> Path:
+        return self._path("best.pth")
+
+    @property
+    def config(self) -> Path:
+        return self._path("config.json")
+
+    @property
+    def training_log(self) -> Path:
+        return self._path("training_log.json")
+
+    @property
+    def log(self) -> Path:
+        return self.directory / "train.log"
+
+    def epoch_checkpoint(self, epoch: int) -> Path:
+        return self._path(f"epoch_{epoch}.pth")
+
+    def remove(self) -> None:
+        """Delete what an earlier run of the same name left, its epoch checkpoints too."""
+        stale = [self.curves_csv, self.curves_json, self.final, self.best, self.config, self.training_log]
+        for path in stale + list(self.directory.glob(f"{glob_escape(self.prefix)}_epoch_*.pth")):
+            path.unlink(missing_ok=True)
+
+
+def glob_escape(text: str) -> str:
+    """Quote the characters that a glob pattern gives a meaning."""
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in text)
+
+
+def rank_files(output_dir, rank: int) -> RunFiles:
+    """The files of one rank of a sweep, in its folder rank_R."""
+    return RunFiles(Path(output_dir) / f"rank_{rank}", f"rank_{rank}", rank)
+
+
+@dataclass(frozen=True)
+class SweepFiles:
+    """The files of a sweep beside its rank folders."""
+
+    directory: Path
+    prefix: str
+
+    @property
+    def summary_csv(self) -> Path:
+        return self.directory / f"{self.prefix}_summary.csv"
+
+    @property
+    def summary_json(self) -> Path:
+        return self.directory / f"{self.prefix}_summary.json"
+
+    @property
+    def config(self) -> Path:
+        return self.directory / f"{self.prefix}_config.json"
+
+    def figure(self, name: str, suffix: str = "png") -> Path:
+        return self.directory / f"{self.prefix}_{name}.{suffix}"
+
+
+@contextmanager
+def atomic_path(path):
+    """A temporary path in the folder of `path`; what was written there replaces `path` in one step, or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def finite(value):
+    """The value with every NaN or infinity in it replaced by None: JSON has no such numbers, CSV gets an empty cell."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(entry) for entry in value]
+    return value
+
+
+def write_json(path, value) -> None:
+    """Write JSON atomically; NaN and infinities become null."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(finite(value), indent=2, allow_nan=False, default=str) + "\n")
+
+
+def write_csv(path, columns, rows) -> None:
+    """Write dicts as CSV atomically; missing, None and non-finite cells are empty."""
+    with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(finite(row) for row in rows)
+
+
+def write_curves(files: RunFiles, rows: list[dict], extra: dict) -> None:
+    """Write the curves of one run as CSV and JSON.
+
+    Args:
+        files: where.
+        rows: one dict per finished epoch with the keys of `CURVE_COLUMNS`; losses in the squared units of the output,
+            times in seconds.
+        extra: further entries of the JSON file.
+    """
+    columns = [*CURVE_COLUMNS, *(["grad_norm"] if rows and "grad_norm" in rows[0] else [])]
+    write_csv(files.curves_csv, columns, rows)
+    lists = {"epochs": "epoch", "train_losses": "train_loss", "val_losses": "val_loss"}
+    lists |= {f"{name}s" if name != "epoch_seconds" else name: name for name in columns[4:]}
+    curves = {key: [row[name] for row in rows] for key, name in lists.items()}
+    write_json(files.curves_json, {"rank": files.rank, **curves, **extra})
+
+
+def read_json(path) -> dict | list | None:
+    """Parse a JSON file; None if it is missing or broken."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def read_curves(path) -> list[dict]:
+    """Read a loss-curves CSV, ours or one of the 2025 scripts (`epoch,train_loss,val_loss,rank`).
+
+    Returns:
+        one dict per epoch: epoch and rank are integers, the rest floats (NaN where the cell is empty).
+    Raises:
+        ValueError: columns missing, or a cell that is not a number.
+    """
+    path = Path(path)
+    with open(path, newline="") as file:
+        reader = csv.DictReader(file)
+        missing = [name for name in CURVE_COLUMNS[:4] if name not in (reader.fieldnames or [])]
+        if missing:
+            raise ValueError(f"{path} lacks the columns {', '.join(missing)}")
+        try:
+            rows = [{name: float(cell) if cell else math.nan for name, cell in row.items()} for row in reader]
+            return [row | {"epoch": int(row["epoch"]), "rank": int(row["rank"])} for row in rows]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+
+
+def curves_if_any(path) -> list[dict]:
+    """`read_curves`, but empty where the file is missing or cannot be read."""
+    try:
+        return read_curves(path)
+    except (OSError, ValueError):
+        return []
+
+
+def find_curves(results_dir) -> dict[int, Path]:
+    """The curves file of every rank_R folder of a results folder, by rank in ascending order."""
+    found = {}
+    for folder in Path(results_dir).glob("rank_*"):
+        number = folder.name.removeprefix("rank_")
+        if folder.is_dir() and number.isdigit():
+            path = rank_files(results_dir, int(number)).curves_csv
+            if path.is_file():
+                found[int(number)] = path
+    return dict(sorted(found.items()))
+
+
+def summarise(rank: int, curves: list[dict], status: str = "ok", **extra) -> dict:
+    """One row of the summary; losses are None where a curve has no finite value, never an invented number.
+
+    Args:
+        rank: of the run.
+        curves: rows of `read_curves`, possibly empty.
+        status: 'ok', or what went wrong.
+        extra: further columns of `SUMMARY_COLUMNS`.
+    """
+    row = {"rank": rank, "num_epochs": len(curves), "status": status, **extra}
+    for split in ("train", "val"):
+        values = [(entry[f"{split}_loss"], entry["epoch"]) for entry in curves if math.isfinite(entry[f"{split}_loss"])]
+        best, epoch = min(values, default=(None, None))
+        row |= {f"min_{split}_loss": best, f"min_{split}_epoch": epoch}
+        row[f"final_{split}_loss"] = finite(curves[-1][f"{split}_loss"]) if curves else None
+    return row
+
+
+def write_summary(files: SweepFiles, rows: list[dict]) -> None:
+    """Write the summary of a sweep as CSV and as JSON (a list of the same rows)."""
+    write_csv(files.summary_csv, SUMMARY_COLUMNS, rows)
+    write_json(files.summary_json, [{name: row.get(name) for name in SUMMARY_COLUMNS} for row in rows])
+
+
+def prepare_output_dir(path) -> Path:
+    """Create the folder and prove that it can be written.
+
+    Returns:
+        the absolute path.
+    Raises:
+        ValueError: it cannot be created or written, with the reason.
+    """
+    path = Path(path).absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".writable.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"output folder {path} cannot be written: {error.strerror}") from error
+    return path
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def provenance() -> dict:
+    """Command line, versions, host and git revision, for config files."""
+    import torch
+
+    root = Path(__file__).resolve().parent
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        revision = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        revision = ""
+    return {
+        "command": [sys.executable, *sys.argv],
+        "started": now(),
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "git_revision": revision or None,
+    }
