@@ -1,0 +1,51 @@
+"""The whole workflow in about a minute: make a 1024 × 2048 weight, sweep ranks 2 … 64, show where the pictures are.
+
+    python example_rank_sweep.py
+    python example_rank_sweep.py --output_dir /tmp/demo --ranks 4 16 --num_epochs 5
+
+Further flags go to rank_sweep_study.py. Writes ./demo_rank_sweep_results/ in the current folder (or --output_dir): the
+weight demo_weight.pth and everything that rank_sweep_study.py writes. Exit code: that of the step that failed, else 0.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from ks import cli
+
+SCRIPTS = Path(__file__).resolve().parent
+SWEEP_FLAGS = ["--ranks", "2", "4", "8", "16", "32", "64", "--num_epochs", "20", "--num_samples", "5000", "--log_scale"]
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--output_dir", default="./demo_rank_sweep_results", help="(default: %(default)s)")
+    return parser
+
+
+def run(script: str, *arguments) -> None:
+    """Run one script; leave with its exit code if that is not 0."""
+    command = [sys.executable, str(SCRIPTS / script), *map(str, arguments)]
+    cli.note(f"\n$ python {script} {' '.join(map(str, arguments))}")
+    try:
+        code = subprocess.run(command).returncode
+    except KeyboardInterrupt:
+        code = cli.EXIT_INTERRUPTED
+    if code != 0:
+        print(f"example_rank_sweep.py: {script} ended with exit code {code}", file=sys.stderr)
+        raise SystemExit(code)
+
+
+def main(argv=None) -> int:
+    options, sweep_flags = build_parser().parse_known_args(argv)
+    output_dir = Path(options.output_dir)
+    weight = output_dir / "demo_weight.pth"
+    shape = ("--output_features", 1024, "--input_features", 2048)
+    run("generate_test_weight.py", *shape, "--init_method", "power_law", "--output_path", weight, "--overwrite")
+    run("rank_sweep_study.py", "--weight_path", weight, "--output_dir", output_dir, *SWEEP_FLAGS, *sweep_flags)
+    print(f"\nThe pictures are in {output_dir.resolve()}: open rank_sweep_loss_curves.png first.")
+    return cli.EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())
