@@ -95,14 +95,15 @@ def row_of(problem: Problem, output_dir: Path, rank: int, outcome: launch.Outcom
     """The summary row of a rank from its files; no outcome means that it was interrupted or never started."""
     files = results.rank_files(output_dir, rank)
     parameters = problem.chain.parameters(rank)
+    reported = (results.read_json(files.training_log) or {}).get("status")
     if outcome is None:
         status = "interrupted"
+    elif outcome.returncode == cli.EXIT_OK and reported == "finished":
+        status = "ok"
+    elif outcome.returncode == cli.EXIT_FAILED and reported in ("diverged", "out of memory"):
+        status = reported
     else:
-        status = (results.read_json(files.training_log) or {}).get("status", "failed")
-        if outcome.returncode == 0 and status == "finished":
-            status = "ok"
-        elif status in ("running", "finished"):
-            status = f"failed (exit {outcome.returncode})"
+        status = f"failed (exit {outcome.returncode})"
     row = results.summarise(
         rank,
         results.curves_if_any(files.curves_csv),
@@ -122,10 +123,6 @@ def sweep(config, problem: Problem, ranks: list[int], output_dir: Path) -> list[
     Returns:
         the summary rows, one per rank; ranks that an interrupt kept from finishing have the status 'interrupted'.
     """
-    for rank in ranks:
-        files = results.rank_files(output_dir, rank)
-        files.directory.mkdir(exist_ok=True)
-        files.remove()
 
     def epochs_done(rank):
         return len(results.curves_if_any(results.rank_files(output_dir, rank).curves_csv))
@@ -160,13 +157,13 @@ def write_outputs(config, problem: Problem, files: results.SweepFiles, rows: lis
         the files written.
     """
     results.write_summary(files, rows)
-    shape = f"{problem.rows} × {problem.cols}"
+    name = " ".join(filter(None, [Path(config.weight_path).name, problem.weight.key]))
     curves = [results.curves_if_any(results.rank_files(files.directory, row["rank"]).curves_csv) for row in rows]
     figures = plots.study_figures(
         pd.DataFrame([epoch for run in curves for epoch in run]),
         pd.DataFrame(rows),
         log_scale=config.log_scale,
-        title=config.title or f"{Path(config.weight_path).name}, {shape}: {problem.chain.describe()}",
+        title=config.title or f"{name}, {problem.rows} × {problem.cols}: {problem.chain.describe()}",
         figsize=config.figsize,
     )
     return [files.summary_csv, files.summary_json, *plots.save_figures(figures, files, config.formats, config.dpi)]
@@ -185,24 +182,21 @@ def interrupt(signum, frame):
     raise KeyboardInterrupt
 
 
-def main(argv=None) -> int:
-    signal.signal(signal.SIGTERM, interrupt)
-    config = build_parser().parse_config(argv)
-    with cli.usage_errors(SCRIPT):
-        ranks = ranks_of(config)
-        problem = resolve(config)
-        for text in problem.notes:
-            cli.note(text, config.quiet)
-        if config.dry_run:
-            print(report.plan_table(problem.chain, ranks))
-            for rank in ranks:
-                print(shlex.join(make_task(config, rank, Path(config.output_dir).absolute()).command))
-            return cli.EXIT_OK
-        files = results.SweepFiles(results.prepare_output_dir(config.output_dir), config.save_prefix)
-        description = problem.describe()
-        settings = {name: value for name, value in cli.shared_settings(config).items() if name not in NOT_COMPARED}
-        settings["weight_sha256"] = description["weight"]["sha256"]
-        check_folder(files, settings, config.overwrite)
+def prepare(config, problem: Problem, ranks: list[int]) -> results.SweepFiles:
+    """Claim the results folder for this study: settings recorded, rank folders made, an earlier run of it cleared.
+
+    Raises:
+        ValueError: the folder cannot be written, or holds another study.
+    """
+    files = results.SweepFiles(results.prepare_output_dir(config.output_dir), config.save_prefix)
+    description = problem.describe()
+    settings = {name: value for name, value in cli.shared_settings(config).items() if name not in NOT_COMPARED}
+    settings["weight_sha256"] = description["weight"]["sha256"]
+    check_folder(files, settings, config.overwrite)
+    for rank in ranks:
+        run_files = results.rank_files(files.directory, rank)
+        results.prepare_output_dir(run_files.directory)
+        run_files.remove()
     results.write_json(
         files.config,
         {
@@ -213,6 +207,23 @@ def main(argv=None) -> int:
             "provenance": results.provenance(),
         },
     )
+    return files
+
+
+def main(argv=None) -> int:
+    signal.signal(signal.SIGTERM, interrupt)
+    config = build_parser().parse_config(argv)
+    with cli.usage_errors(SCRIPT):
+        ranks = ranks_of(config)
+        problem = resolve(config)
+        files = None if config.dry_run else prepare(config, problem, ranks)
+    for text in problem.notes:
+        cli.note(text, config.quiet)
+    if config.dry_run:
+        print(report.plan_table(problem.chain, ranks))
+        for rank in ranks:
+            print(shlex.join(make_task(config, rank, Path(config.output_dir).absolute()).command))
+        return cli.EXIT_OK
     rows = sweep(config, problem, ranks, files.directory)
     written = write_outputs(config, problem, files, rows)
     print(report.summary_table(rows))

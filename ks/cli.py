@@ -31,12 +31,15 @@ class Parser(argparse.ArgumentParser):
 
 @contextmanager
 def usage_errors(script: str):
-    """Turn a ValueError or OSError in here into one line on stderr and exit code 2."""
+    """Turn a ValueError or OSError in here into one line on stderr and exit code 2, an interrupt into 130."""
     try:
         yield
     except (ValueError, OSError) as error:
         print(f"{script}: error: {error}", file=sys.stderr)
         raise SystemExit(EXIT_USAGE) from error
+    except KeyboardInterrupt as error:
+        print(f"{script}: interrupted", file=sys.stderr)
+        raise SystemExit(EXIT_INTERRUPTED) from error
 
 
 def note(message: str, quiet: bool = False) -> None:

@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 from ks.results import SweepFiles, atomic_path
@@ -49,8 +50,8 @@ def loss_curves(
             ends[axes].append((run["epoch"].iloc[-1], run[column].iloc[-1], label, colors[rank]))
         axes.set_title(f"{name} loss")
         axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.margins(x=0.02)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.set_xlim(_padded(curves["epoch"].min(), curves["epoch"].max()))
     for axes in panels:
         _finish_axes(axes, log_scale)
         _label_ends(axes, ends[axes])
@@ -77,15 +78,13 @@ def final_losses(summary: pd.DataFrame, *, log_scale: bool = False, title: str |
     fills = [colors[rank] for rank in summary["rank"]]
     positions = np.arange(len(summary))
     train, validation = (summary[f"final_{split}_loss"].to_numpy(float) for split in ("train", "val"))
-    train_bars = axes.bar(positions - 0.2, train, 0.38, color=fills, alpha=0.45, label="training")
-    axes.bar(positions + 0.2, validation, 0.38, color=fills, label="validation")
+    axes.bar(positions - 0.2, train, 0.38, color=fills, alpha=0.45)
+    axes.bar(positions + 0.2, validation, 0.38, color=fills)
     _finish_axes(axes, log_scale)
-    top = np.nanmax(np.append(validation, train)) if np.isfinite(np.append(validation, train)).any() else 1.0
-    if not log_scale:
-        axes.set_ylim(0, top * 1.12)
+    _add_headroom(axes, 0.12)
     for position, (_, row) in zip(positions, summary.iterrows()):
-        if np.isfinite(row["final_val_loss"]):
-            height = np.nanmax([row["final_val_loss"], row["final_train_loss"]])
+        if np.isfinite(validation[position]):
+            height = np.nanmax([validation[position], train[position]])
             axes.annotate(
                 f"{row['final_val_loss']:.3g}",
                 (position, height),
@@ -110,10 +109,9 @@ def final_losses(summary: pd.DataFrame, *, log_scale: bool = False, title: str |
     axes.grid(visible=False, axis="x")
     axes.set_xlabel("rank")
     axes.set_ylabel("final mean squared error per output")
-    axes.set_title(title or "Final loss by rank (numbers: validation)")
-    if len(train_bars):
-        handles = [axes.bar([0], [0], color=GREY, alpha=alpha) for alpha in (0.45, 1.0)]
-        axes.legend(handles, ["training", "validation"], frameon=False, loc="upper right")
+    axes.set_title(title or "Final loss by rank", loc="left", fontsize="medium")
+    handles = [Patch(color=GREY, alpha=0.45), Patch(color=GREY)]
+    axes.legend(handles, ["training", "validation (numbers)"], frameon=False, ncols=2, loc="upper right")
     return figure
 
 
@@ -165,6 +163,21 @@ def show(figures: list[Figure]) -> None:
     pyplot.show()
 
 
+def _add_headroom(axes: Axes, share: float) -> None:
+    """Lengthen the loss axis upwards by a share of its length, for labels and legend above the bars."""
+    low, high = axes.get_ylim()
+    if axes.get_yscale() == "log":
+        axes.set_ylim(low, high * (high / low) ** share)
+    else:
+        axes.set_ylim(low, high + (high - low) * share)
+
+
+def _padded(low: float, high: float) -> tuple[float, float]:
+    """Limits a little wider than the data; of width one where that is a single value."""
+    margin = 0.02 * (high - low) or 0.5
+    return low - margin, high + margin
+
+
 def _finish_axes(axes: Axes, log_scale: bool) -> None:
     """Grid, spines and, on a log axis, labelled ticks within a decade too when it spans few of them."""
     axes.spines[["top", "right"]].set_visible(False)
@@ -175,6 +188,8 @@ def _finish_axes(axes: Axes, log_scale: bool) -> None:
         return
     axes.set_yscale("log")
     low, high = axes.get_ylim()
+    widen = max(0.0, 0.5 - np.log10(high / low)) / 2
+    low, high = axes.set_ylim(low * 10**-widen, high * 10**widen)
     decades = np.log10(high / low)
     subs = (1.0,) if decades > 3 else (1.0, 2.0, 5.0) if decades > 0.7 else tuple(np.arange(1.0, 10.0))
     axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=20))
@@ -216,7 +231,7 @@ def _label_ends(axes: Axes, ends: list) -> None:
             fontweight="bold",
             va="center",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 2},
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 0, "relpos": (0, 0.5)},
         )
     axes.annotate(
         "rank", (1.02, max(heights) + 1.4 * gap), xycoords="axes fraction", color=GREY, fontsize=9, va="center"

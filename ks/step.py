@@ -179,6 +179,8 @@ class LossScale:
 class Optimiser:
     """AdamW, Adam or SGD with momentum: fused, clipped, loss-scaled for float16, without a host read.
 
+    Adam's rate is relative to the natural size of each factor's values (`RELATIVE_STEP`), SGD's is the plain one.
+
     Args:
         name: 'adamw', 'adam' or 'sgd'.
         parameters: values of shape (a, b, c, d), float32 leaves, updated in place.
@@ -190,7 +192,9 @@ class Optimiser:
     def __init__(self, name, parameters, *, weight_decay=0.0, max_grad_norm=1.0, loss_scaling=False):
         self.name, self.parameters = name, list(parameters)
         self.weight_decay, self.max_grad_norm = weight_decay, max_grad_norm
-        self.rate_factors = [RELATIVE_STEP * parameter.shape[2] ** -0.5 for parameter in self.parameters]
+        self.rate_factors = [
+            1.0 if name == "sgd" else RELATIVE_STEP * parameter.shape[2] ** -0.5 for parameter in self.parameters
+        ]
         device = self.parameters[0].device
         self.loss_scale = LossScale(device) if loss_scaling else None
         self.moments = [torch.zeros_like(parameter) for parameter in self.parameters]
