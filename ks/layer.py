@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from ks.factorize import factorize
 from ks.ops import chain_product, choose_impl, empty_values
 from ks.patterns import check_patterns, make_chain
 
@@ -81,6 +82,47 @@ class KSLinear(torch.nn.Module):
         layer = cls.__new__(cls)
         layer._build(patterns, bias, impl, batch_last, device, dtype)
         return layer
+
+    @classmethod
+    def from_dense(
+        cls,
+        weight: torch.Tensor,
+        rank: int | None = None,
+        *,
+        patterns=None,
+        bias=None,
+        impl: str = "auto",
+        **chain_options,
+    ) -> "KSLinear":
+        """Compress a dense weight without training, by hierarchical factorisation (optimal for two factors).
+
+        Args:
+            weight: W, shape (m, n); its dtype and device are the layer's.
+            rank: of the chain that `chain_options` (chain, blocks, num_factors, row_splits, col_splits) name.
+            patterns: instead of a rank, explicit patterns that `ks.factorize.factorize` takes.
+            bias: shape (m,), copied.
+            impl: as the class's.
+        Raises:
+            ValueError: neither or both of rank and patterns, or a chain that cannot be factorised.
+        """
+        if (rank is None) == (patterns is None):
+            raise ValueError("from_dense needs either a rank or patterns")
+        if patterns is None:
+            rows, cols = weight.shape
+            patterns = make_chain(rows, cols, chain_options.pop("chain", "monarch"), **chain_options).patterns(rank)
+        factors = factorize(weight.detach(), patterns)
+        layer = cls.from_patterns(patterns, bias is not None, impl=impl, device=weight.device, dtype=weight.dtype)
+        with torch.no_grad():
+            for parameter, values in zip(layer.factors, factors):
+                parameter.copy_(values)
+            if bias is not None:
+                layer.bias.copy_(bias)
+        return layer
+
+    @classmethod
+    def from_linear(cls, linear: torch.nn.Linear, rank: int | None = None, **options) -> "KSLinear":
+        """`from_dense` on the weight and bias of an nn.Linear: a smaller layer to put in its place."""
+        return cls.from_dense(linear.weight, rank, bias=linear.bias, **options)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw values so that unit inputs give outputs of the variance 1/3 of a fresh nn.Linear; bias likewise.
