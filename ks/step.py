@@ -14,9 +14,9 @@ SCHEDULERS = ("cosine", "plateau", "step", "none")
 
 # A value of a factor has the natural size 1/√c (it keeps the variance of its input). One Adam step of learning rate lr
 # moves it by RELATIVE_STEP · lr of that, whatever rank, shape and scale. Of what was tried, this and the second-moment
-# memory of 100 steps come closest to the floor at lr = 1e-3 (benchmarks/README.md).
+# memory of 20 steps come closest to the floor at lr = 1e-3 (benchmarks/README.md).
 RELATIVE_STEP = 100.0
-ADAM_BETAS = (0.9, 0.99)
+ADAM_BETAS = (0.9, 0.95)
 ADAM_EPSILON = 1e-8
 SGD_MOMENTUM = 0.9
 

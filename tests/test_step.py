@@ -115,8 +115,8 @@ def test_updates_equal_those_of_torch_optim(name):
     decays = [0.1 / factor if name == "adamw" else 0.1 for factor in optimiser.rate_factors]
     groups = [{"params": [p], "lr": lr, "weight_decay": decay} for p, lr, decay in zip(theirs, rates, decays)]
     library = {
-        "adamw": lambda: torch.optim.AdamW(groups, betas=(0.9, 0.99)),
-        "adam": lambda: torch.optim.Adam(groups, betas=(0.9, 0.99)),
+        "adamw": lambda: torch.optim.AdamW(groups, betas=(0.9, 0.95)),
+        "adam": lambda: torch.optim.Adam(groups, betas=(0.9, 0.95)),
         "sgd": lambda: torch.optim.SGD(groups, momentum=0.9),
     }[name]()
     for _ in range(4):
