@@ -1,10 +1,11 @@
 """Sweep the rank of a Kronecker-sparse chain: one training per rank, each in a process of its own, then compare.
 
     python rank_sweep_study.py --weight_path my_weight.pth --ranks 2 4 8 16 --log_scale
-    python rank_sweep_study.py --weight_path my_weight.pth --dry_run
+    python rank_sweep_study.py --weight_path my_weight.pth --target_relative_loss 0.1 --dry_run
 
 Written to --output_dir: a folder rank_R for each rank (curves, checkpoints, train.log), and under --save_prefix
-PREFIX_summary.csv and .json, PREFIX_loss_curves.png, PREFIX_final_losses.png, PREFIX_config.json.
+PREFIX_summary.csv and .json, PREFIX_runs.csv, PREFIX_floor.csv, PREFIX_config.json and the figures
+PREFIX_loss_curves.png, PREFIX_final_losses.png, PREFIX_floor.png.
 Exit codes: 0 well, 1 no rank succeeded, 2 bad input or another study's folder, 3 some ranks failed, 130 interrupted.
 """
 
@@ -13,15 +14,15 @@ import signal
 import sys
 from pathlib import Path
 
-import pandas as pd
-
-from ks import cli, launch, plots, report, results
+from ks import cli, launch, plots, report, results, summary
+from ks.plan import Plan, make_plan
 from ks.problem import Problem, resolve
 from ks.progress import Progress
+from ks.study import read_study
 
 SCRIPT = "rank_sweep_study.py"
 TRAINER = Path(__file__).resolve().parent / "train_with_random.py"
-DEFAULT_RANKS = [2, 4, 8, 16, 32, 64, 128, 256, 512]
+DEFAULT_RANKS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
 # Where the weight lies (its hash says what it is) and how much is reported do not make another study.
 NOT_COMPARED = ("weight_path", "weight_key", "transpose", "log_interval", "verbose", "quiet", "save_interval")
 
@@ -31,14 +32,18 @@ def build_parser() -> cli.Parser:
     # The brief's rank folder holds no epoch checkpoints: none unless asked for.
     cli.add_shared_training_groups(parser, num_epochs=50, save_interval=0)
     group = parser.add_argument_group("sweep")
-    group.add_argument(
-        "--ranks",
-        type=cli.positive_int,
-        nargs="+",
-        default=DEFAULT_RANKS,
-        help=f"ranks to train (default: {' '.join(map(str, DEFAULT_RANKS))})",
-    )
+    defaults = " ".join(map(str, DEFAULT_RANKS))
+    group.add_argument("--ranks", type=cli.positive_int, nargs="+", help=f"ranks to train (default: {defaults})")
     group.add_argument("--max_rank", type=cli.positive_int, help="leave out larger ranks")
+    group.add_argument(
+        "--target_relative_loss",
+        type=cli.open_fraction,
+        help="name the smallest rank that can reach this share of the loss of predicting 0; without --ranks, sweep "
+        "around it",
+    )
+    group.add_argument(
+        "--seeds", type=cli.non_negative_int, nargs="+", help="train every rank with each of these (default: --seed)"
+    )
     group.add_argument("--dry_run", action="store_true", help="print the plan and the commands, train nothing")
     group.add_argument("--overwrite", action="store_true", help="replace another study in --output_dir")
     cli.add_output_flags(parser, output_dir="./rank_sweep_results", save_prefix="rank_sweep")
@@ -46,25 +51,37 @@ def build_parser() -> cli.Parser:
     return parser
 
 
-def ranks_of(config) -> list[int]:
+def ranks_of(config, plan: Plan) -> list[int]:
     """The ranks to train: ascending, each once, none above --max_rank."""
-    ranks = sorted({rank for rank in config.ranks if config.max_rank is None or rank <= config.max_rank})
+    given = config.ranks or DEFAULT_RANKS
+    if config.ranks is None and config.target_relative_loss is not None and plan.curve is not None:
+        given = plan.ranks_around(config.target_relative_loss)
+    ranks = sorted({rank for rank in given if config.max_rank is None or rank <= config.max_rank})
     if not ranks:
-        given = " ".join(map(str, config.ranks))
-        raise ValueError(f"no rank is left: --max_rank {config.max_rank} excludes all of {given}")
+        raise ValueError(f"no rank is left: --max_rank {config.max_rank} excludes all of {' '.join(map(str, given))}")
     return ranks
 
 
-def make_task(config, rank: int, output_dir: Path) -> launch.Task:
-    """The training of one rank as a process: absolute paths, this interpreter, its output into train.log."""
-    files = results.rank_files(output_dir, rank)
+def seeds_of(config) -> list[int]:
+    return list(dict.fromkeys(config.seeds or [config.seed]))
+
+
+def run_files(output_dir: Path, rank: int, seed: int, first_seed: int) -> results.RunFiles:
+    """The first seed's files lie in rank_R itself, so that adding seeds moves nothing."""
+    return results.rank_files(output_dir, rank, None if seed == first_seed else seed)
+
+
+def make_task(config, rank: int, seed: int, files: results.RunFiles) -> launch.Task:
+    """One training as a process: absolute paths, this interpreter, its output into train.log."""
     settings = cli.shared_settings(config) | {
         "weight_path": Path(config.weight_path).absolute(),
+        "seed": seed,
         "rank": rank,
         "output_dir": files.directory,
         "save_prefix": files.prefix,
     }
-    return launch.Task(rank, (sys.executable, str(TRAINER), *cli.to_arguments(settings)), files.log)
+    name = f"rank {rank}" if len(seeds_of(config)) == 1 else f"rank {rank}, seed {seed}"
+    return launch.Task(name, (sys.executable, str(TRAINER), *cli.to_arguments(settings)), files.log)
 
 
 def check_folder(files: results.SweepFiles, settings: dict, overwrite: bool) -> None:
@@ -87,86 +104,99 @@ def check_folder(files: results.SweepFiles, settings: dict, overwrite: bool) -> 
         difference = f"another study ({changes})"
     if not overwrite:
         raise ValueError(f"{files.directory} holds {difference}; choose another --output_dir or give --overwrite")
-    for rank in present:
-        results.rank_files(files.directory, rank).remove()
+    for rank, seed in present:
+        results.rank_files(files.directory, rank, seed).remove()
 
 
-def row_of(problem: Problem, output_dir: Path, rank: int, outcome: launch.Outcome | None) -> dict:
-    """The summary row of a rank from its files; no outcome means that it was interrupted or never started."""
-    files = results.rank_files(output_dir, rank)
-    parameters = problem.chain.parameters(rank)
+def prepare(config, problem: Problem, plan: Plan, ranks: list[int], seeds: list[int]) -> results.SweepFiles:
+    """Claim the results folder for this study: settings recorded, run folders made, an earlier run of it cleared.
+
+    Raises:
+        ValueError: the folder cannot be written, or holds another study.
+    """
+    files = results.SweepFiles(results.prepare_output_dir(config.output_dir), config.save_prefix)
+    description = problem.describe()
+    settings = {name: value for name, value in cli.shared_settings(config).items() if name not in NOT_COMPARED}
+    settings |= {"seed": seeds[0], "weight_sha256": description["weight"]["sha256"]}
+    check_folder(files, settings, config.overwrite)
+    for rank in ranks:
+        for seed in seeds:
+            run = run_files(files.directory, rank, seed, seeds[0])
+            results.prepare_output_dir(run.directory)
+            run.remove()
+    results.write_json(
+        files.config,
+        {
+            "settings": settings,
+            "ranks": ranks,
+            "seeds": seeds,
+            "title": title_of(config, problem),
+            "arguments": vars(config),
+            "problem": description,
+            "provenance": results.provenance(),
+        },
+    )
+    results.write_csv(files.floor_csv, results.FLOOR_COLUMNS, plan.curve_rows())
+    return files
+
+
+def title_of(config, problem: Problem) -> str:
+    name = " ".join(filter(None, [Path(config.weight_path).name, problem.weight.key]))
+    return f"{name}, {problem.rows} × {problem.cols}: {problem.chain.describe()}"
+
+
+def status_of(files: results.RunFiles, outcome: launch.Outcome | None) -> str:
+    """'ok', or what went wrong; no outcome means that the run was interrupted or never started."""
     reported = (results.read_json(files.training_log) or {}).get("status")
     if outcome is None:
-        status = "interrupted"
-    elif outcome.returncode == cli.EXIT_OK and reported == "finished":
-        status = "ok"
-    elif outcome.returncode == cli.EXIT_FAILED and reported in ("diverged", "out of memory"):
-        status = reported
-    else:
-        status = f"failed (exit {outcome.returncode})"
-    row = results.summarise(
-        rank,
-        results.curves_if_any(files.curves_csv),
-        status,
-        parameters=parameters,
-        share_of_dense=parameters / (problem.rows * problem.cols),
-        train_seconds=outcome.seconds if outcome else None,
-    )
-    if row["final_val_loss"] is not None:
-        row["relative_val_loss"] = row["final_val_loss"] / problem.predict_zero_loss
-    return row
+        return "interrupted"
+    if outcome.returncode == cli.EXIT_OK and reported == "finished":
+        return "ok"
+    if outcome.returncode == cli.EXIT_FAILED and reported in ("diverged", "out of memory"):
+        return reported
+    return f"failed (exit {outcome.returncode})"
 
 
-def sweep(config, problem: Problem, ranks: list[int], output_dir: Path) -> list[dict]:
-    """Train every rank, also when others fail.
+def sweep(config, ranks: list[int], seeds: list[int], output_dir: Path) -> list[dict]:
+    """Train every rank with every seed, also when others fail.
 
     Returns:
-        the summary rows, one per rank; ranks that an interrupt kept from finishing have the status 'interrupted'.
+        rows of `ks.results.RUN_COLUMNS`; runs that an interrupt kept from finishing have the status 'interrupted'.
     """
+    runs = [(rank, seed, run_files(output_dir, rank, seed, seeds[0])) for rank in ranks for seed in seeds]
+    tasks = [make_task(config, *run) for run in runs]
+    files_of = {task.name: files for task, (_, _, files) in zip(tasks, runs)}
+    outcomes = {}
 
-    def epochs_done(rank):
-        return len(results.curves_if_any(results.rank_files(output_dir, rank).curves_csv))
+    def epochs_done(name):
+        return len(results.curves_if_any(files_of[name].curves_csv))
 
-    progress = Progress(len(ranks), config.num_epochs, epochs_done, config.quiet)
-    tasks = [make_task(config, rank, output_dir) for rank in ranks]
-    rows = []
+    progress = Progress(len(tasks), config.num_epochs, epochs_done, config.quiet)
     try:
-        for task, outcome in launch.run_local(tasks, lambda task: progress.poll(task.rank)):
-            rows.append(row_of(problem, output_dir, task.rank, outcome))
-            progress.end(outcome_message(rows[-1], task))
+        for task, outcome in launch.run_local(tasks, lambda task: progress.poll(task.name)):
+            outcomes[task.name] = outcome
+            progress.end(outcome_message(task, outcome, files_of[task.name]))
     except KeyboardInterrupt:
-        rows += [row_of(problem, output_dir, rank, None) for rank in ranks[len(rows) :]]
+        cli.note("stopping", config.quiet)
     finally:
         progress.close()
+    rows = []
+    for task, (rank, seed, files) in zip(tasks, runs):
+        outcome = outcomes.get(task.name)
+        curves, seconds = results.curves_if_any(files.curves_csv), outcome.seconds if outcome else None
+        rows.append(summary.run_row(rank, curves, status_of(files, outcome), seed=seed, train_seconds=seconds))
     return rows
 
 
-def outcome_message(row: dict, task: launch.Task) -> str:
-    loss = "no loss" if row["final_val_loss"] is None else f"validation loss {row['final_val_loss']:.6g}"
-    message = f"rank {task.rank}: {row['status']}, {loss}, {row['train_seconds']:.1f} s"
-    if row["status"] == "ok":
+def outcome_message(task: launch.Task, outcome: launch.Outcome, files: results.RunFiles) -> str:
+    """How a run ended; after a failure, with the end of its log."""
+    curves, status = results.curves_if_any(files.curves_csv), status_of(files, outcome)
+    loss = f", validation loss {curves[-1]['val_loss']:.6g}" if curves else ""
+    message = f"{task.name}: {status}{loss}, {outcome.seconds:.1f} s"
+    if status == "ok":
         return message
     tail = task.log.read_text(errors="replace").splitlines()[-15:]
     return "\n  ".join([f"{message}; end of {task.log}:", *tail])
-
-
-def write_outputs(config, problem: Problem, files: results.SweepFiles, rows: list[dict]) -> list[Path]:
-    """Write summary and figures of this sweep's ranks, and no others.
-
-    Returns:
-        the files written.
-    """
-    results.write_summary(files, rows)
-    name = " ".join(filter(None, [Path(config.weight_path).name, problem.weight.key]))
-    curves = [results.curves_if_any(results.rank_files(files.directory, row["rank"]).curves_csv) for row in rows]
-    figures = plots.study_figures(
-        pd.DataFrame([epoch for run in curves for epoch in run]),
-        pd.DataFrame(rows),
-        log_scale=config.log_scale,
-        title=config.title or f"{name}, {problem.rows} × {problem.cols}: {problem.chain.describe()}",
-        figsize=config.figsize,
-    )
-    return [files.summary_csv, files.summary_json, *plots.save_figures(figures, files, config.formats, config.dpi)]
 
 
 def exit_code(rows: list[dict]) -> int:
@@ -182,56 +212,41 @@ def interrupt(signum, frame):
     raise KeyboardInterrupt
 
 
-def prepare(config, problem: Problem, ranks: list[int]) -> results.SweepFiles:
-    """Claim the results folder for this study: settings recorded, rank folders made, an earlier run of it cleared.
-
-    Raises:
-        ValueError: the folder cannot be written, or holds another study.
-    """
-    files = results.SweepFiles(results.prepare_output_dir(config.output_dir), config.save_prefix)
-    description = problem.describe()
-    settings = {name: value for name, value in cli.shared_settings(config).items() if name not in NOT_COMPARED}
-    settings["weight_sha256"] = description["weight"]["sha256"]
-    check_folder(files, settings, config.overwrite)
-    for rank in ranks:
-        run_files = results.rank_files(files.directory, rank)
-        results.prepare_output_dir(run_files.directory)
-        run_files.remove()
-    results.write_json(
-        files.config,
-        {
-            "settings": settings,
-            "ranks": ranks,
-            "arguments": vars(config),
-            "problem": description,
-            "provenance": results.provenance(),
-        },
-    )
-    return files
-
-
 def main(argv=None) -> int:
     signal.signal(signal.SIGTERM, interrupt)
     config = build_parser().parse_config(argv)
+    seeds = seeds_of(config)
     with cli.usage_errors(SCRIPT):
-        ranks = ranks_of(config)
         problem = resolve(config)
-        files = None if config.dry_run else prepare(config, problem, ranks)
-    for text in problem.notes:
+        weight = problem.weight.tensor.to(problem.device)
+        plan = make_plan(weight, problem.chain, problem.predict_zero_loss)
+        ranks = ranks_of(config, plan)
+        files = None if config.dry_run else prepare(config, problem, plan, ranks, seeds)
+    for text in [*problem.notes, *report.plan_notes(plan, config.target_relative_loss)]:
         cli.note(text, config.quiet)
+    floors = plan.floors(ranks)
     if config.dry_run:
-        print(report.plan_table(problem.chain, ranks))
+        print(report.plan_table(problem.chain, ranks, floors, problem.predict_zero_loss))
         for rank in ranks:
-            print(shlex.join(make_task(config, rank, Path(config.output_dir).absolute()).command))
+            for seed in seeds:
+                run = run_files(Path(config.output_dir).absolute(), rank, seed, seeds[0])
+                print(shlex.join(make_task(config, rank, seed, run).command))
         return cli.EXIT_OK
-    rows = sweep(config, problem, ranks, files.directory)
-    written = write_outputs(config, problem, files, rows)
+
+    runs = sweep(config, ranks, seeds, files.directory)
+    rows = []
+    for rank, floor in zip(ranks, floors):
+        of_rank = [run for run in runs if run["rank"] == rank]
+        rows.append(summary.rank_row(of_rank, problem.chain, floor, problem.predict_zero_loss))
+    results.write_csv(files.runs_csv, results.RUN_COLUMNS, runs)
+    results.write_summary(files, rows)
+    look = {"log_scale": config.log_scale, "title": config.title, "figsize": config.figsize}
+    figures = plots.save_figures(plots.study_figures(read_study(files), **look), files, config.formats, config.dpi)
     print(report.summary_table(rows))
-    for path in written:
+    for sentence in summary.advice(rows, problem.sampling):
+        print(sentence)
+    for path in [files.summary_csv, *figures]:
         print(path)
-    bad = [f"{row['rank']} {row['status']}" for row in rows if row["status"] != "ok"]
-    if bad:
-        print(f"{SCRIPT}: {len(bad)} of {len(rows)} ranks did not finish: {', '.join(bad)}", file=sys.stderr)
     return exit_code(rows)
 
 

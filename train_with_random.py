@@ -11,13 +11,19 @@ Exit codes: 0 well, 1 diverged or out of memory, 2 bad input, 130 interrupted.
 
 import copy
 import math
+import os
 import signal
 import sys
 import time
 
+# Threads that wait for the next small product sleep instead of spinning: on cores shared with one other process,
+# spinning made an epoch 6 times longer. Read when torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 from ks import cli, results
+from ks.factorize import population_loss
 from ks.layer import KSLinear
 from ks.problem import Problem, resolve
 from ks.step import Optimiser, Samples, Schedule, seeded_generator
@@ -41,13 +47,14 @@ def build_parser() -> cli.Parser:
 def criterion(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """The training loss, on outputs in internal units; edit here.
 
-    Reported losses are this times `predict_zero_loss`, which is right for a loss quadratic in its arguments.
+    Reported losses are this times `predict_zero_loss`, which is right for a loss quadratic in its arguments. Population
+    losses and floors are those of the mean squared error: with another criterion they are left out.
     """
     return torch.nn.functional.mse_loss(prediction, target)
 
 
 def train(config, problem: Problem, files: results.RunFiles) -> dict:
-    """Train the chain of rank `config.rank`; curves and checkpoints are on disk whenever an epoch has ended.
+    """Train the chain of rank `config.rank`; the curves are on disk whenever an epoch has ended.
 
     Returns:
         the last row of the curves.
@@ -55,9 +62,9 @@ def train(config, problem: Problem, files: results.RunFiles) -> dict:
         Diverged: a loss that is not finite.
     """
     dtype = DTYPES[config.dtype]
-    patterns = problem.chain.patterns(config.rank)
+    weight = problem.internal_weight()
     samples = Samples(
-        problem.internal_weight(),
+        weight,
         problem.num_train,
         problem.num_validation,
         config.batch_size,
@@ -66,9 +73,7 @@ def train(config, problem: Problem, files: results.RunFiles) -> dict:
         batch_last=config.bs_last,
         dtype=dtype,
     )
-    model = KSLinear.from_patterns(patterns, impl=problem.impl, batch_last=config.bs_last)
-    initialise(model, seeded_generator(config.seed, "init"))
-    model.to(problem.device)
+    model = make_model(config, problem, weight)
     optimiser = Optimiser(
         config.optimizer,
         model.parameters(),
@@ -92,7 +97,10 @@ def train(config, problem: Problem, files: results.RunFiles) -> dict:
             prediction = model(inputs)
         return criterion(prediction.float(), targets)
 
-    curves, best_loss, best_model = [], math.inf, None
+    measured = is_mean_squared_error(criterion)
+    population_interval = math.ceil(config.num_epochs / 10)
+    best = Best(model, weight, keep_start=measured and config.init == "hierarchical")
+    curves = []
     losses, norms = torch.empty(2, samples.steps_per_epoch, device=problem.device)
     try:
         for epoch in range(1, config.num_epochs + 1):
@@ -113,44 +121,88 @@ def train(config, problem: Problem, files: results.RunFiles) -> dict:
                 "lr": schedule.rate(epoch, step),
                 "epoch_seconds": time.perf_counter() - started,
             }
+            if measured and (epoch % population_interval == 0 or epoch == config.num_epochs):
+                row["population_loss"] = population_loss(weight, model.factors) * problem.predict_zero_loss
             if config.log_grad_norm:
                 row["grad_norm"] = norms.mean().item()
             curves.append(row)
-            results.write_curves(files, curves, {"parameters": problem.chain.parameters(config.rank)})
+            results.write_curves(files, curves)
             report(config, row, losses * problem.predict_zero_loss, norms)
             check_finite(row, losses)
 
             schedule.end_epoch(val_loss)
-            if val_loss < best_loss:
-                best_loss, best_model = val_loss, rescaled(model, problem.unit)
+            best.offer(val_loss, row)
             if config.save_interval and epoch % config.save_interval == 0:
-                save(rescaled(model, problem.unit), files.epoch_checkpoint(epoch))
-        save(rescaled(model, problem.unit), files.final)
+                save(model, problem.unit, files.epoch_checkpoint(epoch))
+        save(model, problem.unit, files.final)
     finally:
-        if best_model is not None:
-            save(best_model, files.best)
+        if best.row is not None:
+            if measured:
+                best.row["population_loss"] = best.population_loss() * problem.predict_zero_loss
+                results.write_curves(files, curves)
+            save(best.chosen(), problem.unit, files.best)
     return curves[-1]
 
 
-def initialise(model: KSLinear, generator: torch.Generator) -> None:
-    """Left-most factor zero, so that training starts from predicting 0; the others keep the variance of their input."""
-    model.reset_parameters(generator)
+def make_model(config, problem: Problem, weight: torch.Tensor) -> KSLinear:
+    """The chain at its initial values, in internal units.
+
+    random: the left-most factor is zero, so that training starts from predicting 0; the others keep the variance of
+    their input. hierarchical: the factorisation of W.
+    """
+    patterns = problem.chain.patterns(config.rank)
+    if config.init == "hierarchical":
+        model = KSLinear.from_dense(weight, patterns=patterns, impl=problem.impl)
+        model.batch_last = config.bs_last
+        return model
+    model = KSLinear.from_patterns(patterns, impl=problem.impl, batch_last=config.bs_last)
+    model.reset_parameters(seeded_generator(config.seed, "init"))
     with torch.no_grad():
         model.factors[0].zero_()
+    return model.to(problem.device)
 
 
-def rescaled(model: KSLinear, unit: float) -> KSLinear:
-    """A copy in the user's units: `unit` times the model's dense weight, the scale shared evenly by the factors."""
+class Best:
+    """The model with the lowest validation loss; with `keep_start`, the start unless its population loss was beaten.
+
+    Args:
+        model: the one in training.
+        weight: W in internal units.
+        keep_start: whether the start is a result in its own right (a factorisation of W).
+    """
+
+    def __init__(self, model: KSLinear, weight: torch.Tensor, keep_start: bool):
+        self.model, self.weight = model, weight
+        self.start = copy.deepcopy(model) if keep_start else None
+        self.val_loss, self.row, self.kept = math.inf, None, None
+
+    def offer(self, val_loss: float, row: dict) -> None:
+        if val_loss < self.val_loss:
+            self.val_loss, self.row, self.kept = val_loss, row, copy.deepcopy(self.model)
+
+    def population_loss(self) -> float:
+        return population_loss(self.weight, self.kept.factors)
+
+    def chosen(self) -> KSLinear:
+        if self.start is not None and population_loss(self.weight, self.start.factors) <= self.population_loss():
+            return self.start
+        return self.kept
+
+
+def is_mean_squared_error(loss) -> bool:
+    """Whether a criterion is the mean squared error, tried on random numbers."""
+    prediction, target = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(0))
+    return torch.allclose(loss(prediction, target), torch.nn.functional.mse_loss(prediction, target))
+
+
+def save(model: KSLinear, unit: float, path) -> None:
+    """Save a model in the user's units: `unit` times its dense weight, the scale shared evenly by the factors."""
     scaled = copy.deepcopy(model)
     with torch.no_grad():
         for factor in scaled.factors:
             factor.mul_(unit ** (1 / len(scaled.factors)))
-    return scaled
-
-
-def save(model: KSLinear, path) -> None:
     with results.atomic_path(path) as temporary:
-        model.save(temporary)
+        scaled.save(temporary)
 
 
 def check_finite(row: dict, losses: torch.Tensor) -> None:

@@ -104,6 +104,12 @@ def add_training_flags(parser, num_epochs: int = 100) -> None:
     group.add_argument(
         "--max_grad_norm", type=non_negative_float, default=1.0, help="clip the gradient norm, 0 = off (default: 1.0)"
     )
+    group.add_argument(
+        "--init",
+        choices=("random", "hierarchical"),
+        default="random",
+        help="initial values: random with the left factor zero, or the factorisation of W (default: random)",
+    )
     group.add_argument("--seed", type=non_negative_int, default=0, help="of samples and initial values (default: 0)")
 
     group = parser.add_argument_group("samples")

@@ -13,9 +13,9 @@ STOP_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Task:
-    """One process to run: `rank` names it, its output goes to `log`."""
+    """One process to run; its output goes to `log`."""
 
-    rank: int
+    name: str
     command: tuple[str, ...]
     log: Path
 

@@ -2,46 +2,78 @@
 
 import pandas as pd
 
+from ks.factorize import Floor
 from ks.patterns import Chain
+from ks.plan import Plan
 
 
-def plan_table(chain: Chain, ranks: list[int]) -> str:
-    """What each rank costs: patterns (output side first), parameters, share of the dense weight's, remarks."""
+def plan_notes(plan: Plan, target: float | None = None) -> list[str]:
+    """Saturation, parity with dense and, for a target, the smallest rank that can reach it, one sentence each."""
+    chain = plan.chain
+    notes = [f"saturation: from rank {chain.saturation_rank} on, more rank changes nothing"]
+    parity = chain.parity_rank()
+    notes += [f"parity: from rank {parity} on, the chain has as many parameters as the dense weight"] if parity else []
+    if plan.reason is not None:
+        return [*notes, f"no floor: {plan.reason}"]
+    if target is None:
+        return notes
+    lower, upper = plan.smallest_ranks(target)
+    if lower == upper:
+        notes.append(f"target {target:g}: rank {lower} is the smallest that reaches it")
+    else:
+        reached = f"the factorisation reaches it at rank {upper}" if upper else "the factorisation does not reach it"
+        notes.append(f"target {target:g}: no rank below {lower} can reach it; {reached}")
+    return notes
+
+
+def plan_table(chain: Chain, ranks: list[int], floors: list[Floor | None], predict_zero: float) -> str:
+    """What each rank costs and can reach: parameters, share of dense, relative floor, patterns, remarks.
+
+    Args:
+        chain: the family.
+        ranks: to list.
+        floors: one per rank, in the units of `predict_zero`, or None.
+        predict_zero: loss of predicting 0.
+    """
     dense = chain.rows * chain.cols
     rows = []
-    for rank in ranks:
+    for index, rank in enumerate(ranks):
         parameters = chain.parameters(rank)
-        remarks = ["saturated"] * (rank > chain.saturation_rank) + ["larger than dense"] * (parameters > dense)
-        rows.append(
-            {
-                "rank": rank,
-                "parameters": parameters,
-                "share of dense": f"{parameters / dense:.2%}",
-                "patterns (a, b, c, d)": " ".join(map(str, chain.patterns(rank))),
-                "remarks": ", ".join(remarks),
-            }
-        )
+        row = {"rank": rank, "parameters": parameters, "share of dense": f"{parameters / dense:.2%}"}
+        if floors[index] is not None:
+            lower, upper = (f"{bound / predict_zero:.4g}" for bound in (floors[index].lower, floors[index].upper))
+            row["relative floor"] = lower if floors[index].exact else f"{lower} to {upper}"
+        row["patterns (a, b, c, d)"] = " ".join(map(str, chain.patterns(rank)))
+        marks = ["saturated"] * (rank >= chain.saturation_rank) + ["larger than dense"] * (parameters > dense)
+        rows.append(row | {"remarks": ", ".join(marks)})
     return pd.DataFrame(rows).to_string(index=False)
+
+
+# Column of the summary: header and format in the printed table.
+PRINTED = {
+    "rank": ("rank", "{}"),
+    "parameters": ("parameters", "{:.0f}"),
+    "compression_ratio": ("compression", "{:.2f}x"),
+    "final_train_loss": ("train loss", "{:.4g}"),
+    "final_val_loss": ("validation loss", "{:.4g}"),
+    "population_loss": ("population loss", "{:.4g}"),
+    "loss_floor": ("floor", "{:.4g}"),
+    "optimality_gap": ("gap", "{:.2%}"),
+    "excess": ("excess", "{:.3%}"),
+    "relative_loss": ("relative loss", "{:.2%}"),
+    "min_val_epoch": ("best epoch", "{:.0f}"),
+    "num_epochs": ("epochs", "{:.0f}"),
+    "train_seconds": ("seconds", "{:.1f}"),
+    "status": ("status", "{}"),
+    "verdict": ("verdict", "{}"),
+}
 
 
 def summary_table(rows: list[dict]) -> str:
     """The summary of a study, one line per rank; columns that no rank has are left out."""
-    formats = {
-        "rank": ("rank", "{}"),
-        "parameters": ("parameters", "{:.0f}"),
-        "share_of_dense": ("share of dense", "{:.2%}"),
-        "final_train_loss": ("train loss", "{:.4g}"),
-        "final_val_loss": ("validation loss", "{:.4g}"),
-        "relative_val_loss": ("relative", "{:.2%}"),
-        "min_val_loss": ("best", "{:.4g}"),
-        "min_val_epoch": ("at epoch", "{:.0f}"),
-        "num_epochs": ("epochs", "{:.0f}"),
-        "train_seconds": ("seconds", "{:.1f}"),
-        "status": ("status", "{}"),
-    }
     table = {
         header: ["-" if pd.isna(row.get(name)) else text.format(row[name]) for row in rows]
-        for name, (header, text) in formats.items()
+        for name, (header, text) in PRINTED.items()
         if any(not pd.isna(row.get(name)) for row in rows)
     }
     return pd.DataFrame(table).to_string(index=False)

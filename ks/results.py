@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-CURVE_COLUMNS = ("epoch", "train_loss", "val_loss", "rank", "lr", "epoch_seconds")
+CURVE_COLUMNS = ("epoch", "train_loss", "val_loss", "rank", "population_loss", "lr", "epoch_seconds")
+# Names of the same columns as lists in the JSON file.
+CURVE_LISTS = {"epoch": "epochs", "train_loss": "train_losses", "val_loss": "val_losses"}
+CURVE_LISTS |= {"population_loss": "population_losses", "lr": "lrs", "grad_norm": "grad_norms"}
 SUMMARY_COLUMNS = (
     "rank",
     "final_train_loss",
@@ -23,11 +26,25 @@ SUMMARY_COLUMNS = (
     "min_val_epoch",
     "num_epochs",
     "status",
+    "population_loss",
+    "loss_floor",
+    "loss_floor_upper",
+    "loss_floor_is_exact",
+    "optimality_gap",
+    "excess",
+    "relative_loss",
     "parameters",
-    "share_of_dense",
-    "relative_val_loss",
+    "compression_ratio",
+    "saturated",
+    "verdict",
+    "num_seeds",
+    "final_train_loss_se",
+    "final_val_loss_se",
+    "population_loss_se",
     "train_seconds",
 )
+RUN_COLUMNS = ("rank", "seed", *SUMMARY_COLUMNS[1:10], "train_seconds")
+FLOOR_COLUMNS = ("chain", "rank", "parameters", "loss_floor", "relative_loss")
 
 
 @dataclass(frozen=True)
@@ -84,9 +101,10 @@ def glob_escape(text: str) -> str:
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in text)
 
 
-def rank_files(output_dir, rank: int) -> RunFiles:
-    """The files of one rank of a sweep, in its folder rank_R."""
-    return RunFiles(Path(output_dir) / f"rank_{rank}", f"rank_{rank}", rank)
+def rank_files(output_dir, rank: int, seed: int | None = None) -> RunFiles:
+    """The files of one rank of a sweep: in rank_R, or for a further seed in rank_R/seed_S."""
+    folder = Path(output_dir) / f"rank_{rank}"
+    return RunFiles(folder if seed is None else folder / f"seed_{seed}", f"rank_{rank}", rank)
 
 
 @dataclass(frozen=True)
@@ -103,6 +121,14 @@ class SweepFiles:
     @property
     def summary_json(self) -> Path:
         return self.directory / f"{self.prefix}_summary.json"
+
+    @property
+    def runs_csv(self) -> Path:
+        return self.directory / f"{self.prefix}_runs.csv"
+
+    @property
+    def floor_csv(self) -> Path:
+        return self.directory / f"{self.prefix}_floor.csv"
 
     @property
     def config(self) -> Path:
@@ -149,21 +175,19 @@ def write_csv(path, columns, rows) -> None:
         writer.writerows(finite(row) for row in rows)
 
 
-def write_curves(files: RunFiles, rows: list[dict], extra: dict) -> None:
+def write_curves(files: RunFiles, rows: list[dict]) -> None:
     """Write the curves of one run as CSV and JSON.
 
     Args:
         files: where.
-        rows: one dict per finished epoch with the keys of `CURVE_COLUMNS`; losses in the squared units of the output,
-            times in seconds.
-        extra: further entries of the JSON file.
+        rows: one dict per finished epoch with the keys of `CURVE_COLUMNS` and, where asked for, grad_norm; losses in
+            squared units of the output, times in seconds; population_loss only where it was computed.
     """
     columns = [*CURVE_COLUMNS, *(["grad_norm"] if rows and "grad_norm" in rows[0] else [])]
     write_csv(files.curves_csv, columns, rows)
-    lists = {"epochs": "epoch", "train_losses": "train_loss", "val_losses": "val_loss"}
-    lists |= {f"{name}s" if name != "epoch_seconds" else name: name for name in columns[4:]}
-    curves = {key: [row[name] for row in rows] for key, name in lists.items()}
-    write_json(files.curves_json, {"rank": files.rank, **curves, **extra})
+    plurals = {name: CURVE_LISTS.get(name, name) for name in columns if name != "rank"}
+    curves = {plural: [row.get(name) for row in rows] for name, plural in plurals.items()}
+    write_json(files.curves_json, {"rank": files.rank, **curves})
 
 
 def read_json(path) -> dict | list | None:
@@ -203,34 +227,19 @@ def curves_if_any(path) -> list[dict]:
         return []
 
 
-def find_curves(results_dir) -> dict[int, Path]:
-    """The curves file of every rank_R folder of a results folder, by rank in ascending order."""
+def find_curves(results_dir) -> dict[tuple[int, int | None], Path]:
+    """The curves files of a results folder by (rank, seed), ascending; the first seed's lie in rank_R itself: None."""
     found = {}
     for folder in Path(results_dir).glob("rank_*"):
-        number = folder.name.removeprefix("rank_")
-        if folder.is_dir() and number.isdigit():
-            path = rank_files(results_dir, int(number)).curves_csv
+        rank = folder.name.removeprefix("rank_")
+        if not folder.is_dir() or not rank.isdigit():
+            continue
+        seeds = [path.name.removeprefix("seed_") for path in folder.glob("seed_*")]
+        for seed in [None, *sorted(int(seed) for seed in seeds if seed.isdigit())]:
+            path = rank_files(results_dir, int(rank), seed).curves_csv
             if path.is_file():
-                found[int(number)] = path
-    return dict(sorted(found.items()))
-
-
-def summarise(rank: int, curves: list[dict], status: str = "ok", **extra) -> dict:
-    """One row of the summary; losses are None where a curve has no finite value, never an invented number.
-
-    Args:
-        rank: of the run.
-        curves: rows of `read_curves`, possibly empty.
-        status: 'ok', or what went wrong.
-        extra: further columns of `SUMMARY_COLUMNS`.
-    """
-    row = {"rank": rank, "num_epochs": len(curves), "status": status, **extra}
-    for split in ("train", "val"):
-        values = [(entry[f"{split}_loss"], entry["epoch"]) for entry in curves if math.isfinite(entry[f"{split}_loss"])]
-        best, epoch = min(values, default=(None, None))
-        row |= {f"min_{split}_loss": best, f"min_{split}_epoch": epoch}
-        row[f"final_{split}_loss"] = finite(curves[-1][f"{split}_loss"]) if curves else None
-    return row
+                found[int(rank), seed] = path
+    return dict(sorted(found.items(), key=lambda item: item[0][0]))
 
 
 def write_summary(files: SweepFiles, rows: list[dict]) -> None:

@@ -16,6 +16,7 @@ from conftest import QUICK, ROOT
 
 import ks
 from ks import results
+from ks.factorize import loss_floor
 from ks.weights import load_weight, make_weight
 
 SUMMARY_START = (
@@ -30,6 +31,10 @@ def read_table(path):
 
 def population_loss(weight, chain):
     return ((weight.double() - chain.to_dense().double()).square().sum() / len(weight)).item()
+
+
+def floor_of(weight, rank):
+    return loss_floor(weight, ks.make_chain(*weight.shape), [rank])[0].lower
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +189,10 @@ def test_a_sweep_writes_the_files_of_the_contract(swept):
         "rank_4",
         "rank_sweep_config.json",
         "rank_sweep_final_losses.png",
+        "rank_sweep_floor.csv",
+        "rank_sweep_floor.png",
         "rank_sweep_loss_curves.png",
+        "rank_sweep_runs.csv",
         "rank_sweep_summary.csv",
         "rank_sweep_summary.json",
     ]
@@ -209,6 +217,86 @@ def test_a_sweep_writes_the_files_of_the_contract(swept):
     assert "\r" not in done.stderr
 
 
+def test_the_summary_measures_every_rank_against_its_floor(swept):
+    study = swept[0] / "rank_sweep_results"
+    weight = torch.load(swept[0] / "weight.pth")
+    predict_zero = weight.square().sum().item() / 16
+    for row in read_table(study / "rank_sweep_summary.csv"):
+        rank = int(row["rank"])
+        population = population_loss(weight, ks.load(results.rank_files(study, rank).final))
+        assert float(row["population_loss"]) == pytest.approx(population, rel=1e-4)
+        assert float(row["loss_floor"]) == pytest.approx(floor_of(weight, rank), abs=1e-9 * predict_zero)
+        assert float(row["excess"]) == pytest.approx((population - floor_of(weight, rank)) / predict_zero, rel=1e-3)
+        assert row["saturated"] == str(rank >= 4)
+        assert (row["optimality_gap"] == "") == (rank >= 4)
+    for words in ("floor", "gap", "verdict", "undertrained; use more --num_epochs"):
+        assert words in swept[1].stdout
+
+
+def test_hierarchical_start_is_the_floor_and_best_never_gets_worse(run, weight_path, tmp_path):
+    arguments = ("--weight_path", weight_path, *QUICK, "--rank", 2, "--init", "hierarchical", "--output_dir", "out")
+    assert run("train_with_random.py", *arguments).returncode == 0
+    weight = torch.load(weight_path)
+    best = population_loss(weight, ks.load(tmp_path / "out" / "ks_chain_best.pth"))
+    assert best == pytest.approx(floor_of(weight, 2), rel=1e-5)
+
+
+def test_seeds_add_runs_and_move_nothing(run, weight_path, tmp_path):
+    common = ("rank_sweep_study.py", "--weight_path", weight_path, "--ranks", 2, *QUICK, "--output_dir", "out")
+    assert run(*common).returncode == 0
+    first = results.rank_files(tmp_path / "out", 2).curves_csv
+    alone = [row["val_loss"] for row in results.read_curves(first)]
+    done = run(*common, "--seeds", 0, 5)
+    assert done.returncode == 0, done.stderr
+    second = results.rank_files(tmp_path / "out", 2, 5).curves_csv
+    losses = [[row["val_loss"] for row in results.read_curves(path)] for path in (first, second)]
+    assert losses[0] == alone
+    assert losses[1] != alone
+    (row,) = read_table(tmp_path / "out" / "rank_sweep_summary.csv")
+    assert float(row["final_val_loss"]) == pytest.approx((losses[0][-1] + losses[1][-1]) / 2)
+    assert float(row["final_val_loss_se"]) == pytest.approx(abs(losses[0][-1] - losses[1][-1]) / 2)
+    runs = read_table(tmp_path / "out" / "rank_sweep_runs.csv")
+    assert [run["seed"] for run in runs] == ["0", "5"]
+
+
+def test_a_target_chooses_the_ranks_and_names_the_smallest(run, weight_path):
+    arguments = ("--weight_path", weight_path, "--target_relative_loss", 0.3, "--dry_run", *QUICK)
+    done = run("rank_sweep_study.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    weight = torch.load(weight_path)
+    smallest = next(rank for rank in range(1, 9) if floor_of(weight, rank) <= 0.3 * weight.square().sum() / 16)
+    assert f"target 0.3: rank {smallest} is the smallest that reaches it" in done.stderr
+    assert f"--rank {smallest} " in done.stdout
+
+
+def test_chains_side_by_side(run, weight_path, tmp_path):
+    for family in ("monarch", "lowrank"):
+        arguments = ("--weight_path", weight_path, "--ranks", 1, 2, *QUICK, "--chain", family, "--output_dir", family)
+        assert run("rank_sweep_study.py", *arguments).returncode == 0
+    done = run("plot_rank_results.py", "--results_dir", "monarch", "lowrank", "--output_dir", "figures")
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["rank_sweep_chains.png"]
+    assert "lowrank: lowrank (rows" in done.stdout
+
+
+def test_another_criterion_leaves_the_floors_out(weight_path, tmp_path):
+    """The brief sends people to edit the criterion: in a copy of the toolkit, as they would."""
+    for name in ("train_with_random.py", "rank_sweep_study.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "ks", tmp_path / "ks")
+    trainer = tmp_path / "train_with_random.py"
+    edited = trainer.read_text().replace(
+        "functional.mse_loss(prediction, target)", "functional.l1_loss(prediction, target)", 1
+    )
+    trainer.write_text(edited)
+    command = [sys.executable, "rank_sweep_study.py", "--weight_path", str(weight_path), "--ranks", "2", *QUICK]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (row,) = read_table(tmp_path / "rank_sweep_results" / "rank_sweep_summary.csv")
+    assert row["final_val_loss"] != ""
+    assert row["population_loss"] == row["loss_floor"] == row["verdict"] == ""
+
+
 def test_every_rank_sees_the_same_validation_set(swept):
     """Ranks above saturation are one model: with the same data they have the same curves."""
     folder, _ = swept
@@ -231,7 +319,7 @@ def test_another_study_in_the_folder_is_named_and_kept(swept, tmp_path):
     done = subprocess.run([*command, "--overwrite"], cwd=tmp_path / "copy", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [row["num_epochs"] for row in read_table(study / "rank_sweep_summary.csv")] == ["2"]
-    assert list(results.find_curves(study)) == [2]
+    assert list(results.find_curves(study)) == [(2, None)]
 
 
 def test_a_killed_rank_stays_visible_and_does_not_stop_the_others(weight_path, tmp_path):
@@ -322,7 +410,7 @@ def test_replotting_from_files_alone_gives_the_same_summary(run, swept, tmp_path
     arguments = ("--results_dir", study, "--output_dir", "figures", "--log_scale", "--formats", "png", "svg", "pdf")
     done = run("plot_rank_results.py", *arguments, "--title", "T", "--dpi", 50, "--figsize", 6, 3)
     assert done.returncode == 0, done.stderr
-    stems = ("rank_sweep_final_losses", "rank_sweep_loss_curves")
+    stems = ("rank_sweep_final_losses", "rank_sweep_floor", "rank_sweep_loss_curves")
     expected = sorted(f"{stem}.{suffix}" for stem in stems for suffix in ("png", "svg", "pdf"))
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == expected
     assert done.stdout.splitlines()[:4] == swept[1].stdout.splitlines()[:4]
