@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint pictures clean
 
 demo: $(VENV)/requirements
 	$(RUN) example_rank_sweep.py
@@ -13,6 +13,14 @@ test: $(VENV)/requirements-dev
 lint: $(VENV)/requirements-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+# The pictures of README.
+pictures: demo
+	mkdir -p docs
+	$(RUN) plot_rank_results.py --results_dir demo_rank_sweep_results --log_scale --dpi 75 --output_dir build/pictures \
+	    --title "Demo: 1024 × 2048, singular values 1/k, 4 × 4 grid"
+	cp build/pictures/rank_sweep_loss_curves.png docs/demo_loss_curves.png
+	cp build/pictures/rank_sweep_floor.png docs/demo_floor.png
 
 clean:
 	rm -rf $(VENV) demo_rank_sweep_results

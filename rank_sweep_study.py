@@ -218,6 +218,8 @@ def main(argv=None) -> int:
     seeds = seeds_of(config)
     with cli.usage_errors(SCRIPT):
         problem = resolve(config)
+        if problem.rows * problem.cols > 2**22:
+            cli.note(f"computing the floors of {problem.rows} × {problem.cols}", config.quiet)
         weight = problem.weight.tensor.to(problem.device)
         plan = make_plan(weight, problem.chain, problem.predict_zero_loss)
         ranks = ranks_of(config, plan)

@@ -16,8 +16,8 @@ import signal
 import sys
 import time
 
-# Threads that wait for the next small product sleep instead of spinning: on cores shared with one other process,
-# spinning made an epoch 6 times longer. Read when torch loads.
+# Threads that wait for the next product sleep instead of spinning: on cores shared with one other process, spinning
+# made an epoch 6 times longer. Read when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
@@ -26,7 +26,7 @@ from ks import cli, results
 from ks.factorize import population_loss
 from ks.layer import KSLinear
 from ks.problem import Problem, resolve
-from ks.step import Optimiser, Samples, Schedule, seeded_generator
+from ks.step import Optimiser, Samples, Schedule, seeded_generator, useful_threads
 from ks.weights import DTYPES
 
 SCRIPT = "train_with_random.py"
@@ -64,7 +64,7 @@ def train(config, problem: Problem, files: results.RunFiles) -> dict:
     dtype = DTYPES[config.dtype]
     weight = problem.internal_weight()
     samples = Samples(
-        weight,
+        weight.float(),
         problem.num_train,
         problem.num_validation,
         config.batch_size,
@@ -74,6 +74,7 @@ def train(config, problem: Problem, files: results.RunFiles) -> dict:
         dtype=dtype,
     )
     model = make_model(config, problem, weight)
+    torch.set_num_threads(useful_threads(problem.chain.parameters(config.rank) * config.batch_size))
     optimiser = Optimiser(
         config.optimizer,
         model.parameters(),
@@ -152,7 +153,7 @@ def make_model(config, problem: Problem, weight: torch.Tensor) -> KSLinear:
     """
     patterns = problem.chain.patterns(config.rank)
     if config.init == "hierarchical":
-        model = KSLinear.from_dense(weight, patterns=patterns, impl=problem.impl)
+        model = KSLinear.from_dense(weight, patterns=patterns, impl=problem.impl).float()
         model.batch_last = config.bs_last
         return model
     model = KSLinear.from_patterns(patterns, impl=problem.impl, batch_last=config.bs_last)
@@ -167,7 +168,7 @@ class Best:
 
     Args:
         model: the one in training.
-        weight: W in internal units.
+        weight: W in internal units, float64.
         keep_start: whether the start is a result in its own right (a factorisation of W).
     """
 
@@ -229,6 +230,11 @@ def report(config, row: dict, losses: torch.Tensor, norms: torch.Tensor) -> None
     )
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """The CPU's allocator raises a plain RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
 def interrupt(signum, frame):
     raise KeyboardInterrupt
 
@@ -254,7 +260,9 @@ def main(argv=None) -> int:
         log["status"], code = "finished", cli.EXIT_OK
     except Diverged as error:
         log |= {"status": "diverged", "error": str(error)}
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         advice = f"use a --batch_size below {config.batch_size}, fewer --num_samples or --dtype bfloat16"
         log |= {"status": "out of memory", "error": f"out of memory on {problem.device}; {advice}"}
     except KeyboardInterrupt:

@@ -11,10 +11,11 @@ import argparse
 import sys
 
 import torch
-from minilm import WEIGHTS, checkpoint, floor
+from minilm import WEIGHTS, checkpoint
 
 import ks
 from ks import step
+from ks.factorize import loss_floor, population_loss
 from ks.layer import KSLinear
 from ks.weights import load_weight, make_weight
 
@@ -54,8 +55,8 @@ def gap(weight, rank, epochs, *, relative_step=100.0, flat_rate=None, betas=(0.9
     for epoch in range(1, epochs + 1):
         for index, (inputs, targets) in enumerate(samples.epoch(epoch)):
             optimiser.step(torch.nn.functional.mse_loss(model(inputs), targets), schedule.rate(epoch, index))
-    population = (target - model.to_dense()).double().square().sum().item() / rows
-    return population / floor(target, chain, rank) - 1
+    (floor,) = loss_floor(target, chain, [rank])
+    return population_loss(target, model.factors) / floor.lower - 1
 
 
 def main(argv=None) -> int:

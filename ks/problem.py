@@ -39,8 +39,8 @@ class Problem:
         return self.weight.tensor.shape[1]
 
     def internal_weight(self) -> torch.Tensor:
-        """W / unit in float32 on the training device."""
-        return (self.weight.tensor.double() / self.unit).to(self.device, torch.float32)
+        """W / unit in float64 on the training device."""
+        return self.weight.tensor.to(self.device, torch.float64) / self.unit
 
     def describe(self) -> dict:
         """What the problem is, for config files; the hash identifies the weight."""

@@ -58,6 +58,7 @@ PRINTED = {
     "final_val_loss": ("validation loss", "{:.4g}"),
     "population_loss": ("population loss", "{:.4g}"),
     "loss_floor": ("floor", "{:.4g}"),
+    "loss_floor_upper": ("upper bound", "{:.4g}"),
     "optimality_gap": ("gap", "{:.2%}"),
     "excess": ("excess", "{:.3%}"),
     "relative_loss": ("relative loss", "{:.2%}"),
@@ -70,10 +71,13 @@ PRINTED = {
 
 
 def summary_table(rows: list[dict]) -> str:
-    """The summary of a study, one line per rank; columns that no rank has are left out."""
+    """The summary of a study, one line per rank, without columns that no rank has or that say nothing."""
+    printed = dict(PRINTED)
+    if all(row.get("loss_floor_is_exact") in (True, None) for row in rows):
+        del printed["loss_floor_upper"]
     table = {
         header: ["-" if pd.isna(row.get(name)) else text.format(row[name]) for row in rows]
-        for name, (header, text) in PRINTED.items()
+        for name, (header, text) in printed.items()
         if any(not pd.isna(row.get(name)) for row in rows)
     }
     return pd.DataFrame(table).to_string(index=False)

@@ -17,6 +17,7 @@ from conftest import QUICK, ROOT
 import ks
 from ks import results
 from ks.factorize import loss_floor
+from ks.factorize import population_loss as chain_loss
 from ks.weights import load_weight, make_weight
 
 SUMMARY_START = (
@@ -433,8 +434,15 @@ def test_the_summary_reads_with_pandas_as_the_brief_does(swept):
     assert df.loc[df["final_val_loss"].idxmin(), "rank"] in (4, 100)
 
 
-def test_importing_ks_is_light():
-    code = "import sys, ks, ks.cli, ks.results, ks.step, ks.problem; print([m for m in sys.modules])"
-    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout
-    for heavy in ("triton", "matplotlib", "pandas", "torch._dynamo"):
-        assert f"'{heavy}'" not in loaded
+def test_the_hierarchical_start_of_three_factors_is_the_upper_bound(tmp_path, weight_path):
+    import train_with_random
+    from ks.problem import resolve
+
+    arguments = ["--weight_path", str(weight_path), "--init", "hierarchical", "--chain", "butterfly", "--rank", "2"]
+    config = train_with_random.build_parser().parse_config(arguments)
+    problem = resolve(config)
+    weight = problem.internal_weight()
+    start = chain_loss(weight, train_with_random.make_model(config, problem, weight).factors)
+    (floor,) = loss_floor(weight, problem.chain, [2])
+    assert start == pytest.approx(floor.upper, rel=1e-5)
+    assert floor.lower < floor.upper

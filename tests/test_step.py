@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from ks.step import LossScale, Optimiser, Samples, Schedule, choose_sampling, seeded_generator, whiten
+from ks.step import LossScale, Optimiser, Samples, Schedule, choose_sampling, seeded_generator, useful_threads, whiten
 
 WEIGHT = torch.randn(6, 10, generator=torch.Generator().manual_seed(3))
 
@@ -146,3 +146,8 @@ def test_loss_scale_unscales():
     gradients = (torch.full((2,), 2.0**16),)
     assert scale.unscale(gradients).item() == 0.0
     assert torch.equal(gradients[0], torch.ones(2))
+
+
+def test_small_products_use_one_thread_and_none_more_than_there_are():
+    assert useful_threads(1) == 1
+    assert useful_threads(2**60) == torch.get_num_threads()

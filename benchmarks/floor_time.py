@@ -1,0 +1,54 @@
+"""How long the exact floors of a weight take, by chain and size: what a sweep spends before its first training.
+
+    python benchmarks/floor_time.py
+    python benchmarks/floor_time.py --sizes 1024 2048
+
+Prints a Markdown table in seconds; one run each, on all threads.
+"""
+
+import argparse
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import ks
+from ks.plan import make_plan
+from ks.weights import make_weight
+
+RANKS = [2, 4, 8, 16, 32, 64, 128, 256, 512]
+
+
+def measure(size: int, family: str) -> list[float]:
+    """Seconds for: floor of every rank, bounds of `RANKS`, smallest rank for 0.1, low-rank reference."""
+    weight = make_weight(size, size, "xavier_uniform")
+    times = [time.perf_counter()]
+    plan = make_plan(weight, ks.make_chain(size, size, family), 1.0)
+    for work in (lambda: plan.floors(RANKS), lambda: plan.smallest_ranks(0.1), plan.curve_rows):
+        times.append(time.perf_counter())
+        work()
+    times.append(time.perf_counter())
+    return [after - before for before, after in pairwise(times)]
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 4096], help="sides of square weights")
+    options = parser.parse_args(argv)
+    measure(256, "butterfly")  # warm-up
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    print("| size | chain | floor of every rank | bounds of nine ranks | smallest rank for 0.1 | low-rank reference |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for size in options.sizes:
+        for family in ("monarch", "butterfly", "lowrank"):
+            cells = " | ".join(f"{value:.1f}" for value in measure(size, family))
+            print(f"| {size} × {size} | {family} | {cells} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
