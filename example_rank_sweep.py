@@ -7,6 +7,7 @@ Further flags go to rank_sweep_study.py. Writes ./demo_rank_sweep_results/ in th
 weight demo_weight.pth and everything that rank_sweep_study.py writes. Exit code: that of the step that failed, else 0.
 """
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,16 +28,23 @@ def run(script: str, *arguments) -> None:
     """Run one script; leave with its exit code if that is not 0."""
     command = [sys.executable, str(SCRIPTS / script), *map(str, arguments)]
     cli.note(f"\n$ python {script} {' '.join(map(str, arguments))}")
+    process = subprocess.Popen(command, start_new_session=True)
     try:
-        code = subprocess.run(command).returncode
+        code = process.wait()
     except KeyboardInterrupt:
-        code = cli.EXIT_INTERRUPTED
+        process.terminate()  # the sweep stops its training and still writes its summary
+        code = process.wait()
     if code != 0:
         print(f"example_rank_sweep.py: {script} ended with exit code {code}", file=sys.stderr)
         raise SystemExit(code)
 
 
+def interrupt(signum, frame):
+    raise KeyboardInterrupt
+
+
 def main(argv=None) -> int:
+    signal.signal(signal.SIGTERM, interrupt)
     options, sweep_flags = build_parser().parse_known_args(argv)
     output_dir = Path(options.output_dir)
     weight = output_dir / "demo_weight.pth"

@@ -35,6 +35,8 @@ def main(argv=None) -> int:
         if len(sources) > 1 and config.output_dir is None:
             raise ValueError("several --results_dir need an --output_dir for their common figure")
         studies = [read_study(results.SweepFiles(source, config.save_prefix)) for source in sources]
+        if len({study.weight_sha256 for study in studies}) > 1:
+            raise ValueError("the --results_dir are studies of different weights: their losses do not compare")
         if len(studies) > 1:
             figures = {"chains": plots.chains(studies, **look)}
         else:

@@ -23,8 +23,12 @@ from ks.study import read_study
 SCRIPT = "rank_sweep_study.py"
 TRAINER = Path(__file__).resolve().parent / "train_with_random.py"
 DEFAULT_RANKS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
-# Where the weight lies (its hash says what it is) and how much is reported do not make another study.
-NOT_COMPARED = ("weight_path", "weight_key", "transpose", "log_interval", "verbose", "quiet", "save_interval")
+# Flags that do not make another study: what they come to is compared (weight, chain, device, backend, sampling), or
+# they only say how much is reported.
+NOT_COMPARED = (
+    *("weight_path", "weight_key", "transpose", "chain", "blocks", "num_factors", "row_splits", "col_splits"),
+    *("device", "impl", "sampling", "log_interval", "log_grad_norm", "verbose", "quiet", "save_interval"),
+)
 
 
 def build_parser() -> cli.Parser:
@@ -117,13 +121,16 @@ def prepare(config, problem: Problem, plan: Plan, ranks: list[int], seeds: list[
     files = results.SweepFiles(results.prepare_output_dir(config.output_dir), config.save_prefix)
     description = problem.describe()
     settings = {name: value for name, value in cli.shared_settings(config).items() if name not in NOT_COMPARED}
-    settings |= {"seed": seeds[0], "weight_sha256": description["weight"]["sha256"]}
+    settings |= {name: description[name] for name in ("chain", "device", "impl", "sampling")}
+    settings |= {"seed": seeds[0], "weight": f"sha256 {description['weight']['sha256'][:16]}"}
     check_folder(files, settings, config.overwrite)
+    files.remove_outputs()
     for rank in ranks:
         for seed in seeds:
             run = run_files(files.directory, rank, seed, seeds[0])
             results.prepare_output_dir(run.directory)
             run.remove()
+            run.log.unlink(missing_ok=True)
     results.write_json(
         files.config,
         {
@@ -199,8 +206,8 @@ def outcome_message(task: launch.Task, outcome: launch.Outcome, files: results.R
     return "\n  ".join([f"{message}; end of {task.log}:", *tail])
 
 
-def exit_code(rows: list[dict]) -> int:
-    statuses = [row["status"] for row in rows]
+def exit_code(runs: list[dict]) -> int:
+    statuses = [run["status"] for run in runs]
     if "interrupted" in statuses:
         return cli.EXIT_INTERRUPTED
     if "ok" not in statuses:
@@ -223,11 +230,13 @@ def main(argv=None) -> int:
         weight = problem.weight.tensor.to(problem.device)
         plan = make_plan(weight, problem.chain, problem.predict_zero_loss)
         ranks = ranks_of(config, plan)
+        floors = plan.floors(ranks)
+        plan_notes = report.plan_notes(plan, config.target_relative_loss)
         files = None if config.dry_run else prepare(config, problem, plan, ranks, seeds)
-    for text in [*problem.notes, *report.plan_notes(plan, config.target_relative_loss)]:
+    for text in problem.notes:
         cli.note(text, config.quiet)
-    floors = plan.floors(ranks)
     if config.dry_run:
+        print("\n".join(plan_notes))
         print(report.plan_table(problem.chain, ranks, floors, problem.predict_zero_loss))
         for rank in ranks:
             for seed in seeds:
@@ -235,7 +244,13 @@ def main(argv=None) -> int:
                 print(shlex.join(make_task(config, rank, seed, run).command))
         return cli.EXIT_OK
 
+    for text in plan_notes:
+        cli.note(text, config.quiet)
     runs = sweep(config, ranks, seeds, files.directory)
+    finished = [run for run in runs if run["status"] == "ok"]
+    if any(run["population_loss"] is None for run in finished):
+        cli.note("floors are left out: the criterion is not the mean squared error", config.quiet)
+        floors = [None] * len(ranks)
     rows = []
     for rank, floor in zip(ranks, floors):
         of_rank = [run for run in runs if run["rank"] == rank]
@@ -249,7 +264,9 @@ def main(argv=None) -> int:
         print(sentence)
     for path in [files.summary_csv, *figures]:
         print(path)
-    return exit_code(rows)
+    for run in finished:
+        summary.check_above_floor(run["population_loss"], floors[ranks.index(run["rank"])], problem.predict_zero_loss)
+    return exit_code(runs)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 Inputs are x ~ N(0, σ²I), targets W x. Written to --output_dir after every epoch, under --save_prefix:
 PREFIX_rank_R_loss_curves.csv and .json, PREFIX_training_log.json; at the end PREFIX_final.pth and PREFIX_best.pth
 (lowest validation loss; both load with `ks.load`); PREFIX_config.json; PREFIX_epoch_N.pth every --save_interval epochs.
+A rerun under the same prefix replaces these files, also for another rank.
 Exit codes: 0 well, 1 diverged or out of memory, 2 bad input, 130 interrupted.
 """
 
@@ -98,7 +99,7 @@ def train(config, problem: Problem, files: results.RunFiles) -> dict:
             prediction = model(inputs)
         return criterion(prediction.float(), targets)
 
-    measured = is_mean_squared_error(criterion)
+    measured = is_mean_squared_error(criterion, samples.validation[0][1])
     population_interval = math.ceil(config.num_epochs / 10)
     best = Best(model, weight, keep_start=measured and config.init == "hierarchical")
     curves = []
@@ -153,9 +154,7 @@ def make_model(config, problem: Problem, weight: torch.Tensor) -> KSLinear:
     """
     patterns = problem.chain.patterns(config.rank)
     if config.init == "hierarchical":
-        model = KSLinear.from_dense(weight, patterns=patterns, impl=problem.impl).float()
-        model.batch_last = config.bs_last
-        return model
+        return KSLinear.from_dense(weight, patterns=patterns, impl=problem.impl, batch_last=config.bs_last).float()
     model = KSLinear.from_patterns(patterns, impl=problem.impl, batch_last=config.bs_last)
     model.reset_parameters(seeded_generator(config.seed, "init"))
     with torch.no_grad():
@@ -190,9 +189,9 @@ class Best:
         return self.kept
 
 
-def is_mean_squared_error(loss) -> bool:
-    """Whether a criterion is the mean squared error, tried on random numbers."""
-    prediction, target = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(0))
+def is_mean_squared_error(loss, target: torch.Tensor) -> bool:
+    """Whether a criterion is the mean squared error, tried on targets and a prediction off by uneven amounts."""
+    prediction = target + torch.linspace(-1, 2, target.numel(), device=target.device).reshape(target.shape)
     return torch.allclose(loss(prediction, target), torch.nn.functional.mse_loss(prediction, target))
 
 
@@ -260,8 +259,9 @@ def main(argv=None) -> int:
         log["status"], code = "finished", cli.EXIT_OK
     except Diverged as error:
         log |= {"status": "diverged", "error": str(error)}
-    except (RuntimeError, MemoryError) as error:
+    except Exception as error:
         if not is_out_of_memory(error):
+            log |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
             raise
         advice = f"use a --batch_size below {config.batch_size}, fewer --num_samples or --dtype bfloat16"
         log |= {"status": "out of memory", "error": f"out of memory on {problem.device}; {advice}"}
@@ -274,8 +274,8 @@ def main(argv=None) -> int:
     if code != cli.EXIT_OK:
         print(f"{SCRIPT}: {log['error']}", file=sys.stderr)
         return code
-    relative = last["val_loss"] / problem.predict_zero_loss
-    print(f"rank {config.rank}: validation loss {last['val_loss']:.6g}, {relative:.2%} of predicting 0; {files.final}")
+    share = f", {last['val_loss'] / problem.predict_zero_loss:.2%} of predicting 0" if "population_loss" in last else ""
+    print(f"rank {config.rank}: validation loss {last['val_loss']:.6g}{share}; {files.final}")
     return code
 
 

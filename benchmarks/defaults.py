@@ -37,8 +37,22 @@ SETTINGS = {
 }
 
 
-def gap(weight, rank, epochs, *, relative_step=100.0, flat_rate=None, betas=(0.9, 0.95), left_zero=True,
-        scheduler="cosine", sampling="whitened") -> float:  # fmt: skip
+RELATIVE_STEP, ADAM_BETAS = step.RELATIVE_STEP, step.ADAM_BETAS
+
+
+def gap(
+    weight,
+    rank,
+    epochs,
+    *,
+    relative_step=RELATIVE_STEP,
+    flat_rate=None,
+    betas=ADAM_BETAS,
+    left_zero=True,
+    scheduler="cosine",
+    sampling="whitened",
+) -> float:
+    """Train one chain with the given settings; population loss over floor, minus 1."""
     step.RELATIVE_STEP, step.ADAM_BETAS = relative_step, betas
     rows, cols = weight.shape
     chain = ks.make_chain(rows, cols)
@@ -64,6 +78,7 @@ def main(argv=None) -> int:
     parser.add_argument("--num_epochs", type=int, default=10, help="(default: 10)")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
+    print(f"torch {torch.__version__}, one thread, {options.num_epochs} epochs\n")
     print("| changed | " + " | ".join(f"{name}, {rank}" for name, rank in CASES) + " |")
     print("|" + " --- |" * (len(CASES) + 1))
     for name, changes in SETTINGS.items():

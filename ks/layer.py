@@ -92,6 +92,7 @@ class KSLinear(torch.nn.Module):
         patterns=None,
         bias=None,
         impl: str = "auto",
+        batch_last: bool = False,
         **chain_options,
     ) -> "KSLinear":
         """Compress a dense weight without training, by hierarchical factorisation (optimal for two factors).
@@ -101,17 +102,19 @@ class KSLinear(torch.nn.Module):
             rank: of the chain that `chain_options` (chain, blocks, num_factors, row_splits, col_splits) name.
             patterns: instead of a rank, explicit patterns that `ks.factorize.factorize` takes.
             bias: shape (m,), copied.
-            impl: as the class's.
+            impl, batch_last: as the class's.
         Raises:
-            ValueError: neither or both of rank and patterns, or a chain that cannot be factorised.
+            ValueError: neither or both of rank and patterns, chain options beside patterns, or a chain that cannot be
+                factorised.
         """
-        if (rank is None) == (patterns is None):
-            raise ValueError("from_dense needs either a rank or patterns")
+        if (rank is None) == (patterns is None) or (patterns is not None and chain_options):
+            raise ValueError("from_dense needs either a rank, with chain options, or patterns alone")
         if patterns is None:
             rows, cols = weight.shape
             patterns = make_chain(rows, cols, chain_options.pop("chain", "monarch"), **chain_options).patterns(rank)
         factors = factorize(weight.detach(), patterns)
-        layer = cls.from_patterns(patterns, bias is not None, impl=impl, device=weight.device, dtype=weight.dtype)
+        place = {"device": weight.device, "dtype": weight.dtype}
+        layer = cls.from_patterns(patterns, bias is not None, impl=impl, batch_last=batch_last, **place)
         with torch.no_grad():
             for parameter, values in zip(layer.factors, factors):
                 parameter.copy_(values)
@@ -142,7 +145,8 @@ class KSLinear(torch.nn.Module):
         y = chain_product(x, list(self.factors), self.batch_last)
         if self.bias is None:
             return y
-        return y + (self.bias.view(-1, *[1] * (y.ndim - 1)) if self.batch_last else self.bias)
+        bias = self.bias.to(y.dtype)
+        return y + (bias.view(-1, *[1] * (y.ndim - 1)) if self.batch_last else bias)
 
     @torch.no_grad()
     def to_dense(self) -> torch.Tensor:

@@ -142,7 +142,8 @@ class Chain:
     def saturation_rank(self) -> int:
         """The rank max_l min(M_{≤l}, N_{>l}) above which a larger rank changes nothing."""
         if not self.row_splits:
-            return min(self.rows, self.cols)
+            square = self.rows == self.cols and self.rows & (self.rows - 1) == 0
+            return 1 if square else min(self.rows, self.cols)
         limits = (self.block_shape(split) for split in range(1, self.num_splits + 1))
         return max(min(height, width) for height, _, _, width in limits)
 
@@ -181,7 +182,7 @@ class Chain:
         """What a reader of a study on this chain should be told, one sentence each; empty when nothing is odd."""
         if self.family == "lowrank_butterfly":
             notes = ["lowrank_butterfly is kept for comparison with the 2025 study; it is exactly rank-r"]
-            if self.rows == self.cols and self.rows & (self.rows - 1) == 0:
+            if self.saturation_rank == 1 < self.rows:
                 notes = [f"lowrank_butterfly on a square {self.rows} × {self.cols} weight: the rank has no effect"]
             return notes
         if self.family == "monarch" and 1 in (self.row_splits[-1], self.col_splits[0]):

@@ -35,11 +35,10 @@ class Plan:
         floors = loss_floor(self.weight, self.chain, ranks, self.curve / unit)
         return [Floor(floor.rank, floor.lower * unit, floor.upper * unit, floor.exact) for floor in floors]
 
-    def smallest_ranks(self, target: float) -> tuple[int, int] | None:
+    def smallest_ranks(self, target: float) -> tuple[int, int]:
         """The smallest rank whose lower bound, and the smallest whose upper bound, is at most target · predict_zero.
 
-        Equal for two factors: no smaller rank can reach the target, and this one does. Every family reaches any target
-        at saturation by its lower bound; the second rank is None where its upper bound stays above the target there.
+        Equal for two factors: no smaller rank can reach the target, and this one does. Both bounds are 0 at saturation.
 
         Args:
             target: relative loss, in (0, 1).
@@ -49,8 +48,6 @@ class Plan:
             return lower, lower
         upper_of, limit = HierarchicalLoss(self.weight, self.chain), target * self.predict_zero / self._unit
         low, high = lower, self.chain.saturation_rank
-        if upper_of(high) > limit:
-            return lower, None
         while low < high:
             middle = (low + high) // 2
             low, high = (low, middle) if upper_of(middle) <= limit else (middle + 1, high)
@@ -59,7 +56,7 @@ class Plan:
     def ranks_around(self, target: float) -> list[int]:
         """Ranks that show where a target is reached: a quarter, half, once and twice the smallest that can reach it."""
         lower, upper = self.smallest_ranks(target)
-        wanted = {lower // 4, lower // 2, lower, 2 * lower, upper or lower}
+        wanted = {lower // 4, lower // 2, lower, 2 * lower, upper}
         return sorted({min(rank, self.chain.saturation_rank) for rank in wanted if rank > 0})
 
     def curve_rows(self) -> list[dict]:

@@ -36,7 +36,7 @@ def loss_curves(
 
     Args:
         curves: columns epoch, train_loss, val_loss, rank and, with several seeds, seed.
-        summary: columns rank, status and, where there is a floor, loss_floor.
+        summary: columns rank, num_seeds and, where there is a floor, loss_floor.
         log_scale: logarithmic loss axis.
         title: above both panels.
         figsize: (width, height) in inches.
@@ -44,7 +44,7 @@ def loss_curves(
     figure = Figure(figsize=figsize or (12, 5), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     colors = rank_colors(summary["rank"])
-    failed = set(summary["rank"][summary["status"] != "ok"])
+    failed = set(summary["rank"][summary["num_seeds"] == 0])
     floors = summary.set_index("rank")["loss_floor"].astype(float).dropna()
     ends = {axes: [] for axes in panels}
     for axes, column, name in zip(panels, ("train_loss", "val_loss"), ("Training", "Validation")):

@@ -1,10 +1,12 @@
 """The learning problem that the flags name, checked and resolved before anything is written or started."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from ks import cli
+from ks.factorize import no_floor_reason
 from ks.ops import choose_impl
 from ks.patterns import Chain
 from ks.step import choose_sampling
@@ -82,7 +84,15 @@ def resolve(config) -> Problem:
             f"batch of {config.batch_size}; raise --num_samples or lower --batch_size"
         )
     sampling, sampling_reason = choose_sampling(config.sampling, num_train, cols)
+    if config.init == "hierarchical" and (reason := no_floor_reason(chain)):
+        raise ValueError(f"--init hierarchical: {reason}; use --init random")
     unit = (weight.tensor.double().norm() / rows**0.5).item()
+    predict_zero_loss = config.input_std * unit * config.input_std * unit
+    if not 0 < predict_zero_loss < math.inf:
+        raise ValueError(
+            f"--input_std {config.input_std:g} on a weight of norm {unit * rows**0.5:g}: the loss of predicting 0 is "
+            f"{predict_zero_loss:g} in double precision; scale one of them"
+        )
     return Problem(
         weight,
         chain,
@@ -92,6 +102,6 @@ def resolve(config) -> Problem:
         num_train,
         num_validation,
         unit,
-        (config.input_std * unit) ** 2,
+        predict_zero_loss,
         (*chain.notes(), f"impl {impl}: {impl_reason}", f"sampling {sampling}: {sampling_reason}"),
     )

@@ -21,8 +21,7 @@ def plan_notes(plan: Plan, target: float | None = None) -> list[str]:
     if lower == upper:
         notes.append(f"target {target:g}: rank {lower} is the smallest that reaches it")
     else:
-        reached = f"the factorisation reaches it at rank {upper}" if upper else "the factorisation does not reach it"
-        notes.append(f"target {target:g}: no rank below {lower} can reach it; {reached}")
+        notes.append(f"target {target:g}: no rank below {lower} can reach it; the factorisation does at rank {upper}")
     return notes
 
 

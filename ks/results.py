@@ -1,6 +1,7 @@
 """What a study leaves on disk: names, columns, atomic writes, reading back. Plain csv and json, no pandas."""
 
 import csv
+import glob
 import json
 import math
 import os
@@ -92,13 +93,8 @@ class RunFiles:
     def remove(self) -> None:
         """Delete what an earlier run of the same name left, its epoch checkpoints too."""
         stale = [self.curves_csv, self.curves_json, self.final, self.best, self.config, self.training_log]
-        for path in stale + list(self.directory.glob(f"{glob_escape(self.prefix)}_epoch_*.pth")):
+        for path in stale + list(self.directory.glob(f"{glob.escape(self.prefix)}_epoch_*.pth")):
             path.unlink(missing_ok=True)
-
-
-def glob_escape(text: str) -> str:
-    """Quote the characters that a glob pattern gives a meaning."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in text)
 
 
 def rank_files(output_dir, rank: int, seed: int | None = None) -> RunFiles:
@@ -133,6 +129,14 @@ class SweepFiles:
     @property
     def config(self) -> Path:
         return self.directory / f"{self.prefix}_config.json"
+
+    def remove_outputs(self) -> None:
+        """Delete summary, runs and figures of an earlier sweep: nothing may outlive the results it was made of."""
+        for path in (self.summary_csv, self.summary_json, self.runs_csv):
+            path.unlink(missing_ok=True)
+        for name in ("loss_curves", "final_losses", "floor"):
+            for suffix in ("png", "svg", "pdf"):
+                self.figure(name, suffix).unlink(missing_ok=True)
 
     def figure(self, name: str, suffix: str = "png") -> Path:
         return self.directory / f"{self.prefix}_{name}.{suffix}"

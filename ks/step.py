@@ -8,10 +8,6 @@ import math
 
 import torch
 
-SAMPLINGS = ("auto", "whitened", "fresh", "fixed")
-OPTIMIZERS = ("adamw", "adam", "sgd")
-SCHEDULERS = ("cosine", "plateau", "step", "none")
-
 # A value of a factor has the natural size 1/√c (it keeps the variance of its input). One Adam step of learning rate lr
 # moves it by RELATIVE_STEP · lr of that, whatever rank, shape and scale. Of what was tried, this and the second-moment
 # memory of 20 steps come closest to the floor at lr = 1e-3 (benchmarks/README.md).

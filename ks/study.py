@@ -22,6 +22,7 @@ class Study:
     floor: pd.DataFrame
     title: str | None
     chain: str | None
+    weight_sha256: str | None
 
 
 def read_study(files: results.SweepFiles) -> Study:
@@ -34,15 +35,17 @@ def read_study(files: results.SweepFiles) -> Study:
         raise ValueError(f"{files.directory}: no such folder")
     found = results.find_curves(files.directory)
     rows = results.read_json(files.summary_json)
+    others = sorted(path.name.removesuffix("_summary.json") for path in files.directory.glob("*_summary.json"))
+    if rows is None and others:
+        raise ValueError(f"{files.directory} has no {files.summary_json.name}; give --save_prefix: {', '.join(others)}")
     if not found and not rows:
         raise ValueError(f"{files.directory} holds no results (no rank_R/rank_R_rank_R_loss_curves.csv in it)")
     config = results.read_json(files.config) or {}
-    if rows:
-        seeds = [None, *config.get("seeds", [])[1:]]
-        members = [(row["rank"], seed) for row in rows for seed in seeds]
-        found = {member: found[member] for member in members if member in found}
+    ours = bool(rows) and all("status" in row for row in rows)  # the 2025 summaries have no status
+    if ours:
+        found = {member: path for member, path in found.items() if member in _shown(files, rows, config)}
     curves = {member: results.read_curves(path) for member, path in found.items()}
-    if not rows:
+    if not ours:
         runs = {rank: [] for rank, _ in found}
         for (rank, _), run in curves.items():
             runs[rank].append(summary.run_row(rank, run))
@@ -55,4 +58,17 @@ def read_study(files: results.SweepFiles) -> Study:
         pd.read_csv(files.floor_csv) if files.floor_csv.is_file() else pd.DataFrame(columns=results.FLOOR_COLUMNS),
         config.get("title"),
         config.get("problem", {}).get("chain"),
+        config.get("problem", {}).get("weight", {}).get("sha256"),
     )
+
+
+def _shown(files: results.SweepFiles, rows: list[dict], config: dict) -> set[tuple[int, int | None]]:
+    """The runs to draw: of this study, failed ones only where no seed of their rank finished."""
+    first, *further = config.get("seeds") or [None]
+    members = {(row["rank"], seed) for row in rows for seed in (None, *further)}
+    if not files.runs_csv.is_file():
+        return members
+    runs = pd.read_csv(files.runs_csv)
+    well = set(runs["rank"][runs["status"] == "ok"])
+    failed = runs[(runs["status"] != "ok") & runs["rank"].isin(well)]
+    return members - {(rank, None if seed == first else seed) for rank, seed in zip(failed["rank"], failed["seed"])}

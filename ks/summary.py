@@ -43,21 +43,21 @@ def run_row(rank: int, curves: list[dict], status: str = "ok", **extra) -> dict:
 def rank_row(
     runs: list[dict], chain: Chain | None = None, floor: Floor | None = None, predict_zero: float | None = None
 ):
-    """One row of the summary: means over the seeds of one rank, and where it stands against its floor.
+    """One row of the summary: means over the finished seeds of one rank, and where it stands against its floor.
 
     Args:
         runs: rows of `run_row` for one rank, one per seed.
         chain: for parameters and saturation.
-        floor: of that rank, in the units of the losses; None where there is none. Left out where a run that ended well
-            has no population loss: its criterion is not the mean squared error.
+        floor: of that rank, in the units of the losses; None where there is none.
         predict_zero: loss of predicting 0, in the same units.
     Returns:
         a dict with the keys of `ks.results.SUMMARY_COLUMNS`; None where a value is not known.
     """
-    good = [run for run in runs if run["status"] == "ok"] or runs
+    finished = [run for run in runs if run["status"] == "ok"]
+    good = finished or runs
     first = good[0]
     row = {key: first.get(key) for key in ("rank", "min_train_epoch", "min_val_epoch", "num_epochs")}
-    row |= {"num_seeds": len(runs), "train_seconds": _mean([run.get("train_seconds") for run in runs])}
+    row |= {"num_seeds": len(finished), "train_seconds": _mean([run.get("train_seconds") for run in runs])}
     row |= {name: _mean([run[name] for run in good]) for name in MEASURES}
     row |= {f"{name}_se": _standard_error([run[name] for run in good]) for name in WITH_ERROR}
     bad = [run["status"] for run in runs if run["status"] != "ok"]
@@ -68,8 +68,7 @@ def rank_row(
         row["saturated"] = row["rank"] >= chain.saturation_rank
     if predict_zero is not None and row["population_loss"] is not None:
         row["relative_loss"] = row["population_loss"] / predict_zero
-    another_criterion = row["status"] == "ok" and row["population_loss"] is None
-    if floor is not None and not another_criterion:
+    if floor is not None:
         row |= {"loss_floor": floor.lower, "loss_floor_upper": floor.upper, "loss_floor_is_exact": floor.exact}
         row |= _distance(row["population_loss"], floor, predict_zero)
     row["verdict"] = verdict(row, predict_zero)
@@ -89,19 +88,20 @@ def _standard_error(values: list) -> float | None:
 def _distance(population: float | None, floor: Floor, predict_zero: float) -> dict:
     if population is None:
         return {}
-    check_above_floor(population, floor, predict_zero)
     distance = {"excess": max(0.0, population - floor.lower) / predict_zero, "optimality_gap": None}
     if floor.lower >= NEGLIGIBLE_FLOOR * predict_zero:
         distance["optimality_gap"] = max(0.0, population / floor.lower - 1)
     return distance
 
 
-def check_above_floor(population: float, floor: Floor, predict_zero: float) -> None:
-    """No chain can be below its floor: if this raises, the floor or the loss is computed wrongly.
+def check_above_floor(population: float | None, floor: Floor | None, predict_zero: float) -> None:
+    """No chain can be below its floor: if this raises, the floor or the loss is computed wrongly. None is not checked.
 
     Raises:
         AssertionError: the population loss is below the lower bound by more than rounding.
     """
+    if population is None or floor is None:
+        return
     if population < floor.lower * (1 - ROUNDING) - ROUNDING * predict_zero:
         raise AssertionError(f"rank {floor.rank}: population loss {population!r} is below its floor {floor.lower!r}")
 
@@ -113,7 +113,7 @@ def verdict(row: dict, predict_zero: float | None) -> str | None:
     counts. sample-limited: not so, and the training loss hides more than half of the distance to the floor.
     undertrained: neither.
     """
-    if row["status"] != "ok":
+    if row["num_seeds"] == 0:
         return None
     words = []
     if row.get("loss_floor") is not None and row["population_loss"] is not None:
@@ -137,10 +137,14 @@ def advice(rows: list[dict], sampling: str | None = None) -> list[str]:
     sentences = []
     for row in rows:
         words = (row.get("verdict") or "").split(", ")
+        if row["status"].startswith("interrupted"):
+            continue
         if row["status"] != "ok":
             sentences.append(f"rank {row['rank']}: {row['status']}; see its train.log")
         elif "sample-limited" in words:
-            remedy = "more samples" if sampling in ("whitened", "fresh") else "--sampling fresh or more samples"
+            remedy = (
+                "more samples" if sampling in ("whitened", "fresh") else "--sampling whitened, fresh or more samples"
+            )
             sentences.append(
                 f"rank {row['rank']}: {_above(row)} and training loss well below that: sample-limited; use {remedy}"
             )

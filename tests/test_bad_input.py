@@ -59,6 +59,9 @@ def refused(tmp_path, monkeypatch, capsys):
             "one or",
         ),
         (["--weight_path", "w.pth", "--chain", "butterfly", "--num_factors", "6"], "--chain monarch"),
+        (["--weight_path", "w.pth", "--chain", "lowrank_butterfly", "--init", "hierarchical"], "use --init random"),
+        (["--weight_path", "w.pth", "--input_std", "1e-200"], "scale one of them"),
+        (["--weight_path", "w.pth", "--input_std", "1e200"], "scale one of them"),
         (["--weight_path", "w.pth", "--impl", "triton"], "no Triton kernels"),
         (["--weight_path", "w.pth", "--device", "cuda"], "0 CUDA devices"),
         (["--weight_path", "w.pth", "--device", "abacus"], "auto, cpu, cuda"),
@@ -113,6 +116,17 @@ def test_plotting(refused, tmp_path, content, message):
         header = "epoch,train_loss,val_loss,rank\n1,0.5,zwei,2\n" if content == "half" else content
         (tmp_path / "results" / "rank_2" / "rank_2_rank_2_loss_curves.csv").write_text(header)
     assert message in refused("plot_rank_results", "--results_dir", "results")
+
+
+def test_comparing(refused, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rank_sweep_summary.json").write_text('[{"rank": 2, "status": "ok", "final_val_loss": 1.0}]')
+        (tmp_path / name / "rank_sweep_config.json").write_text(f'{{"problem": {{"weight": {{"sha256": "{name}"}}}}}}')
+    assert "--output_dir" in refused("plot_rank_results", "--results_dir", "a", "b")
+    line = refused("plot_rank_results", "--results_dir", "a", "b", "--output_dir", "c")
+    assert "different weights" in line
+    assert "--save_prefix: rank_sweep" in refused("plot_rank_results", "--results_dir", "a", "--save_prefix", "mine")
 
 
 def test_generating(refused, tmp_path):

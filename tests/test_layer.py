@@ -108,3 +108,10 @@ def test_it_trains_in_a_plain_torch_loop():
         loss.backward()
         optimizer.step()
     assert loss < 1e-2 * target.square().sum() / 16
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_autocast_gives_the_dtype_of_a_linear_layer(bias):
+    x = torch.randn(4, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert KSLinear(8, 8, bias=bias)(x).dtype == torch.nn.Linear(8, 8, bias=bias)(x).dtype == torch.bfloat16

@@ -33,7 +33,7 @@ def make_study(ranks, num_epochs=10, level=1.1, statuses=None, seeds=(None,)):
         run_rows = [summary.run_row(rank, run if status == "ok" else [], status) for run in runs]
         rows.append(summary.rank_row(run_rows, CHAIN, floor, 2.0))
     table = pd.DataFrame([{name: row.get(name) for name in results.SUMMARY_COLUMNS} for row in rows])
-    return Study("study", pd.DataFrame(epochs), table, pd.DataFrame(PLAN.curve_rows()), "title", CHAIN.describe())
+    return Study("study", pd.DataFrame(epochs), table, pd.DataFrame(PLAN.curve_rows()), "title", CHAIN.describe(), None)
 
 
 def luminance(color):
@@ -141,4 +141,4 @@ def test_chains_side_by_side(tmp_path):
     assert len(figure.axes[0].get_legend().get_texts()) == 2
     old = studies[0].summary.assign(relative_loss=np.nan)
     with pytest.raises(ValueError, match="no relative losses"):
-        plots.chains([Study("old", studies[0].curves, old, studies[0].floor, None, None)])
+        plots.chains([Study("old", studies[0].curves, old, studies[0].floor, None, None, None)])

@@ -18,6 +18,7 @@ import ks
 from ks import results
 from ks.factorize import loss_floor
 from ks.factorize import population_loss as chain_loss
+from ks.study import read_study
 from ks.weights import load_weight, make_weight
 
 SUMMARY_START = (
@@ -266,7 +267,7 @@ def test_a_target_chooses_the_ranks_and_names_the_smallest(run, weight_path):
     assert done.returncode == 0, done.stderr
     weight = torch.load(weight_path)
     smallest = next(rank for rank in range(1, 9) if floor_of(weight, rank) <= 0.3 * weight.square().sum() / 16)
-    assert f"target 0.3: rank {smallest} is the smallest that reaches it" in done.stderr
+    assert f"target 0.3: rank {smallest} is the smallest that reaches it" in done.stdout
     assert f"--rank {smallest} " in done.stdout
 
 
@@ -310,10 +311,11 @@ def test_every_rank_sees_the_same_validation_set(swept):
 def test_another_study_in_the_folder_is_named_and_kept(swept, tmp_path):
     shutil.copytree(swept[0], tmp_path / "copy")
     command = [sys.executable, str(ROOT / "rank_sweep_study.py"), "--weight_path", "weight.pth", *QUICK[:4]]
-    command += ["--ranks", "2", "--num_epochs", "2"]
+    command += ["--ranks", "2", "--num_epochs", "2", "--chain", "monarch", "--sampling", "whitened", "--device", "cpu"]
     refused = subprocess.run(command, cwd=tmp_path / "copy", capture_output=True, text=True)
     assert refused.returncode == 2
     assert "num_epochs was 3, now 2" in refused.stderr
+    assert "chain" not in refused.stderr
     assert refused.stderr.count("error") == 1
     study = tmp_path / "copy" / "rank_sweep_results"
     assert len(read_table(study / "rank_sweep_summary.csv")) == 3
@@ -352,13 +354,14 @@ def test_a_sweep_where_every_rank_diverges_exits_1(run, weight_path, tmp_path):
 def test_an_interrupted_sweep_summarises_and_leaves_no_process(weight_path, tmp_path, sent):
     command = [sys.executable, str(ROOT / "rank_sweep_study.py"), "--weight_path", str(weight_path)]
     command += ["--ranks", "1", "2", "--num_epochs", "100000", "--num_samples", "80", "--output_dir", "out"]
+    command += ["--seeds", "0", "1"] if sent == signal.SIGTERM else []
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: results.rank_files(tmp_path / "out", 1).curves_csv.exists())
     process.send_signal(sent)
     process.communicate(timeout=60)
     assert process.returncode == 130
     rows = read_table(tmp_path / "out" / "rank_sweep_summary.csv")
-    assert [row["status"] for row in rows] == ["interrupted", "interrupted"]
+    assert [row["status"].split(" ")[0] for row in rows] == ["interrupted", "interrupted"]
     assert int(rows[0]["num_epochs"]) > 0
     assert subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True).stdout == b""
 
@@ -368,8 +371,9 @@ def test_dry_run_prints_the_plan_and_commands_that_work(run, weight_path, tmp_pa
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "rank_sweep_results").exists()
     plan = done.stdout.splitlines()
-    assert "(1, 4, 8, 4) (4, 8, 6, 1)" in plan[1]
-    assert "saturated, larger than dense" in plan[3]
+    assert plan[0].startswith("saturation: from rank 4 on")
+    assert "(1, 4, 8, 4) (4, 8, 6, 1)" in plan[3]
+    assert "saturated, larger than dense" in plan[5]
     commands = [line for line in plan if "train_with_random.py" in line]
     assert len(commands) == 3
     assert subprocess.run(commands[0], shell=True, cwd="/", capture_output=True).returncode == 0
@@ -423,8 +427,11 @@ def test_a_folder_of_the_2025_scripts_plots(run, tmp_path):
         folder.mkdir(parents=True)
         rows = "\n".join(f"{epoch},{1 / epoch + 1 / rank},{1.1 / epoch + 1 / rank},{rank}" for epoch in range(1, 6))
         (folder / f"rank_{rank}_rank_{rank}_loss_curves.csv").write_text(f"epoch,train_loss,val_loss,rank\n{rows}\n")
+    (tmp_path / "old" / "rank_sweep_summary.json").write_text('[{"rank": 2, "final_val_loss": 0.72}]')
     done = run("plot_rank_results.py", "--results_dir", "old")
     assert done.returncode == 0, done.stderr
+    study = read_study(results.SweepFiles(tmp_path / "old", "rank_sweep"))
+    assert list(study.summary["num_seeds"]) == [1, 1]
     assert (tmp_path / "old" / "rank_sweep_loss_curves.png").exists()
     assert "0.2825" in done.stdout
 
@@ -446,3 +453,39 @@ def test_the_hierarchical_start_of_three_factors_is_the_upper_bound(tmp_path, we
     (floor,) = loss_floor(weight, problem.chain, [2])
     assert start == pytest.approx(floor.upper, rel=1e-5)
     assert floor.lower < floor.upper
+
+
+def test_a_criterion_that_weighs_outputs_trains(weight_path, tmp_path, monkeypatch):
+    import train_with_random
+
+    weights = torch.linspace(0.5, 1.5, 16)
+    monkeypatch.setattr(train_with_random, "criterion", lambda p, t: (weights * (p - t).square()).mean())
+    arguments = ["--weight_path", str(weight_path), *QUICK, "--output_dir", str(tmp_path / "out"), "--quiet"]
+    assert train_with_random.main(arguments) == 0
+    rows = read_table(tmp_path / "out" / "ks_chain_rank_4_loss_curves.csv")
+    assert {row["population_loss"] for row in rows} == {""}
+
+
+def test_an_unforeseen_error_is_logged_as_a_failure(weight_path, tmp_path, monkeypatch):
+    import train_with_random
+
+    def broken(prediction, target):
+        raise ArithmeticError("no sums today")
+
+    monkeypatch.setattr(train_with_random, "criterion", broken)
+    with pytest.raises(ArithmeticError):
+        train_with_random.main(["--weight_path", str(weight_path), *QUICK, "--output_dir", str(tmp_path / "out")])
+    log = json.loads((tmp_path / "out" / "ks_chain_training_log.json").read_text())
+    assert log["status"] == "failed"
+    assert "no sums today" in log["error"]
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_demo_leaves_a_summary_and_no_process(tmp_path, sent):
+    command = [sys.executable, str(ROOT / "example_rank_sweep.py"), "--output_dir", str(tmp_path / "demo")]
+    process = subprocess.Popen([*command, "--ranks", "2", "--num_epochs", "100000"], stderr=subprocess.DEVNULL)
+    wait_for(lambda: results.rank_files(tmp_path / "demo", 2).curves_csv.exists())
+    process.send_signal(sent)
+    assert process.wait(60) == 130
+    assert read_table(tmp_path / "demo" / "rank_sweep_summary.csv")[0]["status"] == "interrupted"
+    assert subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True).stdout == b""

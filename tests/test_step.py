@@ -148,6 +148,6 @@ def test_loss_scale_unscales():
     assert torch.equal(gradients[0], torch.ones(2))
 
 
-def test_small_products_use_one_thread_and_none_more_than_there_are():
-    assert useful_threads(1) == 1
-    assert useful_threads(2**60) == torch.get_num_threads()
+def test_small_products_use_one_thread_and_none_more_than_there_are(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    assert [useful_threads(size) for size in (1, 2**26 - 1, 2**26, 2**60)] == [1, 1, 2, 8]

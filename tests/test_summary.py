@@ -72,9 +72,10 @@ def test_without_a_floor_only_the_marks_remain():
 
 
 def test_below_the_floor_is_an_error_beyond_rounding():
-    make_row(population=0.2 * (1 - 1e-10))
+    floor = Floor(2, 0.2, 0.2, True)
+    summary.check_above_floor(0.2 * (1 - 1e-10), floor, 1.0)
     with pytest.raises(AssertionError, match="rank 2: population loss .* is below its floor"):
-        make_row(population=0.2 * (1 - 1e-7))
+        summary.check_above_floor(0.2 * (1 - 1e-7), floor, 1.0)
 
 
 def test_seeds_are_averaged_with_standard_errors_and_failures_counted():
@@ -86,6 +87,7 @@ def test_seeds_are_averaged_with_standard_errors_and_failures_counted():
     runs.append(summary.run_row(2, [], "diverged", seed=2))
     row = summary.rank_row(runs)
     assert row["status"] == "diverged (1 of 3 seeds)"
+    assert row["num_seeds"] == 2
     assert row["final_val_loss"] == pytest.approx(0.4)
 
 
@@ -97,7 +99,7 @@ def test_advice_is_plain():
     ]
     sentences = summary.advice(rows, "fixed")
     assert sentences[0].startswith("rank 2: 30% above its floor and training loss well below that: sample-limited")
-    assert "--sampling fresh" in sentences[0]
+    assert "--sampling whitened, fresh" in sentences[0]
     assert "--num_epochs" in sentences[1]
     assert "train.log" in sentences[2]
     assert "larger" not in sentences[0]
