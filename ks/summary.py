@@ -22,7 +22,7 @@ SEEN_SHARE = 0.5
 
 
 def run_row(rank: int, curves: list[dict], status: str = "ok", **extra) -> dict:
-    """Summary of one run; losses are None where a curve has no finite value, never an invented number.
+    """Summary of one run; losses are None where a curve has no finite value, final ones where the run did not finish.
 
     Args:
         rank: of the run.
@@ -35,8 +35,9 @@ def run_row(rank: int, curves: list[dict], status: str = "ok", **extra) -> dict:
         values = [(entry[f"{split}_loss"], entry["epoch"]) for entry in curves if math.isfinite(entry[f"{split}_loss"])]
         best, epoch = min(values, default=(None, None))
         row |= {f"min_{split}_loss": best, f"min_{split}_epoch": epoch}
-        row[f"final_{split}_loss"] = finite(curves[-1][f"{split}_loss"]) if curves else None
-    row["population_loss"] = finite(curves[-1].get("population_loss", math.nan)) if curves else None
+    last = curves[-1] if curves and status == "ok" else {}
+    for name in ("final_train_loss", "final_val_loss", "population_loss"):
+        row[name] = finite(last.get(name.removeprefix("final_")))
     return row
 
 
