@@ -14,9 +14,10 @@ WITH_ERROR = ("final_train_loss", "final_val_loss", "population_loss")
 NEGLIGIBLE_FLOOR = 1e-6
 # Rounding of float32 factors and of the floor, as a share of predict-0 and of the floor.
 ROUNDING = 1e-9
-# A rank has converged when it is within 1% of its floor, or within 0.1% of predict-0.
-CONVERGED_GAP = 0.01
+# A rank has converged when its excess is at most 0.1% of predict-0, or 1% of the smaller of its floor and of what its
+# rank can remove (predict-0 − floor): within 1% of a floor close to predict-0 means nothing.
 CONVERGED_EXCESS = 0.001
+CONVERGED_SHARE = 0.01
 # Samples are the limit where training sees less than half of the distance to the floor.
 SEEN_SHARE = 0.5
 
@@ -110,8 +111,9 @@ def check_above_floor(population: float | None, floor: Floor | None, predict_zer
 def verdict(row: dict, predict_zero: float | None) -> str | None:
     """What limits a rank, and its marks, comma-separated; None for a failed rank, only the marks without a floor.
 
-    converged: within 1% of the floor, or within 0.1% of predict-0 above it; with bounds that do not meet, the upper one
-    counts. sample-limited: not so, and the training loss hides more than half of the distance to the floor.
+    converged: at most 0.1% of predict-0 above the floor, or 1% of the smaller of the floor and of what the rank can
+    remove; with bounds that do not meet, the upper one counts.
+    sample-limited: not so, and the training loss hides more than half of the distance to the floor.
     undertrained: neither.
     """
     if row["num_seeds"] == 0:
@@ -120,7 +122,7 @@ def verdict(row: dict, predict_zero: float | None) -> str | None:
     if row.get("loss_floor") is not None and row["population_loss"] is not None:
         population, target = row["population_loss"], row["loss_floor_upper"]
         distance = population - target
-        if distance <= max(CONVERGED_GAP * target, CONVERGED_EXCESS * predict_zero):
+        if distance <= max(CONVERGED_SHARE * min(target, predict_zero - target), CONVERGED_EXCESS * predict_zero):
             words.append("converged")
         elif row["final_train_loss"] - target < SEEN_SHARE * distance:
             words.append("sample-limited")

@@ -51,6 +51,8 @@ def test_a_negligible_floor_has_no_gap():
     [
         ({"population": 0.2019}, "converged"),
         ({"population": 0.0209, "lower": 0.02, "train": 0.0209}, "converged"),
+        ({"population": 0.9985, "lower": 0.99, "train": 0.9985}, "undertrained"),
+        ({"population": 0.9909, "lower": 0.99, "train": 0.9909}, "converged"),
         ({"population": 0.26, "train": 0.26}, "undertrained"),
         ({"population": 0.26, "train": 0.231}, "undertrained"),
         ({"population": 0.26, "train": 0.229}, "sample-limited"),
