@@ -206,6 +206,30 @@ def outcome_message(task: launch.Task, outcome: launch.Outcome, files: results.R
     return "\n  ".join([f"{message}; end of {task.log}:", *tail])
 
 
+def conclude(config, problem: Problem, files: results.SweepFiles, ranks: list[int], floors: list, runs: list) -> None:
+    """Write summary and figures of this sweep's ranks, and no others; print the summary and what to do next.
+
+    Raises:
+        AssertionError: a population loss below its floor, which would be a fault in here; after all is written.
+    """
+    finished = [run for run in runs if run["status"] == "ok"]
+    if any(run["population_loss"] is None for run in finished):
+        cli.note("floors are left out: the criterion is not the mean squared error", config.quiet)
+        floors = [None] * len(ranks)
+    runs_of = {rank: [run for run in runs if run["rank"] == rank] for rank in ranks}
+    predict_zero = problem.predict_zero_loss
+    rows = [summary.rank_row(runs_of[rank], problem.chain, floor, predict_zero) for rank, floor in zip(ranks, floors)]
+    results.write_csv(files.runs_csv, results.RUN_COLUMNS, runs)
+    results.write_summary(files, rows)
+    look = {"log_scale": config.log_scale, "title": config.title, "figsize": config.figsize}
+    figures = plots.save_figures(plots.study_figures(read_study(files), **look), files, config.formats, config.dpi)
+    print("\n".join([report.summary_table(rows), *summary.advice(rows, problem.sampling)]))
+    print("\n".join(map(str, [files.summary_csv, *figures])))
+    floor_of = dict(zip(ranks, floors))
+    for run in finished:
+        summary.check_above_floor(run["population_loss"], floor_of[run["rank"]], predict_zero)
+
+
 def exit_code(runs: list[dict]) -> int:
     statuses = [run["status"] for run in runs]
     if "interrupted" in statuses:
@@ -247,25 +271,7 @@ def main(argv=None) -> int:
     for text in plan_notes:
         cli.note(text, config.quiet)
     runs = sweep(config, ranks, seeds, files.directory)
-    finished = [run for run in runs if run["status"] == "ok"]
-    if any(run["population_loss"] is None for run in finished):
-        cli.note("floors are left out: the criterion is not the mean squared error", config.quiet)
-        floors = [None] * len(ranks)
-    rows = []
-    for rank, floor in zip(ranks, floors):
-        of_rank = [run for run in runs if run["rank"] == rank]
-        rows.append(summary.rank_row(of_rank, problem.chain, floor, problem.predict_zero_loss))
-    results.write_csv(files.runs_csv, results.RUN_COLUMNS, runs)
-    results.write_summary(files, rows)
-    look = {"log_scale": config.log_scale, "title": config.title, "figsize": config.figsize}
-    figures = plots.save_figures(plots.study_figures(read_study(files), **look), files, config.formats, config.dpi)
-    print(report.summary_table(rows))
-    for sentence in summary.advice(rows, problem.sampling):
-        print(sentence)
-    for path in [files.summary_csv, *figures]:
-        print(path)
-    for run in finished:
-        summary.check_above_floor(run["population_loss"], floors[ranks.index(run["rank"])], problem.predict_zero_loss)
+    conclude(config, problem, files, ranks, floors, runs)
     return exit_code(runs)
 
 

@@ -44,7 +44,7 @@ def run_row(rank: int, curves: list[dict], status: str = "ok", **extra) -> dict:
 
 def rank_row(
     runs: list[dict], chain: Chain | None = None, floor: Floor | None = None, predict_zero: float | None = None
-):
+) -> dict:
     """One row of the summary: means over the finished seeds of one rank, and where it stands against its floor.
 
     Args:
