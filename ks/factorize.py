@@ -68,9 +68,9 @@ def tail_energies(matrices: torch.Tensor) -> torch.Tensor:
     """
     height, width = matrices.shape[-2:]
     total = torch.zeros(min(height, width), dtype=torch.float64, device=matrices.device)
-    for matrix in matrices.reshape(-1, height, width):
-        wide = matrix.double()
-        total += torch.linalg.eigvalsh(wide @ wide.mT if height <= width else wide.mT @ wide).clamp_(min=0)
+    for batch in matrices.reshape(-1, height, width).split(max(1, 2**22 // (height * width))):  # bounds the memory
+        wide = batch.double()
+        total += torch.linalg.eigvalsh(wide @ wide.mT if height <= width else wide.mT @ wide).clamp_(min=0).sum(0)
     return torch.cat([total.new_zeros(1), total.cumsum(0)]).flip(0)
 
 

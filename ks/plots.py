@@ -182,10 +182,7 @@ def floor_curve(
                   color=GREY, fontsize=9)  # fmt: skip
     axes.annotate("dense", (dense, 0.02), (4, 0), xycoords=("data", "axes fraction"), textcoords="offset points",
                   color=GREY, fontsize=9)  # fmt: skip
-    axes.xaxis.set_major_formatter(FuncFormatter(_count))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("parameters")
-    axes.set_ylabel(RELATIVE_LABEL)
+    _finish_parameter_axis(axes)
     axes.set_title(title or "Floor by parameters", loc="left", fontsize="medium")
     handles, _ = axes.get_legend_handles_labels()
     if len(trained):
@@ -246,10 +243,7 @@ def chains(studies: list[Study], *, log_scale: bool = False, title: str | None =
     if log_scale:
         _limit_log_axis(axes, np.array(losses), np.empty(0))
     _finish_axes(axes, log_scale)
-    axes.xaxis.set_major_formatter(FuncFormatter(_count))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("parameters")
-    axes.set_ylabel(RELATIVE_LABEL)
+    _finish_parameter_axis(axes)
     axes.set_title(
         title or "Chains side by side (points: trained, number: rank; lines: floors)", loc="left", fontsize="medium"
     )
@@ -286,6 +280,16 @@ def show(figures: list[Figure]) -> None:
         canvas.manager.canvas.figure = figure
         figure.set_canvas(canvas.manager.canvas)
     pyplot.show()
+
+
+def _finish_parameter_axis(axes: Axes) -> None:
+    """Labels of a logarithmic axis of parameters, and of the relative loss against it."""
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 300 * low else (1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(_count))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("parameters")
+    axes.set_ylabel(RELATIVE_LABEL)
 
 
 def _count(value: float, _position=None) -> str:
