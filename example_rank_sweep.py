@@ -7,7 +7,6 @@ Further flags go to rank_sweep_study.py. Writes ./demo_rank_sweep_results/ in th
 weight demo_weight.pth and everything that rank_sweep_study.py writes. Exit code: that of the step that failed, else 0.
 """
 
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -39,12 +38,8 @@ def run(script: str, *arguments) -> None:
         raise SystemExit(code)
 
 
-def interrupt(signum, frame):
-    raise KeyboardInterrupt
-
-
 def main(argv=None) -> int:
-    signal.signal(signal.SIGTERM, interrupt)
+    cli.interrupt_on_signals()
     options, sweep_flags = build_parser().parse_known_args(argv)
     output_dir = Path(options.output_dir)
     weight = output_dir / "demo_weight.pth"

@@ -10,7 +10,6 @@ Exit codes: 0 well, 1 no rank succeeded, 2 bad input or another study's folder, 
 """
 
 import shlex
-import signal
 import sys
 from pathlib import Path
 
@@ -239,12 +238,8 @@ def exit_code(runs: list[dict]) -> int:
     return cli.EXIT_OK if set(statuses) == {"ok"} else cli.EXIT_SOME_FAILED
 
 
-def interrupt(signum, frame):
-    raise KeyboardInterrupt
-
-
 def main(argv=None) -> int:
-    signal.signal(signal.SIGTERM, interrupt)
+    cli.interrupt_on_signals()
     config = build_parser().parse_config(argv)
     seeds = seeds_of(config)
     with cli.usage_errors(SCRIPT):

@@ -13,7 +13,6 @@ Exit codes: 0 well, 1 diverged or out of memory, 2 bad input, 130 interrupted.
 import copy
 import math
 import os
-import signal
 import sys
 import time
 
@@ -234,12 +233,8 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
-def interrupt(signum, frame):
-    raise KeyboardInterrupt
-
-
 def main(argv=None) -> int:
-    signal.signal(signal.SIGTERM, interrupt)
+    cli.interrupt_on_signals()
     config = build_parser().parse_config(argv)
     with cli.usage_errors(SCRIPT):
         problem = resolve(config)

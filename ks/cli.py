@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import signal
 import sys
 from contextlib import contextmanager
 from dataclasses import make_dataclass
@@ -40,6 +41,16 @@ def usage_errors(script: str):
     except KeyboardInterrupt as error:
         print(f"{script}: interrupted", file=sys.stderr)
         raise SystemExit(EXIT_INTERRUPTED) from error
+
+
+def interrupt_on_signals() -> None:
+    """Raise KeyboardInterrupt on SIGINT and SIGTERM, also where a shell's `&` has set SIGINT to be ignored."""
+
+    def interrupt(signum, frame):
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
 
 
 def note(message: str, quiet: bool = False) -> None:

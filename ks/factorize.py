@@ -55,6 +55,7 @@ def split_blocks(weight: torch.Tensor, chain: Chain, split: int) -> torch.Tensor
     return weight.reshape(height, outer, inner, width).permute(1, 2, 0, 3)
 
 
+@torch.no_grad()
 def tail_energies(matrices: torch.Tensor) -> torch.Tensor:
     """Σ over a batch of matrices of the squared singular values beyond the r-th, for r = 0 … min(height, width).
 
@@ -74,6 +75,7 @@ def tail_energies(matrices: torch.Tensor) -> torch.Tensor:
     return torch.cat([total.new_zeros(1), total.cumsum(0)]).flip(0)
 
 
+@torch.no_grad()
 def floor_curve(weight: torch.Tensor, chain: Chain) -> torch.Tensor:
     """Lower bound max_l E_l(r)² / m for every rank r = 0 … saturation at once (r = 0: predicting 0).
 
@@ -104,7 +106,7 @@ class HierarchicalLoss:
     """
 
     def __init__(self, weight: torch.Tensor, chain: Chain):
-        self.chain = chain
+        self.chain, weight = chain, weight.detach()
         self.energy = weight.double().square().sum().item()
         self.first = _split_svd(weight.double().unsqueeze(0), chain.patterns(1)[0], 1)
 
@@ -145,6 +147,7 @@ def loss_floor(weight: torch.Tensor, chain: Chain, ranks, curve: torch.Tensor | 
     return floors
 
 
+@torch.no_grad()
 def population_loss(weight: torch.Tensor, values) -> float:
     """Expected squared error per output ‖W − K_1 … K_L‖_F² / m on unit inputs x ~ N(0, I): exact, no sampling.
 
@@ -160,6 +163,7 @@ def population_loss(weight: torch.Tensor, values) -> float:
         return (weight.double() - dense).square().sum().item() / weight.shape[0]
 
 
+@torch.no_grad()
 def factorize(weight: torch.Tensor, patterns) -> list[torch.Tensor]:
     """Left-to-right hierarchical factorisation of W into the factors of a chainable chain.
 

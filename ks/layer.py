@@ -112,7 +112,7 @@ class KSLinear(torch.nn.Module):
         if patterns is None:
             rows, cols = weight.shape
             patterns = make_chain(rows, cols, chain_options.pop("chain", "monarch"), **chain_options).patterns(rank)
-        factors = factorize(weight.detach(), patterns)
+        factors = factorize(weight, patterns)
         place = {"device": weight.device, "dtype": weight.dtype}
         layer = cls.from_patterns(patterns, bias is not None, impl=impl, batch_last=batch_last, **place)
         with torch.no_grad():

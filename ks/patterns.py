@@ -291,9 +291,10 @@ def make_chain(
         halvings = num_factors - 1
         allowed = min(_power_of_two_in(rows), _power_of_two_in(cols))
         if halvings > allowed:
+            remedy = f"--num_factors {allowed + 1} or --chain monarch" if allowed else "--chain monarch"
             raise ValueError(
-                f"a butterfly of {num_factors} factors needs 2^{halvings} to divide both sides of {rows} × {cols}: "
-                f"at most {allowed + 1} factors fit; use --num_factors or --chain monarch"
+                f"a butterfly of {num_factors} factors needs sides divisible by {2**halvings}, not {rows} × {cols}; "
+                f"use {remedy}"
             )
         twos = (2,) * halvings
         return Chain(family, rows, cols, (rows >> halvings, *twos), (*twos, cols >> halvings))

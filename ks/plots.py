@@ -69,7 +69,7 @@ def loss_curves(
         for rank, floor in floors.items():
             if not log_scale or floor > 0:
                 axes.axhline(floor, color=colors[rank], linestyle=(0, (4, 3)), linewidth=1.0)
-        axes.set_title(f"{name} loss" + (" (dashed: floor of each rank)" if len(floors) else ""))
+        axes.set_title(f"{name} loss")
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_xlim(_padded(curves["epoch"].min(), curves["epoch"].max()))
@@ -77,6 +77,12 @@ def loss_curves(
         _limit_log_axis(panels[0], curves[["train_loss", "val_loss"]].to_numpy(), floors.to_numpy())
     for axes in panels:
         _finish_axes(axes, log_scale)
+    hidden = [str(rank) for rank, floor in floors.items() if log_scale and floor < panels[0].get_ylim()[0]]
+    if len(floors):
+        panels[1].plot([], [], color=GREY, linestyle=(0, (4, 3)), linewidth=1.0, label="floor of each rank")
+        title_of_legend = f"floor below the axis: rank {', '.join(hidden)}" if hidden else None
+        panels[1].legend(frameon=False, loc="upper right", title=title_of_legend, title_fontsize=9)
+    for axes in panels:
         _label_ends(axes, ends[axes], "rank")
     panels[0].set_ylabel(LOSS_LABEL)
     panels[1].tick_params(labelleft=True)
@@ -116,9 +122,8 @@ def final_losses(summary: pd.DataFrame, *, log_scale: bool = False, title: str |
     axes.hlines(floors, positions - 0.44, positions + 0.44, color="black", linewidth=2.0)
     for position, row in summary.iterrows():
         if np.isfinite(heights["val"][position]):
-            top = np.nanmax([heights["val"][position], heights["train"][position]])
             text, style = f"{heights['val'][position]:.3g}", {"textcoords": "offset points", "fontsize": 8}
-            axes.annotate(text, (position, top), (0, 3), ha="center", **style)
+            axes.annotate(text, (position + 0.2, heights["val"][position]), (0, 3), ha="center", **style)
         else:
             style = {"rotation": 90, "color": "firebrick", "fontsize": 9, "ha": "center", "va": "bottom"}
             axes.annotate(str(row["status"]), (position, 0.02), xycoords=("data", "axes fraction"), **style)
@@ -155,22 +160,15 @@ def floor_curve(
     for name, group in floor.groupby("chain", sort=False):
         style = {"color": "black", "linewidth": 1.6} if name in own else {"color": GREY, "linestyle": (0, (4, 3))}
         label = f"{name}: floor of every rank" if name in own else "low-rank at equal parameters"
-        visible = group[group["relative_loss"] > 1e-12] if log_scale else group
-        axes.plot(visible["parameters"], visible["relative_loss"], label=label, **style)
+        axes.plot(group["parameters"], _above_zero(group["relative_loss"], log_scale), label=label, **style)
     axes.axhline(1.0, color="0.6", linewidth=1.0)
     axes.axvline(dense, color="0.6", linewidth=1.0)
     colors = rank_colors(summary["rank"])
-    for _, row in trained.iterrows():
-        axes.plot(
-            row["parameters"],
-            row["relative_loss"],
-            "o",
-            markersize=9,
-            color=colors[row["rank"]],
-            markeredgecolor="white",
-        )
-        place = {"textcoords": "offset points", "fontsize": 9, "fontweight": "bold", "color": colors[row["rank"]]}
-        axes.annotate(f"{row['rank']}", (row["parameters"], row["relative_loss"]), (6, 6), **place)
+    for parameters, group in trained.groupby("parameters"):
+        color = colors[group["rank"].iloc[0]]  # ranks above saturation are one point
+        axes.plot(group["parameters"], group["relative_loss"], "o", markersize=9, color=color, markeredgecolor="white")
+        place = {"textcoords": "offset points", "fontsize": 9, "fontweight": "bold", "color": color}
+        axes.annotate(", ".join(map(str, group["rank"])), (parameters, group["relative_loss"].max()), (6, 6), **place)
     axes.set_xscale("log")
     axes.set_xlim(floor["parameters"].min() / 1.3, max(dense * 1.5, trained["parameters"].max() * 1.3))
     if log_scale:
@@ -180,7 +178,7 @@ def floor_curve(
     _add_headroom(axes, 0.04)
     axes.annotate("predicting 0", (0.01, 1.0), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
                   color=GREY, fontsize=9)  # fmt: skip
-    axes.annotate("dense", (dense, 0.02), (4, 0), xycoords=("data", "axes fraction"), textcoords="offset points",
+    axes.annotate("dense", (dense, 0.97), (4, 0), xycoords=("data", "axes fraction"), textcoords="offset points",
                   color=GREY, fontsize=9)  # fmt: skip
     _finish_parameter_axis(axes)
     axes.set_title(title or "Floor by parameters", loc="left", fontsize="medium")
@@ -229,8 +227,8 @@ def chains(studies: list[Study], *, log_scale: bool = False, title: str | None =
             )
         look = {"color": palette[index % len(palette)], "marker": markers[index % len(markers)]}
         own = study.floor[study.floor["chain"] == (study.chain or "").split(" ")[0]]
-        visible = own[own["relative_loss"] > 1e-12] if log_scale else own
-        axes.plot(visible["parameters"], visible["relative_loss"], color=look["color"], linewidth=1.2, alpha=0.7)
+        line = {"color": look["color"], "linewidth": 1.2, "alpha": 0.7}
+        axes.plot(own["parameters"], _above_zero(own["relative_loss"], log_scale), **line)
         label = f"{study.name}: {study.chain}"
         axes.plot(trained["parameters"], trained["relative_loss"], linestyle="", markersize=8, label=label, **look)
         losses += list(trained["relative_loss"])
@@ -308,6 +306,11 @@ def _limit_log_axis(axes: Axes, losses: np.ndarray, floors: np.ndarray) -> None:
         low = min([low, *floors[floors > low / 100]])
         margin = max(1.25, (high / low) ** 0.06)
         axes.set_ylim(low / margin, high * margin)
+
+
+def _above_zero(losses: pd.Series, log_scale: bool) -> pd.Series:
+    """Losses for a line; on a log axis a zero becomes tiny, so that the line leaves the axis at its foot."""
+    return losses.clip(lower=1e-12) if log_scale else losses
 
 
 def _add_headroom(axes: Axes, share: float) -> None:

@@ -162,4 +162,5 @@ def advice(rows: list[dict], sampling: str | None = None) -> list[str]:
 def _above(row: dict) -> str:
     if row.get("optimality_gap") is None:
         return f"{row['excess']:.2%} of predict-0 above its floor"
-    return f"{row['optimality_gap']:.0%} above its floor"
+    gap = 100 * row["optimality_gap"]
+    return f"{gap:.0f}% above its floor" if gap >= 10 else f"{gap:.2g}% above its floor"

@@ -1,6 +1,7 @@
 """Dense weights: load a 2-D weight from a file, save one, make test weights."""
 
 import hashlib
+import pickle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,6 +80,11 @@ def _read_file(path: Path) -> dict:
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
         return _flatten(torch.load(path, map_location="cpu", weights_only=True))
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} cannot be read as weights: it is no torch file, or it holds Python objects; save tensors, as in "
+            "torch.save(model.state_dict(), path)"
+        ) from error
     except Exception as error:  # a corrupt file can raise nearly anything, out of three libraries
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         raise ValueError(f"{path} cannot be read as weights ({type(error).__name__}: {reason})") from error

@@ -9,6 +9,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+import ks
+
 README = (ROOT / "README.md").read_text()
 SCRIPTS = [
     "train_with_random",
@@ -56,6 +58,15 @@ def test_the_analysis_snippet_runs_as_written(run, weight_path, tmp_path):
     done = run(tmp_path / "snippet.py", env={"MPLBACKEND": "agg"})
     assert done.returncode == 0, done.stderr
     assert "Optimal rank: " in done.stdout
+
+
+def test_the_layer_example_runs_as_written(tmp_path):
+    snippet = next(block for block in blocks("python") if "from_linear" in block)
+    smaller = snippet.replace("4096", "48").replace("2048", "32").replace("rank=16", "rank=2").replace("[16]", "[2]")
+    ks.KSLinear(8, 8).save(tmp_path / "rank_16_final.pth")
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{smaller}assert floor.exact and len(small.factors) == 2"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_flag_is_in_the_readme_and_every_flag_there_exists():
