@@ -81,7 +81,7 @@ def loss_curves(
     if len(floors):
         panels[1].plot([], [], color=GREY, linestyle=(0, (4, 3)), linewidth=1.0, label="floor of each rank")
         title_of_legend = f"floor below the axis: rank {', '.join(hidden)}" if hidden else None
-        panels[1].legend(frameon=False, loc="upper right", title=title_of_legend, title_fontsize=9)
+        panels[1].legend(loc="best", framealpha=0.85, edgecolor="none", title=title_of_legend, title_fontsize=9)
     for axes in panels:
         _label_ends(axes, ends[axes], "rank")
     panels[0].set_ylabel(LOSS_LABEL)
