@@ -127,12 +127,12 @@ def train(config, problem: Problem, files: results.RunFiles) -> dict:
             if config.log_grad_norm:
                 row["grad_norm"] = norms.mean().item()
             curves.append(row)
+            best.offer(val_loss, row)  # first, so that an epoch on disk has a best model whenever a signal comes
             results.write_curves(files, curves)
             report(config, row, losses * problem.predict_zero_loss, norms)
             check_finite(row, losses)
 
             schedule.end_epoch(val_loss)
-            best.offer(val_loss, row)
             if config.save_interval and epoch % config.save_interval == 0:
                 save(model, problem.unit, files.epoch_checkpoint(epoch))
         save(model, problem.unit, files.final)
