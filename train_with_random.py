@@ -228,13 +228,13 @@ def report(config, row: dict, losses: torch.Tensor, norms: torch.Tensor) -> None
     )
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """The CPU's allocator raises a plain RuntimeError."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def main(argv=None) -> int:
-    cli.interrupt_on_signals()
+    interrupted = cli.interrupt_on_signals()
     config = build_parser().parse_config(argv)
     with cli.usage_errors(SCRIPT):
         problem = resolve(config)
@@ -254,15 +254,16 @@ def main(argv=None) -> int:
         log["status"], code = "finished", cli.EXIT_OK
     except Diverged as error:
         log |= {"status": "diverged", "error": str(error)}
-    except Exception as error:
-        if not is_out_of_memory(error):
+    except BaseException as error:
+        if interrupted.is_set():
+            log |= {"status": "interrupted", "error": "interrupted; the epochs so far are kept"}
+            code = cli.EXIT_INTERRUPTED
+        elif is_out_of_memory(error):
+            advice = f"use a --batch_size below {config.batch_size}, fewer --num_samples or --dtype bfloat16"
+            log |= {"status": "out of memory", "error": f"out of memory on {problem.device}; {advice}"}
+        else:
             log |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
             raise
-        advice = f"use a --batch_size below {config.batch_size}, fewer --num_samples or --dtype bfloat16"
-        log |= {"status": "out of memory", "error": f"out of memory on {problem.device}; {advice}"}
-    except KeyboardInterrupt:
-        log |= {"status": "interrupted", "error": "interrupted; the epochs so far are kept"}
-        code = cli.EXIT_INTERRUPTED
     finally:
         log |= {"ended": results.now(), "train_seconds": time.perf_counter() - started}
         results.write_json(files.training_log, log)

@@ -4,6 +4,7 @@ import argparse
 import math
 import signal
 import sys
+import threading
 from contextlib import contextmanager
 from dataclasses import make_dataclass
 
@@ -43,14 +44,21 @@ def usage_errors(script: str):
         raise SystemExit(EXIT_INTERRUPTED) from error
 
 
-def interrupt_on_signals() -> None:
-    """Raise KeyboardInterrupt on SIGINT and SIGTERM, also where a shell's `&` has set SIGINT to be ignored."""
+def interrupt_on_signals() -> threading.Event:
+    """Raise KeyboardInterrupt on SIGINT and SIGTERM, also where a shell's `&` has set SIGINT to be ignored.
+
+    Returns:
+        an event that is set once a signal came: compiled code may turn the KeyboardInterrupt into another exception.
+    """
+    interrupted = threading.Event()
 
     def interrupt(signum, frame):
+        interrupted.set()
         raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
+    return interrupted
 
 
 def note(message: str, quiet: bool = False) -> None:
