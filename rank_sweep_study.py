@@ -120,7 +120,7 @@ def prepare(config, problem: Problem, plan: Plan, ranks: list[int], seeds: list[
     files = results.SweepFiles(results.prepare_output_dir(config.output_dir), config.save_prefix)
     description = problem.describe()
     settings = {name: value for name, value in cli.shared_settings(config).items() if name not in NOT_COMPARED}
-    settings |= {name: description[name] for name in ("chain", "device", "impl", "sampling")}
+    settings |= {name: description[name] for name in ("chain", "device", "sampling")}
     settings |= {"seed": seeds[0], "weight": f"sha256 {description['weight']['sha256'][:16]}"}
     check_folder(files, settings, config.overwrite)
     files.remove_outputs()

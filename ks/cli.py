@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import make_dataclass
 
 from ks.patterns import FAMILIES, Chain, make_chain
+from ks.tiles import IMPLS, PRECISIONS
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_SOME_FAILED, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -144,7 +145,13 @@ def add_training_flags(parser, num_epochs: int = 100) -> None:
     )
 
     group = parser.add_argument_group("running")
-    group.add_argument("--impl", choices=("auto", "triton", "bmm"), default="auto", help="backend (default: auto)")
+    group.add_argument("--impl", choices=IMPLS, default="auto", help="backend (default: auto)")
+    group.add_argument(
+        "--float32_precision",
+        choices=PRECISIONS,
+        default="ieee",
+        help="of float32 products on a CUDA device (default: ieee)",
+    )
     group.add_argument("--bs_last", action="store_true", help="(features, batch) layout")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     group.add_argument(

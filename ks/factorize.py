@@ -16,7 +16,8 @@ from math import isclose
 
 import torch
 
-from ks.ops import chain_product, empty_values
+from ks.batched import empty_values
+from ks.ops import chain_product
 from ks.patterns import Chain, Pattern, chainability, check_patterns
 
 

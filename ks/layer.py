@@ -5,8 +5,10 @@ from pathlib import Path
 
 import torch
 
+from ks.batched import empty_values
+from ks.chain import check_impl
 from ks.factorize import factorize
-from ks.ops import chain_product, choose_impl, empty_values
+from ks.ops import chain_product
 from ks.patterns import check_patterns, make_chain
 
 FILE_FORMAT = "ks_chain"
@@ -67,7 +69,7 @@ class KSLinear(torch.nn.Module):
             torch.nn.Parameter(empty_values(pattern, device, dtype)) for pattern in self.patterns
         )
         self.bias = torch.nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
-        choose_impl(impl, self.factors[0].device)
+        check_impl(impl, self.factors[0].device)
         self.reset_parameters()
 
     @classmethod
@@ -142,7 +144,7 @@ class KSLinear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., n) → (..., m), or (n, ...) → (m, ...) with `batch_last`."""
-        y = chain_product(x, list(self.factors), self.batch_last)
+        y = chain_product(x, list(self.factors), self.batch_last, impl=self.impl)
         if self.bias is None:
             return y
         bias = self.bias.to(y.dtype)

@@ -1,62 +1,45 @@
-"""The differentiable chain product: one autograd function for the whole chain, and the choice of its backend.
+"""The differentiable chain product: one autograd function, and two registered operators for torch.compile.
 
-Inside, every activation is a logical (features, batch) matrix, whatever its strides. A factor then is a batch of a·d
-small matrix products on views: only a factor with a > 1 and d > 1 (inside a deep butterfly) has to copy, and a
-batch-first output costs one copy at the very end when d > 1. Values have shape (a, b, c, d) at the API; stored in
-memory as (a, d, b, c), as `empty_values` does, they are read and updated in place.
+`ks::chain` and `ks::chain_backward` are opaque to a compiler, which knows the shapes and strides that they return.
+Eager code calls what is behind them, which saves two trips through the dispatcher.
 """
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from ks import tiles
+from ks.batched import empty_values
+from ks.chain import chain_backward, chain_forward, rows_of
 from ks.patterns import Pattern
 
-IMPLS = ("auto", "triton", "bmm")
 
-
-def choose_impl(impl: str, device: torch.device) -> tuple[str, str]:
-    """Resolve `--impl` to a backend that runs here.
-
-    Args:
-        impl: 'auto', 'triton' or 'bmm'.
-        device: where the chain will run.
-    Returns:
-        (backend, reason).
-    Raises:
-        ValueError: unknown name, or a backend that cannot run here.
-    """
-    if impl == "auto":
-        return "bmm", f"batched matrix products, the one backend of this version for {device.type}"
-    if impl == "bmm":
-        return "bmm", "as asked"
-    if impl == "triton":
-        raise ValueError("impl 'triton': this version has no Triton kernels; use 'auto' or 'bmm'")
-    raise ValueError(f"impl {impl!r}: choose one of {', '.join(IMPLS)}")
-
-
-def empty_values(pattern: Pattern, device=None, dtype=None) -> torch.Tensor:
-    """Uninitialised values of shape (a, b, c, d) in the memory order (a, d, b, c) that the product reads in place."""
-    a, b, c, d = pattern
-    return torch.empty(a, d, b, c, device=device, dtype=dtype).permute(0, 2, 3, 1)
-
-
-def chain_product(x: torch.Tensor, values: list[torch.Tensor], batch_last: bool = False) -> torch.Tensor:
+def chain_product(
+    x: torch.Tensor,
+    values: list[torch.Tensor],
+    batch_last: bool = False,
+    *,
+    impl: str = "auto",
+    precision: str = "ieee",
+) -> torch.Tensor:
     """Return y = x Wᵀ for W = K_1 … K_L, factor by factor from the right.
 
     Per factor: y[n, i, j, t] = Σ_k v[i, j, k, t] · x[n, i, k, t], flattened to a·b·d features.
-    Under autocast the product runs in the autocast dtype. Accumulation is in float32 or wider.
+    Under autocast the product runs in the autocast dtype. Accumulation is in float32 or wider. Where the batch is
+    large, runs of small factors are multiplied with each other first (`ks.tiles.merge_runs`).
 
     Args:
         x: shape (..., n), or (n, ...) if batch_last; any leading (trailing) batch shape, the empty one included.
         values: shapes (a_l, b_l, c_l, d_l), output side first; floating, the dtype and device of x.
         batch_last: whether features come first and the batch last.
+        impl: backend; 'auto', 'triton' or 'bmm'.
+        precision: of float32 products on a CUDA device; 'ieee', 'tf32x3' (Triton alone) or 'tf32'.
     Returns:
         contiguous tensor of shape (..., m), or (m, ...) if batch_last.
     Raises:
-        ValueError: the features of x do not match the right-most factor, or dtypes differ.
+        ValueError: the features of x do not match the right-most factor, dtypes differ, or a backend that cannot run.
     """
-    first, last = values[0].shape, values[-1].shape
-    out_features, in_features = first[0] * first[1] * first[3], last[0] * last[2] * last[3]
+    last = values[-1].shape
+    in_features = last[0] * last[2] * last[3]
     given = x.shape[0 if batch_last else -1] if x.ndim else None
     if given != in_features:
         place = "first" if batch_last else "last"
@@ -67,64 +50,69 @@ def chain_product(x: torch.Tensor, values: list[torch.Tensor], batch_last: bool 
         x, values = x.to(dtype), [factor.to(dtype) for factor in values]
     if any(factor.dtype != x.dtype for factor in values):
         raise ValueError(f"input is {x.dtype}, the chain {values[0].dtype}: convert one of them")
-    if batch_last:
-        y = _ChainProduct.apply(x.reshape(in_features, x.shape[1:].numel()), True, *values)
-        return y.view(out_features, *x.shape[1:])
-    y = _ChainProduct.apply(x.reshape(x.shape[:-1].numel(), in_features).t(), False, *values)
-    return y.t().view(*x.shape[:-1], out_features)
+    batch_shape = x.shape[1:] if batch_last else x.shape[:-1]
+    if len(batch_shape) != 1:
+        batch = batch_shape.numel()
+        x = x.reshape((in_features, batch) if batch_last else (batch, in_features))
+    keep = torch.is_grad_enabled() and any(factor.requires_grad for factor in values)
+    y = _ChainProduct.apply(x, batch_last, impl, precision, keep, *values)
+    if len(batch_shape) != 1:
+        y = y.view((y.shape[0], *batch_shape) if batch_last else (*batch_shape, y.shape[1]))
+    return y
 
 
 class _ChainProduct(torch.autograd.Function):
-    """(n, batch) → (m, batch), logically; `batch_last` only says how the result lies in memory."""
+    """(batch, n) → (batch, m), or (n, batch) → (m, batch) if batch_last."""
 
     @staticmethod
-    def forward(ctx, x, batch_last, *values):
-        inputs = [x]  # inputs[l] enters the l-th factor from the right; shape: (features, batch)
-        for factor in reversed(values[1:]):
-            inputs.append(_apply_factor(factor, inputs[-1]))
-        ctx.save_for_backward(*values, *inputs)
-        return _apply_factor(values[0], inputs[-1], batch_last)
+    def forward(ctx, x, batch_last, impl, precision, keep, *values):
+        chain = torch.ops.ks.chain if torch.compiler.is_compiling() else _chain
+        y, *inner = chain(x, values, batch_last, impl, precision, keep)
+        ctx.settings = batch_last, impl, precision
+        ctx.save_for_backward(x, *values, *inner)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        length = len(ctx.saved_tensors) // 2
-        values, inputs = ctx.saved_tensors[:length], ctx.saved_tensors[: length - 1 : -1]
-        value_gradients = []
-        for index, (factor, entered) in enumerate(zip(values, inputs)):
-            gradient_blocks = _blocks(gradient, factor.shape[0], factor.shape[3])
-            value_gradients.append(
-                _values_gradient(factor, gradient_blocks, entered) if ctx.needs_input_grad[2 + index] else None
-            )
-            if index < length - 1 or ctx.needs_input_grad[0]:
-                gradient = _apply_factor(factor.transpose(1, 2), gradient)
-            else:
-                gradient = None
-        return gradient, None, *value_gradients
+        needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]]
+        x, *saved = ctx.saved_tensors
+        values, inner = saved[: len(needed) - 1], saved[len(needed) - 1 :]
+        chain_backward = torch.ops.ks.chain_backward if torch.compiler.is_compiling() else _chain_backward
+        found = iter(chain_backward(gradient, x, values, inner, *ctx.settings, needed))
+        for_x, *for_values = (next(found) if wanted else None for wanted in needed)
+        return for_x, None, None, None, None, *for_values
 
 
-def _blocks(features: torch.Tensor, a: int, d: int) -> torch.Tensor:
-    """(a·f·d, batch) → (a·d, f, batch), a view that matrix products read in place wherever the strides allow."""
-    blocks = features.unflatten(0, (a, -1, d)).transpose(1, 2).flatten(0, 1)
-    return blocks if 1 in blocks.stride()[1:] else blocks.contiguous()
+def _chain(x, values, batch_last, impl, precision, keep):
+    return chain_forward(x, values, batch_last, impl=impl, precision=precision, keep=keep)
 
 
-def _apply_factor(factor: torch.Tensor, x: torch.Tensor, batch_last: bool = True) -> torch.Tensor:
-    """Multiply (a·c·d, batch) by one factor of shape (a, b, c, d); the (a·b·d, batch) result is laid out as asked."""
-    a, b, _, d = factor.shape
-    batch = x.shape[1]
-    matrices = factor.permute(0, 3, 1, 2).flatten(0, 1)  # shape: (a·d, b, c)
-    out = x.new_empty(a * b * d, batch) if batch_last else x.new_empty(batch, a * b * d).t()
-    out_blocks = out.unflatten(0, (a, b, d)).transpose(1, 2)  # shape: (a, d, b, batch)
-    if 1 in (a, d) and 1 in out_blocks.stride()[2:]:
-        torch.bmm(matrices, _blocks(x, a, d), out=out_blocks.squeeze(0 if a == 1 else 1))
-    else:
-        out_blocks.copy_(torch.bmm(matrices, _blocks(x, a, d)).unflatten(0, (a, d)))
-    return out
+def _chain_backward(gradient, x, values, inner, batch_last, impl, precision, needed):
+    return chain_backward(gradient, x, values, inner, batch_last, impl=impl, precision=precision, needed=needed)
 
 
-def _values_gradient(factor: torch.Tensor, gradient_blocks: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Σ over the batch of gradient ⊗ x, blockwise; shape (a, b, c, d), memory order (a, d, b, c)."""
-    a, _, _, d = factor.shape
-    product = torch.bmm(gradient_blocks, _blocks(x, a, d).transpose(1, 2))
-    return product.unflatten(0, (a, d)).permute(0, 2, 3, 1)
+def _chain_meta(x, values, batch_last, impl, precision, keep):
+    batch = x.shape[batch_last]
+    y = x.new_empty((rows_of(values[0]), batch) if batch_last else (batch, rows_of(values[0])))
+    firsts = [start for start, _ in tiles.merge_runs(tuple(Pattern(*factor.shape) for factor in values), batch)]
+    return [y, *(x.new_empty(rows_of(values[start]), batch) for start in firsts[1:] if keep)]
+
+
+def _chain_backward_meta(gradient, x, values, inner, batch_last, impl, precision, needed):
+    for_x = [torch.empty_like(x, memory_format=torch.contiguous_format)] if needed[0] else []
+    wanted = (factor for factor, want in zip(values, needed[1:]) if want)
+    return for_x + [empty_values(factor.shape, x.device, x.dtype) for factor in wanted]
+
+
+_LIBRARY = torch.library.Library("ks", "DEF")  # what is registered lives as long as this object
+_LIBRARY.define("chain(Tensor x, Tensor[] values, bool batch_last, str impl, str precision, bool keep) -> Tensor[]")
+_LIBRARY.define(
+    "chain_backward(Tensor gradient, Tensor x, Tensor[] values, Tensor[] inner, bool batch_last, str impl, "
+    "str precision, bool[] needed) -> Tensor[]"
+)
+for _key in ("CPU", "CUDA"):
+    _LIBRARY.impl("chain", _chain, _key)
+    _LIBRARY.impl("chain_backward", _chain_backward, _key)
+_LIBRARY.impl("chain", _chain_meta, "Meta")
+_LIBRARY.impl("chain_backward", _chain_backward_meta, "Meta")

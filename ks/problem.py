@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from ks import cli
+from ks.chain import check_impl
 from ks.factorize import no_floor_reason
-from ks.ops import choose_impl
 from ks.patterns import Chain
 from ks.step import choose_sampling
 from ks.weights import Weight, load_weight
@@ -24,7 +24,6 @@ class Problem:
     weight: Weight
     chain: Chain
     device: torch.device
-    impl: str
     sampling: str
     num_train: int
     num_validation: int
@@ -58,7 +57,6 @@ class Problem:
             "predict_zero_loss": self.predict_zero_loss,
             "dense_parameters": self.rows * self.cols,
             "device": str(self.device),
-            "impl": self.impl,
             "sampling": self.sampling,
         }
 
@@ -72,16 +70,17 @@ def resolve(config) -> Problem:
         ValueError: bad weight, chain, device, backend or sample counts, in one line.
     """
     device = cli.device_of(config.device)
-    impl, impl_reason = choose_impl(config.impl, device)
+    check_impl(config.impl, device)
     weight = load_weight(config.weight_path, config.weight_key, config.transpose)
     rows, cols = weight.tensor.shape
     chain = cli.chain_of(config, rows, cols)
     num_validation = max(1, round(config.num_samples * config.val_split))
-    num_train = config.num_samples - num_validation
-    if num_train < config.batch_size:
+    not_held_out = config.num_samples - num_validation
+    num_train = not_held_out // config.batch_size * config.batch_size
+    if num_train == 0:
         raise ValueError(
-            f"{num_train} training samples ({config.num_samples} less --val_split {config.val_split}) do not fill one "
-            f"batch of {config.batch_size}; raise --num_samples or lower --batch_size"
+            f"{not_held_out} training samples ({config.num_samples} less --val_split {config.val_split}) do not fill "
+            f"one batch of {config.batch_size}; raise --num_samples or lower --batch_size"
         )
     sampling, sampling_reason = choose_sampling(config.sampling, num_train, cols)
     if config.init == "hierarchical" and (reason := no_floor_reason(chain)):
@@ -97,11 +96,10 @@ def resolve(config) -> Problem:
         weight,
         chain,
         device,
-        impl,
         sampling,
         num_train,
         num_validation,
         unit,
         predict_zero_loss,
-        (*chain.notes(), f"impl {impl}: {impl_reason}", f"sampling {sampling}: {sampling_reason}"),
+        (*chain.notes(), f"sampling {sampling}: {sampling_reason}"),
     )

@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from ks.ops import chain_product, choose_impl, empty_values
+from ks.batched import empty_values
+from ks.chain import choose_impl
+from ks.ops import chain_product
 from ks.patterns import Pattern, make_chain
 from ks.reference import chain_to_dense, factor_to_dense, support
 
@@ -147,9 +149,9 @@ def test_bad_arguments_are_named():
 
 
 def test_impl_choice():
-    cpu = torch.device("cpu")
-    assert choose_impl("auto", cpu)[0] == "bmm"
-    with pytest.raises(ValueError, match="no Triton kernels"):
-        choose_impl("triton", cpu)
+    what = (torch.device("cpu"), make_chain(24, 36).patterns(3), 32, torch.float32)
+    assert choose_impl("auto", *what)[0] == "bmm"
+    with pytest.raises(ValueError, match="need a CUDA device"):
+        choose_impl("triton", *what)
     with pytest.raises(ValueError, match="auto, triton, bmm"):
-        choose_impl("cublas", cpu)
+        choose_impl("cublas", *what)
