@@ -11,6 +11,7 @@ Exit codes: 0 well, 1 diverged or out of memory, 2 bad input, 130 interrupted.
 """
 
 import copy
+import functools
 import math
 import os
 import sys
@@ -23,10 +24,20 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 from ks import cli, results
+from ks.chain import block_order_rows, chain_backward, chain_forward, choose_impl
 from ks.factorize import population_loss
 from ks.layer import KSLinear
 from ks.problem import Problem, resolve
-from ks.step import Optimiser, Samples, Schedule, seeded_generator, useful_threads
+from ks.step import (
+    Optimiser,
+    Samples,
+    Schedule,
+    loss_and_gradient,
+    make_epochs,
+    seeded_generator,
+    squared_error_and_gradient,
+    useful_threads,
+)
 from ks.weights import DTYPES
 
 SCRIPT = "train_with_random.py"
@@ -45,7 +56,7 @@ def build_parser() -> cli.Parser:
 
 
 def criterion(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The training loss, on outputs in internal units; edit here.
+    """The training loss, on outputs in internal units and in the chain's own order (the same for both); edit here.
 
     Reported losses are this times `predict_zero_loss`, which is right for a loss quadratic in its arguments. Population
     losses and floors are those of the mean squared error: with another criterion they are left out.
@@ -53,7 +64,7 @@ def criterion(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.mse_loss(prediction, target)
 
 
-def train(config, problem: Problem, files: results.RunFiles) -> dict:
+def train(config, problem: Problem, impl: str, files: results.RunFiles) -> dict:
     """Train the chain of rank `config.rank`; the curves are on disk whenever an epoch has ended.
 
     Returns:
@@ -63,8 +74,10 @@ def train(config, problem: Problem, files: results.RunFiles) -> dict:
     """
     dtype = DTYPES[config.dtype]
     weight = problem.internal_weight()
+    model = make_model(config, problem, weight)
+    factors = [factor.detach() for factor in model.factors]
     samples = Samples(
-        weight.float(),
+        weight[block_order_rows(model.patterns[0])].float(),
         problem.num_train,
         problem.num_validation,
         config.batch_size,
@@ -73,11 +86,10 @@ def train(config, problem: Problem, files: results.RunFiles) -> dict:
         batch_last=config.bs_last,
         dtype=dtype,
     )
-    model = make_model(config, problem, weight)
     torch.set_num_threads(useful_threads(problem.chain.parameters(config.rank) * config.batch_size))
     optimiser = Optimiser(
         config.optimizer,
-        model.parameters(),
+        factors,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         loss_scaling=dtype == torch.float16,
@@ -93,33 +105,39 @@ def train(config, problem: Problem, files: results.RunFiles) -> dict:
         gamma=config.gamma,
     )
 
-    def loss_of(inputs, targets):
-        with torch.autocast(problem.device.type, dtype, enabled=dtype != torch.float32):
-            prediction = model(inputs)
-        return criterion(prediction.float(), targets)
-
     measured = is_mean_squared_error(criterion, samples.validation[0][1])
+    loss_gradient = squared_error_and_gradient if measured else functools.partial(loss_and_gradient, criterion)
+    settings = (config.bs_last, True, impl, config.float32_precision)  # True: outputs in block order
+
+    def step(inputs, targets, lr):
+        values = [factor.to(dtype) for factor in factors]
+        prediction, *inner = chain_forward(inputs, values, *settings)
+        loss, gradient = loss_gradient(prediction, targets, optimiser.scale)
+        chain_backward(gradient, inputs, values, inner, *settings, out=optimiser.gradients)
+        return loss, optimiser.update(lr)
+
+    def validate():
+        values = [factor.to(dtype) for factor in factors]
+        outputs = ((chain_forward(x, values, *settings, keep=False)[0], y) for x, y in samples.validation)
+        return torch.stack([criterion(y.float(), target) for y, target in outputs]) @ samples.validation_shares
+
+    epochs, how = make_epochs(step, samples, optimiser.state(), captured=problem.device.type == "cuda")
+    cli.note(f"steps: {how}", config.quiet)
     population_interval = math.ceil(config.num_epochs / 10)
     best = Best(model, weight, keep_start=measured and config.init == "hierarchical")
     curves = []
-    losses, norms = torch.empty(2, samples.steps_per_epoch, device=problem.device)
     try:
         for epoch in range(1, config.num_epochs + 1):
             started = time.perf_counter()
-            for step, (inputs, targets) in enumerate(samples.epoch(epoch)):
-                loss = loss_of(inputs, targets)
-                norms[step] = optimiser.step(loss, schedule.rate(epoch, step))
-                losses[step] = loss.detach()
-            with torch.no_grad():
-                val_losses = torch.stack([loss_of(*batch) for batch in samples.validation])
-            train_loss, val_loss = losses.mean().item(), (val_losses @ samples.validation_shares).item()
-
+            rates = [schedule.rate(epoch, step) for step in range(samples.steps_per_epoch)]
+            losses, norms = epochs.run(epoch, rates)
+            train_loss, val_loss = losses.mean().item(), validate().item()
             row = {
                 "epoch": epoch,
                 "train_loss": train_loss * problem.predict_zero_loss,
                 "val_loss": val_loss * problem.predict_zero_loss,
                 "rank": config.rank,
-                "lr": schedule.rate(epoch, step),
+                "lr": rates[-1],
                 "epoch_seconds": time.perf_counter() - started,
             }
             if measured and (epoch % population_interval == 0 or epoch == config.num_epochs):
@@ -153,8 +171,8 @@ def make_model(config, problem: Problem, weight: torch.Tensor) -> KSLinear:
     """
     patterns = problem.chain.patterns(config.rank)
     if config.init == "hierarchical":
-        return KSLinear.from_dense(weight, patterns=patterns, impl=problem.impl, batch_last=config.bs_last).float()
-    model = KSLinear.from_patterns(patterns, impl=problem.impl, batch_last=config.bs_last)
+        return KSLinear.from_dense(weight, patterns=patterns, batch_last=config.bs_last).float()
+    model = KSLinear.from_patterns(patterns, batch_last=config.bs_last)
     model.reset_parameters(seeded_generator(config.seed, "init"))
     with torch.no_grad():
         model.factors[0].zero_()
@@ -239,18 +257,29 @@ def main(argv=None) -> int:
     with cli.usage_errors(SCRIPT):
         problem = resolve(config)
         files = results.RunFiles(results.prepare_output_dir(config.output_dir), config.save_prefix, config.rank)
-    for text in problem.notes:
+    patterns = problem.chain.patterns(config.rank)
+    precision = config.float32_precision
+    impl, reason = choose_impl(
+        config.impl, problem.device, patterns, config.batch_size, DTYPES[config.dtype], precision
+    )
+    for text in (*problem.notes, f"impl {impl}: {reason}"):
         cli.note(text, config.quiet)
     files.remove()
     results.write_json(
-        files.config, {"arguments": vars(config), "problem": problem.describe(), "provenance": results.provenance()}
+        files.config,
+        {
+            "arguments": vars(config),
+            "problem": problem.describe(),
+            "impl": {"name": impl, "reason": reason},
+            "provenance": results.provenance(),
+        },
     )
     log = {"status": "running", "started": results.now()}
     results.write_json(files.training_log, log)
     started = time.perf_counter()
     code = cli.EXIT_FAILED
     try:
-        last = train(config, problem, files)
+        last = train(config, problem, impl, files)
         log["status"], code = "finished", cli.EXIT_OK
     except Diverged as error:
         log |= {"status": "diverged", "error": str(error)}

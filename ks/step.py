@@ -1,9 +1,12 @@
-"""Samples (whitened, fresh or fixed) and one optimiser step; nothing here reads the device back to the host.
+"""Samples (whitened, fresh or fixed), one optimiser step, and epochs of steps, eager or captured as a CUDA graph.
+
+Nothing here reads the device back to the host.
 
 The optimisers are the fused kernels under `torch.optim`: building a `torch.optim.Optimizer` imports dynamo, which
 would double the start-up of every training subprocess.
 """
 
+import itertools
 import math
 
 import torch
@@ -45,7 +48,7 @@ def choose_sampling(sampling: str, num_train: int, in_features: int) -> tuple[st
     if sampling == "whitened" and num_train < in_features:
         raise ValueError(
             f"--sampling whitened needs at least {in_features} training samples (the input features), {num_train} are "
-            "left after --val_split; raise --num_samples or use --sampling fresh"
+            "left in whole batches after --val_split; raise --num_samples or use --sampling fresh"
         )
     if sampling != "auto":
         return sampling, "as asked"
@@ -60,27 +63,33 @@ def whiten(samples: torch.Tensor) -> torch.Tensor:
     Args:
         samples: X, shape (N, n) with N ≥ n, any float dtype.
     Returns:
-        tensor of the same shape and dtype; computed in float64, since N close to n is ill-conditioned.
+        tensor of the same shape and dtype. Where N is below 2n, XᵀX is too ill-conditioned for float32 and the work is
+        done in float64; elsewhere float32 leaves less than 1e-6 in any entry of XᵀX / N.
     """
-    wide = samples.double()
-    root = torch.linalg.cholesky(wide.t() @ wide / len(wide))
-    whitened = torch.linalg.solve_triangular(root, wide.t(), upper=False)
-    return whitened.t().to(samples.dtype, memory_format=torch.contiguous_format)
+    count, features = samples.shape
+    wide = samples.to(torch.float32 if count >= 2 * features else torch.float64)
+    root = torch.linalg.cholesky(wide.t() @ wide / count)
+    return torch.linalg.solve_triangular(root.t(), wide, upper=True, left=False).to(samples.dtype).contiguous()
 
 
 class Samples:
-    """Unit Gaussian inputs x ~ N(0, I) and their targets W x, the same for every rank of a study.
+    """Unit Gaussian inputs x ~ N(0, I) and their targets W x in batches, the same for every rank of a study.
+
+    A batch keeps its samples, epochs shuffle the batches: 0.03% against 0.03% from the floor with samples shuffled one
+    by one (benchmarks/README.md), and a step reads them where they lie.
 
     Args:
         weight: W, shape (m, n), float32, on the device to train on.
-        num_train, num_validation: numbers of samples.
-        batch_size: of the training batches; what does not fill a batch waits for another epoch's shuffle.
+        num_train: number of training samples; what does not fill a batch is left out.
+        num_validation: number of validation samples.
+        batch_size: of the training batches.
         sampling: 'whitened' (one set, second moment exactly I), 'fresh' (a new set every epoch) or 'fixed'.
         seed: of inputs and shuffles.
         batch_last: batches of shape (n, batch) instead of (batch, n).
         dtype: of the inputs; targets stay float32.
 
-    `validation` holds batches of other samples; `validation_shares` weighs their mean losses to the mean over all.
+    `inputs` and `targets` hold the training batches, shape (steps, batch, n or m); with `fresh` an epoch overwrites
+    them. `validation` holds batches of other samples, `validation_shares` weighs their mean losses to the mean of all.
     """
 
     def __init__(
@@ -95,40 +104,38 @@ class Samples:
         batch_last: bool = False,
         dtype: torch.dtype = torch.float32,
     ):
-        self.weight, self.num_train, self.batch_size = weight, num_train, batch_size
+        self.weight, self.batch_size = weight, batch_size
         self.sampling, self.seed, self.batch_last, self.dtype = sampling, seed, batch_last, dtype
         self.steps_per_epoch = num_train // batch_size
-        inputs = self._draw(num_validation, "validation")
-        self.validation = list(self._batches(inputs, inputs @ weight.t(), 1024))
-        self.validation_shares = torch.tensor([y.numel() for _, y in self.validation], device=weight.device)
-        self.validation_shares = self.validation_shares / self.validation_shares.sum()
-        if sampling != "fresh":
-            self._inputs = self._draw(num_train, "train")
-            if sampling == "whitened":
-                self._inputs = whiten(self._inputs)
-            self._targets = self._inputs @ weight.t()
+        drawn = self._draw(num_validation, "validation")
+        self.validation = [batch for part in drawn.split(1024) for batch in zip(*self._with_targets(part, len(part)))]
+        shares = torch.tensor([targets.numel() for _, targets in self.validation], device=weight.device)
+        self.validation_shares = shares / shares.sum()
+        drawn = self._draw(self.steps_per_epoch * batch_size, "train", epoch=1 if sampling == "fresh" else 0)
+        if sampling == "whitened":
+            drawn = whiten(drawn)
+        self.inputs, self.targets = self._with_targets(drawn, batch_size)
 
     def _draw(self, count: int, stream: str, epoch: int = 0) -> torch.Tensor:
         device = self.weight.device
         generator = seeded_generator(self.seed, stream, epoch, device)
         return torch.randn(count, self.weight.shape[1], generator=generator, device=device)
 
-    def _batches(self, inputs, targets, batch_size):
-        for x, y in zip(inputs.to(self.dtype).split(batch_size), targets.split(batch_size)):
-            yield (x.t().contiguous(), y.t().contiguous()) if self.batch_last else (x, y)
+    def _with_targets(self, inputs, batch_size):
+        """Inputs and targets in batches, contiguous in the layout to train in."""
+        both = (inputs.to(self.dtype), inputs @ self.weight.t())
+        both = (samples.unflatten(0, (-1, batch_size)) for samples in both)
+        return tuple(samples.transpose(1, 2).contiguous() if self.batch_last else samples for samples in both)
 
-    def epoch(self, number: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The batches of epoch `number` (from 1): pairs of inputs and targets, shuffled by seed and number."""
-        count = self.steps_per_epoch * self.batch_size
+    def start_epoch(self, number: int) -> torch.Tensor:
+        """Draw what epoch `number` (from 1) needs anew and return the order of its batches, int64 on the CPU."""
         if self.sampling == "fresh":
-            inputs = self._draw(count, "train", number)
-            targets = inputs @ self.weight.t()
-        else:
-            device = self.weight.device
-            generator = seeded_generator(self.seed, "shuffle", number, device)
-            order = torch.randperm(self.num_train, generator=generator, device=device)[:count]
-            inputs, targets = self._inputs[order], self._targets[order]
-        return list(self._batches(inputs, targets, self.batch_size))
+            if number > 1:
+                drawn = self._draw(self.steps_per_epoch * self.batch_size, "train", number)
+                for samples, new in zip((self.inputs, self.targets), self._with_targets(drawn, self.batch_size)):
+                    samples.copy_(new)
+            return torch.arange(self.steps_per_epoch)
+        return torch.randperm(self.steps_per_epoch, generator=seeded_generator(self.seed, "shuffle", number))
 
 
 class Schedule:
@@ -173,12 +180,32 @@ class LossScale:
         self.growth = torch.zeros((), dtype=torch.int32, device=device)
         self.found_inf = torch.zeros((), device=device)
 
-    def unscale(self, gradients) -> torch.Tensor:
-        """Divide the gradients by the scale in place; returns 1.0 if one of them was not finite, else 0.0."""
+    def unscale(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Divide a gradient by the scale in place; returns 1.0 if something in it was not finite, else 0.0."""
         self.found_inf.zero_()
-        torch._amp_foreach_non_finite_check_and_unscale_(gradients, self.found_inf, self.scale.reciprocal())
+        torch._amp_foreach_non_finite_check_and_unscale_([gradient], self.found_inf, self.scale.reciprocal())
         torch._amp_update_scale_(self.scale, self.growth, self.found_inf, 2.0, 0.5, 500)
         return self.found_inf
+
+
+def squared_error_and_gradient(prediction: torch.Tensor, target: torch.Tensor, scale=1.0):
+    """Mean squared error and `scale` times its gradient for the prediction, written out: autograd costs more.
+
+    Args:
+        prediction: any float dtype, which is the gradient's too.
+        target: same shape, float32.
+        scale: of the gradient; a number or a scalar tensor.
+    """
+    difference = prediction - target
+    loss = torch.linalg.vector_norm(difference).square() / difference.numel()
+    return loss, difference.mul_(2.0 / difference.numel() * scale).to(prediction.dtype)
+
+
+def loss_and_gradient(criterion, prediction: torch.Tensor, target: torch.Tensor, scale=1.0):
+    """criterion(prediction, target) in float32, and `scale` times its gradient for the prediction, by autograd."""
+    prediction.requires_grad_()
+    loss = criterion(prediction.float(), target)
+    return loss.detach(), torch.autograd.grad(loss * scale, prediction)[0]
 
 
 class Optimiser:
@@ -188,58 +215,170 @@ class Optimiser:
 
     Args:
         name: 'adamw', 'adam' or 'sgd'.
-        parameters: values of shape (a, b, c, d), float32 leaves, updated in place.
+        parameters: values of shape (a, b, c, d), float32, each without gaps in memory; updated in place.
         weight_decay: AdamW's decay per unit of lr; for the others the factor of the L2 term.
         max_grad_norm: the global gradient norm is clipped to this; 0 switches it off.
         loss_scaling: for float16.
+
+    `gradients` is where a step writes the gradients before `update`, laid out as the parameters.
     """
 
     def __init__(self, name, parameters, *, weight_decay=0.0, max_grad_norm=1.0, loss_scaling=False):
         self.name, self.parameters = name, list(parameters)
-        self.weight_decay, self.max_grad_norm = weight_decay, max_grad_norm
-        self.rate_factors = [
-            1.0 if name == "sgd" else RELATIVE_STEP * parameter.shape[2] ** -0.5 for parameter in self.parameters
-        ]
+        self.max_grad_norm = max_grad_norm
         device = self.parameters[0].device
         self.loss_scale = LossScale(device) if loss_scaling else None
-        self.moments = [torch.zeros_like(parameter) for parameter in self.parameters]
-        if name != "sgd":
-            self.square_moments = [torch.zeros_like(parameter) for parameter in self.parameters]
-            self.counts = [torch.zeros((), device=device) for _ in self.parameters]
+        # One buffer, so that norm and scaling are one operation.
+        self._gradient = torch.zeros(sum(values.numel() for values in self.parameters), device=device)
+        parts = self._gradient.split([values.numel() for values in self.parameters])
+        self.gradients = [part.as_strided(v.shape, v.stride()) for part, v in zip(parts, self.parameters)]
+        self.count = torch.zeros((), device=device)
+        if name == "sgd":
+            self.rate_factors = [1.0] * len(self.parameters)
+            self.moments = [[torch.zeros_like(values)] for values in self.parameters]
+            self._fused = torch._fused_sgd_
+            self._settings = {"momentum": SGD_MOMENTUM, "dampening": 0.0, "nesterov": False, "is_first_step": False}
+        else:
+            self.rate_factors = [RELATIVE_STEP * values.shape[2] ** -0.5 for values in self.parameters]
+            self.moments = [[torch.zeros_like(values), torch.zeros_like(values)] for values in self.parameters]
+            self._fused = torch._fused_adamw_ if name == "adamw" else torch._fused_adam_
+            self._settings = {"beta1": ADAM_BETAS[0], "beta2": ADAM_BETAS[1], "eps": ADAM_EPSILON, "amsgrad": False}
+        # Decoupled decay is per unit of the plain rate.
+        self._decays = [weight_decay / factor if name == "adamw" else weight_decay for factor in self.rate_factors]
 
-    def step(self, loss: torch.Tensor, lr: float) -> torch.Tensor:
-        """Backward pass and one update.
+    @property
+    def scale(self):
+        """What a step multiplies the gradient of its loss by."""
+        return 1.0 if self.loss_scale is None else self.loss_scale.scale
+
+    def state(self) -> list[torch.Tensor]:
+        """Every tensor that a step changes and the next one reads."""
+        scaling = vars(self.loss_scale).values() if self.loss_scale else ()
+        return [*self.parameters, *itertools.chain(*self.moments), self.count, *scaling]
+
+    def update(self, lr: float | torch.Tensor) -> torch.Tensor:
+        """Update the parameters from what `gradients` holds.
 
         Args:
-            loss: scalar, float32.
-            lr: learning rate of this step.
+            lr: learning rate of this step; as a scalar tensor on the device, it can change under a captured graph.
         Returns:
             the gradient norm before clipping, a scalar on the device.
         """
-        scaled = loss if self.loss_scale is None else loss * self.loss_scale.scale
-        gradients = torch.autograd.grad(scaled, self.parameters)
-        found_inf = None if self.loss_scale is None else self.loss_scale.unscale(gradients)
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        if self.max_grad_norm:
-            torch._foreach_mul_(gradients, (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
-        with torch.no_grad():
-            self._update(gradients, lr, found_inf)
+        found_inf = None if self.loss_scale is None else self.loss_scale.unscale(self._gradient)
+        norm = torch.linalg.vector_norm(self._gradient)
+        # The fused kernels divide the gradients by this on their way.
+        divisor = (norm / self.max_grad_norm).clamp_(min=1.0) if self.max_grad_norm else None
+        self.count += 1.0 if found_inf is None else 1.0 - found_inf
+        for values, gradient, moments, factor, decay in zip(
+            self.parameters, self.gradients, self.moments, self.rate_factors, self._decays
+        ):
+            state = [[values], [gradient], *([moment] for moment in moments)]
+            if self.name != "sgd":
+                state += [[], [self.count]]
+            self._fused(
+                *state,
+                lr=lr * factor,
+                weight_decay=decay,
+                maximize=False,
+                grad_scale=divisor,
+                found_inf=found_inf,
+                **self._settings,
+            )
         return norm
 
-    def _update(self, gradients, lr, found_inf):
-        shared = {"maximize": False, "grad_scale": None, "found_inf": found_inf}
-        if self.name == "sgd":
-            shared |= {"momentum": SGD_MOMENTUM, "dampening": 0.0, "nesterov": False, "is_first_step": False}
-        else:
-            shared |= {"beta1": ADAM_BETAS[0], "beta2": ADAM_BETAS[1], "eps": ADAM_EPSILON, "amsgrad": False}
-            torch._foreach_add_(self.counts, 1.0 if found_inf is None else 1.0 - found_inf)
-        for index, factor in enumerate(self.rate_factors):
-            state = [[self.parameters[index]], [gradients[index]], [self.moments[index]]]
-            if self.name == "sgd":
-                torch._fused_sgd_(*state, lr=lr * factor, weight_decay=self.weight_decay, **shared)
-                continue
-            state += [[self.square_moments[index]], [], [self.counts[index]]]
-            if self.name == "adamw":
-                torch._fused_adamw_(*state, lr=lr * factor, weight_decay=self.weight_decay / factor, **shared)
-            else:
-                torch._fused_adam_(*state, lr=lr * factor, weight_decay=self.weight_decay, **shared)
+
+class Epochs:
+    """The steps of an epoch, one after another.
+
+    Args:
+        step: (inputs, targets, lr) → (loss, gradient norm), scalars on the device.
+        samples: the batches.
+    """
+
+    def __init__(self, step, samples: Samples):
+        self.step, self.samples = step, samples
+
+    def run(self, number: int, rates: list[float]) -> torch.Tensor:
+        """Take the steps of epoch `number` (from 1) at these learning rates.
+
+        Returns:
+            losses and gradient norms before clipping, shape (2, steps), on the device.
+        """
+        order = self.samples.start_epoch(number).tolist()
+        inputs, targets = self.samples.inputs, self.samples.targets
+        results = [self.step(inputs[batch], targets[batch], rate) for batch, rate in zip(order, rates)]
+        return torch.stack([torch.stack(column) for column in zip(*results)])
+
+
+class CapturedEpochs(Epochs):
+    """`Epochs` with the step captured once as a CUDA graph and replayed: no launch by launch, no host read.
+
+    Everything that differs from step to step lies on the device: the position in the epoch, the order of the batches,
+    the learning rates and the results.
+
+    Args:
+        step, samples: as in `Epochs`; lr comes as a scalar tensor.
+        state: every tensor that a step changes; put back after the warm-up that capturing needs.
+        capture: turns a function without arguments into one that replays it.
+    Raises:
+        RuntimeError: a step that cannot be captured, for instance one that reads the device.
+    """
+
+    def __init__(self, step, samples: Samples, state: list[torch.Tensor], capture=None):
+        super().__init__(step, samples)
+        device, steps = samples.inputs.device, samples.steps_per_epoch
+        self._position = torch.zeros(1, dtype=torch.int64, device=device)
+        self._order = torch.zeros(steps, dtype=torch.int64, device=device)
+        self._rates = torch.zeros(steps, device=device)
+        self._results = torch.zeros(2, steps, device=device)
+        before = [tensor.detach().clone() for tensor in state]
+        try:
+            self._replay = (capture or _cuda_graph)(self._take_step)
+        finally:
+            with torch.no_grad():
+                for tensor, value in zip(state, before):
+                    tensor.copy_(value)
+
+    def _take_step(self):
+        batch = self._order.index_select(0, self._position)
+        inputs, targets = (both.index_select(0, batch)[0] for both in (self.samples.inputs, self.samples.targets))
+        loss, norm = self.step(inputs, targets, self._rates.index_select(0, self._position)[0])
+        self._results.index_copy_(1, self._position, torch.stack([loss, norm]).unsqueeze(1))
+        self._position.add_(1).remainder_(len(self._order))
+
+    def run(self, number: int, rates: list[float]) -> torch.Tensor:
+        self._order.copy_(self.samples.start_epoch(number))
+        self._rates.copy_(torch.tensor(rates))
+        self._position.zero_()
+        for _ in rates:
+            self._replay()
+        return self._results.clone()
+
+
+def _cuda_graph(function):
+    """Capture `function` as a CUDA graph, after three runs on a side stream that settle libraries and allocations."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+def make_epochs(step, samples: Samples, state: list[torch.Tensor], captured: bool) -> tuple[Epochs, str]:
+    """`CapturedEpochs` if asked for and possible, else `Epochs`.
+
+    Returns:
+        (the epochs, how they run: one line for the user).
+    """
+    if not captured:
+        return Epochs(step, samples), "one by one"
+    try:
+        return CapturedEpochs(step, samples, state), "captured as a CUDA graph"
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        return Epochs(step, samples), f"one by one (WARNING: CUDA graph capture failed, this is slower: {reason})"
