@@ -1,0 +1,198 @@
+"""Time of one training step against the plain loop, a dense layer and the bare matrix products; and of the layer.
+
+    python benchmarks/bench_step.py                                # this machine's CPU, one thread
+    python benchmarks/bench_step.py --device cuda --shape 2048 4096 --csv step.csv
+    pip install --no-deps torch-structured==1.3 einops opt_einsum  # the peer, where it is to be compared
+
+Steps (batch 32 of ready samples): ours as `train_with_random.py` takes it; the plain loop of `baselines.py`; bare, the
+matrix products and the fused optimiser of ours called by themselves; dense, nn.Linear with the same optimiser kernels.
+Layer: y = layer(x), and with backward for x and values, against torch-structured, einsum and bmm with permuted copies.
+All that is in a row is measured interleaved in one run; outputs are compared before anything is timed.
+"""
+
+import argparse
+import functools
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+from baselines import PlainChain, einsum_chain, plain_epochs, structured_weights, torch_structured_multiply
+from timing import Rows, interleaved_medians, place
+
+from ks.chain import block_order_rows, chain_backward, chain_forward
+from ks.layer import KSLinear
+from ks.patterns import make_chain
+from ks.step import Optimiser, Samples, make_epochs, squared_error_and_gradient
+
+STEPS = 50
+
+
+def our_epoch(layer, weight, samples, impl):
+    """One epoch of the training step, captured on CUDA."""
+    factors = [factor.detach().clone() for factor in layer.factors]
+    optimiser = Optimiser("adamw", factors)
+    settings = (False, True, impl, "ieee")
+
+    def step(inputs, targets, lr):
+        prediction, *inner = chain_forward(inputs, factors, *settings)
+        loss, gradient = squared_error_and_gradient(prediction, targets)
+        chain_backward(gradient, inputs, factors, inner, *settings, out=optimiser.gradients)
+        return loss, optimiser.update(lr)
+
+    epochs, how = make_epochs(step, samples, optimiser.state(), captured=weight.device.type == "cuda")
+    return lambda: epochs.run(1, [1e-4] * samples.steps_per_epoch)[0].mean().item()
+
+
+def bare_epoch(layer, samples):
+    """The products of a two-factor step and its optimiser, with operands that lie as a product wants them."""
+    left, right = layer.patterns
+    batch, device = samples.batch_size, samples.inputs.device
+    matrices = [torch.randn(p.a * p.d, p.b, p.c, device=device) * p.c**-0.5 for p in layer.patterns]
+    entered = torch.randn(left.d, left.c, batch, device=device)
+    gradients = [torch.randn(left.d, left.b, batch, device=device), torch.randn(right.a, right.b, batch, device=device)]
+    optimiser = Optimiser("adamw", [matrix.unsqueeze(0) for matrix in matrices], max_grad_norm=0)
+    state = zip(optimiser.parameters, optimiser.gradients, optimiser.moments)
+    state = [([values], [gradient], *([moment] for moment in moments), [], [optimiser.count])
+             for values, gradient, moments in state]  # fmt: skip
+    settings = {"lr": 1e-4, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "amsgrad": False}
+    settings |= {"maximize": False, "grad_scale": None, "found_inf": None}
+
+    def epoch():
+        for x in samples.inputs:
+            x = x.t().unflatten(0, (right.a, right.c))
+            torch.bmm(matrices[1], x)
+            torch.bmm(matrices[0], entered)
+            torch.bmm(matrices[0].transpose(1, 2), gradients[0])
+            torch.bmm(gradients[0], entered.transpose(1, 2), out=optimiser.gradients[0][0])
+            torch.bmm(gradients[1], x.transpose(1, 2), out=optimiser.gradients[1][0])
+            for tensors in state:
+                torch._fused_adamw_(*tensors, **settings)
+
+    return epoch
+
+
+def dense_epoch(weight, samples):
+    """The same step for a dense layer."""
+    dense = torch.zeros_like(weight)
+    optimiser = Optimiser("adamw", [dense.view(1, *weight.shape, 1)])
+
+    def epoch():
+        for inputs, targets in zip(samples.inputs, samples.targets):
+            _, gradient = squared_error_and_gradient(torch.nn.functional.linear(inputs, dense), targets)
+            torch.mm(gradient.t(), inputs, out=optimiser.gradients[0][0, :, :, 0])
+            optimiser.update(1e-4)
+
+    return epoch
+
+
+def measure_steps(options, device, rows: Rows) -> None:
+    m, n = options.shape
+    weight = torch.randn(m, n, device=device) * n**-0.5
+    for name in options.chains:
+        for rank in options.ranks:
+            torch.manual_seed(0)
+            patterns = make_chain(m, n, name).patterns(rank)
+            layer = KSLinear.from_patterns(patterns, device=device)
+            x = torch.randn(options.batch_size, n, device=device)
+            plain = PlainChain(layer.factors).to(device)
+            torch.testing.assert_close(plain(x), layer(x), rtol=1e-4, atol=1e-4)
+            settings = {"sampling": "fixed", "seed": 0}
+            samples = Samples(weight, STEPS * options.batch_size, 1, options.batch_size, **settings)
+            order = block_order_rows(patterns[0]).to(device)
+            ours = Samples(weight[order], STEPS * options.batch_size, 1, options.batch_size, **settings)
+            flat = samples.inputs.flatten(0, 1)
+            functions = {
+                "ours": our_epoch(layer, weight, ours, options.impl),
+                "plain": functools.partial(plain_epochs, plain, weight, flat, 1, options.batch_size),
+                "dense": dense_epoch(weight, samples),
+            }
+            if len(patterns) == 2 and device.type == "cpu":
+                functions["bare"] = bare_epoch(layer, samples)
+            found = interleaved_medians(functions, device, options.rounds, calls=1)
+            step_ms = {kind: value / STEPS for kind, value in found.items()}
+            row = {"what": "step", "chain": name, "shape": f"{m}x{n}", "batch": options.batch_size, "rank": rank}
+            row |= {f"{kind}_ms": value for kind, value in step_ms.items()} | {"bare_ms": step_ms.get("bare", "")}
+            row |= {"plain_over_ours": step_ms["plain"] / step_ms["ours"]}
+            row |= {"dense_over_ours": step_ms["dense"] / step_ms["ours"]}
+            row |= {"ours_over_bare": step_ms["ours"] / step_ms["bare"] if "bare" in step_ms else ""}
+            rows.add(row | place(device))
+
+
+def forward(function, x, values):
+    return torch.no_grad()(lambda: function(x, values))
+
+
+def forward_and_backward(function, x, values, gradient):
+    return lambda: torch.autograd.grad(function(x, values), [x, *values], gradient)
+
+
+def without_values(layer):
+    return lambda x, values: layer(x)
+
+
+def measure_layer(options, device, rows: Rows) -> None:
+    m, n = options.shape
+    structured = torch_structured_multiply()
+    if structured is None:
+        print("torch-structured is not installed: left out", file=sys.stderr)
+    ratios = []
+    for batch in (32, 1024):
+        for rank in (8, 64):
+            torch.manual_seed(0)
+            layer = KSLinear(n, m, rank, device=device, impl=options.impl)
+            x = torch.randn(batch, n, device=device, requires_grad=True)
+            gradient = torch.randn(batch, m, device=device)
+            values, plain = list(layer.factors), PlainChain(layer.factors).to(device)
+            candidates = {
+                "ours": (without_values(layer), values),
+                "einsum": (einsum_chain, values),
+                "plain": (without_values(plain), list(plain.weights)),
+            }
+            if structured is not None:
+                weights = [weight.requires_grad_() for weight in structured_weights(layer.factors)]
+                candidates["structured"] = (lambda x, weights: structured(x, *weights), weights)
+            for function, parameters in candidates.values():
+                torch.testing.assert_close(function(x, parameters), layer(x), rtol=1e-4, atol=1e-4)
+            for what in ("forward", "forward+backward"):
+                functions = {}
+                for name, (function, parameters) in candidates.items():
+                    if what == "forward":
+                        functions[name] = forward(function, x, parameters)
+                    else:
+                        functions[name] = forward_and_backward(function, x, parameters, gradient)
+                found = interleaved_medians(functions, device, options.rounds, calls=20 if batch == 32 else 2)
+                row = {"what": what, "shape": f"{m}x{n}", "batch": batch, "rank": rank}
+                row |= {f"{name}_ms": value for name, value in found.items()}
+                row |= {f"{name}_over_ours": value / found["ours"] for name, value in found.items() if name != "ours"}
+                rows.add(row | place(device))
+                if structured is not None:
+                    ratios.append(found["structured"] / found["ours"])
+    if ratios:
+        print(f"torch-structured over ours: smallest {min(ratios):.2f}, median {statistics.median(ratios):.2f}")
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="(default: cpu)")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: 1)")
+    parser.add_argument("--shape", type=int, nargs=2, default=(1024, 2048), help="m and n (default: 1024 2048)")
+    parser.add_argument("--batch_size", type=int, default=32, help="of the steps (default: 32)")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64], help="of the steps (default: 8 64)")
+    parser.add_argument("--chains", nargs="+", default=["monarch"], help="of the steps (default: monarch)")
+    parser.add_argument("--impl", default="auto", help="backend of ours (default: auto)")
+    parser.add_argument("--rounds", type=int, default=15, help="readings of each clock (default: 15)")
+    parser.add_argument("--only", choices=("steps", "layer"), help="(default: both)")
+    parser.add_argument("--csv", type=Path, help="write STEM_steps.csv and STEM_layer.csv beside this name")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    for what, measure in (("steps", measure_steps), ("layer", measure_layer)):
+        if options.only in (None, what):
+            path = options.csv and options.csv.with_name(f"{options.csv.stem}_{what}.csv")
+            measure(options, device, Rows(path))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
