@@ -2,13 +2,17 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint pictures clean
+.PHONY: demo test test-gpu lint pictures clean
 
 demo: $(VENV)/requirements
 	$(RUN) example_rank_sweep.py
 
 test: $(VENV)/requirements-dev
 	$(RUN) -m pytest
+
+# On a machine with a CUDA device, with a torch that was installed for it (make test does not need one).
+test-gpu:
+	$(PYTHON) -m pytest -m gpu
 
 lint: $(VENV)/requirements-dev
 	$(RUN) -m ruff check .

@@ -38,8 +38,8 @@ class Tiles:
 
 
 def _power_of_two(number: int, low: int, high: int) -> int:
-    """The smallest power of two ≥ number, within [low, high]."""
-    return min(max(low, 1 << (number - 1).bit_length()), high)
+    """The smallest power of two ≥ number, at most high but at least low."""
+    return max(low, min(1 << (number - 1).bit_length(), high))
 
 
 def _operands_stay_in_shared_memory(bits: int, arch: int) -> bool:
@@ -48,8 +48,8 @@ def _operands_stay_in_shared_memory(bits: int, arch: int) -> bool:
 
 
 def _stages(elements: int, bits: int, arch: int) -> int:
-    """Depth of the load pipeline, for this many elements a step, that fits into shared memory; at most 4."""
-    return max(1, min(4, SHARED_KIB.get(arch, 99) * 1024 // (elements * bits // 8)))
+    """Depth of the load pipeline, for this many elements a step, that fits into shared memory; at most 3."""
+    return max(1, min(3, SHARED_KIB.get(arch, 99) * 1024 // (elements * bits // 8)))
 
 
 def group_of(d: int) -> int:
@@ -75,8 +75,8 @@ def factor_tiles(pattern: Pattern, batch: int, bits: int, interleaved: bool, arc
     rows = _power_of_two(b, SMALLEST, largest // group)
     while rows > SMALLEST and ceil(batch / samples) * ceil(b / rows) * a * d // group < PROGRAMS:
         rows //= 2
-    cols = _power_of_two(c, SMALLEST, 64 if bits == 16 else 32 if group == 1 else 16)
-    warps = 8 if samples * rows * group >= 128 * 128 or (group == 4 and bits == 32) else 4
+    cols = _power_of_two(c, SMALLEST, (1024 if group == 1 or samples == 128 else 512) // bits)
+    warps = 8 if group == 4 or samples == 128 else 4
     return Tiles(samples, rows, cols, group, warps, _stages((samples + rows) * cols * group, bits, arch))
 
 

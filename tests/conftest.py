@@ -39,3 +39,11 @@ def weight_path(tmp_path) -> Path:
 
 
 QUICK = ("--num_samples", "80", "--batch_size", "16", "--num_epochs", "3")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """No GPU test run is said, and never looks like a pass."""
+    ran = [report for report in terminalreporter.getreports("passed") if "gpu" in report.keywords]
+    skipped = [report for report in terminalreporter.getreports("skipped") if "gpu" in report.keywords]
+    if skipped and not ran:
+        terminalreporter.write_line(f"No GPU test was run: {len(skipped)} skipped, there is no CUDA device.")

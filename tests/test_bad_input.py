@@ -62,7 +62,7 @@ def refused(tmp_path, monkeypatch, capsys):
         (["--weight_path", "w.pth", "--chain", "lowrank_butterfly", "--init", "hierarchical"], "use --init random"),
         (["--weight_path", "w.pth", "--input_std", "1e-200"], "scale one of them"),
         (["--weight_path", "w.pth", "--input_std", "1e200"], "scale one of them"),
-        (["--weight_path", "w.pth", "--impl", "triton"], "no Triton kernels"),
+        (["--weight_path", "w.pth", "--impl", "triton"], "need a CUDA device"),
         (["--weight_path", "w.pth", "--device", "cuda"], "0 CUDA devices"),
         (["--weight_path", "w.pth", "--device", "abacus"], "auto, cpu, cuda"),
         (["--weight_path", "w.pth", "--lr", "0"], "not a positive number"),

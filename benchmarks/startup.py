@@ -1,0 +1,53 @@
+"""Time from `python train_with_random.py` to its first step, against `python -c "import torch"`.
+
+    python benchmarks/startup.py
+
+On the demo's 1024 × 2048 weight at default settings: 8,000 samples are drawn, whitened and given their targets first.
+"""
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parent.parent
+TO_THE_FIRST_STEP = """
+import os, runpy, sys
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+import ks.step
+def stop(self, *_):
+    os._exit(0)
+ks.step.Epochs.run = stop
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def seconds(*command) -> float:
+    started = time.perf_counter()
+    subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True)
+    return time.perf_counter() - started
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        weight = Path(folder) / "weight.pth"
+        shape = ("--output_features", 1024, "--input_features", 2048)
+        seconds(ROOT / "generate_test_weight.py", *shape, "--output_path", weight)
+        trainer = (ROOT / "train_with_random.py", "--weight_path", weight, "--output_dir", folder)
+        found = {"import torch": [], "default samples": [], "80 samples": []}
+        for _ in range(7):
+            found["import torch"].append(seconds("-c", "import torch"))
+            found["default samples"].append(seconds("-c", TO_THE_FIRST_STEP, *trainer))
+            found["80 samples"].append(seconds("-c", TO_THE_FIRST_STEP, *trainer, "--num_samples", 80))
+    times = {name: median(values) for name, values in found.items()}
+    for name, value in times.items():
+        print(f"{name}: {value:.2f} s, {value / times['import torch']:.2f} × import torch")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
