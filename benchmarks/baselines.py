@@ -1,4 +1,4 @@
-"""What our chain is compared with: the plain loop that people write today, and the fastest peer."""
+"""Our training step apart from its script, and what it is compared with: the plain loop of today, the fastest peer."""
 
 import importlib.util
 import sys
@@ -8,7 +8,22 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from ks.chain import chain_backward, chain_forward
 from ks.patterns import Pattern
+from ks.step import squared_error_and_gradient
+
+
+def our_step(factors, optimiser, impl: str = "auto"):
+    """The step of `train_with_random.py` on (batch, features) inputs and targets in block order."""
+    settings = (False, True, impl, "ieee")
+
+    def step(inputs, targets, lr):
+        prediction, *inner = chain_forward(inputs, factors, *settings)
+        loss, gradient = squared_error_and_gradient(prediction, targets)
+        chain_backward(gradient, inputs, factors, inner, *settings, out=optimiser.gradients)
+        return loss, optimiser.update(lr)
+
+    return step
 
 
 class PlainChain(torch.nn.Module):

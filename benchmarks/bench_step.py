@@ -17,10 +17,17 @@ import sys
 from pathlib import Path
 
 import torch
-from baselines import PlainChain, einsum_chain, plain_epochs, structured_weights, torch_structured_multiply
+from baselines import (
+    PlainChain,
+    einsum_chain,
+    our_step,
+    plain_epochs,
+    structured_weights,
+    torch_structured_multiply,
+)
 from timing import Rows, interleaved_medians, place
 
-from ks.chain import block_order_rows, chain_backward, chain_forward
+from ks.chain import block_order_rows
 from ks.layer import KSLinear
 from ks.patterns import make_chain
 from ks.step import Optimiser, Samples, make_epochs, squared_error_and_gradient
@@ -32,15 +39,8 @@ def our_epoch(layer, weight, samples, impl):
     """One epoch of the training step, captured on CUDA."""
     factors = [factor.detach().clone() for factor in layer.factors]
     optimiser = Optimiser("adamw", factors)
-    settings = (False, True, impl, "ieee")
-
-    def step(inputs, targets, lr):
-        prediction, *inner = chain_forward(inputs, factors, *settings)
-        loss, gradient = squared_error_and_gradient(prediction, targets)
-        chain_backward(gradient, inputs, factors, inner, *settings, out=optimiser.gradients)
-        return loss, optimiser.update(lr)
-
-    epochs, how = make_epochs(step, samples, optimiser.state(), captured=weight.device.type == "cuda")
+    step = our_step(factors, optimiser, impl)
+    epochs, _ = make_epochs(step, samples, optimiser.state(), captured=weight.device.type == "cuda")
     return lambda: epochs.run(1, [1e-4] * samples.steps_per_epoch)[0].mean().item()
 
 

@@ -11,10 +11,12 @@ import argparse
 import sys
 
 import torch
+from baselines import our_step
 from minilm import WEIGHTS, checkpoint
 
 import ks
 from ks import step
+from ks.chain import block_order_rows
 from ks.factorize import loss_floor, population_loss
 from ks.layer import KSLinear
 from ks.weights import load_weight, make_weight
@@ -32,6 +34,7 @@ SETTINGS = {
     "second moment 0.99": {"betas": (0.9, 0.99)},
     "all factors random": {"left_zero": False},
     "constant rate": {"scheduler": "none"},
+    "samples shuffled one by one": {"reshuffle": True},
     "fresh samples": {"sampling": "fresh"},
     "fixed samples": {"sampling": "fixed"},
 }
@@ -51,26 +54,34 @@ def gap(
     left_zero=True,
     scheduler="cosine",
     sampling="whitened",
+    reshuffle=False,
 ) -> float:
     """Train one chain with the given settings; population loss over floor, minus 1."""
     step.RELATIVE_STEP, step.ADAM_BETAS = relative_step, betas
     rows, cols = weight.shape
     chain = ks.make_chain(rows, cols)
     target = weight * (rows**0.5 / weight.norm())
-    samples = step.Samples(target, 8000, 32, 32, sampling=sampling, seed=0)
-    model = KSLinear.from_patterns(chain.patterns(rank))
+    patterns = chain.patterns(rank)
+    order = block_order_rows(patterns[0])
+    samples = step.Samples(target[order], 8000, 32, 32, sampling=sampling, seed=0)
+    model = KSLinear.from_patterns(patterns)
     model.reset_parameters(step.seeded_generator(0, "init"))
     if left_zero:
         torch.nn.init.zeros_(model.factors[0])
-    optimiser = step.Optimiser("adamw", model.parameters())
+    factors = [factor.detach() for factor in model.factors]
+    optimiser = step.Optimiser("adamw", factors)
     if flat_rate is not None:
-        optimiser.rate_factors = [flat_rate] * len(model.factors)
+        optimiser.rate_factors = [flat_rate] * len(factors)
     schedule = step.Schedule(scheduler, 1e-3, samples.steps_per_epoch, epochs)
+    run = step.Epochs(our_step(factors, optimiser), samples)
     for epoch in range(1, epochs + 1):
-        for index, (inputs, targets) in enumerate(samples.epoch(epoch)):
-            optimiser.step(torch.nn.functional.mse_loss(model(inputs), targets), schedule.rate(epoch, index))
+        if reshuffle:
+            shuffled = torch.randperm(8000, generator=torch.Generator().manual_seed(epoch))
+            for batches in (samples.inputs, samples.targets):
+                batches.copy_(batches.flatten(0, 1)[shuffled].view_as(batches))
+        run.run(epoch, [schedule.rate(epoch, index) for index in range(samples.steps_per_epoch)])
     (floor,) = loss_floor(target, chain, [rank])
-    return population_loss(target, model.factors) / floor.lower - 1
+    return population_loss(target, factors) / floor.lower - 1
 
 
 def main(argv=None) -> int:

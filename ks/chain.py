@@ -66,7 +66,7 @@ def check_impl(impl: str, device: torch.device) -> None:
 
 def _backend(x, values, batch: int, impl: str, precision: str):
     """The module that multiplies."""
-    if impl == "bmm":
+    if impl == "bmm" or (impl == "auto" and x.device.type == "cpu"):
         return batched
     return _chosen_module(impl, x.device, tuple(Pattern(*factor.shape) for factor in values), batch, x.dtype, precision)
 

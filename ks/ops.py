@@ -55,10 +55,19 @@ def chain_product(
         batch = batch_shape.numel()
         x = x.reshape((in_features, batch) if batch_last else (batch, in_features))
     keep = torch.is_grad_enabled() and any(factor.requires_grad for factor in values)
-    y = _ChainProduct.apply(x, batch_last, impl, precision, keep, *values)
+    if keep or (torch.is_grad_enabled() and x.requires_grad):
+        y = _ChainProduct.apply(x, batch_last, impl, precision, keep, *values)
+    else:
+        y = _operator("chain")(x, values, batch_last, impl, precision, False)[0]
     if len(batch_shape) != 1:
         y = y.view((y.shape[0], *batch_shape) if batch_last else (*batch_shape, y.shape[1]))
     return y
+
+
+def _operator(name: str):
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.ks, name)
+    return {"chain": _chain, "chain_backward": _chain_backward}[name]
 
 
 class _ChainProduct(torch.autograd.Function):
@@ -66,8 +75,7 @@ class _ChainProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, batch_last, impl, precision, keep, *values):
-        chain = torch.ops.ks.chain if torch.compiler.is_compiling() else _chain
-        y, *inner = chain(x, values, batch_last, impl, precision, keep)
+        y, *inner = _operator("chain")(x, values, batch_last, impl, precision, keep)
         ctx.settings = batch_last, impl, precision
         ctx.save_for_backward(x, *values, *inner)
         return y
@@ -78,8 +86,8 @@ class _ChainProduct(torch.autograd.Function):
         needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]]
         x, *saved = ctx.saved_tensors
         values, inner = saved[: len(needed) - 1], saved[len(needed) - 1 :]
-        chain_backward = torch.ops.ks.chain_backward if torch.compiler.is_compiling() else _chain_backward
-        found = iter(chain_backward(gradient, x, values, inner, *ctx.settings, needed))
+        backward = _operator("chain_backward")
+        found = iter(backward(gradient, x, values, inner, *ctx.settings, needed))
         for_x, *for_values = (next(found) if wanted else None for wanted in needed)
         return for_x, None, None, None, None, *for_values
 

@@ -266,8 +266,13 @@ class Optimiser:
         """
         found_inf = None if self.loss_scale is None else self.loss_scale.unscale(self._gradient)
         norm = torch.linalg.vector_norm(self._gradient)
-        # The fused kernels divide the gradients by this on their way.
-        divisor = (norm / self.max_grad_norm).clamp_(min=1.0) if self.max_grad_norm else None
+        divisor = None
+        if self.max_grad_norm:
+            # The fused kernels divide the gradients by this on their way; a CPU can look, and spare itself a second
+            # pass over memory where nothing is clipped.
+            divisor = (norm / self.max_grad_norm).clamp_(min=1.0)
+            if divisor.device.type == "cpu" and divisor == 1:
+                divisor = None
         self.count += 1.0 if found_inf is None else 1.0 - found_inf
         for values, gradient, moments, factor, decay in zip(
             self.parameters, self.gradients, self.moments, self.rate_factors, self._decays
