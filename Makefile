@@ -2,13 +2,17 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-gpu lint pictures clean
+.PHONY: demo test test-faults test-gpu lint pictures clean
 
 demo: $(VENV)/requirements
 	$(RUN) example_rank_sweep.py
 
 test: $(VENV)/requirements-dev
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
+
+# The same faults as in make test, but twenty kills where that does three.
+test-faults: $(VENV)/requirements-dev
+	KS_TEST_KILLS=20 $(RUN) -m pytest tests/test_survival.py
 
 # On a machine with a CUDA device, with a torch that was installed for it (make test does not need one).
 test-gpu:

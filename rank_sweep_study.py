@@ -4,16 +4,21 @@
     python rank_sweep_study.py --weight_path my_weight.pth --target_relative_loss 0.1 --dry_run
 
 Written to --output_dir: a folder rank_R for each rank (curves, checkpoints, train.log), and under --save_prefix
-PREFIX_summary.csv and .json, PREFIX_runs.csv, PREFIX_floor.csv, PREFIX_config.json and the figures
-PREFIX_loss_curves.png, PREFIX_final_losses.png, PREFIX_floor.png.
+PREFIX_summary.csv and .json, PREFIX_runs.csv, PREFIX_all_curves.csv, PREFIX_floor.csv, PREFIX_config.json and the
+figures PREFIX_loss_curves.png, PREFIX_final_losses.png, PREFIX_floor.png.
+The same command again keeps finished ranks, goes on with unfinished ones and retrains failed ones.
 Exit codes: 0 well, 1 no rank succeeded, 2 bad input or another study's folder, 3 some ranks failed, 130 interrupted.
 """
 
+import contextlib
 import shlex
 import sys
 from pathlib import Path
 
-from ks import cli, launch, plots, report, results, summary
+import torch
+
+from ks import cli, launch, plots, report, results, resume, summary
+from ks.lock import locked
 from ks.plan import Plan, make_plan
 from ks.problem import Problem, resolve
 from ks.progress import Progress
@@ -22,12 +27,6 @@ from ks.study import read_study
 SCRIPT = "rank_sweep_study.py"
 TRAINER = Path(__file__).resolve().parent / "train_with_random.py"
 DEFAULT_RANKS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
-# Flags that do not make another study: what they come to is compared (weight, chain, device, backend, sampling), or
-# they only say how much is reported.
-NOT_COMPARED = (
-    *("weight_path", "weight_key", "transpose", "chain", "blocks", "num_factors", "row_splits", "col_splits"),
-    *("device", "impl", "sampling", "log_interval", "log_grad_norm", "verbose", "quiet", "save_interval"),
-)
 
 
 def build_parser() -> cli.Parser:
@@ -48,7 +47,24 @@ def build_parser() -> cli.Parser:
         "--seeds", type=cli.non_negative_int, nargs="+", help="train every rank with each of these (default: --seed)"
     )
     group.add_argument("--dry_run", action="store_true", help="print the plan and the commands, train nothing")
-    group.add_argument("--overwrite", action="store_true", help="replace another study in --output_dir")
+    group.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="redo what is in --output_dir, also another study; without it, "
+        "finished ranks are kept and others go on where they stopped",
+    )
+    group.add_argument(
+        "--timeout_per_rank", type=cli.positive_float, metavar="SECONDS", help="stop a training after this long"
+    )
+    group = parser.add_argument_group("places")
+    group.add_argument(
+        "--jobs",
+        type=cli.auto_or(cli.positive_int),
+        default="auto",
+        help="trainings at a time (default: auto, one for each CPU core, or --runs_per_gpu for each GPU)",
+    )
+    group.add_argument("--gpus", default="auto", help="auto, none, or numbers such as 0,1 (default: auto)")
+    group.add_argument("--runs_per_gpu", type=cli.positive_int, default=1, help="trainings a GPU (default: 1)")
     cli.add_output_flags(parser, output_dir="./rank_sweep_results", save_prefix="rank_sweep")
     cli.add_plot_flags(parser)
     return parser
@@ -80,6 +96,7 @@ def make_task(config, rank: int, seed: int, files: results.RunFiles) -> launch.T
         "weight_path": Path(config.weight_path).absolute(),
         "seed": seed,
         "rank": rank,
+        "resume": True,
         "output_dir": files.directory,
         "save_prefix": files.prefix,
     }
@@ -88,48 +105,42 @@ def make_task(config, rank: int, seed: int, files: results.RunFiles) -> launch.T
 
 
 def check_folder(files: results.SweepFiles, settings: dict, overwrite: bool) -> None:
-    """Refuse a folder that holds another study; with `overwrite`, clear that study's rank files away.
+    """Refuse a folder that holds another study; with `overwrite`, clear away what is there.
 
     Raises:
         ValueError: naming every setting that differs.
     """
-    present = results.find_curves(files.directory)
-    if not present and not files.config.exists() and not files.summary_csv.exists():
-        return
-    before = (results.read_json(files.config) or {}).get("settings")
-    if before is None:
-        difference = f"results of something else (no readable {files.config.name})"
-    else:
-        changed = [name for name, value in results.finite(settings).items() if value != before.get(name)]
-        if not changed:
-            return
-        changes = ", ".join(f"{name} was {before.get(name)}, now {settings[name]}" for name in changed)
-        difference = f"another study ({changes})"
-    if not overwrite:
-        raise ValueError(f"{files.directory} holds {difference}; choose another --output_dir or give --overwrite")
-    for rank, seed in present:
-        results.rank_files(files.directory, rank, seed).remove()
+    present = results.find_runs(files.directory)
+    if present or files.config.exists() or files.summary_csv.exists():
+        before = (results.read_json(files.config) or {}).get("settings")
+        if before is None:
+            difference = f"results of something else (no readable {files.config.name})"
+        else:
+            changed = resume.changes(before, settings)
+            difference = f"another study ({changed})" if changed else None
+        if difference and not overwrite:
+            raise ValueError(f"{files.directory} holds {difference}; choose another --output_dir or give --overwrite")
+    if overwrite:
+        for rank, seed in present:
+            run = results.rank_files(files.directory, rank, seed)
+            run.remove()
+            run.log.unlink(missing_ok=True)
 
 
-def prepare(config, problem: Problem, plan: Plan, ranks: list[int], seeds: list[int]) -> results.SweepFiles:
-    """Claim the results folder for this study: settings recorded, run folders made, an earlier run of it cleared.
+def prepare(
+    config, problem: Problem, plan: Plan, ranks: list[int], seeds: list[int], files: results.SweepFiles
+) -> None:
+    """Claim the results folder for this study: settings recorded, run folders made, old summary and figures removed.
 
     Raises:
-        ValueError: the folder cannot be written, or holds another study.
+        ValueError: the folder holds another study.
     """
-    files = results.SweepFiles(results.prepare_output_dir(config.output_dir), config.save_prefix)
-    description = problem.describe()
-    settings = {name: value for name, value in cli.shared_settings(config).items() if name not in NOT_COMPARED}
-    settings |= {name: description[name] for name in ("chain", "device", "sampling")}
-    settings |= {"seed": seeds[0], "weight": f"sha256 {description['weight']['sha256'][:16]}"}
+    settings = resume.settings_of(config, problem) | {"seed": seeds[0]}
     check_folder(files, settings, config.overwrite)
     files.remove_outputs()
     for rank in ranks:
         for seed in seeds:
-            run = run_files(files.directory, rank, seed, seeds[0])
-            results.prepare_output_dir(run.directory)
-            run.remove()
-            run.log.unlink(missing_ok=True)
+            results.prepare_output_dir(run_files(files.directory, rank, seed, seeds[0]).directory)
     results.write_json(
         files.config,
         {
@@ -138,12 +149,31 @@ def prepare(config, problem: Problem, plan: Plan, ranks: list[int], seeds: list[
             "seeds": seeds,
             "title": title_of(config, problem),
             "arguments": vars(config),
-            "problem": description,
+            "problem": problem.describe(),
             "provenance": results.provenance(),
         },
     )
     results.write_csv(files.floor_csv, results.FLOOR_COLUMNS, plan.curve_rows())
-    return files
+
+
+def slots_of(config, problem: Problem, runs: int) -> list[dict[str, str]]:
+    """Environments of the places where trainings run at the same time.
+
+    Raises:
+        ValueError: --gpus names what is not there, or is given for another device.
+    """
+    jobs, cores = None if config.jobs == "auto" else config.jobs, launch.cpu_cores()
+    if problem.device.type == "cpu" or config.gpus == "none":
+        if config.gpus not in ("auto", "none"):
+            raise ValueError(f"--gpus {config.gpus}: the device is {problem.device}; leave it out or use --device cuda")
+        return launch.cpu_slots(jobs, runs, cores)
+    if problem.device.index is not None:
+        if config.gpus != "auto":
+            raise ValueError(f"--gpus {config.gpus} together with --device {config.device}: give one or the other")
+        gpus = [launch.choose_gpus("auto", torch.cuda.device_count())[problem.device.index]]
+    else:
+        gpus = launch.choose_gpus(config.gpus, torch.cuda.device_count())
+    return launch.gpu_slots(gpus, config.runs_per_gpu, jobs, runs, cores)
 
 
 def title_of(config, problem: Problem) -> str:
@@ -151,52 +181,63 @@ def title_of(config, problem: Problem) -> str:
     return f"{name}, {problem.rows} × {problem.cols}: {problem.chain.describe()}"
 
 
-def status_of(files: results.RunFiles, outcome: launch.Outcome | None) -> str:
+def status_of(files: results.RunFiles, outcome: launch.Outcome | None, num_epochs: int) -> str:
     """'ok', or what went wrong; no outcome means that the run was interrupted or never started."""
     reported = (results.read_json(files.training_log) or {}).get("status")
     if outcome is None:
         return "interrupted"
-    if outcome.returncode == cli.EXIT_OK and reported == "finished":
+    if outcome.timed_out:
+        return "timed out"
+    if outcome.returncode == cli.EXIT_OK and resume.is_finished(files, num_epochs):
         return "ok"
     if outcome.returncode == cli.EXIT_FAILED and reported in ("diverged", "out of memory"):
         return reported
     return f"failed (exit {outcome.returncode})"
 
 
-def sweep(config, ranks: list[int], seeds: list[int], output_dir: Path) -> list[dict]:
-    """Train every rank with every seed, also when others fail.
+def sweep(config, ranks: list[int], seeds: list[int], output_dir: Path, slots: list[dict[str, str]]) -> list[dict]:
+    """Train every rank with every seed that is not finished yet, the largest first, also when others fail.
 
     Returns:
         rows of `ks.results.RUN_COLUMNS`; runs that an interrupt kept from finishing have the status 'interrupted'.
     """
-    runs = [(rank, seed, run_files(output_dir, rank, seed, seeds[0])) for rank in ranks for seed in seeds]
-    tasks = [make_task(config, *run) for run in runs]
-    files_of = {task.name: files for task, (_, _, files) in zip(tasks, runs)}
+    runs = {}
+    for rank in ranks:
+        for seed in seeds:
+            files = run_files(output_dir, rank, seed, seeds[0])
+            runs[make_task(config, rank, seed, files)] = (rank, seed, files)
     outcomes = {}
+    for task, (_, _, files) in runs.items():
+        if resume.is_finished(files, config.num_epochs):
+            outcomes[task] = launch.Outcome(cli.EXIT_OK, 0.0)
+            cli.note(f"{task.name}: finished before", config.quiet)
+        elif not files.resume.exists():
+            files.log.unlink(missing_ok=True)
+    waiting = sorted(runs.keys() - outcomes.keys(), key=lambda task: (-runs[task][0], runs[task][1]))
 
-    def epochs_done(name):
-        return len(results.curves_if_any(files_of[name].curves_csv))
+    def epochs_done(task):
+        return len(results.curves_if_any(runs[task][2].curves_csv))
 
-    progress = Progress(len(tasks), config.num_epochs, epochs_done, config.quiet)
+    progress = Progress(len(waiting), config.num_epochs, epochs_done, config.quiet)
     try:
-        for task, outcome in launch.run_local(tasks, lambda task: progress.poll(task.name)):
-            outcomes[task.name] = outcome
-            progress.end(outcome_message(task, outcome, files_of[task.name]))
+        for task, outcome in launch.run_local(waiting, slots, progress.poll, config.timeout_per_rank):
+            outcomes[task] = outcome
+            progress.end(outcome_message(task, outcome, runs[task][2], config.num_epochs))
     except KeyboardInterrupt:
         cli.note("stopping", config.quiet)
     finally:
         progress.close()
     rows = []
-    for task, (rank, seed, files) in zip(tasks, runs):
-        outcome = outcomes.get(task.name)
-        curves, seconds = results.curves_if_any(files.curves_csv), outcome.seconds if outcome else None
-        rows.append(summary.run_row(rank, curves, status_of(files, outcome), seed=seed, train_seconds=seconds))
+    for task, (rank, seed, files) in runs.items():
+        curves, log = results.curves_if_any(files.curves_csv), results.read_json(files.training_log) or {}
+        status = status_of(files, outcomes.get(task), config.num_epochs)
+        rows.append(summary.run_row(rank, curves, status, seed=seed, train_seconds=log.get("train_seconds")))
     return rows
 
 
-def outcome_message(task: launch.Task, outcome: launch.Outcome, files: results.RunFiles) -> str:
+def outcome_message(task: launch.Task, outcome: launch.Outcome, files: results.RunFiles, num_epochs: int) -> str:
     """How a run ended; after a failure, with the end of its log."""
-    curves, status = results.curves_if_any(files.curves_csv), status_of(files, outcome)
+    curves, status = results.curves_if_any(files.curves_csv), status_of(files, outcome, num_epochs)
     loss = f", validation loss {curves[-1]['val_loss']:.6g}" if curves else ""
     message = f"{task.name}: {status}{loss}, {outcome.seconds:.1f} s"
     if status == "ok":
@@ -215,10 +256,21 @@ def conclude(config, problem: Problem, files: results.SweepFiles, ranks: list[in
     if any(run["population_loss"] is None for run in finished):
         cli.note("floors are left out: the criterion is not the mean squared error", config.quiet)
         floors = [None] * len(ranks)
+    first_seed = runs[0]["seed"]
+
+    def curves_of(run):
+        return run_files(files.directory, run["rank"], run["seed"], first_seed).curves_csv
+
     runs_of = {rank: [run for run in runs if run["rank"] == rank] for rank in ranks}
     predict_zero = problem.predict_zero_loss
     rows = [summary.rank_row(runs_of[rank], problem.chain, floor, predict_zero) for rank, floor in zip(ranks, floors)]
     results.write_csv(files.runs_csv, results.RUN_COLUMNS, runs)
+    curves = [
+        row
+        for run in runs
+        for row in results.all_curves_rows(run["rank"], run["seed"], results.curves_if_any(curves_of(run)))
+    ]
+    results.write_csv(files.all_curves_csv, results.ALL_CURVES_COLUMNS, curves)
     results.write_summary(files, rows)
     look = {"log_scale": config.log_scale, "title": config.title, "figsize": config.figsize}
     figures = plots.save_figures(plots.study_figures(read_study(files), **look), files, config.formats, config.dpi)
@@ -242,32 +294,46 @@ def main(argv=None) -> int:
     cli.interrupt_on_signals()
     config = build_parser().parse_config(argv)
     seeds = seeds_of(config)
-    with cli.usage_errors(SCRIPT):
-        problem = resolve(config)
-        if problem.rows * problem.cols > 2**22:
-            cli.note(f"computing the floors of {problem.rows} × {problem.cols}", config.quiet)
-        weight = problem.weight.tensor.to(problem.device)
-        plan = make_plan(weight, problem.chain, problem.predict_zero_loss)
-        ranks = ranks_of(config, plan)
-        floors = plan.floors(ranks)
-        plan_notes = report.plan_notes(plan, config.target_relative_loss)
-        files = None if config.dry_run else prepare(config, problem, plan, ranks, seeds)
-    for text in problem.notes:
-        cli.note(text, config.quiet)
-    if config.dry_run:
-        print("\n".join(plan_notes))
-        print(report.plan_table(problem.chain, ranks, floors, problem.predict_zero_loss))
-        for rank in ranks:
-            for seed in seeds:
-                run = run_files(Path(config.output_dir).absolute(), rank, seed, seeds[0])
-                print(shlex.join(make_task(config, rank, seed, run).command))
-        return cli.EXIT_OK
-
-    for text in plan_notes:
-        cli.note(text, config.quiet)
-    runs = sweep(config, ranks, seeds, files.directory)
-    conclude(config, problem, files, ranks, floors, runs)
+    with contextlib.ExitStack() as held:
+        with cli.usage_errors(SCRIPT):
+            problem = resolve(config)
+            if problem.rows * problem.cols > 2**22:
+                cli.note(f"computing the floors of {problem.rows} × {problem.cols}", config.quiet)
+            weight = problem.weight.tensor.to(problem.device)
+            plan = make_plan(weight, problem.chain, problem.predict_zero_loss)
+            ranks = ranks_of(config, plan)
+            slots = slots_of(config, problem, len(ranks) * len(seeds))
+            floors = plan.floors(ranks)
+            plan_notes = report.plan_notes(plan, config.target_relative_loss)
+            if not config.dry_run:
+                files = results.SweepFiles(results.prepare_output_dir(config.output_dir), config.save_prefix)
+                held.enter_context(locked(files.lock, "another sweep"))
+                prepare(config, problem, plan, ranks, seeds, files)
+        for text in problem.notes:
+            cli.note(text, config.quiet)
+        if config.dry_run:
+            show_plan(config, problem, plan_notes, ranks, seeds, floors)
+            return cli.EXIT_OK
+        for text in plan_notes:
+            cli.note(text, config.quiet)
+        try:
+            runs = sweep(config, ranks, seeds, files.directory, slots)
+            conclude(config, problem, files, ranks, floors, runs)
+        except OSError as error:
+            place = error.filename or files.directory
+            print(f"{SCRIPT}: {error.strerror}: {place}; mend that and run the same command again", file=sys.stderr)
+            return cli.EXIT_FAILED
     return exit_code(runs)
+
+
+def show_plan(config, problem: Problem, notes: list[str], ranks: list[int], seeds: list[int], floors: list) -> None:
+    """Floors, saturation and parity of the ranks, and the commands that would train them."""
+    print("\n".join(notes))
+    print(report.plan_table(problem.chain, ranks, floors, problem.predict_zero_loss))
+    for rank in ranks:
+        for seed in seeds:
+            run = run_files(Path(config.output_dir).absolute(), rank, seed, seeds[0])
+            print(shlex.join(make_task(config, rank, seed, run).command))
 
 
 if __name__ == "__main__":

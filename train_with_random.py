@@ -6,10 +6,12 @@
 Inputs are x ~ N(0, σ²I), targets W x. Written to --output_dir after every epoch, under --save_prefix:
 PREFIX_rank_R_loss_curves.csv and .json, PREFIX_training_log.json; at the end PREFIX_final.pth and PREFIX_best.pth
 (lowest validation loss; both load with `ks.load`); PREFIX_config.json; PREFIX_epoch_N.pth every --save_interval epochs.
-A rerun under the same prefix replaces these files, also for another rank.
+PREFIX_resume.pth is where --resume goes on after an interrupt or a crash; it goes when the training is finished.
+Without --resume a rerun under the same prefix replaces these files, also for another rank.
 Exit codes: 0 well, 1 diverged or out of memory, 2 bad input, 130 interrupted.
 """
 
+import contextlib
 import copy
 import functools
 import math
@@ -23,10 +25,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
-from ks import cli, results
+from ks import cli, results, resume
 from ks.chain import block_order_rows, chain_backward, chain_forward, choose_impl
 from ks.factorize import population_loss
 from ks.layer import KSLinear
+from ks.lock import locked
 from ks.problem import Problem, resolve
 from ks.step import (
     Optimiser,
@@ -51,6 +54,7 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
     cli.add_shared_training_groups(parser, num_epochs=100, save_interval=10)
     parser.add_argument("--rank", type=cli.positive_int, default=4, help="rank of the chain (default: 4)")
+    parser.add_argument("--resume", action="store_true", help="go on where an earlier run of the same settings stopped")
     cli.add_output_flags(parser, output_dir="./trained_models", save_prefix="ks_chain")
     return parser
 
@@ -64,14 +68,19 @@ def criterion(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.mse_loss(prediction, target)
 
 
-def train(config, problem: Problem, impl: str, files: results.RunFiles) -> dict:
+def train(config, problem: Problem, impl: str, files: results.RunFiles, checkpoints: resume.Checkpoints) -> dict:
     """Train the chain of rank `config.rank`; the curves are on disk whenever an epoch has ended.
+
+    What `checkpoints` found is gone on from, to the bit.
 
     Returns:
         the last row of the curves.
     Raises:
         Diverged: a loss that is not finite.
     """
+    if checkpoints.found:
+        torch.set_num_threads(checkpoints.found["threads"])
+    threads = torch.get_num_threads()
     dtype = DTYPES[config.dtype]
     weight = problem.internal_weight()
     model = make_model(config, problem, weight)
@@ -126,8 +135,11 @@ def train(config, problem: Problem, impl: str, files: results.RunFiles) -> dict:
     population_interval = math.ceil(config.num_epochs / 10)
     best = Best(model, weight, keep_start=measured and config.init == "hierarchical")
     curves = []
+    if checkpoints.found:
+        curves = checkpoints.restore(optimiser, schedule, best)
+        results.write_curves(files, curves)
     try:
-        for epoch in range(1, config.num_epochs + 1):
+        for epoch in range(len(curves) + 1, config.num_epochs + 1):
             started = time.perf_counter()
             rates = [schedule.rate(epoch, step) for step in range(samples.steps_per_epoch)]
             losses, norms = epochs.run(epoch, rates)
@@ -151,9 +163,13 @@ def train(config, problem: Problem, impl: str, files: results.RunFiles) -> dict:
             check_finite(row, losses)
 
             schedule.end_epoch(val_loss)
+            checkpoints.offer(threads, curves, optimiser, schedule, best)
             if config.save_interval and epoch % config.save_interval == 0:
                 save(model, problem.unit, files.epoch_checkpoint(epoch))
         save(model, problem.unit, files.final)
+    except BaseException:
+        checkpoints.write_latest()
+        raise
     finally:
         if best.row is not None:
             if measured:
@@ -197,6 +213,15 @@ class Best:
         if val_loss < self.val_loss:
             self.val_loss, self.row, self.kept = val_loss, row, copy.deepcopy(self.model)
 
+    def state(self) -> dict:
+        """All that changes, for a checkpoint."""
+        return {"val_loss": self.val_loss, "epoch": self.row["epoch"], "factors": [*self.kept.state_dict().values()]}
+
+    def restore(self, state: dict, curves: list[dict]) -> None:
+        self.offer(state["val_loss"], curves[state["epoch"] - 1])
+        for factor, values in zip(self.kept.factors, state["factors"]):
+            factor.data.copy_(values)
+
     def population_loss(self) -> float:
         return population_loss(self.weight, self.kept.factors)
 
@@ -218,8 +243,7 @@ def save(model: KSLinear, unit: float, path) -> None:
     with torch.no_grad():
         for factor in scaled.factors:
             factor.mul_(unit ** (1 / len(scaled.factors)))
-    with results.atomic_path(path) as temporary:
-        scaled.save(temporary)
+    scaled.save(path)
 
 
 def check_finite(row: dict, losses: torch.Tensor) -> None:
@@ -253,52 +277,78 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def main(argv=None) -> int:
     interrupted = cli.interrupt_on_signals()
+    cli.stop_with_parent()
     config = build_parser().parse_config(argv)
-    with cli.usage_errors(SCRIPT):
+    with contextlib.ExitStack() as held, cli.usage_errors(SCRIPT):
         problem = resolve(config)
         files = results.RunFiles(results.prepare_output_dir(config.output_dir), config.save_prefix, config.rank)
+        held.enter_context(locked(files.lock, "another training", wait=10))
+        settings = resume.settings_of(config, problem) | {"rank": config.rank}
+        if config.resume and resume.goes_on(files, settings):
+            if resume.is_finished(files, config.num_epochs):
+                print(f"rank {config.rank}: finished before; {files.final}")
+                return cli.EXIT_OK
+        else:
+            files.remove()
+        held = held.pop_all()
+    with held:
+        return run(config, problem, settings, files, interrupted)
+
+
+def run(config, problem: Problem, settings: dict, files: results.RunFiles, interrupted) -> int:
+    """Train, with everything recorded that a reader of the results may ask for.
+
+    Returns:
+        the exit code.
+    """
+    dtype, precision = DTYPES[config.dtype], config.float32_precision
     patterns = problem.chain.patterns(config.rank)
-    precision = config.float32_precision
-    impl, reason = choose_impl(
-        config.impl, problem.device, patterns, config.batch_size, DTYPES[config.dtype], precision
-    )
+    impl, reason = choose_impl(config.impl, problem.device, patterns, config.batch_size, dtype, precision)
     for text in (*problem.notes, f"impl {impl}: {reason}"):
         cli.note(text, config.quiet)
-    files.remove()
-    results.write_json(
-        files.config,
-        {
-            "arguments": vars(config),
-            "problem": problem.describe(),
-            "impl": {"name": impl, "reason": reason},
-            "provenance": results.provenance(),
-        },
-    )
+    record = {
+        "settings": settings,
+        "arguments": vars(config),
+        "problem": problem.describe(),
+        "impl": {"name": impl, "reason": reason},
+        "provenance": results.provenance(),
+    }
+    results.write_json(files.config, record)
+    before = results.read_json(files.training_log) or {}
     log = {"status": "running", "started": results.now()}
     results.write_json(files.training_log, log)
+    checkpoints = resume.Checkpoints(files, settings, config.resume_interval, look=config.resume)
+    spent = before.get("train_seconds", 0.0) if checkpoints.found else 0.0
     started = time.perf_counter()
     code = cli.EXIT_FAILED
     try:
-        last = train(config, problem, impl, files)
+        last = train(config, problem, impl, files, checkpoints)
         log["status"], code = "finished", cli.EXIT_OK
     except Diverged as error:
         log |= {"status": "diverged", "error": str(error)}
     except BaseException as error:
         if interrupted.is_set():
-            log |= {"status": "interrupted", "error": "interrupted; the epochs so far are kept"}
+            log |= {"status": "interrupted", "error": "interrupted; the epochs so far are kept, --resume goes on"}
             code = cli.EXIT_INTERRUPTED
         elif is_out_of_memory(error):
-            advice = f"use a --batch_size below {config.batch_size}, fewer --num_samples or --dtype bfloat16"
+            smaller = max(1, config.batch_size // 2)
+            advice = f"try --batch_size {smaller}, fewer --num_samples or --dtype bfloat16"
             log |= {"status": "out of memory", "error": f"out of memory on {problem.device}; {advice}"}
+        elif isinstance(error, OSError):
+            advice = "mend that and run the same command with --resume"
+            log |= {"status": "failed", "error": f"{error.strerror}: {error.filename or files.directory}; {advice}"}
         else:
             log |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
             raise
     finally:
-        log |= {"ended": results.now(), "train_seconds": time.perf_counter() - started}
-        results.write_json(files.training_log, log)
+        log |= {"ended": results.now(), "train_seconds": spent + time.perf_counter() - started}
+        with contextlib.suppress(OSError):  # a full disk has been reported
+            results.write_json(files.config, record | {"ended": log["ended"]} | results.peak_memory(problem.device))
+            results.write_json(files.training_log, log)
     if code != cli.EXIT_OK:
         print(f"{SCRIPT}: {log['error']}", file=sys.stderr)
         return code
+    files.resume.unlink(missing_ok=True)
     share = f", {last['val_loss'] / problem.predict_zero_loss:.2%} of predicting 0" if "population_loss" in last else ""
     print(f"rank {config.rank}: validation loss {last['val_loss']:.6g}{share}; {files.final}")
     return code

@@ -1,7 +1,6 @@
 """Interleaved timing, and CSV rows that say where they were measured."""
 
 import csv
-import platform
 import statistics
 import sys
 import time
@@ -36,24 +35,13 @@ def interleaved_medians(functions: dict, device: torch.device, rounds: int = 15,
     return {name: statistics.median(values[1:]) for name, values in readings.items()}
 
 
-def hardware(device: torch.device) -> str:
-    """The card's name, or the processor's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
-
-
 def place(device: torch.device) -> dict:
     """What every row of a benchmark carries besides its figures."""
     known = provenance()
-    driver = ""
-    if device.type == "cuda":
-        driver = getattr(torch.cuda, "driver_version", lambda: "")() or torch.version.cuda
+    on_gpu = device.type == "cuda"
     return {
-        "hardware": hardware(device),
-        "driver": str(driver),
+        "hardware": known["gpu"] if on_gpu else f"{known['cpu']}, {known['threads']} threads",
+        "driver": known["driver"] if on_gpu else "",
         "torch": known["torch"],
         "python": known["python"],
         "revision": known["git_revision"],

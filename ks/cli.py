@@ -2,9 +2,11 @@
 
 import argparse
 import math
+import os
 import signal
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import make_dataclass
 
@@ -62,6 +64,20 @@ def interrupt_on_signals() -> threading.Event:
     return interrupted
 
 
+def stop_with_parent() -> None:
+    """Send this process SIGTERM once the launcher that started it, named in its environment, is gone."""
+    parent = os.environ.get("KS_PARENT", "")
+    if not parent.isdigit():
+        return
+
+    def watch():
+        while os.getppid() == int(parent):
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def note(message: str, quiet: bool = False) -> None:
     """A remark for the user, on stderr."""
     if not quiet:
@@ -85,6 +101,13 @@ positive_int = _number(int, lambda value: value > 0, "a positive integer")
 non_negative_int = _number(int, lambda value: value >= 0, "a non-negative integer")
 positive_float = _number(float, lambda value: 0 < value < math.inf, "a positive number")
 non_negative_float = _number(float, lambda value: 0 <= value < math.inf, "a non-negative number")
+
+
+def auto_or(convert):
+    """A converter that lets 'auto' through."""
+    return lambda text: text if text == "auto" else convert(text)
+
+
 open_fraction = _number(float, lambda value: 0 < value < 1, "a number between 0 and 1, both excluded")
 
 
@@ -183,6 +206,15 @@ def add_checkpoint_flags(parser, save_interval: int = 10) -> None:
     )
 
 
+def add_resume_flags(parser) -> None:
+    parser.add_argument(
+        "--resume_interval",
+        type=non_negative_float,
+        default=30.0,
+        help="seconds between checkpoints to resume from, written at the end of an epoch (default: 30)",
+    )
+
+
 def add_plot_flags(parser) -> None:
     group = parser.add_argument_group("plots")
     group.add_argument("--log_scale", action="store_true", help="logarithmic loss axes")
@@ -206,6 +238,7 @@ def add_shared_training_groups(parser, num_epochs: int, save_interval: int) -> N
     add_chain_flags(parser)
     add_training_flags(parser, num_epochs)
     add_checkpoint_flags(parser, save_interval)
+    add_resume_flags(parser)
 
 
 def shared_settings(config) -> dict:

@@ -2,6 +2,7 @@
 
 import csv
 import glob
+import io
 import json
 import math
 import os
@@ -45,6 +46,7 @@ SUMMARY_COLUMNS = (
     "train_seconds",
 )
 RUN_COLUMNS = ("rank", "seed", *SUMMARY_COLUMNS[1:10], "train_seconds")
+ALL_CURVES_COLUMNS = ("rank", "seed", "epoch", "split", "loss", "lr", "seconds")
 FLOOR_COLUMNS = ("chain", "rank", "parameters", "loss_floor", "relative_loss")
 
 
@@ -76,6 +78,14 @@ class RunFiles:
         return self._path("best.pth")
 
     @property
+    def resume(self) -> Path:
+        return self._path("resume.pth")
+
+    @property
+    def lock(self) -> Path:
+        return self.directory / f".{self.prefix}.lock"
+
+    @property
     def config(self) -> Path:
         return self._path("config.json")
 
@@ -92,7 +102,7 @@ class RunFiles:
 
     def remove(self) -> None:
         """Delete what an earlier run of the same name left, its epoch checkpoints too."""
-        stale = [self.curves_csv, self.curves_json, self.final, self.best, self.config, self.training_log]
+        stale = [self.curves_csv, self.curves_json, self.final, self.best, self.config, self.training_log, self.resume]
         for path in stale + list(self.directory.glob(f"{glob.escape(self.prefix)}_epoch_*.pth")):
             path.unlink(missing_ok=True)
 
@@ -123,6 +133,14 @@ class SweepFiles:
         return self.directory / f"{self.prefix}_runs.csv"
 
     @property
+    def all_curves_csv(self) -> Path:
+        return self.directory / f"{self.prefix}_all_curves.csv"
+
+    @property
+    def lock(self) -> Path:
+        return self.directory / ".sweep.lock"
+
+    @property
     def floor_csv(self) -> Path:
         return self.directory / f"{self.prefix}_floor.csv"
 
@@ -132,7 +150,7 @@ class SweepFiles:
 
     def remove_outputs(self) -> None:
         """Delete summary, runs and figures of an earlier sweep: nothing may outlive the results it was made of."""
-        for path in (self.summary_csv, self.summary_json, self.runs_csv):
+        for path in (self.summary_csv, self.summary_json, self.runs_csv, self.all_curves_csv):
             path.unlink(missing_ok=True)
         for name in ("loss_curves", "final_losses", "floor"):
             for suffix in ("png", "svg", "pdf"):
@@ -165,6 +183,16 @@ def finite(value):
     return value
 
 
+def save_tensors(value, path) -> None:
+    """torch.save, atomically; a full disk is an OSError."""
+    import torch
+
+    buffer = io.BytesIO()  # torch's own file writer raises an unspecific RuntimeError
+    torch.save(value, buffer)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
 def write_json(path, value) -> None:
     """Write JSON atomically; NaN and infinities become null."""
     with atomic_path(path) as temporary:
@@ -192,6 +220,18 @@ def write_curves(files: RunFiles, rows: list[dict]) -> None:
     plurals = {name: CURVE_LISTS.get(name, name) for name in columns if name != "rank"}
     curves = {plural: [row.get(name) for row in rows] for name, plural in plurals.items()}
     write_json(files.curves_json, {"rank": files.rank, **curves})
+
+
+def all_curves_rows(rank: int, seed: int, curves: list[dict]) -> list[dict]:
+    """Curves of one run in long form: a row for each epoch and split (train, validation, population where computed)."""
+    columns = {"train": "train_loss", "validation": "val_loss", "population": "population_loss"}
+    return [
+        {"rank": rank, "seed": seed, "epoch": row["epoch"], "split": split, "loss": row[column]}
+        | {"lr": row.get("lr"), "seconds": row.get("epoch_seconds")}
+        for row in curves
+        for split, column in columns.items()
+        if finite(row.get(column)) is not None
+    ]
 
 
 def read_json(path) -> dict | list | None:
@@ -231,19 +271,22 @@ def curves_if_any(path) -> list[dict]:
         return []
 
 
-def find_curves(results_dir) -> dict[tuple[int, int | None], Path]:
-    """The curves files of a results folder by (rank, seed), ascending; the first seed's lie in rank_R itself: None."""
-    found = {}
+def find_runs(results_dir) -> list[tuple[int, int | None]]:
+    """(rank, seed) of every run folder of a sweep, ascending; the first seed's is rank_R itself: None."""
+    found = []
     for folder in Path(results_dir).glob("rank_*"):
         rank = folder.name.removeprefix("rank_")
         if not folder.is_dir() or not rank.isdigit():
             continue
         seeds = [path.name.removeprefix("seed_") for path in folder.glob("seed_*")]
-        for seed in [None, *sorted(int(seed) for seed in seeds if seed.isdigit())]:
-            path = rank_files(results_dir, int(rank), seed).curves_csv
-            if path.is_file():
-                found[int(rank), seed] = path
-    return dict(sorted(found.items(), key=lambda item: item[0][0]))
+        found += [(int(rank), seed) for seed in [None, *sorted(int(seed) for seed in seeds if seed.isdigit())]]
+    return sorted(found, key=lambda run: run[0])
+
+
+def find_curves(results_dir) -> dict[tuple[int, int | None], Path]:
+    """The curves files of a results folder by (rank, seed) as `find_runs` names them."""
+    paths = {run: rank_files(results_dir, *run).curves_csv for run in find_runs(results_dir)}
+    return {run: path for run, path in paths.items() if path.is_file()}
 
 
 def write_summary(files: SweepFiles, rows: list[dict]) -> None:
@@ -277,22 +320,58 @@ def now() -> str:
 
 
 def provenance() -> dict:
-    """Command line, versions, host and git revision, for config files."""
+    """Command line, versions, host, devices and git revision, for config files."""
     import torch
 
     root = Path(__file__).resolve().parent
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-        revision = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        revision = ""
-    return {
+    found = {
         "command": [sys.executable, *sys.argv],
         "started": now(),
         "host": platform.node(),
         "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "cpu_cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "git_revision": revision or None,
+        "git_revision": _output_of(["git", "describe", "--always", "--dirty", "--abbrev=12"], root),
     }
+    if torch.cuda.is_available():
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        found |= {
+            "gpu": torch.cuda.get_device_name(),
+            "cuda": torch.version.cuda,
+            "driver": (_output_of(query, root) or "").split("\n")[0] or None,
+        }
+    return found
+
+
+def peak_memory(device) -> dict:
+    """Peak memory of this process so far in MiB: of the host, and of its CUDA device."""
+    import resource
+
+    import torch
+
+    unit = 2**10 if sys.platform != "darwin" else 2**20  # getrusage counts in KiB on Linux, in bytes on macOS
+    found = {"peak_host_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
+    if device.type == "cuda":
+        found["peak_gpu_mib"] = torch.cuda.max_memory_allocated(device) / 2**20
+    return found
+
+
+def cpu_name() -> str:
+    """The processor as the system names it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _output_of(command: list[str], folder: Path) -> str | None:
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

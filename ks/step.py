@@ -160,6 +160,13 @@ class Schedule:
             return self.lr * self.gamma ** ((epoch - 1) // self.step_size)
         return self.lr * self.reduction
 
+    def state(self) -> tuple:
+        """All that changes, for a checkpoint."""
+        return self.best, self.bad_epochs, self.reduction
+
+    def restore(self, state: tuple) -> None:
+        self.best, self.bad_epochs, self.reduction = state
+
     def end_epoch(self, validation_loss: float) -> None:
         """Tell the plateau schedule how the epoch ended."""
         if self.name != "plateau":

@@ -30,6 +30,15 @@ def run(tmp_path):
     return run_script
 
 
+@pytest.fixture(autouse=True)
+def leave_no_process(request):
+    """A test that fails half-way must not leave trainings behind."""
+    folder = request.getfixturevalue("tmp_path") if "tmp_path" in request.fixturenames else None
+    yield
+    if folder is not None:
+        subprocess.run(["pkill", "-KILL", "-f", str(folder)], check=False)
+
+
 @pytest.fixture
 def weight_path(tmp_path) -> Path:
     """A saved 16 × 24 weight."""

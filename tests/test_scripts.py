@@ -169,7 +169,7 @@ def test_an_interrupted_training_keeps_its_epochs(weight_path, tmp_path, sent):
     process.send_signal(sent)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert stderr.splitlines()[-1].endswith("interrupted; the epochs so far are kept")
+    assert stderr.splitlines()[-1].endswith("interrupted; the epochs so far are kept, --resume goes on")
     assert results.read_curves(curves)
     assert (tmp_path / "out" / "ks_chain_best.pth").exists()
 
@@ -189,6 +189,7 @@ def test_a_sweep_writes_the_files_of_the_contract(swept):
         "rank_100",
         "rank_2",
         "rank_4",
+        "rank_sweep_all_curves.csv",
         "rank_sweep_config.json",
         "rank_sweep_final_losses.png",
         "rank_sweep_floor.csv",
@@ -330,7 +331,7 @@ def test_a_killed_rank_stays_visible_and_does_not_stop_the_others(weight_path, t
     command += ["--ranks", "1", "2", "4", "--num_epochs", "300", "--output_dir", "out"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: results.rank_files(tmp_path / "out", 2).curves_csv.exists())
-    subprocess.run(["pkill", "-KILL", "-f", "--", f"--rank 2 --output_dir {tmp_path}"], check=True)
+    subprocess.run(["pkill", "-KILL", "-f", "--", f"--rank 2 --resume --output_dir {tmp_path}"], check=True)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 3, stderr
     rows = read_table(tmp_path / "out" / "rank_sweep_summary.csv")
@@ -356,13 +357,13 @@ def test_an_interrupted_sweep_summarises_and_leaves_no_process(weight_path, tmp_
     command += ["--ranks", "1", "2", "--num_epochs", "100000", "--num_samples", "80", "--output_dir", "out"]
     command += ["--seeds", "0", "1"] if sent == signal.SIGTERM else []
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: results.rank_files(tmp_path / "out", 1).curves_csv.exists())
+    wait_for(lambda: results.rank_files(tmp_path / "out", 2).curves_csv.exists())  # the larger one comes first
     process.send_signal(sent)
     process.communicate(timeout=60)
     assert process.returncode == 130
     rows = read_table(tmp_path / "out" / "rank_sweep_summary.csv")
     assert [row["status"].split(" ")[0] for row in rows] == ["interrupted", "interrupted"]
-    assert int(rows[0]["num_epochs"]) > 0
+    assert int(rows[1]["num_epochs"]) > 0
     assert subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True).stdout == b""
 
 
