@@ -243,7 +243,7 @@ def save(model: KSLinear, unit: float, path) -> None:
     with torch.no_grad():
         for factor in scaled.factors:
             factor.mul_(unit ** (1 / len(scaled.factors)))
-    scaled.save(path)
+    results.save_tensors(scaled.to_payload(), path)
 
 
 def check_finite(row: dict, losses: torch.Tensor) -> None:

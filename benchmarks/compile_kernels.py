@@ -41,10 +41,11 @@ def recorded_launches(rows, cols, rank, batch, dtype, arch, precision) -> dict:
             self.kernel = kernel
 
         def __getitem__(self, grid):
-            def launch(*arguments, num_warps, num_stages, **constants):
+            def launch(*arguments, num_warps, num_stages, maxnreg, **constants):
+                options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
                 named = dict(zip(self.kernel.arg_names, arguments)) | constants
                 key = (self.kernel.fn.__name__, *constants.items())
-                launches.setdefault(key, (self.kernel, named, {"num_warps": num_warps, "num_stages": num_stages}))
+                launches.setdefault(key, (self.kernel, named, options))
 
             return launch
 

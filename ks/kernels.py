@@ -15,6 +15,8 @@ import triton.language as tl
 from ks import tiles
 from ks.patterns import Pattern
 
+REGISTERS = 255  # a thread; without this bound the assembler spills a few of them for the sake of occupancy
+
 
 @triton.jit
 def _split(tile, GROUP: tl.constexpr):
@@ -280,6 +282,7 @@ def apply_factor(
         PRECISION=precision,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        maxnreg=REGISTERS,
     )
 
 
@@ -327,6 +330,7 @@ def values_gradient(
         PRECISION=precision,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        maxnreg=REGISTERS,
     )
     if tile.parts > 1:
         torch.sum(sums, 0, out=out)
@@ -396,4 +400,5 @@ def apply_pair(
         PRECISION=precision,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        maxnreg=REGISTERS,
     )

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-from ks import results
 from ks.batched import empty_values
 from ks.chain import check_impl
 from ks.factorize import factorize
@@ -165,7 +164,7 @@ class KSLinear(torch.nn.Module):
 
     def save(self, path) -> None:
         """Write patterns, values, bias and layout to `path`; `ks.load(path)` needs nothing else."""
-        results.save_tensors(self.to_payload(), path)
+        torch.save(self.to_payload(), path)
 
     def to_payload(self) -> dict:
         """What `save` writes: plain values and tensors, readable with weights_only=True."""

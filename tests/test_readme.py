@@ -71,7 +71,7 @@ def test_the_layer_example_runs_as_written(tmp_path):
 
 def test_every_flag_is_in_the_readme_and_every_flag_there_exists():
     known = set().union(*map(flags_of, SCRIPTS)) - {"--help"}
-    written = set(re.findall(r"`(--[a-z_]+)", README)) - {"--help", "--no-deps"}
+    written = set(re.findall(r"`(--[a-z_0-9]+)", README)) - {"--help", "--no-deps"}
     assert written == known
 
 
@@ -81,7 +81,9 @@ def test_docstrings_show_two_commands_with_flags_that_exist(script):
     commands = [line for line in doc.splitlines() if line.startswith("    python ")]
     assert len(commands) == 2
     known = flags_of(script) | (flags_of("rank_sweep_study") if script == "example_rank_sweep" else set())
-    assert set(re.findall(r"(?<=\s)--[a-z_]+", "\n".join(re.findall(r"    python .*(?:\n        .*)*", doc)))) <= known
+    assert (
+        set(re.findall(r"(?<=\s)--[a-z_0-9]+", "\n".join(re.findall(r"    python .*(?:\n        .*)*", doc)))) <= known
+    )
 
 
 def test_shared_flags_have_one_default_except_those_of_the_brief():
