@@ -75,8 +75,8 @@ def whiten(samples: torch.Tensor) -> torch.Tensor:
 class Samples:
     """Unit Gaussian inputs x ~ N(0, I) and their targets W x in batches, the same for every rank of a study.
 
-    A batch keeps its samples, epochs shuffle the batches: 0.03% against 0.03% from the floor with samples shuffled one
-    by one (benchmarks/README.md), and a step reads them where they lie.
+    A batch keeps its samples and epochs shuffle the batches, so that a step reads them where they lie; shuffling single
+    samples comes no closer to the floor (benchmarks/README.md).
 
     Args:
         weight: W, shape (m, n), float32, on the device to train on.
