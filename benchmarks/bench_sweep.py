@@ -1,7 +1,7 @@
 """Wall time of the demo's sweep against the plain loop run rank after rank.
 
     python benchmarks/bench_sweep.py --csv sweep.csv
-    python benchmarks/bench_sweep.py --num_epochs 2 --rounds 3
+    python benchmarks/bench_sweep.py --num_epochs 1 --rounds 3 --jobs 1 2
 
 Both train ranks 2 … 64 of the demo's 1024 × 2048 weight on the same number of samples and epochs, each rank in a
 process of its own. Ours also computes floors, validates, saves and draws; the plain loop only trains. One epoch only
@@ -35,10 +35,11 @@ def main(argv=None) -> int:
     parser.add_argument("--num_samples", type=int, default=5000, help="(default: 5000, as the demo)")
     parser.add_argument("--rounds", type=int, default=1, help="interleaved repetitions (default: 1)")
     parser.add_argument("--device", default="cpu", help="(default: cpu)")
+    parser.add_argument("--jobs", nargs="+", default=["auto"], help="ours, with each of these (default: auto)")
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args(argv)
     size = ("--num_epochs", options.num_epochs, "--num_samples", options.num_samples, "--device", options.device)
-    found = {"plain": [], "ours": []}
+    found = {"plain": []} | {f"jobs_{jobs}": [] for jobs in options.jobs}
     with tempfile.TemporaryDirectory() as folder:
         weight = Path(folder) / "weight.pth"
         shape = ("--output_features", 1024, "--input_features", 2048, "--init_method", "power_law")
@@ -46,15 +47,15 @@ def main(argv=None) -> int:
         for number in range(options.rounds):
             plain = (ROOT / "benchmarks" / "plain_train.py", "--weight_path", weight, *size)
             found["plain"].append(sum(seconds(*plain, "--rank", rank) for rank in RANKS))
-            output = ("--output_dir", Path(folder) / str(number), "--quiet")
-            sweep = (ROOT / "rank_sweep_study.py", "--weight_path", weight, "--ranks", *RANKS, *size, *output)
-            found["ours"].append(seconds(*sweep))
+            sweep = (ROOT / "rank_sweep_study.py", "--weight_path", weight, "--ranks", *RANKS, *size, "--quiet")
+            for jobs in options.jobs:
+                output = ("--output_dir", Path(folder) / f"{number}_{jobs}")
+                found[f"jobs_{jobs}"].append(seconds(*sweep, "--jobs", jobs, *output))
     times = {name: median(values) for name, values in found.items()}
     row = {"num_epochs": options.num_epochs, "num_samples": options.num_samples, "device": options.device}
     row |= {f"{name}_seconds": value for name, value in times.items()}
-    Rows(options.csv).add(
-        row | {"plain_over_ours": times["plain"] / times["ours"]} | place(torch.device(options.device))
-    )
+    row |= {f"plain_over_{name}": times["plain"] / value for name, value in times.items() if name != "plain"}
+    Rows(options.csv).add(row | place(torch.device(options.device)))
     return 0
 
 
