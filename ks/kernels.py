@@ -243,6 +243,12 @@ def _spacing(d: int, stride_t: int) -> int:
     return d if stride_t == 1 < d else 0
 
 
+def _options(tile: tiles.Tiles, precision: str) -> dict:
+    """What every launch is told of its tile."""
+    sizes = {"BATCH": tile.batch, "ROWS": tile.rows, "COLS": tile.cols, "PRECISION": precision}
+    return sizes | {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": REGISTERS}
+
+
 def apply_factor(
     factor: torch.Tensor,
     x: torch.Tensor,
@@ -276,13 +282,7 @@ def apply_factor(
         GROUP=tile.group,
         X_SPACING=x_spacing if tile.group > 1 else 0,
         Y_SPACING=y_spacing if tile.group > 1 else 0,
-        BATCH=tile.batch,
-        ROWS=tile.rows,
-        COLS=tile.cols,
-        PRECISION=precision,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        maxnreg=REGISTERS,
+        **_options(tile, precision),
     )
 
 
@@ -324,13 +324,7 @@ def values_gradient(
         GROUP=tile.group,
         G_SPACING=g_spacing if tile.group > 1 else 0,
         X_SPACING=x_spacing if tile.group > 1 else 0,
-        BATCH=tile.batch,
-        ROWS=tile.rows,
-        COLS=tile.cols,
-        PRECISION=precision,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        maxnreg=REGISTERS,
+        **_options(tile, precision),
     )
     if tile.parts > 1:
         torch.sum(sums, 0, out=out)
@@ -393,12 +387,6 @@ def apply_pair(
         X_SPACING=spacings[0],
         Y_SPACING=spacings[1],
         KEEP=inner is not None,
-        BATCH=tile.batch,
         RANK=tile.rank,
-        ROWS=tile.rows,
-        COLS=tile.cols,
-        PRECISION=precision,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        maxnreg=REGISTERS,
+        **_options(tile, precision),
     )
