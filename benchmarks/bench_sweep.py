@@ -9,24 +9,16 @@ process of its own. Ours also computes floors, validates, saves and draws; the p
 """
 
 import argparse
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from statistics import median
 
 import torch
-from timing import Rows, place
+from timing import Rows, place, seconds
 
 ROOT = Path(__file__).resolve().parent.parent
 RANKS = ["2", "4", "8", "16", "32", "64"]
-
-
-def seconds(*command) -> float:
-    started = time.perf_counter()
-    subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True)
-    return time.perf_counter() - started
 
 
 def main(argv=None) -> int:

@@ -5,12 +5,12 @@
 On the demo's 1024 × 2048 weight at default settings: 8,000 samples are drawn, whitened and given their targets first.
 """
 
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from statistics import median
+
+from timing import seconds
 
 ROOT = Path(__file__).resolve().parent.parent
 TO_THE_FIRST_STEP = """
@@ -24,12 +24,6 @@ def stop(self, *_):
 ks.step.Epochs.run = stop
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-
-
-def seconds(*command) -> float:
-    started = time.perf_counter()
-    subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True)
-    return time.perf_counter() - started
 
 
 def main() -> int:

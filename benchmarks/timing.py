@@ -2,6 +2,7 @@
 
 import csv
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -33,6 +34,13 @@ def interleaved_medians(functions: dict, device: torch.device, rounds: int = 15,
             synchronise()
             readings[name].append((time.perf_counter() - started) * 1e3 / calls)
     return {name: statistics.median(values[1:]) for name, values in readings.items()}
+
+
+def seconds(*command) -> float:
+    """Wall time of a Python program with these arguments, run by this interpreter."""
+    started = time.perf_counter()
+    subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True)
+    return time.perf_counter() - started
 
 
 def place(device: torch.device) -> dict:
