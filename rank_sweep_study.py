@@ -11,6 +11,7 @@ Exit codes: 0 well, 1 no rank succeeded, 2 bad input or another study's folder, 
 """
 
 import contextlib
+import dataclasses
 import shlex
 import sys
 from pathlib import Path
@@ -163,16 +164,15 @@ def slots_of(config, problem: Problem, runs: int) -> list[dict[str, str]]:
         ValueError: --gpus names what is not there, or is given for another device.
     """
     jobs, cores = None if config.jobs == "auto" else config.jobs, launch.cpu_cores()
-    if problem.device.type == "cpu" or config.gpus == "none":
+    if problem.device.type == "cpu":
         if config.gpus not in ("auto", "none"):
             raise ValueError(f"--gpus {config.gpus}: the device is {problem.device}; leave it out or use --device cuda")
         return launch.cpu_slots(jobs, runs, cores)
-    if problem.device.index is not None:
+    if problem.device.index is not None:  # the trainings are given --device as it is
         if config.gpus != "auto":
             raise ValueError(f"--gpus {config.gpus} together with --device {config.device}: give one or the other")
-        gpus = [launch.choose_gpus("auto", torch.cuda.device_count())[problem.device.index]]
-    else:
-        gpus = launch.choose_gpus(config.gpus, torch.cuda.device_count())
+        return launch.cpu_slots(min(jobs or runs, config.runs_per_gpu), runs, cores)
+    gpus = launch.choose_gpus(config.gpus, torch.cuda.device_count())
     return launch.gpu_slots(gpus, config.runs_per_gpu, jobs, runs, cores)
 
 
@@ -181,11 +181,9 @@ def title_of(config, problem: Problem) -> str:
     return f"{name}, {problem.rows} × {problem.cols}: {problem.chain.describe()}"
 
 
-def status_of(files: results.RunFiles, outcome: launch.Outcome | None, num_epochs: int) -> str:
-    """'ok', or what went wrong; no outcome means that the run was interrupted or never started."""
+def status_of(files: results.RunFiles, outcome: launch.Outcome, num_epochs: int) -> str:
+    """'ok', or what went wrong."""
     reported = (results.read_json(files.training_log) or {}).get("status")
-    if outcome is None:
-        return "interrupted"
     if outcome.timed_out:
         return "timed out"
     if outcome.returncode == cli.EXIT_OK and resume.is_finished(files, num_epochs):
@@ -206,14 +204,17 @@ def sweep(config, ranks: list[int], seeds: list[int], output_dir: Path, slots: l
         for seed in seeds:
             files = run_files(output_dir, rank, seed, seeds[0])
             runs[make_task(config, rank, seed, files)] = (rank, seed, files)
-    outcomes = {}
+    statuses = dict.fromkeys(runs, "interrupted")  # or never started, until the outcome is known
+    waiting = []
     for task, (_, _, files) in runs.items():
         if resume.is_finished(files, config.num_epochs):
-            outcomes[task] = launch.Outcome(cli.EXIT_OK, 0.0)
+            statuses[task] = "ok"
             cli.note(f"{task.name}: finished before", config.quiet)
-        elif not files.resume.exists():
+            continue
+        waiting.append(task)
+        if not files.resume.exists():
             files.log.unlink(missing_ok=True)
-    waiting = sorted(runs.keys() - outcomes.keys(), key=lambda task: (-runs[task][0], runs[task][1]))
+    waiting.sort(key=lambda task: (-runs[task][0], runs[task][1]))
 
     def epochs_done(task):
         return len(results.curves_if_any(runs[task][2].curves_csv))
@@ -221,8 +222,8 @@ def sweep(config, ranks: list[int], seeds: list[int], output_dir: Path, slots: l
     progress = Progress(len(waiting), config.num_epochs, epochs_done, config.quiet)
     try:
         for task, outcome in launch.run_local(waiting, slots, progress.poll, config.timeout_per_rank):
-            outcomes[task] = outcome
-            progress.end(outcome_message(task, outcome, runs[task][2], config.num_epochs))
+            statuses[task] = status_of(runs[task][2], outcome, config.num_epochs)
+            progress.end(outcome_message(task, outcome, statuses[task], runs[task][2]))
     except KeyboardInterrupt:
         cli.note("stopping", config.quiet)
     finally:
@@ -230,14 +231,13 @@ def sweep(config, ranks: list[int], seeds: list[int], output_dir: Path, slots: l
     rows = []
     for task, (rank, seed, files) in runs.items():
         curves, log = results.curves_if_any(files.curves_csv), results.read_json(files.training_log) or {}
-        status = status_of(files, outcomes.get(task), config.num_epochs)
-        rows.append(summary.run_row(rank, curves, status, seed=seed, train_seconds=log.get("train_seconds")))
+        rows.append(summary.run_row(rank, curves, statuses[task], seed=seed, train_seconds=log.get("train_seconds")))
     return rows
 
 
-def outcome_message(task: launch.Task, outcome: launch.Outcome, files: results.RunFiles, num_epochs: int) -> str:
+def outcome_message(task: launch.Task, outcome: launch.Outcome, status: str, files: results.RunFiles) -> str:
     """How a run ended; after a failure, with the end of its log."""
-    curves, status = results.curves_if_any(files.curves_csv), status_of(files, outcome, num_epochs)
+    curves = results.curves_if_any(files.curves_csv)
     loss = f", validation loss {curves[-1]['val_loss']:.6g}" if curves else ""
     message = f"{task.name}: {status}{loss}, {outcome.seconds:.1f} s"
     if status == "ok":
@@ -293,6 +293,8 @@ def exit_code(runs: list[dict]) -> int:
 def main(argv=None) -> int:
     cli.interrupt_on_signals()
     config = build_parser().parse_config(argv)
+    if config.gpus == "none" and config.device == "auto":
+        config = dataclasses.replace(config, device="cpu")
     seeds = seeds_of(config)
     with contextlib.ExitStack() as held:
         with cli.usage_errors(SCRIPT):

@@ -25,7 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
-from ks import cli, results, resume
+from ks import cli, launch, results, resume
 from ks.chain import block_order_rows, chain_backward, chain_forward, choose_impl
 from ks.factorize import population_loss
 from ks.layer import KSLinear
@@ -277,21 +277,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def main(argv=None) -> int:
     interrupted = cli.interrupt_on_signals()
-    cli.stop_with_parent()
+    launch.stop_with_parent()
     config = build_parser().parse_config(argv)
-    with contextlib.ExitStack() as held, cli.usage_errors(SCRIPT):
-        problem = resolve(config)
-        files = results.RunFiles(results.prepare_output_dir(config.output_dir), config.save_prefix, config.rank)
-        held.enter_context(locked(files.lock, "another training", wait=10))
-        settings = resume.settings_of(config, problem) | {"rank": config.rank}
-        if config.resume and resume.goes_on(files, settings):
-            if resume.is_finished(files, config.num_epochs):
+    with contextlib.ExitStack() as held:
+        with cli.usage_errors(SCRIPT):
+            problem = resolve(config)
+            files = results.RunFiles(results.prepare_output_dir(config.output_dir), config.save_prefix, config.rank)
+            held.enter_context(locked(files.lock, "another training", wait=10))
+            settings = resume.settings_of(config, problem) | {"rank": config.rank}
+            if not (config.resume and resume.goes_on(files, settings)):
+                files.remove()
+            elif resume.is_finished(files, config.num_epochs):
                 print(f"rank {config.rank}: finished before; {files.final}")
                 return cli.EXIT_OK
-        else:
-            files.remove()
-        held = held.pop_all()
-    with held:
         return run(config, problem, settings, files, interrupted)
 
 

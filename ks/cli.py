@@ -2,11 +2,9 @@
 
 import argparse
 import math
-import os
 import signal
 import sys
 import threading
-import time
 from contextlib import contextmanager
 from dataclasses import make_dataclass
 
@@ -62,20 +60,6 @@ def interrupt_on_signals() -> threading.Event:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
     return interrupted
-
-
-def stop_with_parent() -> None:
-    """Send this process SIGTERM once the launcher that started it, named in its environment, is gone."""
-    parent = os.environ.get("KS_PARENT", "")
-    if not parent.isdigit():
-        return
-
-    def watch():
-        while os.getppid() == int(parent):
-            time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def note(message: str, quiet: bool = False) -> None:
