@@ -14,16 +14,19 @@ import contextlib
 import dataclasses
 import shlex
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from ks import cli, launch, plots, report, results, resume, summary
+from ks import cli, launch, launch_ray, plots, report, results, resume, summary
 from ks.lock import locked
 from ks.plan import Plan, make_plan
 from ks.problem import Problem, resolve
 from ks.progress import Progress
 from ks.study import read_study
+from ks.weights import packed
 
 SCRIPT = "rank_sweep_study.py"
 TRAINER = Path(__file__).resolve().parent / "train_with_random.py"
@@ -63,6 +66,18 @@ def build_parser() -> cli.Parser:
         type=cli.auto_or(cli.positive_int),
         default="auto",
         help="trainings at a time (default: auto, one for each CPU core, or --runs_per_gpu for each GPU)",
+    )
+    group.add_argument(
+        "--launcher",
+        choices=("local", "ray"),
+        default="local",
+        help="where trainings run: on this machine, or on a Ray cluster (default: local)",
+    )
+    group.add_argument(
+        "--ray_address",
+        default="auto",
+        metavar="HOST:PORT",
+        help="head of the Ray cluster (default: auto, the one that this machine has joined)",
     )
     group.add_argument("--gpus", default="auto", help="auto, none, or numbers such as 0,1 (default: auto)")
     group.add_argument("--runs_per_gpu", type=cli.positive_int, default=1, help="trainings a GPU (default: 1)")
@@ -176,6 +191,34 @@ def slots_of(config, problem: Problem, runs: int) -> list[dict[str, str]]:
     return launch.gpu_slots(gpus, config.runs_per_gpu, jobs, runs, cores)
 
 
+def launcher_of(config, problem: Problem, runs: int, held: contextlib.ExitStack) -> Callable:
+    """A launcher with all that it needs but the tasks and what to call while they run.
+
+    Args:
+        runs: trainings there are at most.
+        held: keeps the connection to a cluster.
+    Raises:
+        ValueError: places that are not there.
+    """
+    if config.launcher == "local":
+        return partial(launch.run_local, slots=slots_of(config, problem, runs), timeout=config.timeout_per_rank)
+    if config.gpus not in ("auto", "none") or problem.device.index is not None:
+        raise ValueError(
+            "--launcher ray chooses GPUs itself: give no --gpus but none, and no number in --device"
+        )
+    weight_path = Path(config.weight_path).absolute()
+    ray = held.enter_context(launch_ray.connected(config.ray_address, TRAINER))
+    on_gpus = config.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
+    return partial(
+        launch_ray.run_ray,
+        ray=ray,
+        inputs={str(weight_path): (f"{weight_path.stem}.pth", packed(problem.weight, config.transpose))},
+        resources={"num_cpus": 1, "num_gpus": 1 / config.runs_per_gpu if on_gpus else 0},
+        jobs=None if config.jobs == "auto" else config.jobs,
+        timeout=config.timeout_per_rank,
+    )
+
+
 def title_of(config, problem: Problem) -> str:
     name = " ".join(filter(None, [Path(config.weight_path).name, problem.weight.key]))
     return f"{name}, {problem.rows} × {problem.cols}: {problem.chain.describe()}"
@@ -193,7 +236,7 @@ def status_of(files: results.RunFiles, outcome: launch.Outcome, num_epochs: int)
     return f"failed (exit {outcome.returncode})"
 
 
-def sweep(config, ranks: list[int], seeds: list[int], output_dir: Path, slots: list[dict[str, str]]) -> list[dict]:
+def sweep(config, ranks: list[int], seeds: list[int], output_dir: Path, launcher: Callable) -> list[dict]:
     """Train every rank with every seed that is not finished yet, the largest first, also when others fail.
 
     Returns:
@@ -221,7 +264,7 @@ def sweep(config, ranks: list[int], seeds: list[int], output_dir: Path, slots: l
 
     progress = Progress(len(waiting), config.num_epochs, epochs_done, config.quiet)
     try:
-        for task, outcome in launch.run_local(waiting, slots, progress.poll, config.timeout_per_rank):
+        for task, outcome in launcher(waiting, poll=progress.poll):
             statuses[task] = status_of(runs[task][2], outcome, config.num_epochs)
             progress.end(outcome_message(task, outcome, statuses[task], runs[task][2]))
     except KeyboardInterrupt:
@@ -304,10 +347,10 @@ def main(argv=None) -> int:
             weight = problem.weight.tensor.to(problem.device)
             plan = make_plan(weight, problem.chain, problem.predict_zero_loss)
             ranks = ranks_of(config, plan)
-            slots = slots_of(config, problem, len(ranks) * len(seeds))
             floors = plan.floors(ranks)
             plan_notes = report.plan_notes(plan, config.target_relative_loss)
             if not config.dry_run:
+                launcher = launcher_of(config, problem, len(ranks) * len(seeds), held)
                 files = results.SweepFiles(results.prepare_output_dir(config.output_dir), config.save_prefix)
                 held.enter_context(locked(files.lock, "another sweep"))
                 prepare(config, problem, plan, ranks, seeds, files)
@@ -319,7 +362,7 @@ def main(argv=None) -> int:
         for text in plan_notes:
             cli.note(text, config.quiet)
         try:
-            runs = sweep(config, ranks, seeds, files.directory, slots)
+            runs = sweep(config, ranks, seeds, files.directory, launcher)
             conclude(config, problem, files, ranks, floors, runs)
         except OSError as error:
             place = error.filename or files.directory

@@ -1,6 +1,7 @@
 """Dense weights: load a 2-D weight from a file, save one, make test weights."""
 
 import hashlib
+import io
 import pickle
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +38,14 @@ class Weight(NamedTuple):
         data = self.tensor.contiguous()
         head = f"{tuple(data.shape)} {data.dtype}".encode()
         return hashlib.sha256(head + data.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def packed(weight: Weight, transpose: bool = False) -> bytes:
+    """The content of a .pth file with this weight alone, which `load_weight` reads with the same key and transpose."""
+    tensor = weight.tensor.t() if transpose else weight.tensor
+    buffer = io.BytesIO()
+    torch.save({weight.key: tensor.contiguous()} if weight.key else tensor.contiguous(), buffer)
+    return buffer.getvalue()
 
 
 def load_weight(path, key: str | None = None, transpose: bool = False) -> Weight:
