@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-faults test-gpu lint pictures clean
+.PHONY: demo test test-faults test-ray test-gpu lint pictures clean
 
 demo: $(VENV)/requirements
 	$(RUN) example_rank_sweep.py
@@ -13,6 +13,11 @@ test: $(VENV)/requirements-dev
 # The same faults as in make test, but twenty kills where that does three.
 test-faults: $(VENV)/requirements-dev
 	KS_TEST_KILLS=20 $(RUN) -m pytest tests/test_survival.py
+
+# A Ray cluster of two nodes on this machine, in a network of its own with loopback alone: two minutes; Linux with
+# unshare (util-linux) and ip (iproute2).
+test-ray: $(VENV)/requirements-dev $(VENV)/requirements-ray
+	unshare --map-root-user --net sh -c 'ip link set lo up && exec $(RUN) -m pytest -m ray'
 
 # On a machine with a CUDA device, with a torch that was installed for it (make test does not need one).
 test-gpu:

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -38,8 +39,11 @@ def connected(address: str, script: Path):
     on_terminate = signal.getsignal(signal.SIGTERM)
     modules = {"py_modules": [str(Path(__file__).resolve().parent), str(script)]}
     try:
+        if address != "auto":  # without this, Ray waits for minutes where nobody answers
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address=address, runtime_env=modules, log_to_driver=False, logging_level="error")
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"--ray_address {address}: no cluster to be joined from here ({reason}); start one as README says, with "

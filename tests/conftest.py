@@ -51,8 +51,12 @@ QUICK = ("--num_samples", "80", "--batch_size", "16", "--num_epochs", "3")
 
 
 def pytest_terminal_summary(terminalreporter):
-    """No GPU test run is said, and never looks like a pass."""
-    ran = [report for report in terminalreporter.getreports("passed") if "gpu" in report.keywords]
-    skipped = [report for report in terminalreporter.getreports("skipped") if "gpu" in report.keywords]
-    if skipped and not ran:
-        terminalreporter.write_line(f"No GPU test was run: {len(skipped)} skipped, there is no CUDA device.")
+    """That no GPU test or no Ray test was run is said, and never looks like a pass."""
+    reasons = {"GPU": "there is no CUDA device", "Ray": "make test-ray runs them"}
+    for name, reason in reasons.items():
+        ran, skipped = (
+            [report for report in terminalreporter.getreports(outcome) if name.lower() in report.keywords]
+            for outcome in ("passed", "skipped")
+        )
+        if skipped and not ran:
+            terminalreporter.write_line(f"No {name} test was run: {len(skipped)} skipped, {reason}.")

@@ -30,7 +30,7 @@ def cluster(tmp_path):
     """A running cluster to which the driver's folder is an empty one."""
     pytest.importorskip("ray")
     driver = tmp_path / "driver"
-    driver.mkdir()
+    driver.mkdir(exist_ok=True)
     start = f"mount -t tmpfs none {driver} && exec {sys.executable} {ROOT / 'tests' / 'ray_cluster.py'}"
     process = subprocess.Popen(
         ["unshare", "--mount", "sh", "-c", start],
@@ -51,6 +51,7 @@ def cluster(tmp_path):
 def sweep(weight_path, tmp_path):
     """Start a sweep by scripts that only the driver has."""
     driver = tmp_path / "driver"
+    driver.mkdir(exist_ok=True)
     for script in ROOT.glob("*.py"):
         shutil.copy(script, driver)
     shutil.copytree(ROOT / "ks", driver / "ks", ignore=shutil.ignore_patterns("__pycache__"))
@@ -100,7 +101,8 @@ def test_a_node_is_lost_and_every_rank_is_trained_as_on_one_machine(cluster, swe
 
 
 def test_an_interrupt_ends_everything_and_the_sweep_goes_on_elsewhere(cluster, sweep, tmp_path):
-    flags = (*LONG[:-1], "3000", "--output_dir", "out")
+    flags = (*SWEEP[:3], *SWEEP[4:8], "--num_epochs", "1500", "--output_dir", "out")
+    scratch = set(Path("/tmp").glob("ks_*"))  # a killed node leaves its own
     process = sweep(*flags, *on(cluster))
     wait_for(lambda: all(curves_of(tmp_path / "driver" / "out", rank) for rank in (1, 2)))
     process.send_signal(signal.SIGINT)
@@ -110,15 +112,13 @@ def test_an_interrupt_ends_everything_and_the_sweep_goes_on_elsewhere(cluster, s
     assert time.monotonic() - started < 30
     assert "Traceback" not in done.stderr
     assert trainings() == []
-    assert not list(Path("/tmp").glob("ks_*"))
+    assert set(Path("/tmp").glob("ks_*")) == scratch
     kept = {rank: len(curves_of(tmp_path / "driver" / "out", rank)) for rank in (1, 2)}
     assert all(results.rank_files(tmp_path / "driver" / "out", rank).resume.exists() for rank in kept)
     assert finish(sweep(*flags)).returncode == 0
     assert finish(sweep(*flags[:-1], "whole")).returncode == 0
     for rank in kept:
         assert_same_run(*(results.rank_files(tmp_path / "driver" / name, rank) for name in ("out", "whole")))
-        log = results.rank_files(tmp_path / "driver" / "out", rank).log.read_text()
-        assert "resum" in log or "goes on" in log, log
 
 
 def test_a_program_error_is_not_tried_again(cluster, sweep, tmp_path):
@@ -136,9 +136,10 @@ def test_a_rank_that_hangs_is_stopped(cluster, sweep):
     assert trainings() == []
 
 
-def test_no_cluster_is_one_line(cluster, sweep, tmp_path):
-    done = finish(sweep(*SWEEP, "--launcher", "ray", "--ray_address", "127.0.0.1:9"))
+@pytest.mark.parametrize("address", ["auto", "127.0.0.1:9", "nowhere", "127.0.0.1:port"])
+def test_no_cluster_is_one_line(sweep, tmp_path, address):
+    done = finish(sweep(*SWEEP, "--launcher", "ray", "--ray_address", address))
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1, done.stderr
-    assert "--ray_address 127.0.0.1:9" in done.stderr
+    assert f"--ray_address {address}: no cluster" in done.stderr
     assert not (tmp_path / "driver" / "rank_sweep_results").exists()
