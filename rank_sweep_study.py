@@ -203,9 +203,7 @@ def launcher_of(config, problem: Problem, runs: int, held: contextlib.ExitStack)
     if config.launcher == "local":
         return partial(launch.run_local, slots=slots_of(config, problem, runs), timeout=config.timeout_per_rank)
     if config.gpus not in ("auto", "none") or problem.device.index is not None:
-        raise ValueError(
-            "--launcher ray chooses GPUs itself: give no --gpus but none, and no number in --device"
-        )
+        raise ValueError("--launcher ray chooses GPUs itself: give no --gpus but none, and no number in --device")
     weight_path = Path(config.weight_path).absolute()
     ray = held.enter_context(launch_ray.connected(config.ray_address, TRAINER))
     on_gpus = config.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0

@@ -2,6 +2,8 @@
 
     python benchmarks/bench_sweep.py --csv sweep.csv
     python benchmarks/bench_sweep.py --num_epochs 1 --rounds 3 --jobs 1 2
+    python benchmarks/bench_sweep.py --device cuda --runs_per_gpu 1 2 4
+    python benchmarks/bench_sweep.py --overhead 20
 
 Both train ranks 2 … 64 of the demo's 1024 × 2048 weight on the same number of samples and epochs, each rank in a
 process of its own. Ours also computes floors, validates, saves and draws; the plain loop only trains. One epoch only
@@ -11,14 +13,48 @@ process of its own. Ours also computes floors, validates, saves and draws; the p
 import argparse
 import sys
 import tempfile
+import time
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
 from timing import Rows, place, seconds
 
+from ks import launch, launch_ray
+
 ROOT = Path(__file__).resolve().parent.parent
 RANKS = ["2", "4", "8", "16", "32", "64"]
+
+
+def overhead(launcher, tasks: int) -> float:
+    """Seconds a task that a launcher adds to a program that does nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "does_nothing.py"
+        script.touch()
+        alone = median(seconds(script) for _ in range(tasks))
+        names = [Path(folder) / f"task_{number}" for number in range(tasks)]
+        for name in names:
+            name.mkdir()
+        work = [launch.Task(name.name, (sys.executable, str(script)), name / "train.log") for name in names]
+        started = time.perf_counter()
+        with launcher(script) as run:
+            connected = time.perf_counter() - started
+            outcomes = list(run(work, poll=lambda running: None))
+        assert all(outcome.returncode == 0 for _, outcome in outcomes)
+        return (time.perf_counter() - started - connected) / tasks - alone
+
+
+@contextmanager
+def local(script):
+    yield partial(launch.run_local, slots=[{}])
+
+
+@contextmanager
+def ray(script, address):
+    with launch_ray.connected(address, script) as connection:
+        yield partial(launch_ray.run_ray, ray=connection, inputs={}, resources={"num_cpus": 1}, jobs=1)
 
 
 def main(argv=None) -> int:
@@ -28,10 +64,22 @@ def main(argv=None) -> int:
     parser.add_argument("--rounds", type=int, default=1, help="interleaved repetitions (default: 1)")
     parser.add_argument("--device", default="cpu", help="(default: cpu)")
     parser.add_argument("--jobs", nargs="+", default=["auto"], help="ours, with each of these (default: auto)")
+    parser.add_argument("--runs_per_gpu", nargs="*", default=[], help="ours, with each of these")
+    parser.add_argument("--overhead", type=int, metavar="TASKS", help="only what launching adds to an empty program")
+    parser.add_argument("--ray_address", help="with --overhead, on this Ray cluster too")
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args(argv)
+    if options.overhead:
+        launchers = {"local": local}
+        if options.ray_address:
+            launchers["ray"] = partial(ray, address=options.ray_address)
+        added = {f"{name}_seconds_a_task": overhead(launcher, options.overhead) for name, launcher in launchers.items()}
+        Rows(options.csv).add({"tasks": options.overhead} | added | place(torch.device("cpu")))
+        return 0
     size = ("--num_epochs", options.num_epochs, "--num_samples", options.num_samples, "--device", options.device)
-    found = {"plain": []} | {f"jobs_{jobs}": [] for jobs in options.jobs}
+    ours = {f"jobs_{jobs}": ("--jobs", jobs) for jobs in options.jobs}
+    ours |= {f"runs_per_gpu_{runs}": ("--runs_per_gpu", runs) for runs in options.runs_per_gpu}
+    found = {name: [] for name in ("plain", *ours)}
     with tempfile.TemporaryDirectory() as folder:
         weight = Path(folder) / "weight.pth"
         shape = ("--output_features", 1024, "--input_features", 2048, "--init_method", "power_law")
@@ -40,9 +88,8 @@ def main(argv=None) -> int:
             plain = (ROOT / "benchmarks" / "plain_train.py", "--weight_path", weight, *size)
             found["plain"].append(sum(seconds(*plain, "--rank", rank) for rank in RANKS))
             sweep = (ROOT / "rank_sweep_study.py", "--weight_path", weight, "--ranks", *RANKS, *size, "--quiet")
-            for jobs in options.jobs:
-                output = ("--output_dir", Path(folder) / f"{number}_{jobs}")
-                found[f"jobs_{jobs}"].append(seconds(*sweep, "--jobs", jobs, *output))
+            for name, flags in ours.items():
+                found[name].append(seconds(*sweep, *flags, "--output_dir", Path(folder) / f"{number}_{name}"))
     times = {name: median(values) for name, values in found.items()}
     row = {"num_epochs": options.num_epochs, "num_samples": options.num_samples, "device": options.device}
     row |= {f"{name}_seconds": value for name, value in times.items()}

@@ -37,6 +37,7 @@ def test_heavy_libraries_are_imported_only_where_they_belong():
     """pandas is for tables that people see or plot; what trains must not wait for it."""
     tables = {"report", "study", "plots"}
     importers_of = {"matplotlib": {"plots"}, "triton": {"kernels"}, "tqdm": {"progress"}, "pandas": tables}
+    importers_of |= {"ray": {"launch_ray"}}
     for library, allowed in importers_of.items():
         importers = {
             name

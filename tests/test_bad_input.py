@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import sys
 
 import pytest
 import torch
@@ -94,6 +95,22 @@ def test_bad_ranks(refused, weight_path, rank):
 def test_an_empty_rank_list(refused, weight_path):
     line = refused("rank_sweep_study", "--weight_path", weight_path, "--ranks", 8, 16, "--max_rank", 4)
     assert "no rank is left: --max_rank 4 excludes all of 8 16" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus", "0"], "--gpus 0: the device is cpu"),
+        (["--jobs", "0"], "not a positive integer"),
+        (["--launcher", "slurm"], "invalid choice"),
+        (["--launcher", "ray", "--gpus", "0"], "chooses GPUs itself"),
+        (["--launcher", "ray"], "pip install -r requirements-ray.txt"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_places(refused, weight_path, monkeypatch, arguments, message):
+    monkeypatch.setitem(sys.modules, "ray", None)  # not installed
+    assert message in refused("rank_sweep_study", "--weight_path", weight_path, "--device", "cpu", *arguments)
 
 
 def test_folders_of_something_else(refused, weight_path, tmp_path):

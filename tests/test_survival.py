@@ -7,6 +7,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,15 +20,27 @@ from conftest import ROOT
 from ks import results
 
 KILLS = int(os.environ.get("KS_TEST_KILLS", "3"))
-TRAINING = ("--num_samples", "80", "--batch_size", "16", "--num_epochs", "150", "--resume_interval", "0", "--rank", "2")
+EPOCHS = str(100 * KILLS)
+TRAINING = (
+    "--num_samples",
+    "80",
+    "--batch_size",
+    "16",
+    "--num_epochs",
+    EPOCHS,
+    "--resume_interval",
+    "0",
+    "--rank",
+    "2",
+)
 SWEEP = (*TRAINING[:8], "--ranks", "1", "2", "4", "--jobs", "2")
 FEW = ("--num_samples", "80", "--num_epochs", "3", "--ranks", "1", "2")
 
 
-def start(script, tmp_path, *arguments, **options):
-    command = [sys.executable, str(ROOT / script), "--weight_path", "weight.pth", *map(str, arguments)]
+def start(script, tmp_path, *arguments, before=(), env=None, **options):
+    command = [*before, sys.executable, str(ROOT / script), "--weight_path", "weight.pth", *map(str, arguments)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
     return subprocess.Popen(command, cwd=tmp_path, text=True, env=environment, **options)
 
 
@@ -45,6 +58,24 @@ def wait_for(condition, seconds=60):
 
 def processes_of(tmp_path) -> bytes:
     return subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True).stdout
+
+
+def epochs_in(folder) -> int:
+    """How far all trainings of a folder have come."""
+    return sum(len(results.curves_if_any(path)) for path in folder.rglob("*_loss_curves.csv"))
+
+
+def kill_at_random(start_again, folder) -> None:
+    """Start and kill -9, `KILLS` times, each at a random moment while it trains."""
+    chance = random.Random(0)
+    for _ in range(KILLS):
+        before = epochs_in(folder)
+        process = start_again()
+        wait_for(lambda p=process, b=before: epochs_in(folder) > b or p.poll() is not None)
+        time.sleep(chance.uniform(0, 0.3))
+        assert process.poll() is None, "it ended before it was killed"
+        process.kill()
+        finish(process)
 
 
 def losses(path):
@@ -65,32 +96,23 @@ def assert_same_run(ours: results.RunFiles, theirs: results.RunFiles):
 def test_a_training_killed_again_and_again_ends_as_if_undisturbed(weight_path, tmp_path, extra):
     assert finish(start("train_with_random.py", tmp_path, *TRAINING, *extra, "--output_dir", "whole")).returncode == 0
     whole, killed = (results.RunFiles(tmp_path / name, "ks_chain", 2) for name in ("whole", "killed"))
-    chance = random.Random(0)
-    for _ in range(KILLS):
-        process = start("train_with_random.py", tmp_path, *TRAINING, *extra, "--output_dir", "killed", "--resume")
-        wait_for(lambda p=process: killed.resume.exists() or p.poll() is not None)
-        time.sleep(chance.uniform(0, 0.3))
-        process.kill()
-        finish(process)
-    done = finish(start("train_with_random.py", tmp_path, *TRAINING, *extra, "--output_dir", "killed", "--resume"))
+
+    def resume():
+        return start("train_with_random.py", tmp_path, *TRAINING, *extra, "--output_dir", "killed", "--resume")
+
+    kill_at_random(resume, tmp_path / "killed")
+    done = finish(resume())
     assert done.returncode == 0, done.stderr
     assert_same_run(killed, whole)
     assert not killed.resume.exists()
-    again = finish(start("train_with_random.py", tmp_path, *TRAINING, *extra, "--output_dir", "killed", "--resume"))
-    assert "finished before" in again.stdout
+    assert "finished before" in finish(resume()).stdout
 
 
 def test_a_sweep_killed_again_and_again_ends_as_if_undisturbed(weight_path, tmp_path):
     assert finish(start("rank_sweep_study.py", tmp_path, *SWEEP, "--output_dir", "whole")).returncode == 0
-    chance = random.Random(0)
-    for _ in range(KILLS):
-        process = start(
-            "rank_sweep_study.py", tmp_path, *SWEEP, "--output_dir", "killed", "--save_prefix", "rank_sweep"
-        )
-        wait_for(lambda p=process: p.poll() is not None or any((tmp_path / "killed").glob("rank_*/*_resume.pth")))
-        time.sleep(chance.uniform(0, 0.5))
-        process.kill()
-        finish(process)
+    kill_at_random(
+        lambda: start("rank_sweep_study.py", tmp_path, *SWEEP, "--output_dir", "killed"), tmp_path / "killed"
+    )
     wait_for(lambda: processes_of(tmp_path / "killed") == b"", seconds=15)  # the trainings stop by themselves
     done = finish(start("rank_sweep_study.py", tmp_path, *SWEEP, "--output_dir", "killed"))
     assert done.returncode == 0, done.stderr
@@ -150,7 +172,7 @@ def test_a_damaged_checkpoint_starts_anew(weight_path, tmp_path):
     done = finish(start("train_with_random.py", tmp_path, *TRAINING, "--output_dir", "out", "--resume"))
     assert done.returncode == 0, done.stderr
     assert "cannot be read: starting anew" in done.stderr
-    assert len(results.read_curves(files.curves_csv)) == 150
+    assert len(results.read_curves(files.curves_csv)) == int(EPOCHS)
 
 
 def test_resume_names_every_changed_setting(weight_path, tmp_path):
@@ -240,6 +262,62 @@ def test_a_full_disk_loses_nothing(weight_path, tmp_path):
     assert not list((tmp_path / "out").glob(".*"))
     assert finish(start("train_with_random.py", tmp_path, *flags, "--resume")).returncode == 0
     assert results.read_json(files.training_log)["status"] == "finished"
+
+
+# What lets root write where the permissions forbid it.
+LIKE_A_USER = ("setpriv", "--inh-caps", "-dac_override", "--bounding-set", "-dac_override") if os.getuid() == 0 else ()
+
+
+@pytest.mark.skipif(bool(LIKE_A_USER) and not shutil.which("setpriv"), reason="root, and no setpriv (util-linux)")
+class TestReadOnlyFolders:
+    @pytest.mark.parametrize("script", ["train_with_random.py", "rank_sweep_study.py"])
+    def test_refused_at_the_start(self, weight_path, tmp_path, script):
+        (tmp_path / "out").mkdir(mode=0o555)
+        done = finish(start(script, tmp_path, "--output_dir", "out", before=LIKE_A_USER))
+        assert done.returncode == 2
+        assert f"output folder {tmp_path / 'out'} cannot be written: Permission denied" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+    def test_one_that_becomes_read_only_loses_nothing(self, weight_path, tmp_path):
+        flags = (*TRAINING[:4], "--num_epochs", 400, "--resume_interval", 0, "--ranks", 1, 2, "--jobs", 2)
+        process = start("rank_sweep_study.py", tmp_path, *flags, before=LIKE_A_USER)
+        files = results.rank_files(tmp_path / "rank_sweep_results", 2)
+        wait_for(files.resume.exists)
+        files.directory.chmod(0o555)
+        done = finish(process)
+        assert done.returncode == 3, done.stderr
+        assert "rank 2: failed (exit 1)" in done.stderr
+        assert "Permission denied" in done.stderr
+        assert "Traceback" not in done.stderr
+        kept = len(results.read_curves(files.curves_csv))
+        files.directory.chmod(0o755)
+        assert 0 < kept < 400
+        assert finish(start("rank_sweep_study.py", tmp_path, *flags)).returncode == 0
+        assert finish(start("rank_sweep_study.py", tmp_path, *flags, "--output_dir", "whole")).returncode == 0
+        assert_same_run(files, results.rank_files(tmp_path / "whole", 2))
+
+
+JUMPING_CLOCK = """
+import random, time
+true_time, chance = time.time, random.Random(0)
+time.time = lambda: true_time() + chance.uniform(-1e6, 1e6)
+"""
+
+
+def test_a_clock_that_jumps_disturbs_nothing(weight_path, tmp_path):
+    """Of the wall clock there are only the dates in the files; what is timed goes by another one."""
+    (tmp_path / "sitecustomize.py").write_text(JUMPING_CLOCK)
+    env = {"PYTHONPATH": str(tmp_path)}
+    flags = (*FEW, "--timeout_per_rank", 100)
+    jumping = finish(start("rank_sweep_study.py", tmp_path, *flags, "--output_dir", "jumping", env=env))
+    assert jumping.returncode == 0, jumping.stderr
+    assert finish(start("rank_sweep_study.py", tmp_path, *flags, "--output_dir", "steady")).returncode == 0
+    for rank in (1, 2):
+        ours, theirs = (results.rank_files(tmp_path / name, rank) for name in ("jumping", "steady"))
+        assert_same_run(ours, theirs)
+        assert 0 < results.read_json(ours.training_log)["train_seconds"] < 100
+        days = [results.read_json(files.config)["ended"][:10] for files in (ours, theirs)]
+        assert days[0] != days[1]  # the clock did jump
 
 
 def test_all_curves_in_long_form(study):

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from ks.patterns import make_chain
-from ks.weights import INIT_METHODS, load_weight, make_weight, save_weight
+from ks.weights import INIT_METHODS, load_weight, make_weight, packed, save_weight
 
 GENERATOR = torch.Generator().manual_seed(0)
 WEIGHT = torch.randn(4, 6, generator=GENERATOR)
@@ -164,3 +164,15 @@ def test_saving_refuses_what_it_cannot_write(tmp_path):
         save_weight(WEIGHT.bfloat16(), tmp_path / "w.npy")
     with pytest.raises(ValueError, match="suffix '.bin'"):
         save_weight(WEIGHT, tmp_path / "w.bin")
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("key", [None, "layer.0.weight"])
+def test_a_packed_weight_is_read_as_the_one_it_was_packed_from(tmp_path, transpose, key):
+    tensor = torch.randn(3, 5, dtype=torch.float64).to(torch.bfloat16)
+    torch.save({key: tensor, "other": torch.ones(7, 7)} if key else tensor, tmp_path / "model.pth")
+    weight = load_weight(tmp_path / "model.pth", key, transpose)
+    (tmp_path / "alone.pth").write_bytes(packed(weight, transpose))
+    again = load_weight(tmp_path / "alone.pth", key, transpose)
+    assert again.key == weight.key
+    assert again.sha256() == weight.sha256()
