@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-faults test-ray test-gpu lint pictures clean
+.PHONY: demo test test-faults test-ray test-gpu gpu lint pictures clean
 
 demo: $(VENV)/requirements
 	$(RUN) example_rank_sweep.py
@@ -22,6 +22,10 @@ test-ray: $(VENV)/requirements-dev $(VENV)/requirements-ray
 # On a machine with a CUDA device, with a torch that was installed for it (make test does not need one).
 test-gpu:
 	$(PYTHON) -m pytest -m gpu
+
+# All that is measured on a card, unattended, and its table and picture; three hours at most, and again goes on.
+gpu:
+	$(PYTHON) benchmarks/card.py --output_dir build/gpu
 
 lint: $(VENV)/requirements-dev
 	$(RUN) -m ruff check .

@@ -5,9 +5,10 @@
     python benchmarks/bench_sweep.py --device cuda --runs_per_gpu 1 2 4
     python benchmarks/bench_sweep.py --overhead 20
 
-Both train ranks 2 … 64 of the demo's 1024 × 2048 weight on the same number of samples and epochs, each rank in a
-process of its own. Ours also computes floors, validates, saves and draws; the plain loop only trains. One epoch only
-(`--num_epochs 1`) is nearly all overhead: its seconds over the number of ranks are what a rank costs besides its steps.
+Both train the same ranks of a weight like the demo's (2 … 64 of 1024 × 2048) on the same number of samples and epochs,
+each rank in a process of its own. Ours also computes floors, validates, saves and draws; the plain loop only trains.
+One epoch only (`--num_epochs 1`) is nearly all overhead: its seconds over the number of ranks are what a rank costs
+besides its steps.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from timing import Rows, place, seconds
 from ks import launch, launch_ray
 
 ROOT = Path(__file__).resolve().parent.parent
-RANKS = ["2", "4", "8", "16", "32", "64"]
+DEMO_RANKS = (2, 4, 8, 16, 32, 64)
 
 
 def overhead(launcher, tasks: int) -> float:
@@ -59,6 +60,8 @@ def ray(script, address):
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", type=int, nargs=2, default=(1024, 2048), help="m and n (default: 1024 2048)")
+    parser.add_argument("--ranks", type=int, nargs="+", default=DEMO_RANKS, help="(default: those of the demo)")
     parser.add_argument("--num_epochs", type=int, default=20, help="(default: 20, as the demo)")
     parser.add_argument("--num_samples", type=int, default=5000, help="(default: 5000, as the demo)")
     parser.add_argument("--rounds", type=int, default=1, help="interleaved repetitions (default: 1)")
@@ -82,16 +85,23 @@ def main(argv=None) -> int:
     found = {name: [] for name in ("plain", *ours)}
     with tempfile.TemporaryDirectory() as folder:
         weight = Path(folder) / "weight.pth"
-        shape = ("--output_features", 1024, "--input_features", 2048, "--init_method", "power_law")
+        m, n = options.shape
+        shape = ("--output_features", m, "--input_features", n, "--init_method", "power_law")
         seconds(ROOT / "generate_test_weight.py", *shape, "--output_path", weight)
         for number in range(options.rounds):
             plain = (ROOT / "benchmarks" / "plain_train.py", "--weight_path", weight, *size)
-            found["plain"].append(sum(seconds(*plain, "--rank", rank) for rank in RANKS))
-            sweep = (ROOT / "rank_sweep_study.py", "--weight_path", weight, "--ranks", *RANKS, *size, "--quiet")
+            found["plain"].append(sum(seconds(*plain, "--rank", rank) for rank in options.ranks))
+            sweep = (ROOT / "rank_sweep_study.py", "--weight_path", weight, "--ranks", *options.ranks, *size, "--quiet")
             for name, flags in ours.items():
                 found[name].append(seconds(*sweep, *flags, "--output_dir", Path(folder) / f"{number}_{name}"))
     times = {name: median(values) for name, values in found.items()}
-    row = {"num_epochs": options.num_epochs, "num_samples": options.num_samples, "device": options.device}
+    row = {
+        "shape": f"{m}x{n}",
+        "ranks": len(options.ranks),
+        "num_epochs": options.num_epochs,
+        "num_samples": options.num_samples,
+        "device": options.device,
+    }
     row |= {f"{name}_seconds": value for name, value in times.items()}
     row |= {f"plain_over_{name}": times["plain"] / value for name, value in times.items() if name != "plain"}
     Rows(options.csv).add(row | place(torch.device(options.device)))

@@ -1,0 +1,85 @@
+"""Everything that is measured on a GPU, unattended: tests, kernels, steps, sweeps, precision, waits; table and picture.
+
+    make gpu                                                                # on a card: results in build/gpu
+    python benchmarks/card.py --output_dir build/gpu --minutes 9            # in pieces: run again, it goes on
+    python benchmarks/card.py --output_dir build/try --device cpu --tiny    # to try the program itself without a GPU
+
+Each step writes STEP.csv and STEP.log; steps.json says how each ended. A step that fails does not keep others from
+running. A step that is done at this revision is not run again. Exit code 1 if any failed or there was no time for it.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from timing import place
+
+from ks import results
+
+FOLDER = Path(__file__).resolve().parent
+SMALL = "--shape 64 128 --ranks 2 4 --num_epochs 2 --num_samples 400"
+MANUAL = "--shape 2048 4096 --ranks 2 4 8 16 32 64 128 256 512 --num_epochs 100 --num_samples 10000"
+# Step, its program, its CSV, its arguments, and those of a tiny try; the most telling ones first.
+MEASUREMENTS = (
+    ("subset", "gpu_check", "check", "", "--tiny"),
+    ("step", "bench_step", "step", "--shape 2048 4096 --ranks 8 64", "--shape 64 128 --ranks 2 --rounds 2"),
+    ("waits", "synchronisations", "waits", "", "--shape 64 128"),
+    ("demo", "bench_sweep", "demo", "--runs_per_gpu 2 4", SMALL),
+    ("precision", "precision", "precision", "", SMALL),
+    ("manual", "bench_sweep", "manual", MANUAL, SMALL),
+    ("full", "gpu_check", "check", "--full", "--tiny"),
+)
+
+
+def steps(folder: Path, device: str, tiny: bool) -> dict[str, list[str]]:
+    """The arguments of Python for each step."""
+    found = {"tests": ["-m", "pytest", "-m", "gpu"]}
+    for name, program, csv, real, small in MEASUREMENTS:
+        size = (small if tiny else real).split()
+        found[name] = [str(FOLDER / f"{program}.py"), "--device", device, *size, "--csv", str(folder / f"{csv}.csv")]
+    outputs = ["--table", str(folder / "table.md"), "--picture", str(folder / "roofline.png")]
+    return found | {"roofline": [str(FOLDER / "roofline.py"), "--csv", str(folder / "check.csv"), *outputs]}
+
+
+def run(arguments: list[str], log: Path, timeout: float) -> int | str:
+    """Exit code of a Python program whose output goes to `log`, or that there was no time for it."""
+    with open(log, "w") as file:
+        try:
+            command = [sys.executable, *arguments]
+            return subprocess.run(command, cwd=FOLDER.parent, stdout=file, stderr=file, timeout=timeout).returncode
+        except subprocess.TimeoutExpired:
+            return "out of time"
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=180, help="stop after this long (default: 180)")
+    parser.add_argument("--device", default="cuda", help="(default: cuda)")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, to try the program itself")
+    options = parser.parse_args(argv)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("card.py: no CUDA device is available; --device cpu --tiny tries the program", file=sys.stderr)
+        return 2
+    folder = results.prepare_output_dir(options.output_dir)
+    where, record = place(torch.device(options.device)), folder / "steps.json"
+    deadline = time.monotonic() + 60 * options.minutes
+    known = results.read_json(record) or {}
+    ended = {name: step for name, step in known.items() if step["exit"] == 0 and step["where"] == where}
+    for name, arguments in steps(folder, options.device, options.tiny).items():
+        drawing = name == "roofline"  # takes seconds, and is due again after every piece
+        if name in ended and not drawing:
+            continue
+        started = time.monotonic()
+        code = run(arguments, folder / f"{name}.log", 60 if drawing else max(0.0, deadline - started))
+        ended[name] = {"exit": code, "seconds": time.monotonic() - started, "where": where}
+        results.write_json(record, ended)
+        print(f"{name}: exit {code}, {ended[name]['seconds']:.0f} s", flush=True)
+    return 0 if all(step["exit"] == 0 for step in ended.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
