@@ -44,7 +44,7 @@ def connected(address: str, script: Path):
             socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address=address, runtime_env=modules, log_to_driver=False, logging_level="error")
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"--ray_address {address}: no cluster to be joined from here ({reason}); start one as README says, with "
             "this machine a node of it"
