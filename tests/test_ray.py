@@ -79,7 +79,8 @@ def curves_of(folder, rank):
 
 
 def trainings() -> list[str]:
-    found = subprocess.run(["pgrep", "-af", "train_with_random"], capture_output=True, text=True).stdout
+    """Those on nodes: their script is where Ray put it."""
+    found = subprocess.run(["pgrep", "-af", "py_modules.*train_with_random"], capture_output=True, text=True).stdout
     return found.splitlines()
 
 
@@ -119,6 +120,15 @@ def test_an_interrupt_ends_everything_and_the_sweep_goes_on_elsewhere(cluster, s
     assert finish(sweep(*flags[:-1], "whole")).returncode == 0
     for rank in kept:
         assert_same_run(*(results.rank_files(tmp_path / "driver" / name, rank) for name in ("out", "whole")))
+
+
+def test_trainings_end_with_a_driver_that_is_killed(cluster, sweep, tmp_path):
+    process = sweep(*LONG, *on(cluster), "--output_dir", "out")
+    wait_for(lambda: all(curves_of(tmp_path / "driver" / "out", rank) for rank in (1, 2)))
+    assert len(trainings()) == 2
+    process.kill()
+    finish(process)
+    wait_for(lambda: trainings() == [], seconds=30)
 
 
 def test_a_program_error_is_not_tried_again(cluster, sweep, tmp_path):
