@@ -26,8 +26,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 from ks import cli, launch, results, resume
-from ks.chain import block_order_rows, chain_backward, chain_forward, choose_impl
-from ks.factorize import population_loss
+from ks.chain import ChainPasses, choose_impl
+from ks.factorize import population_loss, sampled_loss_range
 from ks.layer import KSLinear
 from ks.lock import locked
 from ks.problem import Problem, resolve
@@ -48,6 +48,10 @@ SCRIPT = "train_with_random.py"
 
 class Diverged(Exception):
     """The loss is not finite any more."""
+
+
+class InternalError(Exception):
+    """A result that cannot be right: a fault of this program."""
 
 
 def build_parser() -> cli.Parser:
@@ -85,13 +89,21 @@ def train(config, problem: Problem, impl: str, files: results.RunFiles, checkpoi
     weight = problem.internal_weight()
     model = make_model(config, problem, weight)
     factors = [factor.detach() for factor in model.factors]
+
+    @functools.cache
+    def passes(batch):
+        layout = {"batch_last": config.bs_last, "block_order": True}
+        precision = config.float32_precision
+        return ChainPasses(model.patterns, batch, problem.device, dtype, **layout, impl=impl, precision=precision)
+
     samples = Samples(
-        weight[block_order_rows(model.patterns[0])].float(),
+        weight.float(),
         problem.num_train,
         problem.num_validation,
         config.batch_size,
         sampling=problem.sampling,
         seed=config.seed,
+        output_rows=lambda batch: passes(batch).output_rows,
         batch_last=config.bs_last,
         dtype=dtype,
     )
@@ -116,18 +128,19 @@ def train(config, problem: Problem, impl: str, files: results.RunFiles, checkpoi
 
     measured = is_mean_squared_error(criterion, samples.validation[0][1])
     loss_gradient = squared_error_and_gradient if measured else functools.partial(loss_and_gradient, criterion)
-    settings = (config.bs_last, True, impl, config.float32_precision)  # True: outputs in block order
+    training = passes(config.batch_size)
 
     def step(inputs, targets, lr):
         values = [factor.to(dtype) for factor in factors]
-        prediction, *inner = chain_forward(inputs, values, *settings)
+        prediction, *inner = training.forward(inputs, values)
         loss, gradient = loss_gradient(prediction, targets, optimiser.scale)
-        chain_backward(gradient, inputs, values, inner, *settings, out=optimiser.gradients)
+        training.backward(gradient, inputs, values, inner, out=optimiser.gradients)
         return loss, optimiser.update(lr)
 
     def validate():
         values = [factor.to(dtype) for factor in factors]
-        outputs = ((chain_forward(x, values, *settings, keep=False)[0], y) for x, y in samples.validation)
+        batches = ((passes(x.shape[config.bs_last]), x, y) for x, y in samples.validation)
+        outputs = ((validation.forward(x, values, keep=False)[0], y) for validation, x, y in batches)
         return torch.stack([criterion(y.float(), target) for y, target in outputs]) @ samples.validation_shares
 
     epochs, how = make_epochs(step, samples, optimiser.state(), captured=problem.device.type == "cuda")
@@ -167,6 +180,10 @@ def train(config, problem: Problem, impl: str, files: results.RunFiles, checkpoi
             if config.save_interval and epoch % config.save_interval == 0:
                 save(model, problem.unit, files.epoch_checkpoint(epoch))
         save(model, problem.unit, files.final)
+        if measured:
+            epsilon = 2**-10 if config.float32_precision == "tf32" else torch.finfo(dtype).eps
+            val_loss = curves[-1]["val_loss"] / problem.predict_zero_loss
+            check_validation(weight, factors, val_loss, problem.num_validation, 4 * len(factors) * epsilon)
     except BaseException:
         checkpoints.write_latest()
         raise
@@ -229,6 +246,27 @@ class Best:
         if self.start is not None and population_loss(self.weight, self.start.factors) <= self.population_loss():
             return self.start
         return self.kept
+
+
+def check_validation(weight: torch.Tensor, factors, val_loss: float, num_validation: int, rounding: float) -> None:
+    """Check that a validation loss agrees with the population loss of the same chain, within sampling error.
+
+    Args:
+        weight: W in internal units, float64.
+        factors: of the chain.
+        val_loss: in internal units.
+        num_validation: samples behind it.
+        rounding: of the root mean squared error of an output, in internal units.
+    Raises:
+        InternalError: it does not.
+    """
+    low, high = sampled_loss_range(weight, factors, num_validation)
+    low, high = max(0.0, max(low, 0.0) ** 0.5 - rounding) ** 2, (high**0.5 + rounding) ** 2
+    if not low <= val_loss <= high:
+        raise InternalError(
+            f"the validation loss is {val_loss:.6g} of predicting 0; the population loss of the same chain allows "
+            f"{low:.6g} to {high:.6g}. One of them is computed wrongly: please report it with the command line"
+        )
 
 
 def is_mean_squared_error(loss, target: torch.Tensor) -> bool:

@@ -8,19 +8,23 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ks.chain import chain_backward, chain_forward
+from ks.chain import ChainPasses
 from ks.patterns import Pattern
 from ks.step import squared_error_and_gradient
 
 
-def our_step(factors, optimiser, impl: str = "auto"):
-    """The step of `train_with_random.py` on (batch, features) inputs and targets in block order."""
-    settings = (False, True, impl, "ieee")
+def training_passes(patterns, batch: int, device="cpu", impl: str = "auto") -> ChainPasses:
+    """The passes of `train_with_random.py` on (batch, features) inputs."""
+    return ChainPasses(patterns, batch, torch.device(device), torch.float32, block_order=True, impl=impl)
+
+
+def our_step(passes: ChainPasses, factors, optimiser):
+    """The step of `train_with_random.py`, on targets in the order of `passes.output_rows`."""
 
     def step(inputs, targets, lr):
-        prediction, *inner = chain_forward(inputs, factors, *settings)
+        prediction, *inner = passes.forward(inputs, factors)
         loss, gradient = squared_error_and_gradient(prediction, targets)
-        chain_backward(gradient, inputs, factors, inner, *settings, out=optimiser.gradients)
+        passes.backward(gradient, inputs, factors, inner, out=optimiser.gradients)
         return loss, optimiser.update(lr)
 
     return step

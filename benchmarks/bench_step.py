@@ -24,10 +24,10 @@ from baselines import (
     plain_epochs,
     structured_weights,
     torch_structured_multiply,
+    training_passes,
 )
 from timing import Rows, interleaved_medians, place
 
-from ks.chain import block_order_rows
 from ks.layer import KSLinear
 from ks.patterns import make_chain
 from ks.step import Optimiser, Samples, make_epochs, squared_error_and_gradient
@@ -39,7 +39,8 @@ def our_epoch(layer, weight, samples, impl):
     """One epoch of the training step, captured on CUDA."""
     factors = [factor.detach().clone() for factor in layer.factors]
     optimiser = Optimiser("adamw", factors)
-    step = our_step(factors, optimiser, impl)
+    passes = training_passes(layer.patterns, samples.batch_size, weight.device, impl)
+    step = our_step(passes, factors, optimiser)
     epochs, _ = make_epochs(step, samples, optimiser.state(), captured=weight.device.type == "cuda")
     return lambda: epochs.run(1, [1e-4] * samples.steps_per_epoch)[0].mean().item()
 
@@ -99,11 +100,9 @@ def measure_steps(options, device, rows: Rows) -> None:
             torch.testing.assert_close(plain(x), layer(x), rtol=1e-4, atol=1e-4)
             settings = {"sampling": "fixed", "seed": 0}
             samples = Samples(weight, STEPS * options.batch_size, 1, options.batch_size, **settings)
-            order = block_order_rows(patterns[0]).to(device)
-            ours = Samples(weight[order], STEPS * options.batch_size, 1, options.batch_size, **settings)
             flat = samples.inputs.flatten(0, 1)
             functions = {
-                "ours": our_epoch(layer, weight, ours, options.impl),
+                "ours": our_epoch(layer, weight, samples, options.impl),
                 "plain": functools.partial(plain_epochs, plain, weight, flat, 1, options.batch_size),
                 "dense": dense_epoch(weight, samples),
             }

@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ks import batched, kernels
-from ks.chain import chain_backward, chain_forward
+from ks.chain import ChainPasses
 from ks.patterns import make_chain
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
@@ -52,12 +52,14 @@ def recorded_launches(rows, cols, rank, batch, dtype, arch, precision) -> dict:
     recorders = {name: Recorder(getattr(kernels, name)) for name in KERNELS}
     with (
         mock.patch.multiple(kernels, architecture=mock.Mock(return_value=arch), **recorders),
-        mock.patch("ks.chain._chosen_module", return_value=kernels),
+        mock.patch("ks.chain.choose_impl", return_value=("triton", "to be compiled")),
     ):
-        values = [batched.empty_values(pattern, "meta", dtype) for pattern in make_chain(rows, cols).patterns(rank)]
+        patterns = make_chain(rows, cols).patterns(rank)
+        values = [batched.empty_values(pattern, "meta", dtype) for pattern in patterns]
         x = torch.empty(batch, cols, dtype=dtype, device="meta")
-        y, *inner = chain_forward(x, values, impl="triton", precision=precision)
-        chain_backward(y, x, values, inner, impl="triton", precision=precision, needed=[True] * 3)
+        passes = ChainPasses(patterns, batch, x.device, dtype, precision=precision)
+        y, *inner = passes.forward(x, values)
+        passes.backward(y, x, values, inner, needed=[True] * 3)
     return launches
 
 

@@ -11,12 +11,11 @@ import argparse
 import sys
 
 import torch
-from baselines import our_step
+from baselines import our_step, training_passes
 from minilm import WEIGHTS, checkpoint
 
 import ks
 from ks import step
-from ks.chain import block_order_rows
 from ks.factorize import loss_floor, population_loss
 from ks.layer import KSLinear
 from ks.weights import load_weight, make_weight
@@ -62,8 +61,9 @@ def gap(
     chain = ks.make_chain(rows, cols)
     target = weight * (rows**0.5 / weight.norm())
     patterns = chain.patterns(rank)
-    order = block_order_rows(patterns[0])
-    samples = step.Samples(target[order], 8000, 32, 32, sampling=sampling, seed=0)
+    passes = training_passes(patterns, 32)
+    order = {"output_rows": lambda _: passes.output_rows}
+    samples = step.Samples(target, 8000, 32, 32, sampling=sampling, seed=0, **order)
     model = KSLinear.from_patterns(patterns)
     model.reset_parameters(step.seeded_generator(0, "init"))
     if left_zero:
@@ -73,7 +73,7 @@ def gap(
     if flat_rate is not None:
         optimiser.rate_factors = [flat_rate] * len(factors)
     schedule = step.Schedule(scheduler, 1e-3, samples.steps_per_epoch, epochs)
-    run = step.Epochs(our_step(factors, optimiser), samples)
+    run = step.Epochs(our_step(passes, factors, optimiser), samples)
     for epoch in range(1, epochs + 1):
         if reshuffle:
             shuffled = torch.randperm(8000, generator=torch.Generator().manual_seed(epoch))

@@ -20,10 +20,10 @@ import torch
 from baselines import PlainChain, einsum_chain, structured_weights, torch_structured_multiply
 from timing import Rows, interleaved_medians, place
 
-from ks.chain import chain_backward, chain_forward, choose_impl
+from ks.chain import ChainPasses, choose_impl
 from ks.layer import KSLinear
 from ks.ops import chain_product
-from ks.patterns import make_chain
+from ks.patterns import Pattern, make_chain
 
 SHAPES = [(2048, 4096), (4096, 4096), (4096, 14336)]
 CHAINS = [("monarch", rank) for rank in (2, 4, 8, 16, 32, 64, 128, 256, 512)] + [("butterfly", 4), ("butterfly", 16)]
@@ -75,9 +75,11 @@ def check(values, x, gradient, impl) -> float:
     results = []
     for chosen, kind in ((impl, x.dtype), ("bmm", x.dtype), ("bmm", torch.float64)):
         factors, inputs = [factor.to(kind) for factor in values], x.to(kind)
-        y, *inner = chain_forward(inputs, factors, impl=chosen)
+        patterns = tuple(Pattern(*factor.shape) for factor in values)
+        passes = ChainPasses(patterns, len(x), x.device, kind, impl=chosen)
+        y, *inner = passes.forward(inputs, factors)
         needed = [True] * (1 + len(factors))
-        for_x, *for_values = chain_backward(gradient.to(kind), inputs, factors, inner, impl=chosen, needed=needed)
+        for_x, *for_values = passes.backward(gradient.to(kind), inputs, factors, inner, needed=needed)
         results.append([y, for_x, *(value.permute(0, 3, 1, 2).flatten(0, 2) for value in for_values)])
     return max(worst_error(*parts, epsilon) for parts in zip(*results))
 

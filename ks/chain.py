@@ -64,141 +64,153 @@ def check_impl(impl: str, device: torch.device) -> None:
     choose_impl(impl, device, (Pattern(1, 1, 1, 1),), 1, torch.float32)
 
 
-def _backend(x, values, batch: int, impl: str, precision: str):
-    """The module that multiplies."""
-    if impl == "bmm" or (impl == "auto" and x.device.type == "cpu"):
-        return batched
-    return _chosen_module(impl, x.device, tuple(Pattern(*factor.shape) for factor in values), batch, x.dtype, precision)
+class ChainPasses:
+    """Forward and backward pass of one chain, W = K_1 … K_L, on batches of one size.
+
+    Everything that follows from the sizes is settled here, once: which neighbouring factors are multiplied with each
+    other before they meet the batch (`ks.tiles.merge_runs`), the backend, and the order in which the outputs leave.
+
+    Args:
+        patterns: (a_l, b_l, c_l, d_l) of the factors, output side first.
+        batch: samples of a batch.
+        device, dtype: of x and of the values.
+        batch_last: x and y have the shapes (n, batch) and (m, batch) instead of (batch, n) and (batch, m).
+        block_order: leave the outputs in the order in which the left-most product makes them, which saves a
+            permutation; `output_rows` says which one it is.
+        impl, precision: as in `choose_impl`.
+    """
+
+    def __init__(
+        self,
+        patterns,
+        batch: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        batch_last: bool = False,
+        block_order: bool = False,
+        impl: str = "auto",
+        precision: str = "ieee",
+    ):
+        self.batch, self.batch_last, self.block_order, self.precision = batch, batch_last, block_order, precision
+        patterns = tuple(patterns)
+        runs = tiles.merge_runs(patterns, batch)
+        self.runs = [slice(start, stop) for start, stop in runs]
+        self.patterns = [functools.reduce(tiles.merged_pattern, patterns[run]) for run in self.runs]
+        self.backend = _module(choose_impl(impl, device, self.patterns, batch, dtype, precision)[0])
+        self.pair = None
+        if self.backend is not batched and len(self.patterns) == 2:
+            arch = self.backend.architecture(device)
+            self.pair = tiles.pair_tiles(*self.patterns, batch, dtype.itemsize * 8, arch)
+
+    @property
+    def output_rows(self) -> torch.Tensor:
+        """Row of W that each output feature is, shape (m,), int64 on the CPU."""
+        a, b, _, d = self.patterns[0]
+        rows = torch.arange(a * b * d)
+        return rows.view(a, b, d).transpose(1, 2).flatten() if self.block_order else rows
+
+    def forward(self, x: torch.Tensor, values: list[torch.Tensor], keep: bool = True) -> list[torch.Tensor]:
+        """y = x Wᵀ with its features in the order `output_rows`, and what `backward` needs besides.
+
+        Args:
+            x: shape (batch, n), or (n, batch) if batch_last.
+            values: shapes (a_l, b_l, c_l, d_l), output side first.
+            keep: whether a backward pass will follow.
+        Returns:
+            [y, then, if `keep`, the input of every product except the right-most, from left to right, each of shape
+            (features, batch)]; y has the layout of x.
+        """
+        features = x if self.batch_last else x.t()
+        values = [partial[-1] for partial in self._products(values)]
+        y = x.new_empty((self.patterns[0].rows, self.batch) if self.batch_last else (self.batch, self.patterns[0].rows))
+        out = y if self.batch_last else y.t()
+        order = {"block_order": self.block_order, "precision": self.precision}
+        if self.pair is not None:
+            inner = [x.new_empty(self.patterns[1].rows, self.batch)] if keep else []
+            self.backend.apply_pair(*values, features, out, *inner or [None], self.pair, **order)
+            return [y, *inner]
+        inner = [features]
+        for factor, pattern in zip(values[:0:-1], self.patterns[:0:-1]):
+            entered = x.new_empty(pattern.rows, self.batch)
+            self.backend.apply_factor(factor, inner[0], entered, precision=self.precision)
+            inner = [entered, *inner] if keep else [entered]
+        self.backend.apply_factor(values[0], inner[0], out, out_block_order=self.block_order, precision=self.precision)
+        return [y, *inner[:-1]] if keep else [y]
+
+    def backward(
+        self,
+        gradient: torch.Tensor,
+        x: torch.Tensor,
+        values: list[torch.Tensor],
+        inner: list[torch.Tensor],
+        *,
+        needed: list[bool] | None = None,
+        out: list[torch.Tensor] | None = None,
+    ) -> list[torch.Tensor]:
+        """Gradients of what is needed of (x, *values); by default of the values.
+
+        Args:
+            gradient: of y, in the layout and order of y.
+            x, values: as given to `forward`.
+            inner: what it returned after y.
+            needed: for x and each of the values, whether to return its gradient.
+            out: where to put the gradients of the values, in memory as `empty_values` lays them, any float dtype.
+        """
+        features, gradient = (x, gradient) if self.batch_last else (x.t(), gradient.t())
+        backend, precision = self.backend, self.precision
+        for_x, *for_values = needed or [False] + [True] * len(values)
+        products = self._products(values)
+        merged = [partials[-1] for partials in products]
+        last = max(index for index, run in enumerate(self.runs) if for_x or any(for_values[run]))
+        if backend is batched:  # a copy, if one is needed, serves both products
+            a, _, _, d = self.patterns[0]
+            gradient = batched.readable_blocks(gradient, a, d, self.block_order)
+        arriving = [gradient]  # arriving[l] is the gradient of what the l-th product makes
+        arriving += [x.new_empty(pattern.rows, self.batch) for pattern in self.patterns[1 : last + 1]]
+        if for_x:
+            x_gradient = torch.empty_like(x, memory_format=torch.contiguous_format)
+            arriving.append(x_gradient if self.batch_last else x_gradient.t())
+        if self.pair is not None and for_x:
+            order = {"block_order": self.block_order, "precision": precision}
+            backend.apply_pair(*merged, gradient, arriving[2], arriving[1], self.pair, transposed=True, **order)
+        else:
+            for index, factor in enumerate(merged[: len(arriving) - 1]):
+                first = self.block_order and index == 0
+                backend.apply_factor(
+                    factor.transpose(1, 2),
+                    arriving[index],
+                    arriving[index + 1],
+                    x_block_order=first,
+                    precision=precision,
+                )
+        gradients = []
+        for index, (partials, run, entered) in enumerate(zip(products, self.runs, [*inner, features])):
+            if not any(for_values[run]):
+                continue
+            places = out[run] if out else [batched.empty_values(f.shape, x.device, x.dtype) for f in values[run]]
+            direct = len(partials) == 1 and places[0].dtype == x.dtype
+            product = places[0] if direct else batched.empty_values(self.patterns[index], x.device, x.dtype)
+            first = self.block_order and index == 0
+            backend.values_gradient(arriving[index], entered, product, block_order=first, precision=precision)
+            if not direct:
+                for place, found in zip(places, _unmerge(product, values[run], partials)):
+                    place.copy_(found)
+            gradients += [place for place, wanted in zip(places, for_values[run]) if wanted]
+        return [x_gradient, *gradients] if for_x else gradients
+
+    def _products(self, values) -> list[list[torch.Tensor]]:
+        """For each run of merged factors the products of its first one, two, … factors."""
+        return [list(itertools.accumulate(values[run], merge_factors)) for run in self.runs]
 
 
-@functools.cache
-def _chosen_module(*choice):
-    name, _ = choose_impl(*choice)
-    if name == "bmm":
+def _module(backend: str):
+    """The module that multiplies; Triton is imported only where it is used."""
+    if backend == "bmm":
         return batched
-    from ks import kernels  # here, since it imports Triton
+    from ks import kernels
 
     return kernels
-
-
-def rows_of(factor: torch.Tensor) -> int:
-    """Rows a·b·d of the factor with these values."""
-    a, b, _, d = factor.shape
-    return a * b * d
-
-
-def block_order_rows(pattern: Pattern) -> torch.Tensor:
-    """Which row of W each output is in block order, for a left-most factor of `pattern`; shape (a·b·d,), int64."""
-    a, b, _, d = pattern
-    return torch.arange(a * b * d).view(a, b, d).transpose(1, 2).flatten()
-
-
-def chain_forward(
-    x: torch.Tensor,
-    values: list[torch.Tensor],
-    batch_last: bool = False,
-    block_order: bool = False,
-    impl: str = "auto",
-    precision: str = "ieee",
-    keep: bool = True,
-) -> list[torch.Tensor]:
-    """y = x Wᵀ for W = K_1 … K_L, and what `chain_backward` needs besides.
-
-    Args:
-        x: shape (batch, n), or (n, batch) if batch_last.
-        values: shapes (a_l, b_l, c_l, d_l), output side first, of the dtype and on the device of x.
-        batch_last: which layout.
-        block_order: leave the outputs in the order (a, d, b) in which the left-most factor makes them, which saves a
-            permutation: y[..., block_order_rows(pattern)] instead of y.
-        impl, precision: as in `choose_impl`.
-        keep: whether a backward pass will follow.
-    Returns:
-        [y, and if `keep` what enters each factor but the right-most, left-most first, shape (features, batch)]; y has
-        the layout of x.
-    """
-    features = x if batch_last else x.t()
-    batch = features.shape[1]
-    values = [partial[-1] for partial in _merged(values, batch)]
-    backend = _backend(x, values, batch, impl, precision)
-    y = x.new_empty((rows_of(values[0]), batch) if batch_last else (batch, rows_of(values[0])))
-    out = y if batch_last else y.t()
-    pair = _pair_tiles(backend, values, x, batch)
-    if pair is not None:
-        inner = [x.new_empty(rows_of(values[1]), batch)] if keep else []
-        backend.apply_pair(*values, features, out, *inner or [None], pair, block_order=block_order, precision=precision)
-        return [y, *inner]
-    inner = [features]
-    for factor in values[:0:-1]:
-        entered = x.new_empty(rows_of(factor), batch)
-        backend.apply_factor(factor, inner[0], entered, precision=precision)
-        inner = [entered, *inner] if keep else [entered]
-    backend.apply_factor(values[0], inner[0], out, out_block_order=block_order, precision=precision)
-    return [y, *inner[:-1]] if keep else [y]
-
-
-def chain_backward(
-    gradient: torch.Tensor,
-    x: torch.Tensor,
-    values: list[torch.Tensor],
-    inner: list[torch.Tensor],
-    batch_last: bool = False,
-    block_order: bool = False,
-    impl: str = "auto",
-    precision: str = "ieee",
-    needed: list[bool] | None = None,
-    out: list[torch.Tensor] | None = None,
-) -> list[torch.Tensor]:
-    """Gradients of what is needed of (x, *values); by default of the values.
-
-    Args:
-        gradient: of y, in the layout of x.
-        x, values, batch_last, block_order, impl, precision: as given to `chain_forward`.
-        inner: what it returned after y.
-        needed: for x and each of the values, whether to return its gradient.
-        out: where to put the gradients of the values, in memory as `empty_values` lays them, any float dtype.
-    """
-    features, gradient = (x, gradient) if batch_last else (x.t(), gradient.t())
-    batch = features.shape[1]
-    for_x, *for_values = needed or [False] + [True] * len(values)
-    runs = _merged(values, batch)
-    merged = [partial[-1] for partial in runs]
-    stops = itertools.accumulate(map(len, runs))
-    spans = [slice(stop - len(partials), stop) for stop, partials in zip(stops, runs)]
-    products = len(runs) if for_x else max(index for index, span in enumerate(spans) if any(for_values[span]))
-    backend = _backend(x, merged, batch, impl, precision)
-    if backend is batched:  # a copy, if one is needed, serves both products
-        gradient = batched.readable_blocks(gradient, merged[0].shape[0], merged[0].shape[3], block_order)
-    arriving = [gradient]  # arriving[l] is the gradient of what the l-th merged factor makes
-    arriving += [x.new_empty(rows_of(factor), batch) for factor in merged[1 : products + 1]]
-    if for_x:
-        x_gradient = torch.empty_like(x, memory_format=torch.contiguous_format)
-        arriving.append(x_gradient if batch_last else x_gradient.t())
-    pair = _pair_tiles(backend, merged, x, batch) if for_x else None
-    if pair is not None:
-        _, between, last = arriving
-        backend.apply_pair(
-            *merged, gradient, last, between, pair, transposed=True, block_order=block_order, precision=precision
-        )
-    else:
-        for index, factor in enumerate(merged[:products]):
-            first = block_order and index == 0
-            backend.apply_factor(
-                factor.transpose(1, 2), arriving[index], arriving[index + 1], x_block_order=first, precision=precision
-            )
-    gradients = []
-    for index, (partials, span, entered) in enumerate(zip(runs, spans, [*inner, features])):
-        if not any(for_values[span]):
-            continue
-        places = out[span] if out else [batched.empty_values(f.shape, x.device, x.dtype) for f in values[span]]
-        direct = len(partials) == 1 and places[0].dtype == x.dtype
-        product = places[0] if direct else batched.empty_values(merged[index].shape, x.device, x.dtype)
-        first = block_order and index == 0
-        backend.values_gradient(arriving[index], entered, product, block_order=first, precision=precision)
-        if not direct:
-            for place, found in zip(places, _unmerge(product, values[span], partials)):
-                place.copy_(found)
-        gradients += [place for place, wanted in zip(places, for_values[span]) if wanted]
-    return [x_gradient, *gradients] if for_x else gradients
 
 
 _MERGE, _MERGE_LEFT, _MERGE_RIGHT = "ijusxt,iusxkt->ijxukt", "ijxukt,iusxkt->ijusxt", "ijusxt,ijxukt->iusxkt"
@@ -230,14 +242,6 @@ def _merge_views(left, right):
     return left.reshape(a, b, -1, rank, d // inner, inner), right.reshape(a, -1, rank, d // inner, c, inner)
 
 
-def _merged(values, batch: int) -> list[list[torch.Tensor]]:
-    """For each run of `ks.tiles.merge_runs` the products of its first one, two, … factors."""
-    if batch < tiles.MERGE_BATCH:
-        return [[factor] for factor in values]
-    runs = tiles.merge_runs(tuple(Pattern(*factor.shape) for factor in values), batch)
-    return [list(itertools.accumulate(values[start:stop], merge_factors)) for start, stop in runs]
-
-
 def _unmerge(gradient, factors, partials) -> list[torch.Tensor]:
     """Gradients of the factors of a run from that of their product."""
     gradients = []
@@ -248,11 +252,3 @@ def _unmerge(gradient, factors, partials) -> list[torch.Tensor]:
         gradients.insert(0, torch.einsum(_MERGE_RIGHT, left_view, view).reshape(right.shape))
         gradient = torch.einsum(_MERGE_LEFT, view, right_view).reshape(left.shape)
     return [gradient, *gradients]
-
-
-def _pair_tiles(backend, values, x, batch: int):
-    """Tiles of the fused pair where the chain is one and the backend fuses, else None."""
-    if backend is batched or len(values) != 2:
-        return None
-    patterns = (Pattern(*factor.shape) for factor in values)
-    return tiles.pair_tiles(*patterns, batch, x.element_size() * 8, backend.architecture(x.device))

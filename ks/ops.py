@@ -4,12 +4,14 @@
 Eager code calls what is behind them, which saves two trips through the dispatcher.
 """
 
+import functools
+
 import torch
 from torch.autograd.function import once_differentiable
 
 from ks import tiles
 from ks.batched import empty_values
-from ks.chain import chain_backward, chain_forward, rows_of
+from ks.chain import ChainPasses
 from ks.patterns import Pattern
 
 
@@ -92,19 +94,31 @@ class _ChainProduct(torch.autograd.Function):
         return for_x, None, None, None, None, *for_values
 
 
+@functools.lru_cache(maxsize=256)
+def _passes(shapes, batch, device, dtype, batch_last, impl, precision) -> ChainPasses:
+    patterns = tuple(Pattern(*shape) for shape in shapes)
+    return ChainPasses(patterns, batch, device, dtype, batch_last=batch_last, impl=impl, precision=precision)
+
+
+def _passes_for(x, values, batch_last, *settings) -> ChainPasses:
+    shapes = tuple(factor.shape for factor in values)
+    return _passes(shapes, x.shape[batch_last], x.device, x.dtype, batch_last, *settings)
+
+
 def _chain(x, values, batch_last, impl, precision, keep):
-    return chain_forward(x, values, batch_last, impl=impl, precision=precision, keep=keep)
+    return _passes_for(x, values, batch_last, impl, precision).forward(x, values, keep)
 
 
 def _chain_backward(gradient, x, values, inner, batch_last, impl, precision, needed):
-    return chain_backward(gradient, x, values, inner, batch_last, impl=impl, precision=precision, needed=needed)
+    passes = _passes_for(x, values, batch_last, impl, precision)
+    return passes.backward(gradient, x, values, inner, needed=needed)
 
 
 def _chain_meta(x, values, batch_last, impl, precision, keep):
-    batch = x.shape[batch_last]
-    y = x.new_empty((rows_of(values[0]), batch) if batch_last else (batch, rows_of(values[0])))
-    firsts = [start for start, _ in tiles.merge_runs(tuple(Pattern(*factor.shape) for factor in values), batch)]
-    return [y, *(x.new_empty(rows_of(values[start]), batch) for start in firsts[1:] if keep)]
+    batch, patterns = x.shape[batch_last], tuple(Pattern(*factor.shape) for factor in values)
+    y = x.new_empty((patterns[0].rows, batch) if batch_last else (batch, patterns[0].rows))
+    firsts = [start for start, _ in tiles.merge_runs(patterns, batch)]
+    return [y, *(x.new_empty(patterns[start].rows, batch) for start in firsts[1:] if keep)]
 
 
 def _chain_backward_meta(gradient, x, values, inner, batch_last, impl, precision, needed):

@@ -8,6 +8,7 @@ would double the start-up of every training subprocess.
 
 import itertools
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -85,6 +86,7 @@ class Samples:
         batch_size: of the training batches.
         sampling: 'whitened' (one set, second moment exactly I), 'fresh' (a new set every epoch) or 'fixed'.
         seed: of inputs and shuffles.
+        output_rows: the order of the targets in a batch of a given size, as rows of W; the natural one unless told.
         batch_last: batches of shape (n, batch) instead of (batch, n).
         dtype: of the inputs; targets stay float32.
 
@@ -101,10 +103,11 @@ class Samples:
         *,
         sampling: str,
         seed: int,
+        output_rows: Callable[[int], torch.Tensor] | None = None,
         batch_last: bool = False,
         dtype: torch.dtype = torch.float32,
     ):
-        self.weight, self.batch_size = weight, batch_size
+        self.weight, self.batch_size, self.output_rows = weight, batch_size, output_rows
         self.sampling, self.seed, self.batch_last, self.dtype = sampling, seed, batch_last, dtype
         self.steps_per_epoch = num_train // batch_size
         drawn = self._draw(num_validation, "validation")
@@ -123,7 +126,8 @@ class Samples:
 
     def _with_targets(self, inputs, batch_size):
         """Inputs and targets in batches, contiguous in the layout to train in."""
-        both = (inputs.to(self.dtype), inputs @ self.weight.t())
+        weight = self.weight if self.output_rows is None else self.weight[self.output_rows(batch_size)]
+        both = (inputs.to(self.dtype), inputs @ weight.t())
         both = (samples.unflatten(0, (-1, batch_size)) for samples in both)
         return tuple(samples.transpose(1, 2).contiguous() if self.batch_last else samples for samples in both)
 

@@ -1,9 +1,14 @@
 """What every kernel is tried on, and the rule by which it passes: shared by the interpreter's tests and the GPU's."""
 
+import random
+from math import prod
+
 import torch
 
 from ks import batched, tiles
+from ks.chain import ChainPasses
 from ks.patterns import Pattern, chainability, make_chain
+from ks.reference import chain_to_dense
 
 # Odd, prime and ragged sizes; a = 1, d = 1, both larger; d = 2, 4, 8 (grouped t) and 3, 6 (not all of them).
 PATTERNS = [
@@ -109,3 +114,60 @@ def check_pair(
     assert_as_exact_as_plain(*(y.reshape(-1, 4, batch) for y in (out, plain[0], exact[0])), (1, 2))
     if keep:
         assert_as_exact_as_plain(*(z.unsqueeze(0) for z in (inner, plain[1], exact[1])), (1, 2))
+
+
+FAMILIES = ("monarch", "lowrank", "butterfly", "lowrank_butterfly", "explicit")
+# Both sides of the batch from which on factors are merged, a batch of one, and an odd one.
+BATCHES = (1, 7, tiles.MERGE_BATCH - 1, tiles.MERGE_BATCH, tiles.MERGE_BATCH + 1)
+
+
+def random_chain(rng):
+    """A chain of small factors, so that sizes fall on both sides of 16 and 64, the limits of what is merged."""
+    family = rng.choice(FAMILIES)
+    if family == "explicit":
+        length = rng.randint(2, 4)
+        rows, cols = ([rng.choice([1, 2, 3, 8]) for _ in range(length)] for _ in range(2))
+        return make_chain(prod(rows), prod(cols), row_splits=rows, col_splits=cols)
+    if family == "butterfly":
+        halvings = rng.randint(1, 6)
+        m, n = (2**halvings * rng.randint(1, 3) for _ in range(2))
+        return make_chain(m, n, family, num_factors=halvings + 1)
+    m, n = (rng.choice([1, 7, 12, 16, 32, 36, 64, 128]) for _ in range(2))
+    return make_chain(m, n, family, blocks=rng.choice([2, 4, 8]))
+
+
+def random_case(seed: int):
+    """(patterns, batch, batch_last, block_order) of one draw."""
+    rng = random.Random(seed)
+    patterns = random_chain(rng).patterns(rng.choice([1, 2, 3, 5, 17, 100]))
+    return patterns, rng.choice(BATCHES), rng.random() < 0.5, rng.random() < 0.7
+
+
+def check_passes(patterns, batch, batch_last, block_order, impl="bmm", dtype=torch.float64):
+    """y, with and without a backward pass to follow, and every gradient against the dense product of the factors.
+
+    Returns:
+        whether factors were merged, and whether a pair was fused.
+    """
+    values = [random_values(pattern, dtype, seed=index) for index, pattern in enumerate(patterns)]
+    generator = torch.Generator().manual_seed(batch)
+    x = torch.randn(batch, patterns[-1].cols, generator=generator, dtype=dtype)
+    wide = [factor.to(torch.float64, copy=True).requires_grad_() for factor in values]
+    inputs = x.to(torch.float64, copy=True).requires_grad_()
+    passes = ChainPasses(patterns, batch, x.device, dtype, batch_last=batch_last, block_order=block_order, impl=impl)
+    expected = (inputs @ chain_to_dense(wide).t())[:, passes.output_rows]
+    upstream = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    theirs = torch.autograd.grad(expected, [inputs, *wide], upstream)
+
+    def laid_out(tensor):
+        return tensor.t().contiguous() if batch_last else tensor
+
+    y, *inner = passes.forward(laid_out(x), values)
+    (alone,) = passes.forward(laid_out(x), values, keep=False)
+    gradient = laid_out(upstream.to(dtype))
+    for_x, *ours = passes.backward(gradient, laid_out(x), values, inner, needed=[True] * (1 + len(values)))
+    tolerance = {"atol": 1e-10, "rtol": 1e-9} if dtype == torch.float64 else {"atol": 1e-3, "rtol": 1e-3}
+    assert torch.equal(alone, y)
+    for mine, other in zip([laid_out(y) if batch_last else y, laid_out(for_x), *ours], [expected, *theirs]):
+        torch.testing.assert_close(mine.double(), other, **tolerance)
+    return len(passes.patterns) < len(patterns), passes.pair is not None

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 import ks
-from ks.factorize import factorize, floor_curve, loss_floor, population_loss, split_blocks, tail_energies
+from ks.factorize import (
+    factorize,
+    floor_curve,
+    loss_floor,
+    population_loss,
+    sampled_loss_range,
+    split_blocks,
+    tail_energies,
+)
 from ks.patterns import Chain, chainability, patterns_of_ranks
 from ks.reference import chain_to_dense
 
@@ -157,6 +165,22 @@ def test_the_factorisation_agrees_with_lazylinop(shape, family, rank):
     theirs = butterfly.ksd(weight.numpy(), butterfly.Chain([tuple(p) for p in patterns]))
     their_loss = np.square(weight.numpy() - theirs @ np.eye(shape[1])).sum() / shape[0]
     assert loss_floor(weight, chain, [rank])[0].upper == pytest.approx(their_loss, rel=1e-8)
+
+
+@pytest.mark.parametrize("rank", [None, 1])
+@pytest.mark.parametrize("num_samples", [1, 20, 500])
+def test_sampled_losses_lie_in_their_range(num_samples, rank):
+    """2,000 samples each, also where the residual has rank one and a loss is a single squared normal variable."""
+    generator = torch.Generator().manual_seed(0)
+    layer = ks.KSLinear(10, 6, 2, dtype=torch.float64)
+    residual = torch.randn(6, rank or 6, generator=generator).double() @ torch.randn(rank or 6, 10).double()
+    low, high = sampled_loss_range(layer.to_dense() + residual, layer.factors, num_samples)
+    inputs = torch.randn(2000, num_samples, 10, generator=generator, dtype=torch.float64)
+    losses = (inputs @ residual.t()).square().mean((1, 2))
+    expected = residual.square().sum() / 6
+    assert low <= losses.min() < expected < losses.max() <= high
+    # Not wider than its purpose allows: 2√(30/N) of the loss to each side at the most, and the linear term.
+    assert high - low <= expected * (4 * (30 / num_samples) ** 0.5 + 60 / num_samples + 1e-6)
 
 
 def test_the_population_loss_is_the_mean_over_inputs():

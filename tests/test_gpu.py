@@ -7,7 +7,7 @@ import torch
 from kernel_cases import CHAINS, PATTERNS, check_factor, check_pair, check_values_gradient, random_values
 
 from ks import results
-from ks.chain import chain_backward, chain_forward
+from ks.chain import ChainPasses
 from ks.layer import KSLinear
 from ks.patterns import make_chain
 from ks.step import CapturedEpochs, Epochs, Optimiser, Samples, squared_error_and_gradient
@@ -83,12 +83,13 @@ def test_the_captured_step_equals_the_eager_one(dtype):
         factors = [factor.detach() for factor in KSLinear(512, 256, 8, device="cuda").factors]
         samples = Samples(weight, 3200, 32, 32, sampling="whitened", seed=0, dtype=dtype)
         optimiser = Optimiser("adamw", factors, loss_scaling=dtype == torch.float16)
+        passes = ChainPasses(make_chain(256, 512).patterns(8), 32, weight.device, dtype)
 
         def step(inputs, targets, lr):
             values = [factor.to(dtype) for factor in factors]
-            y, *inner = chain_forward(inputs, values)
+            y, *inner = passes.forward(inputs, values)
             loss, gradient = squared_error_and_gradient(y, targets, optimiser.scale)
-            chain_backward(gradient, inputs, values, inner, out=optimiser.gradients)
+            passes.backward(gradient, inputs, values, inner, out=optimiser.gradients)
             return loss, optimiser.update(lr)
 
         epochs = make(step, samples, optimiser.state())

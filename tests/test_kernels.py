@@ -15,13 +15,15 @@ from kernel_cases import (
     PATTERNS,
     check_factor,
     check_pair,
+    check_passes,
     check_values_gradient,
+    random_case,
     random_matrix,
     random_values,
 )
 
-from ks import batched, chain, tiles
-from ks.chain import chain_backward, chain_forward, choose_impl
+from ks import batched, ops, tiles
+from ks.chain import ChainPasses, choose_impl
 from ks.ops import chain_product
 from ks.patterns import Pattern, make_chain
 from ks.reference import chain_to_dense
@@ -42,11 +44,11 @@ def interpreter():
         return {name for name in names if not name.startswith("triton._C")}
 
     before = {name: sys.modules.pop(name) for name in imported()}
-    chain._chosen_module.cache_clear()
+    ops._passes.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         yield
-    chain._chosen_module.cache_clear()
+    ops._passes.cache_clear()
     for name in imported():
         del sys.modules[name]
     sys.modules.update(before)
@@ -140,17 +142,34 @@ def test_gradcheck(kernels):
 
 
 def test_block_order_and_empty_batches(kernels):
-    values = [random_values(p, torch.float32) for p in make_chain(24, 36).patterns(3)]
-    settings = (False, True, "triton", "ieee")
+    patterns = make_chain(24, 36).patterns(3)
+    values = [random_values(p, torch.float32) for p in patterns]
     for batch in (0, 5):
         x = torch.randn(batch, 36)
-        y, *inner = chain_forward(x, values, *settings)
-        plain, *_ = chain_forward(x, values, False, True, "bmm")
-        torch.testing.assert_close(y, plain)
-        gradients = chain_backward(y, x, values, inner, *settings)
-        expected = chain_backward(y, x, values, inner, False, True, "bmm")
+        ours, plain = (
+            ChainPasses(patterns, batch, x.device, x.dtype, block_order=True, impl=impl) for impl in ("triton", "bmm")
+        )
+        y, *inner = ours.forward(x, values)
+        torch.testing.assert_close(y, plain.forward(x, values)[0])
+        gradients = ours.backward(y, x, values, inner)
+        expected = plain.backward(y, x, values, inner)
         for mine, other in zip(gradients, expected):
             torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize(("dtype", "fused"), [(torch.float32, True), (torch.float64, False)])
+def test_random_chains_equal_the_dense_product(kernels, monkeypatch, dtype, fused):
+    """As tests/test_passes.py, on this backend; the fused pair at sizes where no GPU would use it."""
+    pair_tiles = tiles.pair_tiles
+
+    def small_pair(left, right, *_):
+        large = pair_tiles(left, right, 64 * tiles.PROGRAMS, 16, 90)
+        return large and tiles.Tiles(16, 16, 16, rank=large.rank)
+
+    monkeypatch.setattr(tiles, "pair_tiles", small_pair if fused else lambda *_: None)
+    reached = [check_passes(*random_case(seed), impl="triton", dtype=dtype) for seed in range(25)]
+    assert any(merged for merged, _ in reached)
+    assert any(paired for _, paired in reached) == fused
 
 
 def test_the_interpreter_may_be_asked_for():

@@ -13,9 +13,12 @@ import pandas as pd
 import pytest
 import torch
 from conftest import QUICK, ROOT
+from scipy.linalg import hadamard
 
 import ks
+import train_with_random
 from ks import results
+from ks.chain import ChainPasses
 from ks.factorize import loss_floor
 from ks.factorize import population_loss as chain_loss
 from ks.study import read_study
@@ -121,8 +124,6 @@ def test_an_exact_chain_is_learned_in_every_dtype_and_layout(run, tmp_path, dtyp
 @pytest.mark.parametrize("optimizer", [("adamw",), ("adam",), ("sgd", "--lr", "0.5")])
 @pytest.mark.parametrize("scheduler", ["cosine", "plateau", "step", "none"])
 def test_every_optimizer_and_schedule_trains(capsys, tmp_path, weight_path, optimizer, scheduler):
-    import train_with_random
-
     name, *rate = optimizer
     arguments = ["--weight_path", str(weight_path), *QUICK, "--optimizer", name, "--scheduler", scheduler, *rate]
     assert train_with_random.main([*arguments, "--output_dir", str(tmp_path / "out"), "--quiet"]) == 0
@@ -151,6 +152,37 @@ def test_every_flag_of_the_2025_script_is_taken(run, weight_path):
     done = run("train_with_random.py", "--weight_path", weight_path, *flags.split())
     assert done.returncode == 0, done.stderr
     assert "step 8/8: loss" in done.stderr
+
+
+SMALL_FACTORS = [
+    (64, 64, "normal", ()),
+    (64, 64, "normal", ("--batch_size", 256)),
+    (512, 512, "hadamard", ("--chain", "butterfly", "--num_factors", 9)),
+    (256, 256, "hadamard", ("--chain", "butterfly", "--num_factors", 5, "--bs_last")),
+]
+
+
+@pytest.mark.parametrize(("rows", "cols", "kind", "flags"), SMALL_FACTORS, ids=str)
+def test_losses_agree_where_small_factors_are_merged(run, tmp_path, rows, cols, kind, flags):
+    """At default settings but for the epochs: validation batches are merged, training batches of 32 are not."""
+    weight = make_weight(rows, cols, "normal") if kind == "normal" else torch.tensor(hadamard(rows)) / rows**0.5
+    torch.save(weight.float(), tmp_path / "weight.pth")
+    done = run("train_with_random.py", "--weight_path", "weight.pth", "--rank", 1, "--num_epochs", 8, *flags)
+    assert done.returncode == 0, done.stderr
+    last = results.read_curves(tmp_path / "trained_models" / "ks_chain_rank_1_loss_curves.csv")[-1]
+    assert last["val_loss"] == pytest.approx(last["population_loss"], rel=0.1, abs=1e-3)
+    saved = [ks.load(tmp_path / "trained_models" / f"ks_chain_{name}.pth").to_dense() for name in ("best", "final")]
+    best, final = ((weight - dense).square().sum() / rows for dense in saved)
+    assert final == pytest.approx(last["population_loss"], rel=1e-3, abs=1e-6)
+    assert best <= 1.01 * final + 1e-6
+
+
+def test_targets_in_another_order_than_the_outputs_are_found_out(weight_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(ChainPasses, "output_rows", property(lambda self: torch.arange(self.patterns[0].rows)))
+    argv = ["--weight_path", str(weight_path), "--output_dir", str(tmp_path / "out"), "--num_samples", "1000"]
+    with pytest.raises(train_with_random.InternalError, match="of the same chain allows"):
+        train_with_random.main([*argv, "--num_epochs", "20", "--quiet"])
+    assert (tmp_path / "out" / "ks_chain_final.pth").exists()
 
 
 def test_flags_are_not_abbreviated(run, weight_path):
@@ -443,7 +475,6 @@ def test_the_summary_reads_with_pandas_as_the_brief_does(swept):
 
 
 def test_the_hierarchical_start_of_three_factors_is_the_upper_bound(tmp_path, weight_path):
-    import train_with_random
     from ks.problem import resolve
 
     arguments = ["--weight_path", str(weight_path), "--init", "hierarchical", "--chain", "butterfly", "--rank", "2"]
@@ -457,7 +488,6 @@ def test_the_hierarchical_start_of_three_factors_is_the_upper_bound(tmp_path, we
 
 
 def test_a_criterion_that_weighs_outputs_trains(weight_path, tmp_path, monkeypatch):
-    import train_with_random
 
     weights = torch.linspace(0.5, 1.5, 16)
     monkeypatch.setattr(train_with_random, "criterion", lambda p, t: (weights * (p - t).square()).mean())
@@ -468,7 +498,6 @@ def test_a_criterion_that_weighs_outputs_trains(weight_path, tmp_path, monkeypat
 
 
 def test_an_unforeseen_error_is_logged_as_a_failure(weight_path, tmp_path, monkeypatch):
-    import train_with_random
 
     def broken(prediction, target):
         raise ArithmeticError("no sums today")
