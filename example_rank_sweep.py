@@ -11,22 +11,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ks import cli
+from ks.cli import console
+from ks.cli.flags import DemoConfig, Parser
 
 SCRIPTS = Path(__file__).resolve().parent
 SWEEP_FLAGS = ["--ranks", "2", "4", "8", "16", "32", "64", "--num_epochs", "20", "--num_samples", "5000", "--log_scale"]
 
 
-def build_parser() -> cli.Parser:
-    parser = cli.Parser(__doc__)
-    parser.add_argument("--output_dir", default="./demo_rank_sweep_results", help="(default: %(default)s)")
-    return parser
+def build_parser() -> Parser[DemoConfig]:
+    return Parser(DemoConfig, __doc__)
 
 
 def run(script: str, *arguments) -> None:
     """Run one script; leave with its exit code if that is not 0."""
     command = [sys.executable, str(SCRIPTS / script), *map(str, arguments)]
-    cli.note(f"\n$ python {script} {' '.join(map(str, arguments))}")
+    console.note(f"\n$ python {script} {' '.join(map(str, arguments))}")
     process = subprocess.Popen(command, start_new_session=True)
     try:
         code = process.wait()
@@ -38,16 +37,17 @@ def run(script: str, *arguments) -> None:
         raise SystemExit(code)
 
 
+@console.script
 def main(argv=None) -> int:
-    cli.interrupt_on_signals()
-    options, sweep_flags = build_parser().parse_known_args(argv)
+    console.interrupt_on_signals()
+    options, sweep_flags = build_parser().parse_known(argv)
     output_dir = Path(options.output_dir)
     weight = output_dir / "demo_weight.pth"
     shape = ("--output_features", 1024, "--input_features", 2048)
     run("generate_test_weight.py", *shape, "--init_method", "power_law", "--output_path", weight, "--overwrite")
     run("rank_sweep_study.py", "--weight_path", weight, "--output_dir", output_dir, *SWEEP_FLAGS, *sweep_flags)
     print(f"\nThe pictures are in {output_dir.resolve()}: open rank_sweep_loss_curves.png first.")
-    return cli.EXIT_OK
+    return console.EXIT_OK
 
 
 if __name__ == "__main__":

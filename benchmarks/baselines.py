@@ -1,4 +1,4 @@
-"""Our training step apart from its script, and what it is compared with: the plain loop of today, the fastest peer."""
+"""Our training step without its script, and what benchmarks compare it with: the plain loop, einsum, a peer."""
 
 import importlib.util
 import sys
@@ -8,18 +8,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ks.chain import ChainPasses
 from ks.patterns import Pattern
-from ks.step import squared_error_and_gradient
+from ks.product.passes import ChainPasses
+from ks.training.losses import squared_error_and_gradient
 
 
 def training_passes(patterns, batch: int, device="cpu", impl: str = "auto") -> ChainPasses:
-    """The passes of `train_with_random.py` on (batch, features) inputs."""
+    """Return the passes of `train_with_random.py` on (batch, features) inputs."""
     return ChainPasses(patterns, batch, torch.device(device), torch.float32, block_order=True, impl=impl)
 
 
 def our_step(passes: ChainPasses, factors, optimiser):
-    """The step of `train_with_random.py`, on targets in the order of `passes.output_rows`."""
+    """Return the step of `train_with_random.py`, for targets in the order of `passes.output_rows`."""
 
     def step(inputs, targets, lr):
         prediction, *inner = passes.forward(inputs, factors)
@@ -53,7 +53,7 @@ class PlainChain(torch.nn.Module):
 
 
 def einsum_chain(x, values):
-    """The same by one einsum per factor."""
+    """Return x Wᵀ by one einsum per factor; `values` are those of our layer."""
     for factor in reversed(values):
         a, _, c, d = factor.shape
         x = torch.einsum("ijkt,nikt->nijt", factor, x.view(len(x), a, c, d)).reshape(len(x), -1)
@@ -61,7 +61,7 @@ def einsum_chain(x, values):
 
 
 def plain_epochs(model, weight, inputs, num_epochs: int, batch_size: int, lr: float = 1e-3, max_grad_norm: float = 1.0):
-    """Train as most scripts do: shuffled rows, targets computed in every step, AdamW, a host read in every step.
+    """Train as most scripts do: shuffle rows, compute targets in every step, use AdamW, read every loss on the host.
 
     Args:
         model: maps (batch, n) to (batch, m).
@@ -90,7 +90,7 @@ def plain_epochs(model, weight, inputs, num_epochs: int, batch_size: int, lr: fl
 
 
 def torch_structured_multiply():
-    """`blockdiag_butterfly_multiply` of torch-structured, the two-factor product; None where not installed."""
+    """Return the two-factor product of torch-structured, `blockdiag_butterfly_multiply`; None if not installed."""
     if importlib.util.find_spec("torch_structured") is None:
         return None
     from torch_structured.monarch.blockdiag_butterfly_multiply import blockdiag_butterfly_multiply
@@ -99,6 +99,6 @@ def torch_structured_multiply():
 
 
 def structured_weights(values):
-    """The two factors of our layer as torch-structured wants them: (p, q·r, n/p) and (q, m/q, p·r)."""
+    """Return the two factors of our layer as torch-structured takes them: (p, q·r, n/p) and (q, m/q, p·r)."""
     left, right = values
     return right.detach()[..., 0].clone(), left.detach()[0].permute(2, 0, 1).contiguous()

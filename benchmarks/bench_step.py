@@ -1,13 +1,13 @@
-"""Time of one training step against the plain loop, a dense layer and the bare matrix products; and of the layer.
+"""Time a training step against the plain loop, a dense layer and the bare matrix products; and time the layer.
 
     python benchmarks/bench_step.py                                # this machine's CPU, one thread
     python benchmarks/bench_step.py --device cuda --shape 2048 4096 --csv step.csv
-    pip install --no-deps torch-structured==1.3 einops opt_einsum  # the peer, where it is to be compared
+    pip install --no-deps torch-structured==1.3 einops opt_einsum  # to compare with the peer too
 
-Steps (batch 32 of ready samples): ours as `train_with_random.py` takes it; the plain loop of `baselines.py`; bare, the
-matrix products and the fused optimiser of ours called by themselves; dense, nn.Linear with the same optimiser kernels.
-Layer: y = layer(x), and with backward for x and values, against torch-structured, einsum and bmm with permuted copies.
-All that is in a row is measured interleaved in one run; outputs are compared before anything is timed.
+Steps, on batches of 32 ready samples: "ours" is that of `train_with_random.py`; "plain" is the loop of `baselines.py`;
+"bare" calls only the matrix products and the fused optimiser of ours; "dense" trains a dense matrix with our optimiser.
+Layer: y = layer(x), without and with the backward pass for x and values, against torch-structured, einsum and bmm with
+permuted copies. The program compares the outputs before it times anything, and interleaves the timings of a row.
 """
 
 import argparse
@@ -28,25 +28,32 @@ from baselines import (
 )
 from timing import Rows, interleaved_medians, place
 
+from ks.cli import console
 from ks.layer import KSLinear
 from ks.patterns import make_chain
-from ks.step import Optimiser, Samples, make_epochs, squared_error_and_gradient
+from ks.training.cuda_graph import make_epochs
+from ks.training.losses import squared_error_and_gradient
+from ks.training.optimiser import Optimiser
+from ks.training.problem import choose_device
+from ks.training.samples import Samples
 
 STEPS = 50
 
 
 def our_epoch(layer, weight, samples, impl):
-    """One epoch of the training step, captured on CUDA."""
+    """Return a function that runs an epoch of our training step, captured on a GPU."""
     factors = [factor.detach().clone() for factor in layer.factors]
     optimiser = Optimiser("adamw", factors)
     passes = training_passes(layer.patterns, samples.batch_size, weight.device, impl)
     step = our_step(passes, factors, optimiser)
-    epochs, _ = make_epochs(step, samples, optimiser.state(), captured=weight.device.type == "cuda")
+    epochs, _, warning = make_epochs(step, samples, optimiser.state(), weight.device)
+    if warning:
+        print(f"WARNING: {warning}", file=sys.stderr)
     return lambda: epochs.run(1, [1e-4] * samples.steps_per_epoch)[0].mean().item()
 
 
 def bare_epoch(layer, samples):
-    """The products of a two-factor step and its optimiser, with operands that lie as a product wants them."""
+    """Return a function for the products of a two-factor step and its optimiser, on operands in the best order."""
     left, right = layer.patterns
     batch, device = samples.batch_size, samples.inputs.device
     matrices = [torch.randn(p.a * p.d, p.b, p.c, device=device) * p.c**-0.5 for p in layer.patterns]
@@ -74,7 +81,7 @@ def bare_epoch(layer, samples):
 
 
 def dense_epoch(weight, samples):
-    """The same step for a dense layer."""
+    """Return a function that runs an epoch of the same step for a dense matrix."""
     dense = torch.zeros_like(weight)
     optimiser = Optimiser("adamw", [dense.view(1, *weight.shape, 1)])
 
@@ -134,7 +141,7 @@ def measure_layer(options, device, rows: Rows) -> None:
     m, n = options.shape
     structured = torch_structured_multiply()
     if structured is None:
-        print("torch-structured is not installed: left out", file=sys.stderr)
+        print("torch-structured is not installed, so its columns are missing", file=sys.stderr)
     ratios = []
     for batch in (32, 1024):
         for rank in (8, 64):
@@ -171,21 +178,22 @@ def measure_layer(options, device, rows: Rows) -> None:
         print(f"torch-structured over ours: smallest {min(ratios):.2f}, median {statistics.median(ratios):.2f}")
 
 
+@console.script
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="(default: cpu)")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: 1)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--shape", type=int, nargs=2, default=(1024, 2048), help="m and n (default: 1024 2048)")
-    parser.add_argument("--batch_size", type=int, default=32, help="of the steps (default: 32)")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64], help="of the steps (default: 8 64)")
-    parser.add_argument("--chains", nargs="+", default=["monarch"], help="of the steps (default: monarch)")
-    parser.add_argument("--impl", default="auto", help="backend of ours (default: auto)")
+    parser.add_argument("--batch_size", type=int, default=32, help="samples of a step (default: 32)")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64], help="ranks of the steps (default: 8 64)")
+    parser.add_argument("--chains", nargs="+", default=["monarch"], help="chains of the steps (default: monarch)")
+    parser.add_argument("--impl", default="auto", help="our backend (default: auto)")
     parser.add_argument("--rounds", type=int, default=15, help="readings of each clock (default: 15)")
     parser.add_argument("--only", choices=("steps", "layer"), help="(default: both)")
-    parser.add_argument("--csv", type=Path, help="write STEM_steps.csv and STEM_layer.csv beside this name")
+    parser.add_argument("--csv", type=Path, help="path STEM.csv; writes STEM_steps.csv and STEM_layer.csv")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
+    device = choose_device(options.device)
     for what, measure in (("steps", measure_steps), ("layer", measure_layer)):
         if options.only in (None, what):
             path = options.csv and options.csv.with_name(f"{options.csv.stem}_{what}.csv")

@@ -1,4 +1,4 @@
-"""Wall time of the demo's sweep against the plain loop run rank after rank.
+"""Measure the wall time of the demo's sweep against the plain loop, run rank after rank.
 
     python benchmarks/bench_sweep.py --csv sweep.csv
     python benchmarks/bench_sweep.py --num_epochs 1 --rounds 3 --jobs 1 2
@@ -6,31 +6,38 @@
     python benchmarks/bench_sweep.py --overhead 20
 
 Both train the same ranks of a weight like the demo's (2 … 64 of 1024 × 2048) on the same number of samples and epochs,
-each rank in a process of its own. Ours also computes floors, validates, saves and draws; the plain loop only trains.
-One epoch only (`--num_epochs 1`) is nearly all overhead: its seconds over the number of ranks are what a rank costs
-besides its steps.
+each rank in a process of its own. The sweep also computes floors, validates, saves and draws; the plain loop only
+trains. With `--num_epochs 1` nearly all of the time is overhead: its share for one rank is what a rank costs besides
+its steps. `--overhead` measures only what a launcher adds to a program that does nothing.
 """
 
 import argparse
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-import torch
 from timing import Rows, place, seconds
 
-from ks import launch, launch_ray
+from ks.cli import console
+from ks.sweep.launcher import Launcher, Task
+from ks.sweep.local import LocalLauncher
+from ks.sweep.ray_cluster import RayLauncher
+from ks.training.problem import choose_device
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_RANKS = (2, 4, 8, 16, 32, 64)
 
 
-def overhead(launcher, tasks: int) -> float:
-    """Seconds a task that a launcher adds to a program that does nothing."""
+def overhead(launcher_of: Callable[[Path], Launcher], tasks: int) -> float:
+    """Return the seconds per task that a launcher adds to a program that does nothing.
+
+    Args:
+        launcher_of: makes the launcher for a script.
+        tasks: number of tasks, one after another.
+    """
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "does_nothing.py"
         script.touch()
@@ -38,26 +45,16 @@ def overhead(launcher, tasks: int) -> float:
         names = [Path(folder) / f"task_{number}" for number in range(tasks)]
         for name in names:
             name.mkdir()
-        work = [launch.Task(name.name, (sys.executable, str(script)), name / "train.log") for name in names]
+        work = [Task(name.name, (sys.executable, str(script)), name / "train.log") for name in names]
         started = time.perf_counter()
-        with launcher(script) as run:
+        with launcher_of(script) as launcher:
             connected = time.perf_counter() - started
-            outcomes = list(run(work, poll=lambda running: None))
+            outcomes = list(launcher.run(work, poll=lambda running: None))
         assert all(outcome.returncode == 0 for _, outcome in outcomes)
         return (time.perf_counter() - started - connected) / tasks - alone
 
 
-@contextmanager
-def local(script):
-    yield partial(launch.run_local, slots=[{}])
-
-
-@contextmanager
-def ray(script, address):
-    with launch_ray.connected(address, script) as connection:
-        yield partial(launch_ray.run_ray, ray=connection, inputs={}, resources={"num_cpus": 1}, jobs=1)
-
-
+@console.script
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", type=int, nargs=2, default=(1024, 2048), help="m and n (default: 1024 2048)")
@@ -66,18 +63,19 @@ def main(argv=None) -> int:
     parser.add_argument("--num_samples", type=int, default=5000, help="(default: 5000, as the demo)")
     parser.add_argument("--rounds", type=int, default=1, help="interleaved repetitions (default: 1)")
     parser.add_argument("--device", default="cpu", help="(default: cpu)")
-    parser.add_argument("--jobs", nargs="+", default=["auto"], help="ours, with each of these (default: auto)")
-    parser.add_argument("--runs_per_gpu", nargs="*", default=[], help="ours, with each of these")
-    parser.add_argument("--overhead", type=int, metavar="TASKS", help="only what launching adds to an empty program")
-    parser.add_argument("--ray_address", help="with --overhead, on this Ray cluster too")
+    parser.add_argument("--jobs", nargs="+", default=["auto"], help="--jobs of the sweeps (default: auto)")
+    parser.add_argument("--runs_per_gpu", nargs="*", default=[], help="sweeps with each of these --runs_per_gpu too")
+    parser.add_argument("--overhead", type=int, metavar="TASKS", help="measure only what launching adds to a task")
+    parser.add_argument("--ray_address", help="with --overhead: measure this Ray cluster too")
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args(argv)
+    device = choose_device(options.device)
     if options.overhead:
-        launchers = {"local": local}
-        if options.ray_address:
-            launchers["ray"] = partial(ray, address=options.ray_address)
-        added = {f"{name}_seconds_a_task": overhead(launcher, options.overhead) for name, launcher in launchers.items()}
-        Rows(options.csv).add({"tasks": options.overhead} | added | place(torch.device("cpu")))
+        launchers: dict[str, Callable[[Path], Launcher]] = {"local": lambda script: LocalLauncher([{}])}
+        if address := options.ray_address:
+            launchers["ray"] = lambda script: RayLauncher(address, script, {}, use_gpus=False, jobs=1)
+        added = {f"{name}_seconds_a_task": overhead(made, options.overhead) for name, made in launchers.items()}
+        Rows(options.csv).add({"tasks": options.overhead} | added | place(device))
         return 0
     size = ("--num_epochs", options.num_epochs, "--num_samples", options.num_samples, "--device", options.device)
     ours = {f"jobs_{jobs}": ("--jobs", jobs) for jobs in options.jobs}
@@ -104,7 +102,7 @@ def main(argv=None) -> int:
     }
     row |= {f"{name}_seconds": value for name, value in times.items()}
     row |= {f"plain_over_{name}": times["plain"] / value for name, value in times.items() if name != "plain"}
-    Rows(options.csv).add(row | place(torch.device(options.device)))
+    Rows(options.csv).add(row | place(device))
     return 0
 
 

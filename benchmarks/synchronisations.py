@@ -1,9 +1,9 @@
-"""What the host does during an epoch of training steps, as torch's profiler sees it: launches, replays, waits, copies.
+"""Count what the host does in an epoch of training steps, by torch's profiler: launches, replays, waits, copies.
 
     python benchmarks/synchronisations.py --device cuda --csv synchronisations.csv
 
-A captured epoch should show one cudaGraphLaunch a step and no wait or copy to the host but those at its end (the
-epoch's losses are read once).
+A captured epoch should show one cudaGraphLaunch per step, and no wait or copy to the host except at its end, where the
+host reads the epoch's losses.
 """
 
 import argparse
@@ -15,12 +15,15 @@ import torch
 from bench_step import STEPS, our_epoch
 from timing import Rows, place
 
+from ks.cli import console
 from ks.layer import KSLinear
-from ks.step import Samples
+from ks.training.problem import choose_device
+from ks.training.samples import Samples
 
 TELLING = ("Synchronize", "Memcpy", "GraphLaunch", "LaunchKernel", "_local_scalar_dense")
 
 
+@console.script
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="(default: cpu)")
@@ -28,7 +31,7 @@ def main(argv=None) -> int:
     parser.add_argument("--rank", type=int, default=16, help="(default: 16)")
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args(argv)
-    (m, n), device, rows = options.shape, torch.device(options.device), Rows(options.csv)
+    (m, n), device, rows = options.shape, choose_device(options.device), Rows(options.csv)
     weight = torch.randn(m, n, device=device) * n**-0.5
     layer = KSLinear(n, m, options.rank, device=device)
     samples = Samples(weight, STEPS * 32, 1, 32, sampling="fixed", seed=0)

@@ -1,4 +1,4 @@
-"""Interleaved timing, and CSV rows that say where they were measured."""
+"""Interleaved timing, and CSV rows that name the hardware and the revision."""
 
 import csv
 import statistics
@@ -11,17 +11,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ks.results import provenance
+from ks.files.provenance import provenance
 
 
 def interleaved_medians(functions: dict, device: torch.device, rounds: int = 15, calls: int = 5) -> dict:
-    """Median milliseconds a call of each function; every round times all of them, so that noise meets them alike.
+    """Return median milliseconds per call of each function; every round times all, so that noise meets them alike.
 
     Args:
         functions: name → function without arguments.
         device: synchronised before each reading of the clock.
-        rounds: readings per function, after one round that is not counted.
-        calls: between two readings.
+        rounds: readings of each function, after one that does not count.
+        calls: calls per reading.
     """
     synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     readings = {name: [] for name in functions}
@@ -37,14 +37,14 @@ def interleaved_medians(functions: dict, device: torch.device, rounds: int = 15,
 
 
 def seconds(*command) -> float:
-    """Wall time of a Python program with these arguments, run by this interpreter."""
+    """Run a Python program with these arguments by this interpreter; return its wall time."""
     started = time.perf_counter()
     subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True)
     return time.perf_counter() - started
 
 
 def place(device: torch.device) -> dict:
-    """What every row of a benchmark carries besides its figures."""
+    """Return what every row of a benchmark has besides its figures."""
     known = provenance()
     on_gpu = device.type == "cuda"
     return {
@@ -57,11 +57,11 @@ def place(device: torch.device) -> dict:
 
 
 class Rows:
-    """Rows that are appended to a CSV and printed as they come.
+    """Rows that go to a CSV file and to the terminal as they come.
 
     Args:
-        path: the CSV, or None for printing only.
-        resume: keep what is there; otherwise the file is begun anew.
+        path: the CSV file, or None.
+        resume: keep the rows of the file, as `known`; otherwise the file starts anew.
     """
 
     def __init__(self, path: Path | None, resume: bool = False):

@@ -1,15 +1,16 @@
-"""KSLinear: a Kronecker-sparse chain as an nn.Module with nn.Linear's manners."""
+"""KSLinear: a Kronecker-sparse chain as an nn.Module with the interface of nn.Linear."""
 
 import math
 from pathlib import Path
 
 import torch
 
-from ks.batched import empty_values
-from ks.chain import check_impl
-from ks.factorize import factorize
-from ks.ops import chain_product
+from ks.bounds.factorize import factorize
+from ks.errors import UsageError
 from ks.patterns import check_patterns, make_chain
+from ks.product.backend import check_impl
+from ks.product.bmm import empty_values
+from ks.product.operator import chain_product
 
 FILE_FORMAT = "ks_chain"
 FILE_VERSION = 1
@@ -29,7 +30,7 @@ class KSLinear(torch.nn.Module):
         batch_last: features first, (n, ...) → (m, ...), instead of (..., n) → (..., m).
         device, dtype: of the parameters.
     Raises:
-        ValueError: a chain that does not fit the shape, or an impl that cannot run.
+        UsageError: a chain that does not fit the shape, or an impl that cannot run.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class KSLinear(torch.nn.Module):
         """Build a layer from explicit patterns (a, b, c, d), output side first; the other arguments as the class's.
 
         Raises:
-            ValueError: patterns that do not chain.
+            UsageError: patterns that do not chain.
         """
         layer = cls.__new__(cls)
         layer._build(patterns, bias, impl, batch_last, device, dtype)
@@ -102,16 +103,16 @@ class KSLinear(torch.nn.Module):
         Args:
             weight: W, shape (m, n); its dtype and device are the layer's.
             rank: of the chain that `chain_options` (chain, blocks, num_factors, row_splits, col_splits) name.
-            patterns: instead of a rank, explicit patterns that `ks.factorize.factorize` takes.
+            patterns: instead of a rank, explicit patterns that `ks.bounds.factorize.factorize` takes.
             bias: shape (m,), copied.
             impl, batch_last: as the class's.
         Raises:
-            ValueError: neither or both of rank and patterns, chain options beside patterns, or a chain that cannot be
+            UsageError: neither or both of rank and patterns, chain options beside patterns, or a chain that cannot be
                 factorised.
         """
         if (rank is None) == (patterns is None) or (patterns is not None and chain_options):
-            raise ValueError("from_dense needs either a rank, with chain options, or patterns alone")
-        if patterns is None:
+            raise UsageError("from_dense needs either a rank, with chain options, or patterns alone")
+        if rank is not None:
             rows, cols = weight.shape
             patterns = make_chain(rows, cols, chain_options.pop("chain", "monarch"), **chain_options).patterns(rank)
         factors = factorize(weight, patterns)
@@ -120,13 +121,13 @@ class KSLinear(torch.nn.Module):
         with torch.no_grad():
             for parameter, values in zip(layer.factors, factors):
                 parameter.copy_(values)
-            if bias is not None:
+            if layer.bias is not None:
                 layer.bias.copy_(bias)
         return layer
 
     @classmethod
     def from_linear(cls, linear: torch.nn.Linear, rank: int | None = None, **options) -> "KSLinear":
-        """`from_dense` on the weight and bias of an nn.Linear: a smaller layer to put in its place."""
+        """Compress an nn.Linear, weight and bias, by `from_dense`; the result can take its place."""
         return cls.from_dense(linear.weight, rank, bias=linear.bias, **options)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -143,7 +144,7 @@ class KSLinear(torch.nn.Module):
                 self.bias.uniform_(-bound, bound, generator=generator)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., n) → (..., m), or (n, ...) → (m, ...) with `batch_last`."""
+        """Map (..., n) to (..., m), or (n, ...) to (m, ...) with `batch_last`."""
         y = chain_product(x, list(self.factors), self.batch_last, impl=self.impl)
         if self.bias is None:
             return y
@@ -152,14 +153,14 @@ class KSLinear(torch.nn.Module):
 
     @torch.no_grad()
     def to_dense(self) -> torch.Tensor:
-        """W = K_1 … K_L as a tensor of shape (m, n), in the layer's dtype and on its device (bias left out)."""
+        """Return W = K_1 … K_L as a tensor of shape (m, n), in the layer's dtype and on its device (bias left out)."""
         eye = torch.eye(self.in_features, dtype=self.factors[0].dtype, device=self.factors[0].device)
         with torch.autocast(eye.device.type, enabled=False):
             return chain_product(eye, list(self.factors), batch_last=True)
 
     @property
     def num_parameters(self) -> int:
-        """Free values of the chain and the bias."""
+        """The number of free values of the chain and the bias."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def save(self, path) -> None:
@@ -167,7 +168,7 @@ class KSLinear(torch.nn.Module):
         torch.save(self.to_payload(), path)
 
     def to_payload(self) -> dict:
-        """What `save` writes: plain values and tensors, readable with weights_only=True."""
+        """Return the content of a saved file: plain values and tensors, readable with weights_only=True."""
         return {
             "format": FILE_FORMAT,
             "version": FILE_VERSION,
@@ -185,19 +186,19 @@ class KSLinear(torch.nn.Module):
             impl: backend, as the class's.
             device: where to put it; the CPU unless told.
         Raises:
-            ValueError: not such a file, or of a newer version.
+            UsageError: not such a file, or of a newer version.
         """
         path = Path(path)
         if not path.is_file():
-            raise ValueError(f"{path}: no such file")
+            raise UsageError(f"{path}: no such file")
         try:
             payload = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a corrupt file can raise nearly anything
-            raise ValueError(f"{path} cannot be read as a saved chain ({type(error).__name__})") from error
+            raise UsageError(f"{path} cannot be read as a saved chain ({type(error).__name__})") from error
         if not isinstance(payload, dict) or payload.get("format") != FILE_FORMAT:
-            raise ValueError(f"{path} is not a saved chain; a file written by KSLinear.save is needed")
+            raise UsageError(f"{path} is not a saved chain; a file written by KSLinear.save is needed")
         if payload["version"] > FILE_VERSION:
-            raise ValueError(f"{path} has format version {payload['version']}; this one reads up to {FILE_VERSION}")
+            raise UsageError(f"{path} has format version {payload['version']}; this one reads up to {FILE_VERSION}")
         state = payload["state_dict"]
         layer = cls.from_patterns(
             payload["patterns"],

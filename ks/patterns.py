@@ -13,6 +13,8 @@ from itertools import pairwise
 from math import prod
 from typing import NamedTuple
 
+from ks.errors import UsageError
+
 FAMILIES = ("monarch", "lowrank", "butterfly", "lowrank_butterfly")
 
 
@@ -41,24 +43,24 @@ class Pattern(NamedTuple):
 
 
 def check_patterns(patterns) -> tuple[Pattern, ...]:
-    """Return `patterns` as a tuple of `Pattern`, checked: positive integers, consecutive sizes match.
+    """Check patterns (positive integers, consecutive sizes match) and return them as a tuple of `Pattern`.
 
     Args:
         patterns: iterable of (a, b, c, d), output side first.
     Raises:
-        ValueError: empty chain, a pattern that is not four positive integers, or sizes that do not match.
+        UsageError: empty chain, a pattern that is not four positive integers, or sizes that do not match.
     """
     checked = []
     for entry in patterns:
         entry = tuple(entry)
         if len(entry) != 4 or not all(isinstance(value, int) and value > 0 for value in entry):
-            raise ValueError(f"pattern {entry}: four positive integers (a, b, c, d) are needed")
+            raise UsageError(f"pattern {entry}: four positive integers (a, b, c, d) are needed")
         checked.append(Pattern(*entry))
     if not checked:
-        raise ValueError("an empty chain: at least one pattern (a, b, c, d) is needed")
+        raise UsageError("an empty chain: at least one pattern (a, b, c, d) is needed")
     for left, right in pairwise(checked):
         if left.cols != right.rows:
-            raise ValueError(
+            raise UsageError(
                 f"patterns {left} and {right} do not fit: {left.cols} columns (a·c·d) meet {right.rows} rows (a·b·d)"
             )
     return tuple(checked)
@@ -97,7 +99,7 @@ class Chain:
         row_splits: (m_1, …, m_L), product m; empty for lowrank_butterfly, which no splits describe.
         col_splits: (n_1, …, n_L), product n; likewise.
     Raises:
-        ValueError: splits of different lengths, not positive, or of another product than the shape's.
+        UsageError: splits of different lengths, not positive, or of another product than the shape's.
     """
 
     family: str
@@ -110,24 +112,24 @@ class Chain:
         if self.family == "lowrank_butterfly":
             return
         if len(self.row_splits) != len(self.col_splits) or len(self.row_splits) < 2:
-            raise ValueError(
+            raise UsageError(
                 f"row splits {list(self.row_splits)} and column splits {list(self.col_splits)}: "
                 "give the same number of each, at least two"
             )
         for name, splits, size in (("row", self.row_splits, self.rows), ("column", self.col_splits, self.cols)):
             if min(splits) < 1 or prod(splits) != size:
-                raise ValueError(
+                raise UsageError(
                     f"{name} splits {list(splits)} multiply to {prod(splits)}: "
                     f"positive integers with product {size} (the weight is {self.rows} × {self.cols}) are needed"
                 )
 
     @property
     def num_splits(self) -> int:
-        """L − 1, the number of places where the chain can be cut and has a rank."""
+        """L − 1, the number of cuts, each with a rank of its own."""
         return max(len(self.row_splits) - 1, 0)
 
     def block_shape(self, split: int) -> tuple[int, int, int, int]:
-        """Sizes (M_{≤l}, M_{>l}, N_{≤l}, N_{>l}) of split l = 1 … L − 1.
+        """Return the sizes (M_{≤l}, M_{>l}, N_{≤l}, N_{>l}) of split l = 1 … L − 1.
 
         Cutting there leaves M_{>l}·N_{≤l} blocks of W of size M_{≤l} × N_{>l}, each of rank r_l in the chain.
         """
@@ -148,16 +150,16 @@ class Chain:
         return max(min(height, width) for height, _, _, width in limits)
 
     def ranks(self, rank: int) -> tuple[int, ...]:
-        """Effective ranks r_l = min(rank, M_{≤l}, N_{>l}) for l = 1 … L − 1 (clipped at saturation)."""
+        """Return the effective ranks r_l = min(rank, M_{≤l}, N_{>l}) for l = 1 … L − 1 (clipped at saturation)."""
         _check_rank(rank)
         blocks = (self.block_shape(split) for split in range(1, self.num_splits + 1))
         return tuple(min(rank, height, width) for height, _, _, width in blocks)
 
     def patterns(self, rank: int) -> tuple[Pattern, ...]:
-        """Patterns of the rank-`rank` chain, output side first; sizes match by construction.
+        """Return the patterns of the rank-`rank` chain, output side first; sizes match by construction.
 
         Raises:
-            ValueError: rank is not a positive integer.
+            UsageError: rank is not a positive integer.
         """
         _check_rank(rank)
         if self.family == "lowrank_butterfly":
@@ -165,11 +167,11 @@ class Chain:
         return patterns_of_ranks(self.row_splits, self.col_splits, self.ranks(rank))
 
     def parameters(self, rank: int) -> int:
-        """Number of free values Σ a·b·c·d of the rank-`rank` chain."""
+        """Return the number of free values Σ a·b·c·d of the rank-`rank` chain."""
         return sum(pattern.numel for pattern in self.patterns(rank))
 
     def parity_rank(self) -> int | None:
-        """The smallest rank with at least as many parameters as the dense weight, or None if none has."""
+        """Return the smallest rank with at least as many parameters as the dense weight, or None if none has."""
         dense, low, high = self.rows * self.cols, 1, self.saturation_rank
         if self.parameters(high) < dense:
             return None
@@ -179,9 +181,9 @@ class Chain:
         return low
 
     def notes(self) -> list[str]:
-        """What a reader of a study on this chain should be told, one sentence each; empty when nothing is odd."""
+        """Return remarks that a reader of a study on this chain needs, one sentence each; usually none."""
         if self.family == "lowrank_butterfly":
-            notes = ["lowrank_butterfly is kept for comparison with the 2025 study; it is exactly rank-r"]
+            notes = ["lowrank_butterfly is the chain of the 2025 ksmm study, for comparison; it is exactly rank-r"]
             if self.saturation_rank == 1 < self.rows:
                 notes = [f"lowrank_butterfly on a square {self.rows} × {self.cols} weight: the rank has no effect"]
             return notes
@@ -192,7 +194,7 @@ class Chain:
         return []
 
     def describe(self) -> str:
-        """The chain in one short line, for tables and titles."""
+        """Return the chain in one short line, for tables and titles."""
         if self.family == "lowrank_butterfly":
             return "lowrank_butterfly"
         splits = f"rows {'·'.join(map(str, self.row_splits))}, columns {'·'.join(map(str, self.col_splits))}"
@@ -201,11 +203,14 @@ class Chain:
 
 def _check_rank(rank: int) -> None:
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"rank {rank!r}: a positive integer is needed")
+        raise UsageError(f"rank {rank!r}: a positive integer is needed")
 
 
 def clip_ranks(row_splits, col_splits, ranks) -> tuple[int, ...]:
-    """Largest feasible ranks below `ranks`: r_l ≤ m_l·r_{l-1} and r_l ≤ n_{l+1}·r_{l+1}, iterated to a fixed point."""
+    """Return the largest feasible ranks below `ranks`.
+
+    Feasible: r_l ≤ m_l·r_{l-1} and r_l ≤ n_{l+1}·r_{l+1}; the two bounds are applied until nothing changes.
+    """
     clipped = [1, *ranks, 1]
     while True:
         before = list(clipped)
@@ -216,7 +221,7 @@ def clip_ranks(row_splits, col_splits, ranks) -> tuple[int, ...]:
 
 
 def patterns_of_ranks(row_splits, col_splits, ranks) -> tuple[Pattern, ...]:
-    """Patterns (N_{<l}, m_l·r_{l-1}, n_l·r_l, M_{>l}) for given splits and per-split ranks.
+    """Return the patterns (N_{<l}, m_l·r_{l-1}, n_l·r_l, M_{>l}) for given splits and per-split ranks.
 
     Args:
         row_splits: (m_1, …, m_L).
@@ -225,11 +230,11 @@ def patterns_of_ranks(row_splits, col_splits, ranks) -> tuple[Pattern, ...]:
     Returns:
         L patterns, output side first; the chainability number of the pair (l, l + 1) is the clipped r_l.
     Raises:
-        ValueError: a rank that is not a positive integer, or not L − 1 of them.
+        UsageError: a rank that is not a positive integer, or not L − 1 of them.
     """
     length = len(row_splits)
     if len(col_splits) != length or len(ranks) != length - 1:
-        raise ValueError(
+        raise UsageError(
             f"{length} row splits, {len(col_splits)} column splits and {len(ranks)} ranks: L, L and L − 1 are needed"
         )
     for rank in ranks:
@@ -260,7 +265,7 @@ def make_chain(
     row_splits=None,
     col_splits=None,
 ) -> Chain:
-    """Build the chain family that the `--chain` flags name.
+    """Build a chain family.
 
     Args:
         rows: m, the weight's rows.
@@ -270,29 +275,29 @@ def make_chain(
         num_factors: for butterfly, L; needs L − 1 ≤ the power of two in m and in n.
         row_splits, col_splits: both, for an explicit chain.
     Raises:
-        ValueError: sides < 1, unknown family, blocks < 1, too many butterfly factors, or splits that do not fit.
+        UsageError: sides < 1, unknown family, blocks < 1, too many butterfly factors, or splits that do not fit.
     """
     if rows < 1 or cols < 1:
-        raise ValueError(f"a chain for a {rows} × {cols} weight: both sides must be at least 1")
+        raise UsageError(f"a chain for a {rows} × {cols} weight: both sides must be at least 1")
     if row_splits is not None or col_splits is not None:
         if row_splits is None or col_splits is None:
-            raise ValueError("--row_splits and --col_splits go together: one of them is missing")
+            raise UsageError("row_splits and col_splits go together: one of them is missing")
         return Chain("explicit", rows, cols, tuple(row_splits), tuple(col_splits))
     if family == "monarch":
         if blocks < 1:
-            raise ValueError(f"--blocks {blocks}: at least 1 is needed")
+            raise UsageError(f"blocks {blocks}: at least 1 is needed")
         q, p = _largest_divisor(rows, blocks), _largest_divisor(cols, blocks)
         return Chain(family, rows, cols, (rows // q, q), (p, cols // p))
     if family == "lowrank":
         return Chain(family, rows, cols, (rows, 1), (1, cols))
     if family == "butterfly":
         if num_factors < 2:
-            raise ValueError(f"--num_factors {num_factors}: at least 2 is needed")
+            raise UsageError(f"num_factors {num_factors}: at least 2 is needed")
         halvings = num_factors - 1
         allowed = min(_power_of_two_in(rows), _power_of_two_in(cols))
         if halvings > allowed:
-            remedy = f"--num_factors {allowed + 1} or --chain monarch" if allowed else "--chain monarch"
-            raise ValueError(
+            remedy = f"at most {allowed + 1} factors, or the chain monarch" if allowed else "the chain monarch"
+            raise UsageError(
                 f"a butterfly of {num_factors} factors needs sides divisible by {2**halvings}, not {rows} × {cols}; "
                 f"use {remedy}"
             )
@@ -300,4 +305,4 @@ def make_chain(
         return Chain(family, rows, cols, (rows >> halvings, *twos), (*twos, cols >> halvings))
     if family == "lowrank_butterfly":
         return Chain(family, rows, cols)
-    raise ValueError(f"chain {family!r}: choose one of {', '.join(FAMILIES)}")
+    raise UsageError(f"chain {family!r}: choose one of {', '.join(FAMILIES)}")

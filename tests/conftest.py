@@ -1,16 +1,23 @@
-"""Fixtures shared by the tests: scripts run as users run them, from another folder."""
+"""Fixtures shared by the tests: scripts run as users run them, from another folder; their files read afterwards."""
 
+import csv
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+import ks
+from ks.files.layout import RunFiles, run_files
+
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
+QUICK = ("--num_samples", "80", "--batch_size", "16", "--num_epochs", "3")
 
 
 @pytest.fixture
@@ -47,7 +54,56 @@ def weight_path(tmp_path) -> Path:
     return path
 
 
-QUICK = ("--num_samples", "80", "--batch_size", "16", "--num_epochs", "3")
+@pytest.fixture
+def edited_trainer(tmp_path):
+    """Copy the toolkit to tmp_path and replace one text in its training script, as a user would."""
+
+    def edit(before: str, after: str) -> None:
+        for script in ROOT.glob("*.py"):
+            shutil.copy(script, tmp_path)
+        shutil.copytree(ROOT / "ks", tmp_path / "ks", ignore=shutil.ignore_patterns("__pycache__"))
+        trainer = tmp_path / "train_with_random.py"
+        assert before in trainer.read_text()
+        trainer.write_text(trainer.read_text().replace(before, after, 1))
+
+    return edit
+
+
+@pytest.fixture(scope="session")
+def swept(tmp_path_factory):
+    """One small sweep that several tests look at and none changes: (folder, completed process)."""
+    folder = tmp_path_factory.mktemp("swept")
+    torch.save(torch.randn(16, 24, generator=torch.Generator().manual_seed(1)), folder / "weight.pth")
+    command = [sys.executable, str(ROOT / "rank_sweep_study.py"), "--weight_path", "weight.pth", *QUICK]
+    done = subprocess.run([*command, "--ranks", "4", "2", "4", "100"], cwd=folder, capture_output=True, text=True)
+    return folder, done
+
+
+def read_table(path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def files_of(results_dir, rank: int, seed: int | None = None) -> RunFiles:
+    """The files of one rank of a sweep, of its first seed unless told."""
+    return run_files(results_dir, rank, seed, None)
+
+
+def dense_loss(weight: torch.Tensor, chain: ks.KSLinear) -> float:
+    """The population loss of a saved chain on inputs of second moment I, from its dense weight."""
+    return ((weight.double() - chain.to_dense().double()).square().sum() / len(weight)).item()
+
+
+def floor_of(weight: torch.Tensor, rank: int) -> float:
+    return ks.loss_floor(weight, ks.make_chain(*weight.shape), [rank])[0].lower
+
+
+def wait_for(condition, seconds=60):
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, "waited in vain"
+        time.sleep(0.02)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -4,28 +4,70 @@ import ast
 import graphlib
 import subprocess
 import sys
+import tomllib
 
+import pytest
 from conftest import ROOT
 
-FILES = {path.stem: ast.parse(path.read_text()) for path in (ROOT / "ks").glob("*.py") if path.stem != "__init__"}
+PACKAGE = ROOT / "ks"
+# Every module but the empty ones that make folders packages, by its path below ks: patterns, product.passes, …
+FILES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(path.read_text())
+    for path in PACKAGE.rglob("*.py")
+    if path.stem != "__init__"
+}
 SCRIPTS = {path.stem: ast.parse(path.read_text()) for path in ROOT.glob("*.py")}
+# The rooms in the order of their imports: a module imports from its own room and from those before it.
+ROOMS = ("errors", "patterns", "product", "files", "bounds", "layer", "cli", "training", "sweep", "report")
 
 
 def imported(tree) -> set[str]:
-    """Full names of what a file imports: ks.patterns, torch, …"""
+    """Full names of what a file imports: ks.patterns, ks.product.passes.ChainPasses, torch, …"""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module)
-            names |= {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "ks" else set()
+            assert node.level == 0, "imports are absolute"
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return names
 
 
+def modules_imported_by(tree) -> set[str]:
+    return imported(tree) & {f"ks.{name}" for name in FILES}
+
+
+GRAPH = {name: {other.removeprefix("ks.") for other in modules_imported_by(tree)} for name, tree in FILES.items()}
+
+
+def room_of(name: str) -> str:
+    return name.split(".")[0]
+
+
+def test_every_module_is_in_a_room():
+    assert {room_of(name) for name in FILES} == set(ROOMS)
+    assert len(FILES) > 30
+
+
 def test_imports_inside_the_package_have_no_cycle():
-    graph = {name: {other for other in FILES if f"ks.{other}" in imported(tree)} for name, tree in FILES.items()}
-    list(graphlib.TopologicalSorter(graph).static_order())
+    assert sum(map(len, GRAPH.values())) > len(GRAPH)
+    list(graphlib.TopologicalSorter(GRAPH).static_order())
+
+
+def test_imports_go_one_way_between_the_rooms():
+    backwards = [
+        f"{name} imports {other}"
+        for name, others in GRAPH.items()
+        for other in others
+        if ROOMS.index(room_of(other)) > ROOMS.index(room_of(name))
+    ]
+    assert backwards == []
+
+
+def test_rooms_have_no_code_of_their_own():
+    """An import of a room imports none of its modules, so that importing one module stays light."""
+    for room in PACKAGE.rglob("*/__init__.py"):
+        assert ast.parse(room.read_text()).body == []
 
 
 def test_the_package_imports_no_script_and_no_script_another():
@@ -33,26 +75,52 @@ def test_the_package_imports_no_script_and_no_script_another():
         assert not {module.split(".")[0] for module in imported(tree)} & (set(SCRIPTS) - {name})
 
 
-def test_heavy_libraries_are_imported_only_where_they_belong():
-    """pandas is for tables that people see or plot; what trains must not wait for it."""
-    tables = {"report", "study", "plots"}
-    importers_of = {"matplotlib": {"plots"}, "triton": {"kernels"}, "tqdm": {"progress"}, "pandas": tables}
-    importers_of |= {"ray": {"launch_ray"}}
-    for library, allowed in importers_of.items():
-        importers = {
-            name
-            for name, tree in {**FILES, **SCRIPTS}.items()
-            if library in {module.split(".")[0] for module in imported(tree)}
-        }
-        assert importers <= allowed
+HOMES = {
+    "matplotlib": {"report.figures", "report.axes"},
+    "triton": {"product.triton_kernels", "product.passes"},
+    "tqdm": {"sweep.progress"},
+    "ray": {"sweep.ray_cluster"},
+    "pandas": {name for name in FILES if room_of(name) == "report"},  # for tables that people see or plot
+}
 
 
-def test_patterns_need_no_torch():
-    assert "torch" not in imported(FILES["patterns"])
+@pytest.mark.parametrize("library", HOMES)
+def test_heavy_libraries_are_imported_only_where_they_belong(library):
+    importers = {
+        name
+        for name, tree in {**FILES, **SCRIPTS}.items()
+        if library in {module.split(".")[0] for module in imported(tree)}
+    }
+    assert importers
+    assert importers <= HOMES[library]
+
+
+@pytest.mark.parametrize(("name", "library"), [("product.passes", "triton"), ("sweep.ray_cluster", "ray")])
+def test_optional_libraries_are_imported_only_when_needed(name, library):
+    top = ast.Module([node for node in FILES[name].body if isinstance(node, (ast.Import, ast.ImportFrom))], [])
+    assert library not in {module.split(".")[0] for module in imported(top)}
+
+
+@pytest.mark.parametrize("name", ["errors", "patterns", "files.columns", "files.layout", "files.status"])
+def test_names_and_patterns_need_no_torch(name):
+    assert "torch" not in imported(FILES[name])
 
 
 def test_importing_what_the_trainer_needs_is_light():
-    code = "import sys, train_with_random; print(sorted(sys.modules))"
-    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for heavy in ("triton", "matplotlib", "pandas", "torch._dynamo"):
-        assert f"'{heavy}'" not in loaded
+    code = "import sys, train_with_random; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "ks.training.record" in loaded
+    assert not loaded & {"triton", "matplotlib", "pandas", "torch._dynamo", "ray"}
+    # torch itself loads tqdm where it is installed, so that here it is enough that nothing of ours does.
+    assert not loaded & {f"ks.{name}" for name in {"product.triton_kernels", "sweep.ray_cluster"} | HOMES["tqdm"]}
+
+
+def test_every_room_is_installed():
+    """By the rule of pyproject.toml, tried on the folders that hold an __init__.py."""
+    rule = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+    assert rule == {"include": ["ks", "ks.*"]}
+    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in PACKAGE.rglob("__init__.py")}
+    assert folders == {"ks", *(f"ks.{room_of(name)}" for name in FILES if "." in name)}
+    setuptools = pytest.importorskip("setuptools")
+    assert set(setuptools.find_packages(str(ROOT), **rule)) == folders

@@ -4,8 +4,11 @@ import pytest
 import torch
 
 import ks
+from ks.bounds.floors import loss_floor
+from ks.bounds.population_loss import population_loss
+from ks.errors import UsageError
 from ks.layer import KSLinear
-from ks.reference import chain_to_dense
+from ks.product.reference import chain_to_dense
 
 
 def test_it_behaves_as_the_linear_layer_of_its_dense_weight():
@@ -76,23 +79,23 @@ def test_from_patterns_and_explicit_splits_agree():
 
 
 def test_what_is_no_saved_chain_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(UsageError, match="no such file"):
         ks.load(tmp_path / "absent.pth")
     (tmp_path / "text.pth").write_text("hello")
-    with pytest.raises(ValueError, match="cannot be read as a saved chain"):
+    with pytest.raises(UsageError, match="cannot be read as a saved chain"):
         ks.load(tmp_path / "text.pth")
     torch.save(torch.randn(2, 2), tmp_path / "tensor.pth")
-    with pytest.raises(ValueError, match="not a saved chain"):
+    with pytest.raises(UsageError, match="not a saved chain"):
         ks.load(tmp_path / "tensor.pth")
     torch.save(KSLinear(8, 8).to_payload() | {"version": 99}, tmp_path / "new.pth")
-    with pytest.raises(ValueError, match="format version 99"):
+    with pytest.raises(UsageError, match="format version 99"):
         ks.load(tmp_path / "new.pth")
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="need a CUDA device"):
+    with pytest.raises(UsageError, match="need a CUDA device"):
         KSLinear(8, 8, impl="triton")
-    with pytest.raises(ValueError, match="meet 4 rows"):
+    with pytest.raises(UsageError, match="meet 4 rows"):
         KSLinear.from_patterns([(1, 2, 6, 1), (1, 4, 2, 1)])
 
 
@@ -115,3 +118,25 @@ def test_autocast_gives_the_dtype_of_a_linear_layer(bias):
     x = torch.randn(4, 8)
     with torch.autocast("cpu", torch.bfloat16):
         assert KSLinear(8, 8, bias=bias)(x).dtype == torch.nn.Linear(8, 8, bias=bias)(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_from_dense_compresses_to_the_floor_in_the_weights_dtype(dtype):
+    torch.manual_seed(0)
+    weight = torch.randn(24, 36).to(dtype)
+    layer = KSLinear.from_dense(weight, rank=3)
+    assert layer.factors[0].dtype == dtype
+    floor = loss_floor(weight, ks.make_chain(24, 36), [3])[0].lower
+    assert population_loss(weight, layer.factors) == pytest.approx(floor, rel=10 * torch.finfo(dtype).eps)
+
+
+def test_from_linear_keeps_bias_and_stands_in_for_the_layer():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(24, 36)
+    layer = KSLinear.from_linear(linear, rank=100)
+    x = torch.randn(5, 24)
+    torch.testing.assert_close(layer(x), linear(x), atol=1e-5, rtol=1e-4)
+    butterfly = KSLinear.from_linear(linear, rank=2, chain="butterfly")
+    assert len(butterfly.factors) == 3
+    with pytest.raises(UsageError, match="either a rank"):
+        KSLinear.from_linear(linear)

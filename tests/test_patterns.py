@@ -4,6 +4,7 @@ from math import prod
 
 import pytest
 
+from ks.errors import UsageError
 from ks.patterns import (
     FAMILIES,
     Chain,
@@ -86,7 +87,7 @@ def test_splits_keep_to_divisors_and_prime_sides_are_remarked():
     ("arguments", "keywords", "message"),
     [
         ((8, 8, "nonsense"), {}, "monarch, lowrank, butterfly, lowrank_butterfly"),
-        ((12, 8, "butterfly"), {"num_factors": 4}, "--chain monarch"),
+        ((12, 8, "butterfly"), {"num_factors": 4}, "or the chain monarch"),
         ((8, 8, "butterfly"), {"num_factors": 1}, "at least 2"),
         ((8, 8, "monarch"), {"blocks": 0}, "at least 1"),
         ((8, 8), {"row_splits": (4, 2)}, "go together"),
@@ -97,23 +98,23 @@ def test_splits_keep_to_divisors_and_prime_sides_are_remarked():
     ],
 )
 def test_bad_chains_are_refused_by_name(arguments, keywords, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UsageError, match=message):
         make_chain(*arguments, **keywords)
 
 
 @pytest.mark.parametrize("rank", [0, -1, 2.0, True, "4"])
 def test_bad_ranks_are_refused(rank):
     for family in FAMILIES:
-        with pytest.raises(ValueError, match="positive integer"):
+        with pytest.raises(UsageError, match="positive integer"):
             make_chain(8, 8, family).patterns(rank)
 
 
 def test_bad_patterns_are_refused():
-    with pytest.raises(ValueError, match="6 columns .* meet 4 rows"):
+    with pytest.raises(UsageError, match="6 columns .* meet 4 rows"):
         check_patterns([(1, 2, 6, 1), (1, 4, 2, 1)])
-    with pytest.raises(ValueError, match="four positive integers"):
+    with pytest.raises(UsageError, match="four positive integers"):
         check_patterns([(1, 2, 0, 1)])
-    with pytest.raises(ValueError, match="empty chain"):
+    with pytest.raises(UsageError, match="empty chain"):
         check_patterns([])
 
 

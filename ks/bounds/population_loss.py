@@ -1,0 +1,51 @@
+"""The population loss of a chain, exact and without sampling, and the range in which a sampled loss must lie."""
+
+import torch
+
+from ks.bounds.moments import UNIT_INPUTS, IsotropicInputs
+from ks.product.operator import chain_product
+
+
+@torch.no_grad()
+def population_loss(weight: torch.Tensor, values, inputs: IsotropicInputs = UNIT_INPUTS) -> float:
+    """Return the expected squared error per output, tr(E C Eᵀ) / m with E = W − K_1 … K_L; σ²‖E‖_F² / m for C = σ²I.
+
+    Args:
+        weight: W, shape (m, n), any float dtype.
+        values: the factors, shapes (a_l, b_l, c_l, d_l), output side first; multiplied in float64.
+        inputs: the second moment C of x.
+    """
+    return inputs.output_energy(_residual(weight, values)) / len(weight)
+
+
+def _residual(weight: torch.Tensor, values) -> torch.Tensor:
+    """Return W − K_1 … K_L in float64."""
+    eye = torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device)
+    return weight.double() - chain_product(eye, [factor.double() for factor in values], batch_last=True)
+
+
+@torch.no_grad()
+def sampled_loss_range(
+    weight: torch.Tensor, values, num_samples: int, inputs: IsotropicInputs = UNIT_INPUTS
+) -> tuple[float, float]:
+    """Return a range that the mean squared error over random Gaussian inputs leaves once in 10^13 times.
+
+    With λ the eigenvalues of E C Eᵀ / m, the mean over N samples is a weighted sum of squared normal variables with
+    expectation Σλ. It lies between Σλ − 2√(t/N)·‖λ‖₂ and Σλ + 2√(t/N)·‖λ‖₂ + 2(t/N)·max λ with probability 1 − 2e^−t;
+    here t = 30, and ‖λ‖₂ stands for max λ.
+
+    Args:
+        weight: W, shape (m, n), any float dtype.
+        values: the factors, output side first.
+        num_samples: N.
+        inputs: the second moment C of x.
+    Returns:
+        (lowest, highest), squared error per output.
+    Source: Laurent and Massart, "Adaptive estimation of a quadratic functional by model selection" (2000), lemma 1.
+    """
+    residual = inputs.times_root(_residual(weight, values))
+    expected = residual.square().sum().item() / len(weight)
+    narrow = (residual if len(residual) <= residual.shape[1] else residual.t()).float()  # float32 is enough for a range
+    norm = (narrow @ narrow.t()).norm().item() / len(weight)
+    share = 30 / num_samples
+    return expected - 2 * share**0.5 * norm, expected + 2 * (share**0.5 + share) * norm

@@ -1,0 +1,420 @@
+"""Command-line flags, each defined once as a typed field of a frozen dataclass.
+
+A script's configuration is a dataclass that inherits the groups of flags it takes. Parser, `--help`, the command line
+of a training subprocess and the tables of docs/flags.md are made from its fields.
+"""
+
+import argparse
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Generic, TypeVar
+
+from ks.cli.console import EXIT_USAGE
+from ks.files.layout import FIGURE_FORMATS
+from ks.files.make_weight import INIT_METHODS
+from ks.files.weights import DTYPES
+from ks.patterns import FAMILIES
+from ks.product.backend import IMPLS, PRECISIONS
+
+Config = TypeVar("Config")
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """Everything about a flag but its name and default, which are those of its field.
+
+    help: without the default. convert: text to value. choices, nargs, metavar: as argparse has them. required: no
+    default. aliases: other spellings. shown_default: text for a default that is not a plain value.
+    """
+
+    help: str
+    convert: Callable[[str], Any] = str
+    choices: tuple[str, ...] | None = None
+    nargs: int | str | None = None
+    metavar: str | tuple[str, ...] | None = None
+    required: bool = False
+    aliases: tuple[str, ...] = ()
+    shown_default: str | None = None
+
+    def default_text(self, default: Any) -> str:
+        """Return the default as a reader sees it; empty if there is none."""
+        if self.shown_default is not None:
+            return self.shown_default
+        if self.required:
+            return "required"
+        if default is None or default is False:
+            return ""
+        return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+def flag(default: Any, help: str, **options: Any) -> Any:
+    """Return a dataclass field for a flag; a default of False makes a flag without a value."""
+    return dataclasses.field(default=default, metadata={"flag": Flag(help, **options)})
+
+
+def redefault(group: type, name: str, default: Any, **changes: Any) -> Any:
+    """Return the field `name` of another group of flags with a default of its own."""
+    inherited = {field.name: field.metadata["flag"] for field in dataclasses.fields(group)}[name]
+    return dataclasses.field(default=default, metadata={"flag": dataclasses.replace(inherited, **changes)})
+
+
+def groups(config: type) -> Iterator[tuple[str, list[dataclasses.Field]]]:
+    """Yield (title, fields) of every group of flags in a configuration: its own flags first, then the inherited ones.
+
+    A flag whose default a configuration redefines stays in its group.
+    """
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    group_of = {name: group for group in config.__mro__ for name in inspect.get_annotations(group) if name in fields}
+    for group in config.__mro__:
+        own = [field for name, field in fields.items() if group_of[name] is group]
+        if own:
+            yield vars(group)["TITLE"], own
+
+
+class Parser(argparse.ArgumentParser, Generic[Config]):
+    """Parses a command line into a configuration. No abbreviations; an error is one line.
+
+    Args:
+        config: a dataclass made of groups of flags.
+        doc: the docstring of the script.
+    """
+
+    def __init__(self, config: type[Config], doc: str | None):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        self.config = config
+        for title, fields in groups(config):
+            group = self.add_argument_group(title)
+            for field in fields:
+                _add(group, field)
+
+    def error(self, message: str):
+        self.exit(EXIT_USAGE, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
+    def parse(self, argv: list[str] | None = None) -> Config:
+        """Return the configuration that a command line gives."""
+        return self._frozen(self.parse_args(argv))
+
+    def parse_known(self, argv: list[str] | None = None) -> tuple[Config, list[str]]:
+        """Return the configuration and the arguments that are no flags of it."""
+        values, others = self.parse_known_args(argv)
+        return self._frozen(values), others
+
+    def _frozen(self, values: argparse.Namespace) -> Config:
+        found = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(values).items()}
+        return self.config(**found)
+
+
+def _add(group, field: dataclasses.Field) -> None:
+    described: Flag = field.metadata["flag"]
+    spellings = [f"--{field.name}", *described.aliases]
+    default = described.default_text(field.default)
+    help_text = described.help + (f" (default: {default})" if default and not described.required else "")
+    if field.default is False:
+        group.add_argument(*spellings, action="store_true", dest=field.name, help=help_text)
+        return
+    group.add_argument(
+        *spellings,
+        dest=field.name,
+        type=described.convert,
+        choices=described.choices,
+        nargs=described.nargs,
+        metavar=described.metavar,
+        required=described.required,
+        default=field.default,
+        help=help_text.replace("%", "%%"),
+    )
+
+
+def to_arguments(settings: dict[str, Any]) -> list[str]:
+    """Spell settings out as a command line that parses to them: True as a bare flag, None and False left out."""
+    arguments = []
+    for name, value in settings.items():
+        if value is None or value is False:
+            continue
+        arguments.append(f"--{name}")
+        if isinstance(value, tuple):
+            arguments.extend(map(str, value))
+        elif value is not True:
+            arguments.append(str(value))
+    return arguments
+
+
+def _number(convert: Callable[[str], Any], accept: Callable[[Any], bool], description: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = convert(text)
+        except ValueError:
+            value = None
+        if value is None or not accept(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {description}")
+        return value
+
+    return parse
+
+
+positive_int = _number(int, lambda value: value > 0, "a positive integer")
+non_negative_int = _number(int, lambda value: value >= 0, "a non-negative integer")
+positive_float = _number(float, lambda value: 0 < value < math.inf, "a positive number")
+non_negative_float = _number(float, lambda value: 0 <= value < math.inf, "a non-negative number")
+open_fraction = _number(float, lambda value: 0 < value < 1, "a number between 0 and 1, both excluded")
+
+
+def auto_or(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return a converter that also accepts 'auto'."""
+    return lambda text: text if text == "auto" else convert(text)
+
+
+def file_prefix(text: str) -> str:
+    if not text or "/" in text or "\\" in text or text.startswith("."):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a file name prefix; it must not be empty or hold a path")
+    return text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightFlags:
+    TITLE: ClassVar = "weight"
+    weight_path: str = flag("", "file of the dense weight: .pth, .pt, .safetensors or .npy", required=True)
+    weight_key: str | None = flag(
+        None, "name of the tensor, if the file holds several 2-D weights; without it, the error lists their names"
+    )
+    transpose: bool = flag(False, "the weight is stored as (in, out) instead of (out, in)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChainFlags:
+    TITLE: ClassVar = "chain"
+    chain: str | None = flag(
+        None, "family of chains, described in docs/theory.md", choices=FAMILIES, shown_default="monarch"
+    )
+    blocks: int = flag(
+        4, "monarch: the sides of the grid are the largest divisors of m and n up to this number", convert=positive_int
+    )
+    num_factors: int = flag(3, "butterfly: number of factors L", convert=positive_int)
+    row_splits: tuple[int, ...] | None = flag(
+        None,
+        "explicit chain, instead of --chain: m_1 … m_L with product m",
+        convert=positive_int,
+        nargs="+",
+        metavar="M",
+    )
+    col_splits: tuple[int, ...] | None = flag(
+        None,
+        "explicit chain, instead of --chain: n_1 … n_L with product n",
+        convert=positive_int,
+        nargs="+",
+        metavar="N",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimiserFlags:
+    TITLE: ClassVar = "optimiser"
+    num_epochs: int = flag(100, "epochs of each training", convert=positive_int)
+    batch_size: int = flag(32, "samples per step", convert=positive_int)
+    lr: float = flag(1e-3, "peak learning rate", convert=positive_float)
+    weight_decay: float = flag(0.0, "weight decay; decoupled for adamw", convert=non_negative_float)
+    optimizer: str = flag(
+        "adamw", "optimiser; sgd has a momentum of 0.9 and needs a far larger --lr", choices=("adamw", "adam", "sgd")
+    )
+    scheduler: str = flag(
+        "cosine", "schedule of the learning rate; cosine falls to zero", choices=("cosine", "plateau", "step", "none")
+    )
+    scheduler_patience: int = flag(
+        10, "plateau: epochs without improvement before a reduction", convert=non_negative_int
+    )
+    scheduler_factor: float = flag(0.5, "plateau: factor of each reduction", convert=open_fraction)
+    step_size: int = flag(30, "step: epochs between reductions", convert=positive_int)
+    gamma: float = flag(0.1, "step: factor of each reduction", convert=positive_float)
+    max_grad_norm: float = flag(1.0, "clip gradients to this norm; 0 turns clipping off", convert=non_negative_float)
+    init: str = flag(
+        "random",
+        "initial values: random with the left-most factor zero, or the hierarchical factorisation of W, which is the "
+        "optimum for two factors",
+        choices=("random", "hierarchical"),
+    )
+    seed: int = flag(
+        0, "seed of samples and initial values; every rank sees the same samples", convert=non_negative_int
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleFlags:
+    TITLE: ClassVar = "samples"
+    num_samples: int = flag(10000, "random inputs, for training and validation together", convert=positive_int)
+    val_split: float = flag(0.2, "share of the samples kept for validation", convert=open_fraction)
+    input_std: float = flag(1.0, "σ of the inputs x ~ N(0, σ²I)", convert=positive_float)
+    sampling: str = flag(
+        "auto",
+        "training inputs: whitened is one set whose second moment is exactly σ²I, fresh a new set every epoch, fixed "
+        "one plain set; auto is whitened if there are at least n training samples, else fresh",
+        choices=("auto", "whitened", "fresh", "fixed"),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunningFlags:
+    TITLE: ClassVar = "running"
+    impl: str = flag(
+        "auto",
+        "backend of the chain product: bmm runs anywhere, triton on GPUs; auto chooses the faster one",
+        choices=IMPLS,
+    )
+    float32_precision: str = flag(
+        "ieee",
+        "precision of float32 products on a GPU; tf32x3 sums three TF32 products in triton and is ieee in bmm",
+        choices=PRECISIONS,
+    )
+    bs_last: bool = flag(False, "use the (features, batch) layout instead of (batch, features)")
+    device: str = flag("auto", "auto, cpu, cuda or cuda:N; auto is a GPU if there is one")
+    dtype: str = flag(
+        "float32", "dtype of the products; half precision keeps float32 master weights", choices=tuple(DTYPES)
+    )
+    log_grad_norm: bool = flag(False, "record the gradient norm of every epoch in the curves")
+    log_interval: int = flag(100, "steps between the lines that --verbose prints", convert=positive_int)
+    verbose: bool = flag(False, "print lines within each epoch too")
+    quiet: bool = flag(False, "print errors and warnings only")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointFlags:
+    TITLE: ClassVar = "checkpoints"
+    save_interval: int = flag(
+        10, "epochs between PREFIX_epoch_N.pth checkpoints; 0 writes none", convert=non_negative_int
+    )
+    resume_interval: float = flag(
+        30.0,
+        "shortest time in seconds between checkpoints to resume from; each is written at the end of an epoch",
+        convert=non_negative_float,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingFlags(WeightFlags, ChainFlags, OptimiserFlags, SampleFlags, RunningFlags, CheckpointFlags):
+    """Every flag that the training script and the sweep share, except where the results go."""
+
+    def training_settings(self) -> dict[str, Any]:
+        """Return the values of these flags by name."""
+        names = (field.name for _, fields in groups(TrainingFlags) for field in fields)
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OutputFlags:
+    TITLE: ClassVar = "output"
+    output_dir: str = flag("./trained_models", "folder for the files that the script writes, created if needed")
+    save_prefix: str = flag("ks_chain", "prefix of the file names", convert=file_prefix)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlotFlags:
+    TITLE: ClassVar = "plots"
+    log_scale: bool = flag(False, "draw losses on logarithmic axes")
+    title: str | None = flag(None, "title of the figures", aliases=("--plot_title",))
+    dpi: int = flag(120, "resolution of png figures in dots per inch", convert=positive_int)
+    figsize: tuple[float, float] | None = flag(
+        None,
+        "size of each figure in inches",
+        convert=positive_float,
+        nargs=2,
+        metavar=("WIDTH", "HEIGHT"),
+        shown_default="by figure",
+    )
+    formats: tuple[str, ...] = flag(("png",), "formats of the figures", nargs="+", choices=FIGURE_FORMATS)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainerConfig(TrainingFlags, OutputFlags):
+    """train_with_random.py."""
+
+    TITLE: ClassVar = "one training"
+    rank: int = flag(4, "rank of the chain", convert=positive_int)
+    resume: bool = flag(False, "resume an earlier run of the same settings from its checkpoint")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepConfig(TrainingFlags, OutputFlags, PlotFlags):
+    """rank_sweep_study.py."""
+
+    TITLE: ClassVar = "sweep"
+    num_epochs: int = redefault(OptimiserFlags, "num_epochs", 50)
+    # The rank folder of the contract holds no epoch checkpoints.
+    save_interval: int = redefault(CheckpointFlags, "save_interval", 0)
+    output_dir: str = redefault(OutputFlags, "output_dir", "./rank_sweep_results")
+    save_prefix: str = redefault(OutputFlags, "save_prefix", "rank_sweep")
+    ranks: tuple[int, ...] | None = flag(
+        None, "ranks to train", convert=positive_int, nargs="+", shown_default="2 4 8 16 32 64 128 256 512"
+    )
+    max_rank: int | None = flag(None, "leave out larger ranks", convert=positive_int)
+    target_relative_loss: float | None = flag(
+        None,
+        "name the smallest rank that can reach this share of the loss of predicting 0; without --ranks, sweep the "
+        "ranks around it",
+        convert=open_fraction,
+    )
+    seeds: tuple[int, ...] | None = flag(
+        None, "train every rank with each of these seeds", convert=non_negative_int, nargs="+", shown_default="--seed"
+    )
+    dry_run: bool = flag(False, "print the plan and the commands; train nothing")
+    overwrite: bool = flag(
+        False,
+        "redo the results in --output_dir, also those of another study; without it, finished ranks are kept and "
+        "unfinished ones resumed",
+    )
+    timeout_per_rank: float | None = flag(
+        None, "stop a training after this many seconds", convert=positive_float, metavar="SECONDS"
+    )
+    save_plots: bool = flag(False, "accepted for old command lines; figures are always saved")
+    jobs: int | str = flag(
+        "auto",
+        "trainings at a time; auto is one per CPU core, or --runs_per_gpu per GPU",
+        convert=auto_or(positive_int),
+    )
+    launcher: str = flag("local", "train on this machine or on a Ray cluster", choices=("local", "ray"))
+    ray_address: str = flag(
+        "auto", "head of the Ray cluster; auto is the one that this machine has joined", metavar="HOST:PORT"
+    )
+    gpus: str = flag("auto", "GPUs to use: auto (all), none, or numbers such as 0,1 among the visible ones")
+    runs_per_gpu: int = flag(1, "trainings that share a GPU", convert=positive_int)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlotConfig(OutputFlags, PlotFlags):
+    """plot_rank_results.py."""
+
+    TITLE: ClassVar = "results"
+    results_dir: tuple[str, ...] = flag(
+        (), "folder of a sweep, or several to draw in one figure", nargs="+", required=True
+    )
+    show: bool = flag(False, "open a window for each figure")
+    output_dir: str = redefault(OutputFlags, "output_dir", "", shown_default="--results_dir")
+    save_prefix: str = redefault(OutputFlags, "save_prefix", "rank_sweep")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GeneratorConfig(ChainFlags):
+    """generate_test_weight.py."""
+
+    TITLE: ClassVar = "test weight"
+    output_features: int = flag(2048, "m, the rows of W", convert=positive_int)
+    input_features: int = flag(4096, "n, the columns of W", convert=positive_int)
+    output_path: str = flag("./test_weight.pth", "file to write: .pth, .pt, .safetensors or .npy")
+    dtype: str = redefault(RunningFlags, "dtype", "float32", help="dtype of the weight")
+    init_method: str = flag("xavier_uniform", "kind of weight, described in docs/flags.md", choices=INIT_METHODS)
+    seed: int = redefault(OptimiserFlags, "seed", 0, help="seed of the weight")
+    rank: int = flag(8, "exact_chain, lowrank_plus_noise: rank of the signal", convert=positive_int)
+    noise: float = flag(
+        0.1, "lowrank_plus_noise: Frobenius norm of the noise over that of the signal", convert=non_negative_float
+    )
+    alpha: float = flag(1.0, "power_law: singular values k^-alpha", convert=non_negative_float)
+    overwrite: bool = flag(False, "replace another weight at --output_path")
+    quiet: bool = redefault(RunningFlags, "quiet", False, help="print nothing")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """example_rank_sweep.py; its other flags go to the sweep."""
+
+    TITLE: ClassVar = "demo"
+    output_dir: str = redefault(OutputFlags, "output_dir", "./demo_rank_sweep_results")

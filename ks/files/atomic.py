@@ -1,0 +1,93 @@
+"""Files that are written whole or not at all: JSON without NaN, CSV, tensors; and folders that can be written."""
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ks.errors import UsageError
+
+
+@contextmanager
+def atomic_path(path) -> Iterator[Path]:
+    """Yield a temporary path in the folder of `path`; at the end it replaces `path`, unless an exception is raised."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def finite(value: Any) -> Any:
+    """Replace every NaN or infinity in a value by None: null in JSON, an empty cell in CSV."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(entry) for entry in value]
+    return value
+
+
+def save_tensors(value: Any, path) -> None:
+    """Write torch.save(value) atomically; a full disk raises OSError."""
+    import torch
+
+    buffer = io.BytesIO()  # torch's own file writer raises an unspecific RuntimeError
+    torch.save(value, buffer)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+def write_json(path, value: Any) -> None:
+    """Write JSON atomically; NaN and infinities become null."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(finite(value), indent=2, allow_nan=False, default=str) + "\n")
+
+
+def write_csv(path, columns: Iterable[str], rows: Iterable[dict]) -> None:
+    """Write dicts as CSV atomically; missing, None and non-finite cells are empty."""
+    with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(columns), lineterminator="\n", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(finite(row) for row in rows)
+
+
+def read_json(path) -> Any:
+    """Parse a JSON file; return None if it is missing or broken."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def read_json_object(path) -> dict:
+    """Parse a JSON file; return an empty dict if it is missing, broken or no object."""
+    value = read_json(path)
+    return value if isinstance(value, dict) else {}
+
+
+def prepare_output_dir(path) -> Path:
+    """Create a folder if needed, and check that it can be written.
+
+    Returns:
+        the absolute path.
+    Raises:
+        UsageError: it cannot be created or written; the message has the reason.
+    """
+    path = Path(path).absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".writable.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"output folder {path} cannot be written: {error.strerror}") from error
+    return path

@@ -1,0 +1,114 @@
+"""The columns of every table on disk, each declared once: name, meaning, unit, and how a terminal shows it.
+
+CSV and JSON files, the printed tables and the tables of docs/files.md are made from these declarations.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column.
+
+    name: in CSV and JSON. meaning: for the documentation. unit: of the values, empty for counts and texts. header:
+    in the printed table, None if the column is not printed. form: format of a printed value. plural: name of the
+    column as a list in the JSON file of a run's curves.
+    """
+
+    name: str
+    meaning: str
+    unit: str = ""
+    header: str | None = None
+    form: str = "{}"
+    plural: str | None = None
+
+
+def names(columns: Iterable[Column]) -> list[str]:
+    return [column.name for column in columns]
+
+
+LOSS = "squared unit of the outputs"
+SHARE = "share of the loss of predicting 0"
+
+CURVES = (
+    Column("epoch", "number of the epoch, from 1", plural="epochs"),
+    Column("train_loss", "mean training loss over the steps of the epoch; it lags behind `val_loss` while the loss "
+           "falls quickly", LOSS, plural="train_losses"),
+    Column("val_loss", "loss on the validation samples at the end of the epoch", LOSS, plural="val_losses"),
+    Column("rank", "rank of the chain", plural="rank"),
+    Column("population_loss", "exact expected loss at the end of the epoch; known about ten times a run, at the last "
+           "and at the best epoch", LOSS, plural="population_losses"),
+    Column("lr", "learning rate of the epoch's last step", plural="lrs"),
+    Column("epoch_seconds", "duration of the epoch", "seconds", plural="epoch_seconds"),
+    Column("grad_norm", "mean gradient norm over the steps, before clipping; only with `--log_grad_norm`",
+           plural="grad_norms"),
+)  # fmt: skip
+
+SUMMARY = (
+    Column("rank", "rank of the chain", header="rank"),
+    Column("final_train_loss", "training loss of the last epoch", LOSS, "train loss", "{:.4g}"),
+    Column("final_val_loss", "validation loss of the last epoch", LOSS, "validation loss", "{:.4g}"),
+    Column("min_train_loss", "lowest training loss of any epoch", LOSS),
+    Column("min_val_loss", "lowest validation loss of any epoch", LOSS),
+    Column("min_train_epoch", "epoch of the lowest training loss"),
+    Column("min_val_epoch", "epoch of the lowest validation loss", header="best epoch", form="{:.0f}"),
+    Column("num_epochs", "number of epochs trained", header="epochs", form="{:.0f}"),
+    Column("status", "`ok`, or why the training failed; its final losses are then empty", header="status"),
+    Column("population_loss", "exact expected loss of the last epoch's chain", LOSS, "population loss", "{:.4g}"),
+    Column("loss_floor", "lower bound: no chain of this rank has a smaller loss", LOSS, "floor", "{:.4g}"),
+    Column("loss_floor_upper", "upper bound: the hierarchical factorisation has this loss", LOSS, "upper bound",
+           "{:.4g}"),
+    Column("loss_floor_is_exact", "whether the two bounds are equal, so that the floor is the optimum of the rank"),
+    Column("optimality_gap", "`population_loss` / `loss_floor` − 1; empty if the floor is below 1e-6 of predicting 0",
+           "ratio", "gap", "{:.2%}"),
+    Column("excess", "(`population_loss` − `loss_floor`) / loss of predicting 0", SHARE, "excess", "{:.3%}"),
+    Column("relative_loss", "`population_loss` / loss of predicting 0; 1 is useless, 0 is exact", SHARE,
+           "relative loss", "{:.2%}"),
+    Column("parameters", "free values of the chain", header="parameters", form="{:.0f}"),
+    Column("compression_ratio", "parameters of the dense weight over those of the chain", "ratio", "compression",
+           "{:.2f}x"),
+    Column("saturated", "whether the rank is so large that a larger one changes nothing"),
+    Column("verdict", "limit of this rank: converged, sample-limited or undertrained; and the marks saturated and "
+           "larger than dense", header="verdict"),
+    Column("num_seeds", "number of seeds that finished"),
+    Column("final_train_loss_se", "standard error of `final_train_loss` over the seeds", LOSS),
+    Column("final_val_loss_se", "standard error of `final_val_loss` over the seeds", LOSS),
+    Column("population_loss_se", "standard error of `population_loss` over the seeds", LOSS),
+    Column("train_seconds", "duration of the training without the start of its process; a resumed training counts all "
+           "its parts", "seconds", "seconds", "{:.1f}"),
+    Column("removed_share", "(loss of predicting 0 − `population_loss`) / (loss of predicting 0 − `loss_floor_upper`); "
+           "above 1 if training beats the hierarchical factorisation", "ratio", "removed", "{:.2%}"),
+)  # fmt: skip
+
+# The printed table has its own order: cost first, then the losses, the distance to the floor and the verdict.
+PRINTED = (
+    *("rank", "parameters", "compression_ratio", "final_train_loss", "final_val_loss", "population_loss"),
+    *("loss_floor", "loss_floor_upper", "optimality_gap", "excess", "removed_share", "relative_loss"),
+    *("min_val_epoch", "num_epochs", "train_seconds", "status", "verdict"),
+)
+
+RUNS = (
+    Column("rank", "rank of the chain"),
+    Column("seed", "seed of samples and initial values"),
+    *SUMMARY[1:10],
+    Column("train_seconds", "duration of the training without the start of its process", "seconds"),
+)
+
+ALL_CURVES = (
+    Column("rank", "rank of the chain"),
+    Column("seed", "seed of samples and initial values"),
+    Column("epoch", "number of the epoch, from 1"),
+    Column("split", "`train`, `validation` or `population`; the last one in epochs for which it is known"),
+    Column("loss", "loss of the rank and seed on this split", LOSS),
+    Column("lr", "learning rate of the epoch's last step"),
+    Column("seconds", "duration of the epoch", "seconds"),
+)
+
+FLOOR = (
+    Column("chain", "family of the chain; `lowrank` rows are for comparison"),
+    Column("rank", "rank of the chain"),
+    Column("parameters", "free values of the chain"),
+    Column("loss_floor", "lower bound: no chain of this rank has a smaller loss", LOSS),
+    Column("relative_loss", "`loss_floor` / loss of predicting 0", SHARE),
+)

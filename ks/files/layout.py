@@ -1,0 +1,95 @@
+"""Names of the files that a training and a sweep leave, and the runs that a results folder holds."""
+
+import glob
+from dataclasses import dataclass
+from pathlib import Path
+
+FIGURES = ("loss_curves", "final_losses", "floor")
+FIGURE_FORMATS = ("png", "svg", "pdf")
+
+
+def _file(name: str) -> property:
+    """Return a property with the path of a file; the name may hold the fields of its object in braces."""
+    return property(lambda files: files.directory / name.format(**vars(files)))
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The files of one training run, in `directory`."""
+
+    directory: Path
+    prefix: str
+    rank: int
+
+    curves_csv = _file("{prefix}_rank_{rank}_loss_curves.csv")
+    curves_json = _file("{prefix}_rank_{rank}_loss_curves.json")
+    final = _file("{prefix}_final.pth")
+    best = _file("{prefix}_best.pth")
+    resume = _file("{prefix}_resume.pth")
+    config = _file("{prefix}_config.json")
+    training_log = _file("{prefix}_training_log.json")
+    log = _file("train.log")
+    lock = _file(".{prefix}.lock")
+
+    def epoch_checkpoint(self, epoch: int) -> Path:
+        return self.directory / f"{self.prefix}_epoch_{epoch}.pth"
+
+    def remove(self) -> None:
+        """Delete the files of an earlier run of the same name, including its epoch checkpoints."""
+        stale = [self.curves_csv, self.curves_json, self.final, self.best, self.config, self.training_log, self.resume]
+        for path in stale + list(self.directory.glob(f"{glob.escape(self.prefix)}_epoch_*.pth")):
+            path.unlink(missing_ok=True)
+
+
+def run_files(output_dir, rank: int, seed: int | None, first_seed: int | None) -> RunFiles:
+    """Return the files of one run of a sweep.
+
+    The first seed's files are in rank_R itself and those of a further seed in rank_R/seed_S, so that adding seeds moves
+    nothing.
+    """
+    folder = Path(output_dir) / f"rank_{rank}"
+    return RunFiles(folder if seed == first_seed else folder / f"seed_{seed}", f"rank_{rank}", rank)
+
+
+def find_runs(results_dir, first_seed: int | None = None) -> list[tuple[int, int | None, RunFiles]]:
+    """Return (rank, seed, files) of every run folder of a sweep, by rank.
+
+    Args:
+        results_dir: the folder of the sweep.
+        first_seed: the seed of the runs in rank_R itself, None if unknown.
+    """
+    found = []
+    for folder in Path(results_dir).glob("rank_*"):
+        rank = folder.name.removeprefix("rank_")
+        if not folder.is_dir() or not (rank.isascii() and rank.isdigit()):
+            continue
+        names = [path.name.removeprefix("seed_") for path in folder.glob("seed_*")]
+        further = sorted(int(name) for name in names if name.isascii() and name.isdigit())
+        for seed in (first_seed, *further):
+            found.append((int(rank), seed, run_files(results_dir, int(rank), seed, first_seed)))
+    return sorted(found, key=lambda run: run[0])
+
+
+@dataclass(frozen=True)
+class SweepFiles:
+    """The files of a sweep besides its rank folders, in `directory`."""
+
+    directory: Path
+    prefix: str
+
+    summary_csv = _file("{prefix}_summary.csv")
+    summary_json = _file("{prefix}_summary.json")
+    runs_csv = _file("{prefix}_runs.csv")
+    all_curves_csv = _file("{prefix}_all_curves.csv")
+    floor_csv = _file("{prefix}_floor.csv")
+    config = _file("{prefix}_config.json")
+    lock = _file(".sweep.lock")
+
+    def figure(self, name: str, suffix: str = "png") -> Path:
+        return self.directory / f"{self.prefix}_{name}.{suffix}"
+
+    def remove_outputs(self) -> None:
+        """Delete the previous summary and figures, so that no stale output remains."""
+        figures = [self.figure(name, suffix) for name in FIGURES for suffix in FIGURE_FORMATS]
+        for path in (self.summary_csv, self.summary_json, self.runs_csv, self.all_curves_csv, *figures):
+            path.unlink(missing_ok=True)

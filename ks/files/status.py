@@ -1,0 +1,30 @@
+"""How a training ended."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Status(StrEnum):
+    """State of a training; the value is the word in its log and in the summary."""
+
+    RUNNING = "running"
+    OK = "ok"
+    DIVERGED = "diverged"
+    OUT_OF_MEMORY = "out of memory"
+    TIMED_OUT = "timed out"
+    INTERRUPTED = "interrupted"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Status of a run, or of all the seeds of a rank, with its detail; `str` is the text of the summary."""
+
+    status: Status
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.status} ({self.detail})" if self.detail else str(self.status)
+
+
+OK = Ending(Status.OK)

@@ -1,0 +1,182 @@
+"""Dense weights in files: load one 2-D weight, save one."""
+
+import hashlib
+import io
+import pickle
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+
+from ks.errors import UsageError
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SUFFIXES = (".pth", ".pt", ".safetensors", ".npy")
+
+
+class Weight(NamedTuple):
+    """A loaded weight: the m × n tensor in its stored dtype on the CPU, and the key that it had in its file."""
+
+    tensor: torch.Tensor
+    key: str | None
+
+    def sha256(self) -> str:
+        """Return a hash of shape, dtype and values; the same weight in another file has the same hash."""
+        data = self.tensor.contiguous()
+        head = f"{tuple(data.shape)} {data.dtype}".encode()
+        return hashlib.sha256(head + data.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def packed(weight: Weight, transpose: bool = False) -> bytes:
+    """Return a .pth file with this weight alone, as bytes; `load_weight` reads it with the same key and transpose."""
+    tensor = weight.tensor.t() if transpose else weight.tensor
+    buffer = io.BytesIO()
+    torch.save({weight.key: tensor.contiguous()} if weight.key else tensor.contiguous(), buffer)
+    return buffer.getvalue()
+
+
+def load_weight(path, key: str | None = None, transpose: bool = False) -> Weight:
+    """Load one 2-D weight.
+
+    Args:
+        path: .pth or .pt (tensor, Parameter, state_dict or nested dicts and lists of them), .safetensors or .npy.
+        key: name of the tensor in the file, nested names joined by dots; may be left out where the file holds
+            exactly one 2-D floating tensor.
+        transpose: for weights stored as (in, out).
+    Returns:
+        the weight, shape (m, n) = (out_features, in_features), dtype as stored.
+    Raises:
+        UsageError: anything that is not one finite, non-zero, real 2-D weight; the message names the candidates.
+    """
+    path = Path(path)
+    try:
+        tensors = _read_file(path)
+    except OSError as error:  # a folder above it is closed, or the name is too long
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    if key is None:
+        key = _only_candidate(path, tensors)
+    elif key not in tensors:
+        raise UsageError(f"{path} has no key {key!r}; {_candidates(tensors)}")
+    tensor = tensors[key]() if callable(tensors[key]) else tensors[key]
+    where = f"{path}, key {key!r}" if key else f"{path}"
+    _check_weight(where, tensor)
+    return Weight(tensor.t().contiguous() if transpose else tensor.contiguous(), key or None)
+
+
+def _read_file(path: Path) -> dict:
+    """Return every tensor of the file by name ('' for a lone one); safetensors entries are read only when called."""
+    if not path.exists():
+        raise UsageError(f"{path}: no such file")
+    if path.is_dir():
+        raise UsageError(f"{path} is a directory; a file ({', '.join(SUFFIXES)}) is needed")
+    if path.suffix not in SUFFIXES:
+        raise UsageError(f"{path}: suffix {path.suffix!r} is not known; use one of {', '.join(SUFFIXES)}")
+    if path.stat().st_size == 0:
+        raise UsageError(f"{path} is empty (0 bytes)")
+    try:
+        if path.suffix == ".npy":
+            return {"": torch.from_numpy(np.load(path, allow_pickle=False))}
+        if path.suffix == ".safetensors":
+            return _read_safetensors(path)
+        return _flatten(torch.load(path, map_location="cpu", weights_only=True))
+    except pickle.UnpicklingError as error:
+        raise UsageError(
+            f"{path} cannot be read as weights: it is no torch file, or it holds Python objects; save tensors, as in "
+            "torch.save(model.state_dict(), path)"
+        ) from error
+    except Exception as error:  # a corrupt file can raise nearly anything, out of three libraries
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        raise UsageError(f"{path} cannot be read as weights ({type(error).__name__}: {reason})") from error
+
+
+class _Lazy:
+    """One entry of a .safetensors file: its shape and type are known, its values are read when called."""
+
+    def __init__(self, path: Path, name: str, file):
+        self.path, self.name = path, name
+        self.shape = tuple(file.get_slice(name).get_shape())
+        self.is_real_floating = file.get_slice(name).get_dtype() in ("F64", "F32", "F16", "BF16")
+
+    def __call__(self) -> torch.Tensor:
+        with safetensors.safe_open(self.path, framework="pt", device="cpu") as file:
+            return file.get_tensor(self.name)
+
+
+def _read_safetensors(path: Path) -> dict:
+    with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+        return {name: _Lazy(path, name, file) for name in file.keys()}  # noqa: SIM118, it is no dict
+
+
+def _flatten(node, name: str = "") -> dict[str, torch.Tensor]:
+    if isinstance(node, torch.Tensor):
+        return {name: node.detach()}
+    if isinstance(node, (list, tuple)):
+        node = dict(enumerate(node))
+    if not isinstance(node, dict):
+        return {}
+    return {
+        full: tensor
+        for part, child in node.items()
+        for full, tensor in _flatten(child, f"{name}.{part}" if name else str(part)).items()
+    }
+
+
+def _is_candidate(entry) -> bool:
+    floating = entry.is_real_floating if isinstance(entry, _Lazy) else entry.is_floating_point()
+    return len(entry.shape) == 2 and floating
+
+
+def _candidates(tensors: dict, limit: int = 20) -> str:
+    found = [f"{name} {tuple(entry.shape)}" for name, entry in tensors.items() if _is_candidate(entry)]
+    if not found:
+        shapes = ", ".join(f"{name} {tuple(entry.shape)}" for name, entry in list(tensors.items())[:limit])
+        return f"it holds no 2-D floating weight (found: {shapes or 'no tensor at all'})"
+    more = f", … ({len(found)} in all)" if len(found) > limit else ""
+    return f"2-D weights in it: {', '.join(found[:limit])}{more}"
+
+
+def _only_candidate(path: Path, tensors: dict) -> str:
+    if list(tensors) == [""]:
+        return ""
+    names = [name for name, entry in tensors.items() if _is_candidate(entry)]
+    if len(names) != 1:
+        advice = "; choose one by its key (--weight_key)" if names else ""
+        raise UsageError(f"{path}: {_candidates(tensors)}{advice}")
+    return names[0]
+
+
+def _check_weight(where: str, tensor: torch.Tensor) -> None:
+    shape = tuple(tensor.shape)
+    if tensor.dtype not in (torch.float64, *DTYPES.values()):
+        allowed = "float64, float32, float16 or bfloat16"
+        raise UsageError(f"{where} has dtype {str(tensor.dtype).removeprefix('torch.')}; {allowed} is needed")
+    if tensor.ndim != 2 or tensor.numel() == 0:
+        raise UsageError(f"{where} has shape {shape}; a non-empty 2-D weight (out_features, in_features) is needed")
+    if not torch.isfinite(tensor).all():
+        raise UsageError(f"{where} holds NaN or infinite values; finite values are needed")
+    if not tensor.any():
+        raise UsageError(f"{where} is all zero: there is nothing to learn, and no relative loss")
+
+
+def save_weight(tensor: torch.Tensor, path) -> None:
+    """Save a weight as the suffix says: .pth and .pt hold the tensor, .safetensors names it 'weight', .npy is plain.
+
+    Raises:
+        UsageError: unknown suffix, or a dtype that the format lacks (bfloat16 in .npy).
+    """
+    path = Path(path)
+    buffer = io.BytesIO()  # on a full disk, file writers of these libraries raise anything but a plain OSError
+    if path.suffix == ".npy":
+        if tensor.dtype == torch.bfloat16:
+            raise UsageError(f"{path}: .npy has no bfloat16; use .pth or .safetensors")
+        np.save(buffer, tensor.numpy())
+    elif path.suffix == ".safetensors":
+        buffer.write(safetensors.torch.save({"weight": tensor}))
+    elif path.suffix in SUFFIXES:
+        torch.save(tensor, buffer)
+    else:
+        raise UsageError(f"{path}: suffix {path.suffix!r} is not known; use one of {', '.join(SUFFIXES)}")
+    path.write_bytes(buffer.getbuffer())

@@ -1,0 +1,190 @@
+"""Forward and backward pass of a whole chain on one backend, without autograd.
+
+Inside, an activation is a logical (features, batch) matrix, whatever its strides; between factors it is contiguous
+along the batch. Values of shape (a, b, c, d) are multiplied in place where they lie in memory as (a, d, b, c), the
+order of `ks.product.bmm.empty_values`.
+"""
+
+import functools
+from collections.abc import Sequence
+from subprocess import CalledProcessError
+
+import torch
+
+from ks.errors import UsageError
+from ks.patterns import Pattern
+from ks.product import bmm, tiles
+from ks.product.backend import backend_module, choose_impl
+from ks.product.merge import merge_runs, merged_pattern, partial_products, unmerge_gradient
+
+
+class ChainPasses:
+    """Forward and backward pass of one chain, W = K_1 … K_L, on batches of one size.
+
+    Everything that follows from the sizes is settled here, once: which neighbouring factors are multiplied with each
+    other before they meet the batch (`ks.product.merge`), the backend, and the order in which the outputs leave.
+
+    Args:
+        patterns: (a_l, b_l, c_l, d_l) of the factors, output side first.
+        batch: samples of a batch.
+        device, dtype: of x and of the values.
+        batch_last: x and y have the shapes (n, batch) and (m, batch) instead of (batch, n) and (batch, m).
+        block_order: leave the outputs in the order in which the left-most product makes them, which saves a
+            permutation; `output_rows` says which one it is.
+        impl, precision: as in `choose_impl`.
+    """
+
+    def __init__(
+        self,
+        patterns,
+        batch: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        batch_last: bool = False,
+        block_order: bool = False,
+        impl: str = "auto",
+        precision: str = "ieee",
+    ):
+        self.batch, self.batch_last, self.block_order, self.precision = batch, batch_last, block_order, precision
+        self.device, self.dtype = device, dtype
+        patterns = tuple(patterns)
+        runs = merge_runs(patterns, batch)
+        self.runs = [slice(start, stop) for start, stop in runs]
+        self.patterns = [functools.reduce(merged_pattern, patterns[run]) for run in self.runs]
+        self.backend = backend_module(choose_impl(impl, device, self.patterns, batch, dtype, precision)[0])
+        self.pair = None
+        if self.backend is not bmm and len(self.patterns) == 2:
+            arch = self.backend.architecture(device)
+            self.pair = tiles.pair_tiles(*self.patterns, batch, dtype.itemsize * 8, arch)
+
+    @property
+    def output_rows(self) -> torch.Tensor:
+        """The row of W behind each output feature, shape (m,), int64 on the CPU."""
+        a, b, _, d = self.patterns[0]
+        rows = torch.arange(a * b * d)
+        return rows.view(a, b, d).transpose(1, 2).flatten() if self.block_order else rows
+
+    def forward(self, x: torch.Tensor, values: list[torch.Tensor], keep: bool = True) -> list[torch.Tensor]:
+        """Return y = x Wᵀ, with its features in the order `output_rows`, and the activations that `backward` needs.
+
+        Args:
+            x: shape (batch, n), or (n, batch) if batch_last.
+            values: shapes (a_l, b_l, c_l, d_l), output side first.
+            keep: whether a backward pass will follow.
+        Returns:
+            [y, then, if `keep`, the input of every product except the right-most, from left to right, each of shape
+            (features, batch)]; y has the layout of x.
+        """
+        features = x if self.batch_last else x.t()
+        values = [partial_products(values, run)[-1] for run in self.runs]
+        y = x.new_empty((self.patterns[0].rows, self.batch) if self.batch_last else (self.batch, self.patterns[0].rows))
+        out = y if self.batch_last else y.t()
+        order = {"block_order": self.block_order, "precision": self.precision}
+        if self.pair is not None:
+            between = x.new_empty(self.patterns[1].rows, self.batch) if keep else None
+            self.backend.apply_pair(*values, features, out, between, self.pair, **order)
+            return [y] if between is None else [y, between]
+        inner = [features]
+        for factor, pattern in zip(values[:0:-1], self.patterns[:0:-1]):
+            entered = x.new_empty(pattern.rows, self.batch)
+            self.backend.apply_factor(factor, inner[0], entered, precision=self.precision)
+            inner = [entered, *inner] if keep else [entered]
+        self.backend.apply_factor(values[0], inner[0], out, out_block_order=self.block_order, precision=self.precision)
+        return [y, *inner[:-1]] if keep else [y]
+
+    def backward(
+        self,
+        gradient: torch.Tensor,
+        x: torch.Tensor,
+        values: list[torch.Tensor],
+        inner: list[torch.Tensor],
+        *,
+        needed: list[bool] | None = None,
+        out: list[torch.Tensor] | None = None,
+    ) -> list[torch.Tensor]:
+        """Return the gradients that are needed of (x, *values), by default those of the values.
+
+        Args:
+            gradient: of y, in the layout and order of y.
+            x, values: as given to `forward`.
+            inner: the activations that it returned after y.
+            needed: for x and each of the values, whether to return its gradient.
+            out: places for the gradients of the values, in the memory order of `empty_values`, any float dtype.
+        """
+        features, gradient = (x, gradient) if self.batch_last else (x.t(), gradient.t())
+        backend, precision = self.backend, self.precision
+        for_x, *for_values = needed or [False] + [True] * len(values)
+        products = [partial_products(values, run) for run in self.runs]
+        merged = [partials[-1] for partials in products]
+        last = max(index for index, run in enumerate(self.runs) if for_x or any(for_values[run]))
+        if backend is bmm:  # a copy, if one is needed, serves both products
+            a, _, _, d = self.patterns[0]
+            gradient = bmm.readable_blocks(gradient, a, d, self.block_order)
+        arriving = [gradient]  # arriving[l] is the gradient of what the l-th product makes
+        arriving += [x.new_empty(pattern.rows, self.batch) for pattern in self.patterns[1 : last + 1]]
+        if for_x:
+            x_gradient = torch.empty_like(x, memory_format=torch.contiguous_format)
+            arriving.append(x_gradient if self.batch_last else x_gradient.t())
+        if self.pair is not None and for_x:
+            order = {"block_order": self.block_order, "precision": precision}
+            backend.apply_pair(*merged, gradient, arriving[2], arriving[1], self.pair, transposed=True, **order)
+        else:
+            for index, factor in enumerate(merged[: len(arriving) - 1]):
+                first = self.block_order and index == 0
+                backend.apply_factor(
+                    factor.transpose(1, 2),
+                    arriving[index],
+                    arriving[index + 1],
+                    x_block_order=first,
+                    precision=precision,
+                )
+        gradients = []
+        for index, (partials, run, entered) in enumerate(zip(products, self.runs, [*inner, features])):
+            if not any(for_values[run]):
+                continue
+            places = out[run] if out else [bmm.empty_values(f.shape, x.device, x.dtype) for f in values[run]]
+            direct = len(partials) == 1 and places[0].dtype == x.dtype
+            product = places[0] if direct else bmm.empty_values(self.patterns[index], x.device, x.dtype)
+            first = self.block_order and index == 0
+            backend.values_gradient(arriving[index], entered, product, block_order=first, precision=precision)
+            if not direct:
+                for place, found in zip(places, unmerge_gradient(product, values[run], partials), strict=True):
+                    place.copy_(found)
+            gradients += [place for place, wanted in zip(places, for_values[run]) if wanted]
+        return [x_gradient, *gradients] if for_x else gradients
+
+
+def choose_working_impl(
+    impl: str, patterns: Sequence[Pattern], batch: int, device: torch.device, dtype: torch.dtype, **settings
+) -> tuple[str, str, str | None]:
+    """Choose a backend as `choose_impl` does, and make sure that its kernels compile here.
+
+    Args:
+        impl: 'auto', 'triton' or 'bmm'.
+        patterns, batch, device, dtype: as in `ChainPasses`.
+        settings: further arguments of `ChainPasses`.
+    Returns:
+        (backend, reason, warning); the warning says that Triton failed and bmm takes its place, else it is None.
+    Raises:
+        UsageError: 'triton' was asked for by name, and it fails.
+    """
+    chosen, reason = choose_impl(impl, device, patterns, batch, dtype, settings.get("precision", "ieee"))
+    if chosen == "bmm":
+        return chosen, reason, None
+    from triton.errors import TritonError
+
+    try:
+        passes = ChainPasses(patterns, batch, device, dtype, impl=chosen, **settings)
+        values = [bmm.empty_values(pattern, device, dtype).zero_() for pattern in patterns]
+        x = torch.zeros((patterns[-1].cols, batch) if passes.batch_last else (batch, patterns[-1].cols), device=device)
+        y, *inner = passes.forward(x.to(dtype), values)
+        passes.backward(y, x.to(dtype), values, inner)
+    except torch.OutOfMemoryError:
+        raise
+    except (TritonError, RuntimeError, CalledProcessError) as error:  # a missing C compiler is a RuntimeError
+        failure = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if impl == "triton":
+            raise UsageError(f"impl 'triton': the kernels fail here ({failure}); use 'auto' or 'bmm'") from error
+        return "bmm", "Triton fails here", f"the Triton kernels fail here ({failure}); torch.bmm takes their place"
+    return chosen, reason, None

@@ -1,0 +1,94 @@
+"""The files of a concluded sweep: runs, curves, summary and figures, all from results in memory."""
+
+from pathlib import Path
+
+from ks.bounds.floors import Floor
+from ks.bounds.plan import Plan
+from ks.cli.flags import SweepConfig
+from ks.files import columns
+from ks.files.atomic import read_json_object, write_csv, write_json
+from ks.files.curves import long_form
+from ks.files.layout import SweepFiles
+from ks.files.status import OK
+from ks.report.figures import save_figures, study_figures
+from ks.report.study import Study, curves_table, floor_frame, summary_frame
+from ks.report.summary import rank_row, run_row
+from ks.sweep.run import Result
+from ks.training.losses import LossKind
+from ks.training.problem import Problem
+
+
+def summarise(
+    results: list[Result], floors: dict[int, Floor | None], problem: Problem
+) -> tuple[list[dict], list[dict]]:
+    """Return the rows of the runs, and the row of every rank.
+
+    Floors are left out if a finished run has no population loss, because the criterion is not the mean squared error.
+
+    Args:
+        results: of all runs.
+        floors: of every rank, relative to predicting 0.
+        problem: that the runs solve.
+    """
+    runs = [
+        run_row(result.run.rank, result.curves, result.ending, result.run.seed, result.train_seconds)
+        for result in results
+    ]
+    measured = all(row["population_loss"] is not None for row in runs if row["status"] == OK)
+    rows = [
+        rank_row(
+            [row for row in runs if row["rank"] == rank],
+            problem.chain,
+            floor if measured else None,
+            problem.predict_zero_loss,
+        )
+        for rank, floor in floors.items()
+    ]
+    return runs, rows
+
+
+def write_outputs(
+    config: SweepConfig,
+    problem: Problem,
+    plan: Plan,
+    files: SweepFiles,
+    record: dict,
+    results: list[Result],
+    runs: list[dict],
+    rows: list[dict],
+) -> list[Path]:
+    """Write the tables and figures of a sweep.
+
+    Args:
+        config, problem, plan: of the sweep.
+        files: to write.
+        record: content of the sweep's config file; the label of the losses is added.
+        results: of all runs.
+        runs, rows: as `summarise` returns them.
+    Returns:
+        the paths of the summary and the figures.
+    """
+    losses = [read_json_object(result.run.files.config).get("loss", {}).get("name") for result in results]
+    record["loss"] = next(filter(None, losses), LossKind.MEAN_SQUARED_ERROR.value)
+    write_json(files.config, record)
+    summary = columns.names(columns.SUMMARY)
+    write_csv(files.runs_csv, columns.names(columns.RUNS), runs)
+    write_csv(
+        files.all_curves_csv,
+        columns.names(columns.ALL_CURVES),
+        (row for result in results for row in long_form(result.run.rank, result.run.seed, result.curves)),
+    )
+    write_csv(files.summary_csv, summary, rows)
+    write_json(files.summary_json, [{name: row.get(name) for name in summary} for row in rows])
+    study = Study(
+        name=files.directory.name,
+        curves=curves_table(zip(runs, (result.curves for result in results), strict=True)),
+        summary=summary_frame(rows),
+        floor=floor_frame(plan, problem.predict_zero_loss),
+        title=record["title"],
+        chain=problem.chain.describe(),
+        weight_sha256=problem.weight.sha256(),
+        loss_label=record["loss"],
+    )
+    drawn = study_figures(study, log_scale=config.log_scale, title=config.title, figsize=config.figsize)
+    return [files.summary_csv, *save_figures(drawn, files, config.formats, config.dpi)]

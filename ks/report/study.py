@@ -1,0 +1,68 @@
+"""A study as tables, for the figures."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import pandas as pd
+
+from ks.bounds.plan import Plan
+from ks.files import columns
+from ks.files.status import OK
+from ks.training.losses import LossKind
+
+
+@dataclass(frozen=True)
+class Study:
+    """One sweep.
+
+    curves: one row for each run and epoch (columns of the curves file, and seed). summary: one row for each rank
+    (columns of the summary; for a 2025 folder only the losses are filled). floor: columns of the floor file, empty if
+    there is no floor. title: weight and chain, None if not known.
+    """
+
+    name: str
+    curves: pd.DataFrame
+    summary: pd.DataFrame
+    floor: pd.DataFrame
+    title: str | None = None
+    chain: str | None = None
+    weight_sha256: str | None = None
+    loss_label: str = LossKind.MEAN_SQUARED_ERROR.value
+
+
+def curves_table(runs: Iterable[tuple[dict, list[dict]]]) -> pd.DataFrame:
+    """Return the curves to draw: failed runs only for ranks of which no seed finished.
+
+    Args:
+        runs: for each run its row (rank, seed, status) and its curves.
+    """
+    runs = list(runs)
+    well = {row["rank"] for row, _ in runs if str(row["status"]) == str(OK)}
+    drawn = [run for run in runs if str(run[0]["status"]) == str(OK) or run[0]["rank"] not in well]
+    return pd.DataFrame([epoch | {"seed": row["seed"]} for row, curves in drawn for epoch in curves])
+
+
+def summary_frame(rows: list[dict]) -> pd.DataFrame:
+    """Return the rows of the summary with all its columns, in their order."""
+    return pd.DataFrame([{name: row.get(name) for name in columns.names(columns.SUMMARY)} for row in rows])
+
+
+def floor_rows(plan: Plan, predict_zero_loss: float) -> list[dict]:
+    """Return the floors of every rank, of the chain and of low-rank, as rows of `ks.files.columns.FLOOR`."""
+    return [
+        {
+            "chain": chain.family,
+            "rank": rank,
+            "parameters": chain.parameters(rank),
+            "loss_floor": relative * predict_zero_loss,
+            "relative_loss": relative,
+        }
+        for chain, curve in plan.family_curves()
+        for rank, relative in enumerate(curve.tolist())
+        if rank > 0
+    ]
+
+
+def floor_frame(plan: Plan, predict_zero_loss: float) -> pd.DataFrame:
+    """Return `floor_rows` as a table, with all its columns also if it is empty."""
+    return pd.DataFrame(floor_rows(plan, predict_zero_loss), columns=columns.names(columns.FLOOR))

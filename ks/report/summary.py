@@ -1,0 +1,107 @@
+"""The rows of the summary: losses of a rank over its seeds, its distance to the floor, its verdict."""
+
+import math
+import statistics
+from typing import Any
+
+from ks.bounds.floors import Floor
+from ks.files.atomic import finite
+from ks.files.status import OK, Ending, Status
+from ks.patterns import Chain
+from ks.report.verdict import NEGLIGIBLE_FLOOR, Verdict, limit_of
+
+LOSSES = ("final_train_loss", "final_val_loss", "min_train_loss", "min_val_loss", "population_loss")
+WITH_ERROR = ("final_train_loss", "final_val_loss", "population_loss")
+
+
+def run_row(
+    rank: int, curves: list[dict], ending: Ending = OK, seed: int | None = None, train_seconds: float | None = None
+) -> dict:
+    """Return the row of one run, with the keys of `ks.files.columns.RUNS`.
+
+    Losses are None if a curve has no finite value; final ones also if the run has not finished.
+
+    Args:
+        rank: of the run.
+        curves: its rows, possibly none.
+        ending: of the run.
+        seed, train_seconds: of the run.
+    """
+    row = {"rank": rank, "seed": seed, "num_epochs": len(curves), "status": ending, "train_seconds": train_seconds}
+    for split in ("train", "val"):
+        values = [(entry[f"{split}_loss"], entry["epoch"]) for entry in curves if math.isfinite(entry[f"{split}_loss"])]
+        best, epoch = min(values, default=(None, None))
+        row |= {f"min_{split}_loss": best, f"min_{split}_epoch": epoch}
+    last = curves[-1] if curves and ending == OK else {}
+    for name in ("final_train_loss", "final_val_loss", "population_loss"):
+        row[name] = finite(last.get(name.removeprefix("final_")))
+    return row
+
+
+def rank_row(
+    runs: list[dict], chain: Chain | None = None, floor: Floor | None = None, predict_zero_loss: float = 1.0
+) -> dict:
+    """Return the row of one rank: means over its finished seeds, and the comparison with its floor.
+
+    Args:
+        runs: rows of `run_row` for one rank, one for each seed.
+        chain: for parameters and saturation; None if it is not known.
+        floor: of that rank, relative to predicting 0; None if there is none.
+        predict_zero_loss: loss of predicting 0 in the unit of the losses.
+    Returns:
+        a dict with the keys of `ks.files.columns.SUMMARY`, as far as they are known; and `failed`, whether a run ended
+        badly and was not interrupted.
+    """
+    finished = [run for run in runs if run["status"] == OK]
+    good = finished or runs
+    row: dict[str, Any] = {key: good[0][key] for key in ("rank", "min_train_epoch", "min_val_epoch", "num_epochs")}
+    row |= {"num_seeds": len(finished), "train_seconds": _mean([run["train_seconds"] for run in runs])}
+    row |= {name: _mean([run[name] for run in good]) for name in LOSSES}
+    row |= {f"{name}_se": _standard_error([run[name] for run in good]) for name in WITH_ERROR}
+    row["status"] = _joint_ending(runs)
+    row["failed"] = row["status"].status not in (Status.OK, Status.INTERRUPTED)
+    if chain is not None:
+        row["parameters"] = chain.parameters(row["rank"])
+        row["compression_ratio"] = chain.rows * chain.cols / row["parameters"]
+        row["saturated"] = row["rank"] >= chain.saturation_rank
+    if floor is not None:
+        row |= {"loss_floor": floor.lower * predict_zero_loss, "loss_floor_upper": floor.upper * predict_zero_loss}
+        row["loss_floor_is_exact"] = floor.exact
+    limit = None
+    if row["population_loss"] is not None and chain is not None:
+        relative = row["relative_loss"] = row["population_loss"] / predict_zero_loss
+        if floor is not None:
+            row |= _distance(relative, floor)
+            limit = limit_of(relative, row["final_train_loss"] / predict_zero_loss, floor)
+    row["verdict"] = None
+    if finished and chain is not None:
+        verdict = Verdict(limit, row["saturated"], row["compression_ratio"] < 1)
+        row["verdict"] = verdict if str(verdict) else None
+    return row
+
+
+def _joint_ending(runs: list[dict]) -> Ending:
+    bad = [run["status"] for run in runs if run["status"] != OK]
+    if not bad or len(runs) == 1:
+        return bad[0] if bad else OK
+    detail = f"{bad[0].detail}; " if bad[0].detail else ""
+    return Ending(bad[0].status, f"{detail}{len(bad)} of {len(runs)} seeds")
+
+
+def _distance(relative: float, floor: Floor) -> dict:
+    """Return the columns that compare a relative population loss with its floor."""
+    return {
+        "excess": max(0.0, relative - floor.lower),
+        "optimality_gap": max(0.0, relative / floor.lower - 1) if floor.lower >= NEGLIGIBLE_FLOOR else None,
+        "removed_share": (1 - relative) / (1 - floor.lower) if floor.lower < 1 else 1.0,
+    }
+
+
+def _mean(values: list) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def _standard_error(values: list) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.stdev(known) / len(known) ** 0.5 if len(known) > 1 else None

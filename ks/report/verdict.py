@@ -1,0 +1,108 @@
+"""The verdict on a rank: the rule that calls it converged, sample-limited or undertrained, and the advice from it."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from ks.bounds.floors import Floor
+from ks.errors import InternalError
+
+# A floor below this share of predicting 0 is zero for practical purposes: no ratio to it is reported.
+NEGLIGIBLE_FLOOR = 1e-6
+# Rounding of float32 factors and of the floor, as a share of predicting 0 and of the floor.
+ROUNDING = 1e-9
+# A rank has converged if its excess is at most 0.1% of predicting 0, or 1% of the smaller of its floor and of the loss
+# that its rank can remove (1 − floor): to be within 1% of a floor near 1 means nothing.
+CONVERGED_EXCESS = 0.001
+CONVERGED_SHARE = 0.01
+# Samples are the limit if the training loss shows less than half of the gap to the floor.
+SEEN_SHARE = 0.5
+
+
+class Limit(StrEnum):
+    """The limit of a trained rank; the value is the word in the files."""
+
+    CONVERGED = "converged"
+    SAMPLES = "sample-limited"
+    TRAINING = "undertrained"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The limit of a rank, None if there is no floor, and its marks; `str` is the text of the summary."""
+
+    limit: Limit | None
+    saturated: bool
+    larger_than_dense: bool
+
+    def __str__(self) -> str:
+        marks = {"saturated": self.saturated, "larger than dense": self.larger_than_dense}
+        words = [str(self.limit)] if self.limit else []
+        return ", ".join(words + [mark for mark, holds in marks.items() if holds])
+
+
+def limit_of(population_loss: float, train_loss: float, floor: Floor) -> Limit:
+    """Return the limit of a rank; all losses are relative to predicting 0.
+
+    converged: at most 0.1% of predicting 0 above the floor, or 1% of the smaller of the floor and of the loss that the
+    rank can remove. If the bounds of the floor differ, the upper one counts.
+    sample-limited: not converged, and the training loss shows less than half of the gap to the floor.
+    undertrained: neither.
+    """
+    gap = population_loss - floor.upper
+    if gap <= max(CONVERGED_SHARE * min(floor.upper, 1 - floor.upper), CONVERGED_EXCESS):
+        return Limit.CONVERGED
+    return Limit.SAMPLES if train_loss - floor.upper < SEEN_SHARE * gap else Limit.TRAINING
+
+
+def check_above_floor(population_loss: float | None, floor: Floor | None, predict_zero_loss: float = 1.0) -> None:
+    """Check that a population loss is not below its floor, which no chain can be; None is not checked.
+
+    Args:
+        population_loss: of a chain.
+        floor: of its rank, relative to predicting 0.
+        predict_zero_loss: loss of predicting 0, in the unit of `population_loss`.
+    Raises:
+        InternalError: it is, by more than rounding, so that the floor or the loss is computed wrongly.
+    """
+    if population_loss is None or floor is None:
+        return
+    relative = population_loss / predict_zero_loss
+    if relative < floor.lower * (1 - ROUNDING) - ROUNDING:
+        raise InternalError(
+            f"rank {floor.rank}: the population loss, {relative!r} of predicting 0, is below its floor, "
+            f"{floor.lower!r}; one of them is computed wrongly"
+        )
+
+
+def advice(rows: list[dict], sampling: str | None = None) -> list[str]:
+    """Return what to do about each rank that is not at its floor, one sentence each.
+
+    Args:
+        rows: of the summary, as `ks.report.summary.rank_row` returns them.
+        sampling: of the study.
+    """
+    sentences = []
+    for row in rows:
+        rank, verdict = row["rank"], row["verdict"]
+        if row["failed"]:
+            sentences.append(f"rank {rank}: {row['status']}; see its train.log")
+        elif verdict is not None and verdict.limit is Limit.SAMPLES:
+            remedy = "--sampling auto or more samples" if sampling == "fixed" else "more samples"
+            sentences.append(
+                f"rank {rank}: {_above(row)}, of which the training loss shows less than half: sample-limited; use "
+                f"{remedy}"
+            )
+        elif verdict is not None and verdict.limit is Limit.TRAINING:
+            removed = f"{row['removed_share']:.2%} of the loss that this rank can remove is removed"
+            sentences.append(f"rank {rank}: {_above(row)}, {removed}: undertrained; use more --num_epochs")
+    larger = [str(row["rank"]) for row in rows if row["verdict"] is not None and row["verdict"].larger_than_dense]
+    if larger:
+        sentences.append(f"rank {', '.join(larger)}: more parameters than the dense weight")
+    return sentences
+
+
+def _above(row: dict) -> str:
+    if row.get("optimality_gap") is None:
+        return f"{row['excess']:.2%} of predicting 0 above its floor"
+    gap = 100 * row["optimality_gap"]
+    return f"{gap:.0f}% above its floor" if gap >= 10 else f"{gap:.2g}% above its floor"

@@ -1,0 +1,46 @@
+"""The interface of a launcher: it runs many training processes and yields how each one ended."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, Self
+
+POLL_SECONDS = 0.1
+STOP_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """One process to run; its output goes to `log`."""
+
+    name: str
+    command: tuple[str, ...]
+    log: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a task ended; a negative code is the signal that killed it."""
+
+    returncode: int
+    seconds: float
+    timed_out: bool = False
+
+
+class Launcher(Protocol):
+    """A place to run trainings: a context manager that holds whatever the place needs, and stops what still runs."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, kind, error, traceback) -> None: ...
+
+    def run(self, tasks: Iterable[Task], poll: Callable[[list[Task]], None]) -> Iterator[tuple[Task, Outcome]]:
+        """Run tasks in the given order.
+
+        Args:
+            tasks: the processes.
+            poll: called several times a second with the running tasks.
+        Yields:
+            (task, outcome) as each ends; a failure is an outcome, never an exception.
+        """
+        ...

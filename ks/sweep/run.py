@@ -1,0 +1,93 @@
+"""One training of a sweep: its rank, seed, files and process, and its result."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from ks.cli.console import EXIT_FAILED, EXIT_OK
+from ks.cli.flags import SweepConfig, to_arguments
+from ks.files.atomic import read_json_object
+from ks.files.curves import curves_if_any
+from ks.files.layout import RunFiles, run_files
+from ks.files.status import OK, Ending, Status
+from ks.sweep.launcher import Outcome, Task
+from ks.training.checkpoints import is_finished
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a sweep."""
+
+    rank: int
+    seed: int
+    files: RunFiles
+    task: Task
+
+
+def seeds_of(config: SweepConfig) -> list[int]:
+    """Return the seeds of a sweep, each once, the first one first."""
+    return list(dict.fromkeys(config.seeds or [config.seed]))
+
+
+def runs_of(config: SweepConfig, ranks: list[int], output_dir: Path, trainer: Path) -> list[Run]:
+    """Return the runs of a sweep, by rank and seed.
+
+    Args:
+        config: of the sweep.
+        ranks: to train.
+        output_dir: absolute path of the results folder.
+        trainer: absolute path of the training script.
+    """
+    seeds = seeds_of(config)
+    runs = []
+    for rank in ranks:
+        for seed in seeds:
+            files = run_files(output_dir, rank, seed, seeds[0])
+            settings = config.training_settings() | {
+                "weight_path": Path(config.weight_path).absolute(),
+                "seed": seed,
+                "rank": rank,
+                "resume": True,
+                "output_dir": files.directory,
+                "save_prefix": files.prefix,
+            }
+            name = f"rank {rank}" if len(seeds) == 1 else f"rank {rank}, seed {seed}"
+            command = (sys.executable, str(trainer), *to_arguments(settings))
+            runs.append(Run(rank, seed, files, Task(name, command, files.log)))
+    return runs
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended, with its curves, read once. train_seconds: duration of the training, None if unknown."""
+
+    run: Run
+    ending: Ending
+    curves: list[dict]
+    train_seconds: float | None
+
+
+def result_of(run: Run, num_epochs: int, outcome: Outcome | None = None) -> Result:
+    """Read the files of a run.
+
+    Args:
+        run: of a sweep.
+        num_epochs: that it was to train.
+        outcome: of its process; None if it has not ended in this sweep: then it had finished before or is interrupted.
+    """
+    curves = curves_if_any(run.files.curves_csv)
+    log = read_json_object(run.files.training_log)
+    finished = is_finished(run.files, num_epochs, curves)
+    return Result(run, _ending(outcome, finished, log.get("status")), curves, log.get("train_seconds"))
+
+
+def _ending(outcome: Outcome | None, finished: bool, reported: str | None) -> Ending:
+    if outcome is None:
+        return OK if finished else Ending(Status.INTERRUPTED)
+    if outcome.timed_out:
+        return Ending(Status.TIMED_OUT)
+    if outcome.returncode == EXIT_OK and finished:
+        return OK
+    if outcome.returncode == EXIT_FAILED and reported in (Status.DIVERGED, Status.OUT_OF_MEMORY):
+        return Ending(Status(reported))
+    return Ending(Status.FAILED, f"exit {outcome.returncode}")

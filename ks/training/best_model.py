@@ -1,0 +1,69 @@
+"""The best model of a training: which one it is, and how a model is saved in the user's units."""
+
+import copy
+import math
+
+import torch
+
+from ks.bounds.moments import IsotropicInputs
+from ks.bounds.population_loss import population_loss
+from ks.files.atomic import save_tensors
+from ks.layer import KSLinear
+
+
+class BestModel:
+    """The model with the lowest validation loss; with `keep_start`, the start unless its population loss was beaten.
+
+    Args:
+        model: in training.
+        weight: W in internal units, float64.
+        inputs: second moment of x in internal units.
+        keep_start: whether the start is a result in its own right (a factorisation of W).
+    """
+
+    def __init__(self, model: KSLinear, weight: torch.Tensor, inputs: IsotropicInputs, keep_start: bool):
+        self.model, self.weight, self.inputs = model, weight, inputs
+        self.start = copy.deepcopy(model) if keep_start else None
+        self.val_loss = math.inf
+        self.row: dict | None = None
+        self.kept: KSLinear | None = None
+
+    def offer(self, val_loss: float, row: dict) -> None:
+        """Keep the model as it is now if its validation loss is the lowest so far; `row` is its epoch's."""
+        if val_loss < self.val_loss:
+            self.val_loss, self.row, self.kept = val_loss, row, copy.deepcopy(self.model)
+
+    def state(self) -> dict:
+        """Return everything that changes, for a checkpoint."""
+        assert self.row is not None
+        assert self.kept is not None
+        return {"val_loss": self.val_loss, "epoch": self.row["epoch"], "factors": [*self.kept.state_dict().values()]}
+
+    def restore(self, state: dict, curves: list[dict]) -> None:
+        """Put a state back; `curves` are those of the same checkpoint."""
+        self.offer(state["val_loss"], curves[state["epoch"] - 1])
+        assert self.kept is not None
+        for factor, values in zip(self.kept.factors, state["factors"], strict=True):
+            factor.data.copy_(values)
+
+    def population_loss(self) -> float:
+        """Return the relative population loss of the kept model."""
+        assert self.kept is not None
+        return population_loss(self.weight, self.kept.factors, self.inputs)
+
+    def chosen(self) -> KSLinear:
+        """Return the start if it was never beaten, else the kept model."""
+        assert self.kept is not None
+        if self.start is None:
+            return self.kept
+        start_loss = population_loss(self.weight, self.start.factors, self.inputs)
+        return self.start if start_loss <= self.population_loss() else self.kept
+
+
+def save_in_user_units(model: KSLinear, unit: float, path) -> None:
+    """Save `unit` times the dense weight of a model, the scale shared evenly by its factors."""
+    scaled = copy.deepcopy(model)
+    with torch.no_grad():
+        for factor in scaled.factors:
+            factor.mul_(unit ** (1 / len(scaled.factors)))
+    save_tensors(scaled.to_payload(), path)

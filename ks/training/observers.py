@@ -1,0 +1,60 @@
+"""What happens at the end of every epoch besides training: curves on disk, lines on the terminal."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from ks.cli.console import note
+from ks.cli.flags import TrainerConfig
+from ks.files.curves import write_curves
+from ks.files.layout import RunFiles
+
+
+@dataclass(frozen=True)
+class EpochEnd:
+    """One finished epoch.
+
+    curves: rows of all epochs so far, the last one of this epoch. losses, grad_norms: of its steps, shape (steps,).
+    """
+
+    curves: list[dict]
+    losses: torch.Tensor
+    grad_norms: torch.Tensor
+
+
+class Observer(Protocol):
+    """Told about every epoch, in one place of the training loop."""
+
+    def epoch_ended(self, end: EpochEnd) -> None: ...
+
+
+class CurvesOnDisk:
+    """Writes the curves, so that they are on disk whenever an epoch has ended."""
+
+    def __init__(self, files: RunFiles):
+        self.files = files
+
+    def epoch_ended(self, end: EpochEnd) -> None:
+        write_curves(self.files, end.curves)
+
+
+class ConsoleReport:
+    """Prints a line for every epoch on stderr; with --verbose, also lines within the epoch."""
+
+    def __init__(self, config: TrainerConfig):
+        self.config = config
+
+    def epoch_ended(self, end: EpochEnd) -> None:
+        config, row = self.config, end.curves[-1]
+        if config.quiet:
+            return
+        if config.verbose:
+            for step in range(config.log_interval - 1, len(end.losses), config.log_interval):
+                norm = f", gradient norm {end.grad_norms[step]:.4g}" if config.log_grad_norm else ""
+                note(f"  step {step + 1}/{len(end.losses)}: loss {end.losses[step]:.6g}{norm}")
+        norm = f", gradient norm {row['grad_norm']:.4g}" if "grad_norm" in row else ""
+        note(
+            f"epoch {row['epoch']}/{config.num_epochs}: train {row['train_loss']:.6g}, "
+            f"validation {row['val_loss']:.6g}{norm}, {row['epoch_seconds']:.2f} s"
+        )

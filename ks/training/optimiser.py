@@ -1,0 +1,125 @@
+"""One optimiser step: AdamW, Adam or SGD, clipped, with loss scaling for float16, without a host read.
+
+The updates are the fused kernels under `torch.optim`: building a `torch.optim.Optimizer` imports dynamo, which would
+double the start-up of every training subprocess.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# A value of a factor has the natural size 1/√c (it keeps the variance of its input). One Adam step of learning rate lr
+# moves it by RELATIVE_STEP · lr of that, whatever rank, shape and scale. Of what was tried, this and the second-moment
+# memory of 20 steps come closest to the floor at lr = 1e-3 (benchmarks/README.md).
+RELATIVE_STEP = 100.0
+ADAM_BETAS = (0.9, 0.95)
+ADAM_EPSILON = 1e-8
+SGD_MOMENTUM = 0.9
+
+
+class LossScale:
+    """Dynamic loss scaling for float16: halved when a gradient overflows (that step is skipped), doubled after 500 good
+    steps."""
+
+    def __init__(self, device):
+        self.scale = torch.full((), 2.0**16, device=device)
+        self.growth = torch.zeros((), dtype=torch.int32, device=device)
+        self.found_inf = torch.zeros((), device=device)
+
+    def unscale(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Divide a gradient by the scale in place; return 1.0 if any of it was not finite, else 0.0."""
+        self.found_inf.zero_()
+        torch._amp_foreach_non_finite_check_and_unscale_([gradient], self.found_inf, self.scale.reciprocal())
+        torch._amp_update_scale_(self.scale, self.growth, self.found_inf, 2.0, 0.5, 500)
+        return self.found_inf
+
+
+class Optimiser:
+    """AdamW, Adam or SGD with momentum: fused, clipped, loss-scaled for float16, without a host read.
+
+    Adam's rate is relative to the natural size of each factor's values (`RELATIVE_STEP`), SGD's is the plain one.
+
+    Args:
+        name: 'adamw', 'adam' or 'sgd'.
+        parameters: values of shape (a, b, c, d), float32, each without gaps in memory; updated in place.
+        weight_decay: AdamW's decay per unit of lr; for the others the factor of the L2 term.
+        max_grad_norm: the global gradient norm is clipped to this; 0 switches it off.
+        loss_scaling: for float16.
+
+    A step writes its gradients into `gradients`, laid out as the parameters, before it calls `update`.
+    """
+
+    def __init__(self, name, parameters, *, weight_decay=0.0, max_grad_norm=1.0, loss_scaling=False):
+        self.name, self.parameters = name, list(parameters)
+        self.max_grad_norm = max_grad_norm
+        device = self.parameters[0].device
+        self.loss_scale = LossScale(device) if loss_scaling else None
+        # One buffer, so that norm and scaling are one operation.
+        self._gradient = torch.zeros(sum(values.numel() for values in self.parameters), device=device)
+        parts = self._gradient.split([values.numel() for values in self.parameters])
+        self.gradients = [part.as_strided(v.shape, v.stride()) for part, v in zip(parts, self.parameters)]
+        self.count = torch.zeros((), device=device)
+        if name == "sgd":
+            self.rate_factors = [1.0] * len(self.parameters)
+            self.moments = [[torch.zeros_like(values)] for values in self.parameters]
+            self._fused: Callable[..., None] = torch._fused_sgd_
+            self._settings: dict[str, Any] = {
+                "momentum": SGD_MOMENTUM,
+                "dampening": 0.0,
+                "nesterov": False,
+                "is_first_step": False,
+            }
+        else:
+            self.rate_factors = [RELATIVE_STEP * values.shape[2] ** -0.5 for values in self.parameters]
+            self.moments = [[torch.zeros_like(values), torch.zeros_like(values)] for values in self.parameters]
+            self._fused = torch._fused_adamw_ if name == "adamw" else torch._fused_adam_
+            self._settings = {"beta1": ADAM_BETAS[0], "beta2": ADAM_BETAS[1], "eps": ADAM_EPSILON, "amsgrad": False}
+        # Decoupled decay is per unit of the plain rate.
+        self._decays = [weight_decay / factor if name == "adamw" else weight_decay for factor in self.rate_factors]
+
+    @property
+    def scale(self):
+        """The number by which a step multiplies its loss gradient: the loss scale, or 1."""
+        return 1.0 if self.loss_scale is None else self.loss_scale.scale
+
+    def state(self) -> list[torch.Tensor]:
+        """Return every tensor that a step changes and the next one reads."""
+        scaling = vars(self.loss_scale).values() if self.loss_scale else ()
+        return [*self.parameters, *itertools.chain(*self.moments), self.count, *scaling]
+
+    def update(self, lr: float | torch.Tensor) -> torch.Tensor:
+        """Update the parameters from `gradients`.
+
+        Args:
+            lr: learning rate of this step; a scalar tensor on the device can change under a captured graph.
+        Returns:
+            the gradient norm before clipping, a scalar on the device.
+        """
+        found_inf = None if self.loss_scale is None else self.loss_scale.unscale(self._gradient)
+        norm = torch.linalg.vector_norm(self._gradient)
+        divisor = None
+        if self.max_grad_norm:
+            # The fused kernels divide the gradients by this number. On a CPU that costs a second pass over memory, so
+            # it is left out if nothing is clipped.
+            divisor = (norm / self.max_grad_norm).clamp_(min=1.0)
+            if divisor.device.type == "cpu" and divisor == 1:
+                divisor = None
+        self.count += 1.0 if found_inf is None else 1.0 - found_inf
+        for values, gradient, moments, factor, decay in zip(
+            self.parameters, self.gradients, self.moments, self.rate_factors, self._decays, strict=True
+        ):
+            state = [[values], [gradient], *([moment] for moment in moments)]
+            if self.name != "sgd":
+                state += [[], [self.count]]
+            self._fused(
+                *state,
+                lr=lr * factor,
+                weight_decay=decay,
+                maximize=False,
+                grad_scale=divisor,
+                found_inf=found_inf,
+                **self._settings,
+            )
+        return norm

@@ -1,0 +1,109 @@
+"""Random inputs and their targets: whitened, fresh or fixed, the same for every rank of a study."""
+
+from collections.abc import Callable
+
+import torch
+
+from ks.bounds.moments import UNIT_INPUTS, IsotropicInputs
+
+_STREAMS = {"train": 0, "validation": 1, "shuffle": 2, "init": 3}
+
+
+def seeded_generator(seed: int, stream: str, epoch: int = 0, device="cpu") -> torch.Generator:
+    """Return a generator for one purpose of one run, so that no draw of one stream or epoch shifts those of another."""
+    mixed = (seed * len(_STREAMS) + _STREAMS[stream]) * 1_000_003 + epoch
+    return torch.Generator(device).manual_seed(mixed % 2**63)
+
+
+def whiten(samples: torch.Tensor) -> torch.Tensor:
+    """Return X · chol(XᵀX / N)⁻ᵀ, whose second moment is I: its full-batch loss is the population loss.
+
+    Args:
+        samples: X, shape (N, n) with N ≥ n, any float dtype.
+    Returns:
+        tensor of the same shape and dtype. For N < 2n, XᵀX is too ill-conditioned for float32 and the work is done in
+        float64; otherwise float32 leaves an error below 1e-6 in any entry of XᵀX / N.
+    """
+    count, features = samples.shape
+    wide = samples.to(torch.float32 if count >= 2 * features else torch.float64)
+    root = torch.linalg.cholesky(wide.t() @ wide / count)
+    return torch.linalg.solve_triangular(root.t(), wide, upper=True, left=False).to(samples.dtype).contiguous()
+
+
+class Samples:
+    """Gaussian inputs x of second moment C and their targets W x in batches, the same for every rank of a study.
+
+    A batch keeps its samples and epochs shuffle the batches, so that a step reads a batch in place; shuffling single
+    samples comes no closer to the floor (benchmarks/README.md).
+
+    Args:
+        weight: W, shape (m, n), float32, on the device to train on.
+        num_train: number of training samples; samples that do not fill a batch are left out.
+        num_validation: number of validation samples.
+        batch_size: of the training batches.
+        sampling: 'whitened' (one set, second moment exactly C), 'fresh' (a new set every epoch) or 'fixed'.
+        seed: of inputs and shuffles.
+        inputs_moment: C.
+        output_rows: the order of the targets in a batch of a given size, as rows of W; the natural one unless told.
+        batch_last: batches of shape (n, batch) instead of (batch, n).
+        dtype: of the inputs; targets stay float32.
+
+    `inputs` and `targets` hold the training batches, shape (steps, batch, n or m); with `fresh` an epoch overwrites
+    them. `validation` holds batches of other samples; their mean losses, weighted by `validation_shares`, give the mean
+    over all of them.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        num_train: int,
+        num_validation: int,
+        batch_size: int,
+        *,
+        sampling: str,
+        seed: int,
+        inputs_moment: IsotropicInputs = UNIT_INPUTS,
+        output_rows: Callable[[int], torch.Tensor] | None = None,
+        batch_last: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.weight, self.batch_size, self.output_rows = weight, batch_size, output_rows
+        self.inputs_moment = inputs_moment
+        self.sampling, self.seed, self.batch_last, self.dtype = sampling, seed, batch_last, dtype
+        self.steps_per_epoch = num_train // batch_size
+        drawn = self._draw(num_validation, "validation")
+        self.validation = [batch for part in drawn.split(1024) for batch in zip(*self._with_targets(part, len(part)))]
+        shares = torch.tensor([targets.numel() for _, targets in self.validation], device=weight.device)
+        self.validation_shares = shares / shares.sum()
+        drawn = self._draw(self.steps_per_epoch * batch_size, "train", epoch=1 if sampling == "fresh" else 0)
+        if sampling == "whitened":
+            drawn = whiten(drawn)
+        self.inputs, self.targets = self._with_targets(drawn, batch_size)
+
+    def _draw(self, count: int, stream: str, epoch: int = 0) -> torch.Tensor:
+        device = self.weight.device
+        generator = seeded_generator(self.seed, stream, epoch, device)
+        return torch.randn(count, self.weight.shape[1], generator=generator, device=device)
+
+    def _with_targets(self, inputs, batch_size):
+        """Return coloured inputs and their targets in batches, contiguous in the training layout."""
+        weight = self.weight if self.output_rows is None else self.weight[self.output_rows(batch_size)]
+        inputs = self.inputs_moment.colour(inputs)
+        inputs, targets = (
+            samples.unflatten(0, (-1, batch_size)) for samples in (inputs.to(self.dtype), inputs @ weight.t())
+        )
+        if self.batch_last:  # steps batch features -> steps features batch
+            inputs, targets = inputs.transpose(1, 2).contiguous(), targets.transpose(1, 2).contiguous()
+        return inputs, targets
+
+    def start_epoch(self, number: int) -> torch.Tensor:
+        """Draw new samples if epoch `number` (from 1) needs any; return the order of its batches, int64 on the CPU."""
+        if self.sampling == "fresh":
+            if number > 1:
+                drawn = self._draw(self.steps_per_epoch * self.batch_size, "train", number)
+                for samples, new in zip(
+                    (self.inputs, self.targets), self._with_targets(drawn, self.batch_size), strict=True
+                ):
+                    samples.copy_(new)
+            return torch.arange(self.steps_per_epoch)
+        return torch.randperm(self.steps_per_epoch, generator=seeded_generator(self.seed, "shuffle", number))

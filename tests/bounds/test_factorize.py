@@ -1,0 +1,76 @@
+"""The factorisation of a weight, its loss and the singular values behind it against independent truth."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from chains import SEEDS, random_chain, random_weight
+
+import ks
+from ks.bounds.factorize import factorize, tail_energies
+from ks.bounds.floors import floor_curve, loss_floor
+from ks.errors import UsageError
+from ks.patterns import Chain, chainability, patterns_of_ranks
+from ks.product.reference import chain_to_dense
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 7), (3, 7, 4), (1, 5, 5), (4, 1, 6)])
+def test_tail_energies_are_sums_of_squared_singular_values(shape):
+    matrices = torch.randn(shape, dtype=torch.float64)
+    squares = torch.linalg.svdvals(matrices).square()
+    expected = [squares[:, rank:].sum().item() for rank in range(min(shape[1:]) + 1)]
+    torch.testing.assert_close(tail_energies(matrices), torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_an_exact_chain_of_any_ranks_is_recovered_to_machine_precision(seed):
+    chain = random_chain(seed)
+    generator = random.Random(1000 + seed)
+    ranks = [generator.randint(1, 6) for _ in range(chain.num_splits)]
+    patterns = patterns_of_ranks(chain.row_splits, chain.col_splits, ranks)
+    torch.manual_seed(seed)
+    weight = chain_to_dense([torch.randn(*pattern, dtype=torch.float64) for pattern in patterns])
+    values = factorize(weight, patterns)
+    assert (weight - chain_to_dense(values)).norm() <= 1e-12 * weight.norm()
+    assert floor_curve(weight, chain)[min(max(ranks), chain.saturation_rank)] <= 1e-12 * weight.square().sum()
+
+
+def test_left_factors_are_orthonormal_per_block():
+    chain = Chain("explicit", 12, 30, (2, 3, 2), (5, 2, 3))
+    for factor in factorize(random_weight(chain), chain.patterns(2))[:-1]:
+        a, b, c, d = factor.shape
+        for i in range(a):
+            for t in range(d):
+                columns = factor[i, :, :, t].reshape(b, -1, 2).permute(1, 0, 2)
+                gram = columns.mT @ columns
+                torch.testing.assert_close(gram, torch.eye(2, dtype=gram.dtype).expand_as(gram))
+
+
+# lazylinop 1.24 fails an assertion of its own on three factors of rank 2 and more.
+@pytest.mark.parametrize("shape", [(16, 16), (24, 36), (36, 24)])
+@pytest.mark.parametrize(
+    ("family", "rank"), [("monarch", 1), ("monarch", 2), ("monarch", 3), ("lowrank", 4), ("butterfly", 1)]
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_factorisation_agrees_with_lazylinop(shape, family, rank):
+    """An independent implementation of the same left-to-right algorithm."""
+    butterfly = pytest.importorskip("lazylinop.butterfly")
+    chain = ks.make_chain(*shape, family)
+    patterns = chain.patterns(rank)
+    weight = random_weight(chain, rank)
+    theirs = butterfly.ksd(weight.numpy(), butterfly.Chain([tuple(p) for p in patterns]))
+    their_loss = np.square(weight.numpy() - theirs @ np.eye(shape[1])).sum() / shape[0]
+    assert loss_floor(weight, chain, [rank])[0].upper == pytest.approx(their_loss, rel=1e-8)
+
+
+def test_what_has_no_factorisation_says_why():
+    with pytest.raises(UsageError, match="must have a = 1"):
+        factorize(torch.randn(8, 8), [(2, 4, 4, 1)])
+    with pytest.raises(UsageError, match="last d = 1"):
+        factorize(torch.randn(8, 8), [(1, 4, 4, 2)])
+    assert chainability(ks.Pattern(1, 4, 3, 4), ks.Pattern(2, 2, 4, 3)) is None
+    with pytest.raises(UsageError, match="not chainable"):
+        factorize(torch.randn(16, 8), [(1, 4, 3, 4), (2, 2, 1, 3), (2, 3, 4, 1)])
+    with pytest.raises(UsageError, match=r"\(12, 20\): this chain needs a weight of shape \(20, 12\)"):
+        factorize(torch.randn(12, 20), ks.make_chain(20, 12).patterns(2))

@@ -1,0 +1,118 @@
+"""Floors against independent truth."""
+
+import pytest
+import torch
+from chains import SEEDS, loss, random_chain, random_weight
+
+import ks
+from ks.bounds.factorize import factorize, tail_energies
+from ks.bounds.floors import floor_curve, loss_floor, split_blocks
+from ks.bounds.moments import IsotropicInputs
+from ks.errors import UsageError
+from ks.patterns import Chain
+from ks.product.reference import chain_to_dense
+
+
+def test_split_blocks_are_those_of_the_definition():
+    chain = Chain("explicit", 12, 30, (2, 3, 2), (5, 2, 3))
+    weight = random_weight(chain)
+    for split in (1, 2):
+        height, outer, inner, width = chain.block_shape(split)
+        blocks = split_blocks(weight, chain, split)
+        assert blocks.shape == (outer, inner, height, width)
+        for t in range(outer):
+            for i in range(inner):
+                assert torch.equal(blocks[t, i], weight[t::outer, i * width : (i + 1) * width])
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_bounds_are_ordered_and_the_upper_one_is_the_factorisations_true_error(seed):
+    chain = random_chain(seed)
+    weight = random_weight(chain, seed)
+    for rank in (1, 2, 3, 50):
+        (floor,) = loss_floor(weight, chain, [rank])
+        values = factorize(weight, chain.patterns(rank))
+        assert [tuple(factor.shape) for factor in values] == list(chain.patterns(rank))
+        assert loss(weight, values) == pytest.approx(floor.upper, rel=1e-9, abs=1e-12)
+        splits = range(1, chain.num_splits + 1)
+        energies = [tail_energies(split_blocks(weight, chain, split)) for split in splits]
+        tails = [tail[min(rank, len(tail) - 1)].item() / chain.rows for tail in energies]
+        assert floor.lower == pytest.approx(max(tails), abs=1e-12)
+        assert floor.upper <= sum(tails) * (1 + 1e-9) + 1e-12
+        assert floor.exact or chain.num_splits > 1
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_brute_force_optimum_beats_the_lower_bound_and_two_factors_reach_it(seed):
+    chain = random_chain(seed, length=2 + seed % 2)
+    weight, rank = random_weight(chain, seed), 1 + seed % 3
+    (floor,) = loss_floor(weight, chain, [rank])
+    found = min(lbfgs(weight, chain.patterns(rank), start) for start in range(3))
+    assert found >= floor.lower - 1e-10
+    if floor.exact:
+        assert found == pytest.approx(floor.lower, rel=1e-4, abs=1e-8)
+
+
+def lbfgs(weight, patterns, seed):
+    generator = torch.Generator().manual_seed(seed)
+    values = [torch.randn(*p, dtype=torch.float64, generator=generator).requires_grad_() for p in patterns]
+    eye = torch.eye(weight.shape[1], dtype=torch.float64)
+    optimizer = torch.optim.LBFGS(values, max_iter=500, line_search_fn="strong_wolfe", tolerance_change=1e-14)
+
+    def closure():
+        optimizer.zero_grad()
+        value = (weight - ks.chain_product(eye, values, batch_last=True)).square().sum() / len(weight)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return closure().item()
+
+
+def hadamard(levels):
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    for _ in range(levels):
+        matrix = torch.kron(matrix, torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64))
+    return matrix
+
+
+def bit_reversed_real_dft(levels):
+    size = 2**levels
+    order = [int(format(k, f"0{levels}b")[::-1], 2) for k in range(size)]
+    angles = torch.arange(size, dtype=torch.float64)[:, None] * torch.tensor(order, dtype=torch.float64)
+    return torch.cos(2 * torch.pi * angles / size)
+
+
+@pytest.mark.parametrize(("weight", "rank"), [(hadamard(7), 1), (bit_reversed_real_dft(7), 2)], ids=["Hadamard", "DFT"])
+def test_fast_transforms_are_exact_butterflies_and_far_from_low_rank(weight, rank):
+    chain = ks.make_chain(128, 128, "butterfly", num_factors=7)
+    values = factorize(weight, chain.patterns(rank))
+    assert (weight - chain_to_dense(values)).norm() <= 1e-13 * weight.norm()
+    assert floor_curve(weight, chain)[rank] <= 1e-13 * 128
+    lowrank = floor_curve(weight, ks.make_chain(128, 128, "lowrank"))
+    assert lowrank[chain.parameters(rank) // 256] > 0.5 * lowrank[0]
+
+
+def test_what_has_no_floor_says_why():
+    weight = torch.randn(12, 20)
+    with pytest.raises(UsageError, match="no floor: .* lowrank_butterfly"):
+        floor_curve(weight, ks.make_chain(12, 20, "lowrank_butterfly"))
+    with pytest.raises(UsageError, match=r"\(12, 20\): this chain needs a weight of shape \(20, 12\)"):
+        floor_curve(weight, ks.make_chain(20, 12))
+    with pytest.raises(UsageError, match="positive integer"):
+        loss_floor(weight, ks.make_chain(12, 20), [0])
+
+
+@pytest.mark.parametrize("chain", [ks.make_chain(24, 36), ks.make_chain(24, 36, "butterfly")], ids=lambda c: c.family)
+def test_floors_grow_with_the_energy_of_the_inputs(chain):
+    weight, ranks, inputs = random_weight(chain), [1, 2, 3, 50], IsotropicInputs(3.0)
+    curve = floor_curve(weight, chain, inputs)
+    torch.testing.assert_close(curve, 9 * floor_curve(weight, chain))
+    floors, of_unit = loss_floor(weight, chain, ranks, inputs=inputs), loss_floor(weight, chain, ranks)
+    assert floors == loss_floor(weight, chain, ranks, curve, inputs)
+    assert all(floor.lower < floor.upper for floor in floors[:2]) is (chain.num_splits > 1)
+    rounding = 1e-13 * curve[0].item()  # of a bound that is zero
+    for ours, unit in zip(floors, of_unit, strict=True):
+        assert (ours.rank, ours.exact) == (unit.rank, unit.exact)
+        assert ours.lower == pytest.approx(9 * unit.lower, rel=1e-9, abs=rounding)
+        assert ours.upper == pytest.approx(9 * unit.upper, rel=1e-9, abs=rounding)

@@ -1,0 +1,80 @@
+"""Every way in which a script can end has its exit code, and errors of the user have one line."""
+
+import os
+import signal
+
+import pytest
+
+from ks.cli import console
+from ks.errors import InternalError, UsageError
+
+
+def ending_with(error):
+    @console.script
+    def main(argv=None):
+        raise error
+
+    return main
+
+
+@pytest.fixture(autouse=True)
+def keep_signal_handlers():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("code", [0, 1, 3])
+def test_an_exit_code_is_handed_on(code, capsys):
+    main = console.script(lambda argv=None: code)
+    assert main() == main(["--flag"]) == code
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UsageError("--rank 0: too small"), 2, "test_console.py: error: --rank 0: too small"),
+        (KeyboardInterrupt(), 130, "test_console.py: interrupted"),
+    ],
+    ids=["usage", "interrupt"],
+)
+def test_what_the_user_did_is_one_line(capsys, error, code, line):
+    assert ending_with(error)([]) == code
+    assert capsys.readouterr() == ("", f"{line}\n")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("x"), OSError(28, "full"), AssertionError("x"), InternalError("x"), RuntimeError("x"), KeyError("x")],
+    ids=lambda error: type(error).__name__,
+)
+def test_any_other_exception_is_a_fault_of_the_program(capsys, error):
+    assert ending_with(error)([]) == 4
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert type(error).__name__ in lines[-2]
+    assert lines[-1] == "test_console.py: internal error; please report it with the command line"
+
+
+def test_an_exit_is_an_exit():
+    with pytest.raises(SystemExit) as raised:
+        ending_with(SystemExit(3))([])
+    assert raised.value.code == 3
+
+
+def test_notes_are_on_stderr_unless_quiet(capsys):
+    console.note("one")
+    console.note("two", quiet=True)
+    assert capsys.readouterr() == ("", "one\n")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_interrupts_and_is_remembered(sent):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell's & sets it
+    interrupted = console.interrupt_on_signals()
+    assert not interrupted.is_set()
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), sent)
+    assert interrupted.is_set()

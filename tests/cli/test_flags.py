@@ -1,0 +1,172 @@
+"""Every flag is a field of a configuration, and every field a flag."""
+
+import dataclasses
+import importlib
+
+import pytest
+
+from ks.cli import flags
+from ks.cli.flags import Parser, SweepConfig, TrainerConfig, TrainingFlags, groups, to_arguments
+
+CONFIGS = {
+    "train_with_random": flags.TrainerConfig,
+    "rank_sweep_study": flags.SweepConfig,
+    "plot_rank_results": flags.PlotConfig,
+    "generate_test_weight": flags.GeneratorConfig,
+    "example_rank_sweep": flags.DemoConfig,
+}
+REQUIRED = {"weight_path": ["--weight_path", "w.pth"], "results_dir": ["--results_dir", "a", "b"]}
+# A value for every flag that a training shares with its sweep, none of them a default.
+UNUSUAL = {
+    "weight_path": "a folder/w.pth",
+    "weight_key": "layer.0 weight",
+    "transpose": True,
+    "chain": "butterfly",
+    "blocks": 8,
+    "num_factors": 5,
+    "row_splits": (4, 4),
+    "col_splits": (4, 6),
+    "num_epochs": 7,
+    "batch_size": 3,
+    "lr": 1e-05 / 3,
+    "weight_decay": 0.1,
+    "optimizer": "sgd",
+    "scheduler": "plateau",
+    "scheduler_patience": 0,
+    "scheduler_factor": 1 / 3,
+    "step_size": 2,
+    "gamma": 1e-300,
+    "max_grad_norm": 0.5,
+    "init": "hierarchical",
+    "seed": 12345678901,
+    "num_samples": 99,
+    "val_split": 0.1 + 0.2,
+    "input_std": 1e10,
+    "sampling": "fixed",
+    "impl": "bmm",
+    "float32_precision": "tf32",
+    "bs_last": True,
+    "device": "cuda:1",
+    "dtype": "bfloat16",
+    "log_grad_norm": True,
+    "log_interval": 9,
+    "verbose": True,
+    "quiet": True,
+    "save_interval": 4,
+    "resume_interval": 0.25,
+}
+
+
+def required_of(config):
+    return [word for field in dataclasses.fields(config) for word in REQUIRED.get(field.name, [])]
+
+
+def actions_of(config):
+    return {action.dest: action for action in Parser(config, "")._actions if action.dest != "help"}
+
+
+@pytest.mark.parametrize("script", CONFIGS)
+def test_a_script_parses_into_its_configuration(script):
+    parser = importlib.import_module(script).build_parser()
+    assert parser.config is CONFIGS[script]
+    assert type(parser.parse(required_of(CONFIGS[script]))) is CONFIGS[script]
+    text = parser.format_help()
+    assert all(f"--{field.name}" in text for field in dataclasses.fields(CONFIGS[script]))
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_every_field_reaches_the_parser_with_its_default(config):
+    fields, actions = {field.name: field for field in dataclasses.fields(config)}, actions_of(config)
+    assert actions.keys() == fields.keys()
+    parsed = Parser(config, "").parse(required_of(config))
+    for name, field in fields.items():
+        described = field.metadata["flag"]
+        assert actions[name].option_strings == [f"--{name}", *described.aliases]
+        assert actions[name].required is described.required
+        assert described.help
+        if not described.required:
+            assert getattr(parsed, name) == field.default
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_every_field_is_in_one_group_under_its_title(config):
+    titles = [title for title, _ in groups(config)]
+    assert len(set(titles)) == len(titles)
+    assert titles[0] == config.TITLE
+    grouped = [field.name for _, fields in groups(config) for field in fields]
+    assert sorted(grouped) == sorted(field.name for field in dataclasses.fields(config))
+
+
+def test_a_configuration_cannot_be_changed():
+    config = Parser(TrainerConfig, "").parse(["--weight_path", "w.pth"])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.rank = 3
+
+
+def test_the_settings_of_a_training_are_all_shared_flags_and_no_others():
+    shared = [field.name for field in dataclasses.fields(TrainingFlags)]
+    assert sorted(UNUSUAL) == sorted(shared)
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainingFlags)}
+    assert not [name for name, value in UNUSUAL.items() if value == defaults[name]]
+    for config in (TrainerConfig, SweepConfig):
+        assert sorted(config(weight_path="w.pth").training_settings()) == sorted(shared)
+
+
+@pytest.mark.parametrize("changed", [{}, UNUSUAL], ids=["defaults", "unusual"])
+def test_the_settings_of_a_sweep_parse_back_to_the_same_trainer_configuration(changed):
+    sweep = SweepConfig(**{"weight_path": "w.pth"} | changed)
+    parsed = Parser(TrainerConfig, "").parse(to_arguments(sweep.training_settings()))
+    assert parsed == TrainerConfig(**sweep.training_settings())
+    assert parsed.training_settings() == sweep.training_settings()
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_every_single_setting_survives_the_command_line(name):
+    sweep = SweepConfig(**{"weight_path": "w.pth", name: UNUSUAL[name]})
+    assert getattr(Parser(TrainerConfig, "").parse(to_arguments(sweep.training_settings())), name) == UNUSUAL[name]
+
+
+def test_what_is_off_or_not_given_is_left_out():
+    settings = {"a": None, "b": False, "c": True, "d": 0, "e": (1, 2), "f": ""}
+    assert to_arguments(settings) == ["--c", "--d", "0", "--e", "1", "2", "--f", ""]
+
+
+def test_defaults_of_the_contract():
+    trainer, sweep = TrainerConfig(weight_path="w.pth"), SweepConfig(weight_path="w.pth")
+    assert (trainer.num_epochs, trainer.rank, trainer.save_interval) == (100, 4, 10)
+    assert (trainer.output_dir, trainer.save_prefix) == ("./trained_models", "ks_chain")
+    assert (sweep.num_epochs, sweep.save_interval) == (50, 0)
+    assert (sweep.output_dir, sweep.save_prefix) == ("./rank_sweep_results", "rank_sweep")
+    generator = flags.GeneratorConfig()
+    assert (generator.output_features, generator.input_features) == (2048, 4096)
+    assert generator.output_path == "./test_weight.pth"
+
+
+def test_old_names_of_flags_are_taken():
+    parser = Parser(SweepConfig, "")
+    new = parser.parse(["--weight_path", "w.pth", "--title", "T"])
+    assert parser.parse(["--weight_path", "w.pth", "--plot_title", "T"]) == new
+    assert parser.parse(["--weight_path", "w.pth", "--save_plots"]).save_plots
+    assert Parser(flags.PlotConfig, "").parse(["--results_dir", "a", "--plot_title", "T"]).title == "T"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rank", "0"], "'0' is not a positive integer"),
+        (["--lr", "inf"], "'inf' is not a positive number"),
+        (["--val_split", "1"], "'1' is not a number between 0 and 1"),
+        (["--seed", "-1"], "'-1' is not a non-negative integer"),
+        (["--save_prefix", ".hidden"], "is not a file name prefix"),
+        (["--num_epoch", "3"], "unrecognized arguments"),
+        (["--scheduler", "linear"], "invalid choice"),
+    ],
+    ids=str,
+)
+def test_a_bad_command_line_is_one_line(capsys, arguments, message):
+    with pytest.raises(SystemExit) as raised:
+        Parser(TrainerConfig, "").parse(["--weight_path", "w.pth", *arguments])
+    assert raised.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert line.endswith("(--help lists the flags)")

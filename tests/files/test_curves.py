@@ -1,0 +1,126 @@
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+
+from ks.errors import UsageError
+from ks.files import columns
+from ks.files.curves import EpochCounter, curves_if_any, long_form, read_curves, write_curves
+from ks.files.layout import RunFiles
+
+ROWS = [
+    {
+        "epoch": 1,
+        "train_loss": 0.3,
+        "val_loss": 0.1 + 0.2,
+        "rank": 4,
+        "population_loss": 0.5,
+        "lr": 1e-3,
+        "epoch_seconds": 0.5,
+    },
+    {
+        "epoch": 2,
+        "train_loss": 0.25,
+        "val_loss": 0.35,
+        "rank": 4,
+        "population_loss": 0.25,
+        "lr": 5e-4,
+        "epoch_seconds": 0.5,
+    },
+]
+
+
+def test_curves_survive_a_round_trip_to_the_bit(tmp_path):
+    files = RunFiles(tmp_path, "p", 4)
+    write_curves(files, ROWS)
+    assert read_curves(files.curves_csv) == ROWS
+    stored = json.loads(files.curves_json.read_text())
+    assert stored["val_losses"] == [0.1 + 0.2, 0.35]
+
+
+def test_no_file_holds_nan(tmp_path):
+    files = RunFiles(tmp_path, "p", 4)
+    write_curves(files, [ROWS[0] | {"train_loss": math.nan, "val_loss": math.inf}])
+    assert "NaN" not in files.curves_json.read_text()
+    assert json.loads(files.curves_json.read_text())["train_losses"] == [None]
+    assert math.isnan(read_curves(files.curves_csv)[0]["train_loss"])
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_header_and_keys_are_the_declared_columns(tmp_path, measured):
+    """The gradient norm has a column only if it was measured."""
+    files = RunFiles(tmp_path, "p", 4)
+    write_curves(files, [row | ({"grad_norm": 1.0} if measured else {}) for row in ROWS])
+    declared = [column for column in columns.CURVES if measured or column.name != "grad_norm"]
+    assert files.curves_csv.read_text().splitlines()[0].split(",") == columns.names(declared)
+    keys = ["rank", *(column.plural for column in declared if column.name != "rank")]
+    assert list(json.loads(files.curves_json.read_text())) == keys
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        (b"epoch,train_loss\n1,2\n", "lacks the columns val_loss, rank"),
+        (b"epoch,train_loss,val_loss,rank\n1,0.5,0.5,2\n2,zwei,0.5,2\n", "line 3: could not convert"),
+        (b"epoch,train_loss,val_loss,rank\n1,0.5,0.5\n", "line 2"),
+        (b"epoch,train_loss,val_loss,rank\n,0.5,0.5,2\n", "line 2"),
+        (b"epoch,train_loss,val_loss,rank\ninf,0.5,0.5,2\n", "line 2"),
+        (b"\xff\xfe\x00", "cannot be read"),
+    ],
+)
+def test_what_holds_no_curves_is_one_line(tmp_path, content, message):
+    path = tmp_path / "c.csv"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UsageError, match=message) as raised:
+        read_curves(path)
+    assert "\n" not in str(raised.value)
+    assert str(path) in str(raised.value)
+    assert curves_if_any(path) == []
+
+
+def test_the_long_form_has_a_row_for_each_loss_there_is():
+    rows = long_form(4, 7, [ROWS[0] | {"population_loss": math.nan}, ROWS[1]])
+    assert [(row["epoch"], row["split"], row["loss"]) for row in rows] == [
+        (1, "train", 0.3),
+        (1, "validation", 0.1 + 0.2),
+        (2, "train", 0.25),
+        (2, "validation", 0.35),
+        (2, "population", 0.25),
+    ]
+    assert {(row["rank"], row["seed"]) for row in rows} == {(4, 7)}
+    assert set(rows[0]) == set(columns.names(columns.ALL_CURVES))
+
+
+def test_epochs_are_counted_as_the_file_grows(tmp_path):
+    files = RunFiles(tmp_path, "p", 4)
+    count = EpochCounter(files.curves_csv)
+    assert count() == 0
+    for epochs in (0, 1, 2):
+        write_curves(files, ROWS[:epochs])
+        assert count() == epochs
+    files.curves_csv.unlink()
+    assert count() == 0
+
+
+def test_an_unchanged_file_is_not_read_again(tmp_path, monkeypatch):
+    files = RunFiles(tmp_path, "p", 4)
+    write_curves(files, ROWS)
+    read, read_bytes = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path) or read_bytes(path))
+    count = EpochCounter(files.curves_csv)
+    assert [count(), count(), count()] == [2, 2, 2]
+    assert read == [files.curves_csv]
+    status = files.curves_csv.stat()
+    os.utime(files.curves_csv, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert count() == 2
+    assert len(read) == 2
+
+
+def test_epochs_are_counted_without_parsing(tmp_path):
+    path = tmp_path / "c.csv"
+    path.write_bytes(b"neither a header\nnor a \xff number\nhalf a li")
+    assert EpochCounter(path)() == 1

@@ -1,0 +1,89 @@
+"""The lock of a folder: held by one process, ended with it, and never written through a link."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+from conftest import ROOT
+from filelock import FileLock, Timeout
+
+from ks.errors import UsageError
+from ks.files.lock import locked
+
+HOLD = """
+import sys
+from ks.files.lock import locked
+with locked(sys.argv[1], "a test"):
+    print(flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that holds the lock until the end of its stdin."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path / ".lock")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+        process.stdout.readline()
+        yield process
+        process.kill()
+
+
+def test_the_holder_is_named_and_keeps_its_lock(tmp_path, holder):
+    for _ in range(2):
+        with pytest.raises(UsageError, match=rf"in use by another test \(process {holder.pid} on ") as raised:
+            locked(tmp_path / ".lock", "another test").__enter__()
+        assert "\n" not in str(raised.value)
+
+
+def test_a_lock_that_is_given_back_is_taken_and_removed(tmp_path, holder):
+    giving_back = threading.Timer(0.5, holder.stdin.close)
+    giving_back.start()
+    with locked(tmp_path / ".lock", "another test", wait=30):
+        assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+    giving_back.join()
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(tmp_path, holder):
+    holder.kill()
+    holder.wait()
+    assert (tmp_path / ".lock").exists()
+    with locked(tmp_path / ".lock", "another test"):
+        assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_a_symbolic_link_is_refused_and_its_target_kept(tmp_path):
+    target = tmp_path / "precious"
+    target.write_text("content")
+    (tmp_path / ".lock").symlink_to(target)
+    with pytest.raises(UsageError, match=r"lock file .*\.lock cannot be opened \(.+\); remove it") as raised:
+        locked(tmp_path / ".lock", "another test").__enter__()
+    assert "\n" not in str(raised.value)
+    assert target.read_text() == "content"
+    assert (tmp_path / ".lock").is_symlink()
+
+
+def test_a_dangling_link_is_refused_and_its_target_not_made(tmp_path):
+    (tmp_path / ".lock").symlink_to(tmp_path / "absent")
+    with pytest.raises(UsageError, match="cannot be opened"):
+        locked(tmp_path / ".lock", "another test").__enter__()
+    assert not (tmp_path / "absent").exists()
+
+
+def test_a_directory_in_its_place_is_refused(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(UsageError, match=r"cannot be opened \(Is a directory\); remove it"):
+        locked(tmp_path / ".lock", "another test").__enter__()
+
+
+def test_a_holder_that_ends_just_then_is_unknown(tmp_path, monkeypatch):
+    def acquire(self):
+        raise Timeout(self.lock_file)
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    with pytest.raises(UsageError, match=r"in use by another test \(unknown\)"):
+        locked(tmp_path / ".lock", "another test").__enter__()

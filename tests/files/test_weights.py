@@ -1,0 +1,138 @@
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ks.errors import UsageError
+from ks.files.weights import load_weight, packed, save_weight
+
+GENERATOR = torch.Generator().manual_seed(0)
+WEIGHT = torch.randn(4, 6, generator=GENERATOR)
+
+
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        (WEIGHT, None),
+        (torch.nn.Parameter(WEIGHT), None),
+        ({"weight": WEIGHT, "bias": torch.zeros(4)}, "weight"),
+        (torch.nn.ParameterDict({"w": WEIGHT}).state_dict(), "w"),
+        ({"model": {"layers": [{"w": WEIGHT}]}, "epoch": 3}, "model.layers.0.w"),
+        ([WEIGHT, torch.zeros(3)], "0"),
+    ],
+    ids=["tensor", "parameter", "dict", "state_dict", "nested", "list"],
+)
+@pytest.mark.parametrize("suffix", [".pth", ".pt"])
+def test_a_single_weight_is_found_in_any_container(tmp_path, content, key, suffix):
+    torch.save(content, tmp_path / f"w{suffix}")
+    loaded = load_weight(tmp_path / f"w{suffix}")
+    assert torch.equal(loaded.tensor, WEIGHT)
+    assert loaded.key == key
+
+
+def test_npy_and_safetensors(tmp_path):
+    np.save(tmp_path / "w.npy", WEIGHT.numpy())
+    save_file({"a.weight": WEIGHT, "a.bias": torch.zeros(4)}, tmp_path / "w.safetensors")
+    assert torch.equal(load_weight(tmp_path / "w.npy").tensor, WEIGHT)
+    assert load_weight(tmp_path / "w.safetensors").key == "a.weight"
+
+
+def test_key_and_transpose(tmp_path):
+    save_file({"a": WEIGHT, "b": WEIGHT + 1}, tmp_path / "w.safetensors")
+    loaded = load_weight(tmp_path / "w.safetensors", "b", transpose=True)
+    assert torch.equal(loaded.tensor, (WEIGHT + 1).t())
+    assert loaded.tensor.is_contiguous()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_several_weights_are_listed_with_shapes(tmp_path, suffix):
+    path = tmp_path / f"w{suffix}"
+    tensors = {"a": WEIGHT, "b": WEIGHT.t().contiguous(), "bias": torch.zeros(4)}
+    save_file(tensors, path) if suffix == ".safetensors" else torch.save(tensors, path)
+    with pytest.raises(UsageError, match=r"a \(4, 6\), b \(6, 4\); choose one by its key \(--weight_key\)"):
+        load_weight(path)
+    with pytest.raises(UsageError, match=r"no key 'c'; 2-D weights in it: a \(4, 6\), b \(6, 4\)"):
+        load_weight(path, "c")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.randn(5), r"shape \(5,\)"),
+        (torch.randn(2, 3, 4), r"shape \(2, 3, 4\)"),
+        (torch.randn(0, 4), "non-empty"),
+        (torch.ones(2, 3, dtype=torch.int64), "int64"),
+        (torch.ones(2, 3, dtype=torch.complex64), "complex64"),
+        (torch.tensor([[1.0, float("nan")]]), "NaN or infinite"),
+        (torch.tensor([[1.0, float("inf")]]), "NaN or infinite"),
+        (torch.zeros(3, 3), "all zero"),
+    ],
+)
+def test_what_is_no_weight_is_refused(tmp_path, tensor, message):
+    torch.save(tensor, tmp_path / "w.pth")
+    with pytest.raises(UsageError, match=message):
+        load_weight(tmp_path / "w.pth")
+    torch.save({"only": tensor}, tmp_path / "d.pth")
+    with pytest.raises(UsageError, match=message):
+        load_weight(tmp_path / "d.pth", "only")
+
+
+def test_bad_files_are_one_line(tmp_path):
+    (tmp_path / "empty.pth").touch()
+    (tmp_path / "corrupt.pth").write_bytes(b"\x80\x02nonsense")
+    (tmp_path / "corrupt.npy").write_bytes(b"nonsense")
+    (tmp_path / "corrupt.safetensors").write_bytes(b"nonsense")
+    torch.save(WEIGHT, tmp_path / "cut.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "cut.pth").read_bytes()[:-100])
+    (tmp_path / "object.pth").write_bytes(pickle.dumps({"a": object()}))
+    torch.save({"text": "hello"}, tmp_path / "text.pth")
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pth")
+    np.save(tmp_path / "pickled.npy", np.array([object()]), allow_pickle=True)
+    (tmp_path / "w.txt").write_text("1 2")
+    messages = {
+        "absent.pth": "no such file",
+        ".": "is a directory",
+        "empty.pth": "empty",
+        "w.txt": "suffix '.txt'",
+        "text.pth": "no tensor at all",
+    }
+    names = ["corrupt.pth", "corrupt.npy", "corrupt.safetensors", "cut.pth", "object.pth", "module.pth", "pickled.npy"]
+    for name, message in messages.items() | {(name, "cannot be read as weights") for name in names}:
+        with pytest.raises(UsageError, match=message) as raised:
+            load_weight(tmp_path / name)
+        assert "\n" not in str(raised.value)
+
+
+def test_the_hash_is_of_the_weight_not_of_its_file(tmp_path):
+    torch.save(WEIGHT, tmp_path / "a.pth")
+    np.save(tmp_path / "b.npy", WEIGHT.numpy())
+    torch.save(WEIGHT.bfloat16(), tmp_path / "c.pth")
+    a, b, c = (load_weight(tmp_path / name).sha256() for name in ("a.pth", "b.npy", "c.pth"))
+    assert a == b != c
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".npy", ".safetensors"])
+def test_saved_weights_load(tmp_path, suffix):
+    save_weight(WEIGHT.half(), tmp_path / f"w{suffix}")
+    assert torch.equal(load_weight(tmp_path / f"w{suffix}").tensor, WEIGHT.half())
+
+
+def test_saving_refuses_what_it_cannot_write(tmp_path):
+    with pytest.raises(UsageError, match="no bfloat16"):
+        save_weight(WEIGHT.bfloat16(), tmp_path / "w.npy")
+    with pytest.raises(UsageError, match="suffix '.bin'"):
+        save_weight(WEIGHT, tmp_path / "w.bin")
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("key", [None, "layer.0.weight"])
+def test_a_packed_weight_is_read_as_the_one_it_was_packed_from(tmp_path, transpose, key):
+    tensor = torch.randn(3, 5, dtype=torch.float64).to(torch.bfloat16)
+    torch.save({key: tensor, "other": torch.ones(7, 7)} if key else tensor, tmp_path / "model.pth")
+    weight = load_weight(tmp_path / "model.pth", key, transpose)
+    (tmp_path / "alone.pth").write_bytes(packed(weight, transpose))
+    again = load_weight(tmp_path / "alone.pth", key, transpose)
+    assert again.key == weight.key
+    assert again.sha256() == weight.sha256()

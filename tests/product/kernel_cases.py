@@ -1,0 +1,174 @@
+"""What every kernel is tried on, and the rule by which it passes: shared by the interpreter's tests and the GPU's."""
+
+import random
+from math import prod
+
+import torch
+
+from ks.patterns import Pattern, chainability, make_chain
+from ks.product import bmm, tiles
+from ks.product.merge import MERGE_BATCH
+from ks.product.passes import ChainPasses
+from ks.product.reference import chain_to_dense
+
+# Odd, prime and ragged sizes; a = 1, d = 1, both larger; d = 2, 4, 8 (grouped t) and 3, 6 (not all of them).
+PATTERNS = [
+    Pattern(1, 24, 40, 4),
+    Pattern(3, 20, 17, 1),
+    Pattern(2, 5, 7, 6),
+    Pattern(2, 2, 3, 2),
+    Pattern(1, 33, 12, 8),
+    Pattern(2, 19, 1, 3),
+]
+CHAINS = [
+    make_chain(24, 36).patterns(3),
+    make_chain(32, 16).patterns(17),
+    make_chain(8, 12, "monarch", blocks=2).patterns(2),
+]
+
+
+def random_values(pattern, dtype, device="cpu", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(*pattern, generator=generator) * pattern.c**-0.5
+    return bmm.empty_values(pattern, device, dtype).copy_(values)
+
+
+def random_matrix(features, batch, dtype, contiguous_batch, device="cpu", seed=1):
+    """(features, batch), contiguous in the batch or in the features."""
+    matrix = torch.randn(features, batch, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+    return matrix if contiguous_batch else matrix.t().contiguous().t()
+
+
+def poisoned_matrix(features, batch, dtype, contiguous_batch, device="cpu"):
+    matrix = torch.full((features, batch) if contiguous_batch else (batch, features), torch.nan, dtype=dtype)
+    return (matrix if contiguous_batch else matrix.t()).to(device)
+
+
+def assert_as_exact_as_plain(ours, plain, exact, block_dims):
+    """Relative Frobenius error at most twice that of plain torch in the same dtype plus one epsilon, block by block.
+
+    Args:
+        ours, plain: two results in the dtype under test.
+        exact: the result in float64.
+        block_dims: dimensions that make up one block; all others number the blocks.
+    """
+    assert ours.shape == plain.shape == exact.shape
+    epsilon = torch.finfo(ours.dtype).eps
+    norm = exact.norm(dim=block_dims)
+    our_error = (ours.double() - exact).norm(dim=block_dims) / norm
+    plain_error = (plain.double() - exact).norm(dim=block_dims) / norm
+    worst = (our_error / (2 * plain_error + epsilon)).max().item()
+    assert worst <= 1, f"error is {worst:.3g} times what is allowed"
+
+
+def check_factor(
+    kernels, pattern, dtype, x_layout, out_layout, batch=20, block_order=False, transposed=False, device="cpu"
+):
+    """y = K x, or Kᵀ x; block order is that of the b side."""
+    values = random_values(pattern, dtype, device)
+    factor = values.transpose(1, 2) if transposed else values
+    a, b, c, d = factor.shape
+    x = random_matrix(a * c * d, batch, dtype, x_layout, device)
+    out = poisoned_matrix(a * b * d, batch, dtype, out_layout, device)
+    order = {"x_block_order" if transposed else "out_block_order": block_order}
+    kernels.apply_factor(factor, x, out, **order)
+    plain, exact = torch.empty_like(out), torch.empty_like(out, dtype=torch.float64)
+    bmm.apply_factor(factor, x, plain, **order)
+    bmm.apply_factor(factor.double(), x.double(), exact, **order)
+    shape = (a, d, b, batch) if block_order and not transposed else (a, b, d, batch)
+    dims = (2, 3) if block_order and not transposed else (1, 3)
+    assert_as_exact_as_plain(*(y.reshape(shape) for y in (out, plain, exact)), dims)
+
+
+def check_values_gradient(kernels, pattern, dtype, g_layout, x_layout, batch=20, block_order=False, device="cpu"):
+    gradient = random_matrix(pattern.rows, batch, dtype, g_layout, device)
+    x = random_matrix(pattern.cols, batch, dtype, x_layout, device, seed=2)
+    results = [bmm.empty_values(pattern, device, kind).fill_(torch.nan) for kind in (dtype, dtype, torch.float64)]
+    kernels.values_gradient(gradient, x, results[0], block_order=block_order)
+    bmm.values_gradient(gradient, x, results[1], block_order=block_order)
+    bmm.values_gradient(gradient.double(), x.double(), results[2], block_order=block_order)
+    assert_as_exact_as_plain(*results, (1, 2))
+
+
+def check_pair(
+    kernels, patterns, dtype, layout, batch=20, keep=True, block_order=False, transposed=False, device="cpu"
+):
+    left, right = (random_values(pattern, dtype, device, seed) for seed, pattern in enumerate(patterns))
+    rank = chainability(*patterns)
+    tile = tiles.Tiles(16, 16, 16, rank=tiles._power_of_two(rank, 16, 64))
+    rows, cols = (patterns[1].cols, patterns[0].rows) if transposed else (patterns[0].rows, patterns[1].cols)
+    x = random_matrix(cols, batch, dtype, layout, device)
+    out = poisoned_matrix(rows, batch, dtype, layout, device)
+    inner = poisoned_matrix(patterns[1].rows, batch, dtype, True, device) if keep else None
+    kernels.apply_pair(left, right, x, out, inner, tile, transposed=transposed, block_order=block_order)
+
+    def unfused(kind):
+        factors = [left.transpose(1, 2), right.transpose(1, 2)] if transposed else [right, left]
+        between = torch.empty(patterns[1].rows, batch, dtype=kind, device=device)
+        result = torch.empty(rows, batch, dtype=kind, device=device)
+        x_order = {"x_block_order": block_order and transposed}
+        bmm.apply_factor(factors[0].to(kind), x.to(kind), between, **x_order)
+        bmm.apply_factor(factors[1].to(kind), between, result, out_block_order=block_order and not transposed)
+        return result, between
+
+    plain, exact = unfused(dtype), unfused(torch.float64)
+    assert_as_exact_as_plain(*(y.reshape(-1, 4, batch) for y in (out, plain[0], exact[0])), (1, 2))
+    if keep:
+        assert_as_exact_as_plain(*(z.unsqueeze(0) for z in (inner, plain[1], exact[1])), (1, 2))
+
+
+FAMILIES = ("monarch", "lowrank", "butterfly", "lowrank_butterfly", "explicit")
+# Both sides of the batch from which on factors are merged, a batch of one, and an odd one.
+BATCHES = (1, 7, MERGE_BATCH - 1, MERGE_BATCH, MERGE_BATCH + 1)
+
+
+def random_chain(rng):
+    """A chain of small factors, so that sizes fall on both sides of 16 and 64, the limits of what is merged."""
+    family = rng.choice(FAMILIES)
+    if family == "explicit":
+        length = rng.randint(2, 4)
+        rows, cols = ([rng.choice([1, 2, 3, 8]) for _ in range(length)] for _ in range(2))
+        return make_chain(prod(rows), prod(cols), row_splits=rows, col_splits=cols)
+    if family == "butterfly":
+        halvings = rng.randint(1, 6)
+        m, n = (2**halvings * rng.randint(1, 3) for _ in range(2))
+        return make_chain(m, n, family, num_factors=halvings + 1)
+    m, n = (rng.choice([1, 7, 12, 16, 32, 36, 64, 128]) for _ in range(2))
+    return make_chain(m, n, family, blocks=rng.choice([2, 4, 8]))
+
+
+def random_case(seed: int):
+    """(patterns, batch, batch_last, block_order) of one draw."""
+    rng = random.Random(seed)
+    patterns = random_chain(rng).patterns(rng.choice([1, 2, 3, 5, 17, 100]))
+    return patterns, rng.choice(BATCHES), rng.random() < 0.5, rng.random() < 0.7
+
+
+def check_passes(patterns, batch, batch_last, block_order, impl="bmm", dtype=torch.float64):
+    """y, with and without a backward pass to follow, and every gradient against the dense product of the factors.
+
+    Returns:
+        whether factors were merged, and whether a pair was fused.
+    """
+    values = [random_values(pattern, dtype, seed=index) for index, pattern in enumerate(patterns)]
+    generator = torch.Generator().manual_seed(batch)
+    x = torch.randn(batch, patterns[-1].cols, generator=generator, dtype=dtype)
+    wide = [factor.to(torch.float64, copy=True).requires_grad_() for factor in values]
+    inputs = x.to(torch.float64, copy=True).requires_grad_()
+    passes = ChainPasses(patterns, batch, x.device, dtype, batch_last=batch_last, block_order=block_order, impl=impl)
+    expected = (inputs @ chain_to_dense(wide).t())[:, passes.output_rows]
+    upstream = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    theirs = torch.autograd.grad(expected, [inputs, *wide], upstream)
+
+    def laid_out(tensor):
+        return tensor.t().contiguous() if batch_last else tensor
+
+    y, *inner = passes.forward(laid_out(x), values)
+    (alone,) = passes.forward(laid_out(x), values, keep=False)
+    gradient = laid_out(upstream.to(dtype))
+    for_x, *ours = passes.backward(gradient, laid_out(x), values, inner, needed=[True] * (1 + len(values)))
+    tolerance = {"atol": 1e-10, "rtol": 1e-9} if dtype == torch.float64 else {"atol": 1e-3, "rtol": 1e-3}
+    assert torch.equal(alone, y)
+    for mine, other in zip([laid_out(y) if batch_last else y, laid_out(for_x), *ours], [expected, *theirs]):
+        torch.testing.assert_close(mine.double(), other, **tolerance)
+    return len(passes.patterns) < len(patterns), passes.pair is not None

@@ -1,0 +1,125 @@
+"""What only a CUDA device can show: bfloat16, tensor cores, CUDA graphs, a training on the card. `make test-gpu`."""
+
+import itertools
+
+import pytest
+import torch
+from kernel_cases import CHAINS, PATTERNS, check_factor, check_pair, check_values_gradient, random_values
+
+from ks.files.curves import read_curves
+from ks.layer import KSLinear
+from ks.patterns import make_chain
+from ks.product.passes import ChainPasses
+from ks.training.cuda_graph import CapturedEpochs
+from ks.training.epochs import Epochs
+from ks.training.losses import squared_error_and_gradient
+from ks.training.optimiser import Optimiser
+from ks.training.samples import Samples
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+STUDY = [p for rank in (4, 64) for p in make_chain(2048, 4096).patterns(rank)]
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    from ks.product import triton_kernels
+
+    return triton_kernels
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pattern", PATTERNS + STUDY, ids=str)
+def test_factor(kernels, pattern, dtype):
+    for *layouts, transposed, batch in itertools.product([False, True], [False, True], [False, True], [20, 1000]):
+        check_factor(kernels, pattern, dtype, *layouts, batch=batch, transposed=transposed, device="cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pattern", PATTERNS + STUDY, ids=str)
+def test_values_gradient(kernels, pattern, dtype):
+    for *layouts, batch in itertools.product([False, True], [False, True], [20, 5000]):
+        check_values_gradient(kernels, pattern, dtype, *layouts, batch=batch, device="cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("patterns", CHAINS[:1] + [make_chain(2048, 4096).patterns(4)], ids=str)
+def test_pair(kernels, patterns, dtype):
+    for layout, transposed, batch in itertools.product([False, True], [False, True], [20, 1000]):
+        check_pair(kernels, patterns, dtype, layout, batch=batch, transposed=transposed, device="cuda")
+
+
+@pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
+def test_tensor_float_precision(kernels, precision):
+    """tf32 keeps 10 bits of each operand; three products of halves (tf32x3) pass the rule of float32."""
+    pattern = STUDY[-1]
+    values = random_values(pattern, torch.float32, "cuda")
+    x = torch.randn(pattern.cols, 500, device="cuda")
+    out, exact = torch.empty(pattern.rows, 500, device="cuda"), values[..., 0].double() @ x.double().view(4, -1, 500)
+    kernels.apply_factor(values, x, out, precision=precision)
+    error = (out.view_as(exact) - exact).norm() / exact.norm()
+    assert error < (2e-3 if precision == "tf32" else 1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [32, 8192])
+def test_the_chain_in_a_cuda_graph(dtype, batch):
+    layer = KSLinear(4096, 2048, 16, device="cuda", dtype=dtype)
+    x = torch.randn(batch, 4096, device="cuda", dtype=dtype)
+    expected = layer(x).detach()
+    layer(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        y = layer(x)
+    graph.replay()
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_captured_step_equals_the_eager_one(dtype):
+    weight = torch.randn(256, 512, device="cuda")
+
+    def train(make):
+        torch.manual_seed(0)
+        factors = [factor.detach() for factor in KSLinear(512, 256, 8, device="cuda").factors]
+        samples = Samples(weight, 3200, 32, 32, sampling="whitened", seed=0, dtype=dtype)
+        optimiser = Optimiser("adamw", factors, loss_scaling=dtype == torch.float16)
+        passes = ChainPasses(make_chain(256, 512).patterns(8), 32, weight.device, dtype)
+
+        def step(inputs, targets, lr):
+            values = [factor.to(dtype) for factor in factors]
+            y, *inner = passes.forward(inputs, values)
+            loss, gradient = squared_error_and_gradient(y, targets, optimiser.scale)
+            passes.backward(gradient, inputs, values, inner, out=optimiser.gradients)
+            return loss, optimiser.update(lr)
+
+        epochs = make(step, samples, optimiser.state())
+        return [epochs.run(number, [1e-3] * 100) for number in (1, 2)] + factors
+
+    eager = train(lambda step, samples, state: Epochs(step, samples))
+    captured = train(CapturedEpochs)
+    for ours, theirs in zip(captured, eager):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_training_on_the_card(run, weight_path, tmp_path, dtype):
+    flags = ("--num_samples", 800, "--num_epochs", 30, "--rank", 2, "--dtype", dtype)
+    done = run("train_with_random.py", "--weight_path", weight_path, "--device", "cuda", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "captured as a CUDA graph" in done.stderr
+    curves = read_curves(tmp_path / "trained_models" / "ks_chain_rank_2_loss_curves.csv")
+    assert curves[-1]["val_loss"] < curves[0]["val_loss"]
+
+
+def test_impl_triton_and_bmm_train_alike(run, weight_path, tmp_path):
+    losses = []
+    for impl in ("triton", "bmm"):
+        out = ("--output_dir", impl, "--impl", impl, "--device", "cuda")
+        done = run("train_with_random.py", "--weight_path", weight_path, "--num_samples", 800, "--num_epochs", 3, *out)
+        assert done.returncode == 0, done.stderr
+        losses.append(read_curves(tmp_path / impl / "ks_chain_rank_4_loss_curves.csv")[-1]["val_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)

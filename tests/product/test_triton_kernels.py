@@ -1,0 +1,268 @@
+"""Every kernel and gradient in Triton's interpreter, on the CPU, against float64.
+
+bfloat16 is left to a GPU (`make test-gpu`): the interpreter's tl.dot is wrong there.
+"""
+
+import importlib.util
+import itertools
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from kernel_cases import (
+    CHAINS,
+    PATTERNS,
+    check_factor,
+    check_pair,
+    check_passes,
+    check_values_gradient,
+    random_case,
+    random_matrix,
+    random_values,
+)
+
+import ks.product
+from ks.patterns import Pattern, make_chain
+from ks.product import bmm, operator, tiles
+from ks.product.backend import choose_impl
+from ks.product.operator import chain_product
+from ks.product.passes import ChainPasses
+from ks.product.reference import chain_to_dense
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+SOURCE = ROOT / "ks" / "product" / "triton_kernels.py"
+DTYPES = [torch.float32, torch.float16, torch.float64]
+LAYOUTS = list(itertools.product([False, True], repeat=2))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpreter():
+    """Triton decides at import whether kernels are interpreted: import it anew, and leave no trace of that."""
+
+    ours = "ks.product.triton_kernels"
+
+    def take_out():
+        names = [name for name in sys.modules if name == ours or name.split(".")[0] == "triton"]
+        vars(ks.product).pop("triton_kernels", None)  # else `from ks.product import triton_kernels` finds it there
+        return {name: sys.modules.pop(name) for name in names if not name.startswith("triton._C")}
+
+    before = take_out()
+    operator._passes.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        yield
+    operator._passes.cache_clear()
+    take_out()
+    sys.modules.update(before)
+    if ours in before:
+        ks.product.triton_kernels = before[ours]
+
+
+@pytest.fixture(scope="module")
+def kernels(interpreter):
+    from ks.product import triton_kernels
+
+    return triton_kernels
+
+
+def with_a_fault(old, new, folder):
+    """The module of the kernels with a line of its source changed."""
+    source = SOURCE.read_text()
+    assert source.count(old) == 1
+    faulty = folder / "faulty_kernels.py"
+    faulty.write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location("faulty_kernels", faulty)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("layouts", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_factor(kernels, pattern, dtype, layouts, transposed):
+    for block_order in (False, True):
+        check_factor(kernels, pattern, dtype, *layouts, block_order=block_order, transposed=transposed)
+
+
+@pytest.mark.parametrize("layouts", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_values_gradient(kernels, pattern, dtype, layouts):
+    for block_order in (False, True):
+        check_values_gradient(kernels, pattern, dtype, *layouts, block_order=block_order)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("layout", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("patterns", CHAINS, ids=str)
+def test_pair(kernels, patterns, dtype, layout, transposed):
+    for block_order, keep in LAYOUTS:
+        check_pair(kernels, patterns, dtype, layout, keep=keep, block_order=block_order, transposed=transposed)
+
+
+@pytest.mark.parametrize("batch", [1, 16, 33, 200])
+def test_any_batch(kernels, batch):
+    pattern = PATTERNS[0]
+    check_factor(kernels, pattern, torch.float32, False, False, batch)
+    check_values_gradient(kernels, pattern, torch.float32, False, False, batch)
+    check_pair(kernels, CHAINS[0], torch.float32, False, batch)
+
+
+def test_a_batch_in_parts_is_summed_whole_and_always_alike(kernels, monkeypatch):
+    pattern = PATTERNS[0]
+    parts = tiles.Tiles(16, 16, 16, group=4, parts=3)
+    monkeypatch.setattr(tiles, "gradient_tiles", lambda *_: parts)
+    check_values_gradient(kernels, pattern, torch.float32, False, True, batch=100)
+    check_values_gradient(kernels, pattern, torch.float16, False, True, batch=33)
+    gradient, x = (random_matrix(size, 100, torch.float32, True) for size in (pattern.rows, pattern.cols))
+    results = [bmm.empty_values(pattern) for _ in range(2)]
+    for out in results:
+        kernels.values_gradient(gradient, x, out)
+    assert torch.equal(*results)
+
+
+def is_rounded_once(kernels, monkeypatch) -> bool:
+    """Whether a float16 gradient, summed in 40 parts, is within half a unit in the last place of the exact one."""
+    pattern, parts = PATTERNS[0], 40
+    monkeypatch.setattr(tiles, "gradient_tiles", lambda *_: tiles.Tiles(16, 16, 16, group=4, parts=parts))
+    gradient, x = (random_matrix(size, 16 * parts, torch.float16, True) for size in (pattern.rows, pattern.cols))
+    out, exact = bmm.empty_values(pattern, dtype=torch.float16), bmm.empty_values(pattern, dtype=torch.float64)
+    kernels.values_gradient(gradient, x, out)
+    bmm.values_gradient(gradient.double(), x.double(), exact)
+    unit = 2.0 ** (exact.abs().log2().floor() - 10)
+    # Sums of 640 products in float32 differ from the exact ones by less than 1e-4.
+    return bool(((out.double() - exact).abs() <= unit / 2 + 1e-4).all())
+
+
+def test_parts_are_summed_in_float32_and_rounded_once(kernels, monkeypatch):
+    assert is_rounded_once(kernels, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("dtype=wide,", "dtype=x.dtype,"),
+        ("out.copy_(sums.sum(0))", "torch.sum(sums, 0, out=out)"),
+    ],
+    ids=["parts in half precision", "a sum that rounds first"],
+)
+def test_parts_that_are_rounded_before_they_are_summed_are_found(kernels, monkeypatch, old, new, tmp_path):
+    assert not is_rounded_once(with_a_fault(old, new, tmp_path), monkeypatch)
+
+
+FAMILIES = [(24, 36, "monarch", 3), (7, 13, "monarch", 2), (24, 40, "lowrank", 5), (24, 40, "butterfly", 2)]
+FAMILIES += [(16, 16, "lowrank_butterfly", 1)]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("batch_last", [False, True])
+@pytest.mark.parametrize("case", FAMILIES, ids=str)
+def test_the_whole_chain_and_its_gradients(kernels, case, batch_last, fused, monkeypatch):
+    rows, cols, family, rank = case
+    if fused:
+        tile = tiles.Tiles(16, 16, 16, rank=16)
+        monkeypatch.setattr(tiles, "pair_tiles", lambda left, right, *_: tile if right.a in (1, 4) else None)
+    patterns = make_chain(rows, cols, family).patterns(rank)
+    values = [random_values(p, torch.float64, seed=i).requires_grad_() for i, p in enumerate(patterns)]
+    x = torch.randn(3, 5, cols, dtype=torch.float64, requires_grad=True)
+    y = chain_product(x.movedim(-1, 0) if batch_last else x, values, batch_last, impl="triton")
+    y = y.movedim(0, -1) if batch_last else y
+    expected = x @ chain_to_dense(values).t()
+    torch.testing.assert_close(y, expected)
+    gradient = torch.randn_like(expected)
+    for wanted in ([x, *values], [x], values, values[-1:]):
+        ours = torch.autograd.grad(y, wanted, gradient, retain_graph=True)
+        theirs = torch.autograd.grad(expected, wanted, gradient, retain_graph=True)
+        for mine, other in zip(ours, theirs):
+            torch.testing.assert_close(mine, other)
+
+
+def test_gradcheck(kernels):
+    values = [random_values(p, torch.float64).requires_grad_() for p in make_chain(4, 6, blocks=2).patterns(1)]
+    x = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, *values: chain_product(x, list(values), impl="triton"), (x, *values))
+
+
+def test_block_order_and_empty_batches(kernels):
+    patterns = make_chain(24, 36).patterns(3)
+    values = [random_values(p, torch.float32) for p in patterns]
+    for batch in (0, 5):
+        x = torch.randn(batch, 36)
+        ours, plain = (
+            ChainPasses(patterns, batch, x.device, x.dtype, block_order=True, impl=impl) for impl in ("triton", "bmm")
+        )
+        y, *inner = ours.forward(x, values)
+        torch.testing.assert_close(y, plain.forward(x, values)[0])
+        gradients = ours.backward(y, x, values, inner)
+        expected = plain.backward(y, x, values, inner)
+        for mine, other in zip(gradients, expected):
+            torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize(("dtype", "fused"), [(torch.float32, True), (torch.float64, False)])
+def test_random_chains_equal_the_dense_product(kernels, monkeypatch, dtype, fused):
+    """As tests/test_passes.py, on this backend; the fused pair at sizes where no GPU would use it."""
+    pair_tiles = tiles.pair_tiles
+
+    def small_pair(left, right, *_):
+        large = pair_tiles(left, right, 64 * tiles.PROGRAMS, 16, 90)
+        return large and tiles.Tiles(16, 16, 16, rank=large.rank)
+
+    monkeypatch.setattr(tiles, "pair_tiles", small_pair if fused else lambda *_: None)
+    reached = [check_passes(*random_case(seed), impl="triton", dtype=dtype) for seed in range(25)]
+    assert any(merged for merged, _ in reached)
+    assert any(paired for _, paired in reached) == fused
+
+
+def test_the_interpreter_may_be_asked_for():
+    what = (torch.device("cpu"), (Pattern(1, 2, 2, 1),), 4, torch.float32)
+    assert choose_impl("triton", *what) == ("triton", "as asked")
+    assert choose_impl("auto", *what)[0] == "bmm"
+
+
+FAULTS = {
+    "factor: 1% in one of the grouped t": (
+        "results = results + (sums[g].to(y.dtype.element_ty),)",
+        "results = results + ((sums[g] * (1.01 if g == 1 else 1.0)).to(y.dtype.element_ty),)",
+        check_factor,
+    ),
+    "factor: 1% in the last tile of k": (
+        "tile = _matrix(values + g * v_t, k, c, v_k, j, b, v_j)",
+        "tile = _matrix(values + g * v_t, k, c, v_k, j, b, v_j) "
+        "* tl.where(k[:, None] < 32, 1.0, 1.01).to(x.dtype.element_ty)",
+        check_factor,
+    ),
+    "values gradient: 1% of the first samples": (
+        "rows = tl.trans(gradient_tiles[g])",
+        "rows = tl.trans(gradient_tiles[g]) * tl.where(n[None, :] < 16, 1.01, 1.0).to(x.dtype.element_ty)",
+        check_values_gradient,
+    ),
+    "pair: 1% of the inner activation": (
+        "z = z + (sums[u * OUT_BLOCKS + w].to(x.dtype.element_ty),)",
+        "z = z + ((sums[u * OUT_BLOCKS + w] * (1.01 if u == 0 else 1.0)).to(x.dtype.element_ty),)",
+        check_pair,
+    ),
+    "pair: 1% of one block of outputs": (
+        "results = results + (total.to(y.dtype.element_ty),)",
+        "results = results + ((total * (1.01 if w == 3 else 1.0)).to(y.dtype.element_ty),)",
+        check_pair,
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_of_one_percent_is_found(kernels, fault, dtype, tmp_path):
+    old, new, check = FAULTS[fault]
+    module = with_a_fault(old, new, tmp_path)
+    case = CHAINS[0] if check is check_pair else PATTERNS[0]
+    layouts = (False,) if check is check_pair else (False, False)
+    check(kernels, case, dtype, *layouts)
+    with pytest.raises(AssertionError, match="times what is allowed"):
+        check(module, case, dtype, *layouts)

@@ -1,0 +1,118 @@
+import pytest
+import torch
+from study_rows import CHAIN, CURVES
+
+import ks
+from ks.bounds.plan import make_plan
+from ks.errors import UsageError
+from ks.files import columns
+from ks.files.atomic import write_csv, write_json
+from ks.files.curves import write_curves
+from ks.files.layout import SweepFiles, run_files
+from ks.files.status import OK, Ending, Status
+from ks.report.read_results import read_study
+from ks.report.study import curves_table, floor_frame, floor_rows, summary_frame
+from ks.report.summary import rank_row, run_row
+
+DIVERGED = Ending(Status.DIVERGED)
+
+
+def test_floors_on_disk_are_in_the_units_of_the_loss():
+    weight = 100 * torch.randn(16, 24, generator=torch.Generator().manual_seed(0)).double()
+    sigma = 3.0
+    predict_zero = sigma**2 * weight.square().sum().item() / 16
+    plan = make_plan(sigma * weight / predict_zero**0.5, CHAIN)
+    values = ks.KSLinear.from_dense(weight, rank=2)
+    expected = sigma**2 * (weight - values.to_dense()).square().sum().item() / 16
+    (row,) = [row for row in floor_rows(plan, predict_zero) if (row["chain"], row["rank"]) == ("monarch", 2)]
+    assert row["loss_floor"] == pytest.approx(expected, rel=1e-6)
+    assert row["relative_loss"] == pytest.approx(expected / predict_zero, rel=1e-6)
+    assert plan.floors([2])[0].lower == row["relative_loss"]
+    assert plan.curve[0].item() == pytest.approx(1)
+    assert list(row) == list(floor_frame(plan, predict_zero)) == columns.names(columns.FLOOR)
+
+
+def test_a_family_without_floors_has_an_empty_table_with_its_columns():
+    plan = make_plan(torch.eye(16, 24), ks.make_chain(16, 24, "lowrank_butterfly"))
+    table = floor_frame(plan, 1.0)
+    assert (len(table), list(table)) == (0, columns.names(columns.FLOOR))
+
+
+def test_failed_runs_are_drawn_only_for_ranks_of_which_no_seed_finished():
+    runs = [(2, 0, OK), (2, 1, DIVERGED), (4, 0, DIVERGED), (4, 1, DIVERGED)]
+    drawn = curves_table(
+        ({"rank": rank, "seed": seed, "status": ending}, [row | {"rank": rank} for row in CURVES])
+        for rank, seed, ending in runs
+    )
+    assert list(drawn.groupby(["rank", "seed"]).groups) == [(2, 0), (4, 0), (4, 1)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A study of rank 2 with seeds 7 and 8 in a folder that also holds another rank and another seed."""
+    files = SweepFiles(tmp_path, "p")
+    runs = [run_row(2, CURVES, OK, 7), run_row(2, CURVES, DIVERGED, 8)]
+    for rank, seed in ((2, 7), (2, 8), (2, 9), (16, 7)):
+        run = run_files(tmp_path, rank, seed, 7)
+        run.directory.mkdir(parents=True)
+        write_curves(run, CURVES)
+    rows = [rank_row(runs, CHAIN)]
+    write_csv(files.runs_csv, columns.names(columns.RUNS), runs)
+    write_json(files.summary_json, summary_frame(rows).to_dict("records"))
+    return files
+
+
+def test_a_study_is_read_without_the_runs_of_other_studies(folder):
+    problem = {"chain": "monarch", "weight": {"sha256": "abc"}}
+    write_json(folder.config, {"seeds": [7, 8], "title": "T", "problem": problem, "loss": "some criterion"})
+    study = read_study(folder)
+    assert list(study.summary["rank"]) == [2]
+    assert list(study.summary["status"]) == ["diverged (1 of 2 seeds)"]
+    assert list(study.curves.groupby(["rank", "seed"]).groups) == [(2, 7)]
+    assert (study.title, study.chain, study.weight_sha256) == ("T", "monarch", "abc")
+    assert study.loss_label == "some criterion"
+
+
+def test_a_study_without_a_kind_of_loss_is_of_mean_squared_errors(folder):
+    write_json(folder.config, {"seeds": [7]})
+    study = read_study(folder)
+    assert study.loss_label == "mean squared error per output"
+    assert (len(study.floor), list(study.floor)) == (0, columns.names(columns.FLOOR))
+
+
+def test_what_is_no_study_is_one_line(tmp_path, folder):
+    for files, message in (
+        (SweepFiles(tmp_path / "absent", "p"), "no such folder"),
+        (SweepFiles(tmp_path, "q"), "has no q_summary.json; give --save_prefix: p"),
+        (SweepFiles(tmp_path / "rank_16", "p"), "holds no results"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            read_study(files)
+
+
+DAMAGE = {
+    "empty": b"",
+    "binary": b"\xff\xfe\x00\x80",
+    "other columns": b"a,b\n1,2\n",
+    "ragged": b"rank,seed\n1,2\n3,4,5,6\n",
+}
+
+
+@pytest.mark.parametrize("name", ["runs_csv", "floor_csv"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_table_is_one_line_with_its_name(folder, name, damage):
+    path = getattr(folder, name)
+    path.write_bytes(DAMAGE[damage])
+    with pytest.raises(UsageError, match="cannot be read|lacks the columns") as raised:
+        read_study(folder)
+    assert str(raised.value).startswith(str(path))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"rank": 2}, [{"rank": 2}, {"status": "ok"}]], ids=str)
+def test_a_summary_of_another_kind_is_as_one_of_2025(folder, content):
+    """Its ranks are those that have curves."""
+    write_json(folder.summary_json, content)
+    study = read_study(folder)
+    assert list(study.summary["rank"]) == [2, 16]
+    assert list(study.summary["num_seeds"]) == [3, 1]

@@ -1,0 +1,85 @@
+import math
+
+import pytest
+from study_rows import CHAIN, CURVES, make_row
+
+from ks.bounds.floors import Floor
+from ks.files import columns
+from ks.files.status import OK, Ending, Status
+from ks.report.summary import rank_row, run_row
+
+DIVERGED = Ending(Status.DIVERGED)
+
+
+def test_a_run_row_skips_what_is_not_finite_and_invents_nothing():
+    diverged = CURVES[0] | {"epoch": 3, "train_loss": math.nan, "val_loss": math.nan}
+    row = run_row(2, [*CURVES, diverged], DIVERGED)
+    assert (row["min_val_loss"], row["min_val_epoch"]) == (0.1 + 0.2, 1)
+    assert (row["min_train_loss"], row["min_train_epoch"]) == (0.25, 2)
+    assert row["final_val_loss"] is row["population_loss"] is None
+    empty = run_row(2, [], Ending(Status.FAILED, "exit 1"))
+    assert empty["final_val_loss"] is empty["min_train_epoch"] is None
+    assert set(row) == set(columns.names(columns.RUNS))
+
+
+def test_distances_to_the_floor():
+    row = make_row(population=0.26, lower=0.2, predict_zero=2.0)
+    assert row["optimality_gap"] == pytest.approx(0.3)
+    assert row["excess"] == pytest.approx(0.03)
+    assert row["relative_loss"] == pytest.approx(0.13)
+    assert row["parameters"] == 2 * (16 * 4 + 24 * 4)
+    assert row["compression_ratio"] == pytest.approx(16 * 24 / 320)
+
+
+def test_floors_are_relative_in_memory_and_in_the_unit_of_the_losses_in_the_row():
+    row = rank_row([run_row(2, CURVES)], CHAIN, Floor(2, 0.1, 0.125, False), 2.0)
+    assert (row["loss_floor"], row["loss_floor_upper"], row["loss_floor_is_exact"]) == (0.2, 0.25, False)
+    assert set(columns.names(columns.SUMMARY)) <= set(row)
+
+
+def test_the_share_of_the_removable_loss_that_was_removed():
+    assert make_row(population=0.26, lower=0.2, predict_zero=2.0)["removed_share"] == pytest.approx(1.74 / 1.8)
+    assert make_row(population=0.26, lower=0.1, upper=0.2)["removed_share"] == pytest.approx(0.74 / 0.9)
+    assert make_row(population=1.0, lower=0.2)["removed_share"] == 0
+    assert make_row(population=0.2, lower=0.2)["removed_share"] == 1
+    assert make_row(population=1.0, lower=1.0)["removed_share"] == 1  # nothing can be removed
+    assert rank_row([run_row(2, CURVES)], CHAIN).get("removed_share") is None
+
+
+def test_a_negligible_floor_has_no_gap():
+    assert make_row(lower=0.0)["optimality_gap"] is None
+    assert make_row(lower=0.9e-6)["optimality_gap"] is None
+    assert make_row(lower=1e-6)["optimality_gap"] is not None
+
+
+def test_seeds_are_averaged_with_standard_errors_and_failures_counted():
+    runs = [run_row(2, [CURVES[1] | {"val_loss": loss}], seed=seed) for seed, loss in enumerate((0.3, 0.5))]
+    row = rank_row(runs)
+    assert row["final_val_loss"] == pytest.approx(0.4)
+    assert row["final_val_loss_se"] == pytest.approx(0.1)
+    assert row["num_seeds"] == 2
+    runs.append(run_row(2, [], DIVERGED, seed=2))
+    row = rank_row(runs)
+    assert str(row["status"]) == "diverged (1 of 3 seeds)"
+    assert row["num_seeds"] == 2
+    assert row["final_val_loss"] == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(
+    ("endings", "text", "failed"),
+    [
+        ([OK], "ok", False),
+        ([OK, OK], "ok", False),
+        ([DIVERGED], "diverged", True),
+        ([Ending(Status.FAILED, "exit -9")], "failed (exit -9)", True),
+        ([OK, Ending(Status.OUT_OF_MEMORY)], "out of memory (1 of 2 seeds)", True),
+        ([Ending(Status.FAILED, "exit 4"), OK], "failed (exit 4; 1 of 2 seeds)", True),
+        ([Ending(Status.INTERRUPTED)] * 2, "interrupted (2 of 2 seeds)", False),
+        ([Ending(Status.TIMED_OUT)], "timed out", True),
+    ],
+    ids=str,
+)
+def test_the_status_of_a_rank_is_that_of_its_seeds(endings, text, failed):
+    row = rank_row([run_row(2, CURVES, ending, seed) for seed, ending in enumerate(endings)])
+    assert str(row["status"]) == text
+    assert row["failed"] is failed

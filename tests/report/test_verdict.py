@@ -1,0 +1,87 @@
+import pytest
+from study_rows import CHAIN, CURVES, make_row
+
+from ks.bounds.floors import Floor
+from ks.errors import InternalError
+from ks.files.status import Ending, Status
+from ks.report.summary import rank_row, run_row
+from ks.report.verdict import Limit, Verdict, advice, check_above_floor
+
+DIVERGED = Ending(Status.DIVERGED)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"population": 0.2019}, "converged"),
+        ({"population": 0.0209, "lower": 0.02, "train": 0.0209}, "converged"),
+        ({"population": 0.9985, "lower": 0.99, "train": 0.9985}, "undertrained"),
+        ({"population": 0.9909, "lower": 0.99, "train": 0.9909}, "converged"),
+        ({"population": 0.26, "train": 0.26}, "undertrained"),
+        ({"population": 0.26, "train": 0.231}, "undertrained"),
+        ({"population": 0.26, "train": 0.229}, "sample-limited"),
+        ({"population": 0.26, "train": 0.1}, "sample-limited"),
+        ({"population": 0.26, "lower": 0.2, "upper": 0.26}, "converged"),
+        ({"population": 0.2, "rank": 4}, "converged, saturated, larger than dense"),
+        ({"population": 0.2, "rank": 3}, "converged, larger than dense"),
+        ({"ending": DIVERGED}, None),
+    ],
+)
+@pytest.mark.parametrize("predict_zero", [1.0, 8.0])
+def test_verdicts_follow_the_stated_rules_in_any_unit(changes, expected, predict_zero):
+    losses = {"population": 0.26, "train": 0.25, "lower": 0.2} | changes
+    scaled = {name: value * predict_zero if isinstance(value, float) else value for name, value in losses.items()}
+    verdict = make_row(**scaled, predict_zero=predict_zero)["verdict"]
+    assert verdict == expected if expected is None else str(verdict) == expected
+
+
+def test_without_a_floor_only_the_marks_remain():
+    run = run_row(4, CURVES)
+    assert str(rank_row([run], CHAIN, None, 1.0)["verdict"]) == "saturated, larger than dense"
+    assert rank_row([run])["verdict"] is None
+    assert rank_row([run_row(1, CURVES)], CHAIN, None, 1.0)["verdict"] is None
+
+
+def test_the_text_of_a_verdict():
+    assert str(Verdict(Limit.SAMPLES, False, False)) == "sample-limited"
+    assert str(Verdict(None, True, False)) == "saturated"
+    assert f"{Verdict(Limit.TRAINING, True, True)}" == "undertrained, saturated, larger than dense"
+
+
+@pytest.mark.parametrize("predict_zero", [1.0, 3.0])
+def test_below_the_floor_is_an_error_beyond_rounding(predict_zero):
+    floor = Floor(2, 0.2, 0.2, True)
+    check_above_floor(0.2 * (1 - 1e-10) * predict_zero, floor, predict_zero)
+    with pytest.raises(InternalError, match=r"rank 2: the population loss, .* is below its floor"):
+        check_above_floor(0.2 * (1 - 1e-7) * predict_zero, floor, predict_zero)
+
+
+def test_an_unknown_loss_or_floor_is_not_checked():
+    check_above_floor(None, Floor(2, 0.2, 0.2, True))
+    check_above_floor(0.1, None)
+
+
+def test_advice_is_plain():
+    rows = [
+        make_row(population=0.26, train=0.1),
+        make_row(population=0.26, train=0.26, rank=3),
+        make_row(ending=DIVERGED),
+        make_row(ending=Ending(Status.INTERRUPTED)),
+    ]
+    sentences = advice(rows, "fixed")
+    assert sentences[0].startswith("rank 2: 30% above its floor, of which the training loss shows less than half")
+    assert "sample-limited" in sentences[0]
+    assert "--sampling auto or more samples" in sentences[0]
+    assert "--num_epochs" in sentences[1]
+    assert "train.log" in sentences[2]
+    assert "larger" not in sentences[0]
+    assert sentences[3] == "rank 3: more parameters than the dense weight"
+    assert len(sentences) == 4
+    assert "use more samples" in advice(rows[:1], "fresh")[0]
+
+
+def test_advice_on_an_undertrained_rank_gives_the_number_that_decides():
+    (sentence,) = advice([make_row(population=0.26, train=0.26, lower=0.2)])
+    assert "30% above its floor, 92.50% of the loss that this rank can remove is removed: undertrained" in sentence
+    (without_gap,) = advice([make_row(population=0.26, train=0.26, lower=0.0)])
+    assert "26.00% of predicting 0 above its floor, 74.00% of the loss that this rank can remove" in without_gap

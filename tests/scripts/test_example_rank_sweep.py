@@ -1,0 +1,34 @@
+"""The demo, in small."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, files_of, read_table, wait_for
+
+
+def test_the_demo_runs_from_any_folder_and_tells_where_the_pictures_are(run, tmp_path):
+    done = run("example_rank_sweep.py", "--ranks", 2, 4, "--num_epochs", 1, "--num_samples", 200)
+    assert done.returncode == 0, done.stderr
+    study = tmp_path / "demo_rank_sweep_results"
+    assert (study / "rank_sweep_loss_curves.png").exists()
+    assert str(study) in done.stdout
+    assert "validation loss" in done.stdout
+
+
+def test_the_demo_passes_a_failure_on(run):
+    done = run("example_rank_sweep.py", "--ranks", 0)
+    assert done.returncode == 2
+    assert "rank_sweep_study.py ended with exit code 2" in done.stderr
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_demo_leaves_a_summary_and_no_process(tmp_path, sent):
+    command = [sys.executable, str(ROOT / "example_rank_sweep.py"), "--output_dir", str(tmp_path / "demo")]
+    process = subprocess.Popen([*command, "--ranks", "2", "--num_epochs", "100000"], stderr=subprocess.DEVNULL)
+    wait_for(files_of(tmp_path / "demo", 2).curves_csv.exists)
+    process.send_signal(sent)
+    assert process.wait(60) == 130
+    assert read_table(tmp_path / "demo" / "rank_sweep_summary.csv")[0]["status"] == "interrupted"
+    assert subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True).stdout == b""

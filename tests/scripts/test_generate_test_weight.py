@@ -1,0 +1,52 @@
+"""Test weights made as users make them."""
+
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import generate_test_weight
+from ks.files.weights import load_weight
+
+
+def test_the_generator_prints_statistics_and_protects_what_is_there(run, tmp_path):
+    arguments = ("--output_features", 8, "--input_features", 12, "--output_path", "w.pth")
+    first = run("generate_test_weight.py", *arguments, "--dtype", "float16", "--init_method", "kaiming_normal")
+    assert first.returncode == 0, first.stderr
+    assert "Frobenius norm" in first.stdout
+    assert load_weight(tmp_path / "w.pth").tensor.dtype == torch.float16
+    again = run("generate_test_weight.py", *arguments, "--dtype", "float16", "--init_method", "kaiming_normal")
+    assert again.returncode == 0
+    other = run("generate_test_weight.py", *arguments)
+    assert other.returncode == 2
+    assert "--overwrite" in other.stderr
+    assert load_weight(tmp_path / "w.pth").tensor.dtype == torch.float16
+    assert run("generate_test_weight.py", *arguments, "--overwrite").returncode == 0
+
+
+def test_without_flags_it_is_the_weight_of_the_brief(run, tmp_path):
+    config = generate_test_weight.build_parser().parse([])
+    assert (config.output_features, config.input_features, config.output_path) == (2048, 4096, "./test_weight.pth")
+    done = run("generate_test_weight.py")
+    assert done.returncode == 0, done.stderr
+    assert load_weight(tmp_path / "test_weight.pth").tensor.shape == (2048, 4096)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".npy", ".safetensors"])
+@pytest.mark.parametrize("room", [0, 1000])
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, suffix, room):
+    """A limit on the size of files stands in for the disk."""
+    arguments = ("--output_features", "64", "--input_features", "64", "--output_path", f"w{suffix}")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "generate_test_weight.py"), *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY)),
+    )
+    assert done.returncode == 2
+    assert done.stderr == f"generate_test_weight.py: error: w{suffix} cannot be written: File too large\n"
+    assert list(tmp_path.iterdir()) == []

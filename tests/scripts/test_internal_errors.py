@@ -1,0 +1,60 @@
+"""A fault of the program is never taken for bad input: a traceback, exit code 4, and a line that asks for a report."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import QUICK, read_table
+
+import example_rank_sweep
+import generate_test_weight
+import ks.training.problem
+import plot_rank_results
+import rank_sweep_study
+import train_with_random
+from ks.files.atomic import read_json
+
+
+def broken(*arguments, **options):
+    raise ValueError("a bug")
+
+
+@pytest.mark.parametrize(
+    ("script", "place", "name", "arguments"),
+    [
+        (train_with_random, ks.training.problem, "load_weight", ["--weight_path", "w.pth"]),
+        (train_with_random, train_with_random, "settings_of", ["--weight_path", "w.pth"]),
+        (rank_sweep_study, ks.training.problem, "load_weight", ["--weight_path", "w.pth"]),
+        (rank_sweep_study, rank_sweep_study, "claim_folder", ["--weight_path", "w.pth", "--ranks", "2"]),
+        (plot_rank_results, plot_rank_results, "read_study", ["--results_dir", "."]),
+        (generate_test_weight, generate_test_weight, "make_weight", []),
+        (example_rank_sweep, example_rank_sweep, "run", []),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_value_error_of_a_bug(tmp_path, monkeypatch, capsys, script, place, name, arguments):
+    monkeypatch.chdir(tmp_path)
+    torch.save(torch.randn(16, 24), "w.pth")
+    monkeypatch.setattr(place, name, broken)
+    assert script.main(arguments) == 4
+    lines = capsys.readouterr().err.splitlines()
+    assert "Traceback (most recent call last):" in lines
+    assert lines[-2:] == [
+        "ValueError: a bug",
+        f"{script.__name__}.py: internal error; please report it with the command line",
+    ]
+
+
+def test_a_bug_of_a_training_is_in_its_log_and_its_exit_code_in_the_summary(edited_trainer, weight_path, tmp_path):
+    """Of a rank that fails with 4, the sweep shows the traceback, and trains the others."""
+    start = "    threads = torch.get_num_threads()\n"
+    edited_trainer(start, f"{start}    if config.rank == 2:\n        raise ValueError('a bug')\n")
+    command = [sys.executable, "rank_sweep_study.py", "--weight_path", str(weight_path), "--ranks", "1", "2", *QUICK]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 3, done.stderr
+    assert "rank 2: failed (exit 4)" in done.stderr
+    assert "ValueError: a bug" in done.stderr
+    results = tmp_path / "rank_sweep_results"
+    assert read_json(results / "rank_2" / "rank_2_training_log.json")["error"] == "ValueError: a bug"
+    assert [row["status"] for row in read_table(results / "rank_sweep_summary.csv")] == ["ok", "failed (exit 4)"]

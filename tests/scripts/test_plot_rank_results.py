@@ -1,0 +1,51 @@
+"""Figures drawn again from files, as users do it."""
+
+from conftest import QUICK
+
+from ks.files.layout import SweepFiles
+from ks.report.read_results import read_study
+
+
+def test_replotting_from_files_alone_gives_the_same_summary(run, swept, tmp_path):
+    study = swept[0] / "rank_sweep_results"
+    arguments = ("--results_dir", study, "--output_dir", "figures", "--log_scale", "--formats", "png", "svg", "pdf")
+    done = run("plot_rank_results.py", *arguments, "--title", "T", "--dpi", 50, "--figsize", 6, 3)
+    assert done.returncode == 0, done.stderr
+    stems = ("rank_sweep_final_losses", "rank_sweep_floor", "rank_sweep_loss_curves")
+    expected = sorted(f"{stem}.{suffix}" for stem in stems for suffix in ("png", "svg", "pdf"))
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == expected
+    assert done.stdout.splitlines()[:4] == swept[1].stdout.splitlines()[:4]
+
+
+def test_a_folder_of_the_2025_scripts_plots(run, tmp_path):
+    for rank in (2, 16):
+        folder = tmp_path / "old" / f"rank_{rank}"
+        folder.mkdir(parents=True)
+        rows = "\n".join(f"{epoch},{1 / epoch + 1 / rank},{1.1 / epoch + 1 / rank},{rank}" for epoch in range(1, 6))
+        (folder / f"rank_{rank}_rank_{rank}_loss_curves.csv").write_text(f"epoch,train_loss,val_loss,rank\n{rows}\n")
+    (tmp_path / "old" / "rank_sweep_summary.json").write_text('[{"rank": 2, "final_val_loss": 0.72}]')
+    done = run("plot_rank_results.py", "--results_dir", "old")
+    assert done.returncode == 0, done.stderr
+    study = read_study(SweepFiles(tmp_path / "old", "rank_sweep"))
+    assert list(study.summary["num_seeds"]) == [1, 1]
+    assert (tmp_path / "old" / "rank_sweep_loss_curves.png").exists()
+    assert "0.2825" in done.stdout
+
+
+def test_chains_side_by_side(run, weight_path, tmp_path):
+    for family in ("monarch", "lowrank"):
+        arguments = ("--weight_path", weight_path, "--ranks", 1, 2, *QUICK, "--chain", family, "--output_dir", family)
+        assert run("rank_sweep_study.py", *arguments).returncode == 0
+    done = run("plot_rank_results.py", "--results_dir", "monarch", "lowrank", "--output_dir", "figures")
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["rank_sweep_chains.png"]
+    assert "lowrank: lowrank (rows" in done.stdout
+
+
+def test_the_title_has_its_old_name_too(run, swept, tmp_path):
+    study = swept[0] / "rank_sweep_results"
+    flags = ("--output_dir", "figures", "--formats", "svg", "--plot_title", "An old title")
+    done = run("plot_rank_results.py", "--results_dir", study, *flags)
+    assert done.returncode == 0, done.stderr
+    for path in (tmp_path / "figures").iterdir():
+        assert "<!-- An old title -->" in path.read_text()

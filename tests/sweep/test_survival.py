@@ -1,0 +1,340 @@
+"""What a study survives: killed trainings and sweeps, damaged files, a full disk, a second sweep, a rank that hangs.
+
+`make test-faults` kills twenty times where `make test` kills three times.
+"""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, files_of, wait_for
+
+from ks.files.atomic import read_json
+from ks.files.curves import curves_if_any, read_curves
+from ks.files.layout import RunFiles
+
+KILLS = int(os.environ.get("KS_TEST_KILLS", "3"))
+EPOCHS = str(100 * KILLS)
+TRAINING = (
+    "--num_samples",
+    "80",
+    "--batch_size",
+    "16",
+    "--num_epochs",
+    EPOCHS,
+    "--resume_interval",
+    "0",
+    "--rank",
+    "2",
+)
+SWEEP = (*TRAINING[:8], "--ranks", "1", "2", "4", "--jobs", "2")
+FEW = ("--num_samples", "80", "--num_epochs", "3", "--ranks", "1", "2")
+
+
+def start(script, tmp_path, *arguments, before=(), env=None, **options):
+    command = [*before, sys.executable, str(ROOT / script), "--weight_path", "weight.pth", *map(str, arguments)]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
+    return subprocess.Popen(command, cwd=tmp_path, text=True, env=environment, **options)
+
+
+def finish(process, timeout=120):
+    stdout, stderr = process.communicate(timeout=timeout)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def processes_of(tmp_path) -> bytes:
+    return subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True).stdout
+
+
+def epochs_in(folder) -> int:
+    """How far all trainings of a folder have come."""
+    return sum(len(curves_if_any(path)) for path in folder.rglob("*_loss_curves.csv"))
+
+
+def kill_at_random(start_again, folder) -> None:
+    """Start and kill -9, `KILLS` times, each at a random moment while it trains."""
+    chance = random.Random(0)
+    for _ in range(KILLS):
+        before = epochs_in(folder)
+        process = start_again()
+        wait_for(lambda p=process, b=before: epochs_in(folder) > b or p.poll() is not None)
+        time.sleep(chance.uniform(0, 0.3))
+        assert process.poll() is None, "it ended before it was killed"
+        process.kill()
+        finish(process)
+
+
+def losses(path):
+    """Everything in a curves file but the seconds."""
+    return [{name: str(cell) for name, cell in row.items() if name != "epoch_seconds"} for row in read_curves(path)]
+
+
+def assert_same_run(ours: RunFiles, theirs: RunFiles):
+    assert losses(ours.curves_csv) == losses(theirs.curves_csv)
+    for one, other in ((ours.final, theirs.final), (ours.best, theirs.best)):
+        one, other = (torch.load(path)["state_dict"] for path in (one, other))
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("extra", [(), ("--scheduler", "plateau", "--scheduler_patience", "2", "--sampling", "fresh")])
+def test_a_training_killed_again_and_again_ends_as_if_undisturbed(weight_path, tmp_path, extra):
+    assert finish(start("train_with_random.py", tmp_path, *TRAINING, *extra, "--output_dir", "whole")).returncode == 0
+    whole, killed = (RunFiles(tmp_path / name, "ks_chain", 2) for name in ("whole", "killed"))
+
+    def resume():
+        return start("train_with_random.py", tmp_path, *TRAINING, *extra, "--output_dir", "killed", "--resume")
+
+    kill_at_random(resume, tmp_path / "killed")
+    done = finish(resume())
+    assert done.returncode == 0, done.stderr
+    assert_same_run(killed, whole)
+    assert not killed.resume.exists()
+    assert "finished before" in finish(resume()).stdout
+
+
+def test_a_sweep_killed_again_and_again_ends_as_if_undisturbed(weight_path, tmp_path):
+    assert finish(start("rank_sweep_study.py", tmp_path, *SWEEP, "--output_dir", "whole")).returncode == 0
+    kill_at_random(
+        lambda: start("rank_sweep_study.py", tmp_path, *SWEEP, "--output_dir", "killed"), tmp_path / "killed"
+    )
+    wait_for(lambda: processes_of(tmp_path / "killed") == b"", seconds=15)  # the trainings stop by themselves
+    done = finish(start("rank_sweep_study.py", tmp_path, *SWEEP, "--output_dir", "killed"))
+    assert done.returncode == 0, done.stderr
+    for rank in (1, 2, 4):
+        assert_same_run(*(files_of(tmp_path / name, rank) for name in ("killed", "whole")))
+    assert not list((tmp_path / "killed").glob(".*"))
+
+
+@pytest.fixture
+def study(weight_path, tmp_path):
+    """A finished study of ranks 1 and 2, and a function that runs the same sweep again."""
+
+    def again(*arguments):
+        return finish(start("rank_sweep_study.py", tmp_path, *FEW, *arguments))
+
+    assert again().returncode == 0
+    return tmp_path / "rank_sweep_results", again
+
+
+def test_finished_ranks_are_kept_and_new_ones_added(study):
+    folder, again = study
+    before = {rank: files_of(folder, rank).final.stat().st_mtime_ns for rank in (1, 2)}
+    done = again("--ranks", "1", "2", "4")
+    assert done.returncode == 0, done.stderr
+    assert {rank: files_of(folder, rank).final.stat().st_mtime_ns for rank in (1, 2)} == before
+    assert done.stderr.count("finished before") == 2
+    assert "rank 4: training (1 of 1)" in done.stderr
+    assert [row["rank"] for row in json.loads((folder / "rank_sweep_summary.json").read_text())] == [1, 2, 4]
+
+
+def test_overwrite_redoes(study):
+    folder, again = study
+    before = files_of(folder, 1).final.stat().st_mtime_ns
+    assert again("--overwrite").returncode == 0
+    assert files_of(folder, 1).final.stat().st_mtime_ns > before
+
+
+@pytest.mark.parametrize("name", ["final", "best", "curves_csv", "curves_json", "training_log"])
+def test_a_damaged_file_is_not_believed(study, name):
+    folder, again = study
+    files = files_of(folder, 2)
+    expected, path = losses(files.curves_csv), getattr(files, name)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    done = again()
+    assert done.returncode == 0, done.stderr
+    assert "rank 2: training (1 of 1)" in done.stderr
+    assert losses(files.curves_csv) == expected
+
+
+def test_a_damaged_checkpoint_starts_anew(weight_path, tmp_path):
+    process = start("train_with_random.py", tmp_path, *TRAINING, "--output_dir", "out")
+    files = RunFiles(tmp_path / "out", "ks_chain", 2)
+    wait_for(files.resume.exists)
+    process.kill()
+    finish(process)
+    files.resume.write_bytes(files.resume.read_bytes()[:1000])
+    done = finish(start("train_with_random.py", tmp_path, *TRAINING, "--output_dir", "out", "--resume"))
+    assert done.returncode == 0, done.stderr
+    assert "cannot be read: starting anew" in done.stderr
+    assert len(read_curves(files.curves_csv)) == int(EPOCHS)
+
+
+def test_resume_names_every_changed_setting(weight_path, tmp_path):
+    finish(start("train_with_random.py", tmp_path, *TRAINING, "--num_epochs", 2))
+    changed = ("--num_epochs", 3, "--lr", 0.01, "--resume")
+    done = finish(start("train_with_random.py", tmp_path, *TRAINING, *changed))
+    assert done.returncode == 2
+    assert "num_epochs was 2, now 3" in done.stderr
+    assert "lr was 0.001, now 0.01" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_failed_rank_is_trained_again(weight_path, tmp_path):
+    flags = ("--num_samples", "80", "--num_epochs", "3", "--ranks", "2", "--lr", "1e30", "--optimizer", "sgd")
+    for _ in range(2):
+        done = finish(start("rank_sweep_study.py", tmp_path, *flags, "--max_grad_norm", "0"))
+        assert done.returncode == 1
+        assert "rank 2: training (1 of 1)" in done.stderr
+
+
+def test_an_interrupt_keeps_every_finished_epoch(weight_path, tmp_path):
+    long = ("--num_samples", "80", "--num_epochs", "5000", "--rank", "2", "--output_dir", "out")
+    process = start("train_with_random.py", tmp_path, *long)
+    files = RunFiles(tmp_path / "out", "ks_chain", 2)
+    wait_for(lambda: len(curves_if_any(files.curves_csv)) > 5)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process).returncode == 130
+    kept = len(torch.load(files.resume)["curves"])
+    assert kept >= len(read_curves(files.curves_csv)) - 1
+
+
+def test_two_sweeps_in_one_folder(weight_path, tmp_path):
+    first = start("rank_sweep_study.py", tmp_path, "--ranks", 2, "--num_samples", 80, "--num_epochs", 100000)
+    wait_for(files_of(tmp_path / "rank_sweep_results", 2).curves_csv.exists)
+    second = finish(start("rank_sweep_study.py", tmp_path, *FEW))
+    assert second.returncode == 2
+    assert f"in use by another sweep (process {first.pid} on" in second.stderr
+    assert len(second.stderr.splitlines()) == 1
+    first.kill()
+    finish(first)
+    third = finish(start("rank_sweep_study.py", tmp_path, *FEW, "--overwrite"))  # the lock died with its holder
+    assert third.returncode == 0, third.stderr
+
+
+def test_a_rank_that_hangs_is_stopped(weight_path, tmp_path):
+    flags = ("--ranks", 2, "--num_samples", 80, "--num_epochs", 100000, "--timeout_per_rank", 4)
+    done = finish(start("rank_sweep_study.py", tmp_path, *flags))
+    assert done.returncode == 1, done.stderr
+    assert "rank 2: timed out" in done.stderr
+    assert processes_of(tmp_path) == b""
+
+
+def test_jobs_do_not_change_the_numbers(weight_path, tmp_path):
+    for jobs in (1, 3):
+        flags = (
+            "--ranks",
+            1,
+            2,
+            4,
+            "--num_samples",
+            80,
+            "--num_epochs",
+            3,
+            "--jobs",
+            jobs,
+            "--output_dir",
+            f"jobs_{jobs}",
+        )
+        assert finish(start("rank_sweep_study.py", tmp_path, *flags)).returncode == 0
+    for rank in (1, 2, 4):
+        assert_same_run(*(files_of(tmp_path / f"jobs_{jobs}", rank) for jobs in (1, 3)))
+
+
+def file_size_limit(size):
+    """What a child does before it starts, so that a limit on the size of files stands in for a full disk."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def test_a_full_disk_loses_nothing(weight_path, tmp_path):
+    """Curves still fit, checkpoints do not."""
+    flags = ("--num_samples", 80, "--num_epochs", 6, "--rank", 2, "--output_dir", "out", "--resume_interval", 1000)
+    full = finish(start("train_with_random.py", tmp_path, *flags, preexec_fn=file_size_limit(3000)))
+    assert full.returncode == 1
+    assert "File too large" in full.stderr.splitlines()[-1]
+    assert "Traceback" not in full.stderr
+    files = RunFiles(tmp_path / "out", "ks_chain", 2)
+    assert len(read_curves(files.curves_csv)) == 6
+    assert not list((tmp_path / "out").glob(".*"))
+    assert finish(start("train_with_random.py", tmp_path, *flags, "--resume")).returncode == 0
+    assert read_json(files.training_log)["status"] == "finished"
+
+
+@pytest.mark.parametrize("script", ["train_with_random.py", "rank_sweep_study.py"])
+def test_a_disk_that_is_full_at_the_start_is_one_line_and_then_the_same_command_goes_on(weight_path, tmp_path, script):
+    flags = ("--num_samples", 80, "--num_epochs", 2, "--output_dir", "out", "--quiet")
+    flags += ("--ranks", 2) if script == "rank_sweep_study.py" else ("--rank", 2, "--resume")
+    full = finish(start(script, tmp_path, *flags, preexec_fn=file_size_limit(0)))
+    assert full.returncode == 1
+    assert full.stderr.splitlines() == [
+        f"{script}: File too large: {tmp_path / 'out'}; fix the cause, then rerun the same command "
+        + ("to resume" if script == "rank_sweep_study.py" else "with --resume")
+    ]
+    done = finish(start(script, tmp_path, *flags))
+    assert done.returncode == 0, done.stderr
+
+
+# What lets root write where the permissions forbid it.
+LIKE_A_USER = ("setpriv", "--inh-caps", "-dac_override", "--bounding-set", "-dac_override") if os.getuid() == 0 else ()
+
+
+@pytest.mark.skipif(bool(LIKE_A_USER) and not shutil.which("setpriv"), reason="root, and no setpriv (util-linux)")
+class TestReadOnlyFolders:
+    @pytest.mark.parametrize("script", ["train_with_random.py", "rank_sweep_study.py"])
+    def test_refused_at_the_start(self, weight_path, tmp_path, script):
+        (tmp_path / "out").mkdir(mode=0o555)
+        done = finish(start(script, tmp_path, "--output_dir", "out", before=LIKE_A_USER))
+        assert done.returncode == 2
+        assert f"output folder {tmp_path / 'out'} cannot be written: Permission denied" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+    def test_one_that_becomes_read_only_loses_nothing(self, weight_path, tmp_path):
+        flags = (*TRAINING[:4], "--num_epochs", 400, "--resume_interval", 0, "--ranks", 1, 2, "--jobs", 2)
+        process = start("rank_sweep_study.py", tmp_path, *flags, before=LIKE_A_USER)
+        files = files_of(tmp_path / "rank_sweep_results", 2)
+        wait_for(files.resume.exists)
+        files.directory.chmod(0o555)
+        done = finish(process)
+        assert done.returncode == 3, done.stderr
+        assert "rank 2: failed (exit 1)" in done.stderr
+        assert "Permission denied" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert "Traceback" not in files.log.read_text()
+        kept = len(read_curves(files.curves_csv))
+        files.directory.chmod(0o755)
+        assert 0 < kept < 400
+        assert finish(start("rank_sweep_study.py", tmp_path, *flags)).returncode == 0
+        assert finish(start("rank_sweep_study.py", tmp_path, *flags, "--output_dir", "whole")).returncode == 0
+        assert_same_run(files, files_of(tmp_path / "whole", 2))
+
+
+JUMPING_CLOCK = """
+import random, time
+true_time, chance = time.time, random.Random(0)
+time.time = lambda: true_time() + chance.uniform(-1e6, 1e6)
+"""
+
+
+def test_a_clock_that_jumps_disturbs_nothing(weight_path, tmp_path):
+    """Of the wall clock there are only the dates in the files; what is timed goes by another one."""
+    (tmp_path / "sitecustomize.py").write_text(JUMPING_CLOCK)
+    env = {"PYTHONPATH": str(tmp_path)}
+    flags = (*FEW, "--timeout_per_rank", 100)
+    jumping = finish(start("rank_sweep_study.py", tmp_path, *flags, "--output_dir", "jumping", env=env))
+    assert jumping.returncode == 0, jumping.stderr
+    assert finish(start("rank_sweep_study.py", tmp_path, *flags, "--output_dir", "steady")).returncode == 0
+    for rank in (1, 2):
+        ours, theirs = (files_of(tmp_path / name, rank) for name in ("jumping", "steady"))
+        assert_same_run(ours, theirs)
+        assert 0 < read_json(ours.training_log)["train_seconds"] < 100
+        days = [read_json(files.config)["ended"][:10] for files in (ours, theirs)]
+        assert days[0] != days[1]  # the clock did jump
+
+
+def test_all_curves_in_long_form(study):
+    folder, _ = study
+    lines = (folder / "rank_sweep_all_curves.csv").read_text().splitlines()
+    assert lines[0] == "rank,seed,epoch,split,loss,lr,seconds"
+    assert {line.split(",")[3] for line in lines[1:]} == {"train", "validation", "population"}
+    config = read_json(files_of(folder, 2).config)
+    assert config["ended"] >= config["provenance"]["started"]
+    assert config["peak_host_mib"] > 50
+    assert config["settings"]["weight"].startswith("sha256 ")

@@ -1,0 +1,90 @@
+"""The best model of a training: which one is kept, put back and saved."""
+
+import copy
+import math
+
+import pytest
+import torch
+from steps import WEIGHT
+
+import ks
+from ks.bounds.moments import UNIT_INPUTS
+from ks.layer import KSLinear
+from ks.training.best_model import BestModel, save_in_user_units
+
+EPOCHS = [{"epoch": number} for number in (1, 2, 3)]
+
+
+def fill(model, value):
+    with torch.no_grad():
+        for factor in model.factors:
+            factor.fill_(value)
+
+
+@pytest.fixture
+def model():
+    return KSLinear(10, 6, rank=2)
+
+
+def best_of(model, keep_start=False):
+    return BestModel(model, WEIGHT.double(), UNIT_INPUTS, keep_start)
+
+
+def test_the_model_of_the_lowest_loss_is_kept_as_it_was(model):
+    best = best_of(model)
+    for row, loss in zip(EPOCHS, (0.5, 0.2, math.nan), strict=True):
+        fill(model, loss)
+        best.offer(loss, row)
+    assert (best.val_loss, best.row) == (0.2, EPOCHS[1])
+    assert all((factor == 0.2).all() for factor in best.chosen().factors)
+
+
+def test_a_start_that_was_never_beaten_is_the_result():
+    """A factorisation of W is the optimum of two factors: training can at most keep it."""
+    trained = KSLinear.from_dense(WEIGHT, rank=2)
+    optimum = trained.to_dense()
+    best, plain = best_of(trained, keep_start=True), best_of(trained)
+    fill(trained, 0.0)
+    for found in (best, plain):
+        found.offer(0.1, EPOCHS[0])
+    assert torch.equal(best.chosen().to_dense(), optimum)
+    assert not plain.chosen().to_dense().any()
+
+
+def test_a_start_that_was_beaten_is_not_the_result():
+    trained = KSLinear.from_dense(WEIGHT, rank=2)
+    optimum = copy.deepcopy(trained.state_dict())
+    fill(trained, 0.0)
+    best = best_of(trained, keep_start=True)
+    trained.load_state_dict(optimum)
+    best.offer(0.1, EPOCHS[0])
+    assert torch.equal(best.chosen().to_dense(), trained.to_dense())
+    assert best.population_loss() < best.weight.square().sum() / 6
+
+
+def test_a_restored_best_is_the_one_whose_state_was_kept(model):
+    best = best_of(model)
+    fill(model, 0.2)
+    best.offer(0.2, EPOCHS[1])
+    other = best_of(KSLinear(10, 6, rank=2))
+    other.restore(best.state(), EPOCHS)
+    assert (other.val_loss, other.row) == (0.2, EPOCHS[1])
+    assert torch.equal(other.kept.to_dense(), best.kept.to_dense())
+    other.offer(0.3, EPOCHS[2])
+    assert other.row == EPOCHS[1]
+
+
+@pytest.mark.parametrize("change", [lambda factors: factors[:-1], lambda factors: [*factors, factors[0]]])
+def test_a_state_of_another_length_is_no_state_of_this_model(model, change):
+    best = best_of(model)
+    best.offer(0.2, EPOCHS[0])
+    state = best.state()
+    with pytest.raises(ValueError, match="zip"):
+        best_of(model).restore(state | {"factors": change(state["factors"])}, EPOCHS)
+
+
+def test_a_saved_model_is_in_the_units_of_the_user(model, tmp_path):
+    before = model.to_dense()
+    save_in_user_units(model, 7.0, tmp_path / "model.pth")
+    assert torch.equal(model.to_dense(), before)
+    torch.testing.assert_close(ks.load(tmp_path / "model.pth").to_dense(), 7.0 * before)

@@ -1,0 +1,118 @@
+"""A checkpoint holds all that a training needs to go on as if it had not stopped, and nothing else is resumed from."""
+
+import pytest
+import torch
+from steps import WEIGHT, update
+
+from ks.bounds.moments import UNIT_INPUTS
+from ks.files.layout import RunFiles
+from ks.layer import KSLinear
+from ks.training.best_model import BestModel
+from ks.training.checkpoints import Checkpoints, changes
+from ks.training.optimiser import Optimiser
+from ks.training.schedule import Schedule
+
+SETTINGS = {"lr": 0.01}
+
+
+class Training:
+    """A chain, and everything of its training that a checkpoint holds."""
+
+    def __init__(self, loss_scaling=False):
+        torch.manual_seed(0)
+        self.model = KSLinear(10, 6, rank=2)
+        self.optimiser = Optimiser("adamw", list(self.model.factors), loss_scaling=loss_scaling)
+        self.schedule = Schedule("plateau", 0.01, 1, 9, patience=0)
+        self.best = BestModel(self.model, WEIGHT.double(), UNIT_INPUTS, keep_start=False)
+        self.curves = []
+
+    def epoch(self):
+        x = torch.randn(8, 10, generator=torch.Generator().manual_seed(len(self.curves)))
+        loss = torch.nn.functional.mse_loss(self.model(x), x @ WEIGHT.t())
+        update(self.optimiser, loss, self.schedule.rate(len(self.curves) + 1, 0))
+        self.curves.append({"epoch": len(self.curves) + 1, "val_loss": loss.item()})
+        self.best.offer(loss.item(), self.curves[-1])
+        self.schedule.end_epoch(loss.item())
+
+    def parts(self):
+        return self.optimiser, self.schedule, self.best
+
+
+@pytest.fixture
+def files(tmp_path):
+    return RunFiles(tmp_path, "ks_chain", 2)
+
+
+def checkpoint_of(training, files, interval=0.0):
+    checkpoints = Checkpoints(files, SETTINGS, interval, resume=False)
+    checkpoints.offer(1, training.curves, *training.parts())
+    return checkpoints
+
+
+@pytest.mark.parametrize("loss_scaling", [False, True])
+def test_a_restored_training_goes_on_as_if_it_had_not_stopped(files, loss_scaling):
+    whole = Training(loss_scaling)
+    for _ in range(3):
+        whole.epoch()
+    checkpoint_of(whole, files)
+    resumed = Training(loss_scaling)
+    resumed.curves = Checkpoints(files, SETTINGS, 0.0, resume=True).restore(*resumed.parts())
+    for _ in range(3):
+        whole.epoch()
+        resumed.epoch()
+    assert resumed.curves == whole.curves
+    assert resumed.schedule.state() == whole.schedule.state()
+    for ours, theirs in zip(resumed.optimiser.state(), whole.optimiser.state(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert resumed.best.row == whole.best.row
+    assert torch.equal(resumed.best.kept.to_dense(), whole.best.kept.to_dense())
+
+
+@pytest.mark.parametrize("part", ["optimiser", "factors of the best model"])
+@pytest.mark.parametrize("change", [lambda tensors: tensors[:-1], lambda tensors: [*tensors, tensors[-1]]])
+def test_a_state_of_another_length_is_not_put_back(files, part, change):
+    training = Training()
+    training.epoch()
+    checkpoint_of(training, files)
+    checkpoints = Checkpoints(files, SETTINGS, 0.0, resume=True)
+    holder, key = (checkpoints.found, "optimiser") if part == "optimiser" else (checkpoints.found["best"], "factors")
+    holder[key] = change(holder[key])
+    with pytest.raises(ValueError, match="zip"):
+        checkpoints.restore(*Training().parts())
+
+
+def test_only_a_whole_checkpoint_with_the_same_settings_is_resumed_from(files, capsys):
+    assert Checkpoints(files, SETTINGS, 0.0, resume=True).found is None
+    training = Training()
+    training.epoch()
+    checkpoint_of(training, files)
+    assert Checkpoints(files, SETTINGS, 0.0, resume=True).found["curves"] == training.curves
+    assert Checkpoints(files, SETTINGS, 0.0, resume=False).found is None
+    assert Checkpoints(files, SETTINGS | {"lr": 0.1}, 0.0, resume=True).found is None
+    assert capsys.readouterr().err == ""
+    files.resume.write_bytes(files.resume.read_bytes()[:1000])
+    assert Checkpoints(files, SETTINGS, 0.0, resume=True).found is None
+    assert f"{files.resume} cannot be read: starting anew" in capsys.readouterr().err
+
+
+def test_a_checkpoint_waits_for_its_interval_and_holds_the_epoch_that_was_offered(files):
+    training = Training()
+    training.epoch()
+    checkpoints = checkpoint_of(training, files, interval=1000.0)
+    assert not files.resume.exists()
+    before = [tensor.detach().clone() for tensor in training.optimiser.state()]
+    training.epoch()
+    checkpoints.write_latest()
+    found = Checkpoints(files, SETTINGS, 0.0, resume=True).found
+    assert len(found["curves"]) == 1
+    for kept, tensor in zip(found["optimiser"], before, strict=True):
+        assert torch.equal(kept, tensor)
+
+
+def test_changed_settings_are_named_one_by_one():
+    before = {"lr": 0.1, "seed": 0}
+    assert changes(before, {"lr": 0.1, "seed": 0}) == ""
+    assert (
+        changes(before, {"lr": 0.2, "seed": 0, "dtype": "float16"})
+        == "lr was 0.1, now 0.2, dtype was None, now float16"
+    )

@@ -1,0 +1,92 @@
+"""Random inputs, their targets and their order."""
+
+import pytest
+import torch
+from steps import WEIGHT, make_samples
+
+from ks.bounds.moments import IsotropicInputs
+from ks.training.samples import seeded_generator, whiten
+
+
+def epoch(samples, number):
+    """The batches of one epoch, (inputs, targets) in the order in which they come."""
+    order = samples.start_epoch(number)
+    return [(samples.inputs[batch].clone(), samples.targets[batch].clone()) for batch in order]
+
+
+@pytest.mark.parametrize("count", [10, 11, 20, 43])
+def test_whitened_samples_have_second_moment_one(count):
+    x = whiten(torch.randn(count, 10, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(x.t() @ x / count, torch.eye(10), atol=1e-4 if count < 20 else 1e-6, rtol=0)
+    assert x.is_contiguous()
+
+
+@pytest.mark.parametrize("num_train", [40, 43])
+def test_the_full_batch_loss_of_a_whitened_set_is_the_population_loss(num_train):
+    samples = make_samples(num_train=num_train)
+    inputs, targets = (torch.cat(parts) for parts in zip(*epoch(samples, 1)))
+    other = torch.randn(6, 10)
+    loss = torch.nn.functional.mse_loss(inputs @ other.t(), targets)
+    torch.testing.assert_close(loss, (WEIGHT - other).square().sum() / 6, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("sampling", ["whitened", "fresh", "fixed"])
+@pytest.mark.parametrize("batch_last", [False, True])
+def test_batches(sampling, batch_last):
+    samples = make_samples(sampling=sampling, batch_last=batch_last)
+    batches = epoch(samples, 2)
+    assert len(batches) == samples.steps_per_epoch == 5
+    assert samples.inputs.is_contiguous()
+    for inputs, targets in batches:
+        x, y = (inputs.t(), targets.t()) if batch_last else (inputs, targets)
+        assert x.shape == (8, 10)
+        torch.testing.assert_close(y, x @ WEIGHT.t())
+
+
+@pytest.mark.parametrize("sampling", ["whitened", "fresh", "fixed"])
+def test_an_epoch_depends_on_seed_and_number_alone(sampling):
+    first, again = make_samples(sampling=sampling), make_samples(sampling=sampling)
+    epoch(again, 1)
+    second = epoch(first, 2)[0][0]
+    assert torch.equal(second, epoch(again, 2)[0][0])
+    assert not torch.equal(second, epoch(first, 3)[0][0])
+    assert not torch.equal(second, epoch(make_samples(sampling=sampling, seed=1), 2)[0][0])
+    assert torch.equal(first.validation[0][0], again.validation[0][0])
+
+
+def test_fixed_reuses_its_set_and_fresh_does_not():
+    for sampling, reused in (("fixed", True), ("whitened", True), ("fresh", False)):
+        samples = make_samples(sampling=sampling, num_train=40)
+        rows = [{tuple(row) for batch, _ in epoch(samples, number) for row in batch.tolist()} for number in (1, 2)]
+        assert (rows[0] == rows[1]) is reused
+
+
+def test_streams_do_not_overlap():
+    draws = {
+        torch.rand(1, generator=seeded_generator(seed, stream, epoch)).item()
+        for seed in range(3)
+        for stream in ("train", "validation", "shuffle", "init")
+        for epoch in range(5)
+    }
+    assert len(draws) == 60
+
+
+def test_validation_shares_weigh_batches_to_the_plain_mean():
+    samples = make_samples(num_validation=1500)
+    means = torch.stack([targets.square().mean() for _, targets in samples.validation])
+    everything = torch.cat([targets for _, targets in samples.validation])
+    assert len(means) == 2
+    torch.testing.assert_close(means @ samples.validation_shares, everything.square().mean())
+
+
+@pytest.mark.parametrize("sampling", ["whitened", "fresh", "fixed"])
+def test_inputs_have_the_second_moment_that_is_asked_for_and_targets_follow_them(sampling):
+    unit = make_samples(sampling=sampling)
+    coloured = make_samples(sampling=sampling, inputs_moment=IsotropicInputs(3.0))
+    for number in (1, 2):
+        for (inputs, targets), (unit_inputs, _) in zip(epoch(coloured, number), epoch(unit, number), strict=True):
+            torch.testing.assert_close(inputs, 3 * unit_inputs)
+            torch.testing.assert_close(targets, inputs @ WEIGHT.t())
+    (inputs, targets), (unit_inputs, _) = coloured.validation[0], unit.validation[0]
+    torch.testing.assert_close(inputs, 3 * unit_inputs)
+    torch.testing.assert_close(targets, inputs @ WEIGHT.t())
