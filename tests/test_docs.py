@@ -1,0 +1,208 @@
+"""README, docs and docstrings say what the scripts do: commands run, flags exist, tables and links are up to date."""
+
+import dataclasses
+import importlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import ROOT
+
+import ks
+
+SCRIPTS = [
+    "train_with_random",
+    "rank_sweep_study",
+    "generate_test_weight",
+    "plot_rank_results",
+    "example_rank_sweep",
+]
+PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
+# The commands as they stand, made small by flags appended to them.
+SMALL = {
+    "generate_test_weight.py": "--output_features 32 --input_features 48",
+    "rank_sweep_study.py": "--num_epochs 2 --num_samples 200 --ranks 2 8",
+    "plot_rank_results.py": "",
+    "example_rank_sweep.py": "--num_epochs 1 --num_samples 200 --ranks 2",
+}
+# Pages with commands: how many of them, and a file that they leave.
+COMMANDS = {
+    "README.md": (5, "rank_sweep_results/my_study_loss_curves.png"),
+    "docs/flags.md": (3, "figures/rank_sweep_chains.png"),
+    "docs/results.md": (4, "butterfly_results/rank_sweep_summary.csv"),
+}
+# Flags of other programs: pip, ray, docs/generate.py.
+FOREIGN = {"--help", "--no-deps", "--generate", "--head", "--port", "--address", "--disable-usage-stats"}
+
+
+def blocks(page, language):
+    """The fenced blocks of a page in a language, '' for output."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", PAGES[page], re.DOTALL | re.MULTILINE)
+    return [content for name, content in fenced if name == language]
+
+
+def commands(page):
+    lines = "\n".join(blocks(page, "bash")).replace("\\\n", "").splitlines()
+    return [line for line in lines if line.startswith("python ")]
+
+
+def fields_of(script):
+    return dataclasses.fields(importlib.import_module(script).build_parser().config)
+
+
+def flags_of(script):
+    """Every spelling of the flags of a script."""
+    return {
+        spelling for field in fields_of(script) for spelling in (f"--{field.name}", *field.metadata["flag"].aliases)
+    }
+
+
+KNOWN_FLAGS = set().union(*map(flags_of, SCRIPTS))
+
+
+def slug(heading):
+    """The anchor that a Markdown renderer gives to a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def links(page):
+    return [target for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]) if "://" not in target]
+
+
+@pytest.mark.parametrize("page", COMMANDS)
+def test_the_commands_of_a_page_run_as_written(page, tmp_path):
+    number, left = COMMANDS[page]
+    assert len(commands(page)) == number
+    if not any("generate_test_weight.py" in command for command in commands(page)):
+        torch.save(torch.randn(32, 48), tmp_path / "my_weight.pth")
+    model = tmp_path / "model.safetensors"
+    weights = {"encoder.layer.0.output.dense.weight": torch.randn(24, 48), "other.weight": torch.randn(8, 8)}
+    safetensors.torch.save_file(weights, model)
+    for command in commands(page):
+        _, script, *arguments = shlex.split(command.replace("$MODEL", str(model)))
+        small = [sys.executable, str(ROOT / script), *arguments, *SMALL[script].split()]
+        done = subprocess.run(small, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / left).exists()
+
+
+def test_no_other_page_has_commands_that_are_not_run():
+    assert {page for page in PAGES if commands(page)} == set(COMMANDS)
+
+
+def test_the_analysis_snippet_runs_as_written(run, weight_path, tmp_path):
+    [snippet] = [block for block in blocks("docs/files.md", "python") if "read_csv" in block]
+    sweep = ("--weight_path", weight_path, "--ranks", 2, 4, "--num_epochs", 1, "--num_samples", 80)
+    assert run("rank_sweep_study.py", *sweep).returncode == 0
+    (tmp_path / "snippet.py").write_text(snippet)
+    done = run(tmp_path / "snippet.py", env={"MPLBACKEND": "agg"})
+    assert done.returncode == 0, done.stderr
+    assert "Optimal rank: " in done.stdout
+
+
+def test_the_layer_example_runs_as_written(tmp_path):
+    snippet = next(block for block in blocks("README.md", "python") if "from_linear" in block)
+    smaller = snippet.replace("4096", "48").replace("2048", "32").replace("rank=16", "rank=2").replace("[16]", "[2]")
+    ks.KSLinear(48, 32).save(tmp_path / "rank_16_final.pth")
+    checks = (
+        "assert floor.exact and len(small.factors) == 2",
+        "x = torch.randn(3, 48)",
+        "assert model(x).shape == (3, 32)",
+        "assert torch.equal(chain(x), ks.load('rank_16_final.pth')(x) + linear.bias)",
+    )
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{smaller}" + "\n".join(checks)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_flag_is_documented():
+    rows = [line for line in PAGES["docs/flags.md"].splitlines() if line.startswith("| `--")]
+    documented = {flag for row in rows for flag in re.findall(r"`(--\w+)`", row.split(" | ")[0])}
+    assert documented == KNOWN_FLAGS
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_flag_that_a_page_names_exists(page):
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z_0-9-]*", PAGES[page]))
+    assert named - FOREIGN <= KNOWN_FLAGS
+
+
+def test_the_generated_tables_are_up_to_date():
+    check = [sys.executable, str(ROOT / "docs" / "generate.py"), "--check"]
+    done = subprocess.run(check, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_table_that_is_out_of_date_is_found_and_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    generate = importlib.import_module("generate")
+    docs = shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    monkeypatch.setattr(generate, "DOCS", docs)
+    page = docs / "files.md"
+    page.write_text(page.read_text().replace("| `val_loss` |", "| `validation_loss` |"))
+    assert generate.main(["--check"]) == 1
+    assert capsys.readouterr().err.startswith("docs/files.md is out of date")
+    assert "validation_loss" in page.read_text()
+    assert generate.main([]) == 0
+    assert page.read_text() == PAGES["docs/files.md"]
+    assert generate.main(["--check"]) == 0
+
+
+def test_the_readme_is_a_front_page():
+    assert len(PAGES["README.md"].splitlines()) <= 150
+    widths = [len(line) for block in blocks("README.md", "") for line in block.splitlines()]
+    assert max(widths) <= 100
+    assert {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} <= {*links("README.md")}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_relative_link_leads_somewhere(page):
+    for link in links(page):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert anchor in map(slug, headings), link
+
+
+def test_every_picture_is_shown_and_small():
+    shown = {((ROOT / page).parent / link).resolve() for page in PAGES for link in links(page)}
+    for picture in (ROOT / "docs").glob("*.png"):
+        assert picture in shown
+        assert picture.stat().st_size < 100_000
+
+
+def test_every_target_of_make_that_a_page_names_exists():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {name for text in PAGES.values() for name in re.findall(r"(?:`|^)make ([a-z-]+)", text, re.MULTILINE)}
+    assert named <= targets
+
+
+def test_the_design_page_names_every_file_of_the_package():
+    files = {str(path.relative_to(ROOT)) for path in (ROOT / "ks").rglob("*.py") if path.stem != "__init__"}
+    assert set(re.findall(r"^\| `(ks/[\w/]+\.py)` \|", PAGES["docs/design.md"], re.MULTILINE)) == files
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_docstrings_show_two_commands_with_flags_that_exist(script):
+    doc = importlib.import_module(script).__doc__
+    assert len([line for line in doc.splitlines() if line.startswith("    python ")]) == 2
+    shown = re.findall(r"    python .*(?:\n        .*)*", doc)
+    known = flags_of(script) | (flags_of("rank_sweep_study") if script == "example_rank_sweep" else set())
+    assert set(re.findall(r"(?<=\s)--[a-z_0-9]+", "\n".join(shown))) <= known
+
+
+def test_shared_flags_have_one_default_except_those_of_the_brief():
+    defaults = {}
+    for script in SCRIPTS:
+        for field in fields_of(script):
+            defaults.setdefault(field.name, {})[script] = field.default
+    differing = {name for name, values in defaults.items() if len({str(value) for value in values.values()}) > 1}
+    # --save_interval: the brief's rank folders hold no epoch checkpoints; --rank of the generator is another thing.
+    assert differing == {"num_epochs", "output_dir", "save_prefix", "save_interval", "rank"}
