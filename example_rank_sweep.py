@@ -44,7 +44,7 @@ def main(argv=None) -> int:
     output_dir = Path(options.output_dir)
     weight = output_dir / "demo_weight.pth"
     shape = ("--output_features", 1024, "--input_features", 2048)
-    run("generate_test_weight.py", *shape, "--init_method", "power_law", "--output_path", weight, "--overwrite")
+    run("generate_test_weight.py", *shape, "--init_method", "power_law", "--output_path", weight)
     run("rank_sweep_study.py", "--weight_path", weight, "--output_dir", output_dir, *SWEEP_FLAGS, *sweep_flags)
     print(f"\nThe pictures are in {output_dir.resolve()}: open rank_sweep_loss_curves.png first.")
     return console.EXIT_OK

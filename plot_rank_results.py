@@ -5,7 +5,8 @@
 
 Reads rank_R/rank_R_rank_R_loss_curves.csv (those of the 2025 scripts too) and, where they are, PREFIX_summary.json
 (which then says what ranks belong to the study), PREFIX_floor.csv and PREFIX_config.json. Writes PREFIX_loss_curves,
-PREFIX_final_losses and PREFIX_floor to --output_dir and prints the summary; for several sweeps, PREFIX_chains.
+PREFIX_final_losses and PREFIX_floor to --output_dir and prints the summary; for several sweeps, PREFIX_chains. If the
+figures are not those of a sweep in that folder, PREFIX_figures.json names them.
 Exit codes: 0 well, 2 bad input, 4 internal error.
 """
 
@@ -16,8 +17,9 @@ from typing import Any
 from ks.cli import console
 from ks.cli.flags import Parser, PlotConfig
 from ks.errors import UsageError
-from ks.files.atomic import prepare_output_dir
+from ks.files.atomic import prepare_output_dir, read_json_object, write_json
 from ks.files.layout import SweepFiles
+from ks.files.ownership import check_free, recorded
 from ks.report import figures
 from ks.report.read_results import read_study
 from ks.report.summary_table import summary_table
@@ -25,6 +27,22 @@ from ks.report.summary_table import summary_table
 
 def build_parser() -> Parser[PlotConfig]:
     return Parser(PlotConfig, __doc__)
+
+
+def claim(files: SweepFiles, paths: list[Path], sources: list[Path]) -> None:
+    """Check that figures can be written, and record those that no study in the folder has recorded.
+
+    Raises:
+        UsageError: a figure of another study, or a file of the user's, is in the way.
+    """
+    record = {"sources": [str(source) for source in sources], "files": [path.name for path in paths]}
+    before = read_json_object(files.figures_record)
+    owned = recorded(files.config, files.all()) if sources == [files.directory] else set()
+    if not owned >= {*paths}:
+        if before.get("sources") == record["sources"]:
+            owned |= recorded(files.figures_record)
+        check_free([*paths, files.figures_record], owned, [], "choose another --output_dir")
+        write_json(files.figures_record, record)
 
 
 @console.script
@@ -45,8 +63,10 @@ def main(argv=None) -> int:
     else:
         drawn = figures.study_figures(studies[0], **look)
     target = prepare_output_dir(config.output_dir or sources[0])
+    files = SweepFiles(target, config.save_prefix)
     try:
-        written = figures.save_figures(drawn, SweepFiles(target, config.save_prefix), config.formats, config.dpi)
+        claim(files, [files.figure(name, suffix) for name in drawn for suffix in config.formats], sources)
+        written = figures.save_figures(drawn, files, config.formats, config.dpi)
     except OSError as error:
         raise UsageError(f"figures cannot be written to {target}: {error.strerror}") from error
     for study in studies:

@@ -188,7 +188,7 @@ def main(argv=None) -> int:
         with locked(files.lock, "another sweep"):
             record = record_of(config, problem, ranks)
             try:
-                claim_folder(files, runs, record, config.overwrite)
+                claim_folder(files, runs, record, [Path(config.weight_path)], config.overwrite)
                 write_csv(files.floor_csv, columns.names(columns.FLOOR), floor_rows(plan, problem.predict_zero_loss))
                 for text in (*problem.notes, *remarks):
                     console.note(text, config.quiet)
@@ -196,6 +196,8 @@ def main(argv=None) -> int:
                 running.close()  # stops the trainings that still run after an interrupt
                 results = [ended.get(run) or result_of(run, config.num_epochs) for run in runs]
                 rows_of_runs, rows = summarise(results, floors, problem)
+                if any(row["population_loss"] is None for row in rows_of_runs if row["status"] == OK):
+                    console.note("floors are left out: the criterion is not the mean squared error", config.quiet)
                 written = write_outputs(config, problem, plan, files, record, results, rows_of_runs, rows)
             except OSError as error:
                 place = error.filename or files.directory

@@ -16,6 +16,7 @@ import math
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 # Threads that wait for the next product sleep instead of spinning: on cores shared with another process, spinning made
@@ -27,10 +28,12 @@ import torch
 from ks.bounds.population_loss import population_loss
 from ks.cli import console
 from ks.cli.flags import Parser, TrainerConfig
+from ks.errors import one_line
 from ks.files.atomic import prepare_output_dir
 from ks.files.curves import curves_if_any, write_curves
 from ks.files.layout import RunFiles
 from ks.files.lock import locked
+from ks.files.ownership import check_free, delete, recorded
 from ks.files.weights import DTYPES
 from ks.layer import KSLinear
 from ks.product.passes import ChainPasses, choose_working_impl
@@ -77,7 +80,7 @@ def train(
         InternalError: the final validation loss contradicts the population loss.
     """
     if checkpoints.found:
-        torch.set_num_threads(checkpoints.found["threads"])
+        torch.set_num_threads(checkpoints.found.threads)
     threads = torch.get_num_threads()
     dtype, device = DTYPES[config.dtype], problem.device
     weight = problem.internal_weight()
@@ -177,6 +180,7 @@ def train(
             schedule.end_epoch(val_loss)
             checkpoints.offer(threads, curves, optimiser, schedule, best)
             if config.save_interval and epoch % config.save_interval == 0:
+                record.own(files.epoch_checkpoint(epoch))
                 save_in_user_units(model, problem.unit, files.epoch_checkpoint(epoch))
         save_in_user_units(model, problem.unit, files.final)
         if kind.has_floors:
@@ -219,19 +223,26 @@ def main(argv=None) -> int:
     files = RunFiles(prepare_output_dir(config.output_dir), config.save_prefix, config.rank)
     with locked(files.lock, "another training", wait=10):
         settings = settings_of(config, problem) | {"rank": config.rank}
-        if not (config.resume and is_resumable(files, settings)):
-            files.remove()
-        elif is_finished(files, config.num_epochs, curves_if_any(files.curves_csv)):
+        inputs = [Path(config.weight_path)]
+        owned = recorded(files.config, [*files.results(), *files.epoch_checkpoints()])
+        resumable = config.resume and is_resumable(files, settings)
+        planned = files.epoch_checkpoints() if config.save_interval else []
+        check_free([*files.results(), *planned], owned, inputs, "choose another --output_dir or --save_prefix")
+        if not resumable:
+            delete(owned, inputs)
+        elif is_finished(files, config.num_epochs, curves_if_any(files.curves_csv), "training starts anew"):
             print(f"rank {config.rank}: finished before; {files.final}")
             return console.EXIT_OK
         for text in problem.notes:
             console.note(text, config.quiet)
         checkpoints = Checkpoints(files, settings, config.resume_interval, resume=config.resume)
-        with RunRecord(config, problem, settings, files, interrupted, resumed=bool(checkpoints.found)) as record:
+        resumed = bool(checkpoints.found)
+        kept = owned if resumable else set()
+        with RunRecord(config, problem, settings, files, interrupted, resumed=resumed, owned=kept) as record:
             record.begin()
             last = train(config, problem, files, checkpoints, record)
         if record.message is not None:
-            print(f"train_with_random.py: {record.message}", file=sys.stderr)
+            print(f"train_with_random.py: {one_line(record.message)}", file=sys.stderr)
             return record.exit_code
         files.resume.unlink(missing_ok=True)
         known = "population_loss" in last

@@ -1,4 +1,6 @@
-"""The two kinds of error that a user is told about; every other exception is a fault of this program."""
+"""The two kinds of error that a user is told about in one line; any other exception is a fault of the program."""
+
+import unicodedata
 
 
 class UsageError(ValueError):
@@ -7,3 +9,15 @@ class UsageError(ValueError):
 
 class InternalError(Exception):
     """A result that cannot be right, such as a loss below its floor."""
+
+
+def one_line(text: object, limit: int = 2000) -> str:
+    """Return a text in one line without control characters, cut at a length; paths and library messages hold both."""
+    escaped = "".join(_visible(character) for character in str(text).strip())
+    return escaped if len(escaped) <= limit else escaped[:limit] + "…"
+
+
+def _visible(character: str) -> str:
+    if unicodedata.category(character) not in ("Cc", "Cf", "Zl", "Zp", "Cs"):
+        return character
+    return " " if character in "\n\t" else character.encode("unicode_escape", "surrogatepass").decode()

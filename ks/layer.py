@@ -1,13 +1,16 @@
 """KSLinear: a Kronecker-sparse chain as an nn.Module with the interface of nn.Linear."""
 
 import math
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 
 from ks.bounds.factorize import factorize
 from ks.errors import UsageError
-from ks.patterns import check_patterns, make_chain
+from ks.files.memory import check_fits
+from ks.files.schema import SavedChain, convert
+from ks.files.torch_files import plain, read_torch_file
+from ks.patterns import Pattern, check_patterns, make_chain
 from ks.product.backend import check_impl
 from ks.product.bmm import empty_values
 from ks.product.operator import chain_product
@@ -188,27 +191,23 @@ class KSLinear(torch.nn.Module):
         Raises:
             UsageError: not such a file, or of a newer version.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise UsageError(f"{path}: no such file")
-        try:
-            payload = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a corrupt file can raise nearly anything
-            raise UsageError(f"{path} cannot be read as a saved chain ({type(error).__name__})") from error
+        payload = read_torch_file(path, "a saved chain")
         if not isinstance(payload, dict) or payload.get("format") != FILE_FORMAT:
             raise UsageError(f"{path} is not a saved chain; a file written by KSLinear.save is needed")
-        if payload["version"] > FILE_VERSION:
-            raise UsageError(f"{path} has format version {payload['version']}; this one reads up to {FILE_VERSION}")
-        state = payload["state_dict"]
+        saved = convert(payload, SavedChain, f"saved chain {path}")
+        if saved.version > FILE_VERSION:
+            raise UsageError(f"{path} has format version {saved.version}; this program reads up to {FILE_VERSION}")
+        patterns = check_patterns(saved.patterns)
+        _check_state(saved.state_dict, patterns, str(path))
         layer = cls.from_patterns(
-            payload["patterns"],
-            bias="bias" in state,
+            patterns,
+            bias="bias" in saved.state_dict,
             impl=impl,
-            batch_last=payload["batch_last"],
+            batch_last=saved.batch_last,
             device=device,
-            dtype=state["factors.0"].dtype,
+            dtype=saved.state_dict["factors.0"].dtype,
         )
-        layer.load_state_dict(state)
+        layer.load_state_dict(saved.state_dict)
         return layer
 
     def extra_repr(self) -> str:
@@ -217,6 +216,27 @@ class KSLinear(torch.nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"patterns={patterns}, batch_last={self.batch_last}"
         )
+
+
+def _check_state(state: dict[str, torch.Tensor], patterns: Sequence[Pattern], where: str) -> None:
+    """Compare the tensors of a saved chain with its patterns, before anything is allocated.
+
+    Raises:
+        UsageError: a tensor is missing, or has another shape or no float dtype.
+    """
+    expected: dict[str, tuple[int, ...]] = {f"factors.{index}": pattern for index, pattern in enumerate(patterns)}
+    if "bias" in state:
+        expected["bias"] = (patterns[0].rows,)
+    if state.keys() != expected.keys():
+        raise UsageError(f"{where} is not valid: it holds {sorted(state)}, its patterns need {sorted(expected)}")
+    check_fits(where, 2 * sum(tensor.numel() * tensor.element_size() for tensor in state.values()), "use a smaller one")
+    for name, shape in expected.items():
+        tensor = plain(state[name], f"{where}, {name}")
+        if tuple(tensor.shape) != tuple(shape) or not tensor.is_floating_point():
+            raise UsageError(
+                f"{where} is not valid: {name} has shape {tuple(tensor.shape)} and {tensor.dtype}, its pattern needs "
+                f"floating values of shape {tuple(shape)}"
+            )
 
 
 load = KSLinear.load

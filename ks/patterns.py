@@ -10,7 +10,7 @@ chainability; Dao et al., "Monarch" (ICML 2022), for the two-factor family.
 
 from dataclasses import dataclass
 from itertools import pairwise
-from math import prod
+from math import isqrt, prod
 from typing import NamedTuple
 
 from ks.errors import UsageError
@@ -79,7 +79,8 @@ def chainability(left: Pattern, right: Pattern) -> int | None:
 
 
 def _largest_divisor(number: int, limit: int) -> int:
-    return max(k for k in range(1, min(number, limit) + 1) if number % k == 0)
+    small = [k for k in range(1, isqrt(number) + 1) if number % k == 0]
+    return max(k for k in (*small, *(number // k for k in small)) if k <= limit)
 
 
 def _power_of_two_in(number: int) -> int:

@@ -18,10 +18,20 @@ def population_loss(weight: torch.Tensor, values, inputs: IsotropicInputs = UNIT
     return inputs.output_energy(_residual(weight, values)) / len(weight)
 
 
+VALUES = 2**23  # of the unit matrix that are multiplied at a time: a wide weight needs little more than its own memory
+
+
 def _residual(weight: torch.Tensor, values) -> torch.Tensor:
     """Return W − K_1 … K_L in float64."""
-    eye = torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device)
-    return weight.double() - chain_product(eye, [factor.double() for factor in values], batch_last=True)
+    residual = weight.to(torch.float64, copy=True)
+    wide = [factor.double() for factor in values]
+    step = max(1, VALUES // weight.shape[1])
+    for start in range(0, weight.shape[1], step):
+        columns = residual[:, start : start + step]
+        unit = residual.new_zeros(weight.shape[1], columns.shape[1])  # shape: (n, columns)
+        unit[start : start + step].fill_diagonal_(1.0)
+        columns -= chain_product(unit, wide, batch_last=True)
+    return residual
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from ks.errors import UsageError
+from ks.errors import UsageError, one_line
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -31,7 +31,7 @@ def script(main: Callable[..., int]) -> Callable[..., int]:
         try:
             return main(argv)
         except UsageError as error:
-            print(f"{name}: error: {error}", file=sys.stderr)
+            print(f"{name}: error: {one_line(error)}", file=sys.stderr)
             return EXIT_USAGE
         except KeyboardInterrupt:
             print(f"{name}: interrupted", file=sys.stderr)

@@ -7,11 +7,11 @@ of a training subprocess and the tables of docs/flags.md are made from its field
 import argparse
 import dataclasses
 import inspect
-import math
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Generic, TypeVar
 
 from ks.cli.console import EXIT_USAGE
+from ks.errors import one_line
 from ks.files.layout import FIGURE_FORMATS
 from ks.files.make_weight import INIT_METHODS
 from ks.files.weights import DTYPES
@@ -90,7 +90,7 @@ class Parser(argparse.ArgumentParser, Generic[Config]):
                 _add(group, field)
 
     def error(self, message: str):
-        self.exit(EXIT_USAGE, f"{self.prog}: error: {message} (--help lists the flags)\n")
+        self.exit(EXIT_USAGE, f"{self.prog}: error: {one_line(message)} (--help lists the flags)\n")
 
     def parse(self, argv: list[str] | None = None) -> Config:
         """Return the configuration that a command line gives."""
@@ -133,11 +133,12 @@ def to_arguments(settings: dict[str, Any]) -> list[str]:
     for name, value in settings.items():
         if value is None or value is False:
             continue
-        arguments.append(f"--{name}")
-        if isinstance(value, tuple):
-            arguments.extend(map(str, value))
-        elif value is not True:
-            arguments.append(str(value))
+        if value is True:
+            arguments.append(f"--{name}")
+        elif isinstance(value, tuple):
+            arguments += [f"--{name}", *map(str, value)]
+        else:  # a value may start with a dash
+            arguments += [f"--{name}={value}"] if str(value).startswith("-") else [f"--{name}", str(value)]
     return arguments
 
 
@@ -148,16 +149,27 @@ def _number(convert: Callable[[str], Any], accept: Callable[[Any], bool], descri
         except ValueError:
             value = None
         if value is None or not accept(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {description}")
+            raise argparse.ArgumentTypeError(f"{one_line(text, 60)!r} is not {description}")
         return value
 
     return parse
 
 
-positive_int = _number(int, lambda value: value > 0, "a positive integer")
-non_negative_int = _number(int, lambda value: value >= 0, "a non-negative integer")
-positive_float = _number(float, lambda value: 0 < value < math.inf, "a positive number")
-non_negative_float = _number(float, lambda value: 0 <= value < math.inf, "a non-negative number")
+def integer(low: int, high: int = 2**31 - 1) -> Callable[[str], Any]:
+    """Return a converter for whole numbers from low to high."""
+    return _number(int, lambda value: low <= value <= high, f"a whole number from {low} to {high}")
+
+
+def number(low: float, high: float) -> Callable[[str], Any]:
+    """Return a converter for numbers from low to high."""
+    return _number(float, lambda value: low <= value <= high, f"a number from {low:g} to {high:g}")
+
+
+positive_int, non_negative_int, seed_number = integer(1), integer(0), integer(0, 2**63 - 1)
+positive_float, non_negative_float = (
+    number(1e-100, 1e100),
+    _number(float, lambda value: value == 0 or 1e-100 <= value <= 1e100, "0 or a number from 1e-100 to 1e+100"),
+)
 open_fraction = _number(float, lambda value: 0 < value < 1, "a number between 0 and 1, both excluded")
 
 
@@ -191,7 +203,7 @@ class ChainFlags:
     blocks: int = flag(
         4, "monarch: the sides of the grid are the largest divisors of m and n up to this number", convert=positive_int
     )
-    num_factors: int = flag(3, "butterfly: number of factors L", convert=positive_int)
+    num_factors: int = flag(3, "butterfly: number of factors L", convert=integer(2, 64))
     row_splits: tuple[int, ...] | None = flag(
         None,
         "explicit chain, instead of --chain: m_1 … m_L with product m",
@@ -234,9 +246,7 @@ class OptimiserFlags:
         "optimum for two factors",
         choices=("random", "hierarchical"),
     )
-    seed: int = flag(
-        0, "seed of samples and initial values; every rank sees the same samples", convert=non_negative_int
-    )
+    seed: int = flag(0, "seed of samples and initial values; every rank sees the same samples", convert=seed_number)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -312,11 +322,11 @@ class PlotFlags:
     TITLE: ClassVar = "plots"
     log_scale: bool = flag(False, "draw losses on logarithmic axes")
     title: str | None = flag(None, "title of the figures", aliases=("--plot_title",))
-    dpi: int = flag(120, "resolution of png figures in dots per inch", convert=positive_int)
+    dpi: int = flag(120, "resolution of png figures in dots per inch", convert=integer(20, 1200))
     figsize: tuple[float, float] | None = flag(
         None,
         "size of each figure in inches",
-        convert=positive_float,
+        convert=number(1, 50),
         nargs=2,
         metavar=("WIDTH", "HEIGHT"),
         shown_default="by figure",
@@ -354,7 +364,7 @@ class SweepConfig(TrainingFlags, OutputFlags, PlotFlags):
         convert=open_fraction,
     )
     seeds: tuple[int, ...] | None = flag(
-        None, "train every rank with each of these seeds", convert=non_negative_int, nargs="+", shown_default="--seed"
+        None, "train every rank with each of these seeds", convert=seed_number, nargs="+", shown_default="--seed"
     )
     dry_run: bool = flag(False, "print the plan and the commands; train nothing")
     overwrite: bool = flag(

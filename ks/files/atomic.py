@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ks.errors import UsageError
+from ks.errors import UsageError, one_line
 
 
 @contextmanager
@@ -57,14 +57,22 @@ def write_csv(path, columns: Iterable[str], rows: Iterable[dict]) -> None:
     with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, list(columns), lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(finite(row) for row in rows)
+        writer.writerows({name: _cell(value) for name, value in finite(row).items()} for row in rows)
+
+
+def _cell(value: Any) -> Any:
+    """Return a value for CSV: text in one line, with an apostrophe before what a spreadsheet would run as a formula."""
+    if value is None or isinstance(value, (int, float)):
+        return value
+    text = one_line(value)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def read_json(path) -> Any:
-    """Parse a JSON file; return None if it is missing or broken."""
+    """Parse a JSON file; return None if it is missing, broken or no regular file (a FIFO would block)."""
     try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError):
+        return json.loads(Path(path).read_text()) if Path(path).is_file() else None
+    except (OSError, ValueError, RecursionError):
         return None
 
 

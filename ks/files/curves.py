@@ -1,15 +1,16 @@
 """The loss curves of a run: written as CSV and JSON after every epoch, read back, counted without parsing."""
 
-import csv
 import math
+import stat
 from pathlib import Path
+
+import msgspec
 
 from ks.errors import UsageError
 from ks.files import columns
 from ks.files.atomic import finite, write_csv, write_json
 from ks.files.layout import RunFiles
-
-REQUIRED = columns.names(columns.CURVES[:4])  # all that the curves of the 2025 ksmm scripts have
+from ks.files.schema import CurveRow, read_csv_as
 
 
 def write_curves(files: RunFiles, rows: list[dict]) -> None:
@@ -26,28 +27,30 @@ def write_curves(files: RunFiles, rows: list[dict]) -> None:
     write_json(files.curves_json, {"rank": files.rank, **lists})
 
 
-def read_curves(path) -> list[dict]:
+def read_curves(path, rank: int | None = None) -> list[dict]:
     """Read a loss-curves CSV, ours or one of the 2025 ksmm scripts (`epoch,train_loss,val_loss,rank`).
 
+    Args:
+        path: of the file.
+        rank: that its rows must have; any if None.
     Returns:
-        one dict per epoch; epoch and rank are integers, the rest floats (NaN for an empty cell).
+        one dict per epoch; epoch and rank are integers, the rest floats (NaN for an empty or non-finite cell).
     Raises:
-        UsageError: the file cannot be read, columns are missing, or a cell is not a number.
+        UsageError: the file cannot be read, columns are missing, a cell is not a number of its range, or the rank is
+            another one.
     """
-    path = Path(path)
-    try:
-        with open(path, newline="") as file:
-            reader = csv.DictReader(file)
-            missing = [name for name in REQUIRED if name not in (reader.fieldnames or [])]
-            if missing:
-                raise UsageError(f"{path} lacks the columns {', '.join(missing)}")
-            try:
-                rows = [{name: float(cell) if cell else math.nan for name, cell in row.items()} for row in reader]
-                return [row | {"epoch": int(row["epoch"]), "rank": int(row["rank"])} for row in rows]
-            except (TypeError, ValueError, OverflowError, csv.Error) as error:
-                raise UsageError(f"{path}, line {reader.line_num}: {error}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read ({error})") from error
+    header, rows = read_csv_as(path, CurveRow, "loss curves")
+    others = {row.rank for row in rows} - {rank}
+    if rank is not None and others:
+        raise UsageError(f"{path} holds curves of rank {min(others)}, not {rank}")
+    return [
+        {
+            name: math.nan if value is None else value
+            for name, value in msgspec.structs.asdict(row).items()
+            if name in header
+        }
+        for row in rows
+    ]
 
 
 def curves_if_any(path) -> list[dict]:
@@ -85,6 +88,8 @@ class EpochCounter:
         """Return the number of finished epochs; the file is read only if it has changed."""
         try:
             status = self.path.stat()
+            if not stat.S_ISREG(status.st_mode):  # a FIFO would block
+                return 0
             stamp = (status.st_mtime_ns, status.st_size)
             if stamp != self._stamp:
                 self._epochs = max(0, self.path.read_bytes().count(b"\n") - 1)  # less the header

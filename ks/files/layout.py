@@ -34,11 +34,18 @@ class RunFiles:
     def epoch_checkpoint(self, epoch: int) -> Path:
         return self.directory / f"{self.prefix}_epoch_{epoch}.pth"
 
-    def remove(self) -> None:
-        """Delete the files of an earlier run of the same name, including its epoch checkpoints."""
-        stale = [self.curves_csv, self.curves_json, self.final, self.best, self.config, self.training_log, self.resume]
-        for path in stale + list(self.directory.glob(f"{glob.escape(self.prefix)}_epoch_*.pth")):
-            path.unlink(missing_ok=True)
+    def results(self) -> list[Path]:
+        """Return the files that the training writes, without its epoch checkpoints and its lock."""
+        curves = [self.curves_csv, self.curves_json]
+        return [*curves, self.final, self.best, self.resume, self.config, self.training_log]
+
+    def all(self) -> list[Path]:
+        """Return `results` and the log, which the sweep writes."""
+        return [*self.results(), self.log]
+
+    def epoch_checkpoints(self) -> list[Path]:
+        """Return the epoch checkpoints that exist."""
+        return sorted(self.directory.glob(f"{glob.escape(self.prefix)}_epoch_*.pth"))
 
 
 def run_files(output_dir, rank: int, seed: int | None, first_seed: int | None) -> RunFiles:
@@ -83,13 +90,17 @@ class SweepFiles:
     all_curves_csv = _file("{prefix}_all_curves.csv")
     floor_csv = _file("{prefix}_floor.csv")
     config = _file("{prefix}_config.json")
+    figures_record = _file("{prefix}_figures.json")
     lock = _file(".sweep.lock")
 
     def figure(self, name: str, suffix: str = "png") -> Path:
         return self.directory / f"{self.prefix}_{name}.{suffix}"
 
-    def remove_outputs(self) -> None:
-        """Delete the previous summary and figures, so that no stale output remains."""
+    def outputs(self) -> list[Path]:
+        """Return the summary and figures: whatever is made from the results of the runs."""
         figures = [self.figure(name, suffix) for name in FIGURES for suffix in FIGURE_FORMATS]
-        for path in (self.summary_csv, self.summary_json, self.runs_csv, self.all_curves_csv, *figures):
-            path.unlink(missing_ok=True)
+        return [self.summary_csv, self.summary_json, self.runs_csv, self.all_curves_csv, *figures]
+
+    def all(self) -> list[Path]:
+        """Return every file of the sweep itself but its lock."""
+        return [*self.outputs(), self.floor_csv, self.config]

@@ -3,6 +3,7 @@
 import torch
 
 from ks.errors import UsageError
+from ks.files.memory import check_fits
 from ks.patterns import Chain
 from ks.product.operator import chain_product
 
@@ -56,6 +57,9 @@ def make_weight(
         raise UsageError(f"init_method {method!r}: choose one of {', '.join(INIT_METHODS)}")
     if rank < 1 or noise < 0:
         raise UsageError(f"rank {rank} and noise {noise}: at least 1 and at least 0 are needed")
+    values = 4 * rows * cols + (rank * (rows + cols) if method == "lowrank_plus_noise" else 0)
+    values += cols * cols if method == "exact_chain" else 0
+    check_fits(f"a {rows} × {cols} weight ({method})", 4 * values, "choose a smaller one")
     generator = torch.Generator().manual_seed(seed)
     weight = torch.empty(rows, cols)
     if method.startswith("xavier"):
@@ -76,7 +80,10 @@ def make_weight(
         size = min(rows, cols)
         left, right = (torch.linalg.qr(torch.randn(side, size, generator=generator))[0] for side in (rows, cols))
         weight = (left * torch.arange(1, size + 1).float() ** -alpha) @ right.t()
-    return weight * (rows**0.5 / weight.norm())
+    norm = weight.double().norm().item()
+    if not 0 < norm < float("inf"):
+        raise UsageError(f"rank {rank}, noise {noise:g} and alpha {alpha:g} give a weight of norm {norm:g}; lower them")
+    return weight * (rows**0.5 / norm)
 
 
 def _random_chain(chain: Chain, rank: int, generator: torch.Generator) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import pickle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +10,9 @@ import safetensors
 import safetensors.torch
 import torch
 
-from ks.errors import UsageError
+from ks.errors import UsageError, one_line
+from ks.files.memory import check_fits
+from ks.files.torch_files import plain, read_torch_file, tensors_in
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SUFFIXES = (".pth", ".pt", ".safetensors", ".npy")
@@ -60,8 +61,8 @@ def load_weight(path, key: str | None = None, transpose: bool = False) -> Weight
         key = _only_candidate(path, tensors)
     elif key not in tensors:
         raise UsageError(f"{path} has no key {key!r}; {_candidates(tensors)}")
-    tensor = tensors[key]() if callable(tensors[key]) else tensors[key]
     where = f"{path}, key {key!r}" if key else f"{path}"
+    tensor = plain(tensors[key]() if isinstance(tensors[key], _Lazy) else tensors[key], where)
     _check_weight(where, tensor)
     return Weight(tensor.t().contiguous() if transpose else tensor.contiguous(), key or None)
 
@@ -70,26 +71,29 @@ def _read_file(path: Path) -> dict:
     """Return every tensor of the file by name ('' for a lone one); safetensors entries are read only when called."""
     if not path.exists():
         raise UsageError(f"{path}: no such file")
-    if path.is_dir():
-        raise UsageError(f"{path} is a directory; a file ({', '.join(SUFFIXES)}) is needed")
+    if not path.is_file():
+        kind = "a directory" if path.is_dir() else "no regular file"
+        raise UsageError(f"{path} is {kind}; a file ({', '.join(SUFFIXES)}) is needed")
     if path.suffix not in SUFFIXES:
         raise UsageError(f"{path}: suffix {path.suffix!r} is not known; use one of {', '.join(SUFFIXES)}")
     if path.stat().st_size == 0:
         raise UsageError(f"{path} is empty (0 bytes)")
+    if path.suffix in (".pth", ".pt"):
+        return tensors_in(read_torch_file(path), str(path))
     try:
         if path.suffix == ".npy":
-            return {"": torch.from_numpy(np.load(path, allow_pickle=False))}
-        if path.suffix == ".safetensors":
-            return _read_safetensors(path)
-        return _flatten(torch.load(path, map_location="cpu", weights_only=True))
-    except pickle.UnpicklingError as error:
-        raise UsageError(
-            f"{path} cannot be read as weights: it is no torch file, or it holds Python objects; save tensors, as in "
-            "torch.save(model.state_dict(), path)"
-        ) from error
-    except Exception as error:  # a corrupt file can raise nearly anything, out of three libraries
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        raise UsageError(f"{path} cannot be read as weights ({type(error).__name__}: {reason})") from error
+            return {"": _read_npy(path)}
+        return _read_safetensors(path)
+    except UsageError:
+        raise
+    except Exception as error:  # a damaged file can raise nearly anything, out of two libraries
+        raise UsageError(f"{path} cannot be read as weights ({type(error).__name__}: {one_line(error)})") from error
+
+
+def _read_npy(path: Path) -> torch.Tensor:
+    mapped = np.load(path, mmap_mode="r", allow_pickle=False)  # a map cannot be larger than its file
+    check_fits(str(path), mapped.nbytes, "use a smaller weight")
+    return torch.from_numpy(np.array(mapped))
 
 
 class _Lazy:
@@ -101,8 +105,11 @@ class _Lazy:
         self.is_real_floating = file.get_slice(name).get_dtype() in ("F64", "F32", "F16", "BF16")
 
     def __call__(self) -> torch.Tensor:
-        with safetensors.safe_open(self.path, framework="pt", device="cpu") as file:
-            return file.get_tensor(self.name)
+        try:
+            with safetensors.safe_open(self.path, framework="pt", device="cpu") as file:
+                return file.get_tensor(self.name)
+        except Exception as error:  # SafetensorError, or torch has no such dtype
+            raise UsageError(f"{self.path}, key {self.name!r} cannot be read ({one_line(error)})") from error
 
 
 def _read_safetensors(path: Path) -> dict:
@@ -110,29 +117,20 @@ def _read_safetensors(path: Path) -> dict:
         return {name: _Lazy(path, name, file) for name in file.keys()}  # noqa: SIM118, it is no dict
 
 
-def _flatten(node, name: str = "") -> dict[str, torch.Tensor]:
-    if isinstance(node, torch.Tensor):
-        return {name: node.detach()}
-    if isinstance(node, (list, tuple)):
-        node = dict(enumerate(node))
-    if not isinstance(node, dict):
-        return {}
-    return {
-        full: tensor
-        for part, child in node.items()
-        for full, tensor in _flatten(child, f"{name}.{part}" if name else str(part)).items()
-    }
+def _shape(entry) -> tuple:
+    """Return the sizes of an entry; a nested tensor has none."""
+    return () if isinstance(entry, torch.Tensor) and entry.is_nested else tuple(entry.shape)
 
 
 def _is_candidate(entry) -> bool:
     floating = entry.is_real_floating if isinstance(entry, _Lazy) else entry.is_floating_point()
-    return len(entry.shape) == 2 and floating
+    return len(_shape(entry)) == 2 and floating
 
 
 def _candidates(tensors: dict, limit: int = 20) -> str:
-    found = [f"{name} {tuple(entry.shape)}" for name, entry in tensors.items() if _is_candidate(entry)]
+    found = [f"{name} {_shape(entry)}" for name, entry in tensors.items() if _is_candidate(entry)]
     if not found:
-        shapes = ", ".join(f"{name} {tuple(entry.shape)}" for name, entry in list(tensors.items())[:limit])
+        shapes = ", ".join(f"{name} {_shape(entry)}" for name, entry in list(tensors.items())[:limit])
         return f"it holds no 2-D floating weight (found: {shapes or 'no tensor at all'})"
     more = f", … ({len(found)} in all)" if len(found) > limit else ""
     return f"2-D weights in it: {', '.join(found[:limit])}{more}"

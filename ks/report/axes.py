@@ -7,8 +7,15 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, ScalarFormatter
 
+from ks.errors import one_line
+
 GREY = "0.35"
 RELATIVE_LABEL = "loss relative to predicting 0"
+
+
+def literal(text: object) -> str:
+    """Return a text for matplotlib that is drawn as it is, in one line: a `$` starts no formula."""
+    return one_line(text, 300).replace("$", r"\$")
 
 
 def finish_parameter_axis(axes: Axes) -> None:
@@ -29,14 +36,20 @@ def _count(value: float, _position=None) -> str:
     return f"{value:g}"
 
 
+def set_log_limits(axes: Axes, low: float, high: float) -> None:
+    """Limit a logarithmic axis to at most 100 decades that end at 1e290: matplotlib's ticks go beyond its limits."""
+    high = min(high, 1e290)
+    axes.set_ylim(max(low, high * 1e-100, 1e-305), high)
+
+
 def limit_log_axis(axes: Axes, losses: np.ndarray, floors: np.ndarray) -> None:
     """Limit an axis to the losses and to floors less than 100 times below them; one near zero would stretch it."""
     positive = losses[np.isfinite(losses) & (losses > 0)]
     if len(positive):
         low, high = positive.min(), positive.max()
         low = min([low, *floors[floors > low / 100]])
-        margin = max(1.25, (high / low) ** 0.06)
-        axes.set_ylim(low / margin, high * margin)
+        margin = 10 ** max(0.1, 0.06 * (np.log10(high) - np.log10(low)))
+        set_log_limits(axes, low / margin, high * margin)
 
 
 def above_zero(losses: pd.Series, log_scale: bool) -> pd.Series:
@@ -48,7 +61,7 @@ def add_headroom(axes: Axes, share: float) -> None:
     """Lengthen the loss axis upwards by a share of its length, for labels and legend above the bars."""
     low, high = axes.get_ylim()
     if axes.get_yscale() == "log":
-        axes.set_ylim(low, high * (high / low) ** share)
+        set_log_limits(axes, low, high * 10 ** (share * (np.log10(high) - np.log10(low))))
     else:
         axes.set_ylim(low, high + (high - low) * share)
 
@@ -69,15 +82,16 @@ def finish_axes(axes: Axes, log_scale: bool) -> None:
         return
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    widen = max(0.0, 0.5 - np.log10(high / low)) / 2
-    low, high = axes.set_ylim(low * 10**-widen, high * 10**widen)
-    decades = np.log10(high / low)
+    widen = max(0.0, 0.5 - (np.log10(high) - np.log10(low))) / 2
+    set_log_limits(axes, low * 10**-widen, high * 10**widen)
+    low, high = axes.get_ylim()
+    decades = np.log10(high) - np.log10(low)
     subs = (1.0,) if decades > 3 else (1.0, 2.0, 5.0) if decades > 0.7 else tuple(np.arange(1.0, 10.0))
     axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=20))
     axes.yaxis.set_minor_formatter(NullFormatter())
     if decades <= 3:
         formatter = ScalarFormatter()
-        formatter.set_scientific(False)
+        formatter.set_scientific(not 1e-6 < low < high < 1e9)
         axes.yaxis.set_major_formatter(formatter)
 
 

@@ -24,11 +24,14 @@ from ks.report.axes import (
     finish_parameter_axis,
     label_ends,
     limit_log_axis,
+    literal,
     padded,
 )
 from ks.report.study import Study
 from ks.training.losses import LossKind
 
+# What the floor figure needs of a rank.
+COMPARED = ("relative_loss", "parameters", "compression_ratio", "population_loss", "loss_floor")
 LOSS_LABEL = LossKind.MEAN_SQUARED_ERROR.value
 
 
@@ -104,10 +107,10 @@ def loss_curves(
         panels[1].legend(loc="best", framealpha=0.85, edgecolor="none", title=title_of_legend, title_fontsize=9)
     for axes in panels:
         label_ends(axes, ends[axes], "rank")
-    panels[0].set_ylabel(loss_label)
+    panels[0].set_ylabel(literal(loss_label))
     panels[1].tick_params(labelleft=True)
     if title:
-        figure.suptitle(title)
+        figure.suptitle(literal(title))
     return figure
 
 
@@ -155,13 +158,13 @@ def final_losses(
             axes.annotate(text, (position + 0.2, heights["val"][position]), (0, 3), **place)
         else:
             place = {"xycoords": ("data", "axes fraction"), "fontsize": 9, "ha": "center", "va": "bottom"}
-            axes.annotate(str(row["status"]), (position, 0.02), rotation=90, color="firebrick", **place)
+            axes.annotate(literal(row["status"]), (position, 0.02), rotation=90, color="firebrick", **place)
     axes.set_xticks(positions, [str(rank) for rank in summary["rank"]])
     axes.set_xlim(-0.6, len(summary) - 0.4)
     axes.grid(visible=False, axis="x")
     axes.set_xlabel("rank")
-    axes.set_ylabel(f"final {loss_label}")
-    axes.set_title(title or "Final loss by rank", loc="left", fontsize="medium")
+    axes.set_ylabel(literal(f"final {loss_label}"))
+    axes.set_title(literal(title or "Final loss by rank"), loc="left", fontsize="medium")
     handles: list[Artist] = [
         Patch(color=GREY, alpha=0.45, label="training"),
         Patch(color=GREY, label="validation (numbers)"),
@@ -187,13 +190,14 @@ def floor_curve(
     figure = Figure(figsize=figsize or (8.5, 5.5), layout="constrained")
     axes = figure.subplots()
     own = [name for name in floor["chain"].unique() if name != "lowrank"] or ["lowrank"]
-    trained = summary[summary["relative_loss"].notna()]
-    dense = float((summary["parameters"] * summary["compression_ratio"]).iloc[0])
+    summary = summary.astype(dict.fromkeys(COMPARED, float))
+    trained = summary[summary[list(COMPARED)].notna().all(axis=1)]
+    dense = float((summary["parameters"] * summary["compression_ratio"]).dropna().iloc[0])
     for name, group in floor.groupby("chain", sort=False):
         style: dict[str, Any] = (
             {"color": "black", "linewidth": 1.6} if name in own else {"color": GREY, "linestyle": (0, (4, 3))}
         )
-        label = f"{name}: floor of every rank" if name in own else "low-rank at equal parameters"
+        label = literal(f"{name}: floor of every rank") if name in own else "low-rank at equal parameters"
         axes.plot(group["parameters"], above_zero(group["relative_loss"], log_scale), label=label, **style)
     axes.axhline(1.0, color="0.6", linewidth=1.0)
     axes.axvline(dense, color="0.6", linewidth=1.0)
@@ -215,7 +219,7 @@ def floor_curve(
     axes.annotate("dense", (dense, 0.97), (4, 0), xycoords=("data", "axes fraction"), textcoords="offset points",
                   color=GREY, fontsize=9)  # fmt: skip
     finish_parameter_axis(axes)
-    axes.set_title(title or "Floor by parameters", loc="left", fontsize="medium")
+    axes.set_title(literal(title or "Floor by parameters"), loc="left", fontsize="medium")
     handles, _ = axes.get_legend_handles_labels()
     if len(trained):
         handles.append(Line2D([], [], color=GREY, marker="o", linestyle="", label="trained (number: rank)"))
@@ -232,7 +236,7 @@ def study_figures(
     if len(study.curves):
         figures["loss_curves"] = loss_curves(study.curves, study.summary, loss_label=study.loss_label, **look)
     figures["final_losses"] = final_losses(study.summary, loss_label=study.loss_label, **look)
-    if len(study.floor) and study.summary["relative_loss"].notna().any():
+    if len(study.floor) and study.summary[list(COMPARED)].notna().all(axis=1).any():
         figures["floor"] = floor_curve(study.floor, study.summary, **look)
     return figures
 
@@ -263,7 +267,7 @@ def chains(studies: list[Study], *, log_scale: bool = False, title: str | None =
         own = study.floor[study.floor["chain"] == (study.chain or "").split(" ")[0]]
         line: dict[str, Any] = {"color": look["color"], "linewidth": 1.2, "alpha": 0.7}
         axes.plot(own["parameters"], above_zero(own["relative_loss"], log_scale), **line)
-        label = f"{study.name}: {study.chain}"
+        label = literal(f"{study.name}: {study.chain}")
         axes.plot(trained["parameters"], trained["relative_loss"], linestyle="", markersize=8, label=label, **look)
         losses += list(trained["relative_loss"])
         ends += list(trained["parameters"])
@@ -277,7 +281,9 @@ def chains(studies: list[Study], *, log_scale: bool = False, title: str | None =
     finish_axes(axes, log_scale)
     finish_parameter_axis(axes)
     axes.set_title(
-        title or "Chains side by side (points: trained, number: rank; lines: floors)", loc="left", fontsize="medium"
+        literal(title or "Chains side by side (points: trained, number: rank; lines: floors)"),
+        loc="left",
+        fontsize="medium",
     )
     axes.legend(frameon=False)
     return figure

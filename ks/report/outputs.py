@@ -5,10 +5,12 @@ from pathlib import Path
 from ks.bounds.floors import Floor
 from ks.bounds.plan import Plan
 from ks.cli.flags import SweepConfig
+from ks.errors import UsageError
 from ks.files import columns
-from ks.files.atomic import read_json_object, write_csv, write_json
+from ks.files.atomic import write_csv, write_json
 from ks.files.curves import long_form
-from ks.files.layout import SweepFiles
+from ks.files.layout import RunFiles, SweepFiles
+from ks.files.schema import RunConfig, read_json_as
 from ks.files.status import OK
 from ks.report.figures import save_figures, study_figures
 from ks.report.study import Study, curves_table, floor_frame, summary_frame
@@ -68,7 +70,7 @@ def write_outputs(
     Returns:
         the paths of the summary and the figures.
     """
-    losses = [read_json_object(result.run.files.config).get("loss", {}).get("name") for result in results]
+    losses = [_kind_of_loss(result.run.files) for result in results]
     record["loss"] = next(filter(None, losses), LossKind.MEAN_SQUARED_ERROR.value)
     write_json(files.config, record)
     summary = columns.names(columns.SUMMARY)
@@ -92,3 +94,12 @@ def write_outputs(
     )
     drawn = study_figures(study, log_scale=config.log_scale, title=config.title, figsize=config.figsize)
     return [files.summary_csv, *save_figures(drawn, files, config.formats, config.dpi)]
+
+
+def _kind_of_loss(files: RunFiles) -> str | None:
+    """Return the kind of loss in the config of a run; None if it is not known."""
+    try:
+        config = read_json_as(files.config, RunConfig)
+    except UsageError:
+        return None
+    return config.loss.name if config.loss else None

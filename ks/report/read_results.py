@@ -1,14 +1,13 @@
 """Reading a results folder, ours or one of the 2025 ksmm scripts, as a study to draw."""
 
-from pathlib import Path
-
+import msgspec
 import pandas as pd
 
 from ks.errors import UsageError
 from ks.files import columns
-from ks.files.atomic import read_json, read_json_object
 from ks.files.curves import read_curves
 from ks.files.layout import RunFiles, SweepFiles, find_runs
+from ks.files.schema import FloorRow, RunRow, SummaryRow, SweepConfig, read_csv_as, read_json_as
 from ks.files.status import OK
 from ks.report.study import Study, curves_table, summary_frame
 from ks.report.summary import rank_row, run_row
@@ -23,34 +22,44 @@ def read_study(files: SweepFiles) -> Study:
     """
     if not files.directory.is_dir():
         raise UsageError(f"{files.directory}: no such folder")
-    config = read_json_object(files.config)
-    first_seed = (config.get("seeds") or [None])[0]
+    config = read_json_as(files.config, SweepConfig) if files.config.exists() else None
+    first_seed = config.seeds[0] if config else None
     found = [run for run in find_runs(files.directory, first_seed) if run[2].curves_csv.is_file()]
-    rows = read_json(files.summary_json)
-    others = sorted(path.name.removesuffix("_summary.json") for path in files.directory.glob("*_summary.json"))
-    if rows is None and others:
-        raise UsageError(f"{files.directory} has no {files.summary_json.name}; give --save_prefix: {', '.join(others)}")
+    rows = _summary_rows(files)
     if not found and not rows:
         raise UsageError(f"{files.directory} holds no results (no rank_R/rank_R_rank_R_loss_curves.csv in it)")
-    if rows and all(isinstance(row, dict) and {"rank", "status"} <= row.keys() for row in rows):  # 2025: no status
-        runs = _runs_of_study(files, found, rows, config.get("seeds") or [None])
-    else:
-        curves_of = [(rank, seed, read_curves(run.curves_csv)) for rank, seed, run in found]
+    if config is not None and rows:
+        runs = _runs_of_study(files, found, rows, config.seeds)
+    else:  # of the 2025 scripts, whose summary has no more than the curves
+        curves_of = [(rank, seed, read_curves(run.curves_csv, rank)) for rank, seed, run in found]
         runs = [(run_row(rank, curves, OK, seed), curves) for rank, seed, curves in curves_of]
-        rows = [
-            rank_row([row for row, _ in runs if row["rank"] == rank]) for rank in dict.fromkeys(r for r, *_ in found)
-        ]
-    problem = config.get("problem", {})
+        ranks = dict.fromkeys(rank for rank, *_ in found)
+        rows = [rank_row([row for row, _ in runs if row["rank"] == rank]) for rank in ranks]
     return Study(
         name=files.directory.name,
         curves=curves_table(runs),
         summary=summary_frame(rows),
         floor=_floor_table(files),
-        title=config.get("title"),
-        chain=problem.get("chain"),
-        weight_sha256=problem.get("weight", {}).get("sha256"),
-        loss_label=config.get("loss", LossKind.MEAN_SQUARED_ERROR.value),
+        title=config.title if config else None,
+        chain=config.problem.chain if config else None,
+        weight_sha256=config.problem.weight.sha256 if config else None,
+        loss_label=(config and config.loss) or LossKind.MEAN_SQUARED_ERROR.value,
     )
+
+
+def _summary_rows(files: SweepFiles) -> list[dict]:
+    """Return the rows of the summary; none if there is no summary at all.
+
+    Raises:
+        UsageError: the summary of this prefix is missing but others exist, or it is not valid.
+    """
+    if files.summary_json.exists():
+        rows = read_json_as(files.summary_json, list[SummaryRow])
+        return [msgspec.structs.asdict(row) for row in rows]
+    others = sorted(path.name.removesuffix("_summary.json") for path in files.directory.glob("*_summary.json"))
+    if others:
+        raise UsageError(f"{files.directory} has no {files.summary_json.name}; give --save_prefix: {', '.join(others)}")
+    return []
 
 
 def _runs_of_study(
@@ -60,26 +69,18 @@ def _runs_of_study(
     ranks = {row["rank"]: row["status"] for row in rows}
     status_of: dict = {}
     if files.runs_csv.is_file():
-        table = _read_table(files.runs_csv, ["rank", "seed", "status"])
-        status_of = dict(zip(zip(table["rank"], table["seed"]), table["status"], strict=True))
+        _, known = read_csv_as(files.runs_csv, RunRow)
+        status_of = {(row.rank, row.seed): row.status for row in known}
     return [
-        ({"rank": rank, "seed": seed, "status": status_of.get((rank, seed), ranks[rank])}, read_curves(run.curves_csv))
+        (
+            {"rank": rank, "seed": seed, "status": status_of.get((rank, seed), ranks[rank])},
+            read_curves(run.curves_csv, rank),
+        )
         for rank, seed, run in found
         if rank in ranks and seed in seeds
     ]
 
 
 def _floor_table(files: SweepFiles) -> pd.DataFrame:
-    names = columns.names(columns.FLOOR)
-    return _read_table(files.floor_csv, names) if files.floor_csv.is_file() else pd.DataFrame(columns=names)
-
-
-def _read_table(path: Path, needed: list[str]) -> pd.DataFrame:
-    try:
-        table = pd.read_csv(path)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read ({str(error).splitlines()[0]})") from error
-    missing = [name for name in needed if name not in table]
-    if missing:
-        raise UsageError(f"{path} lacks the columns {', '.join(missing)}")
-    return table
+    rows = read_csv_as(files.floor_csv, FloorRow)[1] if files.floor_csv.is_file() else []
+    return pd.DataFrame([msgspec.structs.asdict(row) for row in rows], columns=columns.names(columns.FLOOR))

@@ -5,6 +5,7 @@ import sys
 from tqdm import tqdm
 
 from ks.cli.console import note
+from ks.errors import one_line
 from ks.files.curves import EpochCounter
 from ks.files.status import OK
 from ks.sweep.launcher import Outcome, Task
@@ -47,7 +48,7 @@ class Progress:
         loss = f", validation loss {curves[-1]['val_loss']:.6g}" if curves else ""
         message = f"{task.name}: {result.ending}{loss}, {outcome.seconds:.1f} s"
         if result.ending != OK:
-            tail = task.log.read_text(errors="replace").splitlines()[-15:]
+            tail = map(one_line, task.log.read_text(errors="replace").splitlines()[-15:])
             message = "\n  ".join([f"{message}; end of {task.log}:", *tail])
         self.ended += 1
         if self.bar is None:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from ks.cli.console import EXIT_FAILED, EXIT_OK
 from ks.cli.flags import SweepConfig, to_arguments
-from ks.files.atomic import read_json_object
+from ks.errors import UsageError
 from ks.files.curves import curves_if_any
 from ks.files.layout import RunFiles, run_files
+from ks.files.schema import TrainingLog, read_json_as
 from ks.files.status import OK, Ending, Status
 from ks.sweep.launcher import Outcome, Task
 from ks.training.checkpoints import is_finished
@@ -76,9 +77,13 @@ def result_of(run: Run, num_epochs: int, outcome: Outcome | None = None) -> Resu
         outcome: of its process; None if it has not ended in this sweep: then it had finished before or is interrupted.
     """
     curves = curves_if_any(run.files.curves_csv)
-    log = read_json_object(run.files.training_log)
-    finished = is_finished(run.files, num_epochs, curves)
-    return Result(run, _ending(outcome, finished, log.get("status")), curves, log.get("train_seconds"))
+    try:
+        log = read_json_as(run.files.training_log, TrainingLog)
+    except UsageError:
+        log = TrainingLog("")
+    otherwise = f"{run.task.name} is trained again" if outcome is None else f"{run.task.name} has failed"
+    finished = is_finished(run.files, num_epochs, curves, otherwise)
+    return Result(run, _ending(outcome, finished, log.status), curves, log.train_seconds)
 
 
 def _ending(outcome: Outcome | None, finished: bool, reported: str | None) -> Ending:

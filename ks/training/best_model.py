@@ -8,6 +8,7 @@ import torch
 from ks.bounds.moments import IsotropicInputs
 from ks.bounds.population_loss import population_loss
 from ks.files.atomic import save_tensors
+from ks.files.schema import BestRecord
 from ks.layer import KSLinear
 
 
@@ -39,11 +40,11 @@ class BestModel:
         assert self.kept is not None
         return {"val_loss": self.val_loss, "epoch": self.row["epoch"], "factors": [*self.kept.state_dict().values()]}
 
-    def restore(self, state: dict, curves: list[dict]) -> None:
+    def restore(self, state: BestRecord, curves: list[dict]) -> None:
         """Put a state back; `curves` are those of the same checkpoint."""
-        self.offer(state["val_loss"], curves[state["epoch"] - 1])
+        self.offer(state.val_loss, curves[state.epoch - 1])
         assert self.kept is not None
-        for factor, values in zip(self.kept.factors, state["factors"], strict=True):
+        for factor, values in zip(self.kept.factors, state.factors, strict=True):
             factor.data.copy_(values)
 
     def population_loss(self) -> float:
@@ -61,8 +62,13 @@ class BestModel:
 
 
 def save_in_user_units(model: KSLinear, unit: float, path) -> None:
-    """Save `unit` times the dense weight of a model, the scale shared evenly by its factors."""
+    """Save `unit` times the dense weight of a model, the scale shared evenly by its factors.
+
+    Values that float32 cannot hold with margin are saved in float64.
+    """
     scaled = copy.deepcopy(model)
+    if not 1e-25 < unit < 1e25:
+        scaled = scaled.double()
     with torch.no_grad():
         for factor in scaled.factors:
             factor.mul_(unit ** (1 / len(scaled.factors)))

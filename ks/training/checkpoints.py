@@ -11,8 +11,10 @@ import torch
 from ks.cli.console import note
 from ks.cli.flags import TrainingFlags
 from ks.errors import UsageError
-from ks.files.atomic import finite, read_json_object, save_tensors
+from ks.files.atomic import finite, save_tensors
 from ks.files.layout import RunFiles
+from ks.files.schema import CheckpointRecord, CurveLists, RunConfig, TrainingLog, convert, read_json_as
+from ks.files.torch_files import read_torch_file
 from ks.layer import load
 from ks.training.best_model import BestModel
 from ks.training.optimiser import Optimiser
@@ -40,17 +42,35 @@ def changes(before: dict, now: dict) -> str:
     return ", ".join(f"{name} was {before.get(name)}, now {now[name]}" for name in differing)
 
 
-def is_finished(files: RunFiles, num_epochs: int, curves: list[dict]) -> bool:
-    """Return whether a run has ended well and all its files can be read; `curves` are those of its CSV file."""
-    if read_json_object(files.training_log).get("status") != "finished":
-        return False
-    epochs = list(range(1, num_epochs + 1))
-    if [row["epoch"] for row in curves] != epochs or read_json_object(files.curves_json).get("epochs") != epochs:
-        return False
+def is_finished(files: RunFiles, num_epochs: int, curves: list[dict], otherwise: str) -> bool:
+    """Return whether a run has ended well and all its files are valid.
+
+    Args:
+        files: of the run.
+        num_epochs: that it was to train.
+        curves: of its CSV file.
+        otherwise: what follows if it seems to have ended well, but a file is not valid; printed with the reason.
+    """
     try:
+        if not files.training_log.exists() or read_json_as(files.training_log, TrainingLog).status != "finished":
+            return False
+        _check_curves(files, num_epochs, curves)
         return all(load(path) is not None for path in (files.final, files.best))
-    except UsageError:
+    except UsageError as error:
+        note(f"{error}; {otherwise}")
         return False
+
+
+def _check_curves(files: RunFiles, num_epochs: int, curves: list[dict]) -> None:
+    """Raise UsageError unless the CSV file of a run holds all its epochs, and its JSON file the same losses."""
+    epochs = list(range(1, num_epochs + 1))
+    if [(row["epoch"], row["rank"]) for row in curves] != [(epoch, files.rank) for epoch in epochs]:
+        raise UsageError(f"{files.curves_csv} does not hold the epochs 1 to {num_epochs} of rank {files.rank}")
+    lists = read_json_as(files.curves_json, CurveLists)
+    stored = [lists.epochs, lists.train_losses, lists.val_losses, lists.population_losses]
+    names = ("train_loss", "val_loss", "population_loss")
+    if stored != [epochs, *([finite(row.get(name)) for row in curves] for name in names)]:
+        raise UsageError(f"{files.curves_csv} and {files.curves_json} differ")
 
 
 def is_resumable(files: RunFiles, settings: dict) -> bool:
@@ -59,14 +79,19 @@ def is_resumable(files: RunFiles, settings: dict) -> bool:
     Raises:
         UsageError: they belong to a run with other settings; each of them is named.
     """
-    before = read_json_object(files.config).get("settings")
-    if not isinstance(before, dict):
+    try:
+        before = read_json_as(files.config, RunConfig).settings if files.config.exists() else None
+        diverged = files.training_log.exists() and read_json_as(files.training_log, TrainingLog).status == "diverged"
+    except UsageError as error:
+        note(f"{error}; training starts anew")
+        return False
+    if before is None:
         return False
     if changed := changes(before, settings):
         raise UsageError(
             f"{files.directory} holds a run with other settings ({changed}); leave out --resume to redo it"
         )
-    return read_json_object(files.training_log).get("status") != "diverged"
+    return not diverged
 
 
 class Checkpoints:
@@ -81,19 +106,20 @@ class Checkpoints:
 
     def __init__(self, files: RunFiles, settings: dict, interval: float, resume: bool):
         self.files, self.settings, self.interval = files, settings, interval
-        self.found: dict | None = self._read() if resume else None
+        self.found: CheckpointRecord | None = self._read() if resume else None
         self.latest: dict | None = None
         self.written = time.monotonic()
 
-    def _read(self) -> dict | None:
+    def _read(self) -> CheckpointRecord | None:
+        if not self.files.resume.exists():
+            return None
         try:
-            checkpoint = torch.load(self.files.resume, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
+            content = read_torch_file(self.files.resume, "a checkpoint")
+            checkpoint = convert(content, CheckpointRecord, f"checkpoint {self.files.resume}")
+        except UsageError as error:
+            note(f"{error}; training starts anew")
             return None
-        except Exception:  # a damaged file can raise nearly anything
-            note(f"{self.files.resume} cannot be read: starting anew")
-            return None
-        return checkpoint if checkpoint.get("settings") == self.settings else None
+        return checkpoint if checkpoint.settings == self.settings else None
 
     def offer(
         self, threads: int, curves: list[dict], optimiser: Optimiser, schedule: Schedule, best: BestModel
@@ -119,9 +145,25 @@ class Checkpoints:
     @torch.no_grad()
     def restore(self, optimiser: Optimiser, schedule: Schedule, best: BestModel) -> list[dict]:
         """Put the found state back and return the curves so far; the result is as if the run had not stopped."""
-        assert self.found is not None
-        for tensor, value in zip(optimiser.state(), self.found["optimiser"], strict=True):
+        found = self.found
+        if found is None:
+            return []
+        if not self._fits(found, optimiser, best):
+            note(
+                f"checkpoint {self.files.resume} is not valid: its tensors are those of another training; starting anew"
+            )
+            return []
+        for tensor, value in zip(optimiser.state(), found.optimiser, strict=True):
             tensor.copy_(value)
-        schedule.restore(self.found["schedule"])
-        best.restore(self.found["best"], self.found["curves"])
-        return self.found["curves"]
+        schedule.restore(found.schedule)
+        curves = [dict(row) for row in found.curves]
+        best.restore(found.best, curves)
+        return curves
+
+    def _fits(self, found: CheckpointRecord, optimiser: Optimiser, best: BestModel) -> bool:
+        """Return whether a checkpoint has the shapes, epochs and rank of this training."""
+        pairs = ((found.optimiser, optimiser.state()), (found.best.factors, list(best.model.factors)))
+        shapes = all([value.shape for value in kept] == [tensor.shape for tensor in now] for kept, now in pairs)
+        rows = [(row["epoch"], row["rank"]) for row in found.curves]
+        whole = rows == [(epoch, self.files.rank) for epoch in range(1, len(rows) + 1)]
+        return shapes and whole and found.best.epoch <= len(found.curves)

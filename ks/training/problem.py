@@ -1,6 +1,5 @@
 """The learning problem that the flags describe, checked before anything is written or started."""
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,6 +8,7 @@ from ks.bounds.floors import no_floor_reason
 from ks.bounds.moments import IsotropicInputs
 from ks.cli.flags import ChainFlags, TrainingFlags
 from ks.errors import UsageError
+from ks.files.memory import check_fits
 from ks.files.weights import Weight, load_weight
 from ks.patterns import Chain, make_chain
 from ks.product.backend import check_impl
@@ -76,16 +76,17 @@ def resolve(config: TrainingFlags) -> Problem:
     rows, cols = weight.tensor.shape
     chain = chain_of(config, rows, cols)
     num_train, num_validation = split_samples(config)
+    check_samples_fit(config.num_samples, rows, cols)
     sampling, sampling_reason = choose_sampling(config.sampling, num_train, cols)
     if config.init == "hierarchical" and (reason := no_floor_reason(chain)):
         raise UsageError(f"--init hierarchical: {reason}; use --init random")
     inputs = IsotropicInputs(config.input_std)
     unit = (weight.tensor.double().norm() / rows**0.5).item()
     predict_zero_loss = inputs.output_energy(weight.tensor) / rows
-    if not 0 < predict_zero_loss < math.inf:
+    if not 1e-280 < predict_zero_loss < 1e280:
         raise UsageError(
             f"--input_std {config.input_std:g} on a weight of norm {unit * rows**0.5:g}: the loss of predicting 0 is "
-            f"{predict_zero_loss:g} in double precision; scale one of them"
+            f"{predict_zero_loss:g}; 1e-280 to 1e280 is allowed: scale one of them"
         )
     return Problem(
         weight=weight,
@@ -157,6 +158,16 @@ def split_samples(config: TrainingFlags) -> tuple[int, int]:
             f"one batch of {config.batch_size}; raise --num_samples or lower --batch_size"
         )
     return num_train, num_validation
+
+
+def check_samples_fit(num_samples: int, rows: int, cols: int) -> None:
+    """Refuse more samples than the memory holds: inputs, targets, and a copy of both in work, 4 bytes a value.
+
+    Raises:
+        UsageError: they do not fit.
+    """
+    needed = 2 * 4 * num_samples * (rows + cols)
+    check_fits(f"--num_samples {num_samples} for a {rows} × {cols} weight", needed, "lower it")
 
 
 def choose_sampling(sampling: str, num_train: int, in_features: int) -> tuple[str, str]:

@@ -3,12 +3,15 @@
 import contextlib
 import threading
 import time
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Self
 
 import torch
 
 from ks.cli import console
 from ks.cli.flags import TrainerConfig
+from ks.errors import one_line
 from ks.files.atomic import read_json_object, write_json
 from ks.files.layout import RunFiles
 from ks.files.provenance import now, peak_memory, provenance
@@ -30,6 +33,7 @@ class RunRecord:
         files: of the run.
         interrupted: set by a signal.
         resumed: whether the time of an earlier run counts.
+        owned: the files in the folder that this run may overwrite.
     """
 
     def __init__(
@@ -40,19 +44,27 @@ class RunRecord:
         files: RunFiles,
         interrupted: threading.Event,
         resumed: bool,
+        owned: Iterable[Path],
     ):
         self.config, self.problem, self.files, self.interrupted = config, problem, files, interrupted
-        self.config_file = {
+        self.config_file: dict = {
             "settings": settings,
             "arguments": vars(config),
             "problem": problem.describe(),
             "provenance": provenance(),
+            "files": sorted(path.name for path in {*files.results(), *owned}),
         }
         self.log: dict = {"status": Status.RUNNING, "started": now()}
         self.exit_code = console.EXIT_FAILED
         self.message: str | None = None
         before = read_json_object(files.training_log) if resumed else {}
         self._seconds_before = before.get("train_seconds", 0.0)
+
+    def own(self, path: Path) -> None:
+        """Record a file before it is written."""
+        if path.name not in self.config_file["files"]:
+            self.config_file["files"].append(path.name)
+            write_json(self.files.config, self.config_file)
 
     def decide(self, what: str, choice: str, reason: str, warning: str | None = None) -> None:
         """Record and report a choice of the program; a warning is shown even with --quiet."""
@@ -74,7 +86,7 @@ class RunRecord:
     def __exit__(self, kind, error: BaseException | None, traceback) -> bool:
         self.message = self._classify(error)
         if self.message is not None:
-            self.log["error"] = self.message
+            self.log["error"] = one_line(self.message)
         seconds = self._seconds_before + time.perf_counter() - self._started
         self.log |= {"ended": now(), "train_seconds": seconds}
         self.config_file |= {"ended": self.log["ended"], **peak_memory(self.problem.device)}

@@ -35,7 +35,7 @@ UNUSUAL = {
     "scheduler_patience": 0,
     "scheduler_factor": 1 / 3,
     "step_size": 2,
-    "gamma": 1e-300,
+    "gamma": 1e-100,
     "max_grad_norm": 0.5,
     "init": "hierarchical",
     "seed": 12345678901,
@@ -153,10 +153,10 @@ def test_old_names_of_flags_are_taken():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rank", "0"], "'0' is not a positive integer"),
-        (["--lr", "inf"], "'inf' is not a positive number"),
+        (["--rank", "0"], "'0' is not a whole number from 1 to 2147483647"),
+        (["--lr", "inf"], "'inf' is not a number from 1e-100 to 1e+100"),
         (["--val_split", "1"], "'1' is not a number between 0 and 1"),
-        (["--seed", "-1"], "'-1' is not a non-negative integer"),
+        (["--seed", "-1"], "'-1' is not a whole number from 0 to 9223372036854775807"),
         (["--save_prefix", ".hidden"], "is not a file name prefix"),
         (["--num_epoch", "3"], "unrecognized arguments"),
         (["--scheduler", "linear"], "invalid choice"),

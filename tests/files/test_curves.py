@@ -64,7 +64,7 @@ def test_header_and_keys_are_the_declared_columns(tmp_path, measured):
     [
         (None, "cannot be read"),
         (b"epoch,train_loss\n1,2\n", "lacks the columns val_loss, rank"),
-        (b"epoch,train_loss,val_loss,rank\n1,0.5,0.5,2\n2,zwei,0.5,2\n", "line 3: could not convert"),
+        (b"epoch,train_loss,val_loss,rank\n1,0.5,0.5,2\n2,zwei,0.5,2\n", "line 3: Expected .float.*train_loss"),
         (b"epoch,train_loss,val_loss,rank\n1,0.5,0.5\n", "line 2"),
         (b"epoch,train_loss,val_loss,rank\n,0.5,0.5,2\n", "line 2"),
         (b"epoch,train_loss,val_loss,rank\ninf,0.5,0.5,2\n", "line 2"),

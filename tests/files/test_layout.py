@@ -1,5 +1,6 @@
 from ks.files.curves import write_curves
 from ks.files.layout import RunFiles, SweepFiles, find_runs, run_files
+from ks.files.ownership import delete
 
 ROWS = [{"epoch": 1, "train_loss": 0.3, "val_loss": 0.4, "rank": 4}]
 
@@ -31,7 +32,7 @@ def test_remove_takes_only_its_own_prefix(tmp_path):
     for files in (mine, other):
         write_curves(files, ROWS)
         files.epoch_checkpoint(3).touch()
-    mine.remove()
+    delete([*mine.all(), *mine.epoch_checkpoints()])
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "ab_epoch_3.pth",
         "ab_rank_4_loss_curves.csv",
@@ -48,5 +49,5 @@ def test_outputs_of_a_sweep_are_removed_with_every_figure_and_nothing_else(tmp_p
     kept = [files.config, files.floor_csv, SweepFiles(tmp_path, "q").summary_csv]
     for path in (*outputs, *kept):
         path.touch()
-    files.remove_outputs()
+    delete(files.outputs())
     assert sorted(tmp_path.iterdir()) == sorted(kept)

@@ -33,7 +33,10 @@ def write(weight_path, tmp_path):
         for run in runs:
             run.files.directory.mkdir()
         write_curves(runs[1].files, [row])
-        write_json(runs[1].files.config, {"loss": {"name": kind.value, "reason": "a test"}} if kind else {})
+        write_json(
+            runs[1].files.config,
+            {"settings": {}} | ({"loss": {"name": kind.value, "reason": "a test"}} if kind else {}),
+        )
         results = [Result(runs[0], Ending(Status.INTERRUPTED), [], None), Result(runs[1], OK, [row], 1.5)]
         run_rows, rows = summarise(results, dict(zip([2, 4], plan.floors([2, 4]))), problem)
         record = rank_sweep_study.record_of(config, problem, [2, 4])

@@ -55,7 +55,7 @@ def folder(tmp_path):
     for rank, seed in ((2, 7), (2, 8), (2, 9), (16, 7)):
         run = run_files(tmp_path, rank, seed, 7)
         run.directory.mkdir(parents=True)
-        write_curves(run, CURVES)
+        write_curves(run, [row | {"rank": rank} for row in CURVES])
     rows = [rank_row(runs, CHAIN)]
     write_csv(files.runs_csv, columns.names(columns.RUNS), runs)
     write_json(files.summary_json, summary_frame(rows).to_dict("records"))
@@ -64,7 +64,10 @@ def folder(tmp_path):
 
 def test_a_study_is_read_without_the_runs_of_other_studies(folder):
     problem = {"chain": "monarch", "weight": {"sha256": "abc"}}
-    write_json(folder.config, {"seeds": [7, 8], "title": "T", "problem": problem, "loss": "some criterion"})
+    write_json(
+        folder.config,
+        {"settings": {}, "ranks": [2], "seeds": [7, 8], "title": "T", "problem": problem, "loss": "some criterion"},
+    )
     study = read_study(folder)
     assert list(study.summary["rank"]) == [2]
     assert list(study.summary["status"]) == ["diverged (1 of 2 seeds)"]
@@ -74,7 +77,7 @@ def test_a_study_is_read_without_the_runs_of_other_studies(folder):
 
 
 def test_a_study_without_a_kind_of_loss_is_of_mean_squared_errors(folder):
-    write_json(folder.config, {"seeds": [7]})
+    write_json(folder.config, {"settings": {}, "ranks": [2], "seeds": [7]})
     study = read_study(folder)
     assert study.loss_label == "mean squared error per output"
     assert (len(study.floor), list(study.floor)) == (0, columns.names(columns.FLOOR))
@@ -101,6 +104,7 @@ DAMAGE = {
 @pytest.mark.parametrize("name", ["runs_csv", "floor_csv"])
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_table_is_one_line_with_its_name(folder, name, damage):
+    write_json(folder.config, {"settings": {}, "ranks": [2], "seeds": [7, 8]})
     path = getattr(folder, name)
     path.write_bytes(DAMAGE[damage])
     with pytest.raises(UsageError, match="cannot be read|lacks the columns") as raised:
@@ -110,9 +114,16 @@ def test_a_damaged_table_is_one_line_with_its_name(folder, name, damage):
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"rank": 2}, [{"rank": 2}, {"status": "ok"}]], ids=str)
-def test_a_summary_of_another_kind_is_as_one_of_2025(folder, content):
-    """Its ranks are those that have curves."""
+def test_a_summary_of_another_kind_is_one_line_with_its_name(folder, content):
     write_json(folder.summary_json, content)
+    with pytest.raises(UsageError, match="is not valid") as raised:
+        read_study(folder)
+    assert str(raised.value).startswith(str(folder.summary_json))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_summary_without_a_config_is_one_of_2025(folder):
+    """Its ranks are those that have curves."""
     study = read_study(folder)
     assert list(study.summary["rank"]) == [2, 16]
     assert list(study.summary["num_seeds"]) == [3, 1]

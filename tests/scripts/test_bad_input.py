@@ -63,14 +63,14 @@ def refused(tmp_path, monkeypatch, capsys):
         ),
         (["--weight_path", "w.pth", "--chain", "butterfly", "--num_factors", "6"], "or the chain monarch"),
         (["--weight_path", "w.pth", "--chain", "lowrank_butterfly", "--init", "hierarchical"], "use --init random"),
-        (["--weight_path", "w.pth", "--input_std", "1e-200"], "scale one of them"),
-        (["--weight_path", "w.pth", "--input_std", "1e200"], "scale one of them"),
+        (["--weight_path", "w.pth", "--input_std", "1e-200"], "not a number from 1e-100 to 1e.100"),
+        (["--weight_path", "w.pth", "--input_std", "1e200"], "not a number from 1e-100 to 1e.100"),
         (["--weight_path", "w.pth", "--impl", "triton"], "need a CUDA device"),
         (["--weight_path", "w.pth", "--device", "cuda"], "0 CUDA devices"),
         (["--weight_path", "w.pth", "--device", "abacus"], "auto, cpu, cuda"),
-        (["--weight_path", "w.pth", "--lr", "0"], "not a positive number"),
-        (["--weight_path", "w.pth", "--lr", "nan"], "not a positive number"),
-        (["--weight_path", "w.pth", "--num_epochs", "0"], "not a positive integer"),
+        (["--weight_path", "w.pth", "--lr", "0"], "not a number from 1e-100 to 1e.100"),
+        (["--weight_path", "w.pth", "--lr", "nan"], "not a number from 1e-100 to 1e.100"),
+        (["--weight_path", "w.pth", "--num_epochs", "0"], "'0' is not a whole number from 1 to 2147483647"),
         (["--weight_path", "w.pth", "--dtype", "int8"], "invalid choice"),
         (["--weight_path", "w.pth", "--save_prefix", "a/b"], "not a file name prefix"),
         (["--weight_path", "w.pth", "--output_dir", "w.pth"], "cannot be written"),
@@ -90,8 +90,9 @@ def test_training_and_sweep(refused, tmp_path, script, arguments, message):
 
 @pytest.mark.parametrize("rank", ["0", "-3", "four", "2.5"])
 def test_bad_ranks(refused, weight_path, rank):
-    assert "not a positive integer" in refused("train_with_random", "--weight_path", weight_path, "--rank", rank)
-    assert "not a positive integer" in refused("rank_sweep_study", "--weight_path", weight_path, "--ranks", "2", rank)
+    message = f"'{rank}' is not a whole number from 1 to 2147483647"
+    assert message in refused("train_with_random", "--weight_path", weight_path, "--rank", rank)
+    assert message in refused("rank_sweep_study", "--weight_path", weight_path, "--ranks", "2", rank)
 
 
 def test_an_empty_rank_list(refused, weight_path):
@@ -103,7 +104,7 @@ def test_an_empty_rank_list(refused, weight_path):
     ("arguments", "message"),
     [
         (["--gpus", "0"], "--gpus 0: the device is cpu"),
-        (["--jobs", "0"], "not a positive integer"),
+        (["--jobs", "0"], "'0' is not a whole number from 1 to 2147483647"),
         (["--launcher", "slurm"], "invalid choice"),
         (["--launcher", "ray", "--gpus", "0"], "chooses GPUs itself"),
         (["--launcher", "ray"], "pip install -r requirements-ray.txt"),
@@ -159,7 +160,9 @@ def test_comparing(refused, tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "rank_sweep_summary.json").write_text('[{"rank": 2, "status": "ok", "final_val_loss": 1.0}]')
-        (tmp_path / name / "rank_sweep_config.json").write_text(f'{{"problem": {{"weight": {{"sha256": "{name}"}}}}}}')
+        (tmp_path / name / "rank_sweep_config.json").write_text(
+            f'{{"settings": {{}}, "ranks": [2], "seeds": [0], "problem": {{"weight": {{"sha256": "{name}"}}}}}}'
+        )
     assert "--output_dir" in refused("plot_rank_results", "--results_dir", "a", "b")
     line = refused("plot_rank_results", "--results_dir", "a", "b", "--output_dir", "c")
     assert "different weights" in line

@@ -63,7 +63,6 @@ def test_every_rank_and_seed_has_a_command_that_the_trainer_takes(tmp_path):
         (Outcome(1, 1.0), "diverged", Ending(Status.DIVERGED)),
         (Outcome(1, 1.0), "out of memory", Ending(Status.OUT_OF_MEMORY)),
         (Outcome(1, 1.0), "failed", FAILED),
-        (Outcome(1, 1.0), None, FAILED),
         (Outcome(4, 1.0), "diverged", Ending(Status.FAILED, "exit 4")),
         (Outcome(-9, 1.0), "running", Ending(Status.FAILED, "exit -9")),
         (Outcome(-15, 1.0, timed_out=True), "interrupted", Ending(Status.TIMED_OUT)),
@@ -71,11 +70,23 @@ def test_every_rank_and_seed_has_a_command_that_the_trainer_takes(tmp_path):
     ids=str,
 )
 def test_an_ending_is_judged_by_exit_code_and_log(finished, outcome, reported, ending):
-    write_json(finished.files.training_log, {"status": reported, "train_seconds": 1.5})
+    write_json(finished.files.training_log, {"status": reported or "running", "train_seconds": 1.5})
     result = result_of(finished, EPOCHS, outcome)
     assert result.ending == ending
     assert len(result.curves) == EPOCHS
     assert result.train_seconds == 1.5
+
+
+def test_a_damaged_log_is_said_and_the_run_is_judged_without_it(finished, capsys):
+    write_json(finished.files.training_log, {"status": None, "train_seconds": 1.5})
+    assert result_of(finished, EPOCHS, Outcome(1, 1.0)).ending == FAILED
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{finished.files.training_log} is not valid")
+    assert line.endswith("; rank 2 has failed")
+    result = result_of(finished, EPOCHS)
+    assert result.ending == Ending(Status.INTERRUPTED)
+    assert (len(result.curves), result.train_seconds) == (EPOCHS, None)
+    assert capsys.readouterr().err.endswith("; rank 2 is trained again\n")
 
 
 def test_a_run_without_files_is_unfinished(tmp_path):

@@ -164,7 +164,8 @@ def test_a_damaged_checkpoint_starts_anew(weight_path, tmp_path):
     files.resume.write_bytes(files.resume.read_bytes()[:1000])
     done = finish(start("train_with_random.py", tmp_path, *TRAINING, "--output_dir", "out", "--resume"))
     assert done.returncode == 0, done.stderr
-    assert "cannot be read: starting anew" in done.stderr
+    assert "cannot be read as a checkpoint" in done.stderr
+    assert "training starts anew" in done.stderr
     assert len(read_curves(files.curves_csv)) == int(EPOCHS)
 
 
@@ -245,9 +246,11 @@ def file_size_limit(size):
 
 
 def test_a_full_disk_loses_nothing(weight_path, tmp_path):
-    """Curves still fit, checkpoints do not."""
-    flags = ("--num_samples", 80, "--num_epochs", 6, "--rank", 2, "--output_dir", "out", "--resume_interval", 1000)
-    full = finish(start("train_with_random.py", tmp_path, *flags, preexec_fn=file_size_limit(3000)))
+    """Curves and records still fit, checkpoints do not."""
+    torch.save(torch.randn(64, 96), tmp_path / "wide.pth")
+    flags = ("--weight_path", "wide.pth", "--num_samples", 80, "--num_epochs", 6, "--rank", 2, "--output_dir", "out")
+    flags += ("--resume_interval", 1000)
+    full = finish(start("train_with_random.py", tmp_path, *flags, preexec_fn=file_size_limit(4500)))
     assert full.returncode == 1
     assert "File too large" in full.stderr.splitlines()[-1]
     assert "Traceback" not in full.stderr

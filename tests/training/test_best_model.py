@@ -9,6 +9,7 @@ from steps import WEIGHT
 
 import ks
 from ks.bounds.moments import UNIT_INPUTS
+from ks.files.schema import BestRecord
 from ks.layer import KSLinear
 from ks.training.best_model import BestModel, save_in_user_units
 
@@ -67,7 +68,7 @@ def test_a_restored_best_is_the_one_whose_state_was_kept(model):
     fill(model, 0.2)
     best.offer(0.2, EPOCHS[1])
     other = best_of(KSLinear(10, 6, rank=2))
-    other.restore(best.state(), EPOCHS)
+    other.restore(BestRecord(**best.state()), EPOCHS)
     assert (other.val_loss, other.row) == (0.2, EPOCHS[1])
     assert torch.equal(other.kept.to_dense(), best.kept.to_dense())
     other.offer(0.3, EPOCHS[2])
@@ -80,7 +81,7 @@ def test_a_state_of_another_length_is_no_state_of_this_model(model, change):
     best.offer(0.2, EPOCHS[0])
     state = best.state()
     with pytest.raises(ValueError, match="zip"):
-        best_of(model).restore(state | {"factors": change(state["factors"])}, EPOCHS)
+        best_of(model).restore(BestRecord(**state | {"factors": change(state["factors"])}), EPOCHS)
 
 
 def test_a_saved_model_is_in_the_units_of_the_user(model, tmp_path):

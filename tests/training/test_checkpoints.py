@@ -30,7 +30,8 @@ class Training:
         x = torch.randn(8, 10, generator=torch.Generator().manual_seed(len(self.curves)))
         loss = torch.nn.functional.mse_loss(self.model(x), x @ WEIGHT.t())
         update(self.optimiser, loss, self.schedule.rate(len(self.curves) + 1, 0))
-        self.curves.append({"epoch": len(self.curves) + 1, "val_loss": loss.item()})
+        row = {"epoch": len(self.curves) + 1, "train_loss": loss.item(), "val_loss": loss.item(), "rank": 2}
+        self.curves.append(row | {"lr": 0.01, "epoch_seconds": 0.5})
         self.best.offer(loss.item(), self.curves[-1])
         self.schedule.end_epoch(loss.item())
 
@@ -70,15 +71,20 @@ def test_a_restored_training_goes_on_as_if_it_had_not_stopped(files, loss_scalin
 
 @pytest.mark.parametrize("part", ["optimiser", "factors of the best model"])
 @pytest.mark.parametrize("change", [lambda tensors: tensors[:-1], lambda tensors: [*tensors, tensors[-1]]])
-def test_a_state_of_another_length_is_not_put_back(files, part, change):
+def test_a_state_of_another_length_is_not_put_back(files, part, change, capsys):
     training = Training()
     training.epoch()
     checkpoint_of(training, files)
     checkpoints = Checkpoints(files, SETTINGS, 0.0, resume=True)
-    holder, key = (checkpoints.found, "optimiser") if part == "optimiser" else (checkpoints.found["best"], "factors")
-    holder[key] = change(holder[key])
-    with pytest.raises(ValueError, match="zip"):
-        checkpoints.restore(*Training().parts())
+    holder, key = (checkpoints.found, "optimiser") if part == "optimiser" else (checkpoints.found.best, "factors")
+    setattr(holder, key, change(getattr(holder, key)))
+    fresh, untouched = Training(), Training()
+    assert checkpoints.restore(*fresh.parts()) == []
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (f"checkpoint {files.resume} is not valid: its tensors are those of another training; starting anew")
+    assert (fresh.best.row, fresh.schedule.state()) == (None, untouched.schedule.state())
+    for ours, theirs in zip(fresh.optimiser.state(), untouched.optimiser.state(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_only_a_whole_checkpoint_with_the_same_settings_is_resumed_from(files, capsys):
@@ -86,13 +92,15 @@ def test_only_a_whole_checkpoint_with_the_same_settings_is_resumed_from(files, c
     training = Training()
     training.epoch()
     checkpoint_of(training, files)
-    assert Checkpoints(files, SETTINGS, 0.0, resume=True).found["curves"] == training.curves
+    assert Checkpoints(files, SETTINGS, 0.0, resume=True).found.curves == training.curves
     assert Checkpoints(files, SETTINGS, 0.0, resume=False).found is None
     assert Checkpoints(files, SETTINGS | {"lr": 0.1}, 0.0, resume=True).found is None
     assert capsys.readouterr().err == ""
     files.resume.write_bytes(files.resume.read_bytes()[:1000])
     assert Checkpoints(files, SETTINGS, 0.0, resume=True).found is None
-    assert f"{files.resume} cannot be read: starting anew" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{files.resume} cannot be read as a checkpoint")
+    assert line.endswith("; training starts anew")
 
 
 def test_a_checkpoint_waits_for_its_interval_and_holds_the_epoch_that_was_offered(files):
@@ -104,8 +112,8 @@ def test_a_checkpoint_waits_for_its_interval_and_holds_the_epoch_that_was_offere
     training.epoch()
     checkpoints.write_latest()
     found = Checkpoints(files, SETTINGS, 0.0, resume=True).found
-    assert len(found["curves"]) == 1
-    for kept, tensor in zip(found["optimiser"], before, strict=True):
+    assert len(found.curves) == 1
+    for kept, tensor in zip(found.optimiser, before, strict=True):
         assert torch.equal(kept, tensor)
 
 

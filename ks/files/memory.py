@@ -1,0 +1,53 @@
+"""Memory: how much is available, and a refusal before an allocation that cannot fit."""
+
+import os
+from pathlib import Path
+
+from ks.errors import UsageError
+
+
+def available_bytes() -> int:
+    """Return the bytes that this process can still allocate: the smallest of all the limits that are known."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    limits += [kib * 1024 for kib in _read_numbers("/proc/meminfo", "MemAvailable:")]
+    limits += _read_numbers("/sys/fs/cgroup/memory.max")
+    try:
+        import resource  # not on Windows
+
+        soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if soft != resource.RLIM_INFINITY:
+            used = _read_numbers("/proc/self/statm")
+            limits.append(soft - (used[0] * os.sysconf("SC_PAGE_SIZE") if used else 0))
+    except ImportError:
+        pass
+    return max(0, min(limits))
+
+
+def _read_numbers(path: str, name: str = "") -> list[int]:
+    """Return the first number after `name` in a file of the kernel; empty if there is none."""
+    try:
+        text = Path(path).read_text()
+    except OSError:
+        return []
+    words = text.partition(name)[2].split() if name else text.split()
+    return [int(words[0])] if words and words[0].isdigit() else []
+
+
+def check_fits(what: str, needed: int, remedy: str) -> None:
+    """Refuse a request for more memory than this machine has available.
+
+    Args:
+        what: needs the memory; the subject of the message.
+        needed: bytes.
+        remedy: what to do instead.
+    Raises:
+        UsageError: it does not fit; the message has both numbers.
+    """
+    available = available_bytes()
+    if needed > available:
+        raise UsageError(f"{what} needs {_gib(needed)} of memory, {_gib(available)} is available; {remedy}")
+
+
+def _gib(number: int) -> str:
+    gib = number // 2**20 / 1024 if number < 2**100 else float("inf")
+    return f"{gib:.3g} GiB" if gib < 1e6 else "more than a million GiB"

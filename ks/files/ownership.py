@@ -1,0 +1,67 @@
+"""Ownership: this toolkit overwrites and deletes only files that a record in the folder names as its own.
+
+A record is a JSON config with the names under `files`: `PREFIX_config.json` of a training or a sweep, or
+`PREFIX_figures.json` of a plot. Everything else in a folder is the user's, and so is whatever a symbolic link leads to.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from ks.errors import UsageError
+from ks.files.atomic import read_json_object
+
+
+def recorded(record: Path, without_list: Iterable[Path] = ()) -> set[Path]:
+    """Return the paths that a record names as written by this toolkit, and the record itself.
+
+    Args:
+        record: path of the record; if it is missing or damaged, nothing is known to be ours.
+        without_list: the files of a record of version 0.1.0 or older, which lists none.
+    """
+    content = {} if record.is_symlink() else read_json_object(record)
+    names = content.get("files")
+    if isinstance(names, list):
+        return {record, *(record.parent / name for name in names if isinstance(name, str) and _stays_inside(name))}
+    return {record, *without_list} if {"settings", "provenance"} <= content.keys() else set()
+
+
+def _stays_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and path.parts != ()
+
+
+def check_free(paths: Iterable[Path], owned: set[Path], inputs: Iterable[Path], remedy: str) -> None:
+    """Check that files can be written without losing anything of the user's.
+
+    Args:
+        paths: to be written.
+        owned: that this toolkit may overwrite.
+        inputs: files that are read.
+        remedy: what to do if a file is in the way.
+    Raises:
+        UsageError: a file in the way that this toolkit did not write, a symbolic link, or an input.
+    """
+    read = {path.resolve() for path in inputs}
+    for path in paths:
+        if path.resolve() in read:
+            raise UsageError(f"{path} is read and would be overwritten; {remedy}")
+        if path.is_symlink():
+            raise UsageError(f"{path} is a symbolic link, and nothing is written through one; remove it, or {remedy}")
+        if path.exists() and (path not in owned or not path.is_file()):
+            raise UsageError(f"{path} is in the way: no record says that this toolkit wrote it; move it, or {remedy}")
+
+
+def check_no_link(folder: Path) -> None:
+    """Raise UsageError if a folder inside a results folder is a symbolic link: nothing is written through one."""
+    if folder.is_symlink():
+        raise UsageError(
+            f"{folder} is a symbolic link, and nothing is written through one; choose another --output_dir"
+        )
+
+
+def delete(paths: Iterable[Path], inputs: Iterable[Path] = ()) -> None:
+    """Delete owned files; links, folders and files that are read stay."""
+    read = {path.resolve() for path in inputs}
+    for path in paths:
+        if path.is_file() and not path.is_symlink() and path.resolve() not in read:
+            path.unlink()

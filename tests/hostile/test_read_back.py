@@ -1,0 +1,581 @@
+"""Files that are read back and hold something else: refused in a line, or ignored with the reason and trained again."""
+
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import QUICK as SWEEP
+from conftest import files_of
+from folders import call, make_fifo, make_folder, refused, snapshot, train
+
+import ks
+import plot_rank_results
+import train_with_random
+from ks.errors import UsageError
+from ks.files.atomic import read_json_object
+from ks.files.layout import RunFiles, SweepFiles
+from ks.files.status import Ending, Status
+from ks.sweep.launcher import Task
+from ks.sweep.run import Run, result_of
+from ks.training.observers import ConsoleReport
+
+EPOCHS = 3
+
+
+@pytest.fixture(autouse=True)
+def no_hang():
+    """A read that blocks, as that of a FIFO does, ends the test."""
+
+    def hung(signum, frame):
+        raise AssertionError("hung")
+
+    before = signal.signal(signal.SIGALRM, hung)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+# The results folder of a sweep, read by the plot.
+
+
+@pytest.fixture
+def study(swept, tmp_path) -> SweepFiles:
+    """A copy of a small finished sweep of ranks 2, 4 and 100."""
+    shutil.copytree(swept[0] / "rank_sweep_results", tmp_path / "study")
+    return SweepFiles(tmp_path / "study", "rank_sweep")
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+SUMMARIES = {
+    "a number": "7",
+    "a text": '"ok"',
+    "null": "null",
+    "an object": '{"rank": 2, "status": "ok"}',
+    "list of numbers": "[1, 2]",
+    "list of lists": "[[2]]",
+    "list of null": "[null]",
+    "rows without rank": '[{"status": "ok"}]',
+    "rank a text": '[{"rank": "2", "status": "ok"}]',
+    "rank a list": '[{"rank": [2], "status": "ok"}]',
+    "rank a fraction": '[{"rank": 2.5, "status": "ok"}]',
+    "rank 0": '[{"rank": 0, "status": "ok"}]',
+    "rank 10**30": '[{"rank": 1' + "0" * 30 + ', "status": "ok"}]',
+    "rank true": '[{"rank": true, "status": "ok"}]',
+    "status a number": '[{"rank": 2, "status": 1}]',
+    "status of 20 kB": f'[{{"rank": 2, "status": "{"x" * 20_000}"}}]',
+    "loss 1e308": '[{"rank": 2, "status": "ok", "final_val_loss": 1e308}]',
+    "loss 1e400": '[{"rank": 2, "status": "ok", "final_val_loss": 1e400}]',
+    "loss -1": '[{"rank": 2, "status": "ok", "final_val_loss": -1}]',
+    "loss NaN": '[{"rank": 2, "status": "ok", "final_val_loss": NaN}]',
+    "loss a text": '[{"rank": 2, "status": "ok", "final_val_loss": "small"}]',
+    "parameters negative": '[{"rank": 2, "status": "ok", "parameters": -5}]',
+    "nested deep": DEEP,
+    "half": '[{"rank": 2, "sta',
+    "empty": "",
+    "not text": b"\xff\xfe\x00\x80",
+}
+CONFIGS = {
+    "a list": "[1, 2]",
+    "a text": '"seeds"',
+    "a number": "3",
+    "null": "null",
+    "problem null": '{"settings": {}, "ranks": [2], "seeds": [0], "problem": null}',
+    "problem a list": '{"settings": {}, "ranks": [2], "seeds": [0], "problem": []}',
+    "weight a text": '{"settings": {}, "ranks": [2], "seeds": [0], "problem": {"weight": "w"}}',
+    "settings a list": '{"settings": [], "ranks": [2], "seeds": [0]}',
+    "settings a number": '{"settings": 1, "ranks": [2], "seeds": [0]}',
+    "seeds a number": '{"settings": {}, "ranks": [2], "seeds": 0}',
+    "seeds empty": '{"settings": {}, "ranks": [2], "seeds": []}',
+    "seeds of texts": '{"settings": {}, "ranks": [2], "seeds": ["0"]}',
+    "seed 10**30": '{"settings": {}, "ranks": [2], "seeds": [1' + "0" * 30 + "]}",
+    "title a list": '{"settings": {}, "ranks": [2], "seeds": [0], "title": ["a"]}',
+    "loss a list": '{"settings": {}, "ranks": [2], "seeds": [0], "loss": ["a"]}',
+    "nested deep": f'{{"settings": {{"a": {DEEP}}}, "ranks": [2], "seeds": [0]}}',
+    "half": '{"settings": {"lr": 0.0',
+    "not text": b"\xff\xfe\x00\x80",
+}
+HEADER = "epoch,train_loss,val_loss,rank\n"
+CURVES = {
+    "epoch inf": HEADER + "inf,1,1,2\n",
+    "epoch a fraction": HEADER + "1.5,1,1,2\n",
+    "epoch 0": HEADER + "0,1,1,2\n",
+    "epoch 10**30": HEADER + "1" + "0" * 30 + ",1,1,2\n",
+    "rank inf": HEADER + "1,1,1,inf\n",
+    "rank of another folder": HEADER + "1,1,1,4\n",
+    "cell of 200 kB": HEADER + f"1,{'7' * 200_000},1,2\n",
+    "header of 200 kB": f"epoch,{'x' * 200_000}\n1,1\n",
+    "text of 100 kB": HEADER + f"1,{'x' * 100_000},1,2\n",
+    "loss 1e308": HEADER + "1,1e308,1,2\n",
+    "loss negative": HEADER + "1,1,-1,2\n",
+    "loss a text": HEADER + "1,one,1,2\n",
+    "more cells than columns": HEADER + "1,1,1,2,5,6\n",
+    "other columns": "a,b\n1,2\n",
+    "zero bytes in it": HEADER + "1,\0,1,2\n",
+    "not text": b"\xff\xfe\x00\x80",
+    "empty": "",
+}
+FLOORS = {
+    "other columns": "a,b\n1,2\n",
+    "text cells": "chain,rank,parameters,loss_floor,relative_loss\nmonarch,two,40,0.5,0.5\n",
+    "loss a text": "chain,rank,parameters,loss_floor,relative_loss\nmonarch,2,40,small,0.5\n",
+    "loss 1e308": "chain,rank,parameters,loss_floor,relative_loss\nmonarch,2,40,1e308,0.5\n",
+    "empty cells": "chain,rank,parameters,loss_floor,relative_loss\nmonarch,,,,\n",
+    "parameters 0": "chain,rank,parameters,loss_floor,relative_loss\nmonarch,2,0,0.5,0.5\n",
+    "not text": b"\xff\xfe\x00\x80",
+}
+RUNS = {
+    "other columns": "a,b\n1,2\n",
+    "rank a text": "rank,seed,status\ntwo,0,ok\n",
+    "seed a fraction": "rank,seed,status\n2,0.5,ok\n",
+    "seed empty": "rank,seed,status\n2,,ok\n",
+    "not text": b"\xff\xfe\x00\x80",
+}
+READ_BY_PLOT = {
+    "summary": (lambda files: files.summary_json, SUMMARIES),
+    "config": (lambda files: files.config, CONFIGS),
+    "curves": (lambda files: files.directory / "rank_2" / "rank_2_rank_2_loss_curves.csv", CURVES),
+    "floor": (lambda files: files.floor_csv, FLOORS),
+    "runs": (lambda files: files.runs_csv, RUNS),
+}
+
+
+def put(path: Path, content) -> None:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage"), [(kind, damage) for kind, (_, cases) in READ_BY_PLOT.items() for damage in cases]
+)
+def test_the_plot_refuses_a_file_that_is_not_valid_in_one_line_with_its_path(study, capsys, kind, damage):
+    path_of, cases = READ_BY_PLOT[kind]
+    path = path_of(study)
+    put(path, cases[damage])
+    line = refused(plot_rank_results.main, ["--results_dir", study.directory], capsys, study.directory)
+    assert str(path) in line
+    assert len(line) < 1000
+
+
+@pytest.mark.parametrize("make", [make_fifo, make_folder])
+@pytest.mark.parametrize("kind", ["summary", "config"])
+def test_the_plot_refuses_what_is_no_regular_file(study, capsys, kind, make):
+    path = READ_BY_PLOT[kind][0](study)
+    make(path)
+    line = refused(plot_rank_results.main, ["--results_dir", study.directory], capsys, study.directory)
+    assert f"{path} cannot be read: it is no regular file" in line
+
+
+@pytest.mark.parametrize("make", [make_fifo, make_folder])
+@pytest.mark.parametrize("kind", ["curves", "floor", "runs"])
+def test_the_plot_does_without_a_table_that_is_no_regular_file(study, kind, make):
+    make(READ_BY_PLOT[kind][0](study))
+    assert call(plot_rank_results.main, "--results_dir", study.directory) == 0
+
+
+DRAWN = {
+    "status with mathtext": {"status": r"failed ($\frac$)", "final_val_loss": None, "num_seeds": 0},
+    "every value null": dict.fromkeys(("final_train_loss", "final_val_loss", "parameters", "loss_floor", "num_seeds")),
+    "relative loss without parameters": {"parameters": None, "compression_ratio": None},
+    "losses 0": {"final_train_loss": 0.0, "final_val_loss": 0.0, "population_loss": 0.0, "relative_loss": 0.0},
+    "losses 1e-300": dict.fromkeys(("final_train_loss", "final_val_loss", "population_loss", "relative_loss"), 1e-300),
+    "losses 1e300": dict.fromkeys(("final_train_loss", "final_val_loss", "population_loss", "relative_loss"), 1e300),
+    "floor 0": {"loss_floor": 0.0, "population_loss": 0.0},
+}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("log_scale", [[], ["--log_scale"]], ids=["linear", "logarithmic"])
+@pytest.mark.parametrize("values", DRAWN)
+def test_the_plot_draws_what_is_valid_but_unusual(study, values, log_scale):
+    rows = json.loads(study.summary_json.read_text())
+    rows[0] |= DRAWN[values]
+    study.summary_json.write_text(json.dumps(rows))
+    assert call(plot_rank_results.main, "--results_dir", study.directory, *log_scale) == 0
+
+
+def test_a_title_with_a_dollar_sign_is_drawn_as_it_is(study):
+    config = json.loads(study.config.read_text())
+    study.config.write_text(json.dumps(config | {"title": r"weight $\frac$, 5 $", "loss": r"loss in $\frac$"}))
+    assert call(plot_rank_results.main, "--results_dir", study.directory, "--formats", "svg") == 0
+    assert r"<!-- weight $\frac$, 5 $ -->" in study.figure("final_losses", "svg").read_text()
+
+
+def test_a_seed_of_63_bits_is_read_back(study):
+    config = json.loads(study.config.read_text())
+    study.config.write_text(json.dumps(config | {"seeds": [2**63 - 1]}))
+    study.runs_csv.write_text(study.runs_csv.read_text().replace(",0,", f",{2**63 - 1},", 1))
+    assert call(plot_rank_results.main, "--results_dir", study.directory) == 0
+
+
+# The files of a training, read when it is run again.
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with a weight and a finished training of it; no test changes it."""
+    folder = tmp_path_factory.mktemp("trained")
+    torch.save(torch.randn(16, 24, generator=torch.Generator().manual_seed(1)), folder / "weight.pth")
+    assert train(folder / "weight.pth", folder / "out", "--save_prefix", "rank_2") == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stopped(trained) -> Path:
+    """Another training of the same weight, interrupted after two epochs; it left a checkpoint."""
+
+    class Stop(ConsoleReport):
+        def epoch_ended(self, end):
+            if len(end.curves) == 2:
+                raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_with_random, "ConsoleReport", Stop)
+        assert train(trained / "weight.pth", trained / "stopped", "--save_prefix", "rank_2") == 130
+    assert (trained / "stopped" / "rank_2_resume.pth").exists()
+    return trained / "stopped"
+
+
+def copied(source: Path, tmp_path: Path) -> RunFiles:
+    shutil.copytree(source, tmp_path / "rank_2")
+    return RunFiles(tmp_path / "rank_2", "rank_2", 2)
+
+
+def assert_same_result(files: RunFiles, trained: Path) -> None:
+    """The training has the result of the one that nothing happened to, to the bit."""
+    whole = RunFiles(trained / "out", "rank_2", 2)
+    for name in ("final", "best"):
+        assert torch.equal(ks.load(getattr(files, name)).to_dense(), ks.load(getattr(whole, name)).to_dense())
+    assert json.loads(files.training_log.read_text())["status"] == "finished"
+    assert not files.resume.exists()
+
+
+def edit_json(change):
+    def edit(path: Path):
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+
+    return edit
+
+
+def edit_saved(change):
+    def edit(path: Path):
+        content = torch.load(path, weights_only=True)
+        torch.save(change(content), path)
+
+    return edit
+
+
+def without(name):
+    return edit_saved(lambda content: {key: value for key, value in content.items() if key != name})
+
+
+def with_(**values):
+    return edit_saved(lambda content: content | values)
+
+
+def lower_population_loss(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    place = lines[0].split(",").index("population_loss")
+    cells = lines[-1].split(",")
+    cells[place] = "1e-9"
+    path.write_text("\n".join([*lines[:-1], ",".join(cells)]) + "\n")
+
+
+CHAINS = {
+    "no version": without("version"),
+    "version a text": with_(version="1"),
+    "version 10**9": with_(version=10**9),
+    "version -1": with_(version=-1),
+    "no patterns": without("patterns"),
+    "patterns null": with_(patterns=None),
+    "no pattern": with_(patterns=[]),
+    "patterns of 1": with_(patterns=[[1, 1, 1, 1]]),
+    "patterns of texts": with_(patterns=[["a", "b", "c", "d"]]),
+    "patterns of 3 numbers": with_(patterns=[[1, 1, 1]]),
+    "patterns of 14 GB": with_(patterns=[[1, 60000, 60000, 1]]),
+    "patterns of 10**18": with_(patterns=[[1, 10**9, 10**9, 1]]),
+    "patterns of 10**30": with_(patterns=[[10**30, 1, 1, 1]]),
+    "patterns that do not chain": with_(patterns=[[1, 2, 3, 1], [1, 2, 3, 1]]),
+    "patterns of another weight": with_(patterns=[[4, 4, 2, 1], [1, 8, 6, 1]]),
+    "2000 patterns": with_(patterns=[[1, 1, 1, 1]] * 2000),
+    "no batch_last": without("batch_last"),
+    "batch_last a text": with_(batch_last="yes"),
+    "no state": without("state_dict"),
+    "state a list": with_(state_dict=[1]),
+    "no factors": with_(state_dict={}),
+    "factors of other shapes": edit_saved(
+        lambda saved: saved | {"state_dict": {name: value[:1] for name, value in saved["state_dict"].items()}}
+    ),
+    "factors transposed": edit_saved(
+        lambda saved: saved | {"state_dict": {name: value.mT for name, value in saved["state_dict"].items()}}
+    ),
+    "factors of integers": edit_saved(
+        lambda saved: saved | {"state_dict": {name: value.int() for name, value in saved["state_dict"].items()}}
+    ),
+    "factors of complex numbers": edit_saved(
+        lambda saved: saved | {"state_dict": {name: value.cfloat() for name, value in saved["state_dict"].items()}}
+    ),
+    "sparse factors": edit_saved(
+        lambda saved: saved | {"state_dict": {name: value.to_sparse() for name, value in saved["state_dict"].items()}}
+    ),
+    "meta factors": edit_saved(
+        lambda saved: saved | {"state_dict": {name: value.to("meta") for name, value in saved["state_dict"].items()}}
+    ),
+    "factors that are numbers": edit_saved(
+        lambda saved: saved | {"state_dict": dict.fromkeys(saved["state_dict"], 1.0)}
+    ),
+    "a factor too many": edit_saved(
+        lambda saved: saved | {"state_dict": saved["state_dict"] | {"factors.7": torch.ones(1)}}
+    ),
+    "bias of another length": edit_saved(
+        lambda saved: saved | {"state_dict": saved["state_dict"] | {"bias": torch.ones(5)}}
+    ),
+    "another format": with_(format="pickle"),
+    "a list": edit_saved(lambda saved: [saved]),
+    "a tensor": edit_saved(lambda saved: torch.ones(3)),
+    "half of it": lambda path: path.write_bytes(path.read_bytes()[:500]),
+    "empty": lambda path: path.write_bytes(b""),
+    "a FIFO": make_fifo,
+    "a folder": make_folder,
+}
+
+
+@pytest.mark.parametrize("damage", CHAINS)
+def test_load_refuses_what_is_no_saved_chain_in_one_line_with_its_path(trained, tmp_path, monkeypatch, damage):
+    files = copied(trained / "out", tmp_path)
+    CHAINS[damage](files.final)
+    monkeypatch.setattr(ks.layer, "empty_values", lambda *place: pytest.fail("allocated"))
+    with pytest.raises(UsageError) as raised:
+        ks.load(files.final)
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 1000
+
+
+FINISHED = {
+    "final: keys missing": ("final", without("patterns")),
+    "final: other patterns": ("final", with_(patterns=[[1, 16, 24, 1]])),
+    "final: version a text": ("final", with_(version="1")),
+    "final: half": ("final", CHAINS["half of it"]),
+    "final: missing": ("final", Path.unlink),
+    "final: a FIFO": ("final", make_fifo),
+    "best: no factors": ("best", with_(state_dict={})),
+    "best: sparse factors": ("best", CHAINS["sparse factors"]),
+    "log: a list": ("training_log", lambda path: path.write_text("[1]")),
+    "log: train_seconds a text": ("training_log", edit_json(lambda log: log.update(train_seconds="long"))),
+    "log: status a list": ("training_log", edit_json(lambda log: log.update(status=["finished"]))),
+    "log: nested deep": ("training_log", lambda path: path.write_text(DEEP)),
+    "log: a FIFO": ("training_log", make_fifo),
+    "curves: another rank": ("curves_csv", lambda path: path.write_text(path.read_text().replace(",2,", ",4,"))),
+    "curves: epoch inf": ("curves_csv", lambda path: path.write_text(path.read_text().replace("\n3,", "\ninf,"))),
+    "curves: cell of 200 kB": ("curves_csv", lambda path: path.write_text(CURVES["cell of 200 kB"])),
+    "curves: loss 1e308": ("curves_csv", lambda path: path.write_text(CURVES["loss 1e308"])),
+    "curves: below the floor": ("curves_csv", lower_population_loss),
+    "curves: missing": ("curves_csv", Path.unlink),
+    "curves: a FIFO": ("curves_csv", make_fifo),
+    "curves JSON: a list": ("curves_json", lambda path: path.write_text("[1]")),
+    "curves JSON: a FIFO": ("curves_json", make_fifo),
+}
+
+
+@pytest.mark.parametrize("damage", FINISHED)
+def test_a_sweep_does_not_count_a_damaged_run_as_finished_and_says_why(trained, tmp_path, capsys, damage):
+    files = copied(trained / "out", tmp_path)
+    run = Run(2, 0, files, Task("rank 2", [], files.log))
+    assert result_of(run, EPOCHS).ending == Ending(Status.OK)
+    name, edit = FINISHED[damage]
+    edit(getattr(files, name))
+    assert result_of(run, EPOCHS).ending == Ending(Status.INTERRUPTED)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(files.directory) in line
+    assert line.endswith("; rank 2 is trained again")
+
+
+def is_fifo(damage):
+    return damage.endswith("a FIFO")
+
+
+def assert_refused(trained, files, path, capsys):
+    """What is in the place of a file of ours is the user's: a training refuses in one line and changes nothing."""
+    before = snapshot(files.directory)
+    assert train(trained / "weight.pth", files.directory, "--save_prefix", "rank_2", "--resume") == 2
+    assert f"{path} is in the way" in capsys.readouterr().err.splitlines()[-1]
+    assert snapshot(files.directory) == before
+
+
+@pytest.mark.parametrize("damage", filter(is_fifo, [*FINISHED]))
+def test_a_fifo_in_the_place_of_a_result_is_refused(trained, tmp_path, capsys, damage):
+    files = copied(trained / "out", tmp_path)
+    name, edit = FINISHED[damage]
+    edit(getattr(files, name))
+    assert_refused(trained, files, getattr(files, name), capsys)
+
+
+@pytest.mark.parametrize("damage", itertools.filterfalse(is_fifo, FINISHED))
+def test_a_damaged_training_is_trained_again(trained, tmp_path, capsys, damage):
+    files = copied(trained / "out", tmp_path)
+    name, edit = FINISHED[damage]
+    edit(getattr(files, name))
+    assert train(trained / "weight.pth", files.directory, "--save_prefix", "rank_2", "--resume") == 0
+    assert str(files.directory) in capsys.readouterr().err
+    assert_same_result(files, trained)
+
+
+RUN_CONFIGS = {
+    "a list": lambda path: path.write_text("[1]"),
+    "settings a list": edit_json(lambda config: config.update(settings=[1])),
+    "nested deep": lambda path: path.write_text(DEEP),
+    "half": lambda path: path.write_text('{"settings": {'),
+    "a FIFO": make_fifo,
+    "loss a list": edit_json(lambda config: config.update(loss=[1])),
+}
+
+
+# A record that still names its files shows whose they are; without one, nothing does.
+STILL_A_RECORD = ("settings a list", "loss a list")
+
+
+@pytest.mark.parametrize("damage", sorted({*RUN_CONFIGS} - {*STILL_A_RECORD}))
+def test_results_whose_record_is_lost_are_the_users(trained, tmp_path, capsys, damage):
+    files = copied(trained / "out", tmp_path)
+    RUN_CONFIGS[damage](files.config)
+    before = snapshot(files.directory)
+    assert train(trained / "weight.pth", files.directory, "--save_prefix", "rank_2", "--resume") == 2
+    assert "no record says that this toolkit wrote it" in capsys.readouterr().err.splitlines()[-1]
+    assert snapshot(files.directory) == before
+
+
+@pytest.mark.parametrize("damage", STILL_A_RECORD)
+def test_a_run_with_a_damaged_config_is_trained_again(trained, tmp_path, capsys, damage):
+    files = copied(trained / "out", tmp_path)
+    RUN_CONFIGS[damage](files.config)
+    assert train(trained / "weight.pth", files.directory, "--save_prefix", "rank_2", "--resume") == 0
+    err = capsys.readouterr().err
+    assert str(files.config) in err
+    assert "training starts anew" in err
+    assert_same_result(files, trained)
+
+
+def best_with(**values):
+    return edit_saved(lambda content: content | {"best": content["best"] | values})
+
+
+def first_row_with(**values):
+    return edit_saved(lambda content: content | {"curves": [content["curves"][0] | values]})
+
+
+CHECKPOINTS = {
+    "a list": edit_saved(lambda content: [content]),
+    "a tensor": edit_saved(lambda content: torch.ones(3)),
+    "no settings": without("settings"),
+    "no threads": without("threads"),
+    "no curves": without("curves"),
+    "no optimiser": without("optimiser"),
+    "no schedule": without("schedule"),
+    "no best": without("best"),
+    "settings with a tensor": edit_saved(lambda c: c | {"settings": c["settings"] | {"lr": torch.ones(2)}}),
+    "threads 10**9": with_(threads=10**9),
+    "threads 0": with_(threads=0),
+    "threads a text": with_(threads="4"),
+    "curves empty": with_(curves=[]),
+    "curves of numbers": with_(curves=[1]),
+    "curves without losses": with_(curves=[{"epoch": 1}]),
+    "curves with a loss of text": first_row_with(val_loss="small"),
+    "curves from epoch 5": first_row_with(epoch=5),
+    "curves of another rank": first_row_with(rank=4),
+    "curves with loss nan": first_row_with(val_loss=math.nan),
+    "optimiser of numbers": with_(optimiser=[1, 2]),
+    "optimiser of one tensor": edit_saved(lambda c: c | {"optimiser": c["optimiser"][:1]}),
+    "optimiser of other shapes": edit_saved(lambda c: c | {"optimiser": [torch.ones(3) for _ in c["optimiser"]]}),
+    "optimiser of sparse tensors": edit_saved(
+        lambda c: c | {"optimiser": [value.to_sparse() if value.ndim else value for value in c["optimiser"]]}
+    ),
+    "optimiser of meta tensors": edit_saved(lambda c: c | {"optimiser": [v.to("meta") for v in c["optimiser"]]}),
+    "schedule of two": with_(schedule=(0.5, 0)),
+    "schedule of texts": with_(schedule=("a", "b", "c")),
+    "best a list": with_(best=[]),
+    "best of other shapes": best_with(factors=[torch.ones(3)]),
+    "best of epoch 9": best_with(epoch=9),
+    "best of epoch 0": best_with(epoch=0),
+    "best of loss nan": best_with(val_loss=math.nan),
+    "best of loss inf": best_with(val_loss=math.inf),
+    "best of sparse tensors": edit_saved(
+        lambda c: c | {"best": c["best"] | {"factors": [value.to_sparse() for value in c["best"]["factors"]]}}
+    ),
+    "half of it": lambda path: path.write_bytes(path.read_bytes()[:500]),
+    "empty": lambda path: path.write_bytes(b""),
+    "a FIFO": make_fifo,
+}
+
+
+def test_a_fifo_in_the_place_of_a_checkpoint_is_refused(trained, stopped, tmp_path, capsys):
+    files = copied(stopped, tmp_path)
+    make_fifo(files.resume)
+    assert_refused(trained, files, files.resume, capsys)
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("damage", itertools.filterfalse(is_fifo, CHECKPOINTS))
+def test_a_checkpoint_that_is_not_valid_is_ignored_and_the_rank_trained_again(
+    trained, stopped, tmp_path, capsys, damage
+):
+    files = copied(stopped, tmp_path)
+    CHECKPOINTS[damage](files.resume)
+    assert train(trained / "weight.pth", files.directory, "--save_prefix", "rank_2", "--resume") == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if str(files.resume) in line]
+    assert len(lines) == 1
+    assert lines[0].endswith(("training starts anew", "starting anew"))
+    assert_same_result(files, trained)
+
+
+def test_the_checkpoint_is_resumed_from_as_it_was(trained, stopped, tmp_path, capsys):
+    files = copied(stopped, tmp_path)
+    before = snapshot(trained)
+    assert train(trained / "weight.pth", files.directory, "--save_prefix", "rank_2", "--resume") == 0
+    assert "anew" not in capsys.readouterr().err
+    assert_same_result(files, trained)
+    assert snapshot(trained) == before
+
+
+def test_counting_the_epochs_of_a_fifo_does_not_block(tmp_path):
+    from ks.files.curves import EpochCounter
+
+    os.mkfifo(tmp_path / "curves.csv")
+    assert EpochCounter(tmp_path / "curves.csv")() == 0
+
+
+@pytest.mark.parametrize("damage", ["FIFO", "folder", "nested deep", "list", "not text"])
+def test_a_damaged_json_file_reads_as_an_empty_object(tmp_path, damage):
+    path = tmp_path / "record.json"
+    contents = {"nested deep": DEEP.encode(), "list": b"[1]", "not text": b"\xff\xfe"}
+    if damage in contents:
+        path.write_bytes(contents[damage])
+    else:
+        {"FIFO": make_fifo, "folder": make_folder}[damage](path)
+    assert read_json_object(path) == {}
+
+
+def test_a_sweep_trains_damaged_ranks_again_and_keeps_the_others(swept, tmp_path, run):
+    """Rank 2 has a final model without patterns, rank 4 a log without sense and a checkpoint of another program."""
+    shutil.copytree(swept[0], tmp_path, dirs_exist_ok=True)
+    results = tmp_path / "rank_sweep_results"
+    before = {rank: ks.load(files_of(results, rank).final).to_dense() for rank in (2, 4, 100)}
+    without("patterns")(files_of(results, 2).final)
+    files_of(results, 4).training_log.write_text("[1]")
+    torch.save([1, 2], files_of(results, 4).resume)
+    kept = snapshot(results / "rank_100")
+    done = run("rank_sweep_study.py", "--weight_path", "weight.pth", *SWEEP, "--ranks", "4", "2", "4", "100")
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "rank 100: finished before" in done.stderr
+    assert f"saved chain {files_of(results, 2).final} is not valid" in done.stderr
+    assert f"{files_of(results, 4).training_log} is not valid" in done.stderr
+    for rank, dense in before.items():
+        assert torch.equal(ks.load(files_of(results, rank).final).to_dense(), dense)
+    assert snapshot(results / "rank_100") == kept

@@ -1,0 +1,284 @@
+"""Sizes that no machine has, in files and in flags: refused from arithmetic, before anything is allocated."""
+
+import os
+import pickle
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from folders import GIB, call, limit_memory, plan, refused
+
+import generate_test_weight
+import ks
+import plot_rank_results
+import rank_sweep_study
+import train_with_random
+from ks.errors import UsageError
+from ks.files.weights import load_weight
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def bomb(path: Path, size: int) -> None:
+    """Write a torch file whose storage unpacks to zeros of another size, deflated to a thousandth."""
+    torch.save({"w": torch.zeros(16, 24)}, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name, content in entries.items():
+            if not name.endswith("data/0"):
+                archive.writestr(name, content)
+                continue
+            with archive.open(name, "w", force_zip64=True) as file:
+                zeros = bytes(2**20)
+                for _ in range(size // 2**20):
+                    file.write(zeros)
+
+
+def expanded(path: Path, *shape: int) -> None:
+    torch.save({"w": torch.ones(1).expand(*shape)}, path)
+
+
+def shared_lists(path: Path, legacy: bool) -> None:
+    """Write 40 lists, each with the next one twice: 2**40 references in 1 KB."""
+    node: list = [torch.ones(2, 2)]
+    for _ in range(40):
+        node = [node, node]
+    torch.save(node, path, _use_new_zipfile_serialization=not legacy)
+
+
+def itself(path: Path) -> None:
+    node: list = []
+    node.append(node)
+    torch.save(node, path)
+
+
+def wide_list(path: Path) -> None:
+    node: list = []
+    for _ in range(1000):
+        node = [1] * 1000
+    torch.save([node] * 2000, path)
+
+
+def huge_npy(path: Path) -> None:
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (10**6, 10**6)})
+        file.write(bytes(64))
+
+
+def sparse_npy(path: Path) -> None:
+    """Write a file of 8 GiB that takes no room on disk."""
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (2**16, 2**15)})
+        file.truncate(file.tell() + 8 * GIB)
+
+
+def huge_safetensors(path: Path, on_disk: bool) -> None:
+    size = 8 * GIB
+    head = f'{{"w":{{"dtype":"F32","shape":[65536,32768],"data_offsets":[0,{size}]}}}}'.encode()
+    with open(path, "wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        if on_disk:
+            file.truncate(file.tell() + size)
+
+
+def long_header(path: Path) -> None:
+    path.write_bytes((2**62).to_bytes(8, "little") + b"{}")
+
+
+def many_tensors(path: Path) -> None:
+    path.write_bytes(pickle.dumps([0] * 1_200_000))
+
+
+WEIGHTS = {
+    "zip bomb of 2 GiB": ("w.pth", lambda path: bomb(path, 2 * GIB), "unpacked, needs 2 GiB of memory, 1 GiB"),
+    "expanded tensor of 6.4 GB": ("w.pth", lambda path: expanded(path, 40000, 40000), "needs 5.96 GiB of memory"),
+    "expanded tensor of 4 EB": ("w.pth", lambda path: expanded(path, 10**9, 10**9), "of memory"),
+    "2**40 shared references": ("w.pth", lambda path: shared_lists(path, False), "more than 1000000 entries"),
+    "2**40 shared references, legacy": ("w.pth", lambda path: shared_lists(path, True), "more than 1000000 entries"),
+    "a list in itself": ("w.pth", itself, "nested deeper than 100 levels"),
+    "2 million numbers": ("w.pth", wide_list, "more than 1000000 entries"),
+    "npy that declares 4 TB": ("w.npy", huge_npy, "cannot be read as weights"),
+    "npy with a hole of 8 GiB": ("w.npy", sparse_npy, "needs 8 GiB of memory, 1 GiB is available"),
+    "safetensors that declares 8 GiB": ("w.safetensors", lambda path: huge_safetensors(path, False), "cannot be read"),
+    "safetensors with a hole of 8 GiB": ("w.safetensors", lambda path: huge_safetensors(path, True), "8 GiB of memory"),
+    "safetensors with a header of 4 EB": ("w.safetensors", long_header, "cannot be read as weights"),
+    "a pickle that is no torch file": ("w.pth", many_tensors, "cannot be read as weights"),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_a_file_that_is_larger_than_the_memory_is_refused_before_it_is_read(tmp_path, monkeypatch, capsys, case):
+    name, make, message = WEIGHTS[case]
+    make(tmp_path / name)
+    limit_memory(monkeypatch)
+    started = time.monotonic()
+    with pytest.raises(UsageError) as raised:
+        load_weight(tmp_path / name)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert str(tmp_path / name) in str(raised.value)
+    assert time.monotonic() - started < 30
+
+
+def test_a_zip_bomb_needs_no_memory_of_its_size(tmp_path):
+    """Under a limit of the address space that the declared size would exceed, the file is refused in one line."""
+    bomb(tmp_path / "w.pth", 3 * GIB)
+    assert (tmp_path / "w.pth").stat().st_size < 2**25
+    script = (
+        "import resource, sys\n"
+        "import train_with_random\n"
+        "from ks.files.memory import _read_numbers\n"
+        "used = _read_numbers('/proc/self/statm')[0] * resource.getpagesize()\n"
+        f"resource.setrlimit(resource.RLIMIT_AS, (used + {2 * GIB}, -1))\n"
+        "sys.exit(train_with_random.main(['--weight_path', 'w.pth', '--output_dir', 'out']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert "unpacked, needs 3 GiB of memory" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("patterns", [[[1, 60000, 60000, 1]], [[1, 60000, 10000, 1]] + [[1, 10000, 10000, 1]] * 2])
+def test_a_saved_chain_of_expanded_tensors_is_refused_before_anything_is_allocated(tmp_path, monkeypatch, patterns):
+    """Also if each of its tensors would fit, but not all of them."""
+    ks.KSLinear(4, 4).save(tmp_path / "chain.pth")
+    state = {f"factors.{index}": torch.ones(1).expand(*shape) for index, shape in enumerate(patterns)}
+    saved = torch.load(tmp_path / "chain.pth", weights_only=True)
+    torch.save(saved | {"patterns": patterns, "state_dict": state}, tmp_path / "chain.pth")
+    limit_memory(monkeypatch, 3 * GIB)
+    monkeypatch.setattr(ks.layer, "empty_values", lambda *place: pytest.fail("allocated"))
+    with pytest.raises(UsageError, match="of memory, 3 GiB is available"):
+        ks.load(tmp_path / "chain.pth")
+
+
+def test_the_population_loss_of_a_wide_weight_needs_little_more_than_the_weight():
+    """8 × 20000: the unit matrix of 20000 × 20000 alone would be 3 GiB."""
+    script = (
+        "import resource, torch, ks\n"
+        "from ks.bounds.population_loss import population_loss\n"
+        "weight = torch.randn(8, 20000, generator=torch.Generator().manual_seed(0)).double()\n"
+        "chain = ks.KSLinear(20000, 8, rank=2)\n"
+        "loss = population_loss(weight, [factor.detach() for factor in chain.factors])\n"
+        "x = torch.randn(20000, 4, dtype=torch.float64)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, loss)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    kib, loss = done.stdout.split()
+    assert int(kib) < 750 * 1024  # torch itself takes 250 to 400 MiB of it
+    assert float(loss) > 0
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(3, 4096), (3, 4097), (8, 9000), (5, 1)])
+def test_the_population_loss_by_pieces_is_that_of_the_whole_matrix(rows, cols):
+    weight = torch.randn(rows, cols, generator=torch.Generator().manual_seed(0)).double()
+    torch.manual_seed(0)
+    chain = ks.KSLinear(cols, rows, rank=2).double()
+    from ks.bounds.population_loss import population_loss
+
+    before = weight.clone()
+    expected = (weight - chain.to_dense()).square().sum().item() / rows
+    assert population_loss(weight, [factor.detach() for factor in chain.factors]) == pytest.approx(expected, rel=1e-12)
+    assert torch.equal(weight, before)
+
+
+TRAININGS = {
+    "num_samples 10**19": ["--num_samples", 10**19],
+    "num_samples 10**30": ["--num_samples", 10**30],
+    "num_samples of 400 digits": ["--num_samples", "9" * 400],
+    "num_samples of 5000 digits": ["--num_samples", "9" * 5000],
+    "num_samples 2147483647": ["--num_samples", 2**31 - 1],
+    "num_factors 20000": ["--chain", "butterfly", "--num_factors", 20000],
+    "num_factors 10**9": ["--chain", "butterfly", "--num_factors", 10**9],
+    "num_factors 10**11": ["--chain", "butterfly", "--num_factors", 10**11],
+    "num_factors 64": ["--chain", "butterfly", "--num_factors", 64],
+    "num_factors 1": ["--chain", "butterfly", "--num_factors", 1],
+    "batch_size 10**12": ["--batch_size", 10**12],
+    "batch_size 2147483647": ["--batch_size", 2**31 - 1],
+    "row_splits 10**18": ["--row_splits", 10**18, 2, "--col_splits", 2, 12],
+    "seed 2**63": ["--seed", 2**63],
+    "num_epochs 10**12": ["--num_epochs", 10**12],
+    "blocks 10**12": ["--blocks", 10**12],
+}
+
+
+@pytest.mark.parametrize("main", [train_with_random.main, rank_sweep_study.main], ids=["training", "sweep"])
+@pytest.mark.parametrize("case", TRAININGS)
+def test_a_training_of_that_size_is_refused(weight_path, tmp_path, monkeypatch, capsys, main, case):
+    limit_memory(monkeypatch)
+    started = time.monotonic()
+    arguments = ["--weight_path", weight_path, "--output_dir", tmp_path / "out", *TRAININGS[case]]
+    assert len(refused(main, arguments, capsys, tmp_path)) < 300
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("rank", [0, -1, 2**31, 10**18 + 1, 10**200, "9" * 5000, "1e3", "²", "٣x"])
+@pytest.mark.parametrize("main", [train_with_random.main, rank_sweep_study.main], ids=["training", "sweep"])
+def test_a_rank_of_that_size_is_refused(weight_path, tmp_path, capsys, main, rank):
+    flag = "--rank" if main is train_with_random.main else "--ranks"
+    line = refused(main, ["--weight_path", weight_path, flag, rank], capsys, tmp_path)
+    assert "is not a whole number from 1 to 2147483647" in line
+    assert len(line) < 300
+
+
+def test_the_largest_rank_is_one_above_saturation(weight_path, capsys):
+    main, *arguments = plan(weight_path, "--ranks", 2**31 - 1)
+    assert call(main, *arguments) == 0
+    assert "2147483647" in capsys.readouterr().out
+
+
+FIGURES = {
+    "figsize 1000 1000": ["--figsize", 1000, 1000],
+    "figsize 1e300": ["--figsize", "1e300", "1e300"],
+    "figsize 1e-300": ["--figsize", "1e-300", "1e-300"],
+    "figsize 5 nan": ["--figsize", 5, "nan"],
+    "figsize inf 5": ["--figsize", "inf", 5],
+    "dpi 1": ["--dpi", 1],
+    "dpi 3000": ["--dpi", 3000],
+    "dpi 100000": ["--dpi", 100000],
+    "dpi 10**30": ["--dpi", 10**30],
+}
+
+
+@pytest.mark.parametrize("case", FIGURES)
+def test_a_figure_of_that_size_is_refused(swept, weight_path, tmp_path, capsys, case):
+    results = swept[0] / "rank_sweep_results"
+    refused(plot_rank_results.main, ["--results_dir", results, *FIGURES[case]], capsys, results)
+    refused(rank_sweep_study.main, ["--weight_path", weight_path, *FIGURES[case]], capsys, tmp_path)
+
+
+GENERATED = {
+    "10**9 x 10**9": [10**9, 10**9],
+    "10**30 x 1": [10**30, 1],
+    "2147483647 x 2147483647": [2**31 - 1, 2**31 - 1],
+    "0 x 5": [0, 5],
+    "exact_chain, 8 x 200000": [8, 200_000, "--init_method", "exact_chain"],
+    "power_law, 10**6 x 10**6": [10**6, 10**6, "--init_method", "power_law"],
+    "rank 10**10": [8, 8, "--init_method", "lowrank_plus_noise", "--rank", 10**10],
+    "rank 10**9": [8, 8, "--init_method", "lowrank_plus_noise", "--rank", 10**9],
+    "noise 1e38": [8, 8, "--init_method", "lowrank_plus_noise", "--noise", "1e38"],
+    "noise 1e100": [8, 8, "--init_method", "lowrank_plus_noise", "--noise", "1e100"],
+    "noise 1e300": [8, 8, "--init_method", "lowrank_plus_noise", "--noise", "1e300"],
+    "noise inf": [8, 8, "--init_method", "lowrank_plus_noise", "--noise", "inf"],
+    "noise -1": [8, 8, "--init_method", "lowrank_plus_noise", "--noise", "-1"],
+    "num_factors 10**11": [8, 8, "--chain", "butterfly", "--num_factors", 10**11],
+    "blocks 2147483647 on a large prime": [2**31 - 1, 2**31 - 1, "--blocks", 2**31 - 2],
+}
+
+
+@pytest.mark.parametrize("case", GENERATED)
+def test_a_weight_of_that_size_is_not_made(tmp_path, monkeypatch, capsys, case):
+    limit_memory(monkeypatch)
+    rows, cols, *more = GENERATED[case]
+    started = time.monotonic()
+    arguments = ["--output_features", rows, "--input_features", cols, "--output_path", tmp_path / "w.pth", *more]
+    assert len(refused(generate_test_weight.main, arguments, capsys, tmp_path)) < 400
+    assert time.monotonic() - started < 10

@@ -1,0 +1,63 @@
+"""One line means one line, and text from a user is text: in messages, figures and spreadsheets."""
+
+import csv
+
+import pytest
+import torch
+
+import plot_rank_results
+import rank_sweep_study
+import train_with_random
+from ks.errors import one_line
+from ks.files.atomic import write_csv
+
+SWEEP = ("--num_samples", "80", "--batch_size", "16", "--num_epochs", "1", "--quiet", "--ranks", "2", "--jobs", "1")
+
+
+@pytest.mark.parametrize(
+    "path", ["a\nb.pth", "a\r\nb.pth", "a\x1b[31mred.pth", "a\u2028b.pth", "a\x00b.pth", "a\x07.pth", "a\u202eb.pth"]
+)
+def test_a_path_with_control_characters_is_one_line(capsys, tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    assert train_with_random.main(["--weight_path", path]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert error.rstrip("\n").isprintable()
+
+
+@pytest.mark.parametrize("flag", ["--rank", "--lr", "--chain", "--nosuch"])
+def test_a_bad_flag_with_control_characters_is_one_line(capsys, flag):
+    with pytest.raises(SystemExit):
+        train_with_random.main(["--weight_path", "w.pth", flag, "x\n\x1b[2Jy"])
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert error.rstrip("\n").isprintable()
+
+
+@pytest.mark.parametrize("key", [r"$\frac$", "$x", "a\nb", "a\x1b[31m", "=1+1", "-dash"])
+def test_a_key_of_any_text_gives_figures(tmp_path, monkeypatch, key, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save({key: torch.randn(16, 24), "other": torch.randn(2, 2)}, "weight.pth")
+    assert rank_sweep_study.main(["--weight_path", "weight.pth", f"--weight_key={key}", *SWEEP]) == 0
+    assert len(list((tmp_path / "rank_sweep_results").glob("*.png"))) == 3
+
+
+@pytest.mark.parametrize("title", [r"$\frac$", "$", "$$", r"\$x$", "a\nb", r"100 $ \notacommand $"])
+def test_a_title_of_any_text_is_drawn_as_it_is(tmp_path, monkeypatch, weight_path, title):
+    monkeypatch.chdir(tmp_path)
+    assert rank_sweep_study.main(["--weight_path", str(weight_path), *SWEEP, "--title", title]) == 0
+    assert plot_rank_results.main(["--results_dir", "rank_sweep_results", "--title", title, "--formats", "svg"]) == 0
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1+1", "@SUM(A1)", "\t=x", "\r=x"])
+def test_a_formula_in_a_cell_is_quoted(tmp_path, text):
+    write_csv(tmp_path / "table.csv", ["status", "loss"], [{"status": text, "loss": -1.5}])
+    with open(tmp_path / "table.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row == {"status": f"'{text.strip()}", "loss": "-1.5"}
+
+
+def test_one_line_keeps_ordinary_text():
+    text = "Ein Gewicht „ö“ × 3·10⁻² ≤ 日本語"
+    assert one_line(text) == text
+    assert len(one_line("x" * 10_000)) <= 2001
