@@ -21,13 +21,17 @@ def recorded(record: Path, without_list: Iterable[Path] = ()) -> set[Path]:
     content = {} if record.is_symlink() else read_json_object(record)
     names = content.get("files")
     if isinstance(names, list):
-        return {record, *(record.parent / name for name in names if isinstance(name, str) and _stays_inside(name))}
+        return {record, *(record.parent / name for name in names if _stays_inside(record.parent, name))}
     return {record, *without_list} if {"settings", "provenance"} <= content.keys() else set()
 
 
-def _stays_inside(name: str) -> bool:
+def _stays_inside(folder: Path, name: object) -> bool:
+    """Return whether a name leads to a place below the folder, and not through a linked folder."""
+    if not isinstance(name, str) or "\0" in name or not name:
+        return False
     path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts and path.parts != ()
+    links = any((folder / inside).is_symlink() for inside in path.parents if inside.name)
+    return not (path.is_absolute() or ".." in path.parts or links)
 
 
 def check_free(paths: Iterable[Path], owned: set[Path], inputs: Iterable[Path], remedy: str) -> None:

@@ -167,6 +167,24 @@ def test_overwrite_with_a_second_prefix_leaves_nothing_of_the_first(study, weigh
     assert (study / "other_summary.csv").exists()
 
 
+def test_overwrite_with_a_second_prefix_deletes_nothing_through_a_link(study, weight_path, tmp_path):
+    shutil.move(study / "rank_2", tmp_path / "moved")
+    (study / "rank_2").symlink_to(tmp_path / "moved")
+    before = contents(tmp_path / "moved")
+    arguments = ("--weight_path", weight_path, *TRAIN, "--ranks", 3, "--jobs", 1, "--output_dir", "out")
+    arguments += ("--save_prefix", "other", "--overwrite")
+    assert rank_sweep_study.main([*map(str, arguments)]) == 0
+    assert contents(tmp_path / "moved") == before
+
+
+def test_an_output_folder_may_be_a_link_itself(out, weight_path, tmp_path):
+    (tmp_path / "link").symlink_to(out)
+    arguments = [*map(str, ("--weight_path", weight_path, *SWEEP, "--output_dir", "link"))]
+    assert rank_sweep_study.main(arguments) == 0
+    assert rank_sweep_study.main([*arguments, "--overwrite"]) == 0
+    assert (out / "rank_2" / "rank_2_final.pth").exists()
+
+
 def test_figures_of_another_study_are_not_replaced(study, tmp_path, weight_path, capsys):
     arguments = ("--weight_path", weight_path, *SWEEP, "--output_dir", "second")
     assert rank_sweep_study.main([*map(str, arguments)]) == 0
