@@ -409,7 +409,7 @@ def assert_refused(trained, files, path, capsys):
     assert snapshot(files.directory) == before
 
 
-@pytest.mark.parametrize("damage", filter(is_fifo, [*FINISHED]))
+@pytest.mark.parametrize("damage", [*filter(is_fifo, FINISHED)])
 def test_a_fifo_in_the_place_of_a_result_is_refused(trained, tmp_path, capsys, damage):
     files = copied(trained / "out", tmp_path)
     name, edit = FINISHED[damage]
@@ -417,7 +417,7 @@ def test_a_fifo_in_the_place_of_a_result_is_refused(trained, tmp_path, capsys, d
     assert_refused(trained, files, getattr(files, name), capsys)
 
 
-@pytest.mark.parametrize("damage", itertools.filterfalse(is_fifo, FINISHED))
+@pytest.mark.parametrize("damage", [*itertools.filterfalse(is_fifo, FINISHED)])
 def test_a_damaged_training_is_trained_again(trained, tmp_path, capsys, damage):
     files = copied(trained / "out", tmp_path)
     name, edit = FINISHED[damage]
@@ -521,7 +521,7 @@ def test_a_fifo_in_the_place_of_a_checkpoint_is_refused(trained, stopped, tmp_pa
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
-@pytest.mark.parametrize("damage", itertools.filterfalse(is_fifo, CHECKPOINTS))
+@pytest.mark.parametrize("damage", [*itertools.filterfalse(is_fifo, CHECKPOINTS)])
 def test_a_checkpoint_that_is_not_valid_is_ignored_and_the_rank_trained_again(
     trained, stopped, tmp_path, capsys, damage
 ):
