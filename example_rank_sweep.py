@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 from ks.cli import console
-from ks.cli.flags import DemoConfig, Parser
+from ks.cli.flags import DemoConfig
+from ks.cli.parser import Parser
 
 SCRIPTS = Path(__file__).resolve().parent
 SWEEP_FLAGS = ["--ranks", "2", "4", "8", "16", "32", "64", "--num_epochs", "20", "--num_samples", "5000", "--log_scale"]

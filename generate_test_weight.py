@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from ks.cli import console
-from ks.cli.flags import GeneratorConfig, Parser
+from ks.cli.flags import GeneratorConfig
+from ks.cli.parser import Parser
 from ks.errors import UsageError
 from ks.files.atomic import atomic_path, prepare_output_dir
 from ks.files.make_weight import make_weight

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ks.cli import console
-from ks.cli.flags import Parser, PlotConfig
+from ks.cli.flags import PlotConfig
+from ks.cli.parser import Parser
 from ks.errors import UsageError
 from ks.files.atomic import prepare_output_dir, read_json_object, write_json
 from ks.files.layout import SweepFiles

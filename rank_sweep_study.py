@@ -22,7 +22,8 @@ import torch
 from ks.bounds.plan import Plan, make_plan
 from ks.bounds.target_rank import ranks_around
 from ks.cli import console
-from ks.cli.flags import Parser, SweepConfig
+from ks.cli.flags import SweepConfig
+from ks.cli.parser import Parser
 from ks.errors import UsageError
 from ks.files import columns
 from ks.files.atomic import prepare_output_dir, write_csv

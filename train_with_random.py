@@ -27,7 +27,8 @@ import torch
 
 from ks.bounds.population_loss import population_loss
 from ks.cli import console
-from ks.cli.flags import Parser, TrainerConfig
+from ks.cli.flags import TrainerConfig
+from ks.cli.parser import Parser
 from ks.errors import one_line
 from ks.files.atomic import prepare_output_dir
 from ks.files.curves import curves_if_any, write_curves

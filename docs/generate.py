@@ -18,7 +18,7 @@ from pathlib import Path
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent))
 
-from ks.cli.flags import Flag, groups  # noqa: E402
+from ks.cli.parser import Flag, groups  # noqa: E402
 from ks.files import columns  # noqa: E402
 
 SCRIPTS = (

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ks.cli.console import EXIT_FAILED, EXIT_OK
-from ks.cli.flags import SweepConfig, to_arguments
+from ks.cli.flags import SweepConfig
+from ks.cli.parser import to_arguments
 from ks.errors import UsageError
 from ks.files.curves import curves_if_any
 from ks.files.layout import RunFiles, run_files

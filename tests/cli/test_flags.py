@@ -6,7 +6,8 @@ import importlib
 import pytest
 
 from ks.cli import flags
-from ks.cli.flags import Parser, SweepConfig, TrainerConfig, TrainingFlags, groups, to_arguments
+from ks.cli.flags import SweepConfig, TrainerConfig, TrainingFlags
+from ks.cli.parser import Parser, groups, to_arguments
 
 CONFIGS = {
     "train_with_random": flags.TrainerConfig,

@@ -1,0 +1,175 @@
+"""Parsing: a command line into a frozen dataclass whose typed fields are the flags, and back."""
+
+import argparse
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+from ks.cli.console import EXIT_USAGE
+from ks.errors import one_line
+
+Config = TypeVar("Config")
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """Everything about a flag but its name and default, which are those of its field.
+
+    help: without the default. convert: text to value. choices, nargs, metavar: as argparse has them. required: no
+    default. aliases: other spellings. shown_default: text for a default that is not a plain value.
+    """
+
+    help: str
+    convert: Callable[[str], Any] = str
+    choices: tuple[str, ...] | None = None
+    nargs: int | str | None = None
+    metavar: str | tuple[str, ...] | None = None
+    required: bool = False
+    aliases: tuple[str, ...] = ()
+    shown_default: str | None = None
+
+    def default_text(self, default: Any) -> str:
+        """Return the default as a reader sees it; empty if there is none."""
+        if self.shown_default is not None:
+            return self.shown_default
+        if self.required:
+            return "required"
+        if default is None or default is False:
+            return ""
+        return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+def flag(default: Any, help: str, **options: Any) -> Any:
+    """Return a dataclass field for a flag; a default of False makes a flag without a value."""
+    return dataclasses.field(default=default, metadata={"flag": Flag(help, **options)})
+
+
+def redefault(group: type, name: str, default: Any, **changes: Any) -> Any:
+    """Return the field `name` of another group of flags with a default of its own."""
+    inherited = {field.name: field.metadata["flag"] for field in dataclasses.fields(group)}[name]
+    return dataclasses.field(default=default, metadata={"flag": dataclasses.replace(inherited, **changes)})
+
+
+def groups(config: type) -> Iterator[tuple[str, list[dataclasses.Field]]]:
+    """Yield (title, fields) of every group of flags in a configuration: its own flags first, then the inherited ones.
+
+    A flag whose default a configuration redefines stays in its group.
+    """
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    group_of = {name: group for group in config.__mro__ for name in inspect.get_annotations(group) if name in fields}
+    for group in config.__mro__:
+        own = [field for name, field in fields.items() if group_of[name] is group]
+        if own:
+            yield vars(group)["TITLE"], own
+
+
+class Parser(argparse.ArgumentParser, Generic[Config]):
+    """Parses a command line into a configuration. No abbreviations; an error is one line.
+
+    Args:
+        config: a dataclass made of groups of flags.
+        doc: the docstring of the script.
+    """
+
+    def __init__(self, config: type[Config], doc: str | None):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        self.config = config
+        for title, fields in groups(config):
+            group = self.add_argument_group(title)
+            for field in fields:
+                _add(group, field)
+
+    def error(self, message: str):
+        self.exit(EXIT_USAGE, f"{self.prog}: error: {one_line(message)} (--help lists the flags)\n")
+
+    def parse(self, argv: list[str] | None = None) -> Config:
+        """Return the configuration that a command line gives."""
+        return self._frozen(self.parse_args(argv))
+
+    def parse_known(self, argv: list[str] | None = None) -> tuple[Config, list[str]]:
+        """Return the configuration and the arguments that are no flags of it."""
+        values, others = self.parse_known_args(argv)
+        return self._frozen(values), others
+
+    def _frozen(self, values: argparse.Namespace) -> Config:
+        found = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(values).items()}
+        return self.config(**found)
+
+
+def _add(group, field: dataclasses.Field) -> None:
+    described: Flag = field.metadata["flag"]
+    spellings = [f"--{field.name}", *described.aliases]
+    default = described.default_text(field.default)
+    help_text = described.help + (f" (default: {default})" if default and not described.required else "")
+    if field.default is False:
+        group.add_argument(*spellings, action="store_true", dest=field.name, help=help_text)
+        return
+    group.add_argument(
+        *spellings,
+        dest=field.name,
+        type=described.convert,
+        choices=described.choices,
+        nargs=described.nargs,
+        metavar=described.metavar,
+        required=described.required,
+        default=field.default,
+        help=help_text.replace("%", "%%"),
+    )
+
+
+def to_arguments(settings: dict[str, Any]) -> list[str]:
+    """Spell settings out as a command line that parses to them: True as a bare flag, None and False left out."""
+    arguments = []
+    for name, value in settings.items():
+        if value is None or value is False:
+            continue
+        if value is True:
+            arguments.append(f"--{name}")
+        elif isinstance(value, tuple):
+            arguments += [f"--{name}", *map(str, value)]
+        else:  # a value may start with a dash
+            arguments += [f"--{name}={value}"] if str(value).startswith("-") else [f"--{name}", str(value)]
+    return arguments
+
+
+def _number(convert: Callable[[str], Any], accept: Callable[[Any], bool], description: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = convert(text)
+        except ValueError:
+            value = None
+        if value is None or not accept(value):
+            raise argparse.ArgumentTypeError(f"{one_line(text, 60)!r} is not {description}")
+        return value
+
+    return parse
+
+
+def integer(low: int, high: int = 2**31 - 1) -> Callable[[str], Any]:
+    """Return a converter for whole numbers from low to high."""
+    return _number(int, lambda value: low <= value <= high, f"a whole number from {low} to {high}")
+
+
+def number(low: float, high: float) -> Callable[[str], Any]:
+    """Return a converter for numbers from low to high."""
+    return _number(float, lambda value: low <= value <= high, f"a number from {low:g} to {high:g}")
+
+
+positive_int, non_negative_int, seed_number = integer(1), integer(0), integer(0, 2**63 - 1)
+positive_float, non_negative_float = (
+    number(1e-100, 1e100),
+    _number(float, lambda value: value == 0 or 1e-100 <= value <= 1e100, "0 or a number from 1e-100 to 1e+100"),
+)
+open_fraction = _number(float, lambda value: 0 < value < 1, "a number between 0 and 1, both excluded")
+
+
+def auto_or(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return a converter that also accepts 'auto'."""
+    return lambda text: text if text == "auto" else convert(text)
+
+
+def file_prefix(text: str) -> str:
+    if not text or "/" in text or "\\" in text or text.startswith("."):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a file name prefix; it must not be empty or hold a path")
+    return text
