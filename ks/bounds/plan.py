@@ -1,6 +1,7 @@
 """The plan before any training: the floor of every rank of a chain family, and low-rank beside it."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -37,8 +38,12 @@ class Plan:
         if self.chain.family == "lowrank":
             return [(self.chain, self.curve)]
         lowrank = make_chain(self.chain.rows, self.chain.cols, "lowrank")
-        tail = tail_energies(self.inputs.times_root(self.weight)).cpu() / self.chain.rows
-        return [(self.chain, self.curve), (lowrank, tail)]
+        return [(self.chain, self.curve), (lowrank, self._lowrank_curve)]
+
+    @cached_property
+    def _lowrank_curve(self) -> torch.Tensor:
+        """Lower bounds of low-rank chains; a full decomposition of W, which the file and the figure of floors share."""
+        return tail_energies(self.inputs.times_root(self.weight)).cpu() / self.chain.rows
 
 
 def make_plan(weight: torch.Tensor, chain: Chain, inputs: IsotropicInputs = UNIT_INPUTS) -> Plan:
