@@ -1,10 +1,39 @@
-"""Kronecker-sparse linear chains W ≈ K_1 … K_L: layers, and the study of how their rank limits learning."""
+"""Kronecker-sparse linear chains W ≈ K_1 … K_L: layers, and the study of how their rank limits learning.
 
-from ks.bounds.factorize import factorize
-from ks.bounds.floors import loss_floor
-from ks.layer import KSLinear, load
-from ks.patterns import Chain, Pattern, make_chain
-from ks.product.operator import chain_product
+The names below are loaded when they are first used, so that a script can handle signals before torch is imported.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ks.bounds.factorize import factorize
+    from ks.bounds.floors import loss_floor
+    from ks.layer import KSLinear, load
+    from ks.patterns import Chain, Pattern, make_chain
+    from ks.product.operator import chain_product
 
 __version__ = "0.1.0"
 __all__ = ["Chain", "KSLinear", "Pattern", "chain_product", "factorize", "load", "loss_floor", "make_chain"]
+
+_HOMES = {
+    "Chain": "ks.patterns",
+    "KSLinear": "ks.layer",
+    "Pattern": "ks.patterns",
+    "chain_product": "ks.product.operator",
+    "factorize": "ks.bounds.factorize",
+    "load": "ks.layer",
+    "loss_floor": "ks.bounds.floors",
+    "make_chain": "ks.patterns",
+}
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ks' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -18,7 +18,7 @@ FILES = {
 }
 SCRIPTS = {path.stem: ast.parse(path.read_text()) for path in ROOT.glob("*.py")}
 # The rooms in the order of their imports: a module imports from its own room and from those before it.
-ROOMS = ("errors", "patterns", "product", "files", "bounds", "layer", "cli", "training", "sweep", "report")
+ROOMS = ("errors", "signals", "patterns", "product", "files", "bounds", "layer", "cli", "training", "sweep", "report")
 
 
 def imported(tree) -> set[str]:
@@ -101,8 +101,11 @@ def test_optional_libraries_are_imported_only_when_needed(name, library):
     assert library not in {module.split(".")[0] for module in imported(top)}
 
 
-@pytest.mark.parametrize("name", ["errors", "patterns", "files.columns", "files.layout", "files.status"])
-def test_names_and_patterns_need_no_torch(name):
+LIGHT = ["errors", "signals", "patterns", "cli.startup", "cli.streams", "files.columns", "files.layout", "files.status"]
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_what_comes_before_torch_and_names_need_none(name):
     assert "torch" not in imported(FILES[name])
 
 

@@ -1,13 +1,12 @@
-"""How a script talks to its user: exit codes, one-line errors, notes on stderr, signals."""
+"""How a script talks to its user: exit codes, one-line errors, notes on stderr."""
 
 import functools
-import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from ks import signals
 from ks.errors import UsageError, one_line
 
 EXIT_OK = 0
@@ -15,7 +14,7 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_SOME_FAILED = 3
 EXIT_INTERNAL = 4
-EXIT_INTERRUPTED = 130
+EXIT_INTERRUPTED = signals.EXIT_INTERRUPTED
 
 
 def script(main: Callable[..., int]) -> Callable[..., int]:
@@ -28,8 +27,12 @@ def script(main: Callable[..., int]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def guarded(argv=None) -> int:
+        signals.begin()
         try:
-            return main(argv)
+            try:
+                return main(argv)
+            finally:
+                signals.end()
         except UsageError as error:
             print(f"{name}: error: {one_line(error)}", file=sys.stderr)
             return EXIT_USAGE
@@ -48,20 +51,3 @@ def note(message: str, quiet: bool = False) -> None:
     """Print a remark for the user on stderr."""
     if not quiet:
         print(message, file=sys.stderr, flush=True)
-
-
-def interrupt_on_signals() -> threading.Event:
-    """Raise KeyboardInterrupt on SIGINT and SIGTERM, also if a shell's `&` has set SIGINT to be ignored.
-
-    Returns:
-        an event that is set by the first signal: compiled code may turn the KeyboardInterrupt into another exception.
-    """
-    interrupted = threading.Event()
-
-    def interrupt(signum, frame):
-        interrupted.set()
-        raise KeyboardInterrupt
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
-    return interrupted

@@ -1,8 +1,5 @@
 """Every way in which a script can end has its exit code, and errors of the user have one line."""
 
-import os
-import signal
-
 import pytest
 
 from ks.cli import console
@@ -15,14 +12,6 @@ def ending_with(error):
         raise error
 
     return main
-
-
-@pytest.fixture(autouse=True)
-def keep_signal_handlers():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("code", [0, 1, 3])
@@ -68,13 +57,3 @@ def test_notes_are_on_stderr_unless_quiet(capsys):
     console.note("one")
     console.note("two", quiet=True)
     assert capsys.readouterr() == ("", "one\n")
-
-
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_interrupts_and_is_remembered(sent):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell's & sets it
-    interrupted = console.interrupt_on_signals()
-    assert not interrupted.is_set()
-    with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), sent)
-    assert interrupted.is_set()
