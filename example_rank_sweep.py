@@ -7,13 +7,22 @@ Further flags go to rank_sweep_study.py. Writes ./demo_rank_sweep_results/ in th
 weight demo_weight.pth and everything that rank_sweep_study.py writes. Exit code: that of the step that failed, else 0.
 """
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+from ks.cli import startup
+
+if __name__ == "__main__":
+    startup.begin(__file__)
+
 from ks.cli import console
 from ks.cli.flags import DemoConfig
 from ks.cli.parser import Parser
+from ks.sweep.lifeline import Lifeline
 
 SCRIPTS = Path(__file__).resolve().parent
 SWEEP_FLAGS = ["--ranks", "2", "4", "8", "16", "32", "64", "--num_epochs", "20", "--num_samples", "5000", "--log_scale"]
@@ -27,12 +36,19 @@ def run(script: str, *arguments) -> None:
     """Run one script; leave with its exit code if that is not 0."""
     command = [sys.executable, str(SCRIPTS / script), *map(str, arguments)]
     console.note(f"\n$ python {script} {' '.join(map(str, arguments))}")
-    process = subprocess.Popen(command, start_new_session=True)
-    try:
-        code = process.wait()
-    except KeyboardInterrupt:
-        process.terminate()  # the sweep stops its training and still writes its summary
-        code = process.wait()
+    with contextlib.closing(Lifeline()) as lifeline:
+        process = subprocess.Popen(
+            command,
+            start_new_session=True,
+            env=os.environ | lifeline.environment,
+            pass_fds=[lifeline.descriptor],
+        )
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            process.terminate()  # the sweep stops its training and still writes its summary
+            process.send_signal(signal.SIGCONT)
+            code = process.wait()
     if code != 0:
         print(f"example_rank_sweep.py: {script} ended with exit code {code}", file=sys.stderr)
         raise SystemExit(code)
@@ -40,7 +56,6 @@ def run(script: str, *arguments) -> None:
 
 @console.script
 def main(argv=None) -> int:
-    console.interrupt_on_signals()
     options, sweep_flags = build_parser().parse_known(argv)
     output_dir = Path(options.output_dir)
     weight = output_dir / "demo_weight.pth"

@@ -11,6 +11,11 @@ Writes --output_path (.pth, .pt, .safetensors or .npy). An existing file with an
 import sys
 from pathlib import Path
 
+from ks.cli import startup
+
+if __name__ == "__main__":
+    startup.begin(__file__)
+
 import torch
 
 from ks.cli import console

@@ -14,6 +14,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ks.cli import startup
+
+if __name__ == "__main__":
+    startup.begin(__file__)
+
 from ks.cli import console
 from ks.cli.flags import PlotConfig
 from ks.cli.parser import Parser

@@ -17,8 +17,14 @@ import shlex
 import sys
 from pathlib import Path
 
+from ks.cli import startup
+
+if __name__ == "__main__":
+    startup.begin(__file__)
+
 import torch
 
+from ks import signals
 from ks.bounds.plan import Plan, make_plan
 from ks.bounds.target_rank import ranks_around
 from ks.cli import console
@@ -26,7 +32,7 @@ from ks.cli.flags import SweepConfig
 from ks.cli.parser import Parser
 from ks.errors import UsageError
 from ks.files import columns
-from ks.files.atomic import prepare_output_dir, write_csv
+from ks.files.atomic import delete_leftovers, prepare_output_dir, write_csv
 from ks.files.layout import SweepFiles
 from ks.files.lock import locked
 from ks.files.provenance import provenance
@@ -39,7 +45,8 @@ from ks.report.summary_table import summary_table
 from ks.report.verdict import advice, check_above_floor
 from ks.sweep import placement
 from ks.sweep.claim import claim_folder
-from ks.sweep.launcher import Launcher
+from ks.sweep.launcher import Launcher, Task
+from ks.sweep.lifeline import stop_with_parent
 from ks.sweep.local import LocalLauncher
 from ks.sweep.progress import Progress
 from ks.sweep.ray_cluster import RayLauncher
@@ -126,15 +133,20 @@ def record_of(config: SweepConfig, problem: Problem, ranks: list[int]) -> dict:
     }
 
 
-def sweep(config: SweepConfig, runs: list[Run], launcher: Launcher) -> dict[Run, Result]:
+def sweep(config: SweepConfig, runs: list[Run], launcher: Launcher, weight: str) -> dict[Run, Result]:
     """Train every run that is not finished yet, the largest rank first, also when others fail.
 
+    Args:
+        config, runs, launcher: of the sweep.
+        weight: as the settings of the study record it.
     Returns:
         the results of the runs that are finished; after an interrupt, some are missing.
     """
     results: dict[Run, Result] = {}
     for run in runs:
-        result = result_of(run, config.num_epochs)
+        if signals.came():
+            return results
+        result = result_of(run, config.num_epochs, weight=weight)
         if result.ending == OK:
             results[run] = result
             console.note(f"{run.task.name}: finished before", config.quiet)
@@ -143,9 +155,14 @@ def sweep(config: SweepConfig, runs: list[Run], launcher: Launcher) -> dict[Run,
     waiting = sorted((run for run in runs if run not in results), key=lambda run: (-run.rank, run.seed))
     run_of = {run.task: run for run in waiting}
     progress = Progress(waiting, config.num_epochs, config.quiet)
+
+    def poll(running: list[Task]) -> None:
+        signals.check()
+        progress.poll(running)
+
     try:
-        for task, outcome in launcher.run(list(run_of), progress.poll):
-            result = results[run_of[task]] = result_of(run_of[task], config.num_epochs, outcome)
+        for task, outcome in launcher.run(list(run_of), poll):
+            result = results[run_of[task]] = result_of(run_of[task], config.num_epochs, outcome, weight)
             progress.end(result, outcome)
     except KeyboardInterrupt:
         console.note("stopping", config.quiet)
@@ -156,7 +173,7 @@ def sweep(config: SweepConfig, runs: list[Run], launcher: Launcher) -> dict[Run,
 
 def exit_code(results: list[Result]) -> int:
     statuses = {result.ending.status for result in results}
-    if Status.INTERRUPTED in statuses:
+    if signals.came() or Status.INTERRUPTED in statuses:
         return console.EXIT_INTERRUPTED
     if Status.OK not in statuses:
         return console.EXIT_FAILED
@@ -165,7 +182,7 @@ def exit_code(results: list[Result]) -> int:
 
 @console.script
 def main(argv=None) -> int:
-    console.interrupt_on_signals()
+    stop_with_parent()
     config = build_parser().parse(argv)
     if config.gpus == "none" and config.device == "auto":
         config = dataclasses.replace(config, device="cpu")
@@ -186,16 +203,18 @@ def main(argv=None) -> int:
     with contextlib.ExitStack() as running:
         launcher = running.enter_context(launcher_of(config, problem, len(runs)))
         files = SweepFiles(prepare_output_dir(config.output_dir), config.save_prefix)
-        with locked(files.lock, "another sweep"):
+        with locked(files.lock, "another sweep"), signals.deferred():
             record = record_of(config, problem, ranks)
             try:
+                delete_leftovers(files.all())
                 claim_folder(files, runs, record, [Path(config.weight_path)], config.overwrite)
                 write_csv(files.floor_csv, columns.names(columns.FLOOR), floor_rows(plan, problem.predict_zero_loss))
                 for text in (*problem.notes, *remarks):
                     console.note(text, config.quiet)
-                ended = sweep(config, runs, launcher)
+                weight = record["settings"]["weight"]
+                ended = sweep(config, runs, launcher, weight)
                 running.close()  # stops the trainings that still run after an interrupt
-                results = [ended.get(run) or result_of(run, config.num_epochs) for run in runs]
+                results = [ended.get(run) or result_of(run, config.num_epochs, weight=weight) for run in runs]
                 rows_of_runs, rows = summarise(results, floors, problem)
                 if any(row["population_loss"] is None for row in rows_of_runs if row["status"] == OK):
                     console.note("floors are left out: the criterion is not the mean squared error", config.quiet)
@@ -208,6 +227,8 @@ def main(argv=None) -> int:
                     file=sys.stderr,
                 )
                 return console.EXIT_FAILED
+    if signals.came():
+        print("rank_sweep_study.py: interrupted; the same command resumes", file=sys.stderr)
     print("\n".join([summary_table(rows), *advice(rows, problem.sampling), *map(str, written)]))
     for row in rows_of_runs:
         check_above_floor(row["population_loss"], floors[row["rank"]], problem.predict_zero_loss)

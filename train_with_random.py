@@ -3,7 +3,7 @@
     python train_with_random.py --weight_path my_weight.pth --rank 16
     python train_with_random.py --weight_path model.safetensors --weight_key encoder.dense.weight --chain butterfly
 
-Inputs are x ~ N(0, σ²I), targets W x. Written to --output_dir after every epoch, under --save_prefix:
+Inputs are x ~ N(0, σ²I), targets W x. Written to --output_dir while it trains, under --save_prefix:
 PREFIX_rank_R_loss_curves.csv and .json, PREFIX_training_log.json; at the end PREFIX_final.pth and PREFIX_best.pth
 (lowest validation loss; both load with `ks.load`); PREFIX_config.json; PREFIX_epoch_N.pth every --save_interval epochs.
 --resume continues from PREFIX_resume.pth, which exists until the training is finished. Without --resume, a rerun under
@@ -23,14 +23,20 @@ from typing import Any
 # an epoch 6 times longer. Read when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from ks.cli import startup
+
+if __name__ == "__main__":
+    startup.begin(__file__)
+
 import torch
 
+from ks import signals
 from ks.bounds.population_loss import population_loss
 from ks.cli import console
 from ks.cli.flags import TrainerConfig
 from ks.cli.parser import Parser
 from ks.errors import one_line
-from ks.files.atomic import prepare_output_dir
+from ks.files.atomic import delete_leftovers, prepare_output_dir
 from ks.files.curves import curves_if_any, write_curves
 from ks.files.layout import RunFiles
 from ks.files.lock import locked
@@ -38,7 +44,7 @@ from ks.files.ownership import check_free, delete, recorded
 from ks.files.weights import DTYPES
 from ks.layer import KSLinear
 from ks.product.passes import ChainPasses, choose_working_impl
-from ks.sweep.local import stop_with_parent
+from ks.sweep.lifeline import stop_with_parent
 from ks.training.best_model import BestModel, save_in_user_units
 from ks.training.checkpoints import Checkpoints, is_finished, is_resumable, settings_of
 from ks.training.checks import check_finite, check_validation
@@ -70,7 +76,7 @@ def criterion(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 def train(
     config: TrainerConfig, problem: Problem, files: RunFiles, checkpoints: Checkpoints, record: RunRecord
 ) -> dict:
-    """Train the chain of rank `config.rank`; the curves are on disk whenever an epoch has ended.
+    """Train the chain of rank `config.rank`; its curves are on disk while it trains.
 
     Resume from `checkpoints.found` if it is set; the result is bit-identical to an uninterrupted run.
 
@@ -194,7 +200,8 @@ def train(
         if best.row is not None:
             if kind.has_floors:
                 best.row["population_loss"] = best.population_loss() * unit_of_loss
-                write_curves(files, curves)
+            for observer in observers:
+                observer.training_ended(curves)
             save_in_user_units(best.chosen(), problem.unit, files.best)
     return curves[-1]
 
@@ -217,14 +224,14 @@ def make_model(config: TrainerConfig, problem: Problem, weight: torch.Tensor) ->
 
 @console.script
 def main(argv=None) -> int:
-    interrupted = console.interrupt_on_signals()
     stop_with_parent()
     config = build_parser().parse(argv)
     problem = resolve(config)
     files = RunFiles(prepare_output_dir(config.output_dir), config.save_prefix, config.rank)
-    with locked(files.lock, "another training", wait=10):
+    with locked(files.lock, "another training", wait=10), signals.deferred():
         settings = settings_of(config, problem) | {"rank": config.rank}
         inputs = [Path(config.weight_path)]
+        delete_leftovers([*files.results(), *files.epoch_checkpoints()])
         owned = recorded(files.config, [*files.results(), *files.epoch_checkpoints()])
         resumable = config.resume and is_resumable(files, settings)
         planned = files.epoch_checkpoints() if config.save_interval else []
@@ -239,7 +246,7 @@ def main(argv=None) -> int:
         checkpoints = Checkpoints(files, settings, config.resume_interval, resume=config.resume)
         resumed = bool(checkpoints.found)
         kept = owned if resumable else set()
-        with RunRecord(config, problem, settings, files, interrupted, resumed=resumed, owned=kept) as record:
+        with RunRecord(config, problem, settings, files, resumed=resumed, owned=kept) as record:
             record.begin()
             last = train(config, problem, files, checkpoints, record)
         if record.message is not None:

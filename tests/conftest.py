@@ -16,6 +16,10 @@ from ks.files.layout import RunFiles, run_files
 
 torch.set_num_threads(1)
 
+# How often test_survival kills; make test-faults sets it to 20 and runs every hostile case.
+KILLS = int(os.environ.get("KS_TEST_KILLS", "3"))
+ALL_FAULTS = KILLS >= 20
+
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ("--num_samples", "80", "--batch_size", "16", "--num_epochs", "3")
 
@@ -107,7 +111,15 @@ def wait_for(condition, seconds=60):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """That no GPU test or no Ray test was run is said, and never looks like a pass."""
+    """Count the hostile cases by class; say that no GPU test or no Ray test was run, so that it never looks a pass."""
+    hostile: dict[str, list[str]] = {}
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            folder, name = Path(report.nodeid.split("::")[0]).parts[-2:]
+            if folder == "hostile" and report.when == "call":
+                hostile.setdefault(name.removeprefix("test_").removesuffix(".py"), []).append(outcome)
+    for name, outcomes in sorted(hostile.items()):
+        terminalreporter.write_line(f"Hostile cases, {name}: {outcomes.count('passed')} of {len(outcomes)} held.")
     reasons = {"GPU": "there is no CUDA device", "Ray": "make test-ray runs them"}
     for name, reason in reasons.items():
         ran, skipped = (

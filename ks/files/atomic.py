@@ -1,6 +1,7 @@
 """Files that are written whole or not at all: JSON without NaN, CSV, tensors; and folders that can be written."""
 
 import csv
+import glob
 import io
 import json
 import math
@@ -10,19 +11,38 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ks import signals
 from ks.errors import UsageError, one_line
 
 
 @contextmanager
 def atomic_path(path) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `path`; at the end it replaces `path`, unless an exception is raised."""
+    """Yield a temporary path in the folder of `path`; at the end it replaces `path`, unless an exception is raised.
+
+    No interrupt comes in between.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary = path.with_name(_temporary_name(path, os.getpid()))
+    with signals.deferred():
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _temporary_name(path: Path, process: int | str) -> str:
+    return f".{path.stem}.{process}.tmp{path.suffix}"
+
+
+def delete_leftovers(paths: Iterable[Path]) -> None:
+    """Delete the temporary files that killed processes left beside these paths; only the holder of their lock may."""
+    for path in paths:
+        before, after = _temporary_name(path, "*").split("*")
+        for found in path.parent.glob(glob.escape(before) + "*" + glob.escape(after)):
+            process = found.name.removeprefix(before).removesuffix(after)
+            if process.isascii() and process.isdigit() and found.is_file() and not found.is_symlink():
+                found.unlink()
 
 
 def finite(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The loss curves of a run: written as CSV and JSON after every epoch, read back, counted without parsing."""
+"""The loss curves of a run: written as CSV and JSON while it trains, read back, counted without parsing."""
 
 import math
 import stat

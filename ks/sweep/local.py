@@ -3,15 +3,13 @@
 import os
 import signal
 import subprocess
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Self
 
 from ks.sweep.launcher import POLL_SECONDS, STOP_SECONDS, Outcome, Task
-
-PARENT = "KS_PARENT"  # the process id of the launcher, so that a child notices its end
+from ks.sweep.lifeline import Lifeline
 
 
 class LocalLauncher:
@@ -25,19 +23,21 @@ class LocalLauncher:
     def __init__(self, slots: list[dict[str, str]], timeout: float | None = None):
         self.slots, self.timeout = slots, timeout
         self._running: list[_Process] = []
+        self._lifeline = Lifeline()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
         stop([run.process for run in self._running])
+        self._lifeline.close()
 
     def run(self, tasks: Iterable[Task], poll: Callable[[list[Task]], None]) -> Iterator[tuple[Task, Outcome]]:
         """Run tasks; see `ks.sweep.launcher.Launcher.run`."""
         waiting, free = deque(tasks), list(self.slots)
         while waiting or self._running:
             while waiting and free:
-                self._running.append(_Process(waiting.popleft(), free.pop(0)))
+                self._running.append(_Process(waiting.popleft(), free.pop(0), self._lifeline))
             poll([run.task for run in self._running])
             time.sleep(POLL_SECONDS)
             for run in [run for run in self._running if run.ended(self.timeout)]:
@@ -49,16 +49,17 @@ class LocalLauncher:
 class _Process:
     """A task in a process of its own."""
 
-    def __init__(self, task: Task, slot: dict[str, str]):
+    def __init__(self, task: Task, slot: dict[str, str], lifeline: Lifeline):
         self.task, self.slot, self.started, self.timed_out = task, slot, time.monotonic(), False
-        environment = os.environ | slot | {PARENT: str(os.getpid())}
+        task.log.parent.mkdir(parents=True, exist_ok=True)  # it may have been deleted since the sweep began
         with open(task.log, "ab") as log:
             self.process = subprocess.Popen(
                 task.command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env=os.environ | slot | lifeline.environment,
+                pass_fds=[lifeline.descriptor],
                 start_new_session=True,
             )
 
@@ -73,10 +74,11 @@ class _Process:
 
 
 def stop(processes: list[subprocess.Popen]) -> None:
-    """End processes that may still run: TERM to all, then KILL after five seconds."""
+    """End processes that may still run, also stopped ones: TERM to all, then KILL after five seconds."""
     for process in processes:
         if process.poll() is None:
             process.terminate()
+            process.send_signal(signal.SIGCONT)
     deadline = time.monotonic() + STOP_SECONDS
     for process in processes:
         try:
@@ -84,17 +86,3 @@ def stop(processes: list[subprocess.Popen]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def stop_with_parent() -> None:
-    """In a child of a launcher: send this process SIGTERM when the launcher has ended."""
-    parent = os.environ.get(PARENT, "")
-    if not parent.isdigit():
-        return
-
-    def watch():
-        while os.getppid() == int(parent):
-            time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()

@@ -8,7 +8,7 @@ from ks.errors import UsageError
 def cpu_cores() -> int:
     """Return the number of cores that this process may use: OMP_NUM_THREADS if set, else the cores it is bound to."""
     given = os.environ.get("OMP_NUM_THREADS", "")
-    if given.isdigit() and int(given):
+    if given.isascii() and given.isdigit() and int(given):
         return int(given)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -53,7 +53,9 @@ def choose_gpus(gpus: str, device_count: int) -> list[str]:
     if gpus == "auto":
         return names[:device_count]
     chosen = gpus.split(",")
-    if not all(name.isdigit() and int(name) < device_count for name in chosen) or len(set(chosen)) < len(chosen):
+    if not all(name.isascii() and name.isdigit() and int(name) < device_count for name in chosen) or len(
+        set(chosen)
+    ) < len(chosen):
         raise UsageError(
             f"--gpus {gpus}: auto, none, or different numbers below {device_count} such as 0,1 are allowed"
         )

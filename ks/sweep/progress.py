@@ -48,8 +48,7 @@ class Progress:
         loss = f", validation loss {curves[-1]['val_loss']:.6g}" if curves else ""
         message = f"{task.name}: {result.ending}{loss}, {outcome.seconds:.1f} s"
         if result.ending != OK:
-            tail = map(one_line, task.log.read_text(errors="replace").splitlines()[-15:])
-            message = "\n  ".join([f"{message}; end of {task.log}:", *tail])
+            message = "\n  ".join([f"{message}; end of {task.log}:", *_tail(task)])
         self.ended += 1
         if self.bar is None:
             note(message, self.quiet)
@@ -61,3 +60,11 @@ class Progress:
         """Leave the bar as it is."""
         if self.bar is not None:
             self.bar.close()
+
+
+def _tail(task: Task) -> list[str]:
+    """Return the last lines of a task's log."""
+    try:
+        return [one_line(line) for line in task.log.read_text(errors="replace").splitlines()[-15:]]
+    except OSError as error:
+        return [f"({error.strerror})"]

@@ -10,7 +10,7 @@ from ks.cli.parser import to_arguments
 from ks.errors import UsageError
 from ks.files.curves import curves_if_any
 from ks.files.layout import RunFiles, run_files
-from ks.files.schema import TrainingLog, read_json_as
+from ks.files.schema import RunConfig, TrainingLog, read_json_as
 from ks.files.status import OK, Ending, Status
 from ks.sweep.launcher import Outcome, Task
 from ks.training.checkpoints import is_finished
@@ -69,13 +69,14 @@ class Result:
     train_seconds: float | None
 
 
-def result_of(run: Run, num_epochs: int, outcome: Outcome | None = None) -> Result:
+def result_of(run: Run, num_epochs: int, outcome: Outcome | None = None, weight: str | None = None) -> Result:
     """Read the files of a run.
 
     Args:
         run: of a sweep.
         num_epochs: that it was to train.
         outcome: of its process; None if it has not ended in this sweep: then it had finished before or is interrupted.
+        weight: recorded in the settings of the study; a run on another weight has failed. None compares nothing.
     """
     curves = curves_if_any(run.files.curves_csv)
     try:
@@ -84,7 +85,20 @@ def result_of(run: Run, num_epochs: int, outcome: Outcome | None = None) -> Resu
         log = TrainingLog("")
     otherwise = f"{run.task.name} is trained again" if outcome is None else f"{run.task.name} has failed"
     finished = is_finished(run.files, num_epochs, curves, otherwise)
-    return Result(run, _ending(outcome, finished, log.status), curves, log.train_seconds)
+    ending = _ending(outcome, finished, log.status)
+    if weight is not None and ending == OK and (trained_on := _weight_of(run.files)) != weight:
+        ending = Ending(
+            Status.FAILED, f"the weight file was replaced: trained on {trained_on}, the study is of {weight}"
+        )
+    return Result(run, ending, curves, log.train_seconds)
+
+
+def _weight_of(files: RunFiles) -> str:
+    """Return the weight that a run recorded."""
+    try:
+        return str(read_json_as(files.config, RunConfig).settings.get("weight"))
+    except UsageError:
+        return "an unknown weight"
 
 
 def _ending(outcome: Outcome | None, finished: bool, reported: str | None) -> Ending:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 
+from ks import signals
 from ks.training.epochs import Epochs, Step
 from ks.training.samples import Samples
 
@@ -57,6 +58,7 @@ class CapturedEpochs(Epochs):
         self._rates.copy_(torch.tensor(rates))
         self._position.zero_()
         for _ in rates:
+            signals.check()
             self._replay()
         return self._results.clone()
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 
+from ks import signals
 from ks.training.samples import Samples
 
 Step = Callable[[torch.Tensor, torch.Tensor, float | torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -25,10 +26,15 @@ class Epochs:
 
         Returns:
             losses and gradient norms before clipping, shape (2, steps), on the device.
+        Raises:
+            KeyboardInterrupt: between two steps.
         """
         order = self.samples.start_epoch(number).tolist()
         inputs, targets = self.samples.inputs, self.samples.targets
-        results = [self.step(inputs[batch], targets[batch], rate) for batch, rate in zip(order, rates, strict=True)]
+        results = []
+        for batch, rate in zip(order, rates, strict=True):
+            signals.check()
+            results.append(self.step(inputs[batch], targets[batch], rate))
         return torch.stack([torch.stack(column) for column in zip(*results)])
 
 

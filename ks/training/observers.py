@@ -1,5 +1,6 @@
 """What happens at the end of every epoch besides training: curves on disk, lines on the terminal."""
 
+import time
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,19 +25,27 @@ class EpochEnd:
 
 
 class Observer(Protocol):
-    """Told about every epoch, in one place of the training loop."""
+    """Told about every epoch and the end, in one place of the training loop."""
 
     def epoch_ended(self, end: EpochEnd) -> None: ...
 
+    def training_ended(self, curves: list[dict]) -> None: ...
+
 
 class CurvesOnDisk:
-    """Writes the curves, so that they are on disk whenever an epoch has ended."""
+    """Writes the curves after every epoch, or less often where writing would take more than 5% of the time."""
 
     def __init__(self, files: RunFiles):
-        self.files = files
+        self.files, self._next_write = files, 0.0
 
     def epoch_ended(self, end: EpochEnd) -> None:
-        write_curves(self.files, end.curves)
+        started = time.monotonic()
+        if started >= self._next_write:
+            write_curves(self.files, end.curves)
+            self._next_write = started + 20 * (time.monotonic() - started)
+
+    def training_ended(self, curves: list[dict]) -> None:
+        write_curves(self.files, curves)
 
 
 class ConsoleReport:
@@ -58,3 +67,6 @@ class ConsoleReport:
             f"epoch {row['epoch']}/{config.num_epochs}: train {row['train_loss']:.6g}, "
             f"validation {row['val_loss']:.6g}{norm}, {row['epoch_seconds']:.2f} s"
         )
+
+    def training_ended(self, curves: list[dict]) -> None:
+        """The record of the run says how it ended."""

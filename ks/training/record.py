@@ -1,7 +1,6 @@
 """The record of a training: its config and log on disk, and the exit code and message for every way it can end."""
 
 import contextlib
-import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Self
 
 import torch
 
+from ks import signals
 from ks.cli import console
 from ks.cli.flags import TrainerConfig
 from ks.errors import one_line
@@ -31,7 +31,6 @@ class RunRecord:
         problem: that it solves.
         settings: that a resumed run must share.
         files: of the run.
-        interrupted: set by a signal.
         resumed: whether the time of an earlier run counts.
         owned: the files in the folder that this run may overwrite.
     """
@@ -42,11 +41,10 @@ class RunRecord:
         problem: Problem,
         settings: dict,
         files: RunFiles,
-        interrupted: threading.Event,
         resumed: bool,
         owned: Iterable[Path],
     ):
-        self.config, self.problem, self.files, self.interrupted = config, problem, files, interrupted
+        self.config, self.problem, self.files = config, problem, files
         self.config_file: dict = {
             "settings": settings,
             "arguments": vars(config),
@@ -103,7 +101,7 @@ class RunRecord:
         if isinstance(error, Diverged):
             self.log["status"] = Status.DIVERGED
             return str(error)
-        if self.interrupted.is_set() or isinstance(error, KeyboardInterrupt):
+        if signals.came() or isinstance(error, KeyboardInterrupt):
             self.log["status"], self.exit_code = Status.INTERRUPTED, console.EXIT_INTERRUPTED
             return "interrupted; the finished epochs are kept, and --resume continues after them"
         if _is_out_of_memory(error):

@@ -15,13 +15,12 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, files_of, wait_for
+from conftest import KILLS, ROOT, files_of, wait_for
 
 from ks.files.atomic import read_json
 from ks.files.curves import curves_if_any, read_curves
 from ks.files.layout import RunFiles
 
-KILLS = int(os.environ.get("KS_TEST_KILLS", "3"))
 EPOCHS = str(100 * KILLS)
 TRAINING = (
     "--num_samples",
