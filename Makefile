@@ -10,9 +10,10 @@ demo: $(VENV)/requirements
 test: $(VENV)/requirements-dev
 	$(RUN) -m pytest -n 2 --dist loadfile
 
-# Tests the same faults as make test, but with twenty kills instead of three.
+# Tests everything that must not be lost, believed or left running: twenty kills where make test has three, signals at
+# every moment; counts the cases by class.
 test-faults: $(VENV)/requirements-dev
-	KS_TEST_KILLS=20 $(RUN) -m pytest tests/sweep/test_survival.py
+	KS_TEST_KILLS=20 $(RUN) -m pytest -n 2 --dist loadgroup tests/hostile tests/sweep/test_survival.py
 
 # Starts a Ray cluster of two nodes on this machine, in a network of its own that has only loopback. Takes two minutes;
 # needs Linux with unshare (util-linux) and ip (iproute2).

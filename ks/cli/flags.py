@@ -17,6 +17,7 @@ from ks.cli.parser import (
     non_negative_int,
     number,
     open_fraction,
+    path,
     positive_float,
     positive_int,
     redefault,
@@ -32,7 +33,9 @@ from ks.product.backend import IMPLS, PRECISIONS
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightFlags:
     TITLE: ClassVar = "weight"
-    weight_path: str = flag("", "file of the dense weight: .pth, .pt, .safetensors or .npy", required=True)
+    weight_path: str = flag(
+        "", "file of the dense weight: .pth, .pt, .safetensors or .npy", convert=path, required=True
+    )
     weight_key: str | None = flag(
         None, "name of the tensor, if the file holds several 2-D weights; without it, the error lists their names"
     )
@@ -158,7 +161,9 @@ class TrainingFlags(WeightFlags, ChainFlags, OptimiserFlags, SampleFlags, Runnin
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OutputFlags:
     TITLE: ClassVar = "output"
-    output_dir: str = flag("./trained_models", "folder for the files that the script writes, created if needed")
+    output_dir: str = flag(
+        "./trained_models", "folder for the files that the script writes, created if needed", convert=path
+    )
     save_prefix: str = flag("ks_chain", "prefix of the file names", convert=file_prefix)
 
 
@@ -240,10 +245,12 @@ class PlotConfig(OutputFlags, PlotFlags):
 
     TITLE: ClassVar = "results"
     results_dir: tuple[str, ...] = flag(
-        (), "folder of a sweep, or several to draw in one figure", nargs="+", required=True
+        (), "folder of a sweep, or several to draw in one figure", convert=path, nargs="+", required=True
     )
     show: bool = flag(False, "open a window for each figure")
-    output_dir: str = redefault(OutputFlags, "output_dir", "", shown_default="--results_dir")
+    output_dir: str | None = redefault(  # type: ignore[assignment]
+        OutputFlags, "output_dir", None, shown_default="--results_dir"
+    )
     save_prefix: str = redefault(OutputFlags, "save_prefix", "rank_sweep")
 
 
@@ -254,7 +261,7 @@ class GeneratorConfig(ChainFlags):
     TITLE: ClassVar = "test weight"
     output_features: int = flag(2048, "m, the rows of W", convert=positive_int)
     input_features: int = flag(4096, "n, the columns of W", convert=positive_int)
-    output_path: str = flag("./test_weight.pth", "file to write: .pth, .pt, .safetensors or .npy")
+    output_path: str = flag("./test_weight.pth", "file to write: .pth, .pt, .safetensors or .npy", convert=path)
     dtype: str = redefault(RunningFlags, "dtype", "float32", help="dtype of the weight")
     init_method: str = flag("xavier_uniform", "kind of weight, described in docs/flags.md", choices=INIT_METHODS)
     seed: int = redefault(OptimiserFlags, "seed", 0, help="seed of the weight")

@@ -169,6 +169,12 @@ def auto_or(convert: Callable[[str], Any]) -> Callable[[str], Any]:
     return lambda text: text if text == "auto" else convert(text)
 
 
+def path(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("a path must not be empty; . is the current folder")
+    return text
+
+
 def file_prefix(text: str) -> str:
     if not text or "/" in text or "\\" in text or text.startswith("."):
         raise argparse.ArgumentTypeError(f"{text!r} is not a file name prefix; it must not be empty or hold a path")
