@@ -13,6 +13,7 @@ from ks.files.torch_files import plain, read_torch_file
 from ks.patterns import Pattern, check_patterns, make_chain
 from ks.product.backend import check_impl
 from ks.product.bmm import empty_values
+from ks.product.dense import dense_chain
 from ks.product.operator import chain_product
 
 FILE_FORMAT = "ks_chain"
@@ -157,9 +158,8 @@ class KSLinear(torch.nn.Module):
     @torch.no_grad()
     def to_dense(self) -> torch.Tensor:
         """Return W = K_1 … K_L as a tensor of shape (m, n), in the layer's dtype and on its device (bias left out)."""
-        eye = torch.eye(self.in_features, dtype=self.factors[0].dtype, device=self.factors[0].device)
-        with torch.autocast(eye.device.type, enabled=False):
-            return chain_product(eye, list(self.factors), batch_last=True)
+        with torch.autocast(self.factors[0].device.type, enabled=False):
+            return dense_chain(list(self.factors))
 
     @property
     def num_parameters(self) -> int:

@@ -21,12 +21,12 @@ class IsotropicInputs:
         Args:
             weight: shape (m, n), any float dtype; summed in float64.
         """
-        scaled = weight.double() * self.std  # before squaring, which would overflow earlier
-        return scaled.square().sum().item()
+        scaled = self.times_root(weight).flatten()  # before squaring, which would overflow earlier
+        return torch.dot(scaled, scaled).item()
 
     def times_root(self, weight: torch.Tensor) -> torch.Tensor:
         """Return W C^{1/2} = σW in float64: its squared singular values are the output energies of W's directions."""
-        return weight.double() * self.std
+        return weight.double() * self.std if self.std != 1.0 else weight.double()
 
     def colour(self, unit_samples: torch.Tensor) -> torch.Tensor:
         """Return C^{1/2} z = σz for samples z of second moment I.

@@ -5,7 +5,7 @@ import torch
 from ks.errors import UsageError
 from ks.files.memory import check_fits
 from ks.patterns import Chain
-from ks.product.operator import chain_product
+from ks.product.dense import dense_chain
 
 INIT_METHODS = (
     "xavier_uniform",
@@ -58,7 +58,6 @@ def make_weight(
     if rank < 1 or noise < 0:
         raise UsageError(f"rank {rank} and noise {noise}: at least 1 and at least 0 are needed")
     values = 4 * rows * cols + (rank * (rows + cols) if method == "lowrank_plus_noise" else 0)
-    values += cols * cols if method == "exact_chain" else 0
     check_fits(f"a {rows} × {cols} weight ({method})", 4 * values, "choose a smaller one")
     generator = torch.Generator().manual_seed(seed)
     weight = torch.empty(rows, cols)
@@ -88,4 +87,4 @@ def make_weight(
 
 def _random_chain(chain: Chain, rank: int, generator: torch.Generator) -> torch.Tensor:
     values = [torch.randn(*pattern, generator=generator) * pattern.c**-0.5 for pattern in chain.patterns(rank)]
-    return chain_product(torch.eye(chain.cols), values).t().contiguous()
+    return dense_chain(values)

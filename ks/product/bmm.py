@@ -38,7 +38,7 @@ def apply_factor(
     matrices = factor.permute(0, 3, 1, 2).reshape(a * d, b, c)
     blocks = readable_blocks(x, a, d, x_block_order)
     out_blocks = _blocks(out, a, d, out_block_order)
-    with _float32_products(x, precision):
+    with float32_products(x, precision):
         if out_blocks is not None and out_blocks.stride(1) == 1:
             # Half precision on a CPU is 100 times slower into an out that is not contiguous inside.
             torch.bmm(blocks.transpose(1, 2), matrices.transpose(1, 2), out=out_blocks.transpose(1, 2))
@@ -71,7 +71,7 @@ def values_gradient(
     """
     a, b, c, d = out.shape
     blocks = readable_blocks(gradient, a, d, block_order)
-    with _float32_products(x, precision):
+    with float32_products(x, precision):
         torch.bmm(blocks, readable_blocks(x, a, d).transpose(1, 2), out=out.permute(0, 3, 1, 2).view(a * d, b, c))
 
 
@@ -120,7 +120,7 @@ def _precision_set_to(settings, wanted: str):
         settings.fp32_precision = before
 
 
-def _float32_products(x: torch.Tensor, precision: str):
+def float32_products(x: torch.Tensor, precision: str):
     """Return a context in which float32 products on the device of x are IEEE, or TF32 if asked for on a GPU.
 
     A global setting (torch.backends, torch.set_float32_matmul_precision) is overruled in both directions.

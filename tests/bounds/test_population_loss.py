@@ -1,11 +1,18 @@
 """The exact loss of a chain, and the range of sampled ones, against samples."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from chains import loss, random_weight
+from conftest import ROOT
 
 import ks
 from ks.bounds.moments import UNIT_INPUTS, IsotropicInputs
 from ks.bounds.population_loss import population_loss, sampled_loss_range
+from ks.patterns import Chain, make_chain
+from ks.product.reference import chain_to_dense
 
 
 @pytest.mark.parametrize("rank", [None, 1])
@@ -53,3 +60,39 @@ def test_losses_and_their_range_grow_with_the_energy_of_the_inputs():
     assert sampled_loss_range(weight, layer.factors, 500, inputs) == pytest.approx(
         [9 * x for x in unit_range], rel=1e-5
     )
+
+
+CHAINS = [
+    make_chain(24, 40, "monarch"),
+    make_chain(24, 40, "lowrank"),
+    make_chain(24, 40, "butterfly", num_factors=3),
+    make_chain(24, 40, "butterfly", num_factors=4),
+    make_chain(24, 40, "lowrank_butterfly"),
+]
+
+
+@pytest.mark.parametrize("chain", CHAINS, ids=Chain.describe)
+def test_the_population_loss_is_that_of_the_dense_residual_and_an_exact_chain_reads_zero(chain):
+    rows, weight = chain.rows, random_weight(chain)
+    for rank in (1, 2, 7):
+        generator = torch.Generator().manual_seed(1)
+        values = [torch.randn(*p, generator=generator, dtype=torch.float64) for p in chain.patterns(rank)]
+        assert population_loss(weight, values) == pytest.approx(loss(weight, values), rel=1e-12)
+        exact = chain_to_dense(values)
+        predict_zero = exact.square().sum().item() / rows
+        assert population_loss(exact, values) <= 1e-28 * predict_zero
+        tiny = exact + 1e-10 * weight  # 1e-20 of predicting 0, where ‖W‖² − 2⟨W, Ŵ⟩ + ‖Ŵ‖² has lost every digit
+        assert population_loss(tiny, values) == pytest.approx(1e-20 * weight.square().sum().item() / rows, rel=1e-3)
+
+
+def test_a_wide_weight_needs_little_more_than_its_own_memory():
+    code = (
+        "import resource, torch, ks\n"
+        "from ks.bounds.population_loss import population_loss\n"
+        "weight, layer = torch.randn(768, 50000), ks.KSLinear(50000, 768, 8)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "population_loss(weight, layer.factors)\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (768 * 50000 * 8))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 1.3

@@ -260,7 +260,6 @@ GENERATED = {
     "10**30 x 1": [10**30, 1],
     "2147483647 x 2147483647": [2**31 - 1, 2**31 - 1],
     "0 x 5": [0, 5],
-    "exact_chain, 8 x 200000": [8, 200_000, "--init_method", "exact_chain"],
     "power_law, 10**6 x 10**6": [10**6, 10**6, "--init_method", "power_law"],
     "rank 10**10": [8, 8, "--init_method", "lowrank_plus_noise", "--rank", 10**10],
     "rank 10**9": [8, 8, "--init_method", "lowrank_plus_noise", "--rank", 10**9],

@@ -1,0 +1,17 @@
+"""Lower triangles of Gram matrices."""
+
+import pytest
+import torch
+
+from ks.product import gram
+
+
+@pytest.mark.parametrize("panel", [1, 3, 100])
+@pytest.mark.parametrize("shape", [(7, 4), (3, 7, 10)])
+def test_the_lower_triangle_is_that_of_the_product(shape, panel, monkeypatch):
+    monkeypatch.setattr(gram, "PANEL_ROWS", panel)
+    matrix = torch.randn(shape, dtype=torch.float64)
+    for a in (matrix, matrix.mT.contiguous().mT):
+        found = gram.lower_gram(a)
+        torch.testing.assert_close(found.tril(), (a @ a.mT).tril())
+        assert found.isfinite().all()
