@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from ks.cli import startup
@@ -53,6 +54,7 @@ from ks.sweep.ray_cluster import RayLauncher
 from ks.sweep.run import Result, Run, result_of, runs_of, seeds_of
 from ks.training.checkpoints import settings_of
 from ks.training.problem import Problem, resolve
+from ks.training.shared_samples import SHARED_SAMPLES, shared_samples
 
 TRAINER = Path(__file__).resolve().parent / "train_with_random.py"
 DEFAULT_RANKS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -133,11 +135,13 @@ def record_of(config: SweepConfig, problem: Problem, ranks: list[int]) -> dict:
     }
 
 
-def sweep(config: SweepConfig, runs: list[Run], launcher: Launcher, weight: str) -> dict[Run, Result]:
+def sweep(
+    config: SweepConfig, problem: Problem, runs: list[Run], launcher: Launcher, weight: str
+) -> dict[Run, Result]:
     """Train every run that is not finished yet, the largest rank first, also when others fail.
 
     Args:
-        config, runs, launcher: of the sweep.
+        config, problem, runs, launcher: of the sweep.
         weight: as the settings of the study record it.
     Returns:
         the results of the runs that are finished; after an interrupt, some are missing.
@@ -161,14 +165,27 @@ def sweep(config: SweepConfig, runs: list[Run], launcher: Launcher, weight: str)
         progress.poll(running)
 
     try:
-        for task, outcome in launcher.run(list(run_of), poll):
-            result = results[run_of[task]] = result_of(run_of[task], config.num_epochs, outcome, weight)
-            progress.end(result, outcome)
+        with sharing_samples(config, problem, waiting) as tasks:
+            for task, outcome in launcher.run(tasks, poll):
+                result = results[run_of[task]] = result_of(run_of[task], config.num_epochs, outcome, weight)
+                progress.end(result, outcome)
     except KeyboardInterrupt:
         console.note("stopping", config.quiet)
     finally:
         progress.close()
     return results
+
+
+@contextlib.contextmanager
+def sharing_samples(config: SweepConfig, problem: Problem, runs: list[Run]) -> Iterator[list[Task]]:
+    """Yield the tasks of the runs; those of the first seed, if they are several on this machine, share samples."""
+    first = [run for run in runs if run.seed == seeds_of(config)[0]]
+    if config.launcher != "local" or len(first) < 2:
+        yield [run.task for run in runs]
+        return
+    with shared_samples(config, problem, first[0].rank, first[0].seed) as descriptor:
+        inherited = () if descriptor is None else ((SHARED_SAMPLES, descriptor),)
+        yield [dataclasses.replace(run.task, inherited=inherited) if run in first else run.task for run in runs]
 
 
 def exit_code(results: list[Result]) -> int:
@@ -212,7 +229,7 @@ def main(argv=None) -> int:
                 for text in (*problem.notes, *remarks):
                     console.note(text, config.quiet)
                 weight = record["settings"]["weight"]
-                ended = sweep(config, runs, launcher, weight)
+                ended = sweep(config, problem, runs, launcher, weight)
                 running.close()  # stops the trainings that still run after an interrupt
                 results = [ended.get(run) or result_of(run, config.num_epochs, weight=weight) for run in runs]
                 rows_of_runs, rows = summarise(results, floors, problem)

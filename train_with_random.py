@@ -55,8 +55,9 @@ from ks.training.observers import ConsoleReport, CurvesOnDisk, EpochEnd, Observe
 from ks.training.optimiser import Optimiser
 from ks.training.problem import Problem, resolve
 from ks.training.record import RunRecord
-from ks.training.samples import Samples, seeded_generator
+from ks.training.samples import seeded_generator
 from ks.training.schedule import Schedule
+from ks.training.shared_samples import make_samples
 
 
 def build_parser() -> Parser[TrainerConfig]:
@@ -102,18 +103,7 @@ def train(
     def passes(batch: int) -> ChainPasses:
         return ChainPasses(model.patterns, batch, device, dtype, impl=impl, **layout)
 
-    samples = Samples(
-        weight.float(),
-        problem.num_train,
-        problem.num_validation,
-        config.batch_size,
-        sampling=problem.sampling,
-        seed=config.seed,
-        inputs_moment=problem.inputs,
-        output_rows=lambda batch: passes(batch).output_rows,
-        batch_last=config.bs_last,
-        dtype=dtype,
-    )
+    samples = make_samples(config, problem, weight, lambda batch: passes(batch).output_rows)
     torch.set_num_threads(useful_threads(problem.chain.parameters(config.rank) * config.batch_size))
     optimiser = Optimiser(
         config.optimizer,

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ks.product.pieces import sum_of_squares
+
 
 @dataclass(frozen=True)
 class IsotropicInputs:
@@ -21,8 +23,7 @@ class IsotropicInputs:
         Args:
             weight: shape (m, n), any float dtype; summed in float64.
         """
-        scaled = self.times_root(weight).flatten()  # before squaring, which would overflow earlier
-        return torch.dot(scaled, scaled).item()
+        return sum_of_squares(self.times_root(weight))  # scaled before squaring, which would overflow earlier
 
     def times_root(self, weight: torch.Tensor) -> torch.Tensor:
         """Return W C^{1/2} = σW in float64: its squared singular values are the output energies of W's directions."""

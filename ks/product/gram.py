@@ -2,7 +2,7 @@
 
 import torch
 
-PANEL_ROWS = 256
+from ks.product.pieces import in_pieces
 
 
 def lower_gram(matrix: torch.Tensor) -> torch.Tensor:
@@ -13,11 +13,14 @@ def lower_gram(matrix: torch.Tensor) -> torch.Tensor:
     Args:
         matrix: A, shape (..., rows, cols), any strides.
     Returns:
-        tensor of shape (..., rows, rows); above the diagonal it is 0 or, near the diagonal, that of A Aᵀ.
+        tensor of shape (..., rows, rows); above the diagonal it is 0 or, near the diagonal, that of A Aᵀ. On a CPU its
+        bits do not depend on the number of threads.
     """
     rows = matrix.shape[-2]
     gram = matrix.new_zeros(*matrix.shape[:-1], rows)
-    for start in range(0, rows, PANEL_ROWS):
-        stop = min(start + PANEL_ROWS, rows)
-        gram[..., start:stop, :stop] = matrix[..., start:stop, :] @ matrix[..., :stop, :].mT
+
+    def compute(panel: slice) -> None:
+        torch.matmul(matrix[..., panel, :], matrix[..., : panel.stop, :].mT, out=gram[..., panel, : panel.stop])
+
+    in_pieces(compute, rows, matrix.device)
     return gram

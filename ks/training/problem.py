@@ -12,6 +12,7 @@ from ks.files.memory import check_fits
 from ks.files.weights import Weight, load_weight
 from ks.patterns import Chain, make_chain
 from ks.product.backend import check_impl
+from ks.product.pieces import sum_of_squares
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def resolve(config: TrainingFlags) -> Problem:
     if config.init == "hierarchical" and (reason := no_floor_reason(chain)):
         raise UsageError(f"--init hierarchical: {reason}; use --init random")
     inputs = IsotropicInputs(config.input_std)
-    unit = (weight.tensor.double().norm() / rows**0.5).item()
+    unit = (sum_of_squares(weight.tensor) / rows) ** 0.5
     predict_zero_loss = inputs.output_energy(weight.tensor) / rows
     if not 1e-280 < predict_zero_loss < 1e280:
         raise UsageError(

@@ -1,10 +1,13 @@
 """Random inputs and their targets: whitened, fresh or fixed, the same for every rank of a study."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from ks.bounds.moments import UNIT_INPUTS, IsotropicInputs
+from ks.product.gram import lower_gram
+from ks.product.pieces import in_pieces
 
 _STREAMS = {"train": 0, "validation": 1, "shuffle": 2, "init": 3}
 
@@ -21,13 +24,36 @@ def whiten(samples: torch.Tensor) -> torch.Tensor:
     Args:
         samples: X, shape (N, n) with N ≥ n, any float dtype.
     Returns:
-        tensor of the same shape and dtype. For N < 2n, XᵀX is too ill-conditioned for float32 and the work is done in
+        tensor of the same shape and dtype. For N < 1.5n, XᵀX is too ill-conditioned for float32 and the work is done in
         float64; otherwise float32 leaves an error below 1e-6 in any entry of XᵀX / N.
     """
     count, features = samples.shape
-    wide = samples.to(torch.float32 if count >= 2 * features else torch.float64)
-    root = torch.linalg.cholesky(wide.t() @ wide / count)
-    return torch.linalg.solve_triangular(root.t(), wide, upper=True, left=False).to(samples.dtype).contiguous()
+    wide = samples.to(torch.float32 if 2 * count >= 3 * features else torch.float64)
+    gram = lower_gram(wide.t())
+    root = torch.empty_like(gram)
+    whitened = torch.empty_like(samples, memory_format=torch.contiguous_format)
+
+    def decompose(_) -> None:
+        torch.linalg.cholesky(gram.div_(count), out=root)
+
+    def solve(rows: slice) -> None:
+        whitened[rows] = torch.linalg.solve_triangular(root.t(), wide[rows], upper=True, left=False)
+
+    in_pieces(decompose, 1, samples.device)
+    in_pieces(solve, count, samples.device)
+    return whitened
+
+
+class SampleSet(NamedTuple):
+    """Samples in batches of one size.
+
+    inputs: shape (batches, batch, n). targets: shape (batches, batch, m), float32; the features are the given `rows` of
+    W, int64 of shape (m,). With `batch_last`, batches have the shapes (n, batch) and (m, batch).
+    """
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    rows: torch.Tensor
 
 
 class Samples:
@@ -47,6 +73,7 @@ class Samples:
         output_rows: the order of the targets in a batch of a given size, as rows of W; the natural one unless told.
         batch_last: batches of shape (n, batch) instead of (batch, n).
         dtype: of the inputs; targets stay float32.
+        stored: the `sets` of samples with the same settings; `output_rows` may differ.
 
     `inputs` and `targets` hold the training batches, shape (steps, batch, n or m); with `fresh` an epoch overwrites
     them. `validation` holds batches of other samples; their mean losses, weighted by `validation_shares`, give the mean
@@ -66,44 +93,67 @@ class Samples:
         output_rows: Callable[[int], torch.Tensor] | None = None,
         batch_last: bool = False,
         dtype: torch.dtype = torch.float32,
+        stored: list[SampleSet] | None = None,
     ):
         self.weight, self.batch_size, self.output_rows = weight, batch_size, output_rows
         self.inputs_moment = inputs_moment
         self.sampling, self.seed, self.batch_last, self.dtype = sampling, seed, batch_last, dtype
         self.steps_per_epoch = num_train // batch_size
-        drawn = self._draw(num_validation, "validation")
-        self.validation = [batch for part in drawn.split(1024) for batch in zip(*self._with_targets(part, len(part)))]
+        self.sets = self._draw_sets(num_validation) if stored is None else [*map(self._in_order, stored)]
+        (self.inputs, self.targets, _), *held_out = self.sets
+        self.validation = [(inputs[0], targets[0]) for inputs, targets, _ in held_out]
         shares = torch.tensor([targets.numel() for _, targets in self.validation], device=weight.device)
         self.validation_shares = shares / shares.sum()
-        drawn = self._draw(self.steps_per_epoch * batch_size, "train", epoch=1 if sampling == "fresh" else 0)
-        if sampling == "whitened":
+
+    def _draw_sets(self, num_validation: int) -> list[SampleSet]:
+        """Return the training samples, then each batch of validation samples."""
+        held_out = self._draw(num_validation, "validation")
+        drawn = self._draw(self.steps_per_epoch * self.batch_size, "train", epoch=1 if self.sampling == "fresh" else 0)
+        if self.sampling == "whitened":
             drawn = whiten(drawn)
-        self.inputs, self.targets = self._with_targets(drawn, batch_size)
+        training = self._with_targets(drawn, self.batch_size)
+        return [training, *(self._with_targets(part, len(part)) for part in held_out.split(1024))]
 
     def _draw(self, count: int, stream: str, epoch: int = 0) -> torch.Tensor:
         device = self.weight.device
         generator = seeded_generator(self.seed, stream, epoch, device)
         return torch.randn(count, self.weight.shape[1], generator=generator, device=device)
 
-    def _with_targets(self, inputs, batch_size):
+    def _rows(self, batch_size: int) -> torch.Tensor:
+        return torch.arange(len(self.weight)) if self.output_rows is None else self.output_rows(batch_size)
+
+    def _with_targets(self, inputs: torch.Tensor, batch_size: int) -> SampleSet:
         """Return coloured inputs and their targets in batches, contiguous in the training layout."""
-        weight = self.weight if self.output_rows is None else self.weight[self.output_rows(batch_size)]
         inputs = self.inputs_moment.colour(inputs)
-        inputs, targets = (
-            samples.unflatten(0, (-1, batch_size)) for samples in (inputs.to(self.dtype), inputs @ weight.t())
-        )
+        rows = self._rows(batch_size)
+        order = rows.to(inputs.device)
+        targets = inputs.new_empty(len(inputs), len(self.weight))
+
+        def multiply(part: slice) -> None:
+            # Permuted afterwards, so that their bits do not depend on the order of the rows.
+            torch.index_select(inputs[part] @ self.weight.t(), 1, order, out=targets[part])
+
+        in_pieces(multiply, len(inputs), inputs.device)
+        inputs, targets = (samples.unflatten(0, (-1, batch_size)) for samples in (inputs.to(self.dtype), targets))
         if self.batch_last:  # steps batch features -> steps features batch
             inputs, targets = inputs.transpose(1, 2).contiguous(), targets.transpose(1, 2).contiguous()
-        return inputs, targets
+        return SampleSet(inputs, targets, rows)
+
+    def _in_order(self, stored: SampleSet) -> SampleSet:
+        """Return stored samples with their targets in this training's order."""
+        inputs, targets, rows = stored
+        wanted = self._rows(inputs.shape[2 if self.batch_last else 1])
+        if torch.equal(rows, wanted):
+            return stored
+        return SampleSet(inputs, targets.index_select(1 if self.batch_last else 2, rows.argsort()[wanted]), wanted)
 
     def start_epoch(self, number: int) -> torch.Tensor:
         """Draw new samples if epoch `number` (from 1) needs any; return the order of its batches, int64 on the CPU."""
         if self.sampling == "fresh":
             if number > 1:
                 drawn = self._draw(self.steps_per_epoch * self.batch_size, "train", number)
-                for samples, new in zip(
-                    (self.inputs, self.targets), self._with_targets(drawn, self.batch_size), strict=True
-                ):
-                    samples.copy_(new)
+                new = self._with_targets(drawn, self.batch_size)
+                self.inputs.copy_(new.inputs)
+                self.targets.copy_(new.targets)
             return torch.arange(self.steps_per_epoch)
         return torch.randperm(self.steps_per_epoch, generator=seeded_generator(self.seed, "shuffle", number))

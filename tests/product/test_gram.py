@@ -3,15 +3,16 @@
 import pytest
 import torch
 
-from ks.product import gram
+from ks.product import pieces
+from ks.product.gram import lower_gram
 
 
-@pytest.mark.parametrize("panel", [1, 3, 100])
-@pytest.mark.parametrize("shape", [(7, 4), (3, 7, 10)])
-def test_the_lower_triangle_is_that_of_the_product(shape, panel, monkeypatch):
-    monkeypatch.setattr(gram, "PANEL_ROWS", panel)
+@pytest.mark.parametrize("piece", [1, 3, 100])
+@pytest.mark.parametrize("shape", [(7, 4), (3, 7, 10), (2, 3, 7, 10)])
+def test_the_lower_triangle_is_that_of_the_product(shape, piece, monkeypatch):
+    monkeypatch.setattr(pieces, "PIECE", piece)
     matrix = torch.randn(shape, dtype=torch.float64)
     for a in (matrix, matrix.mT.contiguous().mT):
-        found = gram.lower_gram(a)
+        found = lower_gram(a)
         torch.testing.assert_close(found.tril(), (a @ a.mT).tril())
         assert found.isfinite().all()
