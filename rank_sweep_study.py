@@ -49,7 +49,7 @@ from ks.sweep.claim import claim_folder
 from ks.sweep.launcher import Launcher, Task
 from ks.sweep.lifeline import stop_with_parent
 from ks.sweep.local import LocalLauncher
-from ks.sweep.progress import Progress
+from ks.sweep.progress import Progress, SlowWork
 from ks.sweep.ray_cluster import RayLauncher
 from ks.sweep.run import Result, Run, result_of, runs_of, seeds_of
 from ks.training.checkpoints import settings_of
@@ -204,9 +204,10 @@ def main(argv=None) -> int:
     if config.gpus == "none" and config.device == "auto":
         config = dataclasses.replace(config, device="cpu")
     problem = resolve(config)
+    floors_of = f"computing the floors of {problem.rows} × {problem.cols}"
     if problem.rows * problem.cols > 2**22:
-        console.note(f"computing the floors of {problem.rows} × {problem.cols}", config.quiet)
-    plan = make_plan(problem.internal_weight(), problem.chain, problem.inputs)
+        console.note(floors_of, config.quiet)
+    plan = make_plan(problem.internal_weight(), problem.chain, problem.inputs, SlowWork(floors_of, config.quiet))
     ranks = ranks_of(config, plan)
     floors = dict(zip(ranks, plan.floors(ranks), strict=True))
     remarks = plan_notes(plan, config.target_relative_loss)

@@ -3,6 +3,7 @@
 Source: Le, Zheng, Riccietti, Gribonval, "Butterfly factorization with error guarantees" (2024).
 """
 
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import torch
@@ -10,26 +11,51 @@ import torch
 from ks.errors import UsageError
 from ks.patterns import Chain, Pattern, chainability, check_patterns
 from ks.product.bmm import empty_values
+from ks.product.gram import lower_gram
+
+Report = Callable[[float], None]
+
+
+def do_not_report(share: float) -> None:
+    """Ignore how much of the work is done."""
+
+
+GROUP_VALUES = 2**22  # of the blocks that are copied at a time: bounds the memory
 
 
 @torch.no_grad()
-def tail_energies(matrices: torch.Tensor) -> torch.Tensor:
+def tail_energies(matrices: torch.Tensor, report: Report = do_not_report) -> torch.Tensor:
     """Return Σ over a batch of matrices of the squared singular values beyond the r-th, r = 0 … min(height, width).
 
     They are eigenvalues of the smaller Gram matrix, in float64: the absolute error is a few times 1e-16 of the energy
     ‖·‖_F², in a third of the time of an SVD.
 
     Args:
-        matrices: shape (..., height, width), any float dtype.
+        matrices: shape (..., height, width), any float dtype and strides; a large batch is not copied.
+        report: told the share of the work that is done.
     Returns:
         float64 tensor of shape (min(height, width) + 1,), not increasing, last entry 0.
     """
     height, width = matrices.shape[-2:]
     total = torch.zeros(min(height, width), dtype=torch.float64, device=matrices.device)
-    for batch in matrices.reshape(-1, height, width).split(max(1, 2**22 // (height * width))):  # bounds the memory
-        wide = batch.double()
-        total += torch.linalg.eigvalsh(wide @ wide.mT if height <= width else wide.mT @ wide).clamp_(min=0).sum(0)
+    done = 0
+    for group in _groups(matrices):
+        wide = group.double()
+        total += torch.linalg.eigvalsh(lower_gram(wide if height <= width else wide.mT)).clamp_(min=0).sum(0)
+        done += group.numel()
+        report(done / matrices.numel())
     return torch.cat([total.new_zeros(1), total.cumsum(0)]).flip(0)
+
+
+def _groups(matrices: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield all matrices of a batch as groups of shape (count, height, width); a group of one is a view."""
+    size = matrices[..., 0, 0].numel()
+    if matrices.dim() > 3 and matrices.numel() > GROUP_VALUES:
+        for part in matrices.split(max(1, len(matrices) * GROUP_VALUES // matrices.numel())):
+            yield from _groups(part[0]) if len(part) == 1 else [part.reshape(-1, *part.shape[-2:])]
+    else:
+        flat = matrices.reshape(-1, *matrices.shape[-2:])
+        yield from flat.split(max(1, size * GROUP_VALUES // matrices.numel()))
 
 
 class HierarchicalLoss:

@@ -12,13 +12,14 @@ W stands for σW.
 Source: Le, Zheng, Riccietti, Gribonval, "Butterfly factorization with error guarantees" (2024).
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isclose
 
 import torch
 
-from ks.bounds.factorize import HierarchicalLoss, check_shape, tail_energies
+from ks.bounds.factorize import HierarchicalLoss, Report, check_shape, do_not_report, tail_energies
 from ks.bounds.moments import UNIT_INPUTS, IsotropicInputs
 from ks.errors import UsageError
 from ks.patterns import Chain
@@ -60,13 +61,16 @@ def split_blocks(weight: torch.Tensor, chain: Chain, split: int) -> torch.Tensor
 
 
 @torch.no_grad()
-def floor_curve(weight: torch.Tensor, chain: Chain, inputs: IsotropicInputs = UNIT_INPUTS) -> torch.Tensor:
+def floor_curve(
+    weight: torch.Tensor, chain: Chain, inputs: IsotropicInputs = UNIT_INPUTS, report: Report = do_not_report
+) -> torch.Tensor:
     """Return the lower bound max_l E_l(r)² / m for every rank r = 0 … saturation; r = 0 is the zero predictor.
 
     Args:
         weight: W, shape (m, n).
         chain: with a floor (`no_floor_reason`).
         inputs: the second moment of x.
+        report: told the share of the work that is done.
     Returns:
         float64 tensor of shape (saturation rank + 1,), on the CPU.
     Raises:
@@ -78,9 +82,14 @@ def floor_curve(weight: torch.Tensor, chain: Chain, inputs: IsotropicInputs = UN
     weight = inputs.times_root(weight)
     curve = torch.zeros(chain.saturation_rank + 1, dtype=torch.float64)
     for split in range(1, chain.num_splits + 1):
-        tail = tail_energies(split_blocks(weight, chain, split)).cpu()
+        tail = tail_energies(split_blocks(weight, chain, split), functools.partial(_part_done, report, split, chain))
+        tail = tail.cpu()
         curve[: len(tail)] = torch.maximum(curve[: len(tail)], tail)
     return curve / chain.rows
+
+
+def _part_done(report: Report, split: int, chain: Chain, share: float) -> None:
+    report((split - 1 + share) / chain.num_splits)
 
 
 def loss_floor(

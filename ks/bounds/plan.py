@@ -5,7 +5,7 @@ from functools import cached_property
 
 import torch
 
-from ks.bounds.factorize import tail_energies
+from ks.bounds.factorize import Report, do_not_report, tail_energies
 from ks.bounds.floors import Floor, floor_curve, loss_floor, no_floor_reason
 from ks.bounds.moments import UNIT_INPUTS, IsotropicInputs
 from ks.patterns import Chain, make_chain
@@ -46,14 +46,17 @@ class Plan:
         return tail_energies(self.inputs.times_root(self.weight)).cpu() / self.chain.rows
 
 
-def make_plan(weight: torch.Tensor, chain: Chain, inputs: IsotropicInputs = UNIT_INPUTS) -> Plan:
+def make_plan(
+    weight: torch.Tensor, chain: Chain, inputs: IsotropicInputs = UNIT_INPUTS, report: Report = do_not_report
+) -> Plan:
     """Compute the floors of a chain family on a weight.
 
     Args:
         weight: W, shape (m, n), any float dtype, CPU or CUDA, scaled so that tr(W C Wᵀ) = m.
         chain: of the same shape.
         inputs: the second moment C of x.
+        report: told the share of the work that is done.
     """
     reason = no_floor_reason(chain)
-    curve = None if reason else floor_curve(weight, chain, inputs)
+    curve = None if reason else floor_curve(weight, chain, inputs, report)
     return Plan(weight, chain, inputs, curve, reason)

@@ -153,9 +153,10 @@ def _check_weight(where: str, tensor: torch.Tensor) -> None:
         raise UsageError(f"{where} has dtype {str(tensor.dtype).removeprefix('torch.')}; {allowed} is needed")
     if tensor.ndim != 2 or tensor.numel() == 0:
         raise UsageError(f"{where} has shape {shape}; a non-empty 2-D weight (out_features, in_features) is needed")
-    if not torch.isfinite(tensor).all():
+    low, high = torch.aminmax(tensor)  # NaN if any entry is
+    if not (torch.isfinite(low) and torch.isfinite(high)):
         raise UsageError(f"{where} holds NaN or infinite values; finite values are needed")
-    if not tensor.any():
+    if low == high == 0:
         raise UsageError(f"{where} is all zero: there is nothing to learn, and no relative loss")
 
 

@@ -45,7 +45,7 @@ def sum_of_squares(matrix: torch.Tensor) -> float:
     rows = matrix.new_empty(len(matrix), dtype=torch.float64)
 
     def compute(part: slice) -> None:
-        torch.sum(matrix[part].double().square(), 1, out=rows[part])
+        rows[part] = torch.linalg.vector_norm(matrix[part], dim=1, dtype=torch.float64).square_()
 
     in_pieces(compute, len(matrix), matrix.device)
     return math.fsum(rows.tolist())

@@ -1,6 +1,7 @@
 """Progress of a sweep on stderr: one bar on a terminal, a line for each run elsewhere, nothing with --quiet."""
 
 import sys
+import time
 
 from tqdm import tqdm
 
@@ -68,3 +69,23 @@ def _tail(task: Task) -> list[str]:
         return [one_line(line) for line in task.log.read_text(errors="replace").splitlines()[-15:]]
     except OSError as error:
         return [f"({error.strerror})"]
+
+
+class SlowWork:
+    """Tells on stderr how much of a computation is done, once it has taken two seconds, and every two from then on.
+
+    Args:
+        what: is computed.
+        quiet: show nothing.
+    """
+
+    SECONDS = 2.0
+
+    def __init__(self, what: str, quiet: bool):
+        self.what, self.quiet, self.last = what, quiet, time.monotonic()
+
+    def __call__(self, share: float) -> None:
+        """Report the share of the work that is done."""
+        if share < 1 and time.monotonic() - self.last >= self.SECONDS:
+            self.last = time.monotonic()
+            note(f"{self.what}: {share:.0%}", self.quiet)

@@ -45,7 +45,7 @@ class Problem:
 
     def internal_weight(self) -> torch.Tensor:
         """Return W / unit in float64 on the training device."""
-        return self.weight.tensor.to(self.device, torch.float64) / self.unit
+        return self.weight.tensor.to(self.device, torch.float64, copy=True).div_(self.unit)
 
     def describe(self) -> dict:
         """Return the problem for config files; the hash identifies the weight."""

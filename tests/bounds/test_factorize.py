@@ -8,6 +8,7 @@ import torch
 from chains import SEEDS, random_chain, random_weight
 
 import ks
+from ks.bounds import factorize as factorize_module
 from ks.bounds.factorize import factorize, tail_energies
 from ks.bounds.floors import floor_curve, loss_floor
 from ks.errors import UsageError
@@ -74,3 +75,17 @@ def test_what_has_no_factorisation_says_why():
         factorize(torch.randn(16, 8), [(1, 4, 3, 4), (2, 2, 1, 3), (2, 3, 4, 1)])
     with pytest.raises(UsageError, match=r"\(12, 20\): this chain needs a weight of shape \(20, 12\)"):
         factorize(torch.randn(12, 20), ks.make_chain(20, 12).patterns(2))
+
+
+@pytest.mark.parametrize("group", [1, 50, 200, 2**22])
+@pytest.mark.parametrize("shape", [(7, 5), (6, 7, 5), (2, 3, 5, 7)])
+def test_tail_energies_do_not_depend_on_the_groups(shape, group, monkeypatch):
+    monkeypatch.setattr(factorize_module, "GROUP_VALUES", group)
+    matrices = torch.randn(shape, dtype=torch.float64)
+    singular = torch.linalg.svdvals(matrices).square().reshape(-1, 5).sum(0)
+    expected = torch.cat([singular.flip(0).cumsum(0).flip(0), singular.new_zeros(1)])
+    shares = []
+    strided = matrices.mT.contiguous().mT
+    torch.testing.assert_close(factorize_module.tail_energies(strided, shares.append), expected)
+    assert shares == sorted(shares)
+    assert shares[-1] == pytest.approx(1)

@@ -8,7 +8,7 @@ from ks.files.curves import write_curves
 from ks.files.layout import run_files
 from ks.files.status import OK, Ending, Status
 from ks.sweep.launcher import Outcome, Task
-from ks.sweep.progress import Progress
+from ks.sweep.progress import Progress, SlowWork
 from ks.sweep.run import Result, Run
 
 
@@ -78,3 +78,16 @@ def test_a_terminal_has_a_bar_of_all_epochs(runs, monkeypatch, capsys):
     assert "line 24" not in said
     assert "rank 1, rank 2: " in said
     assert "training (" not in said
+
+
+def test_slow_work_tells_how_far_it_is_after_two_seconds(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr("ks.sweep.progress.time.monotonic", lambda: now[0])
+    work = SlowWork("floors", quiet=False)
+    for second, share in ((1.0, 0.1), (2.1, 0.2), (3.0, 0.3), (4.5, 0.55), (9.0, 1.0)):
+        now[0] = second
+        work(share)
+    assert capsys.readouterr().err == "floors: 20%\nfloors: 55%\n"
+    now[0] = 99.0
+    SlowWork("floors", quiet=True)(0.5)
+    assert capsys.readouterr().err == ""
