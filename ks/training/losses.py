@@ -44,7 +44,7 @@ def squared_error_and_gradient(prediction: torch.Tensor, target: torch.Tensor, s
         scale: of the gradient; a number or a scalar tensor.
     """
     difference = prediction - target
-    loss = torch.linalg.vector_norm(difference).square() / difference.numel()
+    loss = torch.linalg.vector_norm(difference).square_().mul_(1 / difference.numel())
     return loss, difference.mul_(2.0 / difference.numel() * scale).to(prediction.dtype)
 
 

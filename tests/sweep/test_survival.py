@@ -113,6 +113,36 @@ def test_a_sweep_killed_again_and_again_ends_as_if_undisturbed(weight_path, tmp_
     assert not list((tmp_path / "killed").glob(".*"))
 
 
+def test_any_number_of_jobs_and_of_threads_and_a_training_alone_agree(weight_path, tmp_path):
+    """Alone, a training draws the samples that a sweep shares."""
+    flags = ("--num_samples", "200", "--num_epochs", "3")
+    for jobs, threads in (("1", "1"), ("1", "2"), ("2", "2")):
+        sweep = (*flags, "--ranks", "2", "4", "--jobs", jobs, "--output_dir", jobs + threads)
+        done = finish(start("rank_sweep_study.py", tmp_path, *sweep, env={"OMP_NUM_THREADS": threads}))
+        assert done.returncode == 0, done.stderr
+    for rank in (2, 4):
+        alone = RunFiles(tmp_path / "alone", "ks_chain", rank)
+        arguments = (*flags, "--rank", rank, "--output_dir", "alone")
+        assert finish(start("train_with_random.py", tmp_path, *arguments)).returncode == 0
+        for folder in ("11", "12", "22"):
+            assert_same_run(files_of(tmp_path / folder, rank), alone)
+            assert "samples" not in files_of(tmp_path / folder, rank).log.read_text().replace("samples suffice", "")
+
+
+def test_a_killed_sweep_leaves_no_samples(weight_path, tmp_path):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    arguments = (*SWEEP, "--output_dir", "killed")
+    process = start("rank_sweep_study.py", tmp_path, *arguments, env={"TMPDIR": str(temporary)})
+    wait_for(lambda: epochs_in(tmp_path / "killed") > 0 or process.poll() is not None)
+    process.kill()
+    finish(process)
+    wait_for(lambda: processes_of(tmp_path / "killed") == b"", seconds=15)
+    left = [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size > 2**16]
+    assert left == []
+    assert list(temporary.iterdir()) == []
+
+
 @pytest.fixture
 def study(weight_path, tmp_path):
     """A finished study of ranks 1 and 2, and a function that runs the same sweep again."""
