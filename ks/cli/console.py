@@ -1,6 +1,7 @@
 """How a script talks to its user: exit codes, one-line errors, notes on stderr."""
 
 import functools
+import gc
 import sys
 import traceback
 from collections.abc import Callable
@@ -28,6 +29,8 @@ def script(main: Callable[..., int]) -> Callable[..., int]:
     @functools.wraps(main)
     def guarded(argv=None) -> int:
         signals.begin()
+        gc.freeze()  # objects of imports are never garbage, also not at the exit
+        gc.enable()
         try:
             try:
                 return main(argv)
