@@ -135,9 +135,7 @@ def record_of(config: SweepConfig, problem: Problem, ranks: list[int]) -> dict:
     }
 
 
-def sweep(
-    config: SweepConfig, problem: Problem, runs: list[Run], launcher: Launcher, weight: str
-) -> dict[Run, Result]:
+def sweep(config: SweepConfig, problem: Problem, runs: list[Run], launcher: Launcher, weight: str) -> dict[Run, Result]:
     """Train every run that is not finished yet, the largest rank first, also when others fail.
 
     Args:
