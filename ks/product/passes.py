@@ -16,6 +16,7 @@ from ks.patterns import Pattern
 from ks.product import bmm, tiles
 from ks.product.backend import backend_module, choose_impl
 from ks.product.merge import merge_runs, merged_pattern, partial_products, unmerge_gradient
+from ks.product.splits import SplitMatrices, scale_gradient
 
 
 class ChainPasses:
@@ -102,6 +103,7 @@ class ChainPasses:
         *,
         needed: list[bool] | None = None,
         out: list[torch.Tensor] | None = None,
+        scaling: SplitMatrices | None = None,
     ) -> list[torch.Tensor]:
         """Return the gradients that are needed of (x, *values), by default those of the values.
 
@@ -111,6 +113,8 @@ class ChainPasses:
             inner: the activations that it returned after y.
             needed: for x and each of the values, whether to return its gradient.
             out: places for the gradients of the values, in the memory order of `empty_values`, any float dtype.
+            scaling: matrices that multiply the gradient of every factor; with them, products are at least as precise
+                as they are.
         """
         features, gradient = (x, gradient) if self.batch_last else (x.t(), gradient.t())
         backend, precision = self.backend, self.precision
@@ -144,15 +148,48 @@ class ChainPasses:
             if not any(for_values[run]):
                 continue
             places = out[run] if out else [bmm.empty_values(f.shape, x.device, x.dtype) for f in values[run]]
-            direct = len(partials) == 1 and places[0].dtype == x.dtype
-            product = places[0] if direct else bmm.empty_values(self.patterns[index], x.device, x.dtype)
+            arrived, entered, rest = self._scaled(index, arriving[index], entered, scaling)
+            direct = len(partials) == 1 and places[0].dtype == arrived.dtype
+            product = places[0] if direct else bmm.empty_values(self.patterns[index], x.device, arrived.dtype)
             first = self.block_order and index == 0
-            backend.values_gradient(arriving[index], entered, product, block_order=first, precision=precision)
-            if not direct:
-                for place, found in zip(places, unmerge_gradient(product, values[run], partials), strict=True):
+            backend.values_gradient(arrived, entered, product, block_order=first, precision=precision)
+            unmerged = [product] if len(partials) == 1 else unmerge_gradient(product, values[run], partials)
+            for place, found, (left, right) in zip(places, unmerged, rest, strict=True):
+                if left is not None or right is not None:
+                    found = scale_gradient(found.to(place.dtype), left, right)
+                if found is not place:
                     place.copy_(found)
             gradients += [place for place, wanted in zip(places, for_values[run]) if wanted]
         return [x_gradient, *gradients] if for_x else gradients
+
+    def _scaled(self, index: int, arrived: torch.Tensor, entered: torch.Tensor, scaling: SplitMatrices | None):
+        """Multiply the activations beside a product by the matrices that scale its gradient.
+
+        A matrix is left for the gradient if that takes fewer multiply-adds: r a value instead of r a feature and
+        sample, which is so if the batch exceeds c (or b, from the right); and within a run of several factors.
+
+        Returns:
+            (arrived, entered, for every factor of the run its two matrices that are left, or None).
+        """
+        factors = range(self.runs[index].start, self.runs[index].stop)
+        if scaling is None:
+            return arrived, entered, [(None, None)] * len(factors)
+        rest = [scaling.beside(factor) for factor in factors]
+        dtype = torch.promote_types(entered.dtype, scaling.left[0].dtype) if scaling.left else entered.dtype
+        arrived, entered = arrived.to(dtype), entered.to(dtype)
+        if len(factors) == 1:
+            (left, right), (_, b, c, _) = rest[0], self.patterns[index]
+            if left is not None and self.batch <= c:
+                arrived, left = self._multiplied(left, arrived), None
+            if right is not None and self.batch <= b:
+                entered, right = self._multiplied(right, entered), None
+            rest = [(left, right)]
+        return arrived, entered, rest
+
+    def _multiplied(self, matrices: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        out = features.new_empty(features.shape)
+        self.backend.apply_factor(matrices, features, out)
+        return out
 
 
 def choose_working_impl(
