@@ -48,11 +48,11 @@ from ks.sweep.lifeline import stop_with_parent
 from ks.training.best_model import BestModel, save_in_user_units
 from ks.training.checkpoints import Checkpoints, is_finished, is_resumable, settings_of
 from ks.training.checks import check_finite, check_validation
+from ks.training.choose_optimiser import choose_for_criterion, make_optimiser
 from ks.training.cuda_graph import make_epochs
 from ks.training.epochs import useful_threads
 from ks.training.losses import kind_of, loss_and_gradient, squared_error_and_gradient
 from ks.training.observers import ConsoleReport, CurvesOnDisk, EpochEnd, Observer
-from ks.training.optimiser import Optimiser
 from ks.training.problem import Problem, resolve
 from ks.training.record import RunRecord
 from ks.training.samples import seeded_generator
@@ -105,13 +105,12 @@ def train(
 
     samples = make_samples(config, problem, weight, lambda batch: passes(batch).output_rows)
     torch.set_num_threads(useful_threads(problem.chain.parameters(config.rank) * config.batch_size))
-    optimiser = Optimiser(
-        config.optimizer,
-        factors,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        loss_scaling=dtype == torch.float16,
-    )
+    kind = kind_of(criterion, samples.validation[0][1])
+    record.decide("loss", kind.value, "the criterion of train_with_random.py")
+    optimizer, other = choose_for_criterion(config.optimizer, problem.optimizer, kind)
+    if other:
+        record.decide("optimizer", optimizer, other)
+    optimiser = make_optimiser(optimizer, config, factors, problem.inputs, loss_scaling=dtype == torch.float16)
     schedule = Schedule(
         config.scheduler,
         config.lr,
@@ -122,8 +121,6 @@ def train(
         step_size=config.step_size,
         gamma=config.gamma,
     )
-    kind = kind_of(criterion, samples.validation[0][1])
-    record.decide("loss", kind.value, "the criterion of train_with_random.py")
     loss_gradient = squared_error_and_gradient if kind.has_floors else functools.partial(loss_and_gradient, criterion)
     unit_of_loss = kind.unit(problem.predict_zero_loss)
     training = passes(config.batch_size)
@@ -132,8 +129,8 @@ def train(
         values = [factor.to(dtype) for factor in factors]
         prediction, *inner = training.forward(inputs, values)
         loss, gradient = loss_gradient(prediction, targets, optimiser.scale)
-        training.backward(gradient, inputs, values, inner, out=optimiser.gradients)
-        return loss, optimiser.update(lr)
+        training.backward(gradient, inputs, values, inner, out=optimiser.gradients, scaling=optimiser.scaling)
+        return loss, optimiser.update(lr, loss)
 
     def validate():
         values = [factor.to(dtype) for factor in factors]
@@ -141,7 +138,7 @@ def train(
         outputs = ((validation.forward(x, values, keep=False)[0], y) for validation, x, y in batches)
         return torch.stack([criterion(y.float(), target) for y, target in outputs]) @ samples.validation_shares
 
-    epochs, how, warning = make_epochs(step, samples, optimiser.state(), device)
+    epochs, how, warning = make_epochs(step, samples, optimiser.state(), device, optimiser.prepare)
     record.decide("steps", how, "a CUDA graph needs a GPU" if device.type == "cpu" else "on a GPU", warning)
     population_interval = math.ceil(config.num_epochs / 10)
     best = BestModel(model, weight, problem.inputs, keep_start=kind.has_floors and config.init == "hierarchical")
@@ -172,6 +169,8 @@ def train(
             best.offer(val_loss, row)  # first, so that an epoch on disk has a best model whenever a signal comes
             for observer in observers:
                 observer.epoch_ended(EpochEnd(curves, losses * unit_of_loss, norms))
+            if trouble := optimiser.trouble():
+                record.warn("optimizer", trouble)
             check_finite(row, losses)
 
             schedule.end_epoch(val_loss)

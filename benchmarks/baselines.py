@@ -24,8 +24,8 @@ def our_step(passes: ChainPasses, factors, optimiser):
     def step(inputs, targets, lr):
         prediction, *inner = passes.forward(inputs, factors)
         loss, gradient = squared_error_and_gradient(prediction, targets)
-        passes.backward(gradient, inputs, factors, inner, out=optimiser.gradients)
-        return loss, optimiser.update(lr)
+        passes.backward(gradient, inputs, factors, inner, out=optimiser.gradients, scaling=optimiser.scaling)
+        return loss, optimiser.update(lr, loss)
 
     return step
 

@@ -87,9 +87,9 @@ def dense_epoch(weight, samples):
 
     def epoch():
         for inputs, targets in zip(samples.inputs, samples.targets):
-            _, gradient = squared_error_and_gradient(torch.nn.functional.linear(inputs, dense), targets)
+            loss, gradient = squared_error_and_gradient(torch.nn.functional.linear(inputs, dense), targets)
             torch.mm(gradient.t(), inputs, out=optimiser.gradients[0][0, :, :, 0])
-            optimiser.update(1e-4)
+            optimiser.update(1e-4, loss)
 
     return epoch
 

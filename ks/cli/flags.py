@@ -74,9 +74,12 @@ class OptimiserFlags:
     num_epochs: int = flag(100, "epochs of each training", convert=positive_int)
     batch_size: int = flag(32, "samples per step", convert=positive_int)
     lr: float = flag(1e-3, "peak learning rate", convert=positive_float)
-    weight_decay: float = flag(0.0, "weight decay; decoupled for adamw", convert=non_negative_float)
+    weight_decay: float = flag(0.0, "weight decay; decoupled for gauss_newton and adamw", convert=non_negative_float)
     optimizer: str = flag(
-        "adamw", "optimiser; sgd has a momentum of 0.9 and needs a far larger --lr", choices=("adamw", "adam", "sgd")
+        "auto",
+        "optimiser; auto is gauss_newton for two or three chainable factors and the mean squared error, else adamw; sgd "
+        "has a momentum of 0.9 and needs a far larger --lr",
+        choices=("auto", "gauss_newton", "adamw", "adam", "sgd"),
     )
     scheduler: str = flag(
         "cosine", "schedule of the learning rate; cosine falls to zero", choices=("cosine", "plateau", "step", "none")
@@ -87,7 +90,11 @@ class OptimiserFlags:
     scheduler_factor: float = flag(0.5, "plateau: factor of each reduction", convert=open_fraction)
     step_size: int = flag(30, "step: epochs between reductions", convert=positive_int)
     gamma: float = flag(0.1, "step: factor of each reduction", convert=positive_float)
-    max_grad_norm: float = flag(1.0, "clip gradients to this norm; 0 turns clipping off", convert=non_negative_float)
+    max_grad_norm: float = flag(
+        1.0,
+        "clip gradients to this norm; 0 turns clipping off; gauss_newton never clips",
+        convert=non_negative_float,
+    )
     init: str = flag(
         "random",
         "initial values: random with the left-most factor zero, or the hierarchical factorisation of W, which is the "
@@ -129,7 +136,10 @@ class RunningFlags:
     dtype: str = flag(
         "float32", "dtype of the products; half precision keeps float32 master weights", choices=tuple(DTYPES)
     )
-    log_grad_norm: bool = flag(False, "record the gradient norm of every epoch in the curves")
+    log_grad_norm: bool = flag(
+        False,
+        "record the gradient norm of every epoch in the curves; gauss_newton's after the division by the curvature",
+    )
     log_interval: int = flag(100, "steps between the lines that --verbose prints", convert=positive_int)
     verbose: bool = flag(False, "print lines within each epoch too")
     quiet: bool = flag(False, "print errors and warnings only")

@@ -24,7 +24,7 @@ from ks.training.schedule import Schedule
 # Their effect is compared instead (weight, chain, device, sampling), or they only change reports and files.
 NOT_COMPARED = (
     *("weight_path", "weight_key", "transpose", "chain", "blocks", "num_factors", "row_splits", "col_splits"),
-    *("device", "sampling", "log_interval", "verbose", "quiet", "save_interval", "resume_interval"),
+    *("device", "sampling", "optimizer", "log_interval", "verbose", "quiet", "save_interval", "resume_interval"),
 )
 
 
@@ -32,7 +32,7 @@ def settings_of(config: TrainingFlags, problem: Problem) -> dict[str, Any]:
     """Return everything that determines the result of a training, except the rank."""
     description = problem.describe()
     settings = {name: value for name, value in config.training_settings().items() if name not in NOT_COMPARED}
-    settings |= {name: description[name] for name in ("chain", "device", "sampling")}
+    settings |= {name: description[name] for name in ("chain", "device", "sampling", "optimizer")}
     return finite(settings | {"weight": f"sha256 {description['weight']['sha256'][:16]}"})
 
 

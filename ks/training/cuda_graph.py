@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from ks import signals
-from ks.training.epochs import Epochs, Step
+from ks.training.epochs import Epochs, Prepare, Step
 from ks.training.samples import Samples
 
 
@@ -20,15 +20,22 @@ class CapturedEpochs(Epochs):
     learning rates and the results.
 
     Args:
-        step, samples: as in `Epochs`; lr comes as a scalar tensor.
+        step, samples, prepare: as in `Epochs`; lr comes as a scalar tensor; `prepare` runs outside the captured graph.
         state: every tensor that a step changes; put back after the warm-up that capturing needs.
         capture: turns a function without arguments into one that replays it.
     Raises:
         CaptureFailed: the step cannot be captured, for instance because it reads the device.
     """
 
-    def __init__(self, step: Step, samples: Samples, state: list[torch.Tensor], capture: Callable | None = None):
-        super().__init__(step, samples)
+    def __init__(
+        self,
+        step: Step,
+        samples: Samples,
+        state: list[torch.Tensor],
+        prepare: Prepare | None = None,
+        capture: Callable | None = None,
+    ):
+        super().__init__(step, samples, prepare)
         device, steps = samples.inputs.device, samples.steps_per_epoch
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
         self._order = torch.zeros(steps, dtype=torch.int64, device=device)
@@ -57,8 +64,9 @@ class CapturedEpochs(Epochs):
         self._order.copy_(self.samples.start_epoch(number))
         self._rates.copy_(torch.tensor(rates))
         self._position.zero_()
-        for _ in rates:
+        for index in range(len(rates)):
             signals.check()
+            self.prepare((number - 1) * len(rates) + index)
             self._replay()
         return self._results.clone()
 
@@ -78,7 +86,7 @@ def _cuda_graph(function: Callable[[], None]) -> Callable[[], None]:
 
 
 def make_epochs(
-    step: Step, samples: Samples, state: list[torch.Tensor], device: torch.device
+    step: Step, samples: Samples, state: list[torch.Tensor], device: torch.device, prepare: Prepare | None = None
 ) -> tuple[Epochs, str, str | None]:
     """Return epochs that replay a captured step on a GPU, or plain ones on a CPU or if the capture fails.
 
@@ -86,9 +94,9 @@ def make_epochs(
         (the epochs, how their steps run, a warning or None).
     """
     if device.type != "cuda":
-        return Epochs(step, samples), "one by one", None
+        return Epochs(step, samples, prepare), "one by one", None
     try:
-        return CapturedEpochs(step, samples, state), "captured as a CUDA graph", None
+        return CapturedEpochs(step, samples, state, prepare), "captured as a CUDA graph", None
     except CaptureFailed as error:
         warning = f"the CUDA graph capture failed, so steps run one by one, which is slower: {error}"
-        return Epochs(step, samples), "one by one", warning
+        return Epochs(step, samples, prepare), "one by one", warning

@@ -7,6 +7,7 @@ import torch
 from ks import signals
 from ks.training.samples import Samples
 
+Prepare = Callable[[int], None]
 Step = Callable[[torch.Tensor, torch.Tensor, float | torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -16,10 +17,12 @@ class Epochs:
     Args:
         step: (inputs, targets, lr) → (loss, gradient norm), scalars on the device.
         samples: the batches.
+        prepare: called before each step with its number, from 0 over all epochs.
     """
 
-    def __init__(self, step: Step, samples: Samples):
+    def __init__(self, step: Step, samples: Samples, prepare: Prepare | None = None):
         self.step, self.samples = step, samples
+        self.prepare = prepare or (lambda number: None)
 
     def run(self, number: int, rates: list[float]) -> torch.Tensor:
         """Take the steps of epoch `number` (from 1) at these learning rates.
@@ -32,8 +35,9 @@ class Epochs:
         order = self.samples.start_epoch(number).tolist()
         inputs, targets = self.samples.inputs, self.samples.targets
         results = []
-        for batch, rate in zip(order, rates, strict=True):
+        for index, (batch, rate) in enumerate(zip(order, rates, strict=True), (number - 1) * len(order)):
             signals.check()
+            self.prepare(index)
             results.append(self.step(inputs[batch], targets[batch], rate))
         return torch.stack([torch.stack(column) for column in zip(*results)])
 

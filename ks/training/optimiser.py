@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from ks.product.splits import SplitMatrices
+
 # A value of a factor has the natural size 1/√c (it keeps the variance of its input). One Adam step of learning rate lr
 # moves it by RELATIVE_STEP · lr of that, whatever rank, shape and scale. Of what was tried, this and the second-moment
 # memory of 20 steps come closest to the floor at lr = 1e-3 (benchmarks/README.md).
@@ -48,8 +50,11 @@ class Optimiser:
         max_grad_norm: the global gradient norm is clipped to this; 0 switches it off.
         loss_scaling: for float16.
 
-    A step writes its gradients into `gradients`, laid out as the parameters, before it calls `update`.
+    A step writes its gradients into `gradients`, laid out as the parameters, before it calls `update`; if `scaling` is
+    set, with every gradient multiplied by these matrices. `prepare` comes before the step, and is never captured in it.
     """
+
+    scaling: SplitMatrices | None = None
 
     def __init__(self, name, parameters, *, weight_decay=0.0, max_grad_norm=1.0, loss_scaling=False):
         self.name, self.parameters = name, list(parameters)
@@ -89,11 +94,19 @@ class Optimiser:
         scaling = vars(self.loss_scale).values() if self.loss_scale else ()
         return [*self.parameters, *itertools.chain(*self.moments), self.count, *scaling]
 
-    def update(self, lr: float | torch.Tensor) -> torch.Tensor:
+    def prepare(self, step: int) -> None:
+        """Do what is due before step `step`, counted from 0 over the whole training."""
+
+    def trouble(self) -> str | None:
+        """Return a warning about the steps so far, each once; read at the end of an epoch."""
+        return None
+
+    def update(self, lr: float | torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
         """Update the parameters from `gradients`.
 
         Args:
             lr: learning rate of this step; a scalar tensor on the device can change under a captured graph.
+            loss: of this step, relative to predicting 0, a scalar on the device.
         Returns:
             the gradient norm before clipping, a scalar on the device.
         """

@@ -13,6 +13,7 @@ from ks.files.weights import Weight, load_weight
 from ks.patterns import Chain, make_chain
 from ks.product.backend import check_impl
 from ks.product.pieces import sum_of_squares
+from ks.training.choose_optimiser import choose_optimiser
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Problem:
     chain: Chain
     device: torch.device
     sampling: str
+    optimizer: str
     num_train: int
     num_validation: int
     inputs: IsotropicInputs
@@ -62,6 +64,7 @@ class Problem:
             "dense_parameters": self.rows * self.cols,
             "device": str(self.device),
             "sampling": self.sampling,
+            "optimizer": self.optimizer,
         }
 
 
@@ -81,6 +84,7 @@ def resolve(config: TrainingFlags) -> Problem:
     sampling, sampling_reason = choose_sampling(config.sampling, num_train, cols)
     if config.init == "hierarchical" and (reason := no_floor_reason(chain)):
         raise UsageError(f"--init hierarchical: {reason}; use --init random")
+    optimizer, optimizer_reason = choose_optimiser(config.optimizer, chain)
     inputs = IsotropicInputs(config.input_std)
     unit = (sum_of_squares(weight.tensor) / rows) ** 0.5
     predict_zero_loss = inputs.output_energy(weight.tensor) / rows
@@ -94,12 +98,17 @@ def resolve(config: TrainingFlags) -> Problem:
         chain=chain,
         device=device,
         sampling=sampling,
+        optimizer=optimizer,
         num_train=num_train,
         num_validation=num_validation,
         inputs=replace(inputs, std=1.0),
         unit=unit,
         predict_zero_loss=predict_zero_loss,
-        notes=(*chain.notes(), f"sampling {sampling}: {sampling_reason}"),
+        notes=(
+            *chain.notes(),
+            f"sampling {sampling}: {sampling_reason}",
+            f"optimizer {optimizer}: {optimizer_reason}",
+        ),
     )
 
 

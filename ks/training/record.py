@@ -72,6 +72,12 @@ class RunRecord:
         if warning:
             console.note(f"WARNING: {warning}")
 
+    def warn(self, what: str, warning: str) -> None:
+        """Record a warning about a choice of the program, and show it even with --quiet."""
+        self.config_file.setdefault(what, {"name": self.problem.describe()[what], "reason": ""})["warning"] = warning
+        write_json(self.files.config, self.config_file)
+        console.note(f"WARNING: {warning}")
+
     def __enter__(self) -> Self:
         self._started = time.perf_counter()
         return self

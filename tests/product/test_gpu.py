@@ -94,7 +94,7 @@ def test_the_captured_step_equals_the_eager_one(dtype):
             y, *inner = passes.forward(inputs, values)
             loss, gradient = squared_error_and_gradient(y, targets, optimiser.scale)
             passes.backward(gradient, inputs, values, inner, out=optimiser.gradients)
-            return loss, optimiser.update(lr)
+            return loss, optimiser.update(lr, loss)
 
         epochs = make(step, samples, optimiser.state())
         return [epochs.run(number, [1e-3] * 100) for number in (1, 2)] + factors

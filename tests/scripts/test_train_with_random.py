@@ -19,6 +19,7 @@ from ks.files.curves import read_curves
 from ks.files.make_weight import make_weight
 from ks.files.weights import load_weight
 from ks.product.passes import ChainPasses
+from ks.training import gauss_newton
 from ks.training.losses import LossKind
 from ks.training.problem import resolve
 
@@ -96,7 +97,7 @@ def test_an_exact_chain_is_learned_in_every_dtype_and_layout(run, tmp_path, dtyp
     assert dense_loss(weight, ks.load(tmp_path / "out" / "ks_chain_final.pth")) < limit
 
 
-@pytest.mark.parametrize("optimizer", [("adamw",), ("adam",), ("sgd", "--lr", "0.5")])
+@pytest.mark.parametrize("optimizer", [("gauss_newton",), ("adamw",), ("adam",), ("sgd", "--lr", "0.5")])
 @pytest.mark.parametrize("scheduler", ["cosine", "plateau", "step", "none"])
 def test_every_optimizer_and_schedule_trains(capsys, tmp_path, weight_path, optimizer, scheduler):
     name, *rate = optimizer
@@ -211,6 +212,52 @@ def test_a_criterion_that_weighs_outputs_trains(weight_path, tmp_path, monkeypat
     assert train_with_random.main(arguments) == 0
     rows = read_table(tmp_path / "out" / "ks_chain_rank_4_loss_curves.csv")
     assert {row["population_loss"] for row in rows} == {""}
+
+
+def test_another_criterion_trains_with_adamw_unless_gauss_newton_is_named(weight_path, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_with_random, "criterion", torch.nn.functional.l1_loss)
+    arguments = ["--weight_path", str(weight_path), *QUICK, "--output_dir", str(tmp_path / "out")]
+    assert train_with_random.main(arguments) == 0
+    line = "optimizer adamw: gauss_newton needs the mean squared error, and the criterion is another one"
+    assert line in capsys.readouterr().err.splitlines()
+    assert json.loads((tmp_path / "out" / "ks_chain_config.json").read_text())["optimizer"]["name"] == "adamw"
+    assert train_with_random.main([*arguments, "--optimizer", "gauss_newton", "--quiet"]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "error: --optimizer gauss_newton needs the mean squared error, but the criterion" in error
+
+
+@pytest.mark.parametrize("optimizer", ["auto", "gauss_newton"])
+def test_a_chain_that_gauss_newton_does_not_cover(weight_path, tmp_path, capsys, optimizer):
+    arguments = ["--weight_path", str(weight_path), *QUICK, "--output_dir", str(tmp_path / "out")]
+    code = train_with_random.main([*arguments, "--chain", "lowrank_butterfly", "--optimizer", optimizer])
+    said = capsys.readouterr().err
+    if optimizer == "auto":
+        assert code == 0
+        assert "optimizer adamw: gauss_newton " in said
+    else:
+        assert code == 2
+        assert len(said.splitlines()) == 1
+
+
+def test_resuming_compares_the_optimiser_that_auto_stands_for(weight_path, tmp_path, capsys):
+    arguments = ["--weight_path", str(weight_path), *QUICK, "--output_dir", str(tmp_path / "out"), "--quiet"]
+    assert train_with_random.main(arguments) == 0
+    assert train_with_random.main([*arguments, "--resume", "--optimizer", "gauss_newton"]) == 0
+    assert "finished before" in capsys.readouterr().out
+    assert train_with_random.main([*arguments, "--resume", "--optimizer", "adamw"]) == 2
+    assert "(optimizer was gauss_newton, now adamw)" in capsys.readouterr().err
+
+
+def test_inverses_that_fail_are_said_once_and_recorded(weight_path, tmp_path, monkeypatch, capsys):
+    found = gauss_newton.prefix_grams
+    monkeypatch.setattr(gauss_newton, "prefix_grams", lambda values: [-gram for gram in found(values)])
+    monkeypatch.setattr(gauss_newton, "LOSS_DAMPING", 0.0)
+    arguments = ["--weight_path", str(weight_path), *QUICK, "--output_dir", str(tmp_path / "out"), "--quiet"]
+    assert train_with_random.main(arguments) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"WARNING: \d+ curvature matrices were not positive definite in float32; .*", line)
+    warning = json.loads((tmp_path / "out" / "ks_chain_config.json").read_text())["optimizer"]["warning"]
+    assert line == f"WARNING: {warning}"
 
 
 def test_an_unforeseen_error_is_logged_as_a_failure(weight_path, tmp_path, monkeypatch, capsys):

@@ -7,9 +7,9 @@ from ks.training.samples import Samples
 WEIGHT = torch.randn(6, 10, generator=torch.Generator().manual_seed(3))
 
 
-def make_samples(**changes):
+def make_samples(weight=WEIGHT, **changes):
     arguments = {"num_train": 43, "num_validation": 9, "batch_size": 8, "sampling": "whitened", "seed": 0} | changes
-    return Samples(WEIGHT, **arguments)
+    return Samples(weight, **arguments)
 
 
 def update(optimiser, loss, lr):
@@ -18,4 +18,4 @@ def update(optimiser, loss, lr):
     with torch.no_grad():
         for place, gradient in zip(optimiser.gradients, gradients):
             place.copy_(gradient)
-        return optimiser.update(lr)
+        return optimiser.update(lr, loss.detach())

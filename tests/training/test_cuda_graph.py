@@ -73,7 +73,7 @@ def test_a_capture_that_fails_without_a_message_has_a_reason():
         raise RuntimeError
 
     with pytest.raises(CaptureFailed, match="^RuntimeError$"):
-        CapturedEpochs(idle_step, make_samples(), [], capture)
+        CapturedEpochs(idle_step, make_samples(), [], capture=capture)
 
 
 def idle_step(inputs, targets, lr):

@@ -1,0 +1,137 @@
+"""The Gauss–Newton step of a chain: the gradient of every factor, divided by its curvature from both sides.
+
+Factor l has the prefix P = K_1 ⋯ K_{l-1} to its left, and z = K_{l+1} ⋯ K_L x enters it. The curvature of half the
+squared error in a block of its values is (PᵀP) ⊗ E[z zᵀ], so the step is G̃ = (PᵀP + λI)⁻¹ G (E[z zᵀ] + λI)⁻¹; both
+matrices are those of a split of the chain (`ks.product.splits`).
+
+Source: Tong, Ma, Chi, "Accelerating ill-conditioned low-rank matrix estimation via scaled gradient descent" (2021), for
+two factors; Martens, Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature" (2015).
+"""
+
+import torch
+
+from ks.bounds.moments import IsotropicInputs
+from ks.patterns import Pattern
+from ks.product.bmm import empty_values
+from ks.product.splits import SplitMatrices, prefix_grams, split_patterns, suffix_grams
+from ks.training.optimiser import Optimiser
+
+# The step at lr = 1e-3 is STEP_SIZE over the largest eigenvalue of the second moment of a batch, (1 + √(n/B))² for
+# white inputs. 0.16 trained everything that was tried too, 0.2 diverged on steep spectra (benchmarks/README.md).
+STEP_SIZE = 0.1
+REFERENCE_LR = 1e-3
+# Damping, relative to the mean diagonal of each matrix.
+DAMPING = 1e-4
+# Damping, relative to the mean over all matrices of a split: at small ranks noise takes single ones through zero.
+SHARED_DAMPING = 1e-3
+# Levenberg–Marquardt damping of the prefixes, times the squared relative loss and less with every step. The left-most
+# factor starts from zero, and while the loss is high, noise drives the weak directions of a prefix: without this, steps
+# with inverses that are a few steps old diverge, and a warm-up of the rate is needed.
+LOSS_DAMPING = 0.5
+LOSS_MEMORY = 0.9  # of the running mean of the loss, ten steps
+
+
+class GaussNewton(Optimiser):
+    """The Gauss–Newton step with momentum 0.9, decoupled weight decay and without clipping; it has no host read.
+
+    Args:
+        parameters: values of shape (a, b, c, d) of a chainable chain, output side first, float32; updated in place.
+        inputs: second moment of x, in units in which predicting 0 has a loss of 1.
+        batch_size: samples of a batch, B.
+        weight_decay: per unit of lr.
+        loss_scaling: for float16.
+    """
+
+    def __init__(
+        self,
+        parameters: list[torch.Tensor],
+        inputs: IsotropicInputs,
+        batch_size: int,
+        *,
+        weight_decay: float = 0.0,
+        loss_scaling: bool = False,
+    ):
+        super().__init__("sgd", parameters, max_grad_norm=0.0, loss_scaling=loss_scaling)
+        self.inputs, self.weight_decay = inputs, weight_decay
+        patterns = [Pattern(*values.shape) for values in self.parameters]
+        rows, cols = patterns[0].rows, patterns[-1].cols
+        largest = inputs.std**2 * (1 + (cols / batch_size) ** 0.5) ** 2
+        # The curvature belongs to half the squared error summed over outputs, the loss is its mean.
+        self.rate_factors = [rows / 2 * STEP_SIZE / REFERENCE_LR / largest] * len(patterns)
+        self.rate_factors[-1] /= inputs.std**2  # no split follows the right-most factor
+        self._suffix_scale = inputs.std**2
+        # The mean diagonal of PᵀP if outputs of mean square 1 are spread evenly over features of mean square 1.
+        self._natural = [rows / pattern.cols for pattern in patterns[:-1]]
+        device = self.parameters[0].device
+        splits = split_patterns(patterns)
+        self.scaling = self._inverses = SplitMatrices(
+            *([_identities(split, device) for split in splits] for _ in range(2))
+        )
+        self.relative_loss = torch.ones((), device=device)
+        self.failures = torch.zeros((), dtype=torch.int32, device=device)
+        self._reported = False
+
+    def state(self) -> list[torch.Tensor]:
+        return [*super().state(), *self._inverses.left, *self._inverses.right, self.relative_loss, self.failures]
+
+    def prepare(self, step: int) -> None:
+        """Invert the matrices again if that is due: before each of the first 100 steps, then ever less often.
+
+        The share by which the factors change in a step falls about as 1 / step, so the interval grows with it, in
+        powers of two up to 16 steps.
+        """
+        interval = min(2 ** ((1 + step // 100).bit_length() - 1), 16)
+        if step % interval == 0:
+            self.refresh(LOSS_DAMPING / (1 + step / 200))
+
+    @torch.no_grad()
+    def refresh(self, loss_damping: float) -> None:
+        """Compute the inverses from the factors; one that fails keeps its last good value and is counted.
+
+        Args:
+            loss_damping: what the squared loss is multiplied by for the damping of the prefixes.
+        """
+        damping = loss_damping * self.relative_loss.square()
+        for place, gram, natural in zip(self._inverses.left, prefix_grams(self.parameters), self._natural, strict=True):
+            self._invert(gram, damping * natural, place)
+        for place, gram in zip(self._inverses.right, suffix_grams(self.parameters), strict=True):
+            self._invert(gram if self._suffix_scale == 1 else gram * self._suffix_scale, 0.0, place)
+
+    def _invert(self, gram: torch.Tensor, damping: torch.Tensor | float, place: torch.Tensor) -> None:
+        """Write the inverses of damped Gram matrices, shape (a, r, r, d), into `place`; those that fail stay."""
+        matrices = gram.permute(0, 3, 1, 2)
+        diagonal = matrices.diagonal(dim1=-2, dim2=-1)
+        diagonal += DAMPING * diagonal.mean(-1, keepdim=True) + SHARED_DAMPING * diagonal.mean() + damping
+        root, info = torch.linalg.cholesky_ex(matrices)
+        unit = torch.eye(matrices.shape[-1], device=matrices.device).expand_as(matrices)
+        inverse_root = torch.linalg.solve_triangular(root, unit, upper=False)
+        inverse = inverse_root.mT @ inverse_root
+        # No entry of a positive definite matrix is larger than its diagonal.
+        good = (info == 0) & inverse.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()
+        kept = place.permute(0, 3, 1, 2)
+        torch.where(good[..., None, None], inverse, kept, out=kept)
+        self.failures += (~good).sum()
+
+    def update(self, lr: float | torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        self.relative_loss.lerp_(loss.clamp(max=1.0), 1 - LOSS_MEMORY)
+        norm = super().update(lr, loss)
+        if self.weight_decay:
+            taken = 1.0 if self.loss_scale is None else 1.0 - self.loss_scale.found_inf
+            for values in self.parameters:
+                values.mul_(1.0 - lr * self.weight_decay * taken)
+        return norm
+
+    def trouble(self) -> str | None:
+        """Return a warning, once, if an inverse failed; this reads the device."""
+        if self._reported or not self.failures.item():
+            return None
+        self._reported = True
+        return (
+            f"{self.failures.item()} curvature matrices were not positive definite in float32; the step went on with "
+            "the last good ones"
+        )
+
+
+def _identities(pattern: Pattern, device: torch.device) -> torch.Tensor:
+    values = empty_values(pattern, device)
+    return values.copy_(torch.eye(pattern.b, device=device)[None, :, :, None].expand(pattern))

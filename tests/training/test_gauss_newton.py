@@ -1,0 +1,284 @@
+"""The Gauss–Newton step against dense curvature matrices, from a zero factor, with failing inverses, and its rest."""
+
+import itertools
+from math import prod
+
+import pytest
+import torch
+from steps import make_samples
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ks.bounds.moments import UNIT_INPUTS, IsotropicInputs
+from ks.layer import KSLinear
+from ks.patterns import make_chain
+from ks.product.passes import ChainPasses
+from ks.product.reference import chain_to_dense, factor_to_dense, support
+from ks.training import gauss_newton
+from ks.training.cuda_graph import CapturedEpochs
+from ks.training.epochs import Epochs
+from ks.training.gauss_newton import GaussNewton
+from ks.training.losses import squared_error_and_gradient
+
+CHAINS = [((7, 1), (1, 9), 3), ((8, 2), (3, 6), 2), ((6, 2, 3), (2, 3, 4), 3), ((4, 2, 2, 2), (2, 2, 2, 5), 2)]
+
+
+def chain_of(rows, cols, rank, seed=0):
+    """Patterns and float32 values of a random chain."""
+    patterns = make_chain(prod(rows), prod(cols), row_splits=rows, col_splits=cols).patterns(rank)
+    model = KSLinear.from_patterns(patterns)
+    model.reset_parameters(torch.Generator().manual_seed(seed))
+    return patterns, [factor.detach() for factor in model.factors]
+
+
+def step_of(patterns, factors, optimiser, batch, **layout):
+    passes = ChainPasses(patterns, batch, torch.device("cpu"), torch.float32, **layout)
+
+    def step(inputs, targets, lr):
+        prediction, *inner = passes.forward(inputs, factors)
+        loss, gradient = squared_error_and_gradient(prediction, targets, optimiser.scale)
+        passes.backward(gradient, inputs, factors, inner, out=optimiser.gradients, scaling=optimiser.scaling)
+        return loss, optimiser.update(lr, loss)
+
+    return step, passes.output_rows
+
+
+def damped(matrix, groups, extra):
+    """A curvature matrix with the damping of each of its groups of features on the diagonal."""
+    result = matrix.clone()
+    for group in groups.unique():
+        members = (groups == group).nonzero()[:, 0]
+        result[members, members] += 1e-4 * matrix.diagonal()[members].mean() + extra
+    return result
+
+
+def dense_step(values, x, residual, std):
+    """The dense factors after the first step of the formula at lr = 1e-3, in float64.
+
+    residual: ŷ − y, shape (batch, m).
+    """
+    (batch, m), n = residual.shape, x.shape[1]
+    dense = [factor_to_dense(value.double()) for value in values]
+    prefixes = list(itertools.accumulate([torch.eye(m).double(), *dense[:-1]], torch.matmul))
+    suffixes = [torch.eye(n).double()]
+    for factor in dense[:0:-1]:
+        suffixes.insert(0, factor @ suffixes[0])
+    rate = 0.1 * batch / (std * (batch**0.5 + n**0.5)) ** 2
+    moved = []
+    for index, (value, prefix, suffix) in enumerate(zip(values, prefixes, suffixes, strict=True)):
+        gradient = (residual.double() @ prefix).t() @ (x.double() @ suffix.t()) / batch
+        step = torch.zeros_like(dense[index])
+        a, b, c, d = value.shape
+        for i, t in itertools.product(range(a), range(d)):
+            rows, cols = (i * size * d + torch.arange(size) * d + t for size in (b, c))
+            left = (prefix.t() @ prefix)[rows][:, rows]
+            right = std**2 * (suffix @ suffix.t())[cols][:, cols]
+            if index > 0:  # j = (s, w)
+                natural = m / values[index - 1][:, 0].numel()
+                left = damped(left, torch.arange(b) % (values[index - 1].shape[3] // d), 0.5 * natural)
+            if index < len(values) - 1:  # k = (u, ρ)
+                right = damped(right, torch.arange(c) // (c * a // values[index + 1].shape[0]), 0.0)
+            block = torch.linalg.solve(left, gradient[rows][:, cols])
+            step[rows[:, None], cols] = torch.linalg.solve(right, block.t()).t()
+        moved.append(dense[index] - rate * step)
+    return moved
+
+
+@pytest.mark.parametrize("std", [1.0, 0.5])
+@pytest.mark.parametrize("batch", [4, 300])
+@pytest.mark.parametrize("layout", [{}, {"batch_last": True}, {"block_order": True}])
+@pytest.mark.parametrize("chain", CHAINS)
+def test_the_step_is_that_of_dense_curvature_matrices(chain, layout, batch, std):
+    patterns, factors = chain_of(*chain)
+    optimiser = GaussNewton(factors, IsotropicInputs(std), batch)
+    step, output_rows = step_of(patterns, factors, optimiser, batch, **layout)
+    generator = torch.Generator().manual_seed(1)
+    x = std * torch.randn(batch, patterns[-1].cols, generator=generator)
+    y = torch.randn(batch, patterns[0].rows, generator=generator)
+    expected = dense_step(factors, x, x.double() @ chain_to_dense([f.double() for f in factors]).t() - y, std)
+    targets = y[:, output_rows]
+    optimiser.prepare(0)
+    step(*(each.t().contiguous() if layout.get("batch_last") else each for each in (x, targets)), 1e-3)
+    for pattern, factor, dense in zip(patterns, factors, expected, strict=True):
+        torch.testing.assert_close(factor_to_dense(factor).double(), dense, rtol=2e-4, atol=2e-5)
+        assert torch.equal(factor_to_dense(factor) != 0, support(pattern) != 0)
+
+
+def train(make_epochs=Epochs, epochs=3, loss_scaling=False, weight_decay=0.0, chain=CHAINS[1], **changes):
+    """Losses and final state of a short training from a zero left factor."""
+    patterns, factors = chain_of(*chain)
+    factors[0].zero_()
+    samples = make_samples_of(patterns, **changes)
+    optimiser = GaussNewton(
+        factors, UNIT_INPUTS, samples.batch_size, weight_decay=weight_decay, loss_scaling=loss_scaling
+    )
+    step, _ = step_of(patterns, factors, optimiser, samples.batch_size)
+    run = make_epochs(step, samples, optimiser.state(), optimiser.prepare)
+    rates = [1e-3] * samples.steps_per_epoch
+    return torch.stack([run.run(epoch, rates)[0] for epoch in range(1, epochs + 1)]), optimiser
+
+
+def make_samples_of(patterns, num_train=200, **changes):
+    weight = torch.randn(patterns[0].rows, patterns[-1].cols, generator=torch.Generator().manual_seed(3))
+    weight *= weight.shape[0] ** 0.5 / weight.norm()
+    return make_samples(weight, num_train=num_train, **changes)
+
+
+def plain(step, samples, state, prepare):
+    return Epochs(step, samples, prepare)
+
+
+def replayed(step, samples, state, prepare):
+    """Everything of a captured epoch but the capture: the step is replayed by calling it again."""
+
+    def warm_up(function):
+        function()
+        function()
+        return function
+
+    return CapturedEpochs(step, samples, state, prepare, warm_up)
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_it_trains_from_a_zero_left_factor(chain):
+    losses, optimiser = train(plain, epochs=20, chain=chain)
+    assert losses[0, 0] > 0.5
+    assert losses[-1].mean() < 0.75 * losses[0].mean()
+    assert losses.max() < 2.0
+    assert optimiser.trouble() is None
+
+
+@pytest.mark.parametrize("loss_scaling", [False, True])
+@pytest.mark.parametrize("sampling", ["whitened", "fresh"])
+def test_a_captured_step_does_what_the_eager_one_does(sampling, loss_scaling):
+    eager, first = train(plain, sampling=sampling, loss_scaling=loss_scaling, weight_decay=0.1)
+    captured, second = train(replayed, sampling=sampling, loss_scaling=loss_scaling, weight_decay=0.1)
+    torch.testing.assert_close(captured, eager)
+    for ours, theirs in zip(second.state(), first.state(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_step_reads_nothing_of_the_device():
+    """Neither a step nor the refresh before it."""
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+                seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    seen = []
+    _, factors = chain_of(*CHAINS[2])
+    optimiser = GaussNewton(factors, UNIT_INPUTS, 8, weight_decay=0.1, loss_scaling=True)
+    with Reads():
+        optimiser.prepare(0)
+        optimiser.update(1e-3, torch.ones(()))
+        assert seen == []
+        optimiser.trouble()
+    assert len(seen) == 1
+
+
+def test_a_restored_state_goes_on_to_the_bit():
+    """Over the end of the steps that all refresh, and in the middle of an interval."""
+    patterns, factors = chain_of(*CHAINS[2])
+    factors[0].zero_()
+    samples = make_samples_of(patterns)
+    states = []
+    for stop in (8, 5):
+        own = [factor.clone() for factor in factors]
+        optimiser = GaussNewton(own, UNIT_INPUTS, samples.batch_size)
+        step, _ = step_of(patterns, own, optimiser, samples.batch_size)
+        run = Epochs(step, samples, optimiser.prepare)
+        for epoch in range(1, stop + 1):
+            run.run(epoch, [1e-3] * samples.steps_per_epoch)
+        states.append([tensor.clone() for tensor in optimiser.state()])
+    assert samples.steps_per_epoch * 5 > 100  # the refresh is no longer due before every step
+    resumed = [factor.clone() for factor in factors]
+    optimiser = GaussNewton(resumed, UNIT_INPUTS, samples.batch_size)
+    for tensor, value in zip(optimiser.state(), states[1], strict=True):
+        tensor.copy_(value)
+    step, _ = step_of(patterns, resumed, optimiser, samples.batch_size)
+    run = Epochs(step, samples, optimiser.prepare)
+    for epoch in range(6, 9):
+        run.run(epoch, [1e-3] * samples.steps_per_epoch)
+    assert all(map(torch.equal, optimiser.state(), states[0]))
+
+
+def test_a_matrix_that_is_not_positive_definite_keeps_its_inverse_and_is_reported_once(monkeypatch):
+    _, factors = chain_of(*CHAINS[1])
+    optimiser = GaussNewton(factors, UNIT_INPUTS, 8)
+    optimiser.refresh(0.5)
+    before = [tensor.clone() for tensor in optimiser.scaling.left]
+    assert optimiser.trouble() is None
+    found = gauss_newton.prefix_grams
+
+    def one_is_singular(values):
+        grams = found(values)
+        grams[0][0, :, :, 1] = -1.0
+        grams[0][1, :, :, 0] = float("nan")
+        return grams
+
+    monkeypatch.setattr(gauss_newton, "prefix_grams", one_is_singular)
+    for factor in factors:
+        factor.mul_(2)
+    optimiser.refresh(0.5)
+    kept = (optimiser.scaling.left[0] == before[0]).all(1).all(1)
+    assert kept.nonzero().tolist() == [[0, 1], [1, 0]]
+    assert optimiser.scaling.left[0].isfinite().all()
+    assert optimiser.trouble() == (
+        "2 curvature matrices were not positive definite in float32; the step went on with the last good ones"
+    )
+    assert optimiser.trouble() is None
+
+
+@pytest.mark.parametrize("rank", [64, 512])
+def test_float32_inverts_the_curvature_of_a_steep_spectrum(rank):
+    """Singular values k^-3 in each of the blocks, so that one direction has nearly all energy."""
+    generator = torch.Generator().manual_seed(0)
+    left = torch.linalg.qr(torch.randn(1024, rank, generator=generator))[0] * torch.arange(1, rank + 1.0) ** -3
+    mixed = left @ torch.linalg.qr(torch.randn(rank, rank, generator=generator))[0]
+    factors = [mixed.reshape(1, 1024, rank, 1), torch.randn(1, rank, 1024, 1, generator=generator)]
+    optimiser = GaussNewton(factors, UNIT_INPUTS, 32)
+    optimiser.refresh(0.0)
+    assert optimiser.trouble() is None
+    gram = mixed.double().t() @ mixed.double()
+    gram += 1e-4 * gram.diagonal().mean() * torch.eye(rank)
+    ours = optimiser.scaling.left[0][0, :, :, 0].double()
+    assert torch.linalg.eigvalsh(ours).min() > 0
+    root = torch.linalg.cholesky(gram)
+    scaled = torch.linalg.eigvalsh(root.t() @ ours @ root)
+    assert 0.2 < scaled.min() < scaled.max() < 1.8
+
+
+def test_an_overflowing_step_changes_nothing_but_the_loss_scale():
+    _, factors = chain_of(*CHAINS[1])
+    optimiser = GaussNewton(factors, UNIT_INPUTS, 8, weight_decay=0.1, loss_scaling=True)
+    before = [factor.clone() for factor in factors]
+    optimiser.gradients[0].fill_(float("inf"))
+    optimiser.update(1e-3, torch.ones(()))
+    assert all(map(torch.equal, factors, before))
+    assert optimiser.loss_scale.scale.item() == 2.0**15
+
+
+def test_weight_decay_is_decoupled():
+    _, factors = chain_of(*CHAINS[1])
+    before = [factor.clone() for factor in factors]
+    optimiser = GaussNewton(factors, UNIT_INPUTS, 8, weight_decay=0.5)
+    optimiser.update(1e-3, torch.ones(()))
+    for factor, value in zip(factors, before, strict=True):
+        torch.testing.assert_close(factor, value * (1 - 0.5e-3))
+
+
+def test_matrices_are_inverted_ever_less_often(monkeypatch):
+    _, factors = chain_of(*CHAINS[1])
+    optimiser = GaussNewton(factors, UNIT_INPUTS, 8)
+    shares = {}
+    for step in range(2000):
+        monkeypatch.setattr(optimiser, "refresh", lambda damping, step=step: shares.update({step: damping}))
+        optimiser.prepare(step)
+    due = list(shares)
+    gaps = [later - earlier for earlier, later in itertools.pairwise(due)]
+    assert due[:100] == list(range(100))
+    assert gaps == sorted(gaps)
+    assert set(gaps) == {1, 2, 4, 8, 16}
+    assert shares[0] == 0.5
+    assert shares[200] == 0.25
