@@ -77,8 +77,8 @@ class OptimiserFlags:
     weight_decay: float = flag(0.0, "weight decay; decoupled for gauss_newton and adamw", convert=non_negative_float)
     optimizer: str = flag(
         "auto",
-        "optimiser; auto is gauss_newton for two or three chainable factors and the mean squared error, else adamw; sgd "
-        "has a momentum of 0.9 and needs a far larger --lr",
+        "optimiser; auto is gauss_newton for two or three chainable factors and the mean squared error, else adamw; "
+        "sgd has a momentum of 0.9 and needs a far larger --lr",
         choices=("auto", "gauss_newton", "adamw", "adam", "sgd"),
     )
     scheduler: str = flag(
