@@ -119,7 +119,7 @@ def table(rows) -> str:
         last = {name: run[-1] for name, run in runs.items()}
         cells = [_cell(last.get(name)) for name in RUNS]
         step_ms = {name: 1e3 * float(row["seconds"]) / int(row["steps"]) for name, row in last.items()}
-        shown = f"{step_ms['gauss_newton']:.2f} / {step_ms['adamw']:.2f}"
+        shown = " / ".join(f"{step_ms[name]:.2f}" if name in step_ms else "" for name in ("gauss_newton", "adamw"))
         lines.append(f"| {weight}, {chain}, {rank} | " + " | ".join([*cells, shown]) + " |")
     return "\n".join(lines)
 

@@ -82,7 +82,7 @@ class GaussNewton(Optimiser):
         """
         interval = min(2 ** ((1 + step // 100).bit_length() - 1), 16)
         if step % interval == 0:
-            self.refresh(LOSS_DAMPING / (1 + step / 200))
+            self.refresh(LOSS_DAMPING / (1 + step / 200) ** 2)
 
     @torch.no_grad()
     def refresh(self, loss_damping: float) -> None:

@@ -283,4 +283,4 @@ def test_matrices_are_inverted_ever_less_often(monkeypatch):
     assert gaps == sorted(gaps)
     assert set(gaps) == {1, 2, 4, 8, 16}
     assert shares[0] == 0.5
-    assert shares[200] == 0.25
+    assert shares[200] == 0.125
