@@ -17,7 +17,7 @@ from ks.product.splits import SplitMatrices, prefix_grams, split_patterns, suffi
 from ks.training.optimiser import Optimiser
 
 # The step at lr = 1e-3 is STEP_SIZE over the largest eigenvalue of the second moment of a batch, (1 + √(n/B))² for
-# white inputs. 0.16 trained everything that was tried too, 0.2 diverged on steep spectra (benchmarks/README.md).
+# white inputs. 0.16 trained the two steepest weights too, 0.2 diverged on them (benchmarks/README.md).
 STEP_SIZE = 0.1
 REFERENCE_LR = 1e-3
 # Damping, relative to the mean diagonal of each matrix.
