@@ -146,10 +146,12 @@ def draw(rows, path: Path) -> None:
         axes.remove()
     for axes, ((weight, chain, rank), runs) in zip(grid.flat, cases.items()):
         for (name, run), colour in zip(runs.items(), ("C3", "C0", "C9", "C7")):
-            axes.plot([float(row["seconds"]) for row in run], [max(float(row["gap"]), 1e-14) for row in run],
-                      marker=".", color=colour, label=name)  # fmt: skip
+            above = [row for row in run if float(row["gap"]) > 0]  # a logarithmic axis has no place for the others
+            seconds, gaps = ([float(row[key]) for row in above] for key in ("seconds", "gap"))
+            axes.plot(seconds, gaps, marker=".", color=colour, label=name)
         axes.set(xscale="log", yscale="log", title=f"{weight}, {chain}, {rank}")
         axes.title.set_fontsize(9)
+        axes.xaxis.set_minor_formatter("")
         axes.grid(alpha=0.3)
     figure.supxlabel("training time in CPU seconds, one thread")
     figure.supylabel("population loss / floor − 1")
