@@ -6,8 +6,8 @@
 
 Steps, on batches of 32 ready samples: "ours" is that of `train_with_random.py`; "plain" is the loop of `baselines.py`;
 "bare" calls only the matrix products and the fused optimiser of ours; "dense" trains a dense matrix with our optimiser.
-Layer: y = layer(x), without and with the backward pass for x and values, against torch-structured, einsum and bmm with
-permuted copies. The program compares the outputs before it times anything, and interleaves the timings of a row.
+Layer: y = layer(x), without and with the backward pass for x and values, against torch-structured, einsum, bmm with
+permuted copies, a dense layer, and "bare": only the matrix products of ours, on operands in the best order. The program compares the outputs before it times anything, and interleaves the timings of a row.
 """
 
 import argparse
@@ -137,6 +137,28 @@ def without_values(layer):
     return lambda x, values: layer(x)
 
 
+def bare_products(layer, batch: int, backward: bool):
+    """Return a function for the matrix products of a two-factor layer, on operands in the best order."""
+    left, right = layer.patterns
+    matrices = [torch.randn(p.a * p.d, p.b, p.c, device=layer.factors[0].device) for p in layer.patterns]
+    x, entered, y = (
+        torch.randn(blocks, size, batch, device=layer.factors[0].device)
+        for blocks, size in ((right.a, right.c), (left.d, left.c), (left.d, left.b))
+    )
+    between = torch.randn(right.a, right.b, batch, device=x.device)
+
+    def products():
+        torch.bmm(matrices[1], x)
+        torch.bmm(matrices[0], entered)
+        if backward:
+            torch.bmm(matrices[0].mT, y)
+            torch.bmm(matrices[1].mT, between)
+            torch.bmm(y, entered.mT)
+            torch.bmm(between, x.mT)
+
+    return products
+
+
 def measure_layer(options, device, rows: Rows) -> None:
     m, n = options.shape
     structured = torch_structured_multiply()
@@ -154,6 +176,10 @@ def measure_layer(options, device, rows: Rows) -> None:
                 "ours": (without_values(layer), values),
                 "einsum": (einsum_chain, values),
                 "plain": (without_values(plain), list(plain.weights)),
+                "dense": (
+                    lambda x, weights: torch.nn.functional.linear(x, *weights),
+                    [layer.to_dense().requires_grad_()],
+                ),
             }
             if structured is not None:
                 weights = [weight.requires_grad_() for weight in structured_weights(layer.factors)]
@@ -167,6 +193,7 @@ def measure_layer(options, device, rows: Rows) -> None:
                         functions[name] = forward(function, x, parameters)
                     else:
                         functions[name] = forward_and_backward(function, x, parameters, gradient)
+                functions["bare"] = bare_products(layer, batch, backward=what != "forward")
                 found = interleaved_medians(functions, device, options.rounds, calls=20 if batch == 32 else 2)
                 row = {"what": what, "shape": f"{m}x{n}", "batch": batch, "rank": rank}
                 row |= {f"{name}_ms": value for name, value in found.items()}
