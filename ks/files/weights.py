@@ -54,7 +54,7 @@ def load_weight(path, key: str | None = None, transpose: bool = False) -> Weight
     """
     path = Path(path)
     try:
-        tensors = _read_file(path)
+        tensors = entries_of(path)
     except OSError as error:  # a folder above it is closed, or the name is too long
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
     if key is None:
@@ -62,13 +62,32 @@ def load_weight(path, key: str | None = None, transpose: bool = False) -> Weight
     elif key not in tensors:
         raise UsageError(f"{path} has no key {key!r}; {_candidates(tensors)}")
     where = f"{path}, key {key!r}" if key else f"{path}"
-    tensor = plain(tensors[key]() if isinstance(tensors[key], _Lazy) else tensors[key], where)
+    tensor = read_entry(tensors[key], where)
     _check_weight(where, tensor)
     return Weight(tensor.t().contiguous() if transpose else tensor.contiguous(), key or None)
 
 
-def _read_file(path: Path) -> dict:
-    """Return every tensor of the file by name ('' for a lone one); safetensors entries are read only when called."""
+def read_entry(entry, where: str) -> torch.Tensor:
+    """Return the tensor of an entry of `entries_of`, an ordinary strided one.
+
+    Args:
+        entry: of a file.
+        where: the file and key, for messages.
+    Raises:
+        UsageError: it cannot be read, is no ordinary dense tensor, or exceeds the memory.
+    """
+    return plain(entry() if isinstance(entry, _Lazy) else entry, where)
+
+
+def entries_of(path: Path, what: str = "weights") -> dict:
+    """Return every tensor of a file by name ('' for a lone one); safetensors entries are read by `read_entry` alone.
+
+    Args:
+        path: with one of `SUFFIXES`.
+        what: the file should hold, for messages.
+    Raises:
+        UsageError: the file cannot be read.
+    """
     if not path.exists():
         raise UsageError(f"{path}: no such file")
     if not path.is_file():
@@ -79,7 +98,7 @@ def _read_file(path: Path) -> dict:
     if path.stat().st_size == 0:
         raise UsageError(f"{path} is empty (0 bytes)")
     if path.suffix in (".pth", ".pt"):
-        return tensors_in(read_torch_file(path), str(path))
+        return tensors_in(read_torch_file(path, what), str(path))
     try:
         if path.suffix == ".npy":
             return {"": _read_npy(path)}
@@ -87,7 +106,7 @@ def _read_file(path: Path) -> dict:
     except UsageError:
         raise
     except Exception as error:  # a damaged file can raise nearly anything, out of two libraries
-        raise UsageError(f"{path} cannot be read as weights ({type(error).__name__}: {one_line(error)})") from error
+        raise UsageError(f"{path} cannot be read as {what} ({type(error).__name__}: {one_line(error)})") from error
 
 
 def _read_npy(path: Path) -> torch.Tensor:
