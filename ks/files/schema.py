@@ -184,6 +184,18 @@ class SavedChain(Struct):
     state_dict: dict[str, torch.Tensor]
 
 
+class InputMomentsRecord(Struct):
+    """Metadata of a file of input moments; `ks.inputs.moments_file.InputMoments` describes the fields."""
+
+    version: Positive
+    aliases: Annotated[dict[Text, Text], Meta(min_length=1)]
+    batches: dict[Text, Count]
+    created: Text
+    transposed: list[Text] = field(default_factory=list)
+    model: Text = ""
+    libraries: dict[Text, Text] = field(default_factory=dict)
+
+
 def convert(content: Any, kind: type[Record], where: str) -> Record:
     """Check the content of a file against its schema.
 
