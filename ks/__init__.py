@@ -9,18 +9,33 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ks.bounds.factorize import factorize
     from ks.bounds.floors import loss_floor
+    from ks.inputs.collect import collect_input_moments
+    from ks.inputs.moments_file import InputMoments
     from ks.layer import KSLinear, load
     from ks.patterns import Chain, Pattern, make_chain
     from ks.product.operator import chain_product
 
 __version__ = "0.1.0"
-__all__ = ["Chain", "KSLinear", "Pattern", "chain_product", "factorize", "load", "loss_floor", "make_chain"]
+__all__ = [
+    "Chain",
+    "InputMoments",
+    "KSLinear",
+    "Pattern",
+    "chain_product",
+    "collect_input_moments",
+    "factorize",
+    "load",
+    "loss_floor",
+    "make_chain",
+]
 
 _HOMES = {
     "Chain": "ks.patterns",
+    "InputMoments": "ks.inputs.moments_file",
     "KSLinear": "ks.layer",
     "Pattern": "ks.patterns",
     "chain_product": "ks.product.operator",
+    "collect_input_moments": "ks.inputs.collect",
     "factorize": "ks.bounds.factorize",
     "load": "ks.layer",
     "loss_floor": "ks.bounds.floors",
