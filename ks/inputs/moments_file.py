@@ -108,6 +108,22 @@ class InputMoments:
         path = Path(path)
         if path.suffix != ".safetensors":
             raise UsageError(f"{path}: moments of inputs are kept in a .safetensors file; give it that suffix")
+        try:
+            with atomic_path(path) as temporary:
+                temporary.touch()
+                mode = temporary.stat().st_mode  # the library lets nobody but the user read its files
+                tensors, metadata = self._content()
+                safetensors.torch.save_file(tensors, temporary, metadata)
+                temporary.chmod(mode)
+        except Exception as error:  # the library raises its own error for a missing folder and a full disk
+            raise UsageError(f"{path} cannot be written ({one_line(error, 200)})") from error
+
+    def packed(self) -> bytes:
+        """Return the content of the file that `save` writes."""
+        return safetensors.torch.save(*self._content())
+
+    def _content(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """Return tensors and metadata of the file."""
         tensors: dict[str, torch.Tensor] = {}
         for prefix, part in (("", self.train), (HELD_OUT, self.held_out)):
             for name, sums in part.items():
@@ -116,15 +132,7 @@ class InputMoments:
         record = InputMomentsRecord(
             VERSION, self.aliases, self.batches, now(), list(self.transposed), self.model, _libraries()
         )
-        metadata = {METADATA: json.dumps(msgspec.to_builtins(record))}
-        try:
-            with atomic_path(path) as temporary:
-                temporary.touch()
-                mode = temporary.stat().st_mode  # the library lets nobody but the user read its files
-                safetensors.torch.save_file(tensors, temporary, metadata)
-                temporary.chmod(mode)
-        except Exception as error:  # the library raises its own error for a missing folder and a full disk
-            raise UsageError(f"{path} cannot be written ({one_line(error, 200)})") from error
+        return tensors, {METADATA: json.dumps(msgspec.to_builtins(record))}
 
     @classmethod
     def load(cls, path) -> "InputMoments":
@@ -134,19 +142,7 @@ class InputMoments:
             UsageError: the file is missing, damaged, of a newer version, holds invalid sums or exceeds the memory.
         """
         file = MomentsFile(path)
-        names = list(dict.fromkeys(file.record.aliases.values()))
-        train, held_out = ({name: file.sums(name, prefix) for name in names} for prefix in ("", HELD_OUT))
-        for name, sums in train.items():
-            if sums is None:
-                raise UsageError(f"{path} lacks {one_line(name)}/sum_xx; collect the moments again")
-        return cls(
-            {name: sums for name, sums in train.items() if sums is not None},
-            {name: sums for name, sums in held_out.items() if sums is not None},
-            file.record.aliases,
-            {name: file.record.batches.get(name, 0) for name in names},
-            tuple(file.record.transposed),
-            file.record.model,
-        )
+        return file.moments(file.record.aliases)
 
 
 def _added(first: Mapping[str, InputSums], second: Mapping[str, InputSums]) -> dict[str, InputSums]:
@@ -287,6 +283,28 @@ class MomentsFile:
         if not (square.isfinite().all() and sum_x.isfinite().all()):
             raise UsageError(f"{where} holds NaN or infinite sums; collect the moments again")
         return InputSums(square, sum_x, int(count.item()))
+
+    def moments(self, aliases: Mapping[str, str]) -> InputMoments:
+        """Return the moments of some weights.
+
+        Args:
+            aliases: those of the record, or some of them.
+        Raises:
+            UsageError: as `sums`, or the sums of a weight are missing.
+        """
+        names = list(dict.fromkeys(aliases.values()))
+        train, held_out = ({name: self.sums(name, prefix) for name in names} for prefix in ("", HELD_OUT))
+        for name, sums in train.items():
+            if sums is None:
+                raise UsageError(f"{self._where(name, '')}: {', '.join(TENSORS)} missing; collect the moments again")
+        return InputMoments(
+            {name: sums for name, sums in train.items() if sums is not None},
+            {name: sums for name, sums in held_out.items() if sums is not None},
+            dict(aliases),
+            {name: self.record.batches.get(name, 0) for name in names},
+            tuple(key for key in self.record.transposed if key in aliases),
+            self.record.model,
+        )
 
     def _where(self, name: str, prefix: str) -> str:
         return f"{self.path}, inputs {one_line(f'{name}/{prefix}').rstrip('/')!r}"

@@ -80,17 +80,37 @@ def read_input_moments(
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
 
 
+def packed_inputs(path, key: str | None) -> bytes:
+    """Return a file with the same suffix that has the inputs of one weight alone, as bytes, for another machine.
+
+    Args:
+        path: as in `read_input_moments`, which reads the result with the same keys.
+        key: of the weight in the moments file.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors" or METADATA not in open_safetensors(path, "inputs")[1]:
+        return path.read_bytes()
+    file = MomentsFile(path)
+    found = _weight_of(file, key)
+    return file.moments({found: file.record.aliases[found]}).packed()
+
+
+def _weight_of(file: MomentsFile, key: str | None) -> str:
+    """Return the key of a weight as the file spells it; a lone one needs no key."""
+    aliases = file.record.aliases
+    if key is not None:
+        return find_weight(aliases, key, str(file.path))
+    if len(aliases) > 1:
+        raise UsageError(f"{file.path} holds the inputs of {len(aliases)} weights; give a key, {nearest('', aliases)}")
+    return next(iter(aliases))
+
+
 def _read_moments(path: Path, width: int, key: str | None) -> GivenInputs:
     file = MomentsFile(path)
-    aliases, notes = file.record.aliases, []
-    if key is None:
-        if len(aliases) > 1:
-            raise UsageError(f"{path} holds the inputs of {len(aliases)} weights; give a key, {nearest('', aliases)}")
-        [key] = aliases
-    found = find_weight(aliases, key, str(path))
-    if found not in (key, f"{key}.weight"):
+    found, notes = _weight_of(file, key), []
+    if key is not None and found not in (key, f"{key}.weight"):
         notes.append(f"inputs of {one_line(key)}: {path} names them {one_line(found)}")
-    name = aliases[found]
+    name = file.record.aliases[found]
     where = f"{path}, inputs {one_line(name)!r}"
     if (size := file.width(name)) is None:
         raise UsageError(f"{where}: sum_xx, sum_x and count are missing; collect the moments again")

@@ -197,7 +197,7 @@ TENSORS = {
     "floating count": ({"a.q/count": torch.tensor(40.0)}, "count must be one integer"),
     "no mean": ({"a.q/sum_x": None}, "sum_x missing"),
     "no held-out count": ({"a.q/held_out/count": None}, "'a.q/held_out': count missing"),
-    "nothing": ({"a.q/sum_x": None, "a.q/sum_xx": None, "a.q/count": None}, "lacks a.q/sum_xx"),
+    "nothing": ({"a.q/sum_x": None, "a.q/sum_xx": None, "a.q/count": None}, "sum_xx, sum_x, count missing"),
 }
 
 

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from ks.errors import UsageError
 from ks.inputs.moments_file import InputMoments
-from ks.inputs.read import read_input_moments
+from ks.inputs.read import packed_inputs, read_input_moments
 from ks.inputs.sums import InputSums
 
 WIDTH = 6
@@ -302,6 +302,25 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path):
     cut = saved(tmp_path / "cut.safetensors")
     cut.write_bytes(cut.read_bytes()[:-9])
     refused(cut, "cannot be read")
+
+
+@pytest.mark.parametrize("key", [KEY, f"bert.{KEY}", KEY.replace("output", "other")])
+def test_packed_inputs_are_those_of_one_weight(tmp_path, key):
+    path = tmp_path / "m.safetensors"
+    parts = {"x": sums(ROWS), "y": sums(normal(9, 4))}, {"x": sums(UNSEEN)}
+    aliases = {KEY: "x", KEY.replace("output", "other"): "x", "y.weight": "y"}
+    InputMoments(*parts, aliases, {"x": 5, "y": 5}, (KEY, "y.weight"), "MiniLM").save(path)
+    (tmp_path / "alone.safetensors").write_bytes(packed_inputs(path, key))
+    first, again = (read_input_moments(tmp_path / name, WIDTH, key) for name in ("m.safetensors", "alone.safetensors"))
+    assert (again.sha256, again.transposed, again.key) == (first.sha256, first.transposed, first.key)
+    assert list(InputMoments.load(tmp_path / "alone.safetensors").train) == ["x"]
+    assert InputMoments.load(tmp_path / "alone.safetensors").batches == {"x": 5}
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".pt", ".safetensors"])
+def test_packed_samples_are_their_file(tmp_path, suffix):
+    path = write_samples(tmp_path / f"x{suffix}", ROWS)
+    assert packed_inputs(path, None) == path.read_bytes()
 
 
 def test_the_hash_is_that_of_the_values(tmp_path, path):
