@@ -120,6 +120,23 @@ def test_the_layer_example_runs_as_written(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_the_examples_of_measured_inputs_run_as_written(tmp_path):
+    linear = "torch.nn.Linear(8, 8)"
+    setup = (
+        f"import sys, torch; sys.path.insert(0, {str(ROOT)!r})",
+        f"model = torch.nn.ModuleDict({{'encoder': torch.nn.ModuleDict({{'dense': {linear}}})}})",
+        "model.forward = lambda input_ids, attention_mask: model['encoder']['dense'](input_ids.float())",
+        "batch = {'input_ids': torch.randn(30, 8, 8), 'attention_mask': torch.ones(30, 8, dtype=torch.int64)}",
+        "loader = [batch] * 10",
+    )
+    snippets = [block.replace("layer.*.output.dense", "dense") for block in blocks("docs/inputs.md", "python")]
+    assert len(snippets) == 3
+    smaller = [block.replace("layer.0.output.dense", "dense").replace("1536", "8") for block in snippets]
+    code = "\n".join([*setup, *smaller, "assert given.train.count == 8 * 240 * 3, given.train.count"])
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_every_flag_is_documented():
     rows = [line for line in PAGES["docs/flags.md"].splitlines() if line.startswith("| `--")]
     documented = {flag for row in rows for flag in re.findall(r"`(--\w+)`", row.split(" | ")[0])}
