@@ -142,7 +142,7 @@ def test_whole_batches_are_held_out_every_fifth():
     assert found.batches[f"{LAYER}.query"] == 11
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.2, 0.25, 0.3, 0.5, 0.7])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.2, 0.25, 0.29, 0.3, 0.5, 0.7])
 def test_the_held_out_share_is_kept_exactly(share):
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
     found = collect(model, [torch.ones(1, 2)] * 100, "**", held_out=share)
@@ -254,13 +254,16 @@ def test_names_are_those_of_the_checkpoint():
 def test_compiled_models_are_observed():
     code = (
         "import torch, ks\n"
-        "linear = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.ReLU())\n"
-        "whole, part = torch.compile(linear, backend='eager'), torch.nn.Sequential(torch.nn.Linear(3, 3))\n"
-        "part[0].compile(backend='eager')\n"
-        "for model in (whole, part):\n"
-        "    model(torch.ones(4, 3))\n"
-        "    found = ks.collect_input_moments(model, [torch.ones(4, 3)], '0', held_out=0, quiet=True)\n"
-        "    assert found.train['0'].count == 4, found\n"
+        "def make():\n"
+        "    return torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.ReLU()))\n"
+        "whole, part = torch.compile(make(), backend='eager'), make()\n"
+        "part[0] = torch.compile(part[0], backend='eager')\n"
+        "for model in (whole, torch.nn.DataParallel(whole), part):\n"
+        "    with torch.no_grad():\n"
+        "        model.eval()(torch.ones(4, 3))\n"
+        "    found = ks.collect_input_moments(model, [torch.ones(4, 3)], '0.0', held_out=0, quiet=True)\n"
+        "    assert found.train['0.0'].count == 4, found\n"
+        "    assert found.model == 'Sequential'\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
