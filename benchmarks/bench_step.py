@@ -7,7 +7,8 @@
 Steps, on batches of 32 ready samples: "ours" is that of `train_with_random.py`; "plain" is the loop of `baselines.py`;
 "bare" calls only the matrix products and the fused optimiser of ours; "dense" trains a dense matrix with our optimiser.
 Layer: y = layer(x), without and with the backward pass for x and values, against torch-structured, einsum, bmm with
-permuted copies, a dense layer, and "bare": only the matrix products of ours, on operands in the best order. The program compares the outputs before it times anything, and interleaves the timings of a row.
+permuted copies, a dense layer, and "bare": only the matrix products of ours, on operands in the best order. The program
+compares the outputs before it times anything, and interleaves the timings of a row.
 """
 
 import argparse
