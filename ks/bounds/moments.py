@@ -1,10 +1,30 @@
 """The second moment C = E[x xᵀ] of a layer's inputs: everything that a loss or a floor needs to know of them."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
+from ks.errors import UsageError
 from ks.product.pieces import sum_of_squares
+
+ROUNDING = 1e-6  # relative; a moment that was summed in float32 is symmetric and positive semi-definite to about 1e-7
+
+
+class Inputs(Protocol):
+    """The second moment C of the inputs x of a layer, of n features."""
+
+    def output_energy(self, weight: torch.Tensor) -> float:
+        """Return tr(W C Wᵀ), the expected squared norm of W x, for W of shape (m, n) and any float dtype."""
+
+    def times_root(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return W F in float64, with C = F Fᵀ and F symmetric; F is block diagonal where C is."""
+
+    def colour(self, unit_samples: torch.Tensor) -> torch.Tensor:
+        """Return samples z Fᵀ of second moment C for samples z of second moment I, shape (N, n)."""
+
+    def coupling(self, groups: int) -> torch.Tensor | None:
+        """Return C if it couples any two of `groups` equal groups of features, None if it is block diagonal."""
 
 
 @dataclass(frozen=True)
@@ -37,5 +57,96 @@ class IsotropicInputs:
         """
         return unit_samples * self.std if self.std != 1.0 else unit_samples
 
+    def coupling(self, groups: int) -> torch.Tensor | None:
+        """Return None: σ²I couples no features."""
+        return None
+
 
 UNIT_INPUTS = IsotropicInputs()
+
+
+class MeasuredInputs:
+    """Inputs with a measured second moment C, which may be singular.
+
+    The root C^{1/2} comes from one symmetric eigendecomposition in float64, about 10 n³ operations; negative
+    eigenvalues within rounding count as zero.
+
+    Args:
+        moment: C, shape (n, n), any float dtype, symmetric and positive semi-definite up to rounding.
+    Raises:
+        UsageError: another shape, entries that are not finite, not symmetric, or not positive semi-definite.
+    """
+
+    def __init__(self, moment: torch.Tensor):
+        if moment.ndim != 2 or moment.shape[0] != moment.shape[1] or not moment.is_floating_point():
+            raise UsageError(
+                f"second moment of shape {tuple(moment.shape)} and {moment.dtype}: a square float matrix is needed"
+            )
+        moment = moment.detach().double()
+        if not moment.isfinite().all():
+            raise UsageError("the second moment holds NaN or infinite entries; collect it again")
+        difference = (moment - moment.mT).abs().max().item()
+        if difference > ROUNDING * moment.abs().max().item():
+            raise UsageError(f"the second moment is not symmetric: entries differ by up to {difference:.3g} across it")
+        moment = (moment + moment.mT) / 2
+        eigenvalues, vectors = torch.linalg.eigh(moment)
+        if eigenvalues[0] < -ROUNDING * eigenvalues[-1].clamp(min=0):
+            raise UsageError(
+                f"the second moment is not positive semi-definite: its eigenvalues reach from {eigenvalues[0]:.3g} to "
+                f"{eigenvalues[-1]:.3g}"
+            )
+        rounding = len(moment) * torch.finfo(torch.float64).eps * eigenvalues[-1]
+        self._root = (vectors * eigenvalues.clamp(min=0).sqrt()) @ vectors.mT
+        # Without the negative part of a moment in float32, no loss can be below a floor that is computed from the root.
+        self._moment = moment if eigenvalues[0] >= -rounding else self._root @ self._root
+        self._eigenvalues = eigenvalues.clamp(min=0)
+
+    def output_energy(self, weight: torch.Tensor) -> float:
+        """Return tr(W C Wᵀ) = ‖W C^{1/2}‖_F², the expected squared norm of W x.
+
+        Args:
+            weight: shape (m, n), any float dtype; summed in float64.
+        """
+        return self.times_root(weight).square().sum().item()
+
+    def times_root(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return W C^{1/2} in float64: its squared singular values are the output energies of W's directions."""
+        if weight.shape[-1] != len(self._root):
+            raise UsageError(
+                f"second moment of {len(self._root)} features: a weight of shape {tuple(weight.shape)} needs "
+                f"{weight.shape[-1]}"
+            )
+        return weight.double() @ self._root.to(weight.device)
+
+    def colour(self, unit_samples: torch.Tensor) -> torch.Tensor:
+        """Return C^{1/2} z for samples z of second moment I, in their dtype.
+
+        Args:
+            unit_samples: shape (N, n).
+        """
+        return unit_samples @ self._root.to(unit_samples)
+
+    def second_moment(self) -> torch.Tensor:
+        """Return C, shape (n, n), float64."""
+        return self._moment
+
+    def coupling(self, groups: int) -> torch.Tensor | None:
+        """Return C if it couples any two of `groups` equal groups of features, None if it is block diagonal."""
+        width = len(self._moment) // groups
+        outside = self._moment.clone()
+        for start in range(0, len(outside), width):
+            outside[start : start + width, start : start + width] = 0
+        return self._moment if outside.any() else None
+
+    @property
+    def effective_rank(self) -> float:
+        """(tr C)² / ‖C‖_F², between 1 and n: the number of equal directions with as much spread; 0 for C = 0."""
+        squares = self._eigenvalues.square().sum().item()
+        return self._eigenvalues.sum().item() ** 2 / squares if squares else 0.0
+
+    @property
+    def condition(self) -> float:
+        """Largest over smallest eigenvalue; infinite if C is singular to rounding."""
+        smallest, largest = self._eigenvalues[0].item(), self._eigenvalues[-1].item()
+        singular = smallest <= len(self._eigenvalues) * torch.finfo(torch.float64).eps * largest
+        return float("inf") if singular else largest / smallest

@@ -2,13 +2,13 @@
 
 import torch
 
-from ks.bounds.moments import UNIT_INPUTS, IsotropicInputs
+from ks.bounds.moments import UNIT_INPUTS, Inputs
 from ks.product.dense import subtract_chain
 from ks.product.gram import lower_gram
 
 
 @torch.no_grad()
-def population_loss(weight: torch.Tensor, values, inputs: IsotropicInputs = UNIT_INPUTS) -> float:
+def population_loss(weight: torch.Tensor, values, inputs: Inputs = UNIT_INPUTS) -> float:
     """Return the expected squared error per output, tr(E C Eᵀ) / m with E = W − K_1 … K_L; σ²‖E‖_F² / m for C = σ²I.
 
     E is formed block by block in float64 (m·n·r multiply-adds for two factors), because ‖W‖² − 2⟨W, Ŵ⟩ + ‖Ŵ‖² would
@@ -31,7 +31,7 @@ def _residual(weight: torch.Tensor, values) -> torch.Tensor:
 
 @torch.no_grad()
 def sampled_loss_range(
-    weight: torch.Tensor, values, num_samples: int, inputs: IsotropicInputs = UNIT_INPUTS
+    weight: torch.Tensor, values, num_samples: int, inputs: Inputs = UNIT_INPUTS
 ) -> tuple[float, float]:
     """Return a range that the mean squared error over random Gaussian inputs leaves once in 10^13 times.
 

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from ks.bounds.moments import IsotropicInputs
+from ks.bounds.moments import Inputs
 from ks.bounds.population_loss import population_loss
 from ks.files.atomic import save_tensors
 from ks.files.schema import BestRecord
@@ -22,7 +22,7 @@ class BestModel:
         keep_start: whether the start is a result in its own right (a factorisation of W).
     """
 
-    def __init__(self, model: KSLinear, weight: torch.Tensor, inputs: IsotropicInputs, keep_start: bool):
+    def __init__(self, model: KSLinear, weight: torch.Tensor, inputs: Inputs, keep_start: bool):
         self.model, self.weight, self.inputs = model, weight, inputs
         self.start = copy.deepcopy(model) if keep_start else None
         self.val_loss = math.inf

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ks.bounds.floors import no_floor_reason
-from ks.bounds.moments import IsotropicInputs
+from ks.bounds.moments import Inputs, IsotropicInputs
 from ks.cli.flags import ChainFlags, TrainingFlags
 from ks.errors import UsageError
 from ks.files.memory import check_fits
@@ -32,7 +32,7 @@ class Problem:
     optimizer: str
     num_train: int
     num_validation: int
-    inputs: IsotropicInputs
+    inputs: Inputs
     unit: float
     predict_zero_loss: float
     notes: tuple[str, ...]

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from ks.bounds.moments import UNIT_INPUTS, IsotropicInputs
+from ks.bounds.moments import UNIT_INPUTS, Inputs
 from ks.product.gram import lower_gram
 from ks.product.pieces import in_pieces
 
@@ -89,7 +89,7 @@ class Samples:
         *,
         sampling: str,
         seed: int,
-        inputs_moment: IsotropicInputs = UNIT_INPUTS,
+        inputs_moment: Inputs = UNIT_INPUTS,
         output_rows: Callable[[int], torch.Tensor] | None = None,
         batch_last: bool = False,
         dtype: torch.dtype = torch.float32,
