@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from ks.bounds.factorize import factorize
+from ks.bounds.moments import Inputs
 from ks.errors import UsageError
 from ks.files.memory import check_fits
 from ks.files.schema import SavedChain, convert
@@ -98,28 +99,34 @@ class KSLinear(torch.nn.Module):
         *,
         patterns=None,
         bias=None,
+        input_moments: torch.Tensor | Inputs | None = None,
         impl: str = "auto",
         batch_last: bool = False,
         **chain_options,
     ) -> "KSLinear":
-        """Compress a dense weight without training, by hierarchical factorisation (optimal for two factors).
+        """Compress a dense weight without training, so that tr((W − Ŵ) C (W − Ŵ)ᵀ) is small for the inputs it sees.
+
+        Without `input_moments`, C = I and the factorisation is hierarchical (optimal for two factors). Inputs that
+        couple column groups need a descent; `ks.bounds.factorize.factorize` states its cost.
 
         Args:
             weight: W, shape (m, n); its dtype and device are the layer's.
             rank: of the chain that `chain_options` (chain, blocks, num_factors, row_splits, col_splits) name.
             patterns: instead of a rank, explicit patterns that `ks.bounds.factorize.factorize` takes.
             bias: shape (m,), copied.
+            input_moments: the second moment C = E[x xᵀ] of the inputs, shape (n, n) or
+                `ks.bounds.moments.MeasuredInputs`.
             impl, batch_last: as the class's.
         Raises:
             UsageError: neither or both of rank and patterns, chain options beside patterns, or a chain that cannot be
-                factorised.
+                factorised, or moments that do not fit.
         """
         if (rank is None) == (patterns is None) or (patterns is not None and chain_options):
             raise UsageError("from_dense needs either a rank, with chain options, or patterns alone")
         if rank is not None:
             rows, cols = weight.shape
             patterns = make_chain(rows, cols, chain_options.pop("chain", "monarch"), **chain_options).patterns(rank)
-        factors = factorize(weight, patterns)
+        factors = factorize(weight, patterns, input_moments)
         place = {"device": weight.device, "dtype": weight.dtype}
         layer = cls.from_patterns(patterns, bias is not None, impl=impl, batch_last=batch_last, **place)
         with torch.no_grad():
@@ -131,7 +138,7 @@ class KSLinear(torch.nn.Module):
 
     @classmethod
     def from_linear(cls, linear: torch.nn.Linear, rank: int | None = None, **options) -> "KSLinear":
-        """Compress an nn.Linear, weight and bias, by `from_dense`; the result can take its place."""
+        """Compress an nn.Linear, weight and bias, by `from_dense` with its options; the result can take its place."""
         return cls.from_dense(linear.weight, rank, bias=linear.bias, **options)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

@@ -1,0 +1,157 @@
+"""The best known grid of rank-r blocks for coupled inputs: block coordinate descent, an upper bound of the least loss.
+
+A grid Ŵ has blocks X[t, i] = Ŵ[t::q, group i] of rank r; its loss tr((W − Ŵ) C (W − Ŵ)ᵀ) separates over the row groups
+t. In block-whitened columns, X̃_i = X_i C_ii^{1/2} and C̃_ij = C_ii^{-1/2} C_ij C_jj^{-1/2}, so that C̃_ii = I, and
+with H = W C ⊕C_ii^{-1/2} the optimum of one block given the others is the truncated SVD of
+
+    T_i = H_i − Σ_{j≠i} X̃_j C̃_ji.
+
+Blocks are kept as products left · rightᵀ, so that a sweep costs about 4 r n² q + 8 r m n operations.
+"""
+
+import torch
+
+MAX_SWEEPS = 200
+TOLERANCE = 3e-5  # relative progress of a sweep at which the descent ends
+SINGULAR = 1e-12  # eigenvalues of C_ii below this share of the largest count as zero
+
+
+class GridDescent:
+    """Descent for one weight and second moment, prepared once for all ranks in about 4 n³/p + 4 m n² operations.
+
+    Args:
+        weight: W, shape (m, n), any float dtype, CPU or CUDA; the work is done in float64.
+        moment: C, shape (n, n), float64.
+        row_groups: q, a divisor of m.
+        column_groups: p, a divisor of n.
+    """
+
+    def __init__(self, weight: torch.Tensor, moment: torch.Tensor, row_groups: int, column_groups: int):
+        q, p = row_groups, column_groups
+        moment = moment.to(weight.device)
+        height, width = weight.shape[0] // q, weight.shape[1] // p
+        self.weight = _blocks(weight.double(), q, p)  # shape: (q, p, M, k)
+        coupling = moment.reshape(p, width, p, width).transpose(1, 2)  # shape: (p, p, k, k)
+        own = torch.stack([coupling[i, i] for i in range(p)])
+        self.root, self.inverse_root = root_and_inverse(own)
+        self.coupling = self.inverse_root[:, None] @ coupling @ self.inverse_root
+        outputs = weight.double() @ moment
+        self.energy = (outputs * weight).reshape(height, q, -1).sum((0, 2))  # shape: (q,)
+        self.target = _blocks(outputs, q, p) @ self.inverse_root  # H
+        self.whitened = self.weight @ self.root
+        self.history: list[float] = []  # the loss after each sweep of the last descent
+
+    def factors(
+        self, rank: int, max_sweeps: int = MAX_SWEEPS, tolerance: float = TOLERANCE
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Descend from the truncated SVD of every block; return Ŵ[t::q, group i] = left[t, i] right[t, i]ᵀ.
+
+        A sweep starts from the extrapolation X + (X − X_before) · age / (age + 3). A row group whose loss would rise
+        keeps its X and restarts at age 0, so that the loss never rises.
+
+        Args:
+            rank: r.
+            max_sweeps, tolerance: end of the descent.
+        Returns:
+            left of shape (q, p, M, r) and right of shape (q, p, k, r), with r clipped at min(M, k).
+        """
+        groups = range(len(self.coupling))
+        rank = min(rank, *self.target.shape[-2:])
+        now = [_truncate(self.whitened[:, i], rank, None) for i in groups]
+        now, loss = self._sweep(now, rank)
+        before, age = now, torch.zeros_like(loss)
+        self.history = [loss.sum().item()]
+        for _ in range(max_sweeps - 1):
+            momentum = (age / (age + 3))[:, None, None]
+            start = [
+                (torch.cat([left, old_left], -1), torch.cat([right * (1 + momentum), old_right * -momentum], -1))
+                for (left, right), (old_left, old_right) in zip(now, before)
+            ]
+            trial, trial_loss = self._sweep(start, rank, now)
+            better = trial_loss <= loss
+            chosen = [_choose(better, new, old) for new, old in zip(trial, now)]
+            before, now = [_choose(better, old, older) for old, older in zip(now, before)], chosen
+            loss = torch.where(better, trial_loss, loss)
+            age = torch.where(better, age + 1, torch.zeros_like(age))
+            self.history.append(loss.sum().item())
+            if better.all() and self.history[-2] - self.history[-1] <= tolerance * abs(self.history[-1]):
+                break
+        left = torch.stack([left for left, _ in now], 1)
+        right = self.inverse_root @ torch.stack([right for _, right in now], 1)
+        return left, right + self._outside(left)
+
+    def _sweep(self, start, rank: int, basis=None):
+        """Give every block its optimum in turn; return the blocks and the loss per row group.
+
+        start: per column group (left, right), shapes (q, M, ·) and (q, k, ·), in whitened columns.
+        basis: blocks whose left factors start the subspace iteration; `start` if not given.
+        """
+        blocks, loss = list(start), self.energy.clone()
+        for i in range(len(blocks)):
+            target = self.target[:, i]
+            fixed = target - sum(_times(blocks[j], self.coupling[j, i]) for j in range(i)) if i else target
+            free = fixed - sum(_times(blocks[j], self.coupling[j, i]) for j in range(i + 1, len(blocks)))
+            left, right = blocks[i] = _truncate(free, rank, (basis or start)[i][0])
+            # ‖X̃_i‖² − 2⟨H_i − Σ_{j<i} X̃_j C̃_ji, X̃_i⟩, whose sum over i counts every pair of blocks once
+            loss += right.square().sum((1, 2)) - 2 * ((fixed @ right) * left).sum((1, 2))
+        return blocks, loss
+
+    def _outside(self, left: torch.Tensor) -> torch.Tensor:
+        """Return right factors in the null space of C_ii, where they cost nothing: those of the projected weight."""
+        raw = self.weight.mT @ left
+        return raw - self.inverse_root @ (self.root @ raw)
+
+
+def root_and_inverse(moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return C^{1/2} and its pseudo-inverse for a batch of moments, shape (..., k, k), float64."""
+    eigenvalues, vectors = torch.linalg.eigh(moments)
+    kept = eigenvalues > SINGULAR * eigenvalues[..., -1:].clamp(min=0)
+    root = torch.where(kept, eigenvalues, 0).sqrt()
+    inverse = torch.where(kept, eigenvalues, 1).rsqrt() * kept
+    return (vectors * root.unsqueeze(-2)) @ vectors.mT, (vectors * inverse.unsqueeze(-2)) @ vectors.mT
+
+
+def _blocks(matrix: torch.Tensor, row_groups: int, column_groups: int) -> torch.Tensor:
+    """Return the view of (m, n) of shape (q, p, m/q, n/p)."""
+    # (M q) (p k) -> q p M k
+    return matrix.reshape(-1, row_groups, column_groups, matrix.shape[1] // column_groups).permute(1, 2, 0, 3)
+
+
+def _times(block, coupling: torch.Tensor) -> torch.Tensor:
+    left, right = block
+    if left.shape[-1] > left.shape[-2]:
+        return (left @ right.mT) @ coupling
+    return left @ (right.mT @ coupling)
+
+
+def _choose(better: torch.Tensor, new, old):
+    return tuple(torch.where(better[:, None, None], ours, theirs) for ours, theirs in zip(new, old))
+
+
+def _truncate(matrices: torch.Tensor, rank: int, basis: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return left · rightᵀ, with orthonormal left, the best approximation of rank r that a subspace holds.
+
+    Where the rank is small and a basis is at hand, the subspace is that of [basis, T Tᵀ basis], which is never worse
+    than the basis alone; else it is the whole space.
+
+    Args:
+        matrices: T, shape (q, M, k).
+        basis: shape (q, M, ·), or None.
+    """
+    height, width = matrices.shape[-2:]
+    if basis is not None and 4 * rank <= min(height, width):
+        moved = matrices @ (matrices.mT @ basis[..., :rank])
+        subspace = torch.linalg.qr(torch.cat([basis[..., :rank], moved], -1))[0]
+        rotation = _leading_vectors(subspace.mT @ matrices, rank)
+        left = subspace @ rotation
+    elif height <= width:
+        left = _leading_vectors(matrices, rank)
+    else:
+        right = _leading_vectors(matrices.mT, rank)
+        left = torch.linalg.qr(matrices @ right)[0]
+    return left, matrices.mT @ left
+
+
+def _leading_vectors(matrices: torch.Tensor, rank: int) -> torch.Tensor:
+    """Return the r leading left singular vectors of a batch of matrices, shape (..., height, r)."""
+    return torch.linalg.eigh(matrices @ matrices.mT).eigenvectors[..., -rank:]
