@@ -1,0 +1,158 @@
+"""The lift-and-shift bound: a certified lower bound of the least loss of a chain under coupled inputs.
+
+Theorem. Let C ⪰ F Fᵀ, let every part R_S be such that each admissible Ŵ has blocks of rank k_S in Ŵ F R_S, and let
+Σ R_S R_Sᵀ ⪯ I, R = [R_S], K = RᵀR. Then for every matrix Q, with P = Q (I − K),
+
+    min tr((W − Ŵ) C (W − Ŵ)ᵀ)  ≥  Σ_S tail_{k_S}((W F R − P)_S) − tr(Q (I − K) Qᵀ),
+
+where tail_k sums the squared singular values beyond the k-th of every block. docs/theory.md holds the proof. The right
+side is concave in Q; `lift_and_shift` looks for its maximum by ADMM on the dual, a semi-definite relaxation of the
+chain.
+Nothing has to converge: every Q gives a valid bound, which is evaluated in float64 at the end.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+RELAXATION = 1.6  # of ADMM
+CHECK_EVERY = 5  # iterations between two evaluations of the bound
+
+
+@dataclass(frozen=True)
+class Part:
+    """One R_S, shape (ρ, κ_S): blocks Ŵ[t::row_groups] F R_S have rank at most size · r in every admissible Ŵ."""
+
+    frame: torch.Tensor
+    size: int
+    row_groups: int
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """A lower bound, as Σ of tails minus the penalty, and the slope of the bound in each D_S = F R_S R_Sᵀ Fᵀ.
+
+    slopes: shape (κ_S, κ_S) each, in coordinates of R_S; where D_S may grow, larger slopes promise more.
+    """
+
+    value: float
+    slopes: list[torch.Tensor]
+
+
+def lift_and_shift(
+    lifted: torch.Tensor, parts: Sequence[Part], rank: int, iterations: int, tolerance: float = 1e-4
+) -> Certificate:
+    """Return the best certificate of an ADMM run, at least that of Q = 0.
+
+    Every iteration costs 2 m κ² operations, κ = Σ κ_S, and an eigendecomposition of the smaller Gram matrix of each
+    block.
+
+    Args:
+        lifted: W F, shape (m, ρ), float64.
+        parts: with Σ R_S R_Sᵀ ⪯ I.
+        rank: r.
+        iterations: at most so many.
+        tolerance: relative progress between two evaluations at which the iteration ends.
+    """
+    frames = torch.cat([part.frame for part in parts], 1)
+    gram, target = frames.mT @ frames, lifted @ frames
+    blocks = _Blocks(parts, rank)
+    best = bound_of_shift(target, gram, parts, rank, torch.zeros_like(target))
+    split, dual = target.clone(), torch.zeros_like(target)
+    for iteration in range(1, iterations + 1):
+        point = split - dual
+        near = target + (point - target) @ gram
+        relaxed = RELAXATION * near + (1 - RELAXATION) * split
+        split = blocks.proximal(relaxed + dual + target)
+        dual = dual + relaxed - split
+        if iteration % CHECK_EVERY == 0 or iteration == iterations:
+            value = bound_of_shift(target, gram, parts, rank, split - dual - target)
+            progress, best = value - best, max(best, value)
+            if progress < tolerance * abs(best):
+                break
+    return Certificate(best, blocks.slopes())
+
+
+def bound_of_shift(
+    target: torch.Tensor, gram: torch.Tensor, parts: Sequence[Part], rank: int, shift: torch.Tensor
+) -> float:
+    """Return the right side of the theorem.
+
+    Args:
+        target: W F R, shape (m, κ).
+        gram: K = RᵀR.
+        parts, rank: as in `lift_and_shift`.
+        shift: Q, shape (m, κ).
+    """
+    outside = shift - shift @ gram  # P
+    value, moved, start = -(outside * shift).sum().item(), target - outside, 0
+    for part in parts:
+        block = _rows_in_groups(moved[:, start : start + part.frame.shape[1]], part.row_groups)
+        energies = torch.linalg.eigvalsh(_smaller_gram(block)).clamp(min=0)
+        value += energies[:, : max(0, energies.shape[1] - part.size * rank)].sum().item()
+        start += part.frame.shape[1]
+    return value
+
+
+class _Blocks:
+    """The proximal step of every part of B, and what it leaves for the slopes."""
+
+    def __init__(self, parts: Sequence[Part], rank: int):
+        self.parts, self.rank = parts, rank
+        self.last: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def proximal(self, matrix: torch.Tensor) -> torch.Tensor:
+        """Return argmin_Z Σ_S φ(Z_S) + ‖Z − B‖², φ(Z) = min {tr ZᵀP⁻¹Z : 0 ⪯ P ⪯ I, tr P ≤ k_S} for every block."""
+        self.last, columns, start = [], [], 0
+        for part in self.parts:
+            block = _rows_in_groups(matrix[:, start : start + part.frame.shape[1]], part.row_groups)
+            start += part.frame.shape[1]
+            energies, vectors = torch.linalg.eigh(_smaller_gram(block))
+            weights = _capped_weights(energies.clamp(min=0).sqrt(), part.size * self.rank)
+            kept = _scale_directions(block, vectors, weights / (1 + weights))
+            self.last.append((block, vectors, weights))
+            columns.append(kept.transpose(0, 1).reshape(len(matrix), -1))
+        return torch.cat(columns, 1)
+
+    def slopes(self) -> list[torch.Tensor]:
+        """Return Σ over the row groups of Zᵀ(P⁻¹ − I)Z."""
+        slopes = []
+        for block, vectors, weights in self.last:
+            scaled = _scale_directions(block, vectors, (weights * (1 - weights)).sqrt() / (1 + weights))
+            scaled = scaled.reshape(-1, scaled.shape[-1])
+            slopes.append(scaled.mT @ scaled)
+        return slopes
+
+
+def _rows_in_groups(matrix: torch.Tensor, groups: int) -> torch.Tensor:
+    """Return the rows t::groups as a batch, shape (groups, m/groups, κ)."""
+    return matrix.reshape(-1, groups, matrix.shape[1]).transpose(0, 1)
+
+
+def _smaller_gram(block: torch.Tensor) -> torch.Tensor:
+    return block @ block.mT if block.shape[-2] <= block.shape[-1] else block.mT @ block
+
+
+def _scale_directions(block: torch.Tensor, vectors: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Scale the singular directions of a block; vectors: of the smaller Gram matrix."""
+    if block.shape[-2] <= block.shape[-1]:
+        return (vectors * factors.unsqueeze(-2)) @ (vectors.mT @ block)
+    return ((block @ vectors) * factors.unsqueeze(-2)) @ vectors.mT
+
+
+def _capped_weights(singular_values: torch.Tensor, total: int) -> torch.Tensor:
+    """Return θ = clip(σ/x − 1, 0, 1) with x such that Σθ = total, by bisection; all ones if total ≥ their number.
+
+    They are the eigenvalues of the optimal P of the proximal step, the squared spectral k-support norm.
+    Source: McDonald, Pontil, Stamos, "Spectral k-support norm regularization" (2014).
+    """
+    if total >= singular_values.shape[-1]:
+        return torch.ones_like(singular_values)
+    high = singular_values.amax(-1, keepdim=True).clamp(min=1e-300)
+    low = torch.zeros_like(high)
+    for _ in range(60):
+        middle = (low + high) / 2
+        above = (singular_values / middle - 1).clamp(0, 1).sum(-1, keepdim=True) > total
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    return (singular_values / high - 1).clamp(0, 1)

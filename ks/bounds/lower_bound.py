@@ -1,0 +1,144 @@
+"""Certified lower bounds of the least loss of a chain: simple ones for every rank, lift and shift for one rank.
+
+A cut at split l leaves a grid of M_{>l} × N_{≤l} blocks of rank r_l, so every bound of a grid is one of the chain. With
+more than two factors, one lift takes parts R = [√α_l R^(l)] from all splits, which binds all their ranks at once.
+"""
+
+from functools import cached_property
+
+import torch
+
+from ks.bounds.frames import CONVERGED, Splitting, factor_of, grow, remainder, split
+from ks.bounds.lift_and_shift import Part, lift_and_shift
+from ks.bounds.simple_bounds import simple_bounds
+from ks.patterns import Chain
+
+ITERATIONS = 15  # of ADMM on one grid; the tight bound takes twice as many
+JOINT_ITERATIONS = 60  # on the parts of several splits
+SEARCH_ITERATIONS = 8  # before the shares of the parts are changed
+AFFORDABLE = 2**29  # m κ², the operations of an iteration on several splits that are spent without being asked for
+
+
+def rounding_allowance(weight: torch.Tensor, moment: torch.Tensor | None = None) -> float:
+    """Return what a lower bound gives up to rounding: 8 ε max(m, n) Σ_ij W_ij² C_jj with ε = 2.2e-16, C = I by default.
+
+    It covers the backward errors of eigenvalues and products, which are a few ε times the norms of their matrices.
+    """
+    energy = weight.double().square().sum(0)
+    total = (energy if moment is None else energy * moment.diagonal().to(energy)).sum().item()
+    return 8 * torch.finfo(torch.float64).eps * max(weight.shape) * total
+
+
+class CoupledLowerBound:
+    """Lower bounds of tr((W − Ŵ) C (W − Ŵ)ᵀ) for inputs that couple column groups.
+
+    Geometry of C, once: about 6 n³ operations for each split. `simple`, for every rank: about 8 m n² and some
+    eigendecompositions for each split. One rank: about 80 m n² (4 times as many where p r < m/q) and 8 n³ for each
+    split.
+
+    Args:
+        weight: W, shape (m, n), float64.
+        chain: with a floor.
+        moment: C, shape (n, n), float64, may be singular.
+        tight: spend about 5 q times as many operations on a grid: the parts get shares for each row group, in more
+            rounds.
+    """
+
+    def __init__(self, weight: torch.Tensor, chain: Chain, moment: torch.Tensor, tight: bool = False):
+        moment = moment.to(weight.device)
+        self.chain, self.tight = chain, tight
+        self.factor = factor_of(moment)
+        self.lifted = weight @ self.factor
+        self.allowance = rounding_allowance(weight, moment)
+        self.grids = [chain.block_shape(split)[1:3] for split in range(1, chain.num_splits + 1)]  # (q, p) of each split
+        self.splittings = [split(self.factor, column_groups) for _, column_groups in self.grids]
+
+    @cached_property
+    def simple(self) -> torch.Tensor:
+        """The largest simple bound for every rank 0 … saturation, float64 on the CPU."""
+        length = self.chain.saturation_rank + 1
+        curves = [
+            simple_bounds(self.lifted, splitting, row_groups, length)
+            for splitting, (row_groups, _) in zip(self.splittings, self.grids)
+        ]
+        curve = (torch.stack(curves).amax(0) - self.allowance).clamp(min=0).cpu()
+        curve[0] = max(curve[0].item(), self.lifted.square().sum().item())
+        return curve
+
+    def __call__(self, rank: int) -> float:
+        """Return the best lower bound for one rank."""
+        if rank >= self.chain.saturation_rank:
+            return 0.0
+        values = [self._grid(rank, *args) for args in zip(self.splittings, self.grids)]
+        if len(self.grids) > 1:
+            values.append(self._joint(rank))
+        return max(self.simple[rank].item(), max(values) - self.allowance, 0.0)
+
+    def _grid(self, rank: int, splitting: Splitting, grid: tuple[int, int]) -> float:
+        row_groups = grid[0]
+        if not self.tight:
+            return _grid_bound(self.lifted, splitting, rank, row_groups, rounds=2, iterations=ITERATIONS)
+        rows = (self.lifted[t::row_groups] for t in range(row_groups))
+        return sum(_grid_bound(each, splitting, rank, 1, rounds=3, iterations=2 * ITERATIONS) for each in rows)
+
+    def _joint(self, rank: int) -> float:
+        share = len(self.grids) ** -0.5
+        parts = [
+            Part(share * frame, 1, row_groups)
+            for splitting, (row_groups, _) in zip(self.splittings, self.grids)
+            for frame in splitting.parts()
+        ]
+        # Ŵ[t::q] has rank at most p r for every split: the smallest of these ranks binds the remainder.
+        limits = [(p * rank * q, p, q) for q, p in self.grids if p * rank * q < len(self.lifted)]
+        if limits and (rest := remainder([part.frame for part in parts], self.factor)) is not None:
+            _, p, q = min(limits)
+            parts.append(Part(rest, p, q))
+        return joint_bound(self.lifted, parts, rank, self.tight)
+
+
+def joint_bound(lifted: torch.Tensor, parts: list[Part], rank: int, tight: bool) -> float:
+    """Return the bound of parts from several splits; 0 without `tight` if an iteration is not `AFFORDABLE`."""
+    parts = [part for part in parts if part.frame.shape[1]]
+    width = sum(part.frame.shape[1] for part in parts)
+    if not parts or not (tight or len(lifted) * width**2 <= AFFORDABLE):
+        return 0.0
+    return lift_and_shift(lifted, parts, rank, JOINT_ITERATIONS, tolerance=1e-3).value
+
+
+def isotropic_joint_bound(weight: torch.Tensor, chain: Chain, rank: int, tight: bool) -> float:
+    """Return a lower bound of ‖W − Ŵ‖_F² that binds the ranks of all splits of a chain at once, 0 if not affordable.
+
+    Args:
+        weight: W, shape (m, n), float64.
+        chain: with more than one split.
+        rank: r.
+        tight: whether to spend any number of operations.
+    """
+    eye = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device) * chain.num_splits**-0.5
+    grids = [chain.block_shape(split)[1:3] for split in range(1, chain.num_splits + 1)]
+    parts = [Part(frame, 1, q) for q, p in grids for frame in eye.chunk(p, 1)]
+    return max(0.0, joint_bound(weight, parts, rank, tight) - rounding_allowance(weight))
+
+
+def _grid_bound(
+    lifted: torch.Tensor, splitting: Splitting, rank: int, row_groups: int, rounds: int, iterations: int
+) -> float:
+    """Return the largest of the bounds of a grid before and after each round that changes the shares of the parts."""
+    groups, height = len(splitting.frames), len(lifted) // row_groups
+    splitting = splitting.wider_than(rank)
+    best = 0.0
+    for step in range(rounds + 1):
+        parts = [Part(part, 1, row_groups) for part in splitting.parts()]
+        bound = [part for part in parts if part.frame.shape[1]]
+        if groups * rank < height or not bound:
+            rest = remainder([part.frame for part in bound], splitting.factor)
+            assert rest is not None
+            bound.append(Part(rest, groups, row_groups))
+        last = step == rounds
+        certificate = lift_and_shift(lifted, bound, rank, iterations if last else SEARCH_ITERATIONS)
+        best = max(best, certificate.value)
+        if last or len(bound) == 1:
+            break
+        kept = 0.8 if step < 2 else 0.9
+        splitting = grow(splitting.scaled(kept), (0.6, 0.6, CONVERGED), [kept * x for x in certificate.slopes])
+    return best
