@@ -1,4 +1,4 @@
-"""Floors: the least loss that any chain of a rank can have, for every rank at once.
+"""Floors: bounds on the least loss that any chain of a rank can have.
 
 Split l of a chain cuts W (m × n) into M_{>l}·N_{≤l} blocks B[t, i] = W[t::M_{>l}, i·N_{>l}:(i+1)·N_{>l}] of size
 M_{≤l} × N_{>l}, each of rank r_l in any chain. With E_l² the sum over the blocks of the squared singular values beyond
@@ -6,31 +6,39 @@ the r_l-th,
 
     max_l E_l  ≤  min ‖W − K_1 … K_L‖_F  ≤  left-to-right hierarchical factorisation  ≤  √(Σ_l E_l²),
 
-and all four are equal for two factors. A floor is a squared error per output, E² / m; for inputs of second moment σ²I,
-W stands for σW.
+and all four are equal for two factors. A floor is a squared error per output, E² / m. For inputs whose second moment C
+is block diagonal over the column groups of the right-most factor, W stands for W C^{1/2}: C can be folded into that
+factor. That includes C = σ²I, and every C for low-rank chains. Any other C couples the groups; then the lower bound is
+that of `ks.bounds.lower_bound`, and the upper one the loss of the best chain that a descent finds.
 
 Source: Le, Zheng, Riccietti, Gribonval, "Butterfly factorization with error guarantees" (2024).
 """
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
 from math import isclose
+from typing import Protocol
 
 import torch
 
-from ks.bounds.factorize import HierarchicalLoss, Report, check_shape, do_not_report, tail_energies
-from ks.bounds.moments import UNIT_INPUTS, IsotropicInputs
+from ks.bounds.factorize import HierarchicalLoss, check_shape, factorize, tail_energies
+from ks.bounds.grid_descent import GridDescent
+from ks.bounds.lower_bound import CoupledLowerBound, isotropic_joint_bound
+from ks.bounds.moments import UNIT_INPUTS, Inputs
+from ks.bounds.population_loss import population_loss
 from ks.errors import UsageError
 from ks.patterns import Chain
+
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Floor:
     """Bounds on the least loss of the chains of one rank, in squared error per output.
 
-    lower: no chain of that rank has a smaller loss. upper: the loss of the hierarchical factorisation. exact: the two
-    are equal, so that `lower` is the optimum.
+    lower: no chain of that rank has a smaller loss. upper: the loss of the best chain known, that of
+    `ks.bounds.factorize.factorize`. exact: the two are equal, so that `lower` is the optimum.
     """
 
     rank: int
@@ -60,11 +68,146 @@ def split_blocks(weight: torch.Tensor, chain: Chain, split: int) -> torch.Tensor
     return weight.reshape(height, outer, inner, width).permute(1, 2, 0, 3)
 
 
-@torch.no_grad()
-def floor_curve(
-    weight: torch.Tensor, chain: Chain, inputs: IsotropicInputs = UNIT_INPUTS, report: Report = do_not_report
-) -> torch.Tensor:
-    """Return the lower bound max_l E_l(r)² / m for every rank r = 0 … saturation; r = 0 is the zero predictor.
+class ChainBounds(Protocol):
+    """Bounds on the least loss of a chain family on one weight; work that ranks share is done once."""
+
+    @property
+    def curve(self) -> torch.Tensor:
+        """Return a lower bound for every rank 0 … saturation, float64 on the CPU."""
+
+    def lower(self, rank: int) -> float:
+        """Return a loss that no chain of a rank can go below, in squared error per output; at least `curve[rank]`."""
+
+    def upper(self, rank: int) -> float:
+        """Return the loss of the best chain of a rank that is known."""
+
+
+class UncoupledBounds:
+    """Bounds for inputs that couple none of the column groups of the right-most factor."""
+
+    def __init__(self, weight: torch.Tensor, chain: Chain, inputs: Inputs, tight: bool, progress: Progress | None):
+        self.weight, self.chain, self.tight, self.progress = inputs.times_root(weight), chain, tight, progress
+        self.lower = cache(self._lower)
+        self._hierarchical: HierarchicalLoss | None = None
+
+    @cached_property
+    def curve(self) -> torch.Tensor:
+        """max_l E_l(r)² / m for every rank r."""
+        curve = torch.zeros(self.chain.saturation_rank + 1, dtype=torch.float64)
+        splits = self.chain.num_splits
+        for split in range(1, splits + 1):
+
+            def report(share: float, done: int = split - 1) -> None:
+                if self.progress is not None:
+                    self.progress(f"floors of every rank: {(done + share) / splits:.0%}")
+
+            tail = tail_energies(split_blocks(self.weight, self.chain, split), report).cpu()
+            curve[: len(tail)] = torch.maximum(curve[: len(tail)], tail)
+        return curve / self.chain.rows
+
+    def _lower(self, rank: int) -> float:
+        lower = self.curve[min(rank, self.chain.saturation_rank)].item()
+        if self.chain.num_splits > 1 and lower > 0:
+            joint = isotropic_joint_bound(self.weight, self.chain, rank, self.tight)
+            lower = max(lower, joint / self.chain.rows)
+        return lower
+
+    def upper(self, rank: int) -> float:
+        """Return the loss of the hierarchical factorisation, the optimum for two factors."""
+        if self.chain.num_splits == 1:
+            return self.lower(rank)
+        if self._hierarchical is None:
+            self._hierarchical = HierarchicalLoss(self.weight, self.chain)
+        return max(self.lower(rank), self._hierarchical(rank))
+
+
+class CoupledBounds:
+    """Bounds for inputs whose second moment C couples column groups of the right-most factor."""
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        chain: Chain,
+        inputs: Inputs,
+        moment: torch.Tensor,
+        tight: bool,
+        progress: Progress | None,
+    ):
+        self.weight, self.chain, self.inputs, self.moment = weight.double(), chain, inputs, moment
+        self.tight, self.progress = tight, progress
+        self.lower, self.upper = cache(self._lower), cache(self._upper)
+
+    @cached_property
+    def curve(self) -> torch.Tensor:
+        """The largest simple bound for every rank."""
+        self._tell("simple lower bounds of every rank")
+        return self._lower_bound.simple / self.chain.rows
+
+    @cached_property
+    def _lower_bound(self) -> CoupledLowerBound:
+        return CoupledLowerBound(self.weight, self.chain, self.moment, self.tight)
+
+    @cached_property
+    def _descent(self) -> GridDescent:
+        _, q, p, _ = self.chain.block_shape(1)
+        return GridDescent(self.weight, self.moment, q, p)
+
+    def _lower(self, rank: int) -> float:
+        self._tell(f"lower bound of rank {rank}")
+        return self._lower_bound(rank) / self.chain.rows
+
+    def _upper(self, rank: int) -> float:
+        self._tell(f"upper bound of rank {rank}")
+        if self.chain.num_splits == 1:
+            left, right = self._descent.factors(rank)
+            # q p M k -> (M q) (p k)
+            best = (left @ right.mT).permute(2, 0, 1, 3).reshape(self.weight.shape)
+            upper = self.inputs.output_energy(self.weight - best) / self.chain.rows
+        else:
+            values = factorize(self.weight, self.chain.patterns(rank), self.inputs)
+            upper = population_loss(self.weight, values, self.inputs)
+        # Both are exact up to rounding where they meet.
+        return max(upper, self.curve[min(rank, self.chain.saturation_rank)].item())
+
+    def _tell(self, what: str) -> None:
+        if self.progress is not None:
+            self.progress(what)
+
+
+def chain_bounds(
+    weight: torch.Tensor,
+    chain: Chain,
+    inputs: Inputs = UNIT_INPUTS,
+    *,
+    tight: bool = False,
+    progress: Progress | None = None,
+) -> ChainBounds:
+    """Prepare the bounds of a chain family; nothing is computed before it is asked for.
+
+    Args:
+        weight: W, shape (m, n), any float dtype, CPU or CUDA.
+        chain: with a floor (`no_floor_reason`).
+        inputs: the second moment of x.
+        tight: as in `loss_floor`.
+        progress: called with a few words before every longer computation.
+    Raises:
+        UsageError: the chain has no floor, or another shape.
+    """
+    check_shape(weight, (chain.rows, chain.cols))
+    if reason := no_floor_reason(chain):
+        raise UsageError(f"no floor: {reason}")
+    moment = inputs.coupling(chain.block_shape(chain.num_splits)[2])
+    if moment is None:
+        return UncoupledBounds(weight, chain, inputs, tight, progress)
+    return CoupledBounds(weight, chain, inputs, moment, tight, progress)
+
+
+def floor_curve(weight: torch.Tensor, chain: Chain, inputs: Inputs = UNIT_INPUTS) -> torch.Tensor:
+    """Return a lower bound for every rank r = 0 … saturation; r = 0 is the zero predictor.
+
+    It is max_l E_l(r)² / m where the inputs couple no column groups of the right-most factor: for C = σ²I, and for
+    low-rank chains, whose exact optimum it is, under any C. For coupled inputs it is the largest simple bound
+    (`ks.bounds.simple_bounds`), which may be several times below that of `loss_floor`.
 
     Args:
         weight: W, shape (m, n).
@@ -76,49 +219,46 @@ def floor_curve(
     Raises:
         UsageError: the chain has no floor, or another shape.
     """
-    check_shape(weight, (chain.rows, chain.cols))
-    if reason := no_floor_reason(chain):
-        raise UsageError(f"no floor: {reason}")
-    weight = inputs.times_root(weight)
-    curve = torch.zeros(chain.saturation_rank + 1, dtype=torch.float64)
-    for split in range(1, chain.num_splits + 1):
-        tail = tail_energies(split_blocks(weight, chain, split), functools.partial(_part_done, report, split, chain))
-        tail = tail.cpu()
-        curve[: len(tail)] = torch.maximum(curve[: len(tail)], tail)
-    return curve / chain.rows
-
-
-def _part_done(report: Report, split: int, chain: Chain, share: float) -> None:
-    report((split - 1 + share) / chain.num_splits)
+    return chain_bounds(weight, chain, inputs).curve
 
 
 def loss_floor(
     weight: torch.Tensor,
     chain: Chain,
     ranks: Sequence[int],
-    curve: torch.Tensor | None = None,
-    inputs: IsotropicInputs = UNIT_INPUTS,
+    inputs: Inputs = UNIT_INPUTS,
+    *,
+    tight: bool = False,
+    progress: Progress | None = None,
 ) -> list[Floor]:
     """Return bounds on the least loss for each rank.
+
+    For inputs that couple column groups, with q row groups and p column groups, the cost is about 10 n³ operations
+    once, and for each rank 100 (4 r q n² + 8 r m n) for the upper bound and 100 m n² + 16 n³ for the lower one.
 
     Args:
         weight: W, shape (m, n), any float dtype, CPU or CUDA.
         chain: with a floor (`no_floor_reason`).
         ranks: positive integers; those above saturation have the bounds of saturation.
-        curve: `floor_curve(weight, chain, inputs)`, computed if not given.
         inputs: the second moment of x.
+        tight: spend several times as long on the lower bounds of coupled inputs and of more than two factors.
+        progress: called with a few words before every longer computation.
     Returns:
         one `Floor` per rank, in the order given.
     Raises:
         UsageError: as `floor_curve`, or a rank that is not a positive integer.
     """
-    curve = floor_curve(weight, chain, inputs) if curve is None else curve
-    upper_of = HierarchicalLoss(inputs.times_root(weight), chain) if chain.num_splits > 1 else None
-    floors = []
-    for rank in ranks:
-        chain.patterns(rank)  # checks the rank
-        lower = curve[min(rank, chain.saturation_rank)].item()
-        upper = max(lower, upper_of(rank)) if upper_of else lower
-        exact = isclose(lower, upper, rel_tol=1e-6, abs_tol=1e-14 * curve[0].item())
-        floors.append(Floor(rank, lower, upper, exact))
-    return floors
+    bounds = chain_bounds(weight, chain, inputs, tight=tight, progress=progress)
+    return [floor_of(bounds, chain, rank) for rank in ranks]
+
+
+def floor_of(bounds: ChainBounds, chain: Chain, rank: int) -> Floor:
+    """Return the bounds for one rank.
+
+    Raises:
+        UsageError: a rank that is not a positive integer.
+    """
+    chain.patterns(rank)  # checks the rank
+    upper, lower = bounds.upper(rank), bounds.lower(rank)
+    exact = isclose(lower, upper, rel_tol=1e-6, abs_tol=1e-14 * bounds.curve[0].item())
+    return Floor(rank, min(lower, upper), upper, exact)

@@ -5,9 +5,9 @@ from functools import cached_property
 
 import torch
 
-from ks.bounds.factorize import Report, do_not_report, tail_energies
-from ks.bounds.floors import Floor, floor_curve, loss_floor, no_floor_reason
-from ks.bounds.moments import UNIT_INPUTS, IsotropicInputs
+from ks.bounds.factorize import tail_energies
+from ks.bounds.floors import ChainBounds, Floor, Progress, chain_bounds, floor_of, no_floor_reason
+from ks.bounds.moments import UNIT_INPUTS, Inputs
 from ks.patterns import Chain, make_chain
 
 
@@ -15,21 +15,26 @@ from ks.patterns import Chain, make_chain
 class Plan:
     """Floors of a chain family on one weight, relative to the zero predictor.
 
-    weight: W in units in which predicting 0 costs 1. curve: lower bound for every rank 0 … saturation, float64 on the
-    CPU; None if the family has no floor, for the given `reason`.
+    weight: W in units in which predicting 0 costs 1. bounds: of the family, for any rank; None if it has no floor, for
+    the given `reason`.
     """
 
     weight: torch.Tensor
     chain: Chain
-    inputs: IsotropicInputs
-    curve: torch.Tensor | None
+    inputs: Inputs
+    bounds: ChainBounds | None
     reason: str | None
+
+    @property
+    def curve(self) -> torch.Tensor | None:
+        """Lower bound for every rank 0 … saturation, float64 on the CPU; None if the family has no floor."""
+        return None if self.bounds is None else self.bounds.curve
 
     def floors(self, ranks: list[int]) -> list[Floor | None]:
         """Return bounds for each rank; None for each if the family has no floor."""
-        if self.curve is None:
+        if self.bounds is None:
             return [None] * len(ranks)
-        return [*loss_floor(self.weight, self.chain, ranks, self.curve, self.inputs)]
+        return [floor_of(self.bounds, self.chain, rank) for rank in ranks]
 
     def family_curves(self) -> list[tuple[Chain, torch.Tensor]]:
         """Return the lower bounds of this family and of low-rank chains, for every rank from 0 on."""
@@ -47,16 +52,22 @@ class Plan:
 
 
 def make_plan(
-    weight: torch.Tensor, chain: Chain, inputs: IsotropicInputs = UNIT_INPUTS, report: Report = do_not_report
+    weight: torch.Tensor,
+    chain: Chain,
+    inputs: Inputs = UNIT_INPUTS,
+    *,
+    tight: bool = False,
+    progress: Progress | None = None,
 ) -> Plan:
-    """Compute the floors of a chain family on a weight.
+    """Plan a chain family on a weight; floors are computed when they are asked for.
 
     Args:
         weight: W, shape (m, n), any float dtype, CPU or CUDA, scaled so that tr(W C Wᵀ) = m.
         chain: of the same shape.
         inputs: the second moment C of x.
-        report: told the share of the work that is done.
+        tight: spend several times as long on lower bounds that are not exact (`ks.bounds.floors.loss_floor`).
+        progress: called with a few words before every longer computation.
     """
     reason = no_floor_reason(chain)
-    curve = None if reason else floor_curve(weight, chain, inputs, report)
-    return Plan(weight, chain, inputs, curve, reason)
+    bounds = None if reason else chain_bounds(weight, chain, inputs, tight=tight, progress=progress)
+    return Plan(weight, chain, inputs, bounds, reason)

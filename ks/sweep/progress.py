@@ -72,20 +72,19 @@ def _tail(task: Task) -> list[str]:
 
 
 class SlowWork:
-    """Tells on stderr how much of a computation is done, once it has taken two seconds, and every two from then on.
+    """Tells on stderr what a long computation is at, at most every two seconds.
 
     Args:
-        what: is computed.
         quiet: show nothing.
     """
 
     SECONDS = 2.0
 
-    def __init__(self, what: str, quiet: bool):
-        self.what, self.quiet, self.last = what, quiet, time.monotonic()
+    def __init__(self, quiet: bool):
+        self.quiet, self.last = quiet, time.monotonic()
 
-    def __call__(self, share: float) -> None:
-        """Report the share of the work that is done."""
-        if share < 1 and time.monotonic() - self.last >= self.SECONDS:
+    def __call__(self, step: str) -> None:
+        """Show a step of the computation, in a few words."""
+        if time.monotonic() - self.last >= self.SECONDS:
             self.last = time.monotonic()
-            note(f"{self.what}: {share:.0%}", self.quiet)
+            note(step, self.quiet)
