@@ -69,7 +69,7 @@ def factor_of(moment: torch.Tensor) -> torch.Tensor:
     return scale[:, None] * vectors[:, kept] * eigenvalues[kept].sqrt()
 
 
-def split(factor: torch.Tensor, groups: int) -> Splitting:
+def fair_splitting(factor: torch.Tensor, groups: int) -> Splitting:
     """Return a splitting that gives every frame as large a share as the others allow, for any weight and rank.
 
     The shares start from Σ_j |N_iᵀ N_j|, a bound on the overlap in the manner of Gershgorin's circles (|A| = (A

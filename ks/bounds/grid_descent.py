@@ -1,8 +1,8 @@
 """The best known grid of rank-r blocks for coupled inputs: block coordinate descent, an upper bound of the least loss.
 
 A grid Ŵ has blocks X[t, i] = Ŵ[t::q, group i] of rank r; its loss tr((W − Ŵ) C (W − Ŵ)ᵀ) separates over the row groups
-t. In block-whitened columns, X̃_i = X_i C_ii^{1/2} and C̃_ij = C_ii^{-1/2} C_ij C_jj^{-1/2}, so that C̃_ii = I, and
-with H = W C ⊕C_ii^{-1/2} the optimum of one block given the others is the truncated SVD of
+t. In block-whitened columns, with C_ii = G_i G_iᵀ, X̃_i = X_i G_i and C̃_ij = G_i⁺ C_ij G_j⁺ᵀ, so that C̃_ii = I. With
+H = W C ⊕G_i⁺ᵀ the optimum of one block given the others is the truncated SVD of
 
     T_i = H_i − Σ_{j≠i} X̃_j C̃_ji.
 
@@ -12,6 +12,8 @@ Blocks are kept as products left · rightᵀ, so that a sweep costs about 4 r n�
 import torch
 
 MAX_SWEEPS = 200
+TRIAL_SWEEPS = 6  # from each start
+RANDOM_STARTS = 2  # at least; small problems get up to 6, for they have worse local optima
 TOLERANCE = 3e-5  # relative progress of a sweep at which the descent ends
 SINGULAR = 1e-12  # eigenvalues of C_ii below this share of the largest count as zero
 
@@ -33,21 +35,20 @@ class GridDescent:
         self.weight = _blocks(weight.double(), q, p)  # shape: (q, p, M, k)
         coupling = moment.reshape(p, width, p, width).transpose(1, 2)  # shape: (p, p, k, k)
         own = torch.stack([coupling[i, i] for i in range(p)])
-        self.root, self.inverse_root = root_and_inverse(own)
-        self.coupling = self.inverse_root[:, None] @ coupling @ self.inverse_root
+        self.root, self.inverse = root_and_inverse(own)
+        self.coupling = self.inverse[:, None] @ coupling @ self.inverse.mT
         outputs = weight.double() @ moment
         self.energy = (outputs * weight).reshape(height, q, -1).sum((0, 2))  # shape: (q,)
-        self.target = _blocks(outputs, q, p) @ self.inverse_root  # H
+        self.target = _blocks(outputs, q, p) @ self.inverse.mT  # H
         self.whitened = self.weight @ self.root
         self.history: list[float] = []  # the loss after each sweep of the last descent
 
     def factors(
         self, rank: int, max_sweeps: int = MAX_SWEEPS, tolerance: float = TOLERANCE
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Descend from the truncated SVD of every block; return Ŵ[t::q, group i] = left[t, i] right[t, i]ᵀ.
+        """Descend; return Ŵ[t::q, group i] = left[t, i] right[t, i]ᵀ.
 
-        A sweep starts from the extrapolation X + (X − X_before) · age / (age + 3). A row group whose loss would rise
-        keeps its X and restarts at age 0, so that the loss never rises.
+        A few sweeps are made from each of several starts; every row group goes on from the best of them.
 
         Args:
             rank: r.
@@ -55,13 +56,39 @@ class GridDescent:
         Returns:
             left of shape (q, p, M, r) and right of shape (q, p, k, r), with r clipped at min(M, k).
         """
-        groups = range(len(self.coupling))
         rank = min(rank, *self.target.shape[-2:])
-        now = [_truncate(self.whitened[:, i], rank, None) for i in groups]
-        now, loss = self._sweep(now, rank)
+        best, loss = None, torch.full_like(self.energy, float("inf"))
+        for start in self._starts(rank):
+            blocks, start_loss = self._sweep(start, rank)
+            trial, trial_loss = self._descend(blocks, start_loss, rank, TRIAL_SWEEPS, tolerance)
+            better = trial_loss < loss
+            best = trial if best is None else [_choose(better, new, old) for new, old in zip(trial, best)]
+            loss = torch.where(better, trial_loss, loss)
+        best, _ = self._descend(best, loss, rank, max_sweeps, tolerance)
+        left = torch.stack([left for left, _ in best], 1)
+        right = self.inverse.mT @ torch.stack([right for _, right in best], 1)
+        return left, right + self._outside(left)
+
+    def _starts(self, rank: int):
+        """Yield the truncated SVD of every block, zero, and projections of every block on random subspaces."""
+        own = [_truncate(block, rank, None) for block in self.whitened.unbind(1)]
+        yield own
+        yield [(left, torch.zeros_like(right)) for left, right in own]
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(max(RANDOM_STARTS, min(6, 2**16 // self.weight.numel()))):
+            noise = [torch.randn(left.shape, generator=generator, dtype=left.dtype).to(left.device) for left, _ in own]
+            bases = [torch.linalg.qr(each)[0] for each in noise]
+            yield [(basis, block.mT @ basis) for basis, block in zip(bases, self.whitened.unbind(1))]
+
+    def _descend(self, now, loss: torch.Tensor, rank: int, max_sweeps: int, tolerance: float):
+        """Sweep until the progress is small; return the blocks and the loss of each row group.
+
+        A sweep starts from the extrapolation X + (X − X_before) · age / (age + 3). A row group whose loss would rise
+        keeps its X and restarts at age 0, so that the loss never rises.
+        """
         before, age = now, torch.zeros_like(loss)
         self.history = [loss.sum().item()]
-        for _ in range(max_sweeps - 1):
+        for _ in range(max_sweeps):
             momentum = (age / (age + 3))[:, None, None]
             start = [
                 (torch.cat([left, old_left], -1), torch.cat([right * (1 + momentum), old_right * -momentum], -1))
@@ -76,9 +103,7 @@ class GridDescent:
             self.history.append(loss.sum().item())
             if better.all() and self.history[-2] - self.history[-1] <= tolerance * abs(self.history[-1]):
                 break
-        left = torch.stack([left for left, _ in now], 1)
-        right = self.inverse_root @ torch.stack([right for _, right in now], 1)
-        return left, right + self._outside(left)
+        return now, loss
 
     def _sweep(self, start, rank: int, basis=None):
         """Give every block its optimum in turn; return the blocks and the loss per row group.
@@ -99,16 +124,21 @@ class GridDescent:
     def _outside(self, left: torch.Tensor) -> torch.Tensor:
         """Return right factors in the null space of C_ii, where they cost nothing: those of the projected weight."""
         raw = self.weight.mT @ left
-        return raw - self.inverse_root @ (self.root @ raw)
+        return raw - self.inverse.mT @ (self.root.mT @ raw)
 
 
 def root_and_inverse(moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return C^{1/2} and its pseudo-inverse for a batch of moments, shape (..., k, k), float64."""
-    eigenvalues, vectors = torch.linalg.eigh(moments)
+    """Return G with C = G Gᵀ and its pseudo-inverse for a batch of moments, shape (..., k, k), float64.
+
+    Features are scaled to unit energy before the eigendecomposition, so that those of little energy keep their digits.
+    """
+    scale = moments.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt().unsqueeze(-1)  # shape: (..., k, 1)
+    unscale = torch.where(scale > 0, 1 / scale, 0.0)
+    eigenvalues, vectors = torch.linalg.eigh(unscale * moments * unscale.mT)
     kept = eigenvalues > SINGULAR * eigenvalues[..., -1:].clamp(min=0)
     root = torch.where(kept, eigenvalues, 0).sqrt()
     inverse = torch.where(kept, eigenvalues, 1).rsqrt() * kept
-    return (vectors * root.unsqueeze(-2)) @ vectors.mT, (vectors * inverse.unsqueeze(-2)) @ vectors.mT
+    return scale * vectors * root.unsqueeze(-2), (unscale * vectors * inverse.unsqueeze(-2)).mT
 
 
 def _blocks(matrix: torch.Tensor, row_groups: int, column_groups: int) -> torch.Tensor:

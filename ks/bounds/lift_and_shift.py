@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 
 RELAXATION = 1.6  # of ADMM
-CHECK_EVERY = 5  # iterations between two evaluations of the bound
+CHECK_EVERY = 10  # iterations between two evaluations of the bound
+LARGE = 500  # κ above which ADMM runs in float32; the bound itself is evaluated in float64
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Certificate:
 def lift_and_shift(
     lifted: torch.Tensor, parts: Sequence[Part], rank: int, iterations: int, tolerance: float = 1e-4
 ) -> Certificate:
-    """Return the best certificate of an ADMM run, at least that of Q = 0.
+    """Return the best certificate of an ADMM run.
 
     Every iteration costs 2 m κ² operations, κ = Σ κ_S, and an eigendecomposition of the smaller Gram matrix of each
     block.
@@ -57,21 +58,23 @@ def lift_and_shift(
     """
     frames = torch.cat([part.frame for part in parts], 1)
     gram, target = frames.mT @ frames, lifted @ frames
-    blocks = _Blocks(parts, rank)
-    best = bound_of_shift(target, gram, parts, rank, torch.zeros_like(target))
-    split, dual = target.clone(), torch.zeros_like(target)
+    scale = target.norm().clamp(min=torch.finfo(target.dtype).tiny)
+    dtype = torch.float32 if len(gram) > LARGE else torch.float64
+    aim, projection = (target / scale).to(dtype), gram.to(dtype)
+    blocks, best = _Blocks(parts, rank), 0.0
+    split, dual = aim.clone(), torch.zeros_like(aim)
     for iteration in range(1, iterations + 1):
         point = split - dual
-        near = target + (point - target) @ gram
+        near = aim + (point - aim) @ projection
         relaxed = RELAXATION * near + (1 - RELAXATION) * split
-        split = blocks.proximal(relaxed + dual + target)
+        split = blocks.proximal(relaxed + dual + aim)
         dual = dual + relaxed - split
         if iteration % CHECK_EVERY == 0 or iteration == iterations:
-            value = bound_of_shift(target, gram, parts, rank, split - dual - target)
+            value = bound_of_shift(target, gram, parts, rank, (split - dual).double() * scale - target)
             progress, best = value - best, max(best, value)
-            if progress < tolerance * abs(best):
+            if progress < tolerance * best:
                 break
-    return Certificate(best, blocks.slopes())
+    return Certificate(best, [slope.double() for slope in blocks.slopes()])
 
 
 def bound_of_shift(
@@ -142,17 +145,20 @@ def _scale_directions(block: torch.Tensor, vectors: torch.Tensor, factors: torch
 
 
 def _capped_weights(singular_values: torch.Tensor, total: int) -> torch.Tensor:
-    """Return θ = clip(σ/x − 1, 0, 1) with x such that Σθ = total, by bisection; all ones if total ≥ their number.
+    """Return θ = clip(y σ − 1, 0, 1) with y such that Σθ = total; all ones if total ≥ their number.
 
-    They are the eigenvalues of the optimal P of the proximal step, the squared spectral k-support norm.
+    They are the eigenvalues of the optimal P of the proximal step, the squared spectral k-support norm. Σθ is piecewise
+    linear in y, with kinks where y σ is 1 or 2.
     Source: McDonald, Pontil, Stamos, "Spectral k-support norm regularization" (2014).
     """
     if total >= singular_values.shape[-1]:
         return torch.ones_like(singular_values)
-    high = singular_values.amax(-1, keepdim=True).clamp(min=1e-300)
-    low = torch.zeros_like(high)
-    for _ in range(60):
-        middle = (low + high) / 2
-        above = (singular_values / middle - 1).clamp(0, 1).sum(-1, keepdim=True) > total
-        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-    return (singular_values / high - 1).clamp(0, 1)
+    largest = singular_values.amax(-1, keepdim=True)
+    tiny = torch.finfo(singular_values.dtype).tiny
+    sigma = singular_values.maximum(1e-12 * largest).clamp(min=tiny**0.5)
+    kinks = torch.cat([1 / sigma, 2 / sigma], -1).sort(-1).values
+    sums = (kinks.unsqueeze(-1) * sigma.unsqueeze(-2) - 1).clamp(0, 1).sum(-1)
+    below = (sums <= total).sum(-1, keepdim=True).clamp(max=kinks.shape[-1] - 1) - 1
+    start, slope = kinks.gather(-1, below), sums.gather(-1, below + 1) - sums.gather(-1, below)
+    step = (total - sums.gather(-1, below)) * (kinks.gather(-1, below + 1) - start) / slope.clamp(min=tiny)
+    return ((start + step) * sigma - 1).clamp(0, 1)

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 
-from ks.bounds.frames import CONVERGED, Splitting, factor_of, grow, remainder, split
+from ks.bounds.frames import CONVERGED, Splitting, factor_of, fair_splitting, grow, remainder
 from ks.bounds.lift_and_shift import Part, lift_and_shift
 from ks.bounds.simple_bounds import simple_bounds
 from ks.patterns import Chain
@@ -16,6 +16,7 @@ from ks.patterns import Chain
 ITERATIONS = 15  # of ADMM on one grid; the tight bound takes twice as many
 JOINT_ITERATIONS = 60  # on the parts of several splits
 SEARCH_ITERATIONS = 8  # before the shares of the parts are changed
+LARGE = 2048  # features above which only the tight bound changes the shares of the parts
 AFFORDABLE = 2**29  # m κ², the operations of an iteration on several splits that are spent without being asked for
 
 
@@ -27,6 +28,12 @@ def rounding_allowance(weight: torch.Tensor, moment: torch.Tensor | None = None)
     energy = weight.double().square().sum(0)
     total = (energy if moment is None else energy * moment.diagonal().to(energy)).sum().item()
     return 8 * torch.finfo(torch.float64).eps * max(weight.shape) * total
+
+
+def binding_splits(chain: Chain, rank: int) -> list[int]:
+    """Return the splits l whose blocks, of size M_{≤l} × N_{>l}, can have a higher rank than r."""
+    shapes = {split: chain.block_shape(split) for split in range(1, chain.num_splits + 1)}
+    return [split for split, (height, _, _, width) in shapes.items() if rank < min(height, width)]
 
 
 class CoupledLowerBound:
@@ -51,7 +58,7 @@ class CoupledLowerBound:
         self.lifted = weight @ self.factor
         self.allowance = rounding_allowance(weight, moment)
         self.grids = [chain.block_shape(split)[1:3] for split in range(1, chain.num_splits + 1)]  # (q, p) of each split
-        self.splittings = [split(self.factor, column_groups) for _, column_groups in self.grids]
+        self.splittings = [fair_splitting(self.factor, column_groups) for _, column_groups in self.grids]
 
     @cached_property
     def simple(self) -> torch.Tensor:
@@ -69,24 +76,26 @@ class CoupledLowerBound:
         """Return the best lower bound for one rank."""
         if rank >= self.chain.saturation_rank:
             return 0.0
-        values = [self._grid(rank, *args) for args in zip(self.splittings, self.grids)]
-        if len(self.grids) > 1:
-            values.append(self._joint(rank))
+        binding = binding_splits(self.chain, rank)
+        values = [self._grid(rank, split) for split in binding]
+        if len(binding) > 1:
+            values.append(self._joint(rank, binding))
         return max(self.simple[rank].item(), max(values) - self.allowance, 0.0)
 
-    def _grid(self, rank: int, splitting: Splitting, grid: tuple[int, int]) -> float:
-        row_groups = grid[0]
+    def _grid(self, rank: int, split: int) -> float:
+        splitting, row_groups = self.splittings[split - 1], self.grids[split - 1][0]
         if not self.tight:
-            return _grid_bound(self.lifted, splitting, rank, row_groups, rounds=2, iterations=ITERATIONS)
+            rounds = 2 if len(self.factor) <= LARGE else 0
+            return _grid_bound(self.lifted, splitting, rank, row_groups, rounds, ITERATIONS)
         rows = (self.lifted[t::row_groups] for t in range(row_groups))
-        return sum(_grid_bound(each, splitting, rank, 1, rounds=3, iterations=2 * ITERATIONS) for each in rows)
+        return sum(_grid_bound(each, splitting, rank, 1, 3, 2 * ITERATIONS) for each in rows)
 
-    def _joint(self, rank: int) -> float:
-        share = len(self.grids) ** -0.5
+    def _joint(self, rank: int, binding: list[int]) -> float:
+        share = len(binding) ** -0.5
         parts = [
-            Part(share * frame, 1, row_groups)
-            for splitting, (row_groups, _) in zip(self.splittings, self.grids)
-            for frame in splitting.parts()
+            Part(share * frame, 1, self.grids[split - 1][0])
+            for split in binding
+            for frame in self.splittings[split - 1].parts()
         ]
         # Ŵ[t::q] has rank at most p r for every split: the smallest of these ranks binds the remainder.
         limits = [(p * rank * q, p, q) for q, p in self.grids if p * rank * q < len(self.lifted)]
@@ -114,8 +123,11 @@ def isotropic_joint_bound(weight: torch.Tensor, chain: Chain, rank: int, tight: 
         rank: r.
         tight: whether to spend any number of operations.
     """
-    eye = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device) * chain.num_splits**-0.5
-    grids = [chain.block_shape(split)[1:3] for split in range(1, chain.num_splits + 1)]
+    binding = binding_splits(chain, rank)
+    if len(binding) < 2:
+        return 0.0
+    eye = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device) * len(binding) ** -0.5
+    grids = [chain.block_shape(split)[1:3] for split in binding]
     parts = [Part(frame, 1, q) for q, p in grids for frame in eye.chunk(p, 1)]
     return max(0.0, joint_bound(weight, parts, rank, tight) - rounding_allowance(weight))
 
