@@ -5,6 +5,7 @@ import torch
 
 import ks
 from ks.bounds.floors import loss_floor
+from ks.bounds.moments import MeasuredInputs
 from ks.bounds.population_loss import population_loss
 from ks.errors import UsageError
 from ks.layer import KSLinear
@@ -140,3 +141,22 @@ def test_from_linear_keeps_bias_and_stands_in_for_the_layer():
     assert len(butterfly.factors) == 3
     with pytest.raises(UsageError, match="either a rank"):
         KSLinear.from_linear(linear)
+
+
+def test_from_linear_for_measured_inputs_keeps_the_bias_and_loses_less_of_their_energy():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(24, 36)
+    samples = torch.randn(200, 24) @ (torch.randn(24, 24) * torch.logspace(0, -2, 24)[:, None])
+    moment = samples.double().t() @ samples.double() / 200
+    inputs = MeasuredInputs(moment)
+    (floor,) = loss_floor(linear.weight, ks.make_chain(36, 24), [2], inputs)
+    losses = {}
+    for given in (moment, inputs, None):
+        layer = KSLinear.from_linear(linear, rank=2, input_moments=given)
+        torch.testing.assert_close(layer.bias, linear.bias)
+        with torch.no_grad():
+            losses[given] = (layer(samples) - linear(samples)).square().mean().item()
+    assert losses[moment] == losses[inputs] == pytest.approx(floor.upper, rel=1e-4)
+    assert losses[inputs] < 0.9 * losses[None]
+    with pytest.raises(UsageError, match="second moment of 36 features"):
+        KSLinear.from_dense(linear.weight, rank=2, input_moments=torch.eye(36))

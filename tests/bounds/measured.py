@@ -1,0 +1,34 @@
+"""Random second moments of every kind, and the loss under them by its definition: shared by the tests of the bounds."""
+
+import torch
+
+KINDS = ("regular", "steep", "low energy feature", "singular", "rank one", "block diagonal", "isotropic")
+
+
+def random_moment(kind, features, groups=1, seed=0):
+    """Return C, shape (n, n); `groups`: of block diagonal ones."""
+    generator = torch.Generator().manual_seed(seed)
+    samples = torch.randn(4 * features, features, dtype=torch.float64, generator=generator)
+    mixing = torch.randn(features, features, dtype=torch.float64, generator=generator)
+    if kind == "isotropic":
+        return 4.0 * torch.eye(features, dtype=torch.float64)
+    if kind == "steep":  # condition 1e9 or so
+        mixing = torch.linalg.qr(mixing)[0] * torch.logspace(0, -4.5, features, dtype=torch.float64)[:, None]
+    if kind == "low energy feature":
+        mixing[:, 0] *= 1e-6
+    if kind == "singular":
+        samples = samples[: max(1, features // 2)]
+    if kind == "rank one":
+        samples = samples[:1]
+    if kind == "block diagonal":
+        width = features // groups
+        mixing = mixing * torch.block_diag(*[torch.ones(width, width, dtype=torch.float64)] * groups)
+        return mixing.mT @ mixing
+    inputs = samples @ mixing
+    return inputs.mT @ inputs / len(inputs)
+
+
+def weighted_loss(weight, dense, moment):
+    """Return tr((W − Ŵ) C (W − Ŵ)ᵀ) / m."""
+    error = weight - dense
+    return (error @ moment @ error.mT).trace().item() / len(weight)

@@ -1,0 +1,113 @@
+"""Descents under a second moment: they never rise, end at a stationary point, and lose what they say."""
+
+import pytest
+import torch
+from chains import random_chain, random_weight
+from measured import KINDS, random_moment, weighted_loss
+
+import ks
+from ks.bounds.factor_descent import refine_factors
+from ks.bounds.factorize import factorize
+from ks.bounds.floors import loss_floor
+from ks.bounds.grid_descent import GridDescent, root_and_inverse
+from ks.bounds.moments import MeasuredInputs
+from ks.errors import UsageError
+from ks.product.reference import chain_to_dense
+
+
+def dense_grid(left, right):
+    q, p, height, _ = left.shape
+    return (left @ right.mT).permute(2, 0, 1, 3).reshape(q * height, -1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("shape", "rank"), [((24, 36), 1), ((60, 24), 3), ((24, 60), 5), ((12, 12), 3)])
+def test_descent_over_the_blocks_of_a_grid_never_rises(shape, rank, kind):
+    weight = random_weight(ks.make_chain(*shape))
+    moment = random_moment(kind, shape[1], groups=4)
+    descent = GridDescent(weight, moment, 3, 4)
+    dense = dense_grid(*descent.factors(rank))
+    history, energy = descent.history, weighted_loss(weight, torch.zeros_like(weight), moment) * len(weight)
+    assert history == sorted(history, reverse=True)
+    assert weighted_loss(weight, dense, moment) * len(weight) == pytest.approx(history[-1], abs=1e-9 * energy)
+    blocks = dense.reshape(-1, 3, 4, shape[1] // 4).permute(1, 2, 0, 3)
+    assert torch.linalg.matrix_rank(blocks, rtol=1e-9).max() <= rank
+
+
+@pytest.mark.parametrize("kind", ["regular", "singular"])
+def test_every_block_of_a_converged_grid_is_the_best_given_the_others(kind):
+    """By one weighted truncated SVD, from the definition."""
+    weight, moment = random_weight(ks.make_chain(20, 24)), random_moment(kind, 24)
+    dense = dense_grid(*GridDescent(weight, moment, 2, 3).factors(2, 5000, 1e-14))
+    for t in range(2):
+        for i in range(3):
+            own, rows = slice(8 * i, 8 * i + 8), slice(t, None, 2)
+            error = weight[rows] - dense[rows]
+            error[:, own] = weight[rows][:, own]
+            root, inverse = root_and_inverse(moment[own, own])
+            left, singular, right = torch.linalg.svd(error @ moment[:, own] @ inverse.mT, full_matrices=False)
+            best = (left[:, :2] * singular[:2]) @ right[:2]
+            torch.testing.assert_close(dense[rows][:, own] @ root, best, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(6))
+def test_descent_over_factors_never_rises_from_any_start(seed, kind):
+    chain = random_chain(seed)
+    weight, moment = random_weight(chain, seed), random_moment(kind, chain.cols, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    start = [torch.randn(*pattern, dtype=torch.float64, generator=generator) for pattern in chain.patterns(2)]
+    values, history = refine_factors(weight, moment, start, 20)
+    assert history == sorted(history, reverse=True)
+    assert history[-1] < history[0]
+    loss = weighted_loss(weight, chain_to_dense(values), moment) * len(weight)
+    assert loss == pytest.approx(history[-1], abs=1e-9 * history[0])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_descent_over_factors_ends_where_the_gradient_vanishes(seed):
+    chain = random_chain(seed, length=3)
+    weight, moment = random_weight(chain, seed), random_moment("regular", chain.cols, seed=seed)
+    values = factorize(weight, chain.patterns(2), moment)
+    values, _ = refine_factors(weight, moment, values, 2000, 1e-15)
+    values = [value.clone().requires_grad_() for value in values]
+    error = weight - ks.chain_product(torch.eye(chain.cols, dtype=torch.float64), values, batch_last=True)
+    ((error @ moment) * error).sum().backward()
+    energy = (weight @ moment @ weight.t()).trace()
+    assert all(value.grad.norm() * value.norm() <= 1e-4 * energy for value in values)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_low_rank_factors_project_the_weight_on_the_leading_directions_of_its_outputs(kind):
+    weight, moment = random_weight(ks.make_chain(10, 16)), random_moment(kind, 16)
+    dense = chain_to_dense(factorize(weight, ks.make_chain(10, 16, "lowrank").patterns(3), moment))
+    vectors = torch.linalg.eigh(weight @ moment @ weight.t()).eigenvectors[:, -3:]
+    if kind == "rank one":
+        vectors = vectors[:, -1:]  # the other eigenvalues are tied at zero
+        dense = vectors @ (vectors.t() @ dense)
+    torch.testing.assert_close(dense, vectors @ vectors.t() @ weight)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["monarch", "butterfly", "lowrank"])
+def test_a_factorisation_for_the_inputs_reaches_the_upper_bound_and_beats_one_for_white_inputs(family, kind):
+    chain = ks.make_chain(24, 36, family)
+    weight, moment = random_weight(chain), random_moment(kind, 36, groups=4)
+    inputs, energy = MeasuredInputs(moment), weighted_loss(weight, torch.zeros_like(weight), moment)
+    (floor,) = loss_floor(weight, chain, [2], inputs)
+    losses = {}
+    for given in (moment, inputs, None):
+        values = factorize(weight, chain.patterns(2), given)
+        assert [tuple(value.shape) for value in values] == list(chain.patterns(2))
+        losses[given] = weighted_loss(weight, chain_to_dense(values), moment)
+    assert losses[moment] == losses[inputs] == pytest.approx(floor.upper, abs=1e-9 * energy)
+    assert losses[inputs] <= losses[None] + 1e-12 * energy
+
+
+def test_moments_that_do_not_fit_are_refused():
+    weight, patterns = torch.randn(12, 20), ks.make_chain(12, 20).patterns(2)
+    for family in ("monarch", "lowrank"):
+        with pytest.raises(UsageError, match="second moment of 12 features"):
+            factorize(weight, ks.make_chain(12, 20, family).patterns(2), random_moment("regular", 12))
+    with pytest.raises(UsageError, match="not symmetric"):
+        factorize(weight, patterns, torch.randn(20, 20))
