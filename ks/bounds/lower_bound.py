@@ -17,7 +17,8 @@ ITERATIONS = 15  # of ADMM on one grid; the tight bound takes twice as many
 JOINT_ITERATIONS = 60  # on the parts of several splits
 SEARCH_ITERATIONS = 8  # before the shares of the parts are changed
 LARGE = 2048  # features above which only the tight bound changes the shares of the parts
-AFFORDABLE = 2**29  # m κ², the operations of an iteration on several splits that are spent without being asked for
+ITERATIONS_LARGE = 10
+AFFORDABLE = 2**28  # m κ², the operations of an iteration on several splits that are spent without being asked for
 
 
 def rounding_allowance(weight: torch.Tensor, moment: torch.Tensor | None = None) -> float:
@@ -85,8 +86,8 @@ class CoupledLowerBound:
     def _grid(self, rank: int, split: int) -> float:
         splitting, row_groups = self.splittings[split - 1], self.grids[split - 1][0]
         if not self.tight:
-            rounds = 2 if len(self.factor) <= LARGE else 0
-            return _grid_bound(self.lifted, splitting, rank, row_groups, rounds, ITERATIONS)
+            rounds, iterations = (2, ITERATIONS) if len(self.factor) <= LARGE else (0, ITERATIONS_LARGE)
+            return _grid_bound(self.lifted, splitting, rank, row_groups, rounds, iterations)
         rows = (self.lifted[t::row_groups] for t in range(row_groups))
         return sum(_grid_bound(each, splitting, rank, 1, 3, 2 * ITERATIONS) for each in rows)
 
