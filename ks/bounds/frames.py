@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 
 SINGULAR = 1e-11  # eigenvalues of the correlation matrix below this share of the largest are left out: C ⪰ F Fᵀ
-LEAK = 1e-9  # of a frame outside its group; frames of a matrix that is worse conditioned are not used
+LEAK = 1e-10  # largest norm of F N_i outside group i, rows of F scaled to norm 1; other frames are not used
 CONVERGED = 1 - 1e-4  # share of the largest admissible scale
 
 
@@ -159,7 +159,7 @@ def _frames(factor: torch.Tensor, groups: int) -> tuple[torch.Tensor, ...]:
         for i in range(groups):
             outside = torch.cat([unit[: i * width], unit[(i + 1) * width :]])
             _, singular, right = torch.linalg.svd(outside, full_matrices=True)
-            frames.append(right[int((singular > 1e-10 * singular.amax()).sum()) :].mT if len(singular) else right.mT)
+            frames.append(right[int((singular > 1e-12 * singular.amax()).sum()) :].mT if len(singular) else right.mT)
     for i, frame in enumerate(frames):
         leak = unit @ frame
         leak[i * width : (i + 1) * width] = 0

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 
-from ks.bounds.frames import CONVERGED, Splitting, factor_of, fair_splitting, grow, remainder
+from ks.bounds.frames import CONVERGED, LEAK, Splitting, factor_of, fair_splitting, grow, remainder
 from ks.bounds.lift_and_shift import Part, lift_and_shift
 from ks.bounds.simple_bounds import simple_bounds
 from ks.patterns import Chain
@@ -22,13 +22,14 @@ AFFORDABLE = 2**28  # m κ², the operations of an iteration on several splits t
 
 
 def rounding_allowance(weight: torch.Tensor, moment: torch.Tensor | None = None) -> float:
-    """Return what a lower bound gives up to rounding: 8 ε max(m, n) Σ_ij W_ij² C_jj with ε = 2.2e-16, C = I by default.
+    """Return what a lower bound gives up to rounding: (8 ε max(m, n) + LEAK) Σ_ij W_ij² C_jj, with ε = 2.2e-16.
 
-    It covers the backward errors of eigenvalues and products, which are a few ε times the norms of their matrices.
+    The first term covers the backward errors of eigenvalues and products, a few ε times the norms of their matrices;
+    the second the frames, which vanish outside their group up to LEAK. Without a moment, C = I, and frames are exact.
     """
     energy = weight.double().square().sum(0)
     total = (energy if moment is None else energy * moment.diagonal().to(energy)).sum().item()
-    return 8 * torch.finfo(torch.float64).eps * max(weight.shape) * total
+    return (8 * torch.finfo(torch.float64).eps * max(weight.shape) + (0 if moment is None else LEAK)) * total
 
 
 def binding_splits(chain: Chain, rank: int) -> list[int]:
