@@ -97,9 +97,9 @@ def factorize(weight: torch.Tensor, patterns, input_moments: torch.Tensor | Inpu
     choice of the SVD. For any other C, two factors are a local optimum of block coordinate descent; more factors start
     from the descent at every split and are refined by a descent over factors.
 
-    Cost beside the two-factor factorisation for C = I: one eigendecomposition of C, about 10 n³ operations, and for
-    coupled inputs about 4 m n² + 100 (4 r q n² + 8 r m n) for two factors (seconds for 384 × 1536, a minute for 4096 ×
-    4096 at rank 32), or 50 · 4 m n² for more.
+    Other moments than I cost one eigendecomposition of C, about 10 n³ operations. Coupled inputs cost another 4 n³/p +
+    4 m n² + 100 · (6 r q n² + 8 r m n) for two factors, with q row groups (5 seconds for 384 × 1536 and half a minute
+    for 1024 × 4096 at rank 32 and q = 4, on one thread), and up to 50 · 4 m n² more for more factors.
 
     Args:
         weight: W, shape (m, n), any float dtype, CPU or CUDA; the work is done in float64.

@@ -6,7 +6,7 @@ H = W C ⊕G_i⁺ᵀ the optimum of one block given the others is the truncated 
 
     T_i = H_i − Σ_{j≠i} X̃_j C̃_ji.
 
-Blocks are kept as products left · rightᵀ, so that a sweep costs about 4 r n² q + 8 r m n operations.
+Blocks are kept as products left · rightᵀ, so that a sweep costs about 6 r q n² + 8 r m n operations.
 """
 
 import torch

@@ -41,9 +41,9 @@ def binding_splits(chain: Chain, rank: int) -> list[int]:
 class CoupledLowerBound:
     """Lower bounds of tr((W − Ŵ) C (W − Ŵ)ᵀ) for inputs that couple column groups.
 
-    Geometry of C, once: about 6 n³ operations for each split. `simple`, for every rank: about 8 m n² and some
-    eigendecompositions for each split. One rank: about 80 m n² (4 times as many where p r < m/q) and 8 n³ for each
-    split.
+    Geometry of C, once: about 15 n³ operations for each split. `simple`, for every rank: about 8 m n² and some
+    eigendecompositions for each split. One rank: about 60 m n² (4 times as many where p r < m/q) and, up to `LARGE`
+    features, 20 n³ for each split.
 
     Args:
         weight: W, shape (m, n), float64.
