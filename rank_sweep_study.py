@@ -39,6 +39,7 @@ from ks.files.lock import locked
 from ks.files.provenance import provenance
 from ks.files.status import OK, Status
 from ks.files.weights import packed
+from ks.inputs.read import packed_inputs
 from ks.report.outputs import summarise, write_outputs
 from ks.report.plan_table import plan_notes, plan_table
 from ks.report.study import floor_rows
@@ -105,10 +106,14 @@ def launcher_of(config: SweepConfig, problem: Problem, runs: int) -> Launcher:
     if config.gpus not in ("auto", "none") or problem.device.index is not None:
         raise UsageError("--launcher ray chooses GPUs itself: give no --gpus but none, and no number in --device")
     weight_path = Path(config.weight_path).absolute()
+    files = {str(weight_path): (f"{weight_path.stem}.pth", packed(problem.weight, config.transpose))}
+    if config.inputs:
+        inputs = Path(config.inputs).absolute()
+        files[str(inputs)] = (f"inputs_{inputs.name}", packed_inputs(inputs, config.inputs_key or config.weight_key))
     return RayLauncher(
         config.ray_address,
         TRAINER,
-        {str(weight_path): (f"{weight_path.stem}.pth", packed(problem.weight, config.transpose))},
+        files,
         use_gpus=config.device != "cpu",
         runs_per_gpu=config.runs_per_gpu,
         jobs=None if config.jobs == "auto" else int(config.jobs),
@@ -202,10 +207,15 @@ def main(argv=None) -> int:
     if config.gpus == "none" and config.device == "auto":
         config = dataclasses.replace(config, device="cpu")
     problem = resolve(config)
-    floors_of = f"computing the floors of {problem.rows} × {problem.cols}"
-    if problem.rows * problem.cols > 2**22:
-        console.note(floors_of, config.quiet)
-    plan = make_plan(problem.internal_weight(), problem.chain, problem.inputs, SlowWork(floors_of, config.quiet))
+    if problem.rows * problem.cols > 2**22 or config.inputs:
+        console.note(f"computing the floors of {problem.rows} × {problem.cols}", config.quiet)
+    plan = make_plan(
+        problem.internal_weight(),
+        problem.chain,
+        problem.inputs,
+        tight=config.tight_bounds,
+        progress=SlowWork(config.quiet),
+    )
     ranks = ranks_of(config, plan)
     floors = dict(zip(ranks, plan.floors(ranks), strict=True))
     remarks = plan_notes(plan, config.target_relative_loss)
@@ -223,7 +233,8 @@ def main(argv=None) -> int:
             record = record_of(config, problem, ranks)
             try:
                 delete_leftovers(files.all())
-                claim_folder(files, runs, record, [Path(config.weight_path)], config.overwrite)
+                read = [Path(path) for path in (config.weight_path, config.inputs) if path]
+                claim_folder(files, runs, record, read, config.overwrite)
                 write_csv(files.floor_csv, columns.names(columns.FLOOR), floor_rows(plan, problem.predict_zero_loss))
                 for text in (*problem.notes, *remarks):
                     console.note(text, config.quiet)

@@ -45,7 +45,7 @@ from ks.files.weights import DTYPES
 from ks.layer import KSLinear
 from ks.product.passes import ChainPasses, choose_working_impl
 from ks.sweep.lifeline import stop_with_parent
-from ks.training.best_model import BestModel, save_in_user_units
+from ks.training.best_model import BestModel
 from ks.training.checkpoints import Checkpoints, is_finished, is_resumable, settings_of
 from ks.training.checks import check_finite, check_validation
 from ks.training.choose_optimiser import choose_for_criterion, make_optimiser
@@ -177,11 +177,11 @@ def train(
             checkpoints.offer(threads, curves, optimiser, schedule, best)
             if config.save_interval and epoch % config.save_interval == 0:
                 record.own(files.epoch_checkpoint(epoch))
-                save_in_user_units(model, problem.unit, files.epoch_checkpoint(epoch))
-        save_in_user_units(model, problem.unit, files.final)
+                problem.save(model, files.epoch_checkpoint(epoch))
+        problem.save(model, files.final)
         if kind.has_floors:
             tf32 = config.float32_precision == "tf32"
-            check_validation(curves[-1]["val_loss"] / unit_of_loss, weight, factors, problem, dtype, tf32)
+            check_validation(curves[-1]["val_loss"] / unit_of_loss, weight, model, problem, dtype, tf32)
     except BaseException:
         checkpoints.write_latest()
         raise
@@ -191,19 +191,20 @@ def train(
                 best.row["population_loss"] = best.population_loss() * unit_of_loss
             for observer in observers:
                 observer.training_ended(curves)
-            save_in_user_units(best.chosen(), problem.unit, files.best)
+            problem.save(best.chosen(), files.best)
     return curves[-1]
 
 
 def make_model(config: TrainerConfig, problem: Problem, weight: torch.Tensor) -> KSLinear:
-    """Return the chain at its initial values, in internal units.
+    """Return the chain at its initial values, in internal coordinates.
 
     random: the left-most factor is zero, so that training starts from predicting 0; the others keep the variance of
-    their input. hierarchical: the factorisation of W.
+    their input. hierarchical: the factorisation of W for the second moment of the inputs.
     """
     patterns = problem.chain.patterns(config.rank)
     if config.init == "hierarchical":
-        return KSLinear.from_dense(weight, patterns=patterns, batch_last=config.bs_last).float()
+        start = KSLinear.from_dense(weight, patterns=patterns, input_moments=problem.inputs, batch_last=config.bs_last)
+        return start.float()
     model = KSLinear.from_patterns(patterns, batch_last=config.bs_last)
     model.reset_parameters(seeded_generator(config.seed, "init"))
     with torch.no_grad():
@@ -219,7 +220,7 @@ def main(argv=None) -> int:
     files = RunFiles(prepare_output_dir(config.output_dir), config.save_prefix, config.rank)
     with locked(files.lock, "another training", wait=10), signals.deferred():
         settings = settings_of(config, problem) | {"rank": config.rank}
-        inputs = [Path(config.weight_path)]
+        inputs = [Path(path) for path in (config.weight_path, config.inputs) if path]
         delete_leftovers([*files.results(), *files.epoch_checkpoints()])
         owned = recorded(files.config, [*files.results(), *files.epoch_checkpoints()])
         resumable = config.resume and is_resumable(files, settings)

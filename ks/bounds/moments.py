@@ -1,6 +1,7 @@
 """The second moment C = E[x xᵀ] of a layer's inputs: everything that a loss or a floor needs to know of them."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -25,6 +26,18 @@ class Inputs(Protocol):
 
     def coupling(self, groups: int) -> torch.Tensor | None:
         """Return C if it couples any two of `groups` equal groups of features, None if it is block diagonal."""
+
+    def largest_of_batch(self, batch: int, features: int) -> float:
+        """Return about the largest eigenvalue of Xᵀ X / B over batches X of B Gaussian samples: (√λ + √(tr C / B))²
+        with λ the largest eigenvalue of C.
+
+        Source: Koltchinskii, Lounici, "Concentration inequalities and moment bounds for sample covariance operators"
+        (2017); for C = I it is (1 + √(n / B))².
+
+        Args:
+            batch: B.
+            features: n.
+        """
 
 
 @dataclass(frozen=True)
@@ -61,6 +74,10 @@ class IsotropicInputs:
         """Return None: σ²I couples no features."""
         return None
 
+    def largest_of_batch(self, batch: int, features: int) -> float:
+        """Return σ² (1 + √(n / B))²."""
+        return self.std**2 * (1 + (features / batch) ** 0.5) ** 2
+
 
 UNIT_INPUTS = IsotropicInputs()
 
@@ -68,8 +85,8 @@ UNIT_INPUTS = IsotropicInputs()
 class MeasuredInputs:
     """Inputs with a measured second moment C, which may be singular.
 
-    The root C^{1/2} comes from one symmetric eigendecomposition in float64, about 10 n³ operations; negative
-    eigenvalues within rounding count as zero.
+    The root C^{1/2} comes from one symmetric eigendecomposition in float64, about 10 n³ operations, when it is first
+    needed; negative eigenvalues within rounding count as zero.
 
     Args:
         moment: C, shape (n, n), any float dtype, symmetric and positive semi-definite up to rounding.
@@ -88,35 +105,50 @@ class MeasuredInputs:
         difference = (moment - moment.mT).abs().max().item()
         if difference > ROUNDING * moment.abs().max().item():
             raise UsageError(f"the second moment is not symmetric: entries differ by up to {difference:.3g} across it")
-        moment = (moment + moment.mT) / 2
-        eigenvalues, vectors = torch.linalg.eigh(moment)
-        if eigenvalues[0] < -ROUNDING * eigenvalues[-1].clamp(min=0):
-            raise UsageError(
-                f"the second moment is not positive semi-definite: its eigenvalues reach from {eigenvalues[0]:.3g} to "
-                f"{eigenvalues[-1]:.3g}"
-            )
-        rounding = len(moment) * torch.finfo(torch.float64).eps * eigenvalues[-1]
-        self._root = (vectors * eigenvalues.clamp(min=0).sqrt()) @ vectors.mT
-        # Without the negative part of a moment in float32, no loss can be below a floor that is computed from the root.
-        self._moment = moment if eigenvalues[0] >= -rounding else self._root @ self._root
-        self._eigenvalues = eigenvalues.clamp(min=0)
+        self._moment = (moment + moment.mT) / 2
+        shifted = self._moment.clone()
+        shifted.diagonal().add_(len(moment) * torch.finfo(torch.float64).eps * self._moment.diagonal().abs().max())
+        if torch.linalg.cholesky_ex(shifted).info.item():  # negative beyond the rounding of float64
+            eigenvalues, _ = self._spectrum
+            if eigenvalues[0] < -ROUNDING * eigenvalues[-1].clamp(min=0):
+                raise UsageError(
+                    f"the second moment is not positive semi-definite: its eigenvalues reach from {eigenvalues[0]:.3g} "
+                    f"to {eigenvalues[-1]:.3g}"
+                )
+            # Without the negative part of a moment in float32, no loss is below a floor that comes from the root.
+            self._moment = self._root @ self._root
+
+    @cached_property
+    def _spectrum(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Eigenvalues, ascending, and eigenvectors of C."""
+        return torch.linalg.eigh(self._moment)
+
+    @cached_property
+    def _root(self) -> torch.Tensor:
+        eigenvalues, vectors = self._spectrum
+        return (vectors * eigenvalues.clamp(min=0).sqrt()) @ vectors.mT
 
     def output_energy(self, weight: torch.Tensor) -> float:
-        """Return tr(W C Wᵀ) = ‖W C^{1/2}‖_F², the expected squared norm of W x.
+        """Return tr(W C Wᵀ), the expected squared norm of W x.
 
         Args:
-            weight: shape (m, n), any float dtype; summed in float64.
+            weight: shape (m, n), any float dtype; multiplied and summed in float64.
         """
-        return self.times_root(weight).square().sum().item()
+        wide = self._sized(weight)
+        return max(0.0, ((wide @ self._moment.to(wide.device)) * wide).sum().item())
 
     def times_root(self, weight: torch.Tensor) -> torch.Tensor:
         """Return W C^{1/2} in float64: its squared singular values are the output energies of W's directions."""
-        if weight.shape[-1] != len(self._root):
+        wide = self._sized(weight)
+        return wide @ self._root.to(wide.device)
+
+    def _sized(self, weight: torch.Tensor) -> torch.Tensor:
+        if weight.shape[-1] != len(self._moment):
             raise UsageError(
-                f"second moment of {len(self._root)} features: a weight of shape {tuple(weight.shape)} needs "
+                f"second moment of {len(self._moment)} features: a weight of shape {tuple(weight.shape)} needs "
                 f"{weight.shape[-1]}"
             )
-        return weight.double() @ self._root.to(weight.device)
+        return weight.double()
 
     def colour(self, unit_samples: torch.Tensor) -> torch.Tensor:
         """Return C^{1/2} z for samples z of second moment I, in their dtype.
@@ -138,15 +170,21 @@ class MeasuredInputs:
             outside[start : start + width, start : start + width] = 0
         return self._moment if outside.any() else None
 
+    def largest_of_batch(self, batch: int, features: int) -> float:
+        """Return (√λ + √(tr C / B))²."""
+        largest = self._spectrum[0][-1].item()
+        return (largest**0.5 + (self._moment.trace().item() / batch) ** 0.5) ** 2
+
     @property
     def effective_rank(self) -> float:
         """(tr C)² / ‖C‖_F², between 1 and n: the number of equal directions with as much spread; 0 for C = 0."""
-        squares = self._eigenvalues.square().sum().item()
-        return self._eigenvalues.sum().item() ** 2 / squares if squares else 0.0
+        squares = self._moment.square().sum().item()
+        return self._moment.trace().item() ** 2 / squares if squares else 0.0
 
     @property
     def condition(self) -> float:
         """Largest over smallest eigenvalue; infinite if C is singular to rounding."""
-        smallest, largest = self._eigenvalues[0].item(), self._eigenvalues[-1].item()
-        singular = smallest <= len(self._eigenvalues) * torch.finfo(torch.float64).eps * largest
+        eigenvalues, _ = self._spectrum
+        smallest, largest = eigenvalues[0].item(), eigenvalues[-1].item()
+        singular = smallest <= len(eigenvalues) * torch.finfo(torch.float64).eps * largest
         return float("inf") if singular else largest / smallest

@@ -109,11 +109,23 @@ class SampleFlags:
     TITLE: ClassVar = "samples"
     num_samples: int = flag(10000, "random inputs, for training and validation together", convert=positive_int)
     val_split: float = flag(0.2, "share of the samples kept for validation", convert=open_fraction)
-    input_std: float = flag(1.0, "σ of the inputs x ~ N(0, σ²I)", convert=positive_float)
+    input_std: float = flag(1.0, "σ of the isotropic inputs x ~ N(0, σ²I)", convert=positive_float)
+    inputs: str | None = flag(
+        None,
+        "file with what the layer really sees, as docs/inputs.md describes: moments, or raw samples (N × n) of which "
+        "the last --val_split are held out; without it, inputs are isotropic",
+        convert=path,
+        metavar="FILE",
+    )
+    inputs_key: str | None = flag(None, "name of the inputs in that file", shown_default="--weight_key")
+    fit_bias: bool = flag(
+        False, "with --inputs: the saved chain has a bias that makes up for the mean of the inputs, (W − Ŵ) E[x]"
+    )
     sampling: str = flag(
         "auto",
-        "training inputs: whitened is one set whose second moment is exactly σ²I, fresh a new set every epoch, fixed "
-        "one plain set; auto is whitened if there are at least n training samples, else fresh",
+        "training inputs: whitened is one set whose second moment is exactly that of the inputs, fresh a new set every "
+        "epoch, fixed one plain set or the raw samples of --inputs; auto is whitened if there are at least n training "
+        "samples, else fresh",
         choices=("auto", "whitened", "fresh", "fixed"),
     )
 
@@ -225,6 +237,9 @@ class SweepConfig(TrainingFlags, OutputFlags, PlotFlags):
     )
     seeds: tuple[int, ...] | None = flag(
         None, "train every rank with each of these seeds", convert=seed_number, nargs="+", shown_default="--seed"
+    )
+    tight_bounds: bool = flag(
+        False, "with --inputs: spend about ten times as long on the lower bounds of grids and deeper chains"
     )
     dry_run: bool = flag(False, "print the plan and the commands; train nothing")
     overwrite: bool = flag(

@@ -47,6 +47,7 @@ def runs_of(config: SweepConfig, ranks: list[int], output_dir: Path, trainer: Pa
             files = run_files(output_dir, rank, seed, seeds[0])
             settings = config.training_settings() | {
                 "weight_path": Path(config.weight_path).absolute(),
+                "inputs": Path(config.inputs).absolute() if config.inputs else None,
                 "seed": seed,
                 "rank": rank,
                 "resume": True,

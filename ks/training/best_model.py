@@ -1,4 +1,4 @@
-"""The best model of a training: which one it is, and how a model is saved in the user's units."""
+"""The best model of a training."""
 
 import copy
 import math
@@ -7,7 +7,6 @@ import torch
 
 from ks.bounds.moments import Inputs
 from ks.bounds.population_loss import population_loss
-from ks.files.atomic import save_tensors
 from ks.files.schema import BestRecord
 from ks.layer import KSLinear
 
@@ -59,17 +58,3 @@ class BestModel:
             return self.kept
         start_loss = population_loss(self.weight, self.start.factors, self.inputs)
         return self.start if start_loss <= self.population_loss() else self.kept
-
-
-def save_in_user_units(model: KSLinear, unit: float, path) -> None:
-    """Save `unit` times the dense weight of a model, the scale shared evenly by its factors.
-
-    Values that float32 cannot hold with margin are saved in float64.
-    """
-    scaled = copy.deepcopy(model)
-    if not 1e-25 < unit < 1e25:
-        scaled = scaled.double()
-    with torch.no_grad():
-        for factor in scaled.factors:
-            factor.mul_(unit ** (1 / len(scaled.factors)))
-    save_tensors(scaled.to_payload(), path)

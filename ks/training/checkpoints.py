@@ -21,9 +21,10 @@ from ks.training.optimiser import Optimiser
 from ks.training.problem import Problem
 from ks.training.schedule import Schedule
 
-# Their effect is compared instead (weight, chain, device, sampling), or they only change reports and files.
+# Their effect is compared instead (weight, inputs, chain, device, sampling), or they only change reports and files.
 NOT_COMPARED = (
     *("weight_path", "weight_key", "transpose", "chain", "blocks", "num_factors", "row_splits", "col_splits"),
+    *("inputs", "inputs_key"),
     *("device", "sampling", "optimizer", "log_interval", "verbose", "quiet", "save_interval", "resume_interval"),
 )
 
@@ -33,7 +34,13 @@ def settings_of(config: TrainingFlags, problem: Problem) -> dict[str, Any]:
     description = problem.describe()
     settings = {name: value for name, value in config.training_settings().items() if name not in NOT_COMPARED}
     settings |= {name: description[name] for name in ("chain", "device", "sampling", "optimizer")}
-    return finite(settings | {"weight": f"sha256 {description['weight']['sha256'][:16]}"})
+    hashes = {name: _identity(description[name]) for name in ("weight", "inputs")}
+    return finite(settings | hashes)
+
+
+def _identity(description: dict[str, Any]) -> str:
+    """Return the hash of a weight or of measured inputs, or the kind of inputs that have none."""
+    return f"sha256 {description['sha256'][:16]}" if "sha256" in description else description["kind"]
 
 
 def changes(before: dict, now: dict) -> str:

@@ -6,6 +6,7 @@ import torch
 
 from ks.bounds.population_loss import sampled_loss_range
 from ks.errors import InternalError
+from ks.layer import KSLinear
 from ks.training.problem import Problem
 
 
@@ -30,28 +31,32 @@ def check_finite(row: dict, losses: torch.Tensor) -> None:
 def check_validation(
     val_loss: float,
     weight: torch.Tensor,
-    factors: list[torch.Tensor],
+    model: KSLinear,
     problem: Problem,
     dtype: torch.dtype,
     tf32: bool = False,
 ) -> None:
-    """Check that a validation loss agrees with the population loss of the same chain, within sampling error.
+    """Check that a validation loss agrees with the exact loss of the same chain, within sampling error and rounding.
 
     Args:
         val_loss: mean squared error on the validation samples, in internal units.
-        weight: W in internal units, float64.
-        factors: of the chain.
-        problem: with the second moment of x and the number of validation samples.
+        weight: W in internal coordinates, float64.
+        model: the chain, in internal coordinates.
+        problem: with the second moments and the number of validation samples.
         dtype, tf32: of the products.
     Raises:
         InternalError: they do not agree, so that one of the two is computed wrongly.
     """
-    low, high = sampled_loss_range(weight, factors, problem.num_validation, problem.inputs)
     epsilon = 2**-10 if tf32 else torch.finfo(dtype).eps
-    rounding = 4 * len(factors) * epsilon  # of the root mean squared error, whose scale is 1
+    rounding = 4 * len(model.factors) * epsilon  # of the root mean squared error, whose scale is 1
+    if problem.layer_inputs.held_out is None:
+        low, high = sampled_loss_range(weight, model.factors, problem.num_validation, problem.inputs)
+    else:  # its samples have exactly the held-out second moment
+        low = high = problem.held_out_loss(model)
+        rounding *= 1 + high**0.5  # held-out inputs may be larger than those that were whitened
     low, high = max(0.0, max(low, 0.0) ** 0.5 - rounding) ** 2, (high**0.5 + rounding) ** 2
     if not low <= val_loss <= high:
         raise InternalError(
-            f"the validation loss is {val_loss:.6g} of predicting 0, but the population loss of the same chain allows "
+            f"the validation loss is {val_loss:.6g} of predicting 0, but the exact loss of the same chain allows "
             f"only {low:.6g} to {high:.6g}; one of them is computed wrongly"
         )

@@ -2,7 +2,7 @@
 
 import torch
 
-from ks.bounds.moments import IsotropicInputs
+from ks.bounds.moments import Inputs
 from ks.cli.flags import OptimiserFlags
 from ks.errors import UsageError
 from ks.patterns import Chain
@@ -59,7 +59,7 @@ def choose_for_criterion(asked: str, chosen: str, kind: LossKind) -> tuple[str, 
 
 
 def make_optimiser(
-    name: str, flags: OptimiserFlags, factors: list[torch.Tensor], inputs: IsotropicInputs, loss_scaling: bool
+    name: str, flags: OptimiserFlags, factors: list[torch.Tensor], inputs: Inputs, loss_scaling: bool
 ) -> Optimiser:
     """Return an optimiser of the factors.
 

@@ -10,7 +10,7 @@ two factors; Martens, Grosse, "Optimizing neural networks with Kronecker-factore
 
 import torch
 
-from ks.bounds.moments import IsotropicInputs
+from ks.bounds.moments import Inputs
 from ks.patterns import Pattern
 from ks.product.bmm import empty_values
 from ks.product.splits import SplitMatrices, prefix_grams, split_patterns, suffix_grams
@@ -36,7 +36,7 @@ class GaussNewton(Optimiser):
 
     Args:
         parameters: values of shape (a, b, c, d) of a chainable chain, output side first, float32; updated in place.
-        inputs: second moment of x, in units in which predicting 0 has a loss of 1.
+        inputs: second moment C of x; within every column group of the right-most factor it is I.
         batch_size: samples of a batch, B.
         weight_decay: per unit of lr.
         loss_scaling: for float16.
@@ -45,21 +45,19 @@ class GaussNewton(Optimiser):
     def __init__(
         self,
         parameters: list[torch.Tensor],
-        inputs: IsotropicInputs,
+        inputs: Inputs,
         batch_size: int,
         *,
         weight_decay: float = 0.0,
         loss_scaling: bool = False,
     ):
         super().__init__("sgd", parameters, max_grad_norm=0.0, loss_scaling=loss_scaling)
-        self.inputs, self.weight_decay = inputs, weight_decay
+        self.weight_decay = weight_decay
         patterns = [Pattern(*values.shape) for values in self.parameters]
         rows, cols = patterns[0].rows, patterns[-1].cols
-        largest = inputs.std**2 * (1 + (cols / batch_size) ** 0.5) ** 2
+        largest = inputs.largest_of_batch(batch_size, cols)
         # The curvature belongs to half the squared error summed over outputs, the loss is its mean.
         self.rate_factors = [rows / 2 * STEP_SIZE / REFERENCE_LR / largest] * len(patterns)
-        self.rate_factors[-1] /= inputs.std**2  # no split follows the right-most factor
-        self._suffix_scale = inputs.std**2
         # The mean diagonal of PᵀP if outputs of mean square 1 are spread evenly over features of mean square 1.
         self._natural = [rows / pattern.cols for pattern in patterns[:-1]]
         device = self.parameters[0].device
@@ -95,7 +93,7 @@ class GaussNewton(Optimiser):
         for place, gram, natural in zip(self._inverses.left, prefix_grams(self.parameters), self._natural, strict=True):
             self._invert(gram, damping * natural, place)
         for place, gram in zip(self._inverses.right, suffix_grams(self.parameters), strict=True):
-            self._invert(gram if self._suffix_scale == 1 else gram * self._suffix_scale, 0.0, place)
+            self._invert(gram, 0.0, place)
 
     def _invert(self, gram: torch.Tensor, damping: torch.Tensor | float, place: torch.Tensor) -> None:
         """Write the inverses of damped Gram matrices, shape (a, r, r, d), into `place`; those that fail stay."""

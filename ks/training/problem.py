@@ -1,28 +1,31 @@
 """The learning problem that the flags describe, checked before anything is written or started."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from ks.bounds.floors import no_floor_reason
-from ks.bounds.moments import Inputs, IsotropicInputs
+from ks.bounds.moments import Inputs
+from ks.bounds.population_loss import population_loss
 from ks.cli.flags import ChainFlags, TrainingFlags
 from ks.errors import UsageError
 from ks.files.memory import check_fits
 from ks.files.weights import Weight, load_weight
+from ks.layer import KSLinear
 from ks.patterns import Chain, make_chain
 from ks.product.backend import check_impl
-from ks.product.pieces import sum_of_squares
 from ks.training.choose_optimiser import choose_optimiser
+from ks.training.coordinates import Coordinates
+from ks.training.layer_inputs import LayerInputs, layer_inputs
 
 
 @dataclass(frozen=True)
 class Problem:
     """A dense weight W (m × n) that a family of chains learns from inputs of second moment C = E[x xᵀ].
 
-    Everything inside is in internal units, in which predicting 0 has a loss of 1 whatever the scale of W and x: the
-    weight is W / unit, `inputs` has σ = 1, and losses and floors are relative. Only results are converted, by the
-    factor `predict_zero_loss` = tr(W C Wᵀ) / m.
+    Everything inside is in internal coordinates (`ks.training.coordinates`), in which predicting 0 has a loss of 1
+    whatever the scale of W and x: losses and floors are relative. Only results are converted, by the factor
+    `predict_zero_loss` = tr(W C Wᵀ) / m.
     """
 
     weight: Weight
@@ -32,9 +35,7 @@ class Problem:
     optimizer: str
     num_train: int
     num_validation: int
-    inputs: Inputs
-    unit: float
-    predict_zero_loss: float
+    layer_inputs: LayerInputs
     notes: tuple[str, ...]
 
     @property
@@ -45,9 +46,33 @@ class Problem:
     def cols(self) -> int:
         return self.weight.tensor.shape[1]
 
+    @property
+    def coordinates(self) -> Coordinates:
+        return self.layer_inputs.coordinates
+
+    @property
+    def inputs(self) -> Inputs:
+        """Return the second moment of the inputs in internal coordinates."""
+        return self.layer_inputs.inputs
+
+    @property
+    def predict_zero_loss(self) -> float:
+        return self.layer_inputs.predict_zero_loss
+
     def internal_weight(self) -> torch.Tensor:
-        """Return W / unit in float64 on the training device."""
-        return self.weight.tensor.to(self.device, torch.float64, copy=True).div_(self.unit)
+        """Return W in internal coordinates, in float64 on the training device."""
+        return self.coordinates.weight(self.weight.tensor.to(self.device, torch.float64, copy=True))
+
+    def held_out_loss(self, model: KSLinear) -> float:
+        """Return the exact loss of a chain of internal coordinates on the held-out inputs, relative to predicting 0."""
+        assert self.layer_inputs.held_out is not None
+        outside = self.coordinates.outside(model)
+        loss = population_loss(self.weight.tensor, outside.factors, self.layer_inputs.held_out)
+        return loss / self.predict_zero_loss
+
+    def save(self, model: KSLinear, path) -> None:
+        """Save a chain of internal coordinates as one that acts on x."""
+        self.coordinates.save(model, self.weight.tensor, path)
 
     def describe(self) -> dict:
         """Return the problem for config files; the hash identifies the weight."""
@@ -59,7 +84,8 @@ class Problem:
                 "sha256": self.weight.sha256(),
             },
             "chain": self.chain.describe(),
-            "unit": self.unit,
+            "unit": self.coordinates.unit,
+            "inputs": self.layer_inputs.description,
             "predict_zero_loss": self.predict_zero_loss,
             "dense_parameters": self.rows * self.cols,
             "device": str(self.device),
@@ -79,19 +105,17 @@ def resolve(config: TrainingFlags) -> Problem:
     weight = load_weight(config.weight_path, config.weight_key, config.transpose)
     rows, cols = weight.tensor.shape
     chain = chain_of(config, rows, cols)
-    num_train, num_validation = split_samples(config)
-    check_samples_fit(config.num_samples, rows, cols)
+    inputs = layer_inputs(config, weight, chain)
+    num_train, num_validation = split_samples(config, inputs.given_count)
+    check_samples_fit(num_train + num_validation, rows, cols)
     sampling, sampling_reason = choose_sampling(config.sampling, num_train, cols)
     if config.init == "hierarchical" and (reason := no_floor_reason(chain)):
         raise UsageError(f"--init hierarchical: {reason}; use --init random")
     optimizer, optimizer_reason = choose_optimiser(config.optimizer, chain)
-    inputs = IsotropicInputs(config.input_std)
-    unit = (sum_of_squares(weight.tensor) / rows) ** 0.5
-    predict_zero_loss = inputs.output_energy(weight.tensor) / rows
-    if not 1e-280 < predict_zero_loss < 1e280:
+    if not 1e-280 < inputs.predict_zero_loss < 1e280:
         raise UsageError(
-            f"--input_std {config.input_std:g} on a weight of norm {unit * rows**0.5:g}: the loss of predicting 0 is "
-            f"{predict_zero_loss:g}; 1e-280 to 1e280 is allowed: scale one of them"
+            f"{f'--inputs {config.inputs}' if config.inputs else f'--input_std {config.input_std:g}'} on this weight: "
+            f"the loss of predicting 0 is {inputs.predict_zero_loss:g}; 1e-280 to 1e280 is allowed: scale one of them"
         )
     return Problem(
         weight=weight,
@@ -101,10 +125,9 @@ def resolve(config: TrainingFlags) -> Problem:
         optimizer=optimizer,
         num_train=num_train,
         num_validation=num_validation,
-        inputs=replace(inputs, std=1.0),
-        unit=unit,
-        predict_zero_loss=predict_zero_loss,
+        layer_inputs=inputs,
         notes=(
+            *inputs.notes,
             *chain.notes(),
             f"sampling {sampling}: {sampling_reason}",
             f"optimizer {optimizer}: {optimizer_reason}",
@@ -153,14 +176,19 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def split_samples(config: TrainingFlags) -> tuple[int, int]:
+def split_samples(config: TrainingFlags, given: int | None) -> tuple[int, int]:
     """Return the numbers of training samples, in whole batches, and of validation samples.
 
+    Args:
+        config: with batch size, number of samples and share of validation.
+        given: number of raw training samples that a file gives; `--sampling fixed` trains on them.
     Raises:
         UsageError: not one batch is left for training.
     """
     num_validation = max(1, round(config.num_samples * config.val_split))
     not_held_out = config.num_samples - num_validation
+    if given is not None and config.sampling == "fixed":
+        not_held_out = given
     num_train = not_held_out // config.batch_size * config.batch_size
     if num_train == 0:
         raise UsageError(

@@ -44,6 +44,9 @@ def whiten(samples: torch.Tensor) -> torch.Tensor:
     return whitened
 
 
+Pair = tuple[torch.Tensor, torch.Tensor]  # inputs and their targets, one sample a row
+
+
 class SampleSet(NamedTuple):
     """Samples in batches of one size.
 
@@ -74,6 +77,8 @@ class Samples:
         batch_last: batches of shape (n, batch) instead of (batch, n).
         dtype: of the inputs; targets stay float32.
         stored: the `sets` of samples with the same settings; `output_rows` may differ.
+        training: x and W x to train on instead of random ones, shapes (N, n) and (N, m), any float dtype.
+        held_out: the same to validate on.
 
     `inputs` and `targets` hold the training batches, shape (steps, batch, n or m); with `fresh` an epoch overwrites
     them. `validation` holds batches of other samples; their mean losses, weighted by `validation_shares`, give the mean
@@ -94,25 +99,34 @@ class Samples:
         batch_last: bool = False,
         dtype: torch.dtype = torch.float32,
         stored: list[SampleSet] | None = None,
+        training: Pair | None = None,
+        held_out: Pair | None = None,
     ):
         self.weight, self.batch_size, self.output_rows = weight, batch_size, output_rows
         self.inputs_moment = inputs_moment
         self.sampling, self.seed, self.batch_last, self.dtype = sampling, seed, batch_last, dtype
         self.steps_per_epoch = num_train // batch_size
-        self.sets = self._draw_sets(num_validation) if stored is None else [*map(self._in_order, stored)]
-        (self.inputs, self.targets, _), *held_out = self.sets
-        self.validation = [(inputs[0], targets[0]) for inputs, targets, _ in held_out]
+        if stored is None:
+            self.sets = self._draw_sets(num_validation, training, held_out)
+        else:
+            self.sets = [*map(self._in_order, stored)]
+        (self.inputs, self.targets, _), *others = self.sets
+        self.validation = [(inputs[0], targets[0]) for inputs, targets, _ in others]
         shares = torch.tensor([targets.numel() for _, targets in self.validation], device=weight.device)
         self.validation_shares = shares / shares.sum()
 
-    def _draw_sets(self, num_validation: int) -> list[SampleSet]:
+    def _draw_sets(self, num_validation: int, training: Pair | None, held_out: Pair | None) -> list[SampleSet]:
         """Return the training samples, then each batch of validation samples."""
-        held_out = self._draw(num_validation, "validation")
-        drawn = self._draw(self.steps_per_epoch * self.batch_size, "train", epoch=1 if self.sampling == "fresh" else 0)
-        if self.sampling == "whitened":
-            drawn = whiten(drawn)
-        training = self._with_targets(drawn, self.batch_size)
-        return [training, *(self._with_targets(part, len(part)) for part in held_out.split(1024))]
+        validation = held_out or self._pair(self._draw(num_validation, "validation"))
+        count = self.steps_per_epoch * self.batch_size
+        if training is None:
+            drawn = self._draw(count, "train", epoch=1 if self.sampling == "fresh" else 0)
+            training = self._pair(whiten(drawn) if self.sampling == "whitened" else drawn)
+        inputs, targets = training
+        sets = [self._batches(inputs[:count], targets[:count], self.batch_size)]
+        for inputs, targets in zip(*(samples.split(1024) for samples in validation), strict=True):
+            sets.append(self._batches(inputs, targets, len(inputs)))
+        return sets
 
     def _draw(self, count: int, stream: str, epoch: int = 0) -> torch.Tensor:
         device = self.weight.device
@@ -122,19 +136,27 @@ class Samples:
     def _rows(self, batch_size: int) -> torch.Tensor:
         return torch.arange(len(self.weight)) if self.output_rows is None else self.output_rows(batch_size)
 
-    def _with_targets(self, inputs: torch.Tensor, batch_size: int) -> SampleSet:
-        """Return coloured inputs and their targets in batches, contiguous in the training layout."""
-        inputs = self.inputs_moment.colour(inputs)
-        rows = self._rows(batch_size)
-        order = rows.to(inputs.device)
+    def _pair(self, unit_samples: torch.Tensor) -> Pair:
+        """Return inputs of second moment C, and their targets."""
+        inputs = self.inputs_moment.colour(unit_samples)
         targets = inputs.new_empty(len(inputs), len(self.weight))
 
         def multiply(part: slice) -> None:
-            # Permuted afterwards, so that their bits do not depend on the order of the rows.
-            torch.index_select(inputs[part] @ self.weight.t(), 1, order, out=targets[part])
+            torch.mm(inputs[part], self.weight.t(), out=targets[part])
 
         in_pieces(multiply, len(inputs), inputs.device)
-        inputs, targets = (samples.unflatten(0, (-1, batch_size)) for samples in (inputs.to(self.dtype), targets))
+        return inputs, targets
+
+    def _batches(self, inputs: torch.Tensor, targets: torch.Tensor, batch_size: int) -> SampleSet:
+        """Return samples in batches, contiguous in the training layout, with targets in the order of the outputs."""
+        rows = self._rows(batch_size)
+        device = self.weight.device
+        targets = targets.to(device, torch.float32)
+        if not torch.equal(rows, torch.arange(len(rows))):
+            targets = targets.index_select(1, rows.to(device))
+        inputs, targets = (
+            samples.unflatten(0, (-1, batch_size)) for samples in (inputs.to(device, self.dtype), targets)
+        )
         if self.batch_last:  # steps batch features -> steps features batch
             inputs, targets = inputs.transpose(1, 2).contiguous(), targets.transpose(1, 2).contiguous()
         return SampleSet(inputs, targets, rows)
@@ -152,7 +174,7 @@ class Samples:
         if self.sampling == "fresh":
             if number > 1:
                 drawn = self._draw(self.steps_per_epoch * self.batch_size, "train", number)
-                new = self._with_targets(drawn, self.batch_size)
+                new = self._batches(*self._pair(drawn), self.batch_size)
                 self.inputs.copy_(new.inputs)
                 self.targets.copy_(new.targets)
             return torch.arange(self.steps_per_epoch)

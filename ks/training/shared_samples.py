@@ -46,6 +46,7 @@ def make_samples(
         seed: of the samples; that of the config unless told.
     """
     seed = config.seed if seed is None else seed
+    stored, given = _inherited(_settings(config, problem, seed)), problem.weight.tensor
     return Samples(
         weight.float(),
         problem.num_train,
@@ -57,7 +58,9 @@ def make_samples(
         output_rows=output_rows,
         batch_last=config.bs_last,
         dtype=DTYPES[config.dtype],
-        stored=_inherited(_settings(config, problem, seed)),
+        stored=stored,
+        training=None if stored or problem.sampling != "fixed" else problem.layer_inputs.given_samples(given),
+        held_out=None if stored else problem.layer_inputs.held_out_samples(given),
     )
 
 
@@ -112,7 +115,8 @@ def _settings(config: TrainingFlags, problem: Problem, seed: int) -> dict[str, A
         "batch_size": config.batch_size,
         "bs_last": config.bs_last,
         "dtype": config.dtype,
-        "inputs": repr(problem.inputs),
+        "inputs": problem.layer_inputs.description,
+        "chain": problem.chain.describe(),  # its column groups are whitened
         "torch": torch.__version__,
     }
 

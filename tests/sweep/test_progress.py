@@ -83,11 +83,12 @@ def test_a_terminal_has_a_bar_of_all_epochs(runs, monkeypatch, capsys):
 def test_slow_work_tells_how_far_it_is_after_two_seconds(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr("ks.sweep.progress.time.monotonic", lambda: now[0])
-    work = SlowWork("floors", quiet=False)
-    for second, share in ((1.0, 0.1), (2.1, 0.2), (3.0, 0.3), (4.5, 0.55), (9.0, 1.0)):
+    work = SlowWork(quiet=False)
+    for second, step in ((1.0, "10%"), (2.1, "20%"), (3.0, "30%"), (4.5, "55%")):
         now[0] = second
-        work(share)
-    assert capsys.readouterr().err == "floors: 20%\nfloors: 55%\n"
+        work(step)
+    assert capsys.readouterr().err == "20%\n55%\n"
+    quiet = SlowWork(quiet=True)
     now[0] = 99.0
-    SlowWork("floors", quiet=True)(0.5)
+    quiet("60%")
     assert capsys.readouterr().err == ""

@@ -7,11 +7,10 @@ import pytest
 import torch
 from steps import WEIGHT
 
-import ks
 from ks.bounds.moments import UNIT_INPUTS
 from ks.files.schema import BestRecord
 from ks.layer import KSLinear
-from ks.training.best_model import BestModel, save_in_user_units
+from ks.training.best_model import BestModel
 
 EPOCHS = [{"epoch": number} for number in (1, 2, 3)]
 
@@ -82,10 +81,3 @@ def test_a_state_of_another_length_is_no_state_of_this_model(model, change):
     state = best.state()
     with pytest.raises(ValueError, match="zip"):
         best_of(model).restore(BestRecord(**state | {"factors": change(state["factors"])}), EPOCHS)
-
-
-def test_a_saved_model_is_in_the_units_of_the_user(model, tmp_path):
-    before = model.to_dense()
-    save_in_user_units(model, 7.0, tmp_path / "model.pth")
-    assert torch.equal(model.to_dense(), before)
-    torch.testing.assert_close(ks.load(tmp_path / "model.pth").to_dense(), 7.0 * before)

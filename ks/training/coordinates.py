@@ -1,0 +1,128 @@
+"""The coordinates of a training, in which predicting 0 has a loss of 1 and every column group of x is white.
+
+Neither losses nor floors nor the shape of a chain depend on them: with C_ii = G_i G_iᵀ the second moment of column
+group i of the right-most factor, y' = y / u and x'_i = G_i⁺ (x_i − μ_i) turn W into W ⊕G_i / u and that factor into
+K_L ⊕G_i, up to u. Optimisers need far fewer steps there: inputs of real layers have conditions up to 1e9.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+
+from ks.bounds.grid_descent import root_and_inverse
+from ks.bounds.moments import Inputs, IsotropicInputs, MeasuredInputs
+from ks.files.atomic import save_tensors
+from ks.layer import KSLinear
+from ks.patterns import Chain
+from ks.product.pieces import sum_of_squares
+
+# Values of a chain are saved in float64 where float32 would lose more than about 1e-7 of the loss: the whitening of a
+# column group multiplies rounding by its condition.
+LARGEST_FLOAT32_CONDITION = 1e4
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """The change of coordinates for one weight, chain family and second moment.
+
+    Args:
+        unit: of the weight: W' = W ⊕G_i / unit.
+        root, inverse: G_i and G_i⁺, shape (p, n/p, n/p), float64; None where they are the identity.
+        centre: μ, shape (n,), float64; None for 0.
+    """
+
+    unit: float
+    root: torch.Tensor | None = None
+    inverse: torch.Tensor | None = None
+    centre: torch.Tensor | None = None
+
+    def weight(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return W ⊕G_i / unit.
+
+        Args:
+            weight: W, shape (m, n), float64; overwritten.
+        """
+        if self.root is not None:
+            weight = _times_blocks(weight, self.root)
+        return weight.div_(self.unit)
+
+    def samples(self, samples: torch.Tensor) -> torch.Tensor:
+        """Return samples x' of centred samples x, shape (N, n), float64."""
+        return samples if self.inverse is None else _times_blocks(samples, self.inverse.mT)
+
+    def save(self, model: KSLinear, weight: torch.Tensor, path) -> None:
+        """Save a trained chain as one that acts on x and gives y.
+
+        The scale is shared evenly by its factors. With a centre, the chain has the bias (W − Ŵ) μ.
+
+        Args:
+            model: in these coordinates.
+            weight: W, shape (m, n).
+            path: of the file.
+        """
+        outside = self.outside(model)
+        if self.centre is not None:
+            mean = self.centre.unsqueeze(1)
+            wide = copy.deepcopy(outside).double().cpu()
+            wide.batch_last = True
+            bias = (weight.double().cpu() @ mean - wide(mean)).squeeze(1)
+            outside.bias = torch.nn.Parameter(bias.to(outside.factors[0]))
+        save_tensors(outside.to_payload(), path)
+
+    @torch.no_grad()
+    def outside(self, model: KSLinear) -> KSLinear:
+        """Return a copy of a chain that acts on centred x and gives y."""
+        outside = copy.deepcopy(model)
+        condition = 1.0
+        if self.root is not None and self.inverse is not None:
+            right = outside.factors[-1]
+            folded = right.double().squeeze(-1) @ self.inverse.to(right.device)  # p (r q) (n/p)
+            condition = (_norms(self.root) * _norms(self.inverse)).max().item()
+            outside = outside.double()
+            outside.factors[-1].copy_(folded.unsqueeze(-1))
+        scale = self.unit ** (1 / len(outside.factors))
+        for factor in outside.factors:
+            factor.mul_(scale)
+        precise = condition > LARGEST_FLOAT32_CONDITION or not 1e-25 < self.unit < 1e25
+        return outside.double() if precise else outside.float()
+
+
+def isotropic_coordinates(weight: torch.Tensor) -> tuple[Coordinates, Inputs]:
+    """Return the coordinates for isotropic inputs, and the second moment I of x'.
+
+    Args:
+        weight: W, shape (m, n).
+    """
+    return Coordinates((sum_of_squares(weight) / len(weight)) ** 0.5), IsotropicInputs()
+
+
+def measured_coordinates(
+    chain: Chain, predict_zero_loss: float, moment: torch.Tensor, centre: torch.Tensor | None
+) -> tuple[Coordinates, Inputs]:
+    """Return the coordinates for measured inputs, and the second moment of x'.
+
+    Args:
+        chain: a family.
+        predict_zero_loss: mean square of an output.
+        moment: second moment of x around the centre, shape (n, n), float64.
+        centre: as in `Coordinates`.
+    """
+    right = chain.patterns(1)[-1]
+    if right.d != 1:  # its blocks are interleaved, so that they cannot be folded: only the scale changes
+        scale = moment.trace().item() / len(moment)
+        return Coordinates((predict_zero_loss / scale) ** 0.5, centre=centre), MeasuredInputs(moment / scale)
+    groups = moment.view(right.a, right.c, right.a, right.c)
+    root, inverse = root_and_inverse(torch.stack([groups[i, :, i] for i in range(right.a)]))
+    whitened = _times_blocks(_times_blocks(moment, inverse.mT).mT, inverse.mT)
+    return Coordinates(predict_zero_loss**0.5, root, inverse, centre), MeasuredInputs(whitened)
+
+
+def _times_blocks(matrix: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """Return A ⊕B_i for A of shape (m, n) and B of shape (p, n/p, n/p)."""
+    columns = matrix.view(len(matrix), len(blocks), -1).transpose(0, 1)  # m (p k) -> p m k
+    return (columns @ blocks.to(matrix.device)).transpose(0, 1).reshape(matrix.shape)
+
+
+def _norms(matrices: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.matrix_norm(matrices, 2)

@@ -1,0 +1,144 @@
+"""The inputs that a chain learns from, as the flags give them: isotropic, or measured on a real layer."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ks.bounds.moments import Inputs, IsotropicInputs, MeasuredInputs
+from ks.cli.flags import TrainingFlags
+from ks.errors import UsageError, one_line
+from ks.files.weights import Weight
+from ks.inputs.read import GivenInputs, PartMoments, read_input_moments
+from ks.patterns import Chain
+from ks.training.coordinates import Coordinates, isotropic_coordinates, measured_coordinates
+
+ISOTROPIC = "isotropic"
+MEASURED = "measured"
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """The inputs x of a layer, and the coordinates in which a chain learns from them.
+
+    Args:
+        coordinates: y' and x'.
+        inputs: second moment of x', around the centre.
+        predict_zero_loss: tr(W C Wᵀ) / m, in the user's units.
+        held_out: second moment of held-out x around the same centre, in the user's coordinates; None if there is none.
+        held_out_predict_zero_loss: the loss of predicting 0 on held-out inputs.
+        given: what the file holds; None for isotropic inputs.
+        description: for config files; it identifies the inputs.
+        notes: remarks for the user, a line each.
+    """
+
+    coordinates: Coordinates
+    inputs: Inputs
+    predict_zero_loss: float
+    held_out: MeasuredInputs | None
+    held_out_predict_zero_loss: float | None
+    given: GivenInputs | None
+    description: dict[str, Any]
+    notes: tuple[str, ...]
+
+    @property
+    def given_count(self) -> int | None:
+        """Return the number of raw training samples; None if there are none."""
+        return self.given.train.count if self.given is not None and self.given.samples is not None else None
+
+    def held_out_samples(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return n samples x' whose second moment is that of the held-out inputs, and their targets y', float64.
+
+        Args:
+            weight: W, shape (m, n), in the user's units.
+        """
+        if self.held_out is None:
+            return None
+        count = weight.shape[1]
+        unit = torch.eye(count, dtype=torch.float64).mul_(count**0.5)
+        return self._inside(self.held_out.colour(unit), weight)
+
+    def given_samples(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return the raw training samples of the file as x', and their targets y', float64; None if it has moments.
+
+        Args:
+            weight: W, shape (m, n), in the user's units.
+        """
+        if self.given is None or self.given.samples is None:
+            return None
+        samples = self.given.samples[: self.given.train.count].double()
+        return self._inside(samples if self.coordinates.centre is None else samples - self.coordinates.centre, weight)
+
+    def _inside(self, samples: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        targets = samples @ weight.double().cpu().t() / self.predict_zero_loss**0.5
+        return self.coordinates.samples(samples), targets
+
+
+def layer_inputs(config: TrainingFlags, weight: Weight, chain: Chain) -> LayerInputs:
+    """Return the inputs that the flags name.
+
+    Raises:
+        UsageError: flags that do not go together, or a file that does not fit the weight.
+    """
+    if config.inputs is None:
+        if config.inputs_key is not None or config.fit_bias:
+            name = "--inputs_key" if config.inputs_key is not None else "--fit_bias"
+            raise UsageError(f"{name} without --inputs: give the file with the measured inputs too")
+        return _isotropic(config.input_std, weight.tensor)
+    if config.input_std != 1.0:
+        raise UsageError(f"--input_std {config.input_std:g} together with --inputs: give one or the other")
+    given = read_input_moments(
+        config.inputs, weight.tensor.shape[1], config.inputs_key, config.val_split, weight_key=weight.key
+    )
+    if config.sampling == "fixed" and given.samples is None:
+        raise UsageError(f"--sampling fixed needs raw samples, and {config.inputs} holds moments; use --sampling auto")
+    return _measured(given, weight.tensor, chain, config)
+
+
+def _isotropic(std: float, weight: torch.Tensor) -> LayerInputs:
+    predict_zero_loss = IsotropicInputs(std).output_energy(weight) / len(weight)
+    note = "inputs isotropic: floors and losses hold for white inputs, not for those of a real layer; give these by "
+    coordinates, inputs = isotropic_coordinates(weight)
+    description = {"kind": ISOTROPIC, "std": std}
+    note += "--inputs (docs/inputs.md)"
+    return LayerInputs(coordinates, inputs, predict_zero_loss, None, None, None, description, (note,))
+
+
+def _measured(given: GivenInputs, weight: torch.Tensor, chain: Chain, config: TrainingFlags) -> LayerInputs:
+    moment = MeasuredInputs(given.train.second_moment)
+    centre = given.train.mean if config.fit_bias else None
+    energy = moment.output_energy(weight)
+    coordinates, inputs = measured_coordinates(chain, energy / len(weight), _around(given.train, centre), centre)
+    held_out, held_out_loss = None, None
+    if given.held_out is not None:
+        held_out = MeasuredInputs(_around(given.held_out, centre))
+        held_out_loss = MeasuredInputs(given.held_out.second_moment).output_energy(weight) / len(weight)
+    counts = {"count": given.train.count, "held_out_count": given.held_out.count if given.held_out else 0}
+    description = {
+        "kind": MEASURED,
+        "key": given.key,
+        "sha256": given.sha256,
+        **counts,
+        "effective_rank": moment.effective_rank,
+        "centred": config.fit_bias,
+    }
+    name = f" {one_line(given.key)}" if given.key else ""
+    note = (
+        f"inputs measured: {one_line(config.inputs)}{name}: {counts['count']} inputs and {counts['held_out_count']} "
+        f"held out, effective rank {moment.effective_rank:.1f} of {weight.shape[1]}"
+    )
+    notes = [note, *given.notes]
+    if given.transposed and not config.transpose:
+        notes.append(f"the model stores this weight as (in, out): give --transpose if {one_line(config.inputs)} is its")
+    return LayerInputs(
+        coordinates, inputs, energy / len(weight), held_out, held_out_loss, given, description, tuple(notes)
+    )
+
+
+def _around(part: PartMoments, centre: torch.Tensor | None) -> torch.Tensor:
+    """Return the second moment of x − μ: C − m μᵀ − μ mᵀ + μ μᵀ with m the mean of x; C − μ μᵀ if m is μ."""
+    if centre is None:
+        return part.second_moment
+    cross = part.mean.outer(centre)
+    moment = part.second_moment - cross - cross.t() + centre.outer(centre)
+    return (moment + moment.t()) / 2
