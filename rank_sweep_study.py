@@ -26,6 +26,7 @@ if __name__ == "__main__":
 import torch
 
 from ks import signals
+from ks.bounds.floors import floor_curve
 from ks.bounds.plan import Plan, make_plan
 from ks.bounds.target_rank import ranks_around
 from ks.cli import console
@@ -123,7 +124,8 @@ def launcher_of(config: SweepConfig, problem: Problem, runs: int) -> Launcher:
 
 def title_of(config: SweepConfig, problem: Problem) -> str:
     name = " ".join(filter(None, [Path(config.weight_path).name, problem.weight.key]))
-    return f"{name}, {problem.rows} × {problem.cols}: {problem.chain.describe()}"
+    inputs = problem.layer_inputs.description["kind"]
+    return f"{name}, {problem.rows} × {problem.cols}: {problem.chain.describe()}, {inputs} inputs"
 
 
 def record_of(config: SweepConfig, problem: Problem, ranks: list[int]) -> dict:
@@ -216,6 +218,9 @@ def main(argv=None) -> int:
         tight=config.tight_bounds,
         progress=SlowWork(config.quiet),
     )
+    if config.inputs and plan.bounds is not None:
+        isotropic = floor_curve(problem.isotropic_weight(), problem.chain)
+        plan = dataclasses.replace(plan, isotropic_curve=isotropic)
     ranks = ranks_of(config, plan)
     floors = dict(zip(ranks, plan.floors(ranks), strict=True))
     remarks = plan_notes(plan, config.target_relative_loss)
@@ -223,7 +228,7 @@ def main(argv=None) -> int:
     if config.dry_run:
         for text in problem.notes:
             console.note(text, config.quiet)
-        print("\n".join([*remarks, plan_table(problem.chain, floors)]))
+        print("\n".join([*remarks, plan_table(problem.chain, floors, plan.isotropic_curve)]))
         print("\n".join(shlex.join(run.task.command) for run in runs))
         return console.EXIT_OK
     with contextlib.ExitStack() as running:
@@ -242,7 +247,7 @@ def main(argv=None) -> int:
                 ended = sweep(config, problem, runs, launcher, weight)
                 running.close()  # stops the trainings that still run after an interrupt
                 results = [ended.get(run) or result_of(run, config.num_epochs, weight=weight) for run in runs]
-                rows_of_runs, rows = summarise(results, floors, problem)
+                rows_of_runs, rows = summarise(results, floors, problem, plan)
                 if any(row["population_loss"] is None for row in rows_of_runs if row["status"] == OK):
                     console.note("floors are left out: the criterion is not the mean squared error", config.quiet)
                 written = write_outputs(config, problem, plan, files, record, results, rows_of_runs, rows)

@@ -16,7 +16,8 @@ class Plan:
     """Floors of a chain family on one weight, relative to the zero predictor.
 
     weight: W in units in which predicting 0 costs 1. bounds: of the family, for any rank; None if it has no floor, for
-    the given `reason`.
+    the given `reason`. isotropic_curve: the floor of every rank 0 … saturation for isotropic inputs, relative to
+    predicting 0, for comparison; None if the inputs are isotropic.
     """
 
     weight: torch.Tensor
@@ -24,6 +25,7 @@ class Plan:
     inputs: Inputs
     bounds: ChainBounds | None
     reason: str | None
+    isotropic_curve: torch.Tensor | None = None
 
     @property
     def curve(self) -> torch.Tensor | None:

@@ -28,6 +28,7 @@ def names(columns: Iterable[Column]) -> list[str]:
     return [column.name for column in columns]
 
 
+ISOTROPIC = "isotropic"  # kind of inputs, and name of the floors for them
 LOSS = "squared unit of the outputs"
 SHARE = "share of the loss of predicting 0"
 
@@ -57,20 +58,21 @@ SUMMARY = (
     Column("status", "`ok`, or why the training failed; its final losses are then empty", header="status"),
     Column("population_loss", "exact expected loss of the last epoch's chain", LOSS, "population loss", "{:.4g}"),
     Column("loss_floor", "lower bound: no chain of this rank has a smaller loss", LOSS, "floor", "{:.4g}"),
-    Column("loss_floor_upper", "upper bound: the hierarchical factorisation has this loss", LOSS, "upper bound",
-           "{:.4g}"),
+    Column("loss_floor_upper", "upper bound: the best known chain of this rank has this loss; where the bounds differ, "
+           "training may beat it", LOSS, "best known", "{:.4g}"),
     Column("loss_floor_is_exact", "whether the two bounds are equal, so that the floor is the optimum of the rank"),
-    Column("optimality_gap", "`population_loss` / `loss_floor` − 1; empty if the floor is below 1e-6 of predicting 0",
-           "ratio", "gap", "{:.2%}"),
-    Column("excess", "(`population_loss` − `loss_floor`) / loss of predicting 0", SHARE, "excess", "{:.3%}"),
-    Column("relative_loss", "`population_loss` / loss of predicting 0; 1 is useless, 0 is exact", SHARE,
-           "relative loss", "{:.2%}"),
+    Column("optimality_gap", "`population_loss` / `loss_floor_upper` − 1, negative below the best known chain; empty "
+           "if that is below 1e-6 of predicting 0", "ratio", "gap", "{:.2%}"),
+    Column("excess", "(`population_loss` − `loss_floor_upper`) / loss of predicting 0", SHARE, "excess", "{:.3%}"),
+    Column("relative_loss", "share of the output energy lost, `population_loss` / loss of predicting 0, under the "
+           "given inputs; 1 is useless, 0 is exact", SHARE, "energy lost", "{:.2%}"),
     Column("parameters", "free values of the chain", header="parameters", form="{:.0f}"),
     Column("compression_ratio", "parameters of the dense weight over those of the chain", "ratio", "compression",
            "{:.2f}x"),
     Column("saturated", "whether the rank is so large that a larger one changes nothing"),
-    Column("verdict", "limit of this rank: converged, sample-limited or undertrained; and the marks saturated and "
-           "larger than dense", header="verdict"),
+    Column("verdict", "limit of this rank: converged, sample-limited or undertrained; and the marks saturated, larger "
+           "than dense, below the best known (chain) and calibration-limited (unseen inputs lose more)",
+           header="verdict"),
     Column("num_seeds", "number of seeds that finished"),
     Column("final_train_loss_se", "standard error of `final_train_loss` over the seeds", LOSS),
     Column("final_val_loss_se", "standard error of `final_val_loss` over the seeds", LOSS),
@@ -78,13 +80,18 @@ SUMMARY = (
     Column("train_seconds", "duration of the training without the start of its process; a resumed training counts all "
            "its parts", "seconds", "seconds", "{:.1f}"),
     Column("removed_share", "(loss of predicting 0 − `population_loss`) / (loss of predicting 0 − `loss_floor_upper`); "
-           "above 1 if training beats the hierarchical factorisation", "ratio", "removed", "{:.2%}"),
+           "above 1 if training beats the best known chain", "ratio", "removed", "{:.2%}"),
+    Column("held_out_relative_loss", "with measured inputs: share of the output energy of the held-out inputs that is "
+           "lost", SHARE, "held out", "{:.2%}"),
+    Column("isotropic_floor", "with measured inputs: the floor that isotropic inputs would have; the two say how much "
+           "the inputs change", SHARE, "if isotropic", "{:.2%}"),
 )  # fmt: skip
 
 # The printed table has its own order: cost first, then the losses, the distance to the floor and the verdict.
 PRINTED = (
     *("rank", "parameters", "compression_ratio", "final_train_loss", "final_val_loss", "population_loss"),
     *("loss_floor", "loss_floor_upper", "optimality_gap", "excess", "removed_share", "relative_loss"),
+    *("held_out_relative_loss", "isotropic_floor"),
     *("min_val_epoch", "num_epochs", "train_seconds", "status", "verdict"),
 )
 
@@ -106,7 +113,11 @@ ALL_CURVES = (
 )
 
 FLOOR = (
-    Column("chain", "family of the chain; `lowrank` rows are for comparison"),
+    Column(
+        "chain",
+        "family of the chain; `lowrank` rows are for comparison, and so are `isotropic` ones, the floors of "
+        "the chain for isotropic inputs, if the inputs were measured",
+    ),
     Column("rank", "rank of the chain"),
     Column("parameters", "free values of the chain"),
     Column("loss_floor", "lower bound: no chain of this rank has a smaller loss", LOSS),

@@ -24,6 +24,7 @@ Count = Annotated[int, Meta(ge=0, le=2**53)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Positive = Annotated[int, Meta(ge=1, le=2**53)]
 Loss = Annotated[float, Meta(ge=0.0, le=1e300)]
+Number = Annotated[float, Meta(ge=-1e300, le=1e300)]
 Text = Annotated[str, Meta(max_length=10_000)]
 Seconds = Annotated[float, Meta(ge=0.0, le=1e12)]
 Record = TypeVar("Record", bound=Struct)
@@ -98,8 +99,8 @@ class SummaryRow(Struct):
     loss_floor: Loss | None = None
     loss_floor_upper: Loss | None = None
     loss_floor_is_exact: bool | None = None
-    optimality_gap: Loss | None = None
-    excess: Loss | None = None
+    optimality_gap: Number | None = None
+    excess: Number | None = None
     relative_loss: Loss | None = None
     parameters: Positive | None = None
     compression_ratio: Loss | None = None
@@ -110,7 +111,9 @@ class SummaryRow(Struct):
     final_val_loss_se: Loss | None = None
     population_loss_se: Loss | None = None
     train_seconds: Seconds | None = None
-    removed_share: float | None = None
+    removed_share: Number | None = None
+    held_out_relative_loss: Loss | None = None
+    isotropic_floor: Loss | None = None
 
 
 class CurveRow(Struct):

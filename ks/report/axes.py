@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, ScalarFo
 from ks.errors import one_line
 
 GREY = "0.35"
-RELATIVE_LABEL = "loss relative to predicting 0"
+RELATIVE_LABEL = "share of the output energy lost"
 
 
 def literal(text: object) -> str:

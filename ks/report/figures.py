@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ks.errors import UsageError
 from ks.files.atomic import atomic_path
+from ks.files.columns import ISOTROPIC
 from ks.files.layout import SweepFiles
 from ks.report.axes import (
     GREY,
@@ -189,15 +190,20 @@ def floor_curve(
     """
     figure = Figure(figsize=figsize or (8.5, 5.5), layout="constrained")
     axes = figure.subplots()
-    own = [name for name in floor["chain"].unique() if name != "lowrank"] or ["lowrank"]
+    own = [name for name in floor["chain"].unique() if name not in ("lowrank", ISOTROPIC)] or ["lowrank"]
+    exact = bool(summary["loss_floor_is_exact"].fillna(True).all())
     summary = summary.astype(dict.fromkeys(COMPARED, float))
     trained = summary[summary[list(COMPARED)].notna().all(axis=1)]
     dense = float((summary["parameters"] * summary["compression_ratio"]).dropna().iloc[0])
     for name, group in floor.groupby("chain", sort=False):
-        style: dict[str, Any] = (
-            {"color": "black", "linewidth": 1.6} if name in own else {"color": GREY, "linestyle": (0, (4, 3))}
-        )
-        label = literal(f"{name}: floor of every rank") if name in own else "low-rank at equal parameters"
+        style: dict[str, Any] = {"color": GREY, "linestyle": (0, (4, 3))}
+        label = "low-rank at equal parameters"
+        if name in own:
+            style = {"color": "black", "linewidth": 1.6}
+            label = literal(f"{name}: floor of every rank" if exact else f"{name}: no rank can lose less")
+        elif name == ISOTROPIC:
+            style = {"color": GREY, "linestyle": (0, (1, 2))}
+            label = literal(f"{own[0]}: floor if inputs were isotropic")
         axes.plot(group["parameters"], above_zero(group["relative_loss"], log_scale), label=label, **style)
     axes.axhline(1.0, color="0.6", linewidth=1.0)
     axes.axvline(dense, color="0.6", linewidth=1.0)
@@ -207,6 +213,10 @@ def floor_curve(
         axes.plot(group["parameters"], group["relative_loss"], "o", markersize=9, color=color, markeredgecolor="white")
         place: dict[str, Any] = {"textcoords": "offset points", "fontsize": 9, "fontweight": "bold", "color": color}
         axes.annotate(", ".join(map(str, group["rank"])), (parameters, group["relative_loss"].max()), (6, 6), **place)
+    if not exact:
+        scale = trained["relative_loss"] / trained["population_loss"]
+        bounds = [above_zero(trained[name] * scale, log_scale) for name in ("loss_floor", "loss_floor_upper")]
+        axes.vlines(trained["parameters"], *bounds, color="black", linewidth=1.6, label="between its bounds")
     axes.set_xscale("log")
     axes.set_xlim(floor["parameters"].min() / 1.3, max(dense * 1.5, trained["parameters"].max() * 1.3))
     if log_scale:

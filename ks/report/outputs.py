@@ -14,14 +14,14 @@ from ks.files.schema import RunConfig, read_json_as
 from ks.files.status import OK
 from ks.report.figures import save_figures, study_figures
 from ks.report.study import Study, curves_table, floor_frame, summary_frame
-from ks.report.summary import rank_row, run_row
+from ks.report.summary import Reference, rank_row, run_row
 from ks.sweep.run import Result
 from ks.training.losses import LossKind
 from ks.training.problem import Problem
 
 
 def summarise(
-    results: list[Result], floors: dict[int, Floor | None], problem: Problem
+    results: list[Result], floors: dict[int, Floor | None], problem: Problem, plan: Plan
 ) -> tuple[list[dict], list[dict]]:
     """Return the rows of the runs, and the row of every rank.
 
@@ -31,7 +31,11 @@ def summarise(
         results: of all runs.
         floors: of every rank, relative to predicting 0.
         problem: that the runs solve.
+        plan: of the sweep.
     """
+    held_out = problem.layer_inputs.held_out_predict_zero_loss
+    count = problem.layer_inputs.description.get("held_out_count", 0)
+    reference = Reference(problem.predict_zero_loss, held_out, count, plan.isotropic_curve)
     runs = [
         run_row(result.run.rank, result.curves, result.ending, result.run.seed, result.train_seconds)
         for result in results
@@ -42,7 +46,7 @@ def summarise(
             [row for row in runs if row["rank"] == rank],
             problem.chain,
             floor if measured else None,
-            problem.predict_zero_loss,
+            reference,
         )
         for rank, floor in floors.items()
     ]

@@ -1,8 +1,10 @@
 """The plan as text, for --dry_run: what each rank costs and can reach, saturation, parity, the rank for a target."""
 
 import pandas as pd
+import torch
 
 from ks.bounds.floors import Floor
+from ks.bounds.moments import IsotropicInputs
 from ks.bounds.plan import Plan
 from ks.bounds.target_rank import smallest_ranks
 from ks.patterns import Chain
@@ -25,18 +27,21 @@ def plan_notes(plan: Plan, target: float | None = None) -> list[str]:
         return notes
     lower, upper = smallest_ranks(plan, target)
     if lower == upper:
-        notes.append(f"target {target:g}: rank {lower} is the smallest that reaches it")
+        text = f"rank {lower} is the smallest that reaches it"
     else:
-        notes.append(f"target {target:g}: no rank below {lower} can reach it; the factorisation does at rank {upper}")
+        text = f"no rank below {lower} can reach it; the best known chain does at rank {upper}"
+    kind = "isotropic" if isinstance(plan.inputs, IsotropicInputs) else "the measured"
+    notes.append(f"target {target:g}, for {kind} inputs: {text}")
     return notes
 
 
-def plan_table(chain: Chain, floors: dict[int, Floor | None]) -> str:
-    """Return what each rank costs and can reach: parameters, share of dense, relative floor, patterns, remarks.
+def plan_table(chain: Chain, floors: dict[int, Floor | None], isotropic_curve: torch.Tensor | None = None) -> str:
+    """Return what each rank costs and can reach: parameters, share of dense, energy lost, patterns, remarks.
 
     Args:
         chain: the family.
         floors: of every rank to list, relative to predicting 0.
+        isotropic_curve: the floor of every rank from 0 on for isotropic inputs, if the inputs were measured.
     """
     dense = chain.rows * chain.cols
     rows = []
@@ -44,7 +49,9 @@ def plan_table(chain: Chain, floors: dict[int, Floor | None]) -> str:
         parameters = chain.parameters(rank)
         row = {"rank": rank, "parameters": parameters, "share of dense": f"{parameters / dense:.2%}"}
         if floor is not None:
-            row["relative floor"] = f"{floor.lower:.4g}" if floor.exact else f"{floor.lower:.4g} to {floor.upper:.4g}"
+            row["energy lost"] = f"{floor.lower:.2%}" if floor.exact else f"{floor.lower:.2%} to {floor.upper:.2%}"
+        if isotropic_curve is not None:
+            row["if isotropic"] = f"{isotropic_curve[rank:][:1].sum().item():.2%}"
         row["patterns (a, b, c, d)"] = " ".join(map(str, chain.patterns(rank)))
         marks = ["saturated"] * (rank >= chain.saturation_rank) + ["larger than dense"] * (parameters > dense)
         rows.append(row | {"remarks": ", ".join(marks)})

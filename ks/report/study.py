@@ -7,6 +7,7 @@ import pandas as pd
 
 from ks.bounds.plan import Plan
 from ks.files import columns
+from ks.files.columns import ISOTROPIC
 from ks.files.status import OK
 from ks.training.losses import LossKind
 
@@ -48,16 +49,19 @@ def summary_frame(rows: list[dict]) -> pd.DataFrame:
 
 
 def floor_rows(plan: Plan, predict_zero_loss: float) -> list[dict]:
-    """Return the floors of every rank, of the chain and of low-rank, as rows of `ks.files.columns.FLOOR`."""
+    """Return the floors of every rank, of the chain and for comparison, as rows of `ks.files.columns.FLOOR`."""
+    curves = [(chain.family, chain, curve) for chain, curve in plan.family_curves()]
+    if plan.isotropic_curve is not None:
+        curves.append((ISOTROPIC, plan.chain, plan.isotropic_curve))
     return [
         {
-            "chain": chain.family,
+            "chain": name,
             "rank": rank,
             "parameters": chain.parameters(rank),
             "loss_floor": relative * predict_zero_loss,
             "relative_loss": relative,
         }
-        for chain, curve in plan.family_curves()
+        for name, chain, curve in curves
         for rank, relative in enumerate(curve.tolist())
         if rank > 0
     ]

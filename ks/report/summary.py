@@ -2,13 +2,16 @@
 
 import math
 import statistics
+from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from ks.bounds.floors import Floor
 from ks.files.atomic import finite
 from ks.files.status import OK, Ending, Status
 from ks.patterns import Chain
-from ks.report.verdict import NEGLIGIBLE_FLOOR, Verdict, limit_of
+from ks.report.verdict import NEGLIGIBLE_FLOOR, ROUNDING, Verdict, is_calibration_limited, limit_of
 
 LOSSES = ("final_train_loss", "final_val_loss", "min_train_loss", "min_val_loss", "population_loss")
 WITH_ERROR = ("final_train_loss", "final_val_loss", "population_loss")
@@ -38,8 +41,29 @@ def run_row(
     return row
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What the losses of a study are compared with.
+
+    predict_zero_loss: loss of predicting 0 in the unit of the losses. held_out_predict_zero_loss, held_out_count: that
+    of held-out inputs, and their number; None and 0 if there are none. isotropic_floors: of every rank from 0 on,
+    relative to predicting 0, if the inputs were measured.
+    """
+
+    predict_zero_loss: float = 1.0
+    held_out_predict_zero_loss: float | None = None
+    held_out_count: int = 0
+    isotropic_floors: torch.Tensor | None = None
+
+
+RELATIVE = Reference()
+
+
 def rank_row(
-    runs: list[dict], chain: Chain | None = None, floor: Floor | None = None, predict_zero_loss: float = 1.0
+    runs: list[dict],
+    chain: Chain | None = None,
+    floor: Floor | None = None,
+    reference: Reference = RELATIVE,
 ) -> dict:
     """Return the row of one rank: means over its finished seeds, and the comparison with its floor.
 
@@ -47,11 +71,12 @@ def rank_row(
         runs: rows of `run_row` for one rank, one for each seed.
         chain: for parameters and saturation; None if it is not known.
         floor: of that rank, relative to predicting 0; None if there is none.
-        predict_zero_loss: loss of predicting 0 in the unit of the losses.
+        reference: of the study.
     Returns:
         a dict with the keys of `ks.files.columns.SUMMARY`, as far as they are known; and `failed`, whether a run ended
         badly and was not interrupted.
     """
+    predict_zero = reference.predict_zero_loss
     finished = [run for run in runs if run["status"] == OK]
     good = finished or runs
     row: dict[str, Any] = {key: good[0][key] for key in ("rank", "min_train_epoch", "min_val_epoch", "num_epochs")}
@@ -65,17 +90,24 @@ def rank_row(
         row["compression_ratio"] = chain.rows * chain.cols / row["parameters"]
         row["saturated"] = row["rank"] >= chain.saturation_rank
     if floor is not None:
-        row |= {"loss_floor": floor.lower * predict_zero_loss, "loss_floor_upper": floor.upper * predict_zero_loss}
+        row |= {"loss_floor": floor.lower * predict_zero, "loss_floor_upper": floor.upper * predict_zero}
         row["loss_floor_is_exact"] = floor.exact
-    limit = None
+    limit, below, calibration = None, False, False
+    row |= dict.fromkeys(("held_out_relative_loss", "isotropic_floor"))
     if row["population_loss"] is not None and chain is not None:
-        relative = row["relative_loss"] = row["population_loss"] / predict_zero_loss
+        relative = row["relative_loss"] = row["population_loss"] / predict_zero
         if floor is not None:
             row |= _distance(relative, floor)
-            limit = limit_of(relative, row["final_train_loss"] / predict_zero_loss, floor)
+            if reference.isotropic_floors is not None:
+                row["isotropic_floor"] = reference.isotropic_floors[row["rank"] :][:1].sum().item()
+            limit = limit_of(relative, row["final_train_loss"] / predict_zero, floor)
+            below = not floor.exact and row["excess"] < -ROUNDING
+        if reference.held_out_predict_zero_loss and row["final_val_loss"] is not None:
+            held_out = row["held_out_relative_loss"] = row["final_val_loss"] / reference.held_out_predict_zero_loss
+            calibration = is_calibration_limited(relative, held_out, reference.held_out_count)
     row["verdict"] = None
     if finished and chain is not None:
-        verdict = Verdict(limit, row["saturated"], row["compression_ratio"] < 1)
+        verdict = Verdict(limit, row["saturated"], row["compression_ratio"] < 1, below, calibration)
         row["verdict"] = verdict if str(verdict) else None
     return row
 
@@ -89,11 +121,12 @@ def _joint_ending(runs: list[dict]) -> Ending:
 
 
 def _distance(relative: float, floor: Floor) -> dict:
-    """Return the columns that compare a relative population loss with its floor."""
+    """Return the columns that compare a relative population loss with the best known chain; an exact floor is one."""
+    least = 0.0 if floor.exact else -math.inf  # less than an exact floor is rounding
     return {
-        "excess": max(0.0, relative - floor.lower),
-        "optimality_gap": max(0.0, relative / floor.lower - 1) if floor.lower >= NEGLIGIBLE_FLOOR else None,
-        "removed_share": (1 - relative) / (1 - floor.lower) if floor.lower < 1 else 1.0,
+        "excess": max(least, relative - floor.upper),
+        "optimality_gap": max(least, relative / floor.upper - 1) if floor.upper >= NEGLIGIBLE_FLOOR else None,
+        "removed_share": (1 - relative) / (1 - floor.upper) if floor.upper < 1 else 1.0,
     }
 
 

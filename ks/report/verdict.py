@@ -14,6 +14,8 @@ ROUNDING = 1e-9
 # that its rank can remove (1 − floor): to be within 1% of a floor near 1 means nothing.
 CONVERGED_EXCESS = 0.001
 CONVERGED_SHARE = 0.01
+# Unseen inputs that lose this much more, relatively, say that too few were measured.
+CALIBRATION_SHARE = 0.05
 # Samples are the limit if the training loss shows less than half of the gap to the floor.
 SEEN_SHARE = 0.5
 
@@ -33,9 +35,16 @@ class Verdict:
     limit: Limit | None
     saturated: bool
     larger_than_dense: bool
+    below_best_known: bool = False
+    calibration_limited: bool = False
 
     def __str__(self) -> str:
-        marks = {"saturated": self.saturated, "larger than dense": self.larger_than_dense}
+        marks = {
+            "saturated": self.saturated,
+            "larger than dense": self.larger_than_dense,
+            "below the best known": self.below_best_known,
+            "calibration-limited": self.calibration_limited,
+        }
         words = [str(self.limit)] if self.limit else []
         return ", ".join(words + [mark for mark, holds in marks.items() if holds])
 
@@ -52,6 +61,22 @@ def limit_of(population_loss: float, train_loss: float, floor: Floor) -> Limit:
     if gap <= max(CONVERGED_SHARE * min(floor.upper, 1 - floor.upper), CONVERGED_EXCESS):
         return Limit.CONVERGED
     return Limit.SAMPLES if train_loss - floor.upper < SEEN_SHARE * gap else Limit.TRAINING
+
+
+def is_calibration_limited(relative: float, held_out_relative: float, held_out_count: int) -> bool:
+    """Return whether unseen inputs lose so much more than those that the chain was made for that more would help.
+
+    The held-out loss must exceed the other by more than 5%, and by more than two standard errors. These are at most
+    √(2 / N) of the loss over N independent Gaussian inputs; tokens of one text depend on each other, so that the true
+    ones may be larger.
+
+    Args:
+        relative: share of the output energy of the training inputs that is lost.
+        held_out_relative: the same of the held-out inputs.
+        held_out_count: number N of held-out inputs.
+    """
+    more = held_out_relative - relative
+    return more > CALIBRATION_SHARE * relative and more > 2 * held_out_relative * (2 / held_out_count) ** 0.5
 
 
 def check_above_floor(population_loss: float | None, floor: Floor | None, predict_zero_loss: float = 1.0) -> None:
@@ -95,6 +120,11 @@ def advice(rows: list[dict], sampling: str | None = None) -> list[str]:
         elif verdict is not None and verdict.limit is Limit.TRAINING:
             removed = f"{row['removed_share']:.2%} of the loss that this rank can remove is removed"
             sentences.append(f"rank {rank}: {_above(row)}, {removed}: undertrained; use more --num_epochs")
+        if verdict is not None and verdict.calibration_limited:
+            sentences.append(
+                f"rank {rank}: held-out inputs lose {row['held_out_relative_loss']:.2%}, the measured ones "
+                f"{row['relative_loss']:.2%}: calibration-limited; measure more inputs"
+            )
     larger = [str(row["rank"]) for row in rows if row["verdict"] is not None and row["verdict"].larger_than_dense]
     if larger:
         sentences.append(f"rank {', '.join(larger)}: more parameters than the dense weight")
@@ -102,7 +132,8 @@ def advice(rows: list[dict], sampling: str | None = None) -> list[str]:
 
 
 def _above(row: dict) -> str:
+    reference = "its floor" if row.get("loss_floor_is_exact") else "the best known chain"
     if row.get("optimality_gap") is None:
-        return f"{row['excess']:.2%} of predicting 0 above its floor"
+        return f"{row['excess']:.2%} of predicting 0 above {reference}"
     gap = 100 * row["optimality_gap"]
-    return f"{gap:.0f}% above its floor" if gap >= 10 else f"{gap:.2g}% above its floor"
+    return f"{gap:.0f}% above {reference}" if gap >= 10 else f"{gap:.2g}% above {reference}"

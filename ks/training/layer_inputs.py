@@ -8,12 +8,12 @@ import torch
 from ks.bounds.moments import Inputs, IsotropicInputs, MeasuredInputs
 from ks.cli.flags import TrainingFlags
 from ks.errors import UsageError, one_line
+from ks.files.columns import ISOTROPIC
 from ks.files.weights import Weight
 from ks.inputs.read import GivenInputs, PartMoments, read_input_moments
 from ks.patterns import Chain
 from ks.training.coordinates import Coordinates, isotropic_coordinates, measured_coordinates
 
-ISOTROPIC = "isotropic"
 MEASURED = "measured"
 
 

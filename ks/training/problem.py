@@ -15,7 +15,7 @@ from ks.layer import KSLinear
 from ks.patterns import Chain, make_chain
 from ks.product.backend import check_impl
 from ks.training.choose_optimiser import choose_optimiser
-from ks.training.coordinates import Coordinates
+from ks.training.coordinates import Coordinates, isotropic_coordinates
 from ks.training.layer_inputs import LayerInputs, layer_inputs
 
 
@@ -62,6 +62,11 @@ class Problem:
     def internal_weight(self) -> torch.Tensor:
         """Return W in internal coordinates, in float64 on the training device."""
         return self.coordinates.weight(self.weight.tensor.to(self.device, torch.float64, copy=True))
+
+    def isotropic_weight(self) -> torch.Tensor:
+        """Return W in float64, scaled so that predicting 0 has a loss of 1 on inputs of second moment I."""
+        coordinates, _ = isotropic_coordinates(self.weight.tensor)
+        return coordinates.weight(self.weight.tensor.to(self.device, torch.float64, copy=True))
 
     def held_out_loss(self, model: KSLinear) -> float:
         """Return the exact loss of a chain of internal coordinates on the held-out inputs, relative to predicting 0."""

@@ -5,7 +5,7 @@ import math
 import ks
 from ks.bounds.floors import Floor
 from ks.files.status import OK
-from ks.report.summary import rank_row, run_row
+from ks.report.summary import Reference, rank_row, run_row
 
 CHAIN = ks.make_chain(16, 24)
 CURVES = [
@@ -18,4 +18,4 @@ def make_row(population=0.26, train=0.25, lower=0.2, upper=None, rank=2, predict
     """Return the row of a rank with one seed; losses and bounds are in the unit of `predict_zero`."""
     curves = [CURVES[1] | {"train_loss": train, "population_loss": population}]
     floor = Floor(rank, lower / predict_zero, (upper or lower) / predict_zero, upper is None)
-    return rank_row([run_row(rank, curves, ending)], CHAIN, floor, predict_zero)
+    return rank_row([run_row(rank, curves, ending)], CHAIN, floor, Reference(predict_zero))

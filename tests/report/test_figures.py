@@ -13,7 +13,7 @@ from ks.files.layout import SweepFiles
 from ks.files.status import OK, Ending, Status
 from ks.report import figures
 from ks.report.study import Study, floor_frame, summary_frame
-from ks.report.summary import rank_row, run_row
+from ks.report.summary import Reference, rank_row, run_row
 from ks.training.losses import LossKind
 
 WEIGHT = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
@@ -38,7 +38,7 @@ def make_study(ranks, num_epochs=10, level=1.1, endings=None, seeds=(None,), **d
             epochs += [row | {"seed": seed} for row in runs[-1]]
         ending = (endings or {}).get(rank, OK)
         run_rows = [run_row(rank, run if ending == OK else [], ending) for run in runs]
-        rows.append(rank_row(run_rows, CHAIN, floor, PREDICT_ZERO))
+        rows.append(rank_row(run_rows, CHAIN, floor, Reference(PREDICT_ZERO)))
     described = {"title": "title", "chain": CHAIN.describe()} | described
     return Study("study", pd.DataFrame(epochs), summary_frame(rows), floor_frame(PLAN, PREDICT_ZERO), **described)
 
@@ -156,7 +156,7 @@ def test_the_kind_of_loss_is_on_the_axes_of_the_losses(kind):
     drawn = figures.study_figures(make_study([2, 4], loss_label=kind.value))
     assert drawn["loss_curves"].axes[0].get_ylabel() == kind.value
     assert drawn["final_losses"].axes[0].get_ylabel() == f"final {kind.value}"
-    assert drawn["floor"].axes[0].get_ylabel() == "loss relative to predicting 0"
+    assert drawn["floor"].axes[0].get_ylabel() == "share of the output energy lost"
 
 
 def test_without_a_label_the_losses_are_mean_squared_errors():

@@ -38,7 +38,7 @@ def write(weight_path, tmp_path):
             {"settings": {}} | ({"loss": {"name": kind.value, "reason": "a test"}} if kind else {}),
         )
         results = [Result(runs[0], Ending(Status.INTERRUPTED), [], None), Result(runs[1], OK, [row], 1.5)]
-        run_rows, rows = summarise(results, dict(zip([2, 4], plan.floors([2, 4]))), problem)
+        run_rows, rows = summarise(results, dict(zip([2, 4], plan.floors([2, 4]))), problem, plan)
         record = rank_sweep_study.record_of(config, problem, [2, 4])
         files = SweepFiles(tmp_path, "p")
         return files, write_outputs(config, problem, plan, files, record, results, run_rows, rows)

@@ -28,7 +28,9 @@ def test_the_plan_as_a_table():
     floors = dict(zip((2, 9), plan.floors([2, 9])))
     header, two, nine = plan_table(CHAIN, floors).splitlines()
     assert header.split()[:2] == ["rank", "parameters"]
-    assert f"{floors[2].lower:.4g}" in two.split()
+    assert f"{floors[2].lower:.2%}" in two.split()
     assert "83.33%" in two
     assert nine.endswith("saturated, larger than dense")
-    assert "relative floor" not in plan_table(CHAIN, {2: None})
+    assert "energy lost" not in plan_table(CHAIN, {2: None})
+    header, *_ = plan_table(CHAIN, floors, torch.linspace(1, 0, 9)).splitlines()
+    assert "if isotropic" in header

@@ -1,12 +1,13 @@
 import math
 
 import pytest
+import torch
 from study_rows import CHAIN, CURVES, make_row
 
 from ks.bounds.floors import Floor
 from ks.files import columns
 from ks.files.status import OK, Ending, Status
-from ks.report.summary import rank_row, run_row
+from ks.report.summary import Reference, rank_row, run_row
 
 DIVERGED = Ending(Status.DIVERGED)
 
@@ -32,18 +33,35 @@ def test_distances_to_the_floor():
 
 
 def test_floors_are_relative_in_memory_and_in_the_unit_of_the_losses_in_the_row():
-    row = rank_row([run_row(2, CURVES)], CHAIN, Floor(2, 0.1, 0.125, False), 2.0)
+    row = rank_row([run_row(2, CURVES)], CHAIN, Floor(2, 0.1, 0.125, False), Reference(2.0))
     assert (row["loss_floor"], row["loss_floor_upper"], row["loss_floor_is_exact"]) == (0.2, 0.25, False)
     assert set(columns.names(columns.SUMMARY)) <= set(row)
 
 
 def test_the_share_of_the_removable_loss_that_was_removed():
     assert make_row(population=0.26, lower=0.2, predict_zero=2.0)["removed_share"] == pytest.approx(1.74 / 1.8)
-    assert make_row(population=0.26, lower=0.1, upper=0.2)["removed_share"] == pytest.approx(0.74 / 0.9)
+    assert make_row(population=0.26, lower=0.1, upper=0.2)["removed_share"] == pytest.approx(0.74 / 0.8)
     assert make_row(population=1.0, lower=0.2)["removed_share"] == 0
     assert make_row(population=0.2, lower=0.2)["removed_share"] == 1
     assert make_row(population=1.0, lower=1.0)["removed_share"] == 1  # nothing can be removed
     assert rank_row([run_row(2, CURVES)], CHAIN).get("removed_share") is None
+
+
+def test_the_gap_refers_to_the_best_known_chain_and_may_be_negative():
+    row = make_row(population=0.19, lower=0.1, upper=0.2)
+    assert row["optimality_gap"] == pytest.approx(-0.05)
+    assert row["excess"] == pytest.approx(-0.01)
+    assert str(row["verdict"]) == "converged, below the best known"
+    exact = make_row(population=0.2 - 1e-12, lower=0.2)
+    assert (exact["optimality_gap"], exact["excess"]) == (0.0, 0.0)
+
+
+def test_measured_inputs_have_columns_of_their_own():
+    measured = Reference(2.0, held_out_predict_zero_loss=1.0, held_out_count=10_000, isotropic_floors=torch.arange(9.0))
+    row = rank_row([run_row(2, CURVES)], CHAIN, Floor(2, 0.13, 0.13, True), measured)
+    assert (row["held_out_relative_loss"], row["isotropic_floor"]) == (0.35, 2.0)
+    assert str(row["verdict"]) == "converged, calibration-limited"
+    assert make_row()["isotropic_floor"] is None
 
 
 def test_a_negligible_floor_has_no_gap():

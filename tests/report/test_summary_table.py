@@ -8,7 +8,7 @@ from ks.bounds.floors import loss_floor
 from ks.files import columns
 from ks.files.atomic import read_json, write_json
 from ks.files.status import Ending, Status
-from ks.report.summary import rank_row, run_row
+from ks.report.summary import Reference, rank_row, run_row
 from ks.report.summary_table import summary_table
 
 
@@ -19,11 +19,12 @@ def printed(rows):
 
 
 def test_the_printed_summary_has_the_declared_headers_in_their_order():
-    """A floor with two bounds, and a known duration, so that no column is left out."""
+    """A floor with two bounds, measured inputs and a known duration, so that no column is left out."""
     curves = [CURVES[1]]
     runs = [run_row(2, curves, train_seconds=1.25)]
     floor = loss_floor(torch.randn(16, 24), ks.make_chain(16, 24, "butterfly"), [2])[0]
-    row = rank_row(runs, CHAIN, dataclasses.replace(floor, exact=False), 1.0)
+    measured = Reference(1.0, held_out_predict_zero_loss=1.1, held_out_count=100, isotropic_floors=torch.ones(9))
+    row = rank_row(runs, CHAIN, dataclasses.replace(floor, exact=False), measured)
     declared = {column.name: column for column in columns.SUMMARY}
     header, (line,) = printed([row])
     place = 0
@@ -52,10 +53,10 @@ def test_the_share_removed_is_printed():
 
 def test_columns_that_say_nothing_are_left_out():
     header, _ = printed([make_row()])
-    assert "upper bound" not in header
+    assert "best known" not in header
     assert "seconds" not in header
     header, lines = printed([make_row(upper=0.22), make_row(ending=Ending(Status.FAILED, "exit 1"))])
-    assert "upper bound" in header
+    assert "best known" in header
     assert "failed (exit 1)" in lines[1]
     assert "-" in lines[1].split()
     header, _ = printed([rank_row([run_row(1, CURVES)], CHAIN)])

@@ -4,8 +4,8 @@ from study_rows import CHAIN, CURVES, make_row
 from ks.bounds.floors import Floor
 from ks.errors import InternalError
 from ks.files.status import Ending, Status
-from ks.report.summary import rank_row, run_row
-from ks.report.verdict import Limit, Verdict, advice, check_above_floor
+from ks.report.summary import Reference, rank_row, run_row
+from ks.report.verdict import Limit, Verdict, advice, check_above_floor, is_calibration_limited
 
 DIVERGED = Ending(Status.DIVERGED)
 
@@ -37,9 +37,9 @@ def test_verdicts_follow_the_stated_rules_in_any_unit(changes, expected, predict
 
 def test_without_a_floor_only_the_marks_remain():
     run = run_row(4, CURVES)
-    assert str(rank_row([run], CHAIN, None, 1.0)["verdict"]) == "saturated, larger than dense"
+    assert str(rank_row([run], CHAIN, None, Reference(1.0))["verdict"]) == "saturated, larger than dense"
     assert rank_row([run])["verdict"] is None
-    assert rank_row([run_row(1, CURVES)], CHAIN, None, 1.0)["verdict"] is None
+    assert rank_row([run_row(1, CURVES)], CHAIN, None, Reference(1.0))["verdict"] is None
 
 
 def test_the_text_of_a_verdict():
@@ -85,3 +85,11 @@ def test_advice_on_an_undertrained_rank_gives_the_number_that_decides():
     assert "30% above its floor, 92.50% of the loss that this rank can remove is removed: undertrained" in sentence
     (without_gap,) = advice([make_row(population=0.26, train=0.26, lower=0.0)])
     assert "26.00% of predicting 0 above its floor, 74.00% of the loss that this rank can remove" in without_gap
+
+
+@pytest.mark.parametrize(
+    ("relative", "held_out", "count", "limited"),
+    [(0.1, 0.2, 10_000, True), (0.1, 0.104, 10**9, False), (0.1, 0.106, 10**9, True), (0.1, 0.2, 30, False)],
+)
+def test_calibration_is_the_limit_where_unseen_inputs_lose_clearly_more(relative, held_out, count, limited):
+    assert is_calibration_limited(relative, held_out, count) is limited
