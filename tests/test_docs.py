@@ -14,6 +14,8 @@ import torch
 from conftest import ROOT
 
 import ks
+from ks.inputs.moments_file import InputMoments
+from ks.inputs.sums import InputSums
 
 SCRIPTS = [
     "train_with_random",
@@ -35,6 +37,7 @@ COMMANDS = {
     "README.md": (5, "rank_sweep_results/my_study_loss_curves.png"),
     "docs/flags.md": (3, "figures/rank_sweep_chains.png"),
     "docs/results.md": (4, "butterfly_results/rank_sweep_summary.csv"),
+    "docs/inputs.md": (1, "rank_sweep_results/rank_sweep_floor.png"),
 }
 # Flags of other programs: pip, ray, docs/generate.py.
 FOREIGN = {"--help", "--no-deps", "--generate", "--head", "--port", "--address", "--disable-usage-stats"}
@@ -81,8 +84,14 @@ def test_the_commands_of_a_page_run_as_written(page, tmp_path):
     if not any("generate_test_weight.py" in command for command in commands(page)):
         torch.save(torch.randn(32, 48), tmp_path / "my_weight.pth")
     model = tmp_path / "model.safetensors"
-    weights = {"encoder.layer.0.output.dense.weight": torch.randn(24, 48), "other.weight": torch.randn(8, 8)}
+    measured = "encoder.layer.3.attention.output.dense"
+    weights = {"encoder.layer.0.output.dense.weight": torch.randn(24, 48), f"{measured}.weight": torch.randn(16, 24)}
     safetensors.torch.save_file(weights, model)
+    (tmp_path / "build").mkdir()
+    sums = InputSums.zeros(24)
+    sums.add(torch.randn(500, 24))
+    moments = InputMoments({measured: sums.finished()}, {}, {f"{measured}.weight": measured}, {measured: 1})
+    moments.save(tmp_path / "build/minilm_inputs.safetensors")
     for command in commands(page):
         _, script, *arguments = shlex.split(command.replace("$MODEL", str(model)))
         small = [sys.executable, str(ROOT / script), *arguments, *SMALL[script].split()]
