@@ -13,7 +13,6 @@ def test_the_first_columns_are_those_of_the_contract():
     assert summary.startswith(
         "rank,final_train_loss,final_val_loss,min_train_loss,min_val_loss,min_train_epoch,min_val_epoch,num_epochs,"
     )
-    assert summary.endswith(",removed_share")
     assert columns.names(columns.RUNS)[:2] == ["rank", "seed"]
 
 

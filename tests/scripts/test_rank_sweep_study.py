@@ -65,7 +65,8 @@ def test_a_sweep_writes_the_files_of_the_contract(swept):
         assert list(read_table(study / f"rank_sweep_{name}.csv")[0]) == columns.names(declared)
     assert list(json.loads((study / "rank_sweep_summary.json").read_text())[0]) == columns.names(columns.SUMMARY)
     declared = {column.name: column for column in columns.SUMMARY}
-    printed = [declared[name].header for name in columns.PRINTED if name != "loss_floor_upper"]  # floors are exact
+    left_out = {"loss_floor_upper", "held_out_relative_loss", "isotropic_floor"}  # floors are exact, inputs isotropic
+    printed = [declared[name].header for name in columns.PRINTED if name not in left_out]
     assert done.stdout.splitlines()[0].split() == " ".join(printed).split()
     rows = read_table(study / "rank_sweep_summary.csv")
     assert [row["rank"] for row in rows] == ["2", "4", "100"]
@@ -132,7 +133,7 @@ def test_a_target_chooses_the_ranks_and_names_the_smallest(run, weight_path):
     assert done.returncode == 0, done.stderr
     weight = torch.load(weight_path)
     smallest = next(rank for rank in range(1, 9) if floor_of(weight, rank) <= 0.3 * weight.square().sum() / 16)
-    assert f"target 0.3: rank {smallest} is the smallest that reaches it" in done.stdout
+    assert f"target 0.3, for isotropic inputs: rank {smallest} is the smallest that reaches it" in done.stdout
     assert f"--rank {smallest} " in done.stdout
 
 
