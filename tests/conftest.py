@@ -13,6 +13,8 @@ import torch
 
 import ks
 from ks.files.layout import RunFiles, run_files
+from ks.inputs.moments_file import InputMoments
+from ks.inputs.sums import InputSums
 
 torch.set_num_threads(1)
 
@@ -101,6 +103,20 @@ def dense_loss(weight: torch.Tensor, chain: ks.KSLinear) -> float:
 
 def floor_of(weight: torch.Tensor, rank: int) -> float:
     return ks.loss_floor(weight, ks.make_chain(*weight.shape), [rank])[0].lower
+
+
+def sums_of(rows: torch.Tensor) -> InputSums:
+    sums = InputSums.zeros(rows.shape[1])
+    sums.add(rows)
+    return sums.finished()
+
+
+def save_moments(path, rows: torch.Tensor, held_out: torch.Tensor | None = None, key: str = "layer.weight") -> Path:
+    """Save the moments of the inputs of one weight; its key is needed nowhere."""
+    name = key.removesuffix(".weight")
+    held = {} if held_out is None else {name: sums_of(held_out)}
+    InputMoments({name: sums_of(rows)}, held, {key: name}, {name: 1}).save(path)
+    return path
 
 
 def wait_for(condition, seconds=60):

@@ -7,6 +7,7 @@ import torch
 from ks.bounds.population_loss import sampled_loss_range
 from ks.errors import InternalError
 from ks.layer import KSLinear
+from ks.product.operator import chain_product
 from ks.training.problem import Problem
 
 
@@ -53,10 +54,23 @@ def check_validation(
         low, high = sampled_loss_range(weight, model.factors, problem.num_validation, problem.inputs)
     else:  # its samples have exactly the held-out second moment
         low = high = problem.held_out_loss(model)
-        rounding *= 1 + high**0.5  # held-out inputs may be larger than those that were whitened
+        # Held-out inputs may be far larger than those that were whitened, also where their outputs nearly cancel.
+        rounding *= 1 + high**0.5 + _uncancelled_size(model, problem.held_out_energies())
     low, high = max(0.0, max(low, 0.0) ** 0.5 - rounding) ** 2, (high**0.5 + rounding) ** 2
     if not low <= val_loss <= high:
         raise InternalError(
             f"the validation loss is {val_loss:.6g} of predicting 0, but the exact loss of the same chain allows "
             f"only {low:.6g} to {high:.6g}; one of them is computed wrongly"
         )
+
+
+def _uncancelled_size(model: KSLinear, energies: torch.Tensor) -> float:
+    """Return the root mean square of the outputs if no two terms of any sum cancelled: rounding errors scale with it.
+
+    Args:
+        model: of n features.
+        energies: E[x_j²], shape (n,), float64.
+    """
+    squares = [factor.detach().double().square() for factor in model.factors]
+    outputs = chain_product(energies.to(squares[0].device).unsqueeze(0), squares, False, impl="bmm")
+    return outputs.mean().item() ** 0.5

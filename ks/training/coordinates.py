@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ks.bounds.grid_descent import root_and_inverse
-from ks.bounds.moments import Inputs, IsotropicInputs, MeasuredInputs
+from ks.bounds.moments import ROUNDING, Inputs, IsotropicInputs, MeasuredInputs
 from ks.files.atomic import save_tensors
 from ks.layer import KSLinear
 from ks.patterns import Chain
@@ -51,6 +51,17 @@ class Coordinates:
         """Return samples x' of centred samples x, shape (N, n), float64."""
         return samples if self.inverse is None else _times_blocks(samples, self.inverse.mT)
 
+    def energies(self, moment: torch.Tensor) -> torch.Tensor:
+        """Return E[x'_j²] of every feature, shape (n,), float64.
+
+        Args:
+            moment: second moment of centred x, shape (n, n), float64.
+        """
+        if self.inverse is None:
+            return moment.diagonal()
+        groups = _diagonal_blocks(moment, len(self.inverse))
+        return (self.inverse @ groups @ self.inverse.mT).diagonal(dim1=1, dim2=2).reshape(-1).clamp(min=0)
+
     def save(self, model: KSLinear, weight: torch.Tensor, path) -> None:
         """Save a trained chain as one that acts on x and gives y.
 
@@ -72,8 +83,8 @@ class Coordinates:
 
     @torch.no_grad()
     def outside(self, model: KSLinear) -> KSLinear:
-        """Return a copy of a chain that acts on centred x and gives y."""
-        outside = copy.deepcopy(model)
+        """Return a copy of a chain that acts on centred x and gives y, in its dtype or in float64."""
+        outside, dtype = copy.deepcopy(model), model.factors[0].dtype
         condition = 1.0
         if self.root is not None and self.inverse is not None:
             right = outside.factors[-1]
@@ -85,7 +96,7 @@ class Coordinates:
         for factor in outside.factors:
             factor.mul_(scale)
         precise = condition > LARGEST_FLOAT32_CONDITION or not 1e-25 < self.unit < 1e25
-        return outside.double() if precise else outside.float()
+        return outside.double() if precise else outside.to(dtype)
 
 
 def isotropic_coordinates(weight: torch.Tensor) -> tuple[Coordinates, Inputs]:
@@ -108,14 +119,24 @@ def measured_coordinates(
         moment: second moment of x around the centre, shape (n, n), float64.
         centre: as in `Coordinates`.
     """
-    right = chain.patterns(1)[-1]
-    if right.d != 1:  # its blocks are interleaved, so that they cannot be folded: only the scale changes
-        scale = moment.trace().item() / len(moment)
-        return Coordinates((predict_zero_loss / scale) ** 0.5, centre=centre), MeasuredInputs(moment / scale)
-    groups = moment.view(right.a, right.c, right.a, right.c)
-    root, inverse = root_and_inverse(torch.stack([groups[i, :, i] for i in range(right.a)]))
+    groups = chain.patterns(1)[-1].a
+    root, inverse = root_and_inverse(_diagonal_blocks(moment, groups))
+    coordinates = Coordinates(predict_zero_loss**0.5, root, inverse, centre)
     whitened = _times_blocks(_times_blocks(moment, inverse.mT).mT, inverse.mT)
-    return Coordinates(predict_zero_loss**0.5, root, inverse, centre), MeasuredInputs(whitened)
+    whitened = (whitened + whitened.mT) / 2
+    for place, own in zip(_diagonal_blocks(whitened, groups), inverse @ root, strict=True):
+        place.copy_(own)  # the identity, or a projection
+    shifted = whitened.clone()
+    shifted.diagonal().add_(ROUNDING / 2)
+    if torch.linalg.cholesky_ex(shifted).info.item():  # whitening has multiplied the rounding of C by its condition
+        eigenvalues, vectors = torch.linalg.eigh(whitened)
+        whitened = (vectors * eigenvalues.clamp(min=0)) @ vectors.mT
+    return coordinates, MeasuredInputs(whitened)
+
+
+def _diagonal_blocks(matrix: torch.Tensor, groups: int) -> torch.Tensor:
+    """Return the view of shape (p, n/p, n/p) of the diagonal blocks of an n × n matrix."""
+    return matrix.unflatten(0, (groups, -1)).unflatten(2, (groups, -1)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
 def _times_blocks(matrix: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:

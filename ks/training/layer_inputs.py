@@ -15,6 +15,7 @@ from ks.patterns import Chain
 from ks.training.coordinates import Coordinates, isotropic_coordinates, measured_coordinates
 
 MEASURED = "measured"
+SMALLEST_VARIANCE = 1e-12  # of the mean square of the inputs; float64 sums keep about three digits of it
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ def _measured(given: GivenInputs, weight: torch.Tensor, chain: Chain, config: Tr
     moment = MeasuredInputs(given.train.second_moment)
     centre = given.train.mean if config.fit_bias else None
     energy = moment.output_energy(weight)
-    coordinates, inputs = measured_coordinates(chain, energy / len(weight), _around(given.train, centre), centre)
+    around = moment if centre is None else _centred(given, config.inputs)
+    coordinates, inputs = measured_coordinates(chain, energy / len(weight), around.second_moment(), centre)
     held_out, held_out_loss = None, None
     if given.held_out is not None:
         held_out = MeasuredInputs(_around(given.held_out, centre))
@@ -133,6 +135,22 @@ def _measured(given: GivenInputs, weight: torch.Tensor, chain: Chain, config: Tr
     return LayerInputs(
         coordinates, inputs, energy / len(weight), held_out, held_out_loss, given, description, tuple(notes)
     )
+
+
+def _centred(given: GivenInputs, path: str | None) -> MeasuredInputs:
+    """Return the second moment of the training inputs around their mean.
+
+    Raises:
+        UsageError: it is lost in the rounding of the mean.
+    """
+    around = _around(given.train, given.train.mean)
+    trouble = f"--fit_bias: the inputs of {path} vary too little around their mean for the digits of their moments"
+    if around.trace() <= SMALLEST_VARIANCE * given.train.second_moment.trace():
+        raise UsageError(f"{trouble}; leave it out")
+    try:
+        return MeasuredInputs(around)
+    except UsageError as error:
+        raise UsageError(f"{trouble} ({error}); leave it out") from error
 
 
 def _around(part: PartMoments, centre: torch.Tensor | None) -> torch.Tensor:

@@ -72,8 +72,14 @@ class Problem:
         """Return the exact loss of a chain of internal coordinates on the held-out inputs, relative to predicting 0."""
         assert self.layer_inputs.held_out is not None
         outside = self.coordinates.outside(model)
-        loss = population_loss(self.weight.tensor, outside.factors, self.layer_inputs.held_out)
+        weight = self.weight.tensor.to(outside.factors[0].device)
+        loss = population_loss(weight, outside.factors, self.layer_inputs.held_out)
         return loss / self.predict_zero_loss
+
+    def held_out_energies(self) -> torch.Tensor:
+        """Return E[x'_j²] of every feature of the held-out inputs in internal coordinates, shape (n,), float64."""
+        assert self.layer_inputs.held_out is not None
+        return self.coordinates.energies(self.layer_inputs.held_out.second_moment())
 
     def save(self, model: KSLinear, path) -> None:
         """Save a chain of internal coordinates as one that acts on x."""
@@ -195,6 +201,11 @@ def split_samples(config: TrainingFlags, given: int | None) -> tuple[int, int]:
     if given is not None and config.sampling == "fixed":
         not_held_out = given
     num_train = not_held_out // config.batch_size * config.batch_size
+    if num_train == 0 and given is not None and config.sampling == "fixed":
+        raise UsageError(
+            f"{given} training samples in {config.inputs} do not fill one batch of {config.batch_size}; lower "
+            "--batch_size"
+        )
     if num_train == 0:
         raise UsageError(
             f"{not_held_out} training samples ({config.num_samples} less --val_split {config.val_split}) do not fill "

@@ -1,5 +1,6 @@
 """Losses that cannot be right end a training: not finite, or in contradiction to the population loss."""
 
+import contextlib
 import math
 from types import SimpleNamespace
 
@@ -44,15 +45,31 @@ def test_the_first_step_whose_loss_is_not_finite_is_named(train_loss, val_loss, 
 def test_a_validation_loss_that_contradicts_the_population_loss_is_a_fault(dtype, tf32, wrong):
     weight = WEIGHT.double() * 6**0.5 / WEIGHT.norm()
     torch.manual_seed(0)
-    factors = KSLinear(10, 6, rank=2).factors
-    problem = SimpleNamespace(num_validation=10**7, inputs=UNIT_INPUTS)
-    loss = population_loss(weight, factors)
-    check_validation(loss, weight, factors, problem, dtype, tf32)
+    model = KSLinear(10, 6, rank=2)
+    problem = SimpleNamespace(num_validation=10**7, inputs=UNIT_INPUTS, layer_inputs=SimpleNamespace(held_out=None))
+    loss = population_loss(weight, model.factors)
+    check_validation(loss, weight, model, problem, dtype, tf32)
     for factor in (1 - wrong, 1 + wrong):
         with pytest.raises(InternalError, match="one of them is computed wrongly"):
-            check_validation(factor * loss, weight, factors, problem, dtype, tf32)
+            check_validation(factor * loss, weight, model, problem, dtype, tf32)
     if dtype == torch.bfloat16 or tf32:
-        check_validation(1.005 * loss, weight, factors, problem, dtype, tf32)
+        check_validation(1.005 * loss, weight, model, problem, dtype, tf32)
     # Few samples prove less.
-    few = SimpleNamespace(num_validation=10, inputs=UNIT_INPUTS)
-    check_validation((1 + wrong) * loss, weight, factors, few, dtype, tf32)
+    few = SimpleNamespace(**vars(problem) | {"num_validation": 10})
+    check_validation((1 + wrong) * loss, weight, model, few, dtype, tf32)
+
+
+@pytest.mark.parametrize(("energy", "holds"), [(1.0, False), (1e6, True)])
+def test_a_validation_loss_on_held_out_inputs_must_be_the_exact_one(energy, holds):
+    """Inputs a thousand times as large may round off a thousand times as much, though outputs cancel."""
+    weight = WEIGHT.double() * 6**0.5 / WEIGHT.norm()
+    torch.manual_seed(0)
+    problem = SimpleNamespace(
+        layer_inputs=SimpleNamespace(held_out=UNIT_INPUTS),
+        held_out_loss=lambda model: 0.25,
+        held_out_energies=lambda: torch.full((10,), energy, dtype=torch.float64),
+    )
+    for factor in (1, 1 - 1e-4, 1 + 1e-4):
+        refused = contextlib.nullcontext() if holds or factor == 1 else pytest.raises(InternalError, match="wrongly")
+        with refused:
+            check_validation(factor * 0.25, weight, KSLinear(10, 6, rank=2), problem, torch.float32)

@@ -1,0 +1,144 @@
+"""Losses, floors and chains are the same inside and outside; only the numbers that a training works with differ."""
+
+import pytest
+import torch
+from layer_rows import KINDS, WEIGHT, layer_rows, second_moment
+
+import ks
+from ks.bounds.floors import floor_curve, loss_floor
+from ks.bounds.moments import IsotropicInputs, MeasuredInputs
+from ks.bounds.population_loss import population_loss
+from ks.layer import KSLinear
+from ks.training.coordinates import isotropic_coordinates, measured_coordinates
+
+FAMILIES = ("monarch", "lowrank", "butterfly", "lowrank_butterfly")
+
+
+def inside(kind, family="monarch", weight=WEIGHT, centred=False):
+    """Return (rows, mean, C, P, chain, coordinates, C', W')."""
+    rows = layer_rows(kind, cols=weight.shape[1])
+    mean = rows.mean(0) if centred else None
+    energy = MeasuredInputs(second_moment(rows)).output_energy(weight) / len(weight)
+    moment = second_moment(rows, mean)
+    chain = ks.make_chain(*weight.shape, family)
+    coordinates, inputs = measured_coordinates(chain, energy, moment, mean)
+    return rows, moment, energy, chain, coordinates, inputs, coordinates.weight(weight.double().clone())
+
+
+def random_chain(chain, rank=2, dtype=torch.float64):
+    torch.manual_seed(0)
+    return KSLinear.from_patterns(chain.patterns(rank), dtype=dtype)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_chain_has_the_same_loss_inside_and_outside(kind, family, centred):
+    _, moment, energy, chain, coordinates, inputs, weight = inside(kind, family, centred=centred)
+    model = random_chain(chain)
+    outside = coordinates.outside(model)
+    loss = population_loss(weight, model.factors, inputs) * energy
+    digits = 1e-7 if kind == "steep" else 1e-9  # of float64, less the condition
+    assert loss == pytest.approx(population_loss(WEIGHT, outside.factors, MeasuredInputs(moment)), rel=digits)
+    assert inputs.output_energy(weight) * energy == pytest.approx(
+        MeasuredInputs(moment).output_energy(WEIGHT), rel=1e-9
+    )
+
+
+@pytest.mark.parametrize("family", ["monarch", "lowrank", "butterfly"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_floors_are_the_same_inside_and_outside(kind, family):
+    _, moment, energy, chain, _, inputs, weight = inside(kind, family)
+    measured = MeasuredInputs(moment)
+    tiny = 1e-9 * energy
+    torch.testing.assert_close(
+        floor_curve(weight, chain, inputs) * energy, floor_curve(WEIGHT, chain, measured), rtol=0, atol=tiny
+    )
+    for found, expected in zip(
+        loss_floor(weight, chain, [1, 2, 3], inputs), loss_floor(WEIGHT, chain, [1, 2, 3], measured), strict=True
+    ):
+        assert found.lower * energy == pytest.approx(expected.lower, rel=1e-6, abs=tiny)
+        # A descent may end elsewhere.
+        assert found.upper * energy == pytest.approx(expected.upper, rel=0.01, abs=1e-4 * energy)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_column_group_is_white_inside(kind, family):
+    rows, moment, _, chain, coordinates, inputs, _ = inside(kind, family)
+    groups = chain.patterns(1)[-1].a
+    found = coordinates.samples(rows)
+    torch.testing.assert_close(second_moment(found), inputs.second_moment(), rtol=0, atol=1e-6)
+    for own in (
+        inputs.second_moment().unflatten(0, (groups, -1)).unflatten(2, (groups, -1)).diagonal(0, 0, 2).unbind(-1)
+    ):
+        torch.testing.assert_close(own @ own, own, rtol=0, atol=1e-9)  # the identity, or a projection
+        if kind == "regular":
+            torch.testing.assert_close(own, torch.eye(len(own)).double(), rtol=0, atol=1e-9)
+    torch.testing.assert_close(coordinates.energies(moment), found.square().mean(0), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("batch_last", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_chain_acts_on_raw_inputs_and_has_the_bias_of_the_centre(tmp_path, family, batch_last):
+    rows, _, energy, chain, coordinates, _, _ = inside("regular", family, centred=True)
+    model = random_chain(chain)
+    model.batch_last = batch_last
+    coordinates.save(model, WEIGHT, tmp_path / "chain.pth")
+    saved = ks.load(tmp_path / "chain.pth")
+    assert saved.batch_last is batch_last
+    mean = rows.mean(0)
+    dense = saved.to_dense()
+    torch.testing.assert_close(saved.bias, (WEIGHT.double() - dense) @ mean)
+    centred = coordinates.samples(rows - mean)
+    expected = energy**0.5 * (centred @ model.to_dense().t()) + WEIGHT.double() @ mean
+    outputs = saved(rows.t()).t() if batch_last else saved(rows)
+    torch.testing.assert_close(outputs, expected)
+
+
+def test_a_saved_chain_without_a_centre_has_no_bias(tmp_path):
+    *_, chain, coordinates, _, _ = inside("regular")
+    coordinates.save(random_chain(chain), WEIGHT, tmp_path / "chain.pth")
+    assert ks.load(tmp_path / "chain.pth").bias is None
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("regular", torch.float32), ("steep", torch.float64)])
+def test_a_chain_of_badly_conditioned_inputs_is_saved_in_float64(kind, dtype):
+    _, moment, energy, chain, coordinates, inputs, weight = inside(kind, "lowrank")
+    model = random_chain(chain, dtype=torch.float32)
+    outside = coordinates.outside(model)
+    assert outside.factors[0].dtype == dtype
+    assert model.factors[0].dtype == torch.float32
+    loss = population_loss(weight, model.factors, inputs) * energy
+    assert loss == pytest.approx(population_loss(WEIGHT, outside.factors, MeasuredInputs(moment)), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_isotropic_inputs_from_a_file_are_isotropic(family):
+    chain, std = ks.make_chain(16, 24, family), 3.0
+    energy = IsotropicInputs(std).output_energy(WEIGHT) / 16
+    measured, inputs = measured_coordinates(chain, energy, std**2 * torch.eye(24).double(), None)
+    isotropic, _ = isotropic_coordinates(WEIGHT)
+    torch.testing.assert_close(inputs.second_moment(), torch.eye(24).double(), rtol=0, atol=1e-12)
+    weights = [coordinates.weight(WEIGHT.double().clone()) for coordinates in (measured, isotropic)]
+    assert weights[0].norm().item() == pytest.approx(weights[1].norm().item(), rel=1e-12)
+    if family != "lowrank_butterfly":
+        curves = floor_curve(weights[0], chain, inputs), floor_curve(weights[1], chain)
+        torch.testing.assert_close(*curves, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("digits", [7, 8])
+def test_rounding_that_whitening_enlarges_is_no_reason_to_refuse(digits):
+    """C to seven digits has eigenvalues that are pure rounding; so has one of a condition of 1e16 in float64."""
+    scale = torch.logspace(0, -digits, 24, dtype=torch.float64)
+    rows = torch.randn(4000, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * scale
+    rows = rows @ torch.linalg.qr(layer_rows("regular", 24))[0]
+    for moment in (second_moment(rows), MeasuredInputs(second_moment(rows).float()).second_moment()):
+        for family in FAMILIES:
+            chain = ks.make_chain(16, 24, family)
+            coordinates, inputs = measured_coordinates(chain, 1.0, moment, None)
+            assert torch.linalg.eigvalsh(inputs.second_moment())[0] > -1e-9
+            model = random_chain(chain)
+            outside = population_loss(WEIGHT, coordinates.outside(model).factors, MeasuredInputs(moment))
+            weight = coordinates.weight(WEIGHT.double().clone())
+            assert population_loss(weight, model.factors, inputs) == pytest.approx(outside, rel=1e-3)
