@@ -188,15 +188,18 @@ class KSLinear(torch.nn.Module):
         }
 
     @classmethod
-    def load(cls, path, *, impl: str = "auto", device=None) -> "KSLinear":
-        """Load a saved chain.
+    def load(cls, path, *, bias: torch.Tensor | None = None, impl: str = "auto", device=None) -> "KSLinear":
+        """Load a saved chain, so that y = x Ŵᵀ + bias.
 
         Args:
-            path: a file that `save` or the training script wrote.
+            path: a file that `save` or the training script wrote. The script trains on the weight alone, so that the
+                file has the bias of the original layer only if `save` wrote it.
+            bias: of the original layer, shape (m,), any float dtype; added to the bias that the file has, which is the
+                (W − Ŵ) E[x] of `--fit_bias`. The sum has the dtype of the chain.
             impl: backend, as the class's.
             device: where to put it; the CPU unless told.
         Raises:
-            UsageError: not such a file, or of a newer version.
+            UsageError: not such a file, or of a newer version; or a bias of another shape, not floating or not finite.
         """
         payload = read_torch_file(path, "a saved chain")
         if not isinstance(payload, dict) or payload.get("format") != FILE_FORMAT:
@@ -206,15 +209,18 @@ class KSLinear(torch.nn.Module):
             raise UsageError(f"{path} has format version {saved.version}; this program reads up to {FILE_VERSION}")
         patterns = check_patterns(saved.patterns)
         _check_state(saved.state_dict, patterns, str(path))
+        state = saved.state_dict
+        if bias is not None:
+            state = {**state, "bias": _added_bias(bias, state, patterns[0].rows)}
         layer = cls.from_patterns(
             patterns,
-            bias="bias" in saved.state_dict,
+            bias="bias" in state,
             impl=impl,
             batch_last=saved.batch_last,
             device=device,
-            dtype=saved.state_dict["factors.0"].dtype,
+            dtype=state["factors.0"].dtype,
         )
-        layer.load_state_dict(saved.state_dict)
+        layer.load_state_dict(state)
         return layer
 
     def extra_repr(self) -> str:
@@ -223,6 +229,21 @@ class KSLinear(torch.nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"patterns={patterns}, batch_last={self.batch_last}"
         )
+
+
+def _added_bias(bias: torch.Tensor, state: dict[str, torch.Tensor], rows: int) -> torch.Tensor:
+    """Return a bias plus the one of a saved chain, in float64.
+
+    Raises:
+        UsageError: another shape than (m,), not floating, or not finite.
+    """
+    if not isinstance(bias, torch.Tensor) or bias.shape != (rows,) or not bias.is_floating_point():
+        given = f"shape {tuple(bias.shape)} and {bias.dtype}" if isinstance(bias, torch.Tensor) else type(bias).__name__
+        raise UsageError(f"bias of {given}: a floating tensor of shape ({rows},) is needed, one value for each output")
+    wide = bias.detach().to("cpu", torch.float64)
+    if not wide.isfinite().all():
+        raise UsageError("the bias holds NaN or infinite values; finite ones are needed")
+    return wide + state["bias"].double() if "bias" in state else wide
 
 
 def _check_state(state: dict[str, torch.Tensor], patterns: Sequence[Pattern], where: str) -> None:

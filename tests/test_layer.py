@@ -64,6 +64,40 @@ def test_save_and_load_need_no_arguments(tmp_path, bias):
     assert torch.equal(loaded(x), layer(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("saved_bias", [False, True])
+def test_the_bias_of_the_original_layer_is_added_on_loading(tmp_path, saved_bias, dtype):
+    layer = KSLinear(24, 36, rank=3, bias=saved_bias, batch_last=saved_bias, dtype=torch.float64)
+    layer.save(tmp_path / "chain.pth")
+    bias = torch.nn.Parameter(torch.randn(36, dtype=dtype))
+    loaded = ks.load(tmp_path / "chain.pth", bias=bias)
+    assert loaded.bias.dtype == torch.float64
+    assert loaded.bias.requires_grad
+    x = torch.randn(24, 2, dtype=torch.float64) if saved_bias else torch.randn(2, 24, dtype=torch.float64)
+    added = bias.detach().double().clone()
+    torch.testing.assert_close(loaded(x), layer(x) + (added[:, None] if saved_bias else added))
+    with torch.no_grad():
+        bias.zero_()  # the loaded layer has values of its own
+    torch.testing.assert_close(loaded(x), layer(x) + (added[:, None] if saved_bias else added))
+    ks.load(tmp_path / "chain.pth").load_state_dict(layer.state_dict())  # the file is as it was
+
+
+@pytest.mark.parametrize(
+    ("bias", "message"),
+    [
+        (torch.zeros(24), r"bias of shape \(24,\) and torch.float32: a floating tensor of shape \(36,\) is needed"),
+        (torch.zeros(36, 1), r"bias of shape \(36, 1\)"),
+        (torch.zeros(36, dtype=torch.int64), "torch.int64"),
+        (True, "bias of bool"),
+        (torch.full((36,), float("nan")), "NaN or infinite"),
+    ],
+)
+def test_a_bias_that_does_not_fit_is_refused(tmp_path, bias, message):
+    KSLinear(24, 36, rank=3).save(tmp_path / "chain.pth")
+    with pytest.raises(UsageError, match=message):
+        ks.load(tmp_path / "chain.pth", bias=bias)
+
+
 def test_state_dict_moves_between_layers_and_keeps_the_memory_order():
     source, target = KSLinear(24, 36, rank=3), KSLinear(24, 36, rank=3)
     target.load_state_dict(source.state_dict())
