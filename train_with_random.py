@@ -244,7 +244,7 @@ def main(argv=None) -> int:
             return record.exit_code
         files.resume.unlink(missing_ok=True)
         known = "population_loss" in last
-        share = f", {last['val_loss'] / problem.predict_zero_loss:.2%} of predicting 0" if known else ""
+        share = f", {last['val_loss'] / problem.validation_predict_zero_loss:.2%} of predicting 0" if known else ""
         print(f"rank {config.rank}: validation loss {last['val_loss']:.6g}{share}; {files.final}")
         return record.exit_code
 

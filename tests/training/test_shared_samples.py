@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from layer_rows import layer_rows
 
 from ks.cli.flags import TrainerConfig
 from ks.cli.parser import Parser
@@ -18,8 +19,11 @@ from ks.training.shared_samples import SHARED_SAMPLES, make_samples, shared_samp
 def setting(tmp_path):
     """Returns a function from flags to (config, problem, order of the outputs of a rank)."""
     torch.save(torch.randn(16, 24, generator=torch.Generator().manual_seed(0)), tmp_path / "w.pth")
+    for number in range(2):
+        torch.save(layer_rows("regular", 400, seed=number), tmp_path / f"{number}.pth")
 
     def make(*flags):
+        flags = [str(tmp_path / flag) if flag in ("0.pth", "1.pth") else flag for flag in flags]
         arguments = ["--weight_path", str(tmp_path / "w.pth"), "--num_samples", "1600", "--device", "cpu", *flags]
         config = Parser(TrainerConfig, "").parse(arguments)
         problem = resolve(config)
@@ -47,11 +51,15 @@ def same(samples, others):
     return all(one.dtype == other.dtype and torch.equal(one, other) for one, other in pairs)
 
 
+MEASURED = ["--inputs", "0.pth"]
 FLAGS = {
     "default": [],
     "fixed": ["--sampling", "fixed"],
     "features first": ["--bs_last"],
     "bfloat16": ["--dtype", "bfloat16"],
+    "measured": MEASURED,
+    "measured, with a bias": [*MEASURED, "--fit_bias", "--bs_last"],
+    "given rows": [*MEASURED, "--sampling", "fixed"],
     "another order for another rank": ["--chain", "butterfly", "--num_factors", "4", "--batch_size", "256"],
 }
 
@@ -89,6 +97,21 @@ def test_samples_of_other_settings_are_not_believed(flags, setting, monkeypatch,
         found = make_samples(config, problem, problem.internal_weight(), output_rows(2))
     if "--input_std" not in flags:  # in internal units, σ is 1
         assert "other settings" in capsys.readouterr().err
+    assert same(found, make_samples(config, problem, problem.internal_weight(), output_rows(2)))
+
+
+@pytest.mark.parametrize(
+    "flags", [[], ["--inputs", "1.pth"], [*MEASURED, "--fit_bias"], [*MEASURED, "--chain", "lowrank"]], ids=str
+)
+@pytest.mark.parametrize("sampling", ["whitened", "fixed"])
+def test_samples_of_other_inputs_are_not_believed(flags, sampling, setting, monkeypatch, capsys):
+    """Samples have the second moment of the inputs, in coordinates that depend on the column groups of the chain."""
+    config, problem, _ = setting(*MEASURED, "--sampling", sampling)
+    with shared_samples(config, problem, 2, config.seed) as descriptor:
+        config, problem, output_rows = setting(*flags, "--sampling", sampling)
+        inherit(descriptor, monkeypatch)
+        found = make_samples(config, problem, problem.internal_weight(), output_rows(2))
+    assert "other settings" in capsys.readouterr().err
     assert same(found, make_samples(config, problem, problem.internal_weight(), output_rows(2)))
 
 
