@@ -210,22 +210,25 @@ def test_inputs_in_the_results_folder_stay_as_they_are(tmp_path, weight_path, sa
         assert path.read_bytes() == samples.read_bytes()
 
 
-@pytest.mark.parametrize("link", ["itself", "symbolic", "hard"])
+@pytest.mark.parametrize("link", ["itself", "symbolic", "hard", "earlier result"])
 @pytest.mark.parametrize("script", ["trainer", "sweep"])
 def test_inputs_with_the_name_of_a_result_are_never_replaced(tmp_path, weight_path, rows, script, link, capsys):
     names = {"trainer": "out/ks_chain_final.pth", "sweep": "out/rank_2/rank_2_final.pth"}
     place = tmp_path / names[script]
-    place.parent.mkdir(parents=True)
-    path = place if link == "itself" else tmp_path / "x.pth"
+    main = train_with_random.main if script == "trainer" else rank_sweep_study.main
+    ranks = ["--rank", "2"] if script == "trainer" else ["--ranks", "2", "4", "--overwrite"]
+    common = ["--weight_path", weight_path, "--output_dir", tmp_path / "out", "--quiet", *QUICK, *ranks]
+    if link == "earlier result":
+        assert main([*map(str, common)]) == 0
+    place.parent.mkdir(parents=True, exist_ok=True)
+    path = place if link in ("itself", "earlier result") else tmp_path / "x.pth"
     torch.save(rows, path)
     if link == "symbolic":
         place.symlink_to(path)
     if link == "hard":
         os.link(path, place)
     content = path.read_bytes()
-    main = train_with_random.main if script == "trainer" else rank_sweep_study.main
-    ranks = ["--rank", "2"] if script == "trainer" else ["--ranks", "2", "4", "--overwrite"]
-    arguments = ["--weight_path", weight_path, "--inputs", path, "--output_dir", tmp_path / "out", "--quiet", *QUICK]
-    assert main([*map(str, arguments), *ranks]) == 2
+    capsys.readouterr()
+    assert main([*map(str, common), "--inputs", str(path)]) == 2
     assert str(place) in capsys.readouterr().err
     assert path.read_bytes() == content

@@ -127,18 +127,28 @@ def test_isotropic_inputs_from_a_file_are_isotropic(family):
         torch.testing.assert_close(*curves, rtol=1e-9, atol=1e-14)
 
 
-@pytest.mark.parametrize("digits", [7, 8])
-def test_rounding_that_whitening_enlarges_is_no_reason_to_refuse(digits):
-    """C to seven digits has eigenvalues that are pure rounding; so has one of a condition of 1e16 in float64."""
-    scale = torch.logspace(0, -digits, 24, dtype=torch.float64)
-    rows = torch.randn(4000, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * scale
-    rows = rows @ torch.linalg.qr(layer_rows("regular", 24))[0]
-    for moment in (second_moment(rows), MeasuredInputs(second_moment(rows).float()).second_moment()):
-        for family in FAMILIES:
-            chain = ks.make_chain(16, 24, family)
-            coordinates, inputs = measured_coordinates(chain, 1.0, moment, None)
-            assert torch.linalg.eigvalsh(inputs.second_moment())[0] > -1e-9
-            model = random_chain(chain)
-            outside = population_loss(WEIGHT, coordinates.outside(model).factors, MeasuredInputs(moment))
-            weight = coordinates.weight(WEIGHT.double().clone())
-            assert population_loss(weight, model.factors, inputs) == pytest.approx(outside, rel=1e-3)
+def ill_conditioned(digits, seed):
+    """Return C of four column groups that couple, each with singular values from 1 to 10^-digits."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    scale = torch.logspace(0, -digits, 6, dtype=torch.float64)
+    samples = normal(4000, 24)
+    groups = [samples @ torch.linalg.qr(normal(24, 6))[0] * scale @ torch.linalg.qr(normal(6, 6))[0] for _ in range(4)]
+    return second_moment(torch.cat(groups, 1))
+
+
+@pytest.mark.parametrize("digits", [6, 7, 8, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_that_whitening_enlarges_is_no_reason_to_refuse(digits, dtype):
+    chain = ks.make_chain(16, 24)
+    for seed in range(25):
+        measured = MeasuredInputs(ill_conditioned(digits, seed).to(dtype))
+        coordinates, inputs = measured_coordinates(chain, 1.0, measured.second_moment(), None)
+        assert torch.linalg.eigvalsh(inputs.second_moment())[0] > -1e-9
+        model = random_chain(chain)
+        weight = coordinates.weight(WEIGHT.double().clone())
+        outside = population_loss(WEIGHT, coordinates.outside(model).factors, measured)
+        assert population_loss(weight, model.factors, inputs) == pytest.approx(outside, rel=1e-3)
