@@ -84,19 +84,18 @@ class Coordinates:
     @torch.no_grad()
     def outside(self, model: KSLinear) -> KSLinear:
         """Return a copy of a chain that acts on centred x and gives y, in its dtype or in float64."""
-        outside, dtype = copy.deepcopy(model), model.factors[0].dtype
+        outside, dtype = copy.deepcopy(model).double(), model.factors[0].dtype
         condition = 1.0
         if self.root is not None and self.inverse is not None:
             right = outside.factors[-1]
-            folded = right.double().squeeze(-1) @ self.inverse.to(right.device)  # p (r q) (n/p)
+            folded = right.squeeze(-1) @ self.inverse.to(right.device)  # p (r q) (n/p)
             condition = (_norms(self.root) * _norms(self.inverse)).max().item()
-            outside = outside.double()
-            outside.factors[-1].copy_(folded.unsqueeze(-1))
+            right.copy_(folded.unsqueeze(-1))
         scale = self.unit ** (1 / len(outside.factors))
         for factor in outside.factors:
             factor.mul_(scale)
         precise = condition > LARGEST_FLOAT32_CONDITION or not 1e-25 < self.unit < 1e25
-        return outside.double() if precise else outside.to(dtype)
+        return outside if precise else outside.to(dtype)
 
 
 def isotropic_coordinates(weight: torch.Tensor) -> tuple[Coordinates, Inputs]:
