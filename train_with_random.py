@@ -13,15 +13,10 @@ Exit codes: 0 well, 1 diverged or out of memory, 2 bad input, 4 internal error, 
 
 import functools
 import math
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
-
-# Threads that wait for the next product sleep instead of spinning: on cores shared with another process, spinning made
-# an epoch 6 times longer. Read when torch loads.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from ks.cli import startup
 

@@ -14,6 +14,9 @@ def begin(script: str) -> None:
     Imports leave no garbage: looking for it while they run would take a third of the time of starting. It is looked for
     again when the main function begins (`ks.cli.console.script`).
 
+    Threads that wait for the next product sleep instead of spinning: on cores shared with another process, spinning
+    made an epoch 6 times longer and the floors of the demo 20 times. OpenMP reads that when torch loads.
+
     MPLBACKEND counts for `--show` alone: matplotlib does not load with a wrong one, and files need none.
 
     Args:
@@ -21,6 +24,7 @@ def begin(script: str) -> None:
     """
     signals.install(script)
     make_forgiving()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if "--show" not in sys.argv:
         os.environ.pop("MPLBACKEND", None)
     gc.disable()
