@@ -15,6 +15,7 @@ from ks.errors import UsageError
 from ks.patterns import Chain, Pattern, chainability, check_patterns
 from ks.product.bmm import empty_values
 from ks.product.gram import lower_gram
+from ks.product.pieces import one_thread_each
 
 Report = Callable[[float], None]
 
@@ -23,7 +24,7 @@ def do_not_report(share: float) -> None:
     """Ignore how much of the work is done."""
 
 
-GROUP_VALUES = 2**22  # of the blocks that are copied at a time: bounds the memory
+GROUP_VALUES = 2**20  # of the blocks that a thread copies at a time: bounds the memory
 
 
 @torch.no_grad()
@@ -41,13 +42,24 @@ def tail_energies(matrices: torch.Tensor, report: Report = do_not_report) -> tor
     """
     height, width = matrices.shape[-2:]
     total = torch.zeros(min(height, width), dtype=torch.float64, device=matrices.device)
+    several = matrices.device.type == "cpu" and matrices.numel() > height * width
     done = 0
-    for group in _groups(matrices):
-        wide = group.double()
-        total += torch.linalg.eigvalsh(lower_gram(wide if height <= width else wide.mT)).clamp_(min=0).sum(0)
-        done += group.numel()
+    for size, energies in (one_thread_each if several else map)(_group_energies, _groups(matrices)):
+        total += energies
+        done += size
         report(done / matrices.numel())
     return torch.cat([total.new_zeros(1), total.cumsum(0)]).flip(0)
+
+
+@torch.no_grad()  # a thread starts with gradients
+def _group_energies(group: torch.Tensor) -> tuple[int, torch.Tensor]:
+    """Return the number of values and the sums of the squared singular values, ascending, shape (min(height, width),).
+
+    Args:
+        group: shape (count, height, width).
+    """
+    wide = group.double() if group.shape[1] <= group.shape[2] else group.double().mT
+    return group.numel(), torch.linalg.eigvalsh(lower_gram(wide)).clamp_(min=0).sum(0)
 
 
 def _groups(matrices: torch.Tensor) -> Iterator[torch.Tensor]:

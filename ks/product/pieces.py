@@ -1,12 +1,16 @@
 """Work in fixed pieces, one CPU thread each: the bits of the result do not depend on the number of threads."""
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 
 PIECE = 256
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def in_pieces(function: Callable[[slice], None], count: int, device: torch.device) -> None:
@@ -23,15 +27,23 @@ def in_pieces(function: Callable[[slice], None], count: int, device: torch.devic
         function(slice(0, count))
         return
     ranges = [slice(start, min(start + PIECE, count)) for start in range(0, count, PIECE)]
-    threads = torch.get_num_threads()
+    for _ in one_thread_each(function, ranges):
+        pass
+
+
+def one_thread_each(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Yield `function(item)` for each item, in order: as many at a time as torch has threads, each on one thread.
+
+    Args:
+        function: of one item.
+        items: taken as they are needed.
+    """
+    threads, items = torch.get_num_threads(), iter(items)
     torch.set_num_threads(1)
     try:
-        if threads == 1 or len(ranges) == 1:
-            for part in ranges:
-                function(part)
-        else:
-            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                list(pool.map(function, ranges))
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            while some := list(itertools.islice(items, threads)):
+                yield from map(function, some) if len(some) == 1 else pool.map(function, some)
     finally:
         torch.set_num_threads(threads)
 

@@ -38,6 +38,21 @@ def test_an_error_in_a_piece_is_raised_and_the_threads_come_back(three_threads):
     assert torch.get_num_threads() == 3
 
 
+def test_results_come_in_order_from_items_that_are_taken_as_needed(three_threads):
+    taken = []
+
+    def items():
+        for number in range(8):
+            taken.append(number)
+            yield number
+
+    found = pieces.one_thread_each(lambda number: (number, torch.get_num_threads()), items())
+    assert next(found) == (0, 1)
+    assert len(taken) == 3
+    assert [number for number, threads in found if threads == 1] == [*range(1, 8)]
+    assert torch.get_num_threads() == 3
+
+
 def test_bits_do_not_depend_on_the_number_of_threads(three_threads):
     matrix = torch.randn(700, 900)
     several, energy = lower_gram(matrix), pieces.sum_of_squares(matrix)
