@@ -41,10 +41,8 @@ from ks.files.provenance import provenance
 from ks.files.status import OK, Status
 from ks.files.weights import packed
 from ks.inputs.read import packed_inputs
-from ks.report.outputs import summarise, write_outputs
 from ks.report.plan_table import plan_notes, plan_table
-from ks.report.study import floor_rows
-from ks.report.summary_table import summary_table
+from ks.report.summary import floor_rows
 from ks.report.verdict import advice, check_above_floor
 from ks.sweep import placement
 from ks.sweep.claim import claim_folder
@@ -168,6 +166,8 @@ def sweep(config: SweepConfig, problem: Problem, runs: list[Run], launcher: Laun
     def poll(running: list[Task]) -> None:
         signals.check()
         progress.poll(running)
+        if len(running) == 1:
+            import ks.report.outputs  # noqa: F401 - pandas and matplotlib load while the last training runs
 
     try:
         with sharing_samples(config, problem, waiting) as tasks:
@@ -246,6 +246,9 @@ def main(argv=None) -> int:
                 weight = record["settings"]["weight"]
                 ended = sweep(config, problem, runs, launcher, weight)
                 running.close()  # stops the trainings that still run after an interrupt
+                from ks.report.outputs import summarise, write_outputs
+                from ks.report.summary_table import summary_table
+
                 results = [ended.get(run) or result_of(run, config.num_epochs, weight=weight) for run in runs]
                 rows_of_runs, rows = summarise(results, floors, problem, plan)
                 if any(row["population_loss"] is None for row in rows_of_runs if row["status"] == OK):

@@ -1,6 +1,5 @@
 """The plan as text, for --dry_run: what each rank costs and can reach, saturation, parity, the rank for a target."""
 
-import pandas as pd
 import torch
 
 from ks.bounds.floors import Floor
@@ -43,6 +42,8 @@ def plan_table(chain: Chain, floors: dict[int, Floor | None], isotropic_curve: t
         floors: of every rank to list, relative to predicting 0.
         isotropic_curve: the floor of every rank from 0 on for isotropic inputs, if the inputs were measured.
     """
+    import pandas as pd  # here, so that a sweep need not wait for it before its first training
+
     dense = chain.rows * chain.cols
     rows = []
     for rank, floor in floors.items():

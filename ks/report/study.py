@@ -7,8 +7,8 @@ import pandas as pd
 
 from ks.bounds.plan import Plan
 from ks.files import columns
-from ks.files.columns import ISOTROPIC
 from ks.files.status import OK
+from ks.report.summary import floor_rows
 from ks.training.losses import LossKind
 
 
@@ -46,25 +46,6 @@ def curves_table(runs: Iterable[tuple[dict, list[dict]]]) -> pd.DataFrame:
 def summary_frame(rows: list[dict]) -> pd.DataFrame:
     """Return the rows of the summary with all its columns, in their order."""
     return pd.DataFrame([{name: row.get(name) for name in columns.names(columns.SUMMARY)} for row in rows])
-
-
-def floor_rows(plan: Plan, predict_zero_loss: float) -> list[dict]:
-    """Return the floors of every rank, of the chain and for comparison, as rows of `ks.files.columns.FLOOR`."""
-    curves = [(chain.family, chain, curve) for chain, curve in plan.family_curves()]
-    if plan.isotropic_curve is not None:
-        curves.append((ISOTROPIC, plan.chain, plan.isotropic_curve))
-    return [
-        {
-            "chain": name,
-            "rank": rank,
-            "parameters": chain.parameters(rank),
-            "loss_floor": relative * predict_zero_loss,
-            "relative_loss": relative,
-        }
-        for name, chain, curve in curves
-        for rank, relative in enumerate(curve.tolist())
-        if rank > 0
-    ]
 
 
 def floor_frame(plan: Plan, predict_zero_loss: float) -> pd.DataFrame:

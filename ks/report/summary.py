@@ -1,4 +1,4 @@
-"""The rows of the summary: losses of a rank over its seeds, its distance to the floor, its verdict."""
+"""The rows of the summary and of the floors: losses of a rank over its seeds, distance to the floor, verdict."""
 
 import math
 import statistics
@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from ks.bounds.floors import Floor
+from ks.bounds.plan import Plan
 from ks.files.atomic import finite
+from ks.files.columns import ISOTROPIC
 from ks.files.status import OK, Ending, Status
 from ks.patterns import Chain
 from ks.report.verdict import NEGLIGIBLE_FLOOR, ROUNDING, Verdict, is_calibration_limited, limit_of
@@ -138,3 +140,22 @@ def _mean(values: list) -> float | None:
 def _standard_error(values: list) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.stdev(known) / len(known) ** 0.5 if len(known) > 1 else None
+
+
+def floor_rows(plan: Plan, predict_zero_loss: float) -> list[dict]:
+    """Return the floors of every rank, of the chain and for comparison, as rows of `ks.files.columns.FLOOR`."""
+    curves = [(chain.family, chain, curve) for chain, curve in plan.family_curves()]
+    if plan.isotropic_curve is not None:
+        curves.append((ISOTROPIC, plan.chain, plan.isotropic_curve))
+    return [
+        {
+            "chain": name,
+            "rank": rank,
+            "parameters": chain.parameters(rank),
+            "loss_floor": relative * predict_zero_loss,
+            "relative_loss": relative,
+        }
+        for name, chain, curve in curves
+        for rank, relative in enumerate(curve.tolist())
+        if rank > 0
+    ]

@@ -11,8 +11,8 @@ from ks.files.curves import write_curves
 from ks.files.layout import SweepFiles, run_files
 from ks.files.status import OK, Ending, Status
 from ks.report.read_results import read_study
-from ks.report.study import curves_table, floor_frame, floor_rows, summary_frame
-from ks.report.summary import rank_row, run_row
+from ks.report.study import curves_table, floor_frame, summary_frame
+from ks.report.summary import floor_rows, rank_row, run_row
 
 DIVERGED = Ending(Status.DIVERGED)
 
