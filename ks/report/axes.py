@@ -1,5 +1,6 @@
 """Axes that a reader can read: ticks, limits, grids, labels at the ends of lines."""
 
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,18 @@ RELATIVE_LABEL = "share of the output energy lost"
 
 def literal(text: object) -> str:
     """Return a text for matplotlib that is drawn as it is, in one line: a `$` starts no formula."""
-    return one_line(text, 300).replace("$", r"\$")
+    return literal_lines([one_line(text, 300)])
+
+
+def literal_lines(lines: list[str]) -> str:
+    """Return lines for matplotlib that are drawn as they are."""
+    return "\n".join(lines).replace("$", r"\$")
+
+
+def heading(text: str, axes: Axes) -> str:
+    """Return a title for matplotlib, in as many lines as the width of the figure needs, and drawn as it is."""
+    characters = max(20, int(10 * axes.figure.get_size_inches()[0]))  # ten an inch, a little wider than the font needs
+    return literal_lines(textwrap.wrap(one_line(text, 300), characters))
 
 
 def finish_parameter_axis(axes: Axes) -> None:

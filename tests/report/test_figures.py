@@ -96,6 +96,20 @@ def test_the_floor_figure_has_both_curves_the_trained_ranks_and_the_marks():
     assert points == dict(zip(study.summary["parameters"], study.summary["relative_loss"]))
 
 
+@pytest.mark.parametrize(
+    "title", ["model.safetensors encoder.layer.0.output.dense.weight, 384 × 1536: monarch", "$five dollars " * 12]
+)
+def test_a_long_title_fits_into_every_figure(title):
+    drawn = figures.study_figures(make_study([2, 4], title=title))
+    for name, figure in drawn.items():
+        figure.draw_without_rendering()
+        text = figure._suptitle if name == "loss_curves" else figure.axes[0]._left_title
+        extent = text.get_window_extent()
+        assert extent.x0 >= 0
+        assert extent.x1 <= figure.bbox.x1
+    assert set(drawn) == {"loss_curves", "final_losses", "floor"}
+
+
 def test_seeds_give_bands_and_whiskers():
     single, several = make_study([2, 4]), make_study([2, 4], seeds=(None, 1, 2))
     bands = [len(figures.study_figures(study)["loss_curves"].axes[0].collections) for study in (single, several)]
