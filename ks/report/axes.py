@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, ScalarFormatter
 
 from ks.errors import one_line
@@ -24,9 +25,9 @@ def literal_lines(lines: list[str]) -> str:
     return "\n".join(lines).replace("$", r"\$")
 
 
-def heading(text: str, axes: Axes) -> str:
+def heading(text: str, figure: Figure) -> str:
     """Return a title for matplotlib, in as many lines as the width of the figure needs, and drawn as it is."""
-    characters = max(20, int(10 * axes.figure.get_size_inches()[0]))  # ten an inch, a little wider than the font needs
+    characters = max(20, int(10 * figure.get_figwidth()))  # ten an inch, a little wider than the font needs
     return literal_lines(textwrap.wrap(one_line(text, 300), characters))
 
 

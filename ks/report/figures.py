@@ -112,7 +112,7 @@ def loss_curves(
     panels[0].set_ylabel(literal(loss_label))
     panels[1].tick_params(labelleft=True)
     if title:
-        figure.suptitle(heading(title, panels[0]))
+        figure.suptitle(heading(title, figure))
     return figure
 
 
@@ -166,7 +166,7 @@ def final_losses(
     axes.grid(visible=False, axis="x")
     axes.set_xlabel("rank")
     axes.set_ylabel(literal(f"final {loss_label}"))
-    axes.set_title(heading(title or "Final loss by rank", axes), loc="left", fontsize="medium")
+    axes.set_title(heading(title or "Final loss by rank", figure), loc="left", fontsize="medium")
     handles: list[Artist] = [
         Patch(color=GREY, alpha=0.45, label="training"),
         Patch(color=GREY, label="validation (numbers)"),
@@ -230,7 +230,7 @@ def floor_curve(
     axes.annotate("dense", (dense, 0.97), (-4, 0), xycoords=("data", "axes fraction"), textcoords="offset points",
                   ha="right", color=GREY, fontsize=9)  # fmt: skip
     finish_parameter_axis(axes)
-    axes.set_title(heading(title or "Floor by parameters", axes), loc="left", fontsize="medium")
+    axes.set_title(heading(title or "Floor by parameters", figure), loc="left", fontsize="medium")
     handles, _ = axes.get_legend_handles_labels()
     if len(trained):
         handles.append(Line2D([], [], color=GREY, marker="o", linestyle="", label="trained (number: rank)"))
@@ -292,7 +292,7 @@ def chains(studies: list[Study], *, log_scale: bool = False, title: str | None =
     finish_axes(axes, log_scale)
     finish_parameter_axis(axes)
     axes.set_title(
-        heading(title or "Chains side by side (points: trained, number: rank; lines: floors)", axes),
+        heading(title or "Chains side by side (points: trained, number: rank; lines: floors)", figure),
         loc="left",
         fontsize="medium",
     )
