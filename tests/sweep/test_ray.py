@@ -21,7 +21,7 @@ from ks.files.curves import curves_if_any
 
 ALONE = [name for _, name in socket.if_nameindex()] == ["lo"]
 pytestmark = [pytest.mark.ray, pytest.mark.skipif(not ALONE, reason="not in a network namespace of its own")]
-SWEEP = ("--ranks", "1", "2", "4", "--num_samples", "80", "--batch_size", "16", "--num_epochs", "400", "--jobs", "2")
+SWEEP = ("--ranks", "1", "2", "4", "--num_samples", "80", "--batch_size", "16", "--num_epochs", "1500", "--jobs", "2")
 LONG = ("--ranks", "1", "2", "--num_samples", "80", "--num_epochs", "100000")
 
 
@@ -102,7 +102,7 @@ def test_a_node_is_lost_and_every_rank_is_trained_as_on_one_machine(cluster, swe
 
 
 def test_an_interrupt_ends_everything_and_the_sweep_goes_on_elsewhere(cluster, sweep, tmp_path):
-    flags = (*SWEEP[:3], *SWEEP[4:8], "--num_epochs", "1500", "--output_dir", "out")
+    flags = (*SWEEP[:3], *SWEEP[4:8], "--num_epochs", "4000", "--output_dir", "out")
     scratch = set(Path("/tmp").glob("ks_*"))  # a killed node leaves its own
     process = sweep(*flags, *on(cluster))
     wait_for(lambda: all(curves_of(tmp_path / "driver" / "out", rank) for rank in (1, 2)))
