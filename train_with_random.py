@@ -26,6 +26,7 @@ if __name__ == "__main__":
 import torch
 
 from ks import signals
+from ks.bounds.floors import no_floor_reason
 from ks.bounds.population_loss import population_loss
 from ks.cli import console
 from ks.cli.flags import TrainerConfig
@@ -46,6 +47,7 @@ from ks.training.checks import check_finite, check_validation
 from ks.training.choose_optimiser import choose_for_criterion, make_optimiser
 from ks.training.cuda_graph import make_epochs
 from ks.training.epochs import useful_threads
+from ks.training.initial_values import sketch_rows
 from ks.training.losses import kind_of, loss_and_gradient, squared_error_and_gradient
 from ks.training.observers import ConsoleReport, CurvesOnDisk, EpochEnd, Observer
 from ks.training.problem import Problem, resolve
@@ -194,15 +196,19 @@ def make_model(config: TrainerConfig, problem: Problem, weight: torch.Tensor) ->
     """Return the chain at its initial values, in internal coordinates.
 
     random: the left-most factor is zero, so that training starts from predicting 0; the others keep the variance of
-    their input. hierarchical: the factorisation of W for the second moment of the inputs.
+    their input. For coupled inputs, the rows of the right-most one are random combinations of those of W.
+    hierarchical: the factorisation of W for the second moment of the inputs.
     """
     patterns = problem.chain.patterns(config.rank)
     if config.init == "hierarchical":
         start = KSLinear.from_dense(weight, patterns=patterns, input_moments=problem.inputs, batch_last=config.bs_last)
         return start.float()
     model = KSLinear.from_patterns(patterns, batch_last=config.bs_last)
-    model.reset_parameters(seeded_generator(config.seed, "init"))
+    generator = seeded_generator(config.seed, "init")
+    model.reset_parameters(generator)
     with torch.no_grad():
+        if no_floor_reason(problem.chain) is None and problem.inputs.coupling(patterns[-1].a) is not None:
+            sketch_rows(model.factors[-1], weight, patterns[-2].d, generator)
         model.factors[0].zero_()
     return model.to(problem.device)
 
