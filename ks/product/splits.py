@@ -13,13 +13,15 @@ from typing import NamedTuple
 import torch
 
 from ks.patterns import Pattern, chainability
+from ks.product.merge import merge_factors
 
 
 class SplitMatrices(NamedTuple):
     """Symmetric matrices that multiply the gradient of every factor from its left and from its right.
 
     `left` and `right` have one tensor per split, of shape (a_{l+1}, r_l, r_l, d_l): factor l is multiplied by the left
-    one of split l − 1 and by the right one of split l.
+    one of split l − 1 and by the right one of split l. A right one may also couple all groups of a block, with the
+    shape (a_l, c_l, c_l, d_l).
     """
 
     left: list[torch.Tensor]
@@ -98,6 +100,30 @@ def suffix_grams(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         gram = gram.unflatten(0, (a, d)).transpose(1, 2)  # a·d w s s -> a w d s s
         grams.insert(0, gram.flatten(1, 2).permute(0, 2, 3, 1))
     return grams
+
+
+def coupled_moments(values: Sequence[torch.Tensor], coupling: torch.Tensor) -> list[torch.Tensor]:
+    """Return, for every factor except the right-most, the second moment of the features that enter each of its blocks:
+    blocks of S C Sᵀ, for inputs of second moment C.
+
+    Args:
+        values: of the factors, shapes (a_l, b_l, c_l, d_l), output side first.
+        coupling: C, shape (n, n).
+    Returns:
+        one tensor of shape (a_l, c_l, c_l, d_l) per split, in about r q n² / a multiply-adds, with q = d_l.
+    """
+    moments: list[torch.Tensor] = []
+    suffix = values[-1]
+    for factor in values[-2::-1]:
+        a, _, c, d = factor.shape
+        groups, _, width, _ = suffix.shape
+        u = groups // a
+        rows = suffix.reshape(a, u, -1, d, width)  # (a u) (ρ t) k -> a u ρ t k
+        within = coupling.view(a, len(coupling) // a, a, -1).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        mixed = torch.einsum("aurtk,aukvj->aurtvj", rows, within.reshape(a, u, width, u, width))
+        moments.insert(0, torch.einsum("aurtvj,avstj->aurvst", mixed, rows).reshape(a, c, c, d))
+        suffix = merge_factors(factor, suffix)
+    return moments
 
 
 def scale_gradient(

@@ -2,7 +2,8 @@
 
 Factor l has the prefix P = K_1 ⋯ K_{l-1} to its left, and z = K_{l+1} ⋯ K_L x enters it. The curvature of half the
 squared error in a block of its values is (PᵀP) ⊗ E[z zᵀ], so the step is G̃ = (PᵀP + λI)⁻¹ G (E[z zᵀ] + λI)⁻¹; both
-matrices are those of a split of the chain (`ks.product.splits`).
+matrices are those of a split of the chain (`ks.product.splits`). Inputs whose second moment C couples the column groups
+of the right-most factor couple all features that enter a block: there E[z zᵀ] is a c × c matrix instead of r × r ones.
 
 Source: Tong, Ma, Chi, "Accelerating ill-conditioned low-rank matrix estimation via scaled gradient descent" (2021), for
 two factors; Martens, Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature" (2015).
@@ -13,7 +14,7 @@ import torch
 from ks.bounds.moments import Inputs
 from ks.patterns import Pattern
 from ks.product.bmm import empty_values
-from ks.product.splits import SplitMatrices, prefix_grams, split_patterns, suffix_grams
+from ks.product.splits import SplitMatrices, coupled_moments, prefix_grams, split_patterns, suffix_grams
 from ks.training.optimiser import Optimiser
 
 # The step at lr = 1e-3 is STEP_SIZE over the largest eigenvalue of the second moment of a batch, (1 + √(n/B))² for
@@ -29,6 +30,12 @@ SHARED_DAMPING = 1e-3
 # with inverses that are a few steps old diverge, and a warm-up of the rate is needed.
 LOSS_DAMPING = 0.5
 LOSS_MEMORY = 0.9  # of the running mean of the loss, ten steps
+LONGEST_INTERVAL = 16  # steps between two refreshes
+# Coupled inputs leave slow directions, so that the step grows to GROWTH times STEP_SIZE, but not at once: a large step
+# diverges while the factors still change fast. Their matrices are expensive (`coupled_moments`) and may be older.
+GROWTH = 3.0
+GROWTH_STEPS = 1000  # until half of it
+LONGEST_COUPLED_INTERVAL = 64
 
 
 class GaussNewton(Optimiser):
@@ -61,10 +68,15 @@ class GaussNewton(Optimiser):
         # The mean diagonal of PᵀP if outputs of mean square 1 are spread evenly over features of mean square 1.
         self._natural = [rows / pattern.cols for pattern in patterns[:-1]]
         device = self.parameters[0].device
-        splits = split_patterns(patterns)
+        before = behind = split_patterns(patterns)
+        coupling = inputs.coupling(patterns[-1].a)
+        self._coupling = None if coupling is None else coupling.to(device, torch.float32)
+        if coupling is not None:
+            behind = [Pattern(a, c, c, d) for a, _, c, d in patterns[:-1]]
         self.scaling = self._inverses = SplitMatrices(
-            *([_identities(split, device) for split in splits] for _ in range(2))
+            *([_identities(pattern, device) for pattern in side] for side in (before, behind))
         )
+        self._growth = 1.0
         self.relative_loss = torch.ones((), device=device)
         self.failures = torch.zeros((), dtype=torch.int32, device=device)
         self._reported = False
@@ -76,9 +88,13 @@ class GaussNewton(Optimiser):
         """Invert the matrices again if that is due: before each of the first 100 steps, then ever less often.
 
         The share by which the factors change in a step falls about as 1 / step, so the interval grows with it, in
-        powers of two up to 16 steps.
+        powers of two.
         """
-        interval = min(2 ** ((1 + step // 100).bit_length() - 1), 16)
+        longest = LONGEST_INTERVAL
+        if self._coupling is not None:
+            longest = LONGEST_COUPLED_INTERVAL
+            self._growth = 1 + (GROWTH - 1) * step / (step + GROWTH_STEPS)
+        interval = min(2 ** ((1 + step // 100).bit_length() - 1), longest)
         if step % interval == 0:
             self.refresh(LOSS_DAMPING / (1 + step / 200) ** 2)
 
@@ -90,13 +106,20 @@ class GaussNewton(Optimiser):
             loss_damping: what the squared loss is multiplied by for the damping of the prefixes.
         """
         damping = loss_damping * self.relative_loss.square()
-        for place, gram, natural in zip(self._inverses.left, prefix_grams(self.parameters), self._natural, strict=True):
-            self._invert(gram, damping * natural, place)
-        for place, gram in zip(self._inverses.right, suffix_grams(self.parameters), strict=True):
-            self._invert(gram, 0.0, place)
+        # Every factor meets the growth once: the right-most one from its left, the others from their right.
+        growths = [1.0] * (len(self._natural) - 1) + [self._growth]
+        grams = prefix_grams(self.parameters)
+        for place, gram, natural, growth in zip(self._inverses.left, grams, self._natural, growths, strict=True):
+            self._invert(gram, damping * natural, place, growth)
+        if self._coupling is None:
+            grams = suffix_grams(self.parameters)
+        else:
+            grams = coupled_moments(self.parameters, self._coupling)
+        for place, gram in zip(self._inverses.right, grams, strict=True):
+            self._invert(gram, 0.0, place, self._growth)
 
-    def _invert(self, gram: torch.Tensor, damping: torch.Tensor | float, place: torch.Tensor) -> None:
-        """Write the inverses of damped Gram matrices, shape (a, r, r, d), into `place`; those that fail stay."""
+    def _invert(self, gram: torch.Tensor, damping: torch.Tensor | float, place: torch.Tensor, growth: float) -> None:
+        """Write `growth` times the inverses of damped matrices, shape (a, c, c, d), into `place`; failures stay."""
         matrices = gram.permute(0, 3, 1, 2)
         diagonal = matrices.diagonal(dim1=-2, dim2=-1)
         diagonal += DAMPING * diagonal.mean(-1, keepdim=True) + SHARED_DAMPING * diagonal.mean() + damping
@@ -107,7 +130,7 @@ class GaussNewton(Optimiser):
         # No entry of a positive definite matrix is larger than its diagonal.
         good = (info == 0) & inverse.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()
         kept = place.permute(0, 3, 1, 2)
-        torch.where(good[..., None, None], inverse, kept, out=kept)
+        torch.where(good[..., None, None], inverse.mul_(growth) if growth != 1.0 else inverse, kept, out=kept)
         self.failures += (~good).sum()
 
     def update(self, lr: float | torch.Tensor, loss: torch.Tensor) -> torch.Tensor:

@@ -8,11 +8,12 @@ import torch
 from steps import make_samples
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ks.bounds.moments import UNIT_INPUTS
+from ks.bounds.moments import UNIT_INPUTS, MeasuredInputs
 from ks.layer import KSLinear
 from ks.patterns import make_chain
 from ks.product.passes import ChainPasses
 from ks.product.reference import chain_to_dense, factor_to_dense, support
+from ks.product.splits import scale_gradient
 from ks.training import gauss_newton
 from ks.training.cuda_graph import CapturedEpochs
 from ks.training.epochs import Epochs
@@ -51,51 +52,68 @@ def damped(matrix, groups, shared):
     return result
 
 
-def dense_step(values, x, residual):
+def coupled_inputs(groups, features):
+    """Inputs of second moment I within every group of features and a strong coupling between groups."""
+    width = features // groups
+    generator = torch.Generator().manual_seed(2)
+    moment = torch.eye(features, dtype=torch.float64).view(groups, width, groups, width)
+    for i, j in itertools.combinations(range(groups), 2):
+        turn = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))[0]
+        moment[i, :, j] = 0.9 / (groups - 1) * turn
+        moment[j, :, i] = moment[i, :, j].t()
+    return MeasuredInputs(moment.reshape(features, features))
+
+
+def dense_step(values, x, residual, inputs=UNIT_INPUTS):
     """The dense factors after the first step of the formula at lr = 1e-3, in float64.
 
     residual: ŷ − y, shape (batch, m).
     """
+    coupling = inputs.coupling(values[-1].shape[0])
     (batch, m), n = residual.shape, x.shape[1]
     dense = [factor_to_dense(value.double()) for value in values]
     prefixes = list(itertools.accumulate([torch.eye(m).double(), *dense[:-1]], torch.matmul))
     suffixes = [torch.eye(n).double()]
     for factor in dense[:0:-1]:
         suffixes.insert(0, factor @ suffixes[0])
-    rate = 0.1 * batch / (batch**0.5 + n**0.5) ** 2
+    rate = 0.1 / inputs.largest_of_batch(batch, n)
     moved = []
     for index, (value, prefix, suffix) in enumerate(zip(values, prefixes, suffixes, strict=True)):
         gradient = (residual.double() @ prefix).t() @ (x.double() @ suffix.t()) / batch
+        moment = inputs.times_root(suffix) @ inputs.times_root(suffix).t()
         step = torch.zeros_like(dense[index])
         a, b, c, d = value.shape
         for i, t in itertools.product(range(a), range(d)):
             rows, cols = (i * size * d + torch.arange(size) * d + t for size in (b, c))
             left = (prefix.t() @ prefix)[rows][:, rows]
-            right = (suffix @ suffix.t())[cols][:, cols]
+            right = moment[cols][:, cols]
             if index > 0:  # j = (s, w)
                 natural = m / values[index - 1][:, 0].numel()
                 shared = 1e-3 * (prefix.t() @ prefix).diagonal().mean() + 0.5 * natural
                 left = damped(left, torch.arange(b) % (values[index - 1].shape[3] // d), shared)
             if index < len(values) - 1:  # k = (u, ρ)
-                shared = 1e-3 * (suffix @ suffix.t()).diagonal().mean()
-                right = damped(right, torch.arange(c) // (c * a // values[index + 1].shape[0]), shared)
+                shared = 1e-3 * moment.diagonal().mean()
+                groups = torch.arange(c) // (c * a // values[index + 1].shape[0])
+                right = damped(right, groups if coupling is None else torch.zeros(c), shared)
             block = torch.linalg.solve(left, gradient[rows][:, cols])
             step[rows[:, None], cols] = torch.linalg.solve(right, block.t()).t()
         moved.append(dense[index] - rate * step)
     return moved
 
 
+@pytest.mark.parametrize("coupled", [False, True])
 @pytest.mark.parametrize("batch", [4, 300])
 @pytest.mark.parametrize("layout", [{}, {"batch_last": True}, {"block_order": True}])
 @pytest.mark.parametrize("chain", CHAINS)
-def test_the_step_is_that_of_dense_curvature_matrices(chain, layout, batch):
+def test_the_step_is_that_of_dense_curvature_matrices(chain, layout, batch, coupled):
     patterns, factors = chain_of(*chain)
-    optimiser = GaussNewton(factors, UNIT_INPUTS, batch)
+    inputs = coupled_inputs(patterns[-1].a, patterns[-1].cols) if coupled else UNIT_INPUTS
+    optimiser = GaussNewton(factors, inputs, batch)
     step, output_rows = step_of(patterns, factors, optimiser, batch, **layout)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, patterns[-1].cols, generator=generator)
     y = torch.randn(batch, patterns[0].rows, generator=generator)
-    expected = dense_step(factors, x, x.double() @ chain_to_dense([f.double() for f in factors]).t() - y)
+    expected = dense_step(factors, x, x.double() @ chain_to_dense([f.double() for f in factors]).t() - y, inputs)
     targets = y[:, output_rows]
     optimiser.prepare(0)
     step(*(each.t().contiguous() if layout.get("batch_last") else each for each in (x, targets)), 1e-3)
@@ -283,3 +301,31 @@ def test_matrices_are_inverted_ever_less_often(monkeypatch):
     assert set(gaps) == {1, 2, 4, 8, 16}
     assert shares[0] == 0.5
     assert shares[200] == 0.125
+
+
+@pytest.mark.parametrize("chain", CHAINS[1:])
+def test_the_step_of_coupled_inputs_grows_once_for_every_factor(chain):
+    patterns, factors = chain_of(*chain)
+    inputs = coupled_inputs(patterns[-1].a, patterns[-1].cols)
+    optimiser = GaussNewton(factors, inputs, 8)
+    optimiser.relative_loss.zero_()
+    gradients = [torch.randn(values.shape, generator=torch.Generator().manual_seed(4)) for values in factors]
+    steps = []
+    for number in (0, 64_000):
+        optimiser.prepare(number)
+        steps.append([scale_gradient(g, *optimiser.scaling.beside(index)) for index, g in enumerate(gradients)])
+    for first, last in zip(*steps, strict=True):
+        torch.testing.assert_close(last, first * (1 + 2 * 64 / 65), rtol=1e-4, atol=1e-4)
+
+
+def test_coupled_inputs_train_from_a_zero_left_factor():
+    patterns, factors = chain_of(*CHAINS[1])
+    factors[0].zero_()
+    inputs = coupled_inputs(patterns[-1].a, patterns[-1].cols)
+    samples = make_samples_of(patterns, inputs_moment=inputs)
+    optimiser = GaussNewton(factors, inputs, samples.batch_size)
+    step, _ = step_of(patterns, factors, optimiser, samples.batch_size)
+    run = Epochs(step, samples, optimiser.prepare)
+    losses = torch.stack([run.run(epoch, [1e-3] * samples.steps_per_epoch)[0] for epoch in range(1, 21)])
+    assert losses[-1].mean() < 0.75 * losses[0].mean()
+    assert optimiser.trouble() is None
