@@ -3,9 +3,10 @@
     python train_with_random.py --weight_path my_weight.pth --rank 16
     python train_with_random.py --weight_path model.safetensors --weight_key encoder.dense.weight --inputs inputs.pt
 
-Inputs x are random: isotropic, or as --inputs says that the layer sees them. Targets are W x. Written to --output_dir while it trains, under --save_prefix:
-PREFIX_rank_R_loss_curves.csv and .json, PREFIX_training_log.json; at the end PREFIX_final.pth and PREFIX_best.pth
-(lowest validation loss; both load with `ks.load`); PREFIX_config.json; PREFIX_epoch_N.pth every --save_interval epochs.
+Inputs x are random: isotropic, or as --inputs says that the layer sees them. Targets are W x.
+Written to --output_dir while it trains, under --save_prefix: PREFIX_rank_R_loss_curves.csv and .json,
+PREFIX_training_log.json; at the end PREFIX_final.pth and PREFIX_best.pth (lowest validation loss; both load with
+`ks.load`); PREFIX_config.json; PREFIX_epoch_N.pth every --save_interval epochs.
 --resume continues from PREFIX_resume.pth, which exists until the training is finished. Without --resume, a rerun under
 the same prefix replaces these files, also those of another rank.
 Exit codes: 0 well, 1 diverged or out of memory, 2 bad input, 4 internal error, 130 interrupted.

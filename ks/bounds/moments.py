@@ -135,7 +135,7 @@ class MeasuredInputs:
             weight: shape (m, n), any float dtype; multiplied and summed in float64.
         """
         wide = self._sized(weight)
-        return max(0.0, ((wide @ self._moment.to(wide.device)) * wide).sum().item())
+        return ((wide @ self._moment.to(wide.device)) * wide).sum().clamp(min=0).item()  # NaN stays NaN
 
     def times_root(self, weight: torch.Tensor) -> torch.Tensor:
         """Return W C^{1/2} in float64: its squared singular values are the output energies of W's directions."""

@@ -1,5 +1,7 @@
 """The second moment of the inputs: what is asked of it in energies, roots and samples is one and the same C."""
 
+import math
+
 import pytest
 import torch
 from measured import KINDS, random_moment
@@ -110,3 +112,7 @@ def test_the_rounding_of_a_moment_in_float32_makes_no_energy_negative():
     assert torch.linalg.eigvalsh(moment.double())[0] < 0
     inputs = MeasuredInputs(moment)
     assert torch.linalg.eigvalsh(inputs.second_moment())[0] > -1e-14 * moment.trace()
+
+
+def test_the_energy_of_a_diverged_chain_is_not_a_number():
+    assert math.isnan(MeasuredInputs(torch.eye(3)).output_energy(torch.full((2, 3), torch.nan)))
