@@ -31,14 +31,14 @@ SHARED_DAMPING = 1e-3
 LOSS_DAMPING = 0.5
 LOSS_MEMORY = 0.9  # of the running mean of the loss, ten steps
 LONGEST_INTERVAL = 16  # steps between two refreshes
+LONGEST_COUPLED_INTERVAL = 64  # the matrices of coupled inputs are expensive, and may be older
 # Coupled inputs leave slow directions, so that the step grows to GROWTH times STEP_SIZE, but not at once: a large step
-# diverges while the factors still change fast. Their matrices are expensive (`coupled_moments`) and may be older.
+# diverges while the factors still change fast.
 GROWTH = 3.0
 GROWTH_STEPS = 1000  # until half of it
 # Largest noise of a step at first and at last, η · 10 · (n + c) / B with momentum 0.9 and c inputs of a block of the
 # left-most factor: 1.2 at first diverged at saturation in batches of 8, 2.0 at last trained all layers of MiniLM tried.
 FIRST_NOISE, LAST_NOISE = 0.8, 2.0
-LONGEST_COUPLED_INTERVAL = 64
 
 
 class GaussNewton(Optimiser):

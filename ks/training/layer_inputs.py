@@ -98,10 +98,9 @@ def layer_inputs(config: TrainingFlags, weight: Weight, chain: Chain) -> LayerIn
 
 def _isotropic(std: float, weight: torch.Tensor) -> LayerInputs:
     predict_zero_loss = IsotropicInputs(std).output_energy(weight) / len(weight)
-    note = "inputs isotropic: floors and losses hold for white inputs, not for those of a real layer; give these by "
+    note = "inputs isotropic: a real layer sees others, under which floors and losses differ; give them by --inputs"
     coordinates, inputs = isotropic_coordinates(weight)
     description = {"kind": ISOTROPIC, "std": std}
-    note += "--inputs (docs/inputs.md)"
     return LayerInputs(coordinates, inputs, predict_zero_loss, None, None, None, description, (note,))
 
 
