@@ -3,6 +3,7 @@
 import csv
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -50,6 +51,20 @@ def leave_no_process(request):
     yield
     if folder is not None:
         subprocess.run(["pkill", "-KILL", "-f", str(folder)], check=False)
+
+
+@pytest.fixture
+def no_hang():
+    """A read that blocks, as that of a FIFO does, ends the test."""
+
+    def hung(signum, frame):
+        raise AssertionError("hung")
+
+    before = signal.signal(signal.SIGALRM, hung)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import io
 import json
 import pickle
 import re
-import signal
 import subprocess
 import sys
 import warnings
@@ -20,23 +19,10 @@ from safetensors.torch import save_file
 import train_with_random
 from ks.inputs.moments_file import HELD_OUT, METADATA
 
+pytestmark = pytest.mark.usefixtures("no_hang")
 KEY = "layer.weight"
 GENERATOR = torch.Generator().manual_seed(1)
 ROWS, UNSEEN = torch.randn(300, 24, generator=GENERATOR), torch.randn(60, 24, generator=GENERATOR)
-
-
-@pytest.fixture(autouse=True)
-def no_hang():
-    """A read that blocks, as that of a FIFO does, ends the test."""
-
-    def hung(signum, frame):
-        raise AssertionError("hung")
-
-    before = signal.signal(signal.SIGALRM, hung)
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 def moments(folder, **changes):

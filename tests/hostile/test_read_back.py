@@ -5,7 +5,6 @@ import json
 import math
 import os
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -25,21 +24,8 @@ from ks.sweep.launcher import Task
 from ks.sweep.run import Run, result_of
 from ks.training.observers import ConsoleReport
 
+pytestmark = pytest.mark.usefixtures("no_hang")
 EPOCHS = 3
-
-
-@pytest.fixture(autouse=True)
-def no_hang():
-    """A read that blocks, as that of a FIFO does, ends the test."""
-
-    def hung(signum, frame):
-        raise AssertionError("hung")
-
-    before = signal.signal(signal.SIGALRM, hung)
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 # The results folder of a sweep, read by the plot.
