@@ -34,7 +34,7 @@ SMALL = {
 }
 # Pages with commands: how many of them, and a file that they leave.
 COMMANDS = {
-    "README.md": (5, "rank_sweep_results/my_study_loss_curves.png"),
+    "README.md": (4, "rank_sweep_results/my_study_loss_curves.png"),
     "docs/flags.md": (3, "figures/rank_sweep_chains.png"),
     "docs/results.md": (4, "butterfly_results/rank_sweep_summary.csv"),
     "docs/inputs.md": (1, "rank_sweep_results/rank_sweep_floor.png"),

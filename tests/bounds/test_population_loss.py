@@ -87,12 +87,14 @@ def test_the_population_loss_is_that_of_the_dense_residual_and_an_exact_chain_re
 
 def test_a_wide_weight_needs_little_more_than_its_own_memory():
     code = (
-        "import resource, torch, ks\n"
+        "import re, torch, ks\n"
         "from ks.bounds.population_loss import population_loss\n"
+        "def peak_kib():  # unlike ru_maxrss, it does not begin with the peak of the process that forked\n"
+        "    return int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
         "weight, layer = torch.randn(768, 50000), ks.KSLinear(50000, 768, 8)\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak_kib()\n"
         "population_loss(weight, layer.factors)\n"
-        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (768 * 50000 * 8))"
+        "print((peak_kib() - before) * 1024 / (768 * 50000 * 8))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 1.3
+    assert 0.5 < float(done.stdout) < 1.3
