@@ -29,7 +29,7 @@ from ks.product.bmm import empty_values
 from ks.product.passes import ChainPasses
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
-KERNELS = ("factor_kernel", "values_gradient_kernel", "pair_kernel")
+KERNELS = ("factor_kernel", "values_gradient_kernel")
 MATRIX_INSTRUCTIONS = r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b"
 
 

@@ -2,16 +2,45 @@
 
 import importlib.util
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from types import ModuleType
 
 import torch
 
 from ks.errors import UsageError
-from ks.patterns import Pattern
+from ks.patterns import Pattern, chainability
 from ks.product import bmm
 
 IMPLS = ("auto", "triton", "bmm")
 PRECISIONS = ("ieee", "tf32x3", "tf32")  # of float32 products
+
+
+@dataclass(frozen=True)
+class TritonWins:
+    """Chains for which a measurement on a GPU found Triton faster than torch.bmm.
+
+    arch: ten times the compute capability. bits, precision: of the products. batches, ranks: from the least to the
+    largest, both included; the rank is the largest chainability number of two neighbours. gpu: name of the GPU.
+    """
+
+    arch: int
+    bits: int
+    precision: str
+    batches: tuple[int, int]
+    ranks: tuple[int, int]
+    gpu: str
+
+    def covers(self, patterns: Sequence[Pattern], batch: int, *, arch: int, bits: int, precision: str) -> bool:
+        """Return whether the measurement speaks for a chain on a batch."""
+        ranks = [chainability(*pair) for pair in pairwise(patterns)]
+        measured = (arch, bits, precision) == (self.arch, self.bits, self.precision)
+        inside = self.batches[0] <= batch <= self.batches[1]
+        return measured and inside and all(rank and self.ranks[0] <= rank <= self.ranks[1] for rank in ranks)
+
+
+TRITON_WINS: tuple[TritonWins, ...] = ()  # nothing has been measured on a GPU yet
 
 
 def choose_impl(
@@ -42,7 +71,8 @@ def choose_impl(
         return "triton", "as asked"
     if device.type != "cuda" or missing:
         return "bmm", missing or "the interpreter of Triton is for tests"
-    return _faster_backend(tuple(patterns), batch, dtype.itemsize * 8, precision)
+    major, minor = torch.cuda.get_device_capability(device)
+    return _faster_backend(tuple(patterns), batch, dtype.itemsize * 8, precision, 10 * major + minor)
 
 
 def _why_no_triton(device: torch.device) -> str | None:
@@ -61,17 +91,12 @@ def check_impl(impl: str, device: torch.device) -> None:
     choose_impl(impl, device, (Pattern(1, 1, 1, 1),), 1, torch.float32)
 
 
-def _faster_backend(patterns, batch: int, bits: int, precision: str) -> tuple[str, str]:
-    """Return the faster backend for a chain on a GPU of compute capability 8.0 or more, and the reason."""
-    if bits == 64:
-        return "bmm", "float64 goes to the vendor's library"
-    if bits == 32 and precision == "ieee":
-        values = sum(pattern.numel for pattern in patterns)
-        moved = batch * (patterns[0].rows + patterns[-1].cols) + values
-        intensity = 2 * batch * values / (4 * moved)
-        if intensity > 8:
-            return "bmm", f"IEEE float32 at {intensity:.0f} operations a byte is bound by arithmetic"
-    return "triton", "one pass over the activations per factor, without copies"
+def _faster_backend(patterns, batch: int, bits: int, precision: str, arch: int) -> tuple[str, str]:
+    """Return the faster backend for a chain on a GPU, as far as it was measured, and the reason."""
+    for win in TRITON_WINS:
+        if win.covers(patterns, batch, arch=arch, bits=bits, precision=precision):
+            return "triton", f"measured faster than torch.bmm on {win.gpu}"
+    return "bmm", "no measurement says that Triton is faster on this GPU, at this size and dtype"
 
 
 def backend_module(name: str) -> ModuleType:

@@ -13,7 +13,7 @@ import torch
 
 from ks.errors import UsageError
 from ks.patterns import Pattern
-from ks.product import bmm, tiles
+from ks.product import bmm
 from ks.product.backend import backend_module, choose_impl
 from ks.product.merge import merge_runs, merged_pattern, partial_products, unmerge_gradient
 from ks.product.splits import SplitMatrices, scale_gradient
@@ -54,10 +54,6 @@ class ChainPasses:
         self.runs = [slice(start, stop) for start, stop in runs]
         self.patterns = [functools.reduce(merged_pattern, patterns[run]) for run in self.runs]
         self.backend = backend_module(choose_impl(impl, device, self.patterns, batch, dtype, precision)[0])
-        self.pair = None
-        if self.backend is not bmm and len(self.patterns) == 2:
-            arch = self.backend.architecture(device)
-            self.pair = tiles.pair_tiles(*self.patterns, batch, dtype.itemsize * 8, arch)
 
     @property
     def output_rows(self) -> torch.Tensor:
@@ -81,11 +77,6 @@ class ChainPasses:
         values = [partial_products(values, run)[-1] for run in self.runs]
         y = x.new_empty((self.patterns[0].rows, self.batch) if self.batch_last else (self.batch, self.patterns[0].rows))
         out = y if self.batch_last else y.t()
-        order = {"block_order": self.block_order, "precision": self.precision}
-        if self.pair is not None:
-            between = x.new_empty(self.patterns[1].rows, self.batch) if keep else None
-            self.backend.apply_pair(*values, features, out, between, self.pair, **order)
-            return [y] if between is None else [y, between]
         inner = [features]
         for factor, pattern in zip(values[:0:-1], self.patterns[:0:-1]):
             entered = x.new_empty(pattern.rows, self.batch)
@@ -130,19 +121,15 @@ class ChainPasses:
         if for_x:
             x_gradient = torch.empty_like(x, memory_format=torch.contiguous_format)
             arriving.append(x_gradient if self.batch_last else x_gradient.t())
-        if self.pair is not None and for_x:
-            order = {"block_order": self.block_order, "precision": precision}
-            backend.apply_pair(*merged, gradient, arriving[2], arriving[1], self.pair, transposed=True, **order)
-        else:
-            for index, factor in enumerate(merged[: len(arriving) - 1]):
-                first = self.block_order and index == 0
-                backend.apply_factor(
-                    factor.transpose(1, 2),
-                    arriving[index],
-                    arriving[index + 1],
-                    x_block_order=first,
-                    precision=precision,
-                )
+        for index, factor in enumerate(merged[: len(arriving) - 1]):
+            first = self.block_order and index == 0
+            backend.apply_factor(
+                factor.transpose(1, 2),
+                arriving[index],
+                arriving[index + 1],
+                x_block_order=first,
+                precision=precision,
+            )
         gradients = []
         for index, (partials, run, entered) in enumerate(zip(products, self.runs, [*inner, features])):
             if not any(for_values[run]):

@@ -1,4 +1,4 @@
-"""Tile and fusion rules of the Triton kernels: pure functions of sizes, no torch.
+"""Tile rules of the Triton kernels: pure functions of sizes, no torch.
 
 `bits` is the size of one element of x, `arch` ten times the compute capability of the GPU (80, 90, 100, …).
 """
@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 
-from ks.patterns import Pattern, chainability
+from ks.patterns import Pattern
 
 SMALLEST = 16  # of a side of a matrix product on tensor cores
 PROGRAMS = 256  # enough to fill a large GPU (132 to 148 multiprocessors) once or twice
-PAIR_SUMS = 64 * 256  # float32 sums of the fused pair in the registers of one program
 SHARED_KIB = {80: 163, 90: 227, 100: 227}  # for one program; every other architecture has at least 99
 
 
@@ -19,8 +18,7 @@ SHARED_KIB = {80: 163, 90: 227, 100: 227}  # for one program; every other archit
 class Tiles:
     """Sizes of one program's tile: `batch` samples, `rows` of b, `cols` of c, `group` neighbouring t.
 
-    In a gradient of values the batch is cut into `parts`, each summed by a program of its own. In a fused pair `rank`
-    is the padded rank of a block, `cols` belongs to the factor that reads x and `rows` to the other one.
+    In a gradient of values the batch is cut into `parts`, each summed by a program of its own.
     """
 
     batch: int
@@ -30,7 +28,6 @@ class Tiles:
     warps: int = 4
     stages: int = 3
     parts: int = 1
-    rank: int = 1
 
 
 def _power_of_two(number: int, low: int, high: int) -> int:
@@ -90,22 +87,3 @@ def gradient_tiles(pattern: Pattern, batch: int, bits: int, interleaved: bool, a
     stages = _stages((rows + cols) * samples * group, bits, arch)
     many = rows * cols * group * bits >= 64 * 64 * 32 or (group == 4 and largest == 32)
     return Tiles(samples, rows, cols, group, 8 if many else 4, stages, parts)
-
-
-@lru_cache(maxsize=1024)
-def pair_tiles(left: Pattern, right: Pattern, batch: int, bits: int, arch: int) -> Tiles | None:
-    """Return the tiles of the fused two-factor chain, or None where it does not fit on chip or does not pay.
-
-    The kernel keeps p·q·r sums for every sample in registers and pads r to 16. It spills where operands need registers
-    too, and in float32 the padding costs more than the fusion saves. One program takes 64 whole samples, so a small
-    batch would leave most of the chip idle.
-    """
-    p, q = right.a, left.d
-    rank = chainability(left, right)
-    padded = _power_of_two(rank or 1, SMALLEST, 1024)
-    two_factors = left.a == right.d == 1 and rank is not None
-    fits = two_factors and p in (1, 2, 4) and q in (1, 2, 4) and 64 * p * q * padded <= PAIR_SUMS
-    if not fits or not _operands_stay_in_shared_memory(bits, arch) or batch < 64 * PROGRAMS // 2:
-        return None
-    stages = _stages(p * (64 + q * padded) * 32, bits, arch)
-    return Tiles(64, max(SMALLEST, 64 // q), 32, warps=8, stages=stages, rank=padded)

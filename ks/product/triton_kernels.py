@@ -71,7 +71,7 @@ def _load(base, n, batch, stride_n, start, features, stride_f, stride_t,
         f = start + tl.arange(0, SIZE)
         parts = ()
         for t in tl.static_range(GROUP):
-            columns = f.to(tl.int64)[None, :] * stride_f + t * stride_t
+            columns = f.to(tl.int64)[None, :] * stride_f + tl.cast(t, tl.int64) * stride_t
             parts = parts + (tl.load(rows + columns, mask=inside & (f[None, :] < features), other=0.0),)
         return parts
 
@@ -88,7 +88,7 @@ def _store(parts, base, n, batch, stride_n, start, features, stride_f, stride_t,
     else:
         f = start + tl.arange(0, SIZE)
         for t in tl.static_range(GROUP):
-            columns = f.to(tl.int64)[None, :] * stride_f + t * stride_t
+            columns = f.to(tl.int64)[None, :] * stride_f + tl.cast(t, tl.int64) * stride_t
             tl.store(rows + columns, parts[t], mask=inside & (f[None, :] < features))
 
 
@@ -110,7 +110,7 @@ def factor_kernel(
     """Write y[n, i, j, t] = Σ_k values[i, j, k, t] · x[n, i, k, t] for one i, GROUP of t, and tiles of n and j."""
     program = tl.program_id(0)
     group = program // tiles_j % groups
-    i, t = (group // groups_of_t).to(tl.int64), group % groups_of_t * GROUP
+    i, t = (group // groups_of_t).to(tl.int64), (group % groups_of_t).to(tl.int64) * GROUP
     n = program // (tiles_j * groups) * BATCH + tl.arange(0, BATCH)
     first_j = program % tiles_j * ROWS
     j = first_j + tl.arange(0, ROWS)
@@ -147,7 +147,7 @@ def values_gradient_kernel(
     first_j = program // tiles_k % tiles_j * ROWS
     group = program // (tiles_k * tiles_j) % groups
     part = (program // (tiles_k * tiles_j * groups)).to(tl.int64)
-    i, t = (group // groups_of_t).to(tl.int64), group % groups_of_t * GROUP
+    i, t = (group // groups_of_t).to(tl.int64), (group % groups_of_t).to(tl.int64) * GROUP
     gradient += i * g_i + t * g_t
     x += i * x_i + t * x_t
     accumulator: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
@@ -169,54 +169,6 @@ def values_gradient_kernel(
     where = out + j[:, None] * o_j + k[None, :] * o_k
     for g in tl.static_range(GROUP):
         tl.store(where + g * o_t, sums[g].to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def pair_kernel(
-    x, right, left, y, inner,
-    batch, size_k, size_j, rank,
-    x_n, x_u, x_k, r_u, r_w, r_s, r_k, l_w, l_j, l_u, l_s, y_n, y_w, y_j, z_n, z_u, z_w, z_s,
-    IN_BLOCKS: tl.constexpr, OUT_BLOCKS: tl.constexpr, X_SPACING: tl.constexpr, Y_SPACING: tl.constexpr,
-    KEEP: tl.constexpr, BATCH: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Apply two factors in one pass over a tile of n, with z in registers (written to `inner` if KEEP):
-
-    z[n, u, w, s] = Σ_k right[u, w, s, k] · x[n, u, k],    y[n, w, j] = Σ_{u,s} left[w, j, u, s] · z[n, u, w, s]
-
-    for IN_BLOCKS of u, OUT_BLOCKS of w and s < rank. Interleaved blocks are contiguous in u or w and have a SPACING.
-    """
-    n = tl.program_id(0) * BATCH + tl.arange(0, BATCH)
-    s = tl.arange(0, RANK)
-    accumulator: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-    sums = (tl.zeros((BATCH, RANK), accumulator),) * (IN_BLOCKS * OUT_BLOCKS)
-    for first_k in range(0, size_k, COLS):
-        x_tiles = _load(x, n, batch, x_n, first_k, size_k, x_k, x_u, COLS, IN_BLOCKS, X_SPACING)
-        k = first_k + tl.arange(0, COLS)
-        added = ()
-        for u in tl.static_range(IN_BLOCKS):
-            for w in tl.static_range(OUT_BLOCKS):
-                tile = _matrix(right + u * r_u + w * r_w, k, size_k, r_k, s, rank, r_s)
-                before = sums[u * OUT_BLOCKS + w]
-                added = added + (tl.dot(x_tiles[u], tile, before, input_precision=PRECISION, out_dtype=accumulator),)
-        sums = added
-    z = ()
-    for u in tl.static_range(IN_BLOCKS):
-        for w in tl.static_range(OUT_BLOCKS):
-            z = z + (sums[u * OUT_BLOCKS + w].to(x.dtype.element_ty),)
-            if KEEP:
-                _store((z[-1],), inner + u * z_u + w * z_w, n, batch, z_n, 0, rank, z_s, 0, RANK, 1, 0)
-    for first_j in range(0, size_j, ROWS):
-        j = first_j + tl.arange(0, ROWS)
-        results = ()
-        for w in tl.static_range(OUT_BLOCKS):
-            total = tl.zeros((BATCH, ROWS), accumulator)
-            for u in tl.static_range(IN_BLOCKS):
-                left_tile = _matrix(left + w * l_w + u * l_u, s, rank, l_s, j, size_j, l_j)
-                inner_tile = z[u * OUT_BLOCKS + w]
-                total = tl.dot(inner_tile, left_tile, total, input_precision=PRECISION, out_dtype=accumulator)
-            results = results + (total.to(y.dtype.element_ty),)
-        _store(results, y, n, batch, y_n, first_j, size_j, y_j, y_w, ROWS, OUT_BLOCKS, Y_SPACING)
 
 
 @functools.cache
@@ -328,65 +280,3 @@ def values_gradient(
     )
     if tile.parts > 1:
         out.copy_(sums.sum(0))  # torch.sum(…, out=half) would round before it adds
-
-
-def apply_pair(
-    left: torch.Tensor,
-    right: torch.Tensor,
-    x: torch.Tensor,
-    out: torch.Tensor,
-    inner: torch.Tensor | None,
-    tile: tiles.Tiles,
-    *,
-    transposed: bool = False,
-    block_order: bool = False,
-    precision: str = "ieee",
-) -> None:
-    """Write out = K_1 K_2 x in one pass, or out = K_2ᵀ K_1ᵀ x if `transposed`.
-
-    Args:
-        left, right: values of K_1, shape (1, b, p·r, q), and K_2, shape (p, r·q, c, 1).
-        x, out: (features, batch) matrices.
-        inner: where to write K_2 x (or K_1ᵀ x), shape (p·r·q, batch), or None.
-        tile: from `ks.product.tiles.pair_tiles`.
-        block_order: of the m features, those of `out` (or of x if `transposed`).
-        precision: of float32 products.
-    """
-    _, b, _, q = left.shape
-    p, rq, c, _ = right.shape
-    rank = rq // q
-    wide, narrow = (x, out) if transposed else (out, x)
-    m_n, _, m_j, m_t = _block_strides(wide, 1, q, block_order)
-    n_n, n_i, n_k, _ = _block_strides(narrow, p, 1, False)
-    _, left_j, left_k, left_t = left.stride()
-    right_i, right_j, right_k, _ = right.stride()
-    inner_stride, inner_n = (0, 0) if inner is None else inner.stride()
-    inner_i, inner_t, inner_s = rq * inner_stride, inner_stride, q * inner_stride
-    if transposed:
-        sizes, blocks = (b, c), (q, p)
-        strides = (m_n, m_t, m_j, left_t, rank * left_k, left_k, left_j, right_i, right_k, right_j, q * right_j)
-        strides += (n_n, n_i, n_k, inner_n, inner_t, inner_i, inner_s)
-        spacings = (_spacing(q, m_t), 0)
-        first, second = left, right
-    else:
-        sizes, blocks = (c, b), (p, q)
-        strides = (n_n, n_i, n_k, right_i, right_j, q * right_j, right_k, left_t, left_j, rank * left_k, left_k)
-        strides += (m_n, m_t, m_j, inner_n, inner_i, inner_t, inner_s)
-        spacings = (0, _spacing(q, m_t))
-        first, second = right, left
-    pair_kernel[(triton.cdiv(x.shape[1], tile.batch),)](
-        x,
-        first,
-        second,
-        out,
-        out if inner is None else inner,
-        *(x.shape[1], *sizes, rank),
-        *strides,
-        IN_BLOCKS=blocks[0],
-        OUT_BLOCKS=blocks[1],
-        X_SPACING=spacings[0],
-        Y_SPACING=spacings[1],
-        KEEP=inner is not None,
-        RANK=tile.rank,
-        **_options(tile, precision),
-    )

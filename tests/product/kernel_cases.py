@@ -5,8 +5,8 @@ from math import prod
 
 import torch
 
-from ks.patterns import Pattern, chainability, make_chain
-from ks.product import bmm, tiles
+from ks.patterns import Pattern, make_chain
+from ks.product import bmm
 from ks.product.merge import MERGE_BATCH
 from ks.product.passes import ChainPasses
 from ks.product.reference import chain_to_dense
@@ -90,33 +90,6 @@ def check_values_gradient(kernels, pattern, dtype, g_layout, x_layout, batch=20,
     assert_as_exact_as_plain(*results, (1, 2))
 
 
-def check_pair(
-    kernels, patterns, dtype, layout, batch=20, keep=True, block_order=False, transposed=False, device="cpu"
-):
-    left, right = (random_values(pattern, dtype, device, seed) for seed, pattern in enumerate(patterns))
-    rank = chainability(*patterns)
-    tile = tiles.Tiles(16, 16, 16, rank=tiles._power_of_two(rank, 16, 64))
-    rows, cols = (patterns[1].cols, patterns[0].rows) if transposed else (patterns[0].rows, patterns[1].cols)
-    x = random_matrix(cols, batch, dtype, layout, device)
-    out = poisoned_matrix(rows, batch, dtype, layout, device)
-    inner = poisoned_matrix(patterns[1].rows, batch, dtype, True, device) if keep else None
-    kernels.apply_pair(left, right, x, out, inner, tile, transposed=transposed, block_order=block_order)
-
-    def unfused(kind):
-        factors = [left.transpose(1, 2), right.transpose(1, 2)] if transposed else [right, left]
-        between = torch.empty(patterns[1].rows, batch, dtype=kind, device=device)
-        result = torch.empty(rows, batch, dtype=kind, device=device)
-        x_order = {"x_block_order": block_order and transposed}
-        bmm.apply_factor(factors[0].to(kind), x.to(kind), between, **x_order)
-        bmm.apply_factor(factors[1].to(kind), between, result, out_block_order=block_order and not transposed)
-        return result, between
-
-    plain, exact = unfused(dtype), unfused(torch.float64)
-    assert_as_exact_as_plain(*(y.reshape(-1, 4, batch) for y in (out, plain[0], exact[0])), (1, 2))
-    if keep:
-        assert_as_exact_as_plain(*(z.unsqueeze(0) for z in (inner, plain[1], exact[1])), (1, 2))
-
-
 FAMILIES = ("monarch", "lowrank", "butterfly", "lowrank_butterfly", "explicit")
 # Both sides of the batch from which on factors are merged, a batch of one, and an odd one.
 BATCHES = (1, 7, MERGE_BATCH - 1, MERGE_BATCH, MERGE_BATCH + 1)
@@ -148,7 +121,7 @@ def check_passes(patterns, batch, batch_last, block_order, impl="bmm", dtype=tor
     """y, with and without a backward pass to follow, and every gradient against the dense product of the factors.
 
     Returns:
-        whether factors were merged, and whether a pair was fused.
+        whether factors were merged.
     """
     values = [random_values(pattern, dtype, seed=index) for index, pattern in enumerate(patterns)]
     generator = torch.Generator().manual_seed(batch)
@@ -171,4 +144,4 @@ def check_passes(patterns, batch, batch_last, block_order, impl="bmm", dtype=tor
     assert torch.equal(alone, y)
     for mine, other in zip([laid_out(y) if batch_last else y, laid_out(for_x), *ours], [expected, *theirs]):
         torch.testing.assert_close(mine.double(), other, **tolerance)
-    return len(passes.patterns) < len(patterns), passes.pair is not None
+    return len(passes.patterns) < len(patterns)

@@ -7,7 +7,7 @@ import torch
 
 from ks.errors import UsageError
 from ks.patterns import make_chain
-from ks.product.backend import check_impl, choose_impl
+from ks.product.backend import TritonWins, check_impl, choose_impl
 
 HERE = (torch.device("cpu"), make_chain(24, 36).patterns(3), 32, torch.float32)
 CARD = torch.device("cuda")
@@ -28,22 +28,44 @@ def test_impl_choice():
         choose_impl("cublas", *HERE)
 
 
+WIN = TritonWins(arch=90, bits=16, precision="ieee", batches=(1024, 8192), ranks=(4, 64), gpu="a GPU")
+
+
 @pytest.mark.parametrize(
-    ("rank", "bits", "precision", "backend"),
+    ("batch", "rank", "bits", "precision", "backend"),
     [
-        (64, 16, "ieee", "triton"),
-        (2, 32, "ieee", "triton"),
-        (64, 32, "ieee", "bmm"),
-        (64, 32, "tf32", "triton"),
-        (2, 64, "ieee", "bmm"),
+        (1024, 4, 16, "ieee", "triton"),
+        (8192, 64, 16, "ieee", "triton"),
+        (1023, 64, 16, "ieee", "bmm"),
+        (8193, 64, 16, "ieee", "bmm"),
+        (1024, 3, 16, "ieee", "bmm"),
+        (1024, 65, 16, "ieee", "bmm"),
+        (1024, 64, 32, "ieee", "bmm"),
+        (1024, 64, 16, "tf32", "bmm"),
     ],
 )
-def test_the_faster_backend_on_a_card(card, rank, bits, precision, backend):
+def test_triton_is_chosen_where_a_measurement_found_it_faster(card, monkeypatch, batch, rank, bits, precision, backend):
     pytest.importorskip("triton")
+    monkeypatch.setattr("ks.product.backend.TRITON_WINS", (WIN,))
     patterns = make_chain(2048, 4096).patterns(rank)
-    chosen, reason = choose_impl("auto", CARD, patterns, 1024, DTYPES[bits], precision)
+    chosen, reason = choose_impl("auto", CARD, patterns, batch, DTYPES[bits], precision)
     assert chosen == backend
-    assert reason
+    assert ("a GPU" in reason) == (backend == "triton")
+
+
+@pytest.mark.parametrize(("capability", "backend"), [((9, 0), "triton"), ((10, 0), "bmm"), ((8, 0), "bmm")])
+def test_a_measurement_speaks_for_its_architecture_alone(monkeypatch, capability, backend):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr("ks.product.backend.TRITON_WINS", (WIN,))
+    assert choose_impl("auto", CARD, make_chain(2048, 4096).patterns(16), 1024, torch.float16)[0] == backend
+
+
+def test_without_a_measurement_there_are_matrix_products(card):
+    pytest.importorskip("triton")
+    chosen, reason = choose_impl("auto", CARD, make_chain(2048, 4096).patterns(64), 25088, torch.float16)
+    assert chosen == "bmm"
+    assert "no measurement" in reason
 
 
 @pytest.mark.parametrize("impl", ["triton", "bmm"])

@@ -31,7 +31,7 @@ def rows():
 def test_every_kernel_is_there_for_every_architecture(rows):
     for arch in INSTRUCTION:
         kernels = {row["kernel"] for row in rows if row["arch"] == arch}
-        assert kernels >= {"factor_kernel", "values_gradient_kernel"} | ({"pair_kernel"} if arch >= 90 else set())
+        assert kernels >= {"factor_kernel", "values_gradient_kernel"}
 
 
 def test_nothing_spills(rows):

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from kernel_cases import CHAINS, PATTERNS, check_factor, check_pair, check_values_gradient, random_values
+from kernel_cases import PATTERNS, check_factor, check_values_gradient, random_values
 
 from ks.files.curves import read_curves
 from ks.layer import KSLinear
@@ -43,13 +43,6 @@ def test_factor(kernels, pattern, dtype):
 def test_values_gradient(kernels, pattern, dtype):
     for *layouts, batch in itertools.product([False, True], [False, True], [20, 5000]):
         check_values_gradient(kernels, pattern, dtype, *layouts, batch=batch, device="cuda")
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("patterns", CHAINS[:1] + [make_chain(2048, 4096).patterns(4)], ids=str)
-def test_pair(kernels, patterns, dtype):
-    for layout, transposed, batch in itertools.product([False, True], [False, True], [20, 1000]):
-        check_pair(kernels, patterns, dtype, layout, batch=batch, transposed=transposed, device="cuda")
 
 
 @pytest.mark.parametrize("precision", ["tf32", "tf32x3"])

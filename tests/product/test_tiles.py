@@ -49,29 +49,3 @@ def test_a_small_batch_is_cut_finer_to_fill_the_card():
 
 def test_neighbouring_t_are_taken_together_where_they_share_sectors():
     assert [tiles.group_of(d) for d in (1, 2, 3, 4, 6, 8, 12)] == [1, 2, 1, 4, 2, 4, 4]
-
-
-@pytest.mark.parametrize(
-    ("shape", "rank", "batch", "bits", "arch", "fused"),
-    [
-        ((2048, 4096), 2, 25088, 16, 90, True),
-        ((2048, 4096), 16, 25088, 16, 90, True),
-        ((2048, 4096), 17, 25088, 16, 90, False),  # 64 rows of 4 · 4 · 32 sums do not fit in registers
-        ((2048, 4096), 16, 1024, 16, 90, False),  # sixteen programs would leave the card idle
-        ((2048, 4096), 16, 25088, 32, 90, False),
-        ((2048, 4096), 16, 25088, 16, 80, False),
-        ((7, 13), 2, 25088, 16, 90, True),  # a 1 × 1 grid
-        ((9, 9), 2, 25088, 16, 90, False),  # a 3 × 3 grid
-    ],
-)
-def test_two_factors_are_fused_where_that_fits_and_pays(shape, rank, batch, bits, arch, fused):
-    patterns = make_chain(*shape).patterns(rank)
-    tile = tiles.pair_tiles(*patterns, batch, bits, arch)
-    assert (tile is not None) is fused
-    if fused:
-        assert tile.rank >= rank
-        assert tile.batch * patterns[1].a * patterns[0].d * tile.rank <= tiles.PAIR_SUMS
-
-
-def test_pairs_that_do_not_chain_are_not_fused():
-    assert tiles.pair_tiles(Pattern(2, 2, 2, 1), Pattern(1, 2, 2, 2), 25088, 16, 90) is None

@@ -11,10 +11,8 @@ import pytest
 import torch
 from conftest import ROOT
 from kernel_cases import (
-    CHAINS,
     PATTERNS,
     check_factor,
-    check_pair,
     check_passes,
     check_values_gradient,
     random_case,
@@ -97,21 +95,11 @@ def test_values_gradient(kernels, pattern, dtype, layouts):
         check_values_gradient(kernels, pattern, dtype, *layouts, block_order=block_order)
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("layout", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("patterns", CHAINS, ids=str)
-def test_pair(kernels, patterns, dtype, layout, transposed):
-    for block_order, keep in LAYOUTS:
-        check_pair(kernels, patterns, dtype, layout, keep=keep, block_order=block_order, transposed=transposed)
-
-
 @pytest.mark.parametrize("batch", [1, 16, 33, 200])
 def test_any_batch(kernels, batch):
     pattern = PATTERNS[0]
     check_factor(kernels, pattern, torch.float32, False, False, batch)
     check_values_gradient(kernels, pattern, torch.float32, False, False, batch)
-    check_pair(kernels, CHAINS[0], torch.float32, False, batch)
 
 
 def test_a_batch_in_parts_is_summed_whole_and_always_alike(kernels, monkeypatch):
@@ -160,14 +148,10 @@ FAMILIES = [(24, 36, "monarch", 3), (7, 13, "monarch", 2), (24, 40, "lowrank", 5
 FAMILIES += [(16, 16, "lowrank_butterfly", 1)]
 
 
-@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("batch_last", [False, True])
 @pytest.mark.parametrize("case", FAMILIES, ids=str)
-def test_the_whole_chain_and_its_gradients(kernels, case, batch_last, fused, monkeypatch):
+def test_the_whole_chain_and_its_gradients(kernels, case, batch_last):
     rows, cols, family, rank = case
-    if fused:
-        tile = tiles.Tiles(16, 16, 16, rank=16)
-        monkeypatch.setattr(tiles, "pair_tiles", lambda left, right, *_: tile if right.a in (1, 4) else None)
     patterns = make_chain(rows, cols, family).patterns(rank)
     values = [random_values(p, torch.float64, seed=i).requires_grad_() for i, p in enumerate(patterns)]
     x = torch.randn(3, 5, cols, dtype=torch.float64, requires_grad=True)
@@ -205,19 +189,10 @@ def test_block_order_and_empty_batches(kernels):
             torch.testing.assert_close(mine, other)
 
 
-@pytest.mark.parametrize(("dtype", "fused"), [(torch.float32, True), (torch.float64, False)])
-def test_random_chains_equal_the_dense_product(kernels, monkeypatch, dtype, fused):
-    """As tests/test_passes.py, on this backend; the fused pair at sizes where no GPU would use it."""
-    pair_tiles = tiles.pair_tiles
-
-    def small_pair(left, right, *_):
-        large = pair_tiles(left, right, 64 * tiles.PROGRAMS, 16, 90)
-        return large and tiles.Tiles(16, 16, 16, rank=large.rank)
-
-    monkeypatch.setattr(tiles, "pair_tiles", small_pair if fused else lambda *_: None)
-    reached = [check_passes(*random_case(seed), impl="triton", dtype=dtype) for seed in range(25)]
-    assert any(merged for merged, _ in reached)
-    assert any(paired for _, paired in reached) == fused
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_random_chains_equal_the_dense_product(kernels, dtype):
+    """As tests/test_passes.py, on this backend."""
+    assert any([check_passes(*random_case(seed), impl="triton", dtype=dtype) for seed in range(25)])
 
 
 def test_the_interpreter_may_be_asked_for():
@@ -243,16 +218,6 @@ FAULTS = {
         "rows = tl.trans(gradient_tiles[g]) * tl.where(n[None, :] < 16, 1.01, 1.0).to(x.dtype.element_ty)",
         check_values_gradient,
     ),
-    "pair: 1% of the inner activation": (
-        "z = z + (sums[u * OUT_BLOCKS + w].to(x.dtype.element_ty),)",
-        "z = z + ((sums[u * OUT_BLOCKS + w] * (1.01 if u == 0 else 1.0)).to(x.dtype.element_ty),)",
-        check_pair,
-    ),
-    "pair: 1% of one block of outputs": (
-        "results = results + (total.to(y.dtype.element_ty),)",
-        "results = results + ((total * (1.01 if w == 3 else 1.0)).to(y.dtype.element_ty),)",
-        check_pair,
-    ),
 }
 
 
@@ -261,8 +226,6 @@ FAULTS = {
 def test_a_planted_fault_of_one_percent_is_found(kernels, fault, dtype, tmp_path):
     old, new, check = FAULTS[fault]
     module = with_a_fault(old, new, tmp_path)
-    case = CHAINS[0] if check is check_pair else PATTERNS[0]
-    layouts = (False,) if check is check_pair else (False, False)
-    check(kernels, case, dtype, *layouts)
+    check(kernels, PATTERNS[0], dtype, False, False)
     with pytest.raises(AssertionError, match="times what is allowed"):
-        check(module, case, dtype, *layouts)
+        check(module, PATTERNS[0], dtype, False, False)
