@@ -213,7 +213,6 @@ def floor_curve(weight: torch.Tensor, chain: Chain, inputs: Inputs = UNIT_INPUTS
         weight: W, shape (m, n).
         chain: with a floor (`no_floor_reason`).
         inputs: the second moment of x.
-        report: told the share of the work that is done.
     Returns:
         float64 tensor of shape (saturation rank + 1,), on the CPU.
     Raises:

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 
 from ks.errors import UsageError
+from ks.product.gram import is_semi_definite
 from ks.product.pieces import sum_of_squares
 
 ROUNDING = 1e-6  # relative; a moment that was summed in float32 is symmetric and positive semi-definite to about 1e-7
@@ -106,9 +107,8 @@ class MeasuredInputs:
         if difference > ROUNDING * moment.abs().max().item():
             raise UsageError(f"the second moment is not symmetric: entries differ by up to {difference:.3g} across it")
         self._moment = (moment + moment.mT) / 2
-        shifted = self._moment.clone()
-        shifted.diagonal().add_(len(moment) * torch.finfo(torch.float64).eps * self._moment.diagonal().abs().max())
-        if torch.linalg.cholesky_ex(shifted).info.item():  # negative beyond the rounding of float64
+        rounding = len(moment) * torch.finfo(torch.float64).eps * self._moment.diagonal().abs().max().item()
+        if not is_semi_definite(self._moment, rounding):
             eigenvalues, _ = self._spectrum
             if eigenvalues[0] < -ROUNDING * eigenvalues[-1].clamp(min=0):
                 raise UsageError(

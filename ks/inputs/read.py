@@ -12,6 +12,7 @@ from ks.files.memory import check_fits
 from ks.files.weights import entries_of, read_entry
 from ks.inputs.moments_file import HELD_OUT, METADATA, MomentsFile, find_weight, open_safetensors
 from ks.inputs.sums import InputSums
+from ks.product.gram import is_semi_definite
 
 ROUNDING = 1e-6  # of the size of C: what float32 sums leave of symmetry and of eigenvalues that are zero
 ENOUGH_PER_FEATURE = 10  # inputs; in a trial with 13 per feature, a floor was still 30% too low
@@ -204,8 +205,8 @@ def _checked(sums: InputSums, where: str) -> PartMoments:
     if asymmetry > ROUNDING * size:
         raise UsageError(f"{where}: sum_xx is not symmetric (by {asymmetry / size:.1e} of its norm); collect it again")
     second_moment = (second_moment + second_moment.t()) / 2
-    if not _is_semi_definite(second_moment - mean.outer(mean), ROUNDING * size):
-        if _is_semi_definite(second_moment, ROUNDING * size):
+    if not is_semi_definite(second_moment - mean.outer(mean), ROUNDING * size):
+        if is_semi_definite(second_moment, ROUNDING * size):
             raise UsageError(f"{where}: sum_x does not belong to sum_xx (the covariance is not positive semi-definite)")
         smallest = torch.linalg.eigvalsh(second_moment)[0].item()
         raise UsageError(
@@ -213,13 +214,6 @@ def _checked(sums: InputSums, where: str) -> PartMoments:
             "collect it again"
         )
     return PartMoments(second_moment, mean, sums.count)
-
-
-def _is_semi_definite(matrix: torch.Tensor, tolerance: float) -> bool:
-    """Return whether no eigenvalue is below −tolerance; a Cholesky factorisation takes a tenth of the eigenvalues'."""
-    shifted = matrix.clone()
-    shifted.diagonal().add_(tolerance)
-    return torch.linalg.cholesky_ex(shifted).info.item() == 0
 
 
 def _few(where: str, train: InputSums) -> list[str]:

@@ -1,4 +1,4 @@
-"""Gram matrices at half the cost of a plain product: only the lower triangle is computed."""
+"""Gram matrices at half the cost of a plain product: only the lower triangle is computed; whether a matrix is one."""
 
 import torch
 
@@ -24,3 +24,15 @@ def lower_gram(matrix: torch.Tensor) -> torch.Tensor:
 
     in_pieces(compute, rows, matrix.device)
     return gram
+
+
+def is_semi_definite(matrix: torch.Tensor, tolerance: float) -> bool:
+    """Return whether no eigenvalue is below −tolerance; a Cholesky factorisation takes a tenth of the eigenvalues'.
+
+    Args:
+        matrix: symmetric, shape (n, n), float64.
+        tolerance: positive.
+    """
+    shifted = matrix.clone()
+    shifted.diagonal().add_(tolerance)
+    return torch.linalg.cholesky_ex(shifted).info.item() == 0

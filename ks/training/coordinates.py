@@ -15,6 +15,7 @@ from ks.bounds.moments import ROUNDING, Inputs, IsotropicInputs, MeasuredInputs
 from ks.files.atomic import save_tensors
 from ks.layer import KSLinear
 from ks.patterns import Chain
+from ks.product.gram import is_semi_definite
 from ks.product.pieces import sum_of_squares
 
 # Values of a chain are saved in float64 where float32 would lose more than about 1e-7 of the loss: the whitening of a
@@ -125,9 +126,7 @@ def measured_coordinates(
     whitened = (whitened + whitened.mT) / 2
     for place, own in zip(_diagonal_blocks(whitened, groups), inverse @ root, strict=True):
         place.copy_(own)  # the identity, or a projection
-    shifted = whitened.clone()
-    shifted.diagonal().add_(ROUNDING / 2)
-    if torch.linalg.cholesky_ex(shifted).info.item():  # whitening has multiplied the rounding of C by its condition
+    if not is_semi_definite(whitened, ROUNDING / 2):  # whitening has multiplied the rounding of C by its condition
         eigenvalues, vectors = torch.linalg.eigh(whitened)
         whitened = (vectors * eigenvalues.clamp(min=0)) @ vectors.mT
     return coordinates, MeasuredInputs(whitened)
