@@ -112,8 +112,9 @@ def _measured(given: GivenInputs, weight: torch.Tensor, chain: Chain, config: Tr
     coordinates, inputs = measured_coordinates(chain, energy / len(weight), around.second_moment(), centre)
     held_out, held_out_loss = None, None
     if given.held_out is not None:
-        held_out = MeasuredInputs(_around(given.held_out, centre))
-        held_out_loss = MeasuredInputs(given.held_out.second_moment).output_energy(weight) / len(weight)
+        uncentred = MeasuredInputs(given.held_out.second_moment)
+        held_out = uncentred if centre is None else MeasuredInputs(_around(given.held_out, centre))
+        held_out_loss = uncentred.output_energy(weight) / len(weight)
     counts = {"count": given.train.count, "held_out_count": given.held_out.count if given.held_out else 0}
     description = {
         "kind": MEASURED,
@@ -152,10 +153,8 @@ def _centred(given: GivenInputs, path: str | None) -> MeasuredInputs:
         raise UsageError(f"{trouble} ({error}); leave it out") from error
 
 
-def _around(part: PartMoments, centre: torch.Tensor | None) -> torch.Tensor:
+def _around(part: PartMoments, centre: torch.Tensor) -> torch.Tensor:
     """Return the second moment of x − μ: C − m μᵀ − μ mᵀ + μ μᵀ with m the mean of x; C − μ μᵀ if m is μ."""
-    if centre is None:
-        return part.second_moment
     cross = part.mean.outer(centre)
     moment = part.second_moment - cross - cross.t() + centre.outer(centre)
     return (moment + moment.t()) / 2
