@@ -14,6 +14,7 @@ from ks.files.layout import SweepFiles
 from ks.files.status import OK, Ending, Status
 from ks.report.outputs import summarise, write_outputs
 from ks.report.read_results import read_study
+from ks.studies.weight_study import record_of
 from ks.sweep.run import Result, runs_of
 from ks.training.losses import LossKind
 from ks.training.problem import resolve
@@ -39,7 +40,7 @@ def write(weight_path, tmp_path):
         )
         results = [Result(runs[0], Ending(Status.INTERRUPTED), [], None), Result(runs[1], OK, [row], 1.5)]
         run_rows, rows = summarise(results, dict(zip([2, 4], plan.floors([2, 4]))), problem, plan)
-        record = rank_sweep_study.record_of(config, problem, [2, 4])
+        record = record_of(config, problem, [2, 4])
         files = SweepFiles(tmp_path, "p")
         return files, write_outputs(config, problem, plan, files, record, results, run_rows, rows)
 

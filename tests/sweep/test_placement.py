@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import rank_sweep_study
 from ks.errors import UsageError
+from ks.sweep.launching import slots_of
 from ks.sweep.placement import choose_gpus, cpu_cores, cpu_slots, gpu_slots
 
 
@@ -66,8 +66,7 @@ def test_bad_gpus_are_refused(flag):
 def test_places_of_a_sweep(monkeypatch, device, flags, expected):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     config = SimpleNamespace(**{"jobs": "auto", "gpus": "auto", "runs_per_gpu": 1, "device": device} | flags)
-    problem = SimpleNamespace(device=torch.device(device))
-    slots = rank_sweep_study.slots_of(config, problem, runs=9)
+    slots = slots_of(config, torch.device(device), runs=9)
     assert [slot.get("CUDA_VISIBLE_DEVICES") for slot in slots] == expected
 
 

@@ -1,0 +1,184 @@
+"""A study of one weight: the plan of a chain family, one training for each rank, summary and figures."""
+
+import contextlib
+import dataclasses
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+from ks.bounds.floors import floor_curve
+from ks.bounds.plan import Plan, make_plan
+from ks.bounds.target_rank import ranks_around
+from ks.cli import console
+from ks.cli.flags import SweepConfig
+from ks.errors import UsageError
+from ks.files import columns
+from ks.files.atomic import delete_leftovers, write_csv
+from ks.files.layout import SweepFiles
+from ks.files.provenance import provenance
+from ks.files.status import OK, Status
+from ks.files.weights import packed
+from ks.inputs.read import packed_inputs
+from ks.report.plan_table import plan_notes, plan_table
+from ks.report.summary import floor_rows
+from ks.report.verdict import advice, check_above_floor
+from ks.sweep.claim import claim_folder
+from ks.sweep.launcher import Launcher, Outcome, Task
+from ks.sweep.launching import launcher_of
+from ks.sweep.progress import SlowWork
+from ks.sweep.run import Result, Run, result_of, runs_of, seeds_of
+from ks.sweep.trainings import finished_before, train_all
+from ks.training.checkpoints import settings_of
+from ks.training.problem import Problem, resolve
+from ks.training.shared_samples import SHARED_SAMPLES, shared_samples
+
+DEFAULT_RANKS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+class WeightStudy:
+    """The ranks of one chain family on one weight.
+
+    Args:
+        config: of the sweep.
+        trainer: absolute path of the training script.
+    Raises:
+        UsageError: a weight, inputs or ranks that cannot be studied.
+    """
+
+    def __init__(self, config: SweepConfig, trainer: Path):
+        self.config, self.trainer = config, trainer
+        self.problem = problem = resolve(config)
+        if problem.rows * problem.cols > 2**22 or config.inputs:
+            console.note(f"computing the floors of {problem.rows} × {problem.cols}", config.quiet)
+        self.plan = make_plan(
+            problem.internal_weight(),
+            problem.chain,
+            problem.inputs,
+            tight=config.tight_bounds,
+            progress=SlowWork(config.quiet),
+        )
+        if config.inputs and self.plan.bounds is not None:
+            isotropic = floor_curve(problem.isotropic_weight(), problem.chain)
+            self.plan = dataclasses.replace(self.plan, isotropic_curve=isotropic)
+        self.ranks = ranks_of(config, self.plan)
+        self.floors = dict(zip(self.ranks, self.plan.floors(self.ranks), strict=True))
+        self.runs = runs_of(config, self.ranks, Path(config.output_dir).absolute(), trainer)
+        self.record = record_of(config, problem, self.ranks)
+        self.rows_of_runs: list[dict] = []
+
+    def plan_text(self) -> str:
+        """Return the plan and the commands of the trainings, for --dry_run."""
+        for text in self.problem.notes:
+            console.note(text, self.config.quiet)
+        table = plan_table(self.problem.chain, self.floors, self.plan.isotropic_curve)
+        return "\n".join([*self.remarks(), table, *(shlex.join(run.task.command) for run in self.runs)])
+
+    def remarks(self) -> list[str]:
+        return plan_notes(self.plan, self.config.target_relative_loss)
+
+    def launcher(self) -> Launcher:
+        """Return the launcher that the flags name, with the files that trainings elsewhere read."""
+        config, files = self.config, {}
+        if config.launcher == "ray":
+            weight_path = Path(config.weight_path).absolute()
+            files[str(weight_path)] = (f"{weight_path.stem}.pth", packed(self.problem.weight, config.transpose))
+            if config.inputs:
+                inputs = Path(config.inputs).absolute()
+                content = packed_inputs(inputs, config.inputs_key or config.weight_key)
+                files[str(inputs)] = (f"inputs_{inputs.name}", content)
+        return launcher_of(config, self.problem.device, len(self.runs), self.trainer, files)
+
+    def claim(self, files: SweepFiles) -> None:
+        """Claim the results folder, and write the floors of every rank into it.
+
+        Raises:
+            UsageError: the folder holds another study.
+        """
+        config = self.config
+        delete_leftovers(files.all())
+        read = [Path(path) for path in (config.weight_path, config.inputs) if path]
+        claim_folder(files, self.runs, self.record, read, config.overwrite)
+        rows = floor_rows(self.plan, self.problem.predict_zero_loss)
+        write_csv(files.floor_csv, columns.names(columns.FLOOR), rows)
+
+    def train(self, launcher: Launcher) -> dict[Run, Result]:
+        """Train every run that is not finished yet, the largest rank first; return the results of those that ended."""
+        for text in (*self.problem.notes, *self.remarks()):
+            console.note(text, self.config.quiet)
+        ended = finished_before(self.config, self.runs, self.read_result)
+        waiting = sorted((run for run in self.runs if run not in ended), key=lambda run: (-run.rank, run.seed))
+        with self._sharing_samples(waiting) as tasks:
+            return ended | train_all(self.config, waiting, tasks, launcher, self.read_result, _load_report)
+
+    def read_result(self, run: Run, outcome: Outcome | None = None) -> Result:
+        """Return the result of a run; one that was trained on another weight has failed."""
+        return result_of(run, self.config.num_epochs, outcome, self.record["settings"]["weight"])
+
+    def conclude(self, files: SweepFiles, ended: dict[Run, Result]) -> list[str]:
+        """Write summary and figures; return the lines to print."""
+        from ks.report.outputs import summarise, write_outputs
+        from ks.report.summary_table import summary_table
+
+        results = [ended.get(run) or self.read_result(run) for run in self.runs]
+        self.rows_of_runs, rows = summarise(results, self.floors, self.problem, self.plan)
+        if any(row["population_loss"] is None for row in self.rows_of_runs if row["status"] == OK):
+            console.note("floors are left out: the criterion is not the mean squared error", self.config.quiet)
+        written = write_outputs(
+            self.config, self.problem, self.plan, files, self.record, results, self.rows_of_runs, rows
+        )
+        return [summary_table(rows), *advice(rows, self.problem.sampling), *map(str, written)]
+
+    def statuses(self) -> set[Status]:
+        """Return how the runs ended, once the study is concluded."""
+        return {row["status"].status for row in self.rows_of_runs}
+
+    def check_floors(self) -> None:
+        """Raise InternalError if a finished run is below its floor."""
+        for row in self.rows_of_runs:
+            check_above_floor(row["population_loss"], self.floors[row["rank"]], self.problem.predict_zero_loss)
+
+    @contextlib.contextmanager
+    def _sharing_samples(self, runs: list[Run]) -> Iterator[list[Task]]:
+        """Yield the tasks of the runs; those of the first seed, if they are several on this machine, share samples."""
+        first = [run for run in runs if run.seed == seeds_of(self.config)[0]]
+        if self.config.launcher != "local" or len(first) < 2:
+            yield [run.task for run in runs]
+            return
+        with shared_samples(self.config, self.problem, first[0].rank, first[0].seed) as descriptor:
+            inherited = () if descriptor is None else ((SHARED_SAMPLES, descriptor),)
+            yield [dataclasses.replace(run.task, inherited=inherited) if run in first else run.task for run in runs]
+
+
+def ranks_of(config: SweepConfig, plan: Plan) -> list[int]:
+    """Return the ranks to train: ascending, each once, none above --max_rank."""
+    given = config.ranks or DEFAULT_RANKS
+    if config.ranks is None and config.target_relative_loss is not None and plan.curve is not None:
+        given = tuple(ranks_around(plan, config.target_relative_loss))
+    ranks = sorted({rank for rank in given if config.max_rank is None or rank <= config.max_rank})
+    if not ranks:
+        raise UsageError(f"no rank is left: --max_rank {config.max_rank} excludes all of {' '.join(map(str, given))}")
+    return ranks
+
+
+def record_of(config: SweepConfig, problem: Problem, ranks: list[int]) -> dict:
+    """Return the content of the sweep's config file."""
+    seeds = seeds_of(config)
+    return {
+        "settings": settings_of(config, problem) | {"seed": seeds[0]},
+        "ranks": ranks,
+        "seeds": seeds,
+        "title": _title_of(config, problem),
+        "arguments": vars(config),
+        "problem": problem.describe(),
+        "provenance": provenance(),
+    }
+
+
+def _title_of(config: SweepConfig, problem: Problem) -> str:
+    name = " ".join(filter(None, [Path(config.weight_path).name, problem.weight.key]))
+    inputs = problem.layer_inputs.description["kind"]
+    return f"{name}, {problem.rows} × {problem.cols}: {problem.chain.describe()}, {inputs} inputs"
+
+
+def _load_report() -> None:
+    import ks.report.outputs  # noqa: F401 - pandas and matplotlib load while the last training runs

@@ -1,0 +1,75 @@
+"""All trainings of a study: those that are finished are kept, the others run, also when some fail."""
+
+from collections.abc import Callable
+
+from ks import signals
+from ks.cli import console
+from ks.cli.flags import SweepConfig
+from ks.files.status import OK
+from ks.sweep.launcher import Launcher, Outcome, Task
+from ks.sweep.progress import Progress
+from ks.sweep.run import Result, Run
+
+ReadResult = Callable[[Run, Outcome | None], Result]
+
+
+def finished_before(config: SweepConfig, runs: list[Run], read_result: ReadResult) -> dict[Run, Result]:
+    """Return the results of the runs that are finished, and delete the logs of those that start anew.
+
+    Args:
+        config: of the sweep.
+        runs: of the study.
+        read_result: returns the result of a run.
+    """
+    results: dict[Run, Result] = {}
+    for run in runs:
+        if signals.came():
+            break
+        result = read_result(run, None)
+        if result.ending == OK:
+            results[run] = result
+            console.note(f"{run.task.name}: finished before", config.quiet)
+        elif not run.files.resume.exists():
+            run.files.log.unlink(missing_ok=True)
+    return results
+
+
+def train_all(
+    config: SweepConfig,
+    runs: list[Run],
+    tasks: list[Task],
+    launcher: Launcher,
+    read_result: ReadResult,
+    before_last: Callable[[], None] = lambda: None,
+) -> dict[Run, Result]:
+    """Train runs, also when others fail.
+
+    Args:
+        config: of the sweep.
+        runs: in the order of training.
+        tasks: one for each run.
+        launcher: of the sweep.
+        read_result: returns the result of a run with a given outcome.
+        before_last: called while the last training runs.
+    Returns:
+        the results of the runs that have ended; after an interrupt, some are missing.
+    """
+    results: dict[Run, Result] = {}
+    run_of = dict(zip(tasks, runs, strict=True))
+    progress = Progress(runs, config.num_epochs, config.quiet)
+
+    def poll(running: list[Task]) -> None:
+        signals.check()
+        progress.poll(running)
+        if len(running) == 1:
+            before_last()
+
+    try:
+        for task, outcome in launcher.run(tasks, poll):
+            result = results[run_of[task]] = read_result(run_of[task], outcome)
+            progress.end(result, outcome)
+    except KeyboardInterrupt:
+        console.note("stopping", config.quiet)
+    finally:
+        progress.close()
+    return results
