@@ -10,7 +10,7 @@ from ks.errors import UsageError, one_line
 from ks.files.globs import nearest
 from ks.files.memory import check_fits
 from ks.files.weights import entries_of, read_entry
-from ks.inputs.moments_file import HELD_OUT, METADATA, MomentsFile, find_weight, open_safetensors
+from ks.inputs.moments_file import HELD_OUT, METADATA, InputMoments, MomentsFile, find_weight, open_safetensors
 from ks.inputs.sums import InputSums
 from ks.product.gram import is_semi_definite
 
@@ -106,34 +106,77 @@ def _weight_of(file: MomentsFile, key: str | None) -> str:
     return next(iter(aliases))
 
 
+def inputs_of(moments: InputMoments, width: int, weight_key: str) -> GivenInputs:
+    """Return the inputs of a weight from moments in memory, as `read_input_moments` does from their file.
+
+    Args:
+        moments: of the model.
+        width: n, the number of input features.
+        weight_key: key of the weight in its checkpoint.
+    Raises:
+        UsageError: the key is missing; the inputs have another width, or are no moments of real inputs.
+    """
+    found = find_weight(moments.aliases, weight_key, "the moments")
+    name = moments.aliases[found]
+    where, transposed = f"inputs {one_line(name)!r}", found in moments.transposed
+    train = moments.train[name]
+    _check_width(train.width, width, transposed, where)
+    return _given(
+        train, moments.held_out.get(name), found, transposed, where, _renamed(found, weight_key, "their model")
+    )
+
+
 def _read_moments(path: Path, width: int, key: str | None) -> GivenInputs:
     file = MomentsFile(path)
-    found, notes = _weight_of(file, key), []
-    if key is not None and found not in (key, f"{key}.weight"):
-        notes.append(f"inputs of {one_line(key)}: {path} names them {one_line(found)}")
+    found = _weight_of(file, key)
     name = file.record.aliases[found]
-    where = f"{path}, inputs {one_line(name)!r}"
+    where, transposed = f"{path}, inputs {one_line(name)!r}", found in file.record.transposed
     if (size := file.width(name)) is None:
         raise UsageError(f"{where}: sum_xx, sum_x and count are missing; collect the moments again")
-    transposed = found in file.record.transposed
+    _check_width(size, width, transposed, where)
+    train, held_out = file.sums(name), file.sums(name, HELD_OUT)
+    assert train is not None
+    return _given(train, held_out, found, transposed, where, _renamed(found, key, str(path)))
+
+
+def _renamed(found: str, key: str | None, where: str) -> list[str]:
+    """Return a remark where moments spell the key of a weight differently."""
+    same = key is None or found in (key, f"{key}.weight")
+    return [] if same else [f"inputs of {one_line(str(key))}: {where} names them {one_line(found)}"]
+
+
+def _check_width(size: int, width: int, transposed: bool, where: str) -> None:
     if size != width:
         stored = "; its model stores this weight as (in, out), so transpose it" if transposed else ""
         raise UsageError(
             f"{where} are {size} wide, and the weight takes {width} inputs{stored or '; choose their key'}"
         )
-    parts = [file.sums(name, prefix) for prefix in ("", HELD_OUT)]
-    train, held_out = parts
-    assert train is not None
+
+
+def _given(
+    train: InputSums, held_out: InputSums | None, key: str, transposed: bool, where: str, notes: list[str]
+) -> GivenInputs:
+    """Check the sums of an input tensor of the right width.
+
+    Args:
+        train, held_out: the sums.
+        key: of the weight in the moments.
+        transposed: whether the weight is stored as (in, out).
+        where: the inputs, for messages.
+        notes: remarks for the user.
+    """
     if train.count == 0:
         raise UsageError(f"{where}: count is 0, so no input was seen; collect the moments from more batches")
-    if held_out is not None and held_out.width != width:
-        raise UsageError(f"{where}: the held-out part is {held_out.width} wide, not {width}; collect the moments again")
+    if held_out is not None and held_out.width != train.width:
+        raise UsageError(
+            f"{where}: the held-out part is {held_out.width} wide, not {train.width}; collect the moments again"
+        )
     if held_out is not None and held_out.count == 0:
         held_out = None
     return GivenInputs(
         _checked(train, where),
         None if held_out is None else _checked(held_out, f"{where}, held out"),
-        found,
+        key,
         _sha256(*(tensor for part in (train, held_out) if part for tensor in _tensors(part))),
         transposed=transposed,
         notes=(*notes, *_few(where, train)),

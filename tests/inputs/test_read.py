@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from ks.errors import UsageError
 from ks.inputs.moments_file import InputMoments
-from ks.inputs.read import packed_inputs, read_input_moments
+from ks.inputs.read import inputs_of, packed_inputs, read_input_moments
 from ks.inputs.sums import InputSums
 
 WIDTH = 6
@@ -332,3 +332,16 @@ def test_the_hash_is_that_of_the_values(tmp_path, path):
     samples = [write_samples(tmp_path / f"x{suffix}", ROWS) for suffix in (".npy", ".safetensors")]
     one, two = (read_input_moments(path, WIDTH).sha256 for path in samples)
     assert one == two != read_input_moments(write_samples(tmp_path / "y.npy", ROWS + 1), WIDTH).sha256
+
+
+def test_moments_in_memory_are_read_as_those_of_a_file(path):
+    moments = InputMoments.load(path)
+    given, read = inputs_of(moments, WIDTH, KEY), read_input_moments(path, WIDTH, KEY)
+    assert given.sha256 == read.sha256
+    assert given.key == read.key == KEY
+    torch.testing.assert_close(given.train.second_moment, read.train.second_moment, rtol=0, atol=0)
+    assert (given.held_out is None) == (read.held_out is None)
+    with pytest.raises(UsageError, match="no inputs for key 'y'; nearest"):
+        inputs_of(moments, WIDTH, "y")
+    with pytest.raises(UsageError, match="6 wide, and the weight takes 9"):
+        inputs_of(moments, 9, KEY)
