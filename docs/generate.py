@@ -34,6 +34,7 @@ COLUMNS = {
     "runs": columns.RUNS,
     "all_curves": columns.ALL_CURVES,
     "floor": columns.FLOOR,
+    "plan": columns.PLAN,
 }
 MARKED = re.compile(r"<!-- generated: ([^>]*?) -->\n.*?<!-- end -->", re.DOTALL)
 

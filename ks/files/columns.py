@@ -123,3 +123,19 @@ FLOOR = (
     Column("loss_floor", "lower bound: no chain of this rank has a smaller loss", LOSS),
     Column("relative_loss", "`loss_floor` / loss of predicting 0", SHARE),
 )
+
+PLAN = (
+    Column("layer", "name of the weight in the checkpoint", header="layer"),
+    Column("rows", "m, output features", header="rows"),
+    Column("cols", "n, input features", header="columns"),
+    Column("chain", "family of the chain, or `dense` if the weight stays as it is", header="chain"),
+    Column("rank", "rank of the chain; empty for dense", header="rank", form="{:.0f}"),
+    Column("parameters", "values of the chain, or m·n for dense; biases are not counted", header="parameters"),
+    Column("dense_parameters", "m·n"),
+    Column("share", "`parameters` / `dense_parameters`", "ratio", "share", "{:.1%}"),
+    Column("relative_loss", "share of the output energy that the best known chain loses", SHARE, "energy lost",
+           "{:.2%}"),
+    Column("relative_loss_lower", "share that every chain of this rank loses at least", SHARE, "at least", "{:.2%}"),
+    Column("interpolated", "whether `relative_loss` was interpolated between ranks"),
+    Column("shared_with", "names of weights that are tied to this one, separated by spaces; they count once"),
+)  # fmt: skip

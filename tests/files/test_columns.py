@@ -4,7 +4,7 @@ import pytest
 
 from ks.files import columns
 
-TABLES = ("CURVES", "SUMMARY", "RUNS", "ALL_CURVES", "FLOOR")
+TABLES = ("CURVES", "SUMMARY", "RUNS", "ALL_CURVES", "FLOOR", "PLAN")
 
 
 def test_the_first_columns_are_those_of_the_contract():
