@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ks.allocation.plan_model import plan_model
     from ks.bounds.factorize import factorize
     from ks.bounds.floors import loss_floor
     from ks.inputs.collect import collect_input_moments
@@ -27,6 +28,7 @@ __all__ = [
     "load",
     "loss_floor",
     "make_chain",
+    "plan_model",
 ]
 
 _HOMES = {
@@ -40,6 +42,7 @@ _HOMES = {
     "load": "ks.layer",
     "loss_floor": "ks.bounds.floors",
     "make_chain": "ks.patterns",
+    "plan_model": "ks.allocation.plan_model",
 }
 
 

@@ -3,8 +3,9 @@
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
@@ -16,6 +17,21 @@ from ks.patterns import Chain
 VERSION = 1
 
 Names = tuple[Text, ...]
+
+
+class Objective(StrEnum):
+    """What a plan minimises: the loss at a budget of parameters, or the parameters at a target loss."""
+
+    BUDGET = "budget"
+    TARGET = "target"
+
+
+class Weighting(StrEnum):
+    """Where the importance of each layer comes from."""
+
+    EQUAL = "equal"
+    ENERGY = "energy"
+    GIVEN = "given"
 
 
 @dataclass(frozen=True)
@@ -121,9 +137,9 @@ class ModelPlan:
     """
 
     layers: Annotated[tuple[LayerPlan, ...], Meta(min_length=1)]
-    objective: Literal["budget", "target"]
+    objective: Objective
     value: Loss
-    weighting: Literal["equal", "energy", "given"] = "equal"
+    weighting: Weighting = Weighting.EQUAL
     weights: tuple[Loss, ...] = ()
     exact: bool = True
     gap: Loss = 0.0

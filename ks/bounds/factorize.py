@@ -48,7 +48,29 @@ def tail_energies(matrices: torch.Tensor, report: Report = do_not_report) -> tor
         total += energies
         done += size
         report(done / matrices.numel())
-    return torch.cat([total.new_zeros(1), total.cumsum(0)]).flip(0)
+    return _tails(total)
+
+
+@torch.no_grad()
+def low_rank_energies(weight: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+    """Return the least tr((W − Ŵ) C (W − Ŵ)ᵀ) of low-rank Ŵ, Σ_{k>r} λ_k(W C Wᵀ), r = 0 … min(m, n).
+
+    Source: Swift-SVD (arXiv 2604.01609), theorem 3.1. No root of C is needed where m ≤ n.
+
+    Args:
+        weight: W, shape (m, n), any float dtype.
+        inputs: the second moment C of x.
+    Returns:
+        float64 tensor of shape (min(m, n) + 1,), not increasing, last entry 0.
+    """
+    if weight.shape[0] > weight.shape[1]:
+        return tail_energies(inputs.times_root(weight))
+    return _tails(torch.linalg.eigvalsh(inputs.output_moment(weight)).clamp_(min=0))
+
+
+def _tails(energies: torch.Tensor) -> torch.Tensor:
+    """Return sums of all but the r largest of ascending energies of shape (count,), r = 0 … count."""
+    return torch.cat([energies.new_zeros(1), energies.cumsum(0)]).flip(0)
 
 
 @torch.no_grad()  # a thread starts with gradients

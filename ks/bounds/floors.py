@@ -22,8 +22,8 @@ from typing import Protocol
 
 import torch
 
-from ks.bounds.factorize import HierarchicalLoss, check_shape, factorize, tail_energies
-from ks.bounds.grid_descent import GridDescent
+from ks.bounds.factorize import HierarchicalLoss, check_shape, factorize, low_rank_energies, tail_energies
+from ks.bounds.grid_descent import TOLERANCE, GridDescent
 from ks.bounds.lower_bound import CoupledLowerBound, isotropic_joint_bound
 from ks.bounds.moments import UNIT_INPUTS, Inputs
 from ks.bounds.population_loss import population_loss
@@ -75,6 +75,10 @@ class ChainBounds(Protocol):
     def curve(self) -> torch.Tensor:
         """Return a lower bound for every rank 0 … saturation, float64 on the CPU."""
 
+    @property
+    def curve_is_exact(self) -> bool:
+        """Return whether `curve` holds the optimum of every rank."""
+
     def lower(self, rank: int) -> float:
         """Return a loss that no chain of a rank can go below, in squared error per output; at least `curve[rank]`."""
 
@@ -86,13 +90,20 @@ class UncoupledBounds:
     """Bounds for inputs that couple none of the column groups of the right-most factor."""
 
     def __init__(self, weight: torch.Tensor, chain: Chain, inputs: Inputs, tight: bool, progress: Progress | None):
-        self.weight, self.chain, self.tight, self.progress = inputs.times_root(weight), chain, tight, progress
+        self.given, self.chain, self.inputs, self.tight, self.progress = weight, chain, inputs, tight, progress
         self.lower = cache(self._lower)
         self._hierarchical: HierarchicalLoss | None = None
 
     @cached_property
+    def weight(self) -> torch.Tensor:
+        """W C^{1/2}, which stands for W."""
+        return self.inputs.times_root(self.given)
+
+    @cached_property
     def curve(self) -> torch.Tensor:
         """max_l E_l(r)² / m for every rank r."""
+        if self.chain.num_splits == 1 and self.chain.block_shape(1) == (self.chain.rows, 1, 1, self.chain.cols):
+            return low_rank_energies(self.given, self.inputs).cpu() / self.chain.rows
         curve = torch.zeros(self.chain.saturation_rank + 1, dtype=torch.float64)
         splits = self.chain.num_splits
         for split in range(1, splits + 1):
@@ -105,6 +116,11 @@ class UncoupledBounds:
             curve[: len(tail)] = torch.maximum(curve[: len(tail)], tail)
         return curve / self.chain.rows
 
+    @property
+    def curve_is_exact(self) -> bool:
+        """Whether the chain has two factors."""
+        return self.chain.num_splits == 1
+
     def _lower(self, rank: int) -> float:
         lower = self.curve[min(rank, self.chain.saturation_rank)].item()
         if self.chain.num_splits > 1 and lower > 0:
@@ -114,7 +130,7 @@ class UncoupledBounds:
 
     def upper(self, rank: int) -> float:
         """Return the loss of the hierarchical factorisation, the optimum for two factors."""
-        if self.chain.num_splits == 1:
+        if self.curve_is_exact:
             return self.lower(rank)
         if self._hierarchical is None:
             self._hierarchical = HierarchicalLoss(self.weight, self.chain)
@@ -131,10 +147,11 @@ class CoupledBounds:
         inputs: Inputs,
         moment: torch.Tensor,
         tight: bool,
+        tolerance: float,
         progress: Progress | None,
     ):
         self.weight, self.chain, self.inputs, self.moment = weight.double(), chain, inputs, moment
-        self.tight, self.progress = tight, progress
+        self.tight, self.tolerance, self.progress = tight, tolerance, progress
         self.lower, self.upper = cache(self._lower), cache(self._upper)
 
     @cached_property
@@ -142,6 +159,11 @@ class CoupledBounds:
         """The largest simple bound for every rank."""
         self._tell("simple lower bounds of every rank")
         return self._lower_bound.simple / self.chain.rows
+
+    @property
+    def curve_is_exact(self) -> bool:
+        """False: the simple bounds are below the optimum."""
+        return False
 
     @cached_property
     def _lower_bound(self) -> CoupledLowerBound:
@@ -159,7 +181,7 @@ class CoupledBounds:
     def _upper(self, rank: int) -> float:
         self._tell(f"upper bound of rank {rank}")
         if self.chain.num_splits == 1:
-            left, right = self._descent.factors(rank)
+            left, right = self._descent.factors(rank, tolerance=self.tolerance)
             # q p M k -> (M q) (p k)
             best = (left @ right.mT).permute(2, 0, 1, 3).reshape(self.weight.shape)
             upper = self.inputs.output_energy(self.weight - best) / self.chain.rows
@@ -180,6 +202,7 @@ def chain_bounds(
     inputs: Inputs = UNIT_INPUTS,
     *,
     tight: bool = False,
+    tolerance: float = TOLERANCE,
     progress: Progress | None = None,
 ) -> ChainBounds:
     """Prepare the bounds of a chain family; nothing is computed before it is asked for.
@@ -189,6 +212,7 @@ def chain_bounds(
         chain: with a floor (`no_floor_reason`).
         inputs: the second moment of x.
         tight: as in `loss_floor`.
+        tolerance: relative progress of a sweep at which the descent to the upper bound of a grid ends.
         progress: called with a few words before every longer computation.
     Raises:
         UsageError: the chain has no floor, or another shape.
@@ -199,7 +223,7 @@ def chain_bounds(
     moment = inputs.coupling(chain.block_shape(chain.num_splits)[2])
     if moment is None:
         return UncoupledBounds(weight, chain, inputs, tight, progress)
-    return CoupledBounds(weight, chain, inputs, moment, tight, progress)
+    return CoupledBounds(weight, chain, inputs, moment, tight, tolerance, progress)
 
 
 def floor_curve(weight: torch.Tensor, chain: Chain, inputs: Inputs = UNIT_INPUTS) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from ks.errors import UsageError
-from ks.product.gram import is_semi_definite
+from ks.product.gram import is_semi_definite, lower_gram
 from ks.product.pieces import sum_of_squares
 
 ROUNDING = 1e-6  # relative; a moment that was summed in float32 is symmetric and positive semi-definite to about 1e-7
@@ -21,6 +21,9 @@ class Inputs(Protocol):
 
     def times_root(self, weight: torch.Tensor) -> torch.Tensor:
         """Return W F in float64, with C = F Fᵀ and F symmetric; F is block diagonal where C is."""
+
+    def output_moment(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the second moment W C Wᵀ of the outputs in float64; only its lower triangle counts."""
 
     def colour(self, unit_samples: torch.Tensor) -> torch.Tensor:
         """Return samples z Fᵀ of second moment C for samples z of second moment I, shape (N, n)."""
@@ -62,6 +65,10 @@ class IsotropicInputs:
     def times_root(self, weight: torch.Tensor) -> torch.Tensor:
         """Return W C^{1/2} = σW in float64: its squared singular values are the output energies of W's directions."""
         return weight.double() * self.std if self.std != 1.0 else weight.double()
+
+    def output_moment(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return σ² W Wᵀ in float64, shape (m, m); only its lower triangle counts."""
+        return lower_gram(self.times_root(weight).unsqueeze(0))[0]
 
     def colour(self, unit_samples: torch.Tensor) -> torch.Tensor:
         """Return C^{1/2} z = σz for samples z of second moment I.
@@ -141,6 +148,11 @@ class MeasuredInputs:
         """Return W C^{1/2} in float64: its squared singular values are the output energies of W's directions."""
         wide = self._sized(weight)
         return wide @ self._root.to(wide.device)
+
+    def output_moment(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return W C Wᵀ in float64, shape (m, m); only its lower triangle counts."""
+        wide = self._sized(weight)
+        return wide @ self._moment.to(wide.device) @ wide.mT
 
     def _sized(self, weight: torch.Tensor) -> torch.Tensor:
         if weight.shape[-1] != len(self._moment):

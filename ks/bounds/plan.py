@@ -5,7 +5,7 @@ from functools import cached_property
 
 import torch
 
-from ks.bounds.factorize import tail_energies
+from ks.bounds.factorize import low_rank_energies
 from ks.bounds.floors import ChainBounds, Floor, Progress, chain_bounds, floor_of, no_floor_reason
 from ks.bounds.moments import UNIT_INPUTS, Inputs
 from ks.patterns import Chain, make_chain
@@ -50,7 +50,7 @@ class Plan:
     @cached_property
     def _lowrank_curve(self) -> torch.Tensor:
         """Lower bounds of low-rank chains; a full decomposition of W, which the file and the figure of floors share."""
-        return tail_energies(self.inputs.times_root(self.weight)).cpu() / self.chain.rows
+        return low_rank_energies(self.weight, self.inputs).cpu() / self.chain.rows
 
 
 def make_plan(

@@ -187,6 +187,12 @@ class SavedChain(Struct):
     state_dict: dict[str, torch.Tensor]
 
 
+class CheckpointIndex(Struct):
+    """The index of a checkpoint in several files: the file of every tensor."""
+
+    weight_map: dict[Text, Text]
+
+
 class InputMomentsRecord(Struct):
     """Metadata of a file of input moments; `ks.inputs.moments_file.InputMoments` describes the fields."""
 

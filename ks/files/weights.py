@@ -12,10 +12,12 @@ import torch
 
 from ks.errors import UsageError, one_line
 from ks.files.memory import check_fits
+from ks.files.schema import CheckpointIndex, read_json_as
 from ks.files.torch_files import plain, read_torch_file, tensors_in
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SUFFIXES = (".pth", ".pt", ".safetensors", ".npy")
+INDEX_SUFFIX = ".index.json"  # of a checkpoint in several files
 
 
 class Weight(NamedTuple):
@@ -43,7 +45,8 @@ def load_weight(path, key: str | None = None, transpose: bool = False) -> Weight
     """Load one 2-D weight.
 
     Args:
-        path: .pth or .pt (tensor, Parameter, state_dict or nested dicts and lists of them), .safetensors or .npy.
+        path: .pth or .pt (tensor, Parameter, state_dict or nested dicts and lists of them), .safetensors or .npy; or
+            the .index.json of a checkpoint in several .safetensors files.
         key: name of the tensor in the file, nested names joined by dots; may be left out where the file holds
             exactly one 2-D floating tensor.
         transpose: for weights stored as (in, out).
@@ -61,8 +64,21 @@ def load_weight(path, key: str | None = None, transpose: bool = False) -> Weight
         key = _only_candidate(path, tensors)
     elif key not in tensors:
         raise UsageError(f"{path} has no key {key!r}; {_candidates(tensors)}")
-    where = f"{path}, key {key!r}" if key else f"{path}"
-    tensor = read_entry(tensors[key], where)
+    return load_entry(tensors[key], key, f"{path}, key {key!r}" if key else f"{path}", transpose)
+
+
+def load_entry(entry, key: str, where: str, transpose: bool = False) -> Weight:
+    """Return the weight of an entry of `entries_of`.
+
+    Args:
+        entry: of a file, or a tensor.
+        key: its name.
+        where: the file and key, for messages.
+        transpose: the weight is stored as (in, out).
+    Raises:
+        UsageError: as `load_weight`.
+    """
+    tensor = read_entry(entry, where).detach().cpu()
     _check_weight(where, tensor)
     return Weight(tensor.t().contiguous() if transpose else tensor.contiguous(), key or None)
 
@@ -83,7 +99,7 @@ def entries_of(path: Path, what: str = "weights") -> dict:
     """Return every tensor of a file by name ('' for a lone one); safetensors entries are read by `read_entry` alone.
 
     Args:
-        path: with one of `SUFFIXES`.
+        path: with one of `SUFFIXES`, or `INDEX_SUFFIX`.
         what: the file should hold, for messages.
     Raises:
         UsageError: the file cannot be read.
@@ -93,10 +109,13 @@ def entries_of(path: Path, what: str = "weights") -> dict:
     if not path.is_file():
         kind = "a directory" if path.is_dir() else "no regular file"
         raise UsageError(f"{path} is {kind}; a file ({', '.join(SUFFIXES)}) is needed")
-    if path.suffix not in SUFFIXES:
-        raise UsageError(f"{path}: suffix {path.suffix!r} is not known; use one of {', '.join(SUFFIXES)}")
+    if path.suffix not in SUFFIXES and not path.name.endswith(INDEX_SUFFIX):
+        known = ", ".join((*SUFFIXES, INDEX_SUFFIX))
+        raise UsageError(f"{path}: suffix {path.suffix!r} is not known; use one of {known}")
     if path.stat().st_size == 0:
         raise UsageError(f"{path} is empty (0 bytes)")
+    if path.name.endswith(INDEX_SUFFIX):
+        return _read_sharded(path, what)
     if path.suffix in (".pth", ".pt"):
         return tensors_in(read_torch_file(path, what), str(path))
     try:
@@ -136,20 +155,34 @@ def _read_safetensors(path: Path) -> dict:
         return {name: _Lazy(path, name, file) for name in file.keys()}  # noqa: SIM118, it is no dict
 
 
-def _shape(entry) -> tuple:
+def _read_sharded(path: Path, what: str) -> dict:
+    """Return the entries of all files that an index such as model.safetensors.index.json names."""
+    file_of = read_json_as(path, CheckpointIndex, "the index of a checkpoint").weight_map
+    entries: dict = {}
+    for name in sorted(set(file_of.values())):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise UsageError(f"{path} names {one_line(name)!r}; .safetensors files in the same folder are needed")
+        entries |= entries_of(path.with_name(name), what)
+    if missing := [key for key in file_of if key not in entries]:
+        raise UsageError(f"{path} names {one_line(missing[0])!r}, which is not in {file_of[missing[0]]}")
+    return {key: entries[key] for key in file_of}
+
+
+def shape_of(entry) -> tuple:
     """Return the sizes of an entry; a nested tensor has none."""
     return () if isinstance(entry, torch.Tensor) and entry.is_nested else tuple(entry.shape)
 
 
-def _is_candidate(entry) -> bool:
+def is_matrix(entry) -> bool:
+    """Return whether an entry of `entries_of` is a real floating 2-D tensor."""
     floating = entry.is_real_floating if isinstance(entry, _Lazy) else entry.is_floating_point()
-    return len(_shape(entry)) == 2 and floating
+    return len(shape_of(entry)) == 2 and floating
 
 
 def _candidates(tensors: dict, limit: int = 20) -> str:
-    found = [f"{name} {_shape(entry)}" for name, entry in tensors.items() if _is_candidate(entry)]
+    found = [f"{name} {shape_of(entry)}" for name, entry in tensors.items() if is_matrix(entry)]
     if not found:
-        shapes = ", ".join(f"{name} {_shape(entry)}" for name, entry in list(tensors.items())[:limit])
+        shapes = ", ".join(f"{name} {shape_of(entry)}" for name, entry in list(tensors.items())[:limit])
         return f"it holds no 2-D floating weight (found: {shapes or 'no tensor at all'})"
     more = f", … ({len(found)} in all)" if len(found) > limit else ""
     return f"2-D weights in it: {', '.join(found[:limit])}{more}"
@@ -158,7 +191,7 @@ def _candidates(tensors: dict, limit: int = 20) -> str:
 def _only_candidate(path: Path, tensors: dict) -> str:
     if list(tensors) == [""]:
         return ""
-    names = [name for name, entry in tensors.items() if _is_candidate(entry)]
+    names = [name for name, entry in tensors.items() if is_matrix(entry)]
     if len(names) != 1:
         advice = "; choose one by its key (--weight_key)" if names else ""
         raise UsageError(f"{path}: {_candidates(tensors)}{advice}")

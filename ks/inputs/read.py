@@ -126,6 +126,17 @@ def inputs_of(moments: InputMoments, width: int, weight_key: str) -> GivenInputs
     )
 
 
+def inputs_sha256(moments: InputMoments, weight_key: str) -> str:
+    """Return the hash of the inputs of a weight, `GivenInputs.sha256`, without the checks of `inputs_of`."""
+    name = moments.aliases[find_weight(moments.aliases, weight_key, "the moments")]
+    return _sums_sha256(moments.train[name], moments.held_out.get(name))
+
+
+def _sums_sha256(train: InputSums, held_out: InputSums | None) -> str:
+    parts = [part for part in (train, held_out) if part is not None and part.count]
+    return _sha256(*(tensor for part in parts for tensor in _tensors(part)))
+
+
 def _read_moments(path: Path, width: int, key: str | None) -> GivenInputs:
     file = MomentsFile(path)
     found = _weight_of(file, key)
@@ -177,7 +188,7 @@ def _given(
         _checked(train, where),
         None if held_out is None else _checked(held_out, f"{where}, held out"),
         key,
-        _sha256(*(tensor for part in (train, held_out) if part for tensor in _tensors(part))),
+        _sums_sha256(train, held_out),
         transposed=transposed,
         notes=(*notes, *_few(where, train)),
     )

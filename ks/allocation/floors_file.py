@@ -1,0 +1,69 @@
+"""Floors that were computed before, kept in a file, so that later questions about the same weights take seconds."""
+
+import dataclasses
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from ks.allocation.layer_floors import LayerFloors
+from ks.files.atomic import atomic_path
+from ks.patterns import Chain
+
+METHOD = 1  # raised whenever floors are computed in another way, so that older ones are not believed
+PARTS = ("lower", "upper", "known", "energy")
+
+
+class FloorsFile:
+    """The floors in a file; an entry is found by hash of weight and inputs, and by the splits of the chain.
+
+    Args:
+        path: .npz file, which need not exist; one that is damaged counts as empty. None keeps floors in memory.
+    """
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        self._arrays: dict[str, np.ndarray] = {}
+        if path is not None and path.is_file():
+            try:
+                with np.load(path, allow_pickle=False) as stored:
+                    self._arrays = {name: stored[name] for name in stored.files}
+            except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+                self._arrays = {}
+
+    def find(self, weight_sha256: str, inputs_sha256: str | None, chain: Chain) -> LayerFloors | None:
+        """Return the floors of a family on a weight; None if they are not in the file."""
+        name = _name(weight_sha256, inputs_sha256, chain)
+        found = [self._arrays[f"{name} {part}"] for part in PARTS if f"{name} {part}" in self._arrays]
+        if len(found) < len(PARTS) or not _is_valid(*found):
+            return None
+        lower, upper, known, energy = found
+        return LayerFloors(chain, lower, upper, known, float(energy))
+
+    def add(self, weight_sha256: str, inputs_sha256: str | None, floors: LayerFloors) -> None:
+        """Keep floors; `save` writes them."""
+        name = _name(weight_sha256, inputs_sha256, floors.chain)
+        self._arrays |= {f"{name} {part}": np.asarray(getattr(floors, part)) for part in PARTS}
+
+    def save(self) -> None:
+        """Write the file atomically.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        if self.path is not None:
+            with atomic_path(self.path) as temporary, open(temporary, "wb") as file:
+                np.savez_compressed(file, allow_pickle=False, **self._arrays)
+
+
+def _name(weight_sha256: str, inputs_sha256: str | None, chain: Chain) -> str:
+    return " ".join(map(str, (METHOD, weight_sha256, inputs_sha256, *dataclasses.astuple(chain))))
+
+
+def _is_valid(lower: np.ndarray, upper: np.ndarray, known: np.ndarray, energy: np.ndarray) -> bool:
+    """Return whether arrays are bounds as `LayerFloors` describes them."""
+    shapes = lower.ndim == upper.ndim == known.ndim == 1 and len(lower) == len(upper) >= 1
+    kinds = lower.dtype == upper.dtype == energy.dtype == np.float64 and known.dtype.kind == "i"
+    if not shapes or not kinds or energy.shape != ():
+        return False
+    return bool(((lower >= 0) & (lower <= upper) & (upper <= 1)).all() and 0 < energy < np.inf)
