@@ -16,7 +16,6 @@ import functools
 import math
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from ks.cli import startup
@@ -222,7 +221,7 @@ def main(argv=None) -> int:
     files = RunFiles(prepare_output_dir(config.output_dir), config.save_prefix, config.rank)
     with locked(files.lock, "another training", wait=10), signals.deferred():
         settings = settings_of(config, problem) | {"rank": config.rank}
-        inputs = [Path(path) for path in (config.weight_path, config.inputs) if path]
+        inputs = config.files_read()
         delete_leftovers([*files.results(), *files.epoch_checkpoints()])
         owned = recorded(files.config, [*files.results(), *files.epoch_checkpoints()])
         resumable = config.resume and is_resumable(files, settings)

@@ -5,6 +5,7 @@ of a training subprocess and the tables of docs/flags.md are made from its field
 """
 
 import dataclasses
+from pathlib import Path
 from typing import Any, ClassVar
 
 from ks.cli.parser import (
@@ -13,6 +14,7 @@ from ks.cli.parser import (
     flag,
     groups,
     integer,
+    key,
     non_negative_float,
     non_negative_int,
     number,
@@ -37,7 +39,9 @@ class WeightFlags:
         "", "file of the dense weight: .pth, .pt, .safetensors or .npy", convert=path, required=True
     )
     weight_key: str | None = flag(
-        None, "name of the tensor, if the file holds several 2-D weights; without it, the error lists their names"
+        None,
+        "name of the tensor, if the file holds several 2-D weights; without it, the error lists their names",
+        convert=key,
     )
     transpose: bool = flag(False, "the weight is stored as (in, out) instead of (out, in)")
 
@@ -117,7 +121,7 @@ class SampleFlags:
         convert=path,
         metavar="FILE",
     )
-    inputs_key: str | None = flag(None, "name of the inputs in that file", shown_default="--weight_key")
+    inputs_key: str | None = flag(None, "name of the inputs in that file", convert=key, shown_default="--weight_key")
     fit_bias: bool = flag(
         False, "with --inputs: the saved chain has a bias that makes up for the mean of the inputs, (W − Ŵ) E[x]"
     )
@@ -178,6 +182,10 @@ class TrainingFlags(WeightFlags, ChainFlags, OptimiserFlags, SampleFlags, Runnin
         """Return the values of these flags by name."""
         names = (field.name for _, fields in groups(TrainingFlags) for field in fields)
         return {name: getattr(self, name) for name in names}
+
+    def files_read(self) -> list[Path]:
+        """Return the paths of the weight and, if they are given, of the inputs."""
+        return [Path(path) for path in (self.weight_path, self.inputs) if path]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -175,6 +175,12 @@ def path(text: str) -> str:
     return text
 
 
+def key(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("a key must not be empty; leave the flag out if the file holds one tensor")
+    return text
+
+
 def file_prefix(text: str) -> str:
     if not text or "/" in text or "\\" in text or text.startswith("."):
         raise argparse.ArgumentTypeError(f"{text!r} is not a file name prefix; it must not be empty or hold a path")

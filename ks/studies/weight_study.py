@@ -96,8 +96,7 @@ class WeightStudy:
         """
         config = self.config
         delete_leftovers(files.all())
-        read = [Path(path) for path in (config.weight_path, config.inputs) if path]
-        claim_folder(files, self.runs, self.record, read, config.overwrite)
+        claim_folder(files, self.runs, self.record, config.files_read(), config.overwrite)
         rows = floor_rows(self.plan, self.problem.predict_zero_loss)
         write_csv(files.floor_csv, columns.names(columns.FLOOR), rows)
 
@@ -111,8 +110,8 @@ class WeightStudy:
             return ended | train_all(self.config, waiting, tasks, launcher, self.read_result, _load_report)
 
     def read_result(self, run: Run, outcome: Outcome | None = None) -> Result:
-        """Return the result of a run; one that was trained on another weight has failed."""
-        return result_of(run, self.config.num_epochs, outcome, self.record["settings"]["weight"])
+        """Return the result of a run; one that was trained on another weight or other inputs has failed."""
+        return result_of(run, self.config.num_epochs, outcome, self.record["settings"])
 
     def conclude(self, files: SweepFiles, ended: dict[Run, Result]) -> list[str]:
         """Write summary and figures; return the lines to print."""

@@ -70,14 +70,14 @@ class Result:
     train_seconds: float | None
 
 
-def result_of(run: Run, num_epochs: int, outcome: Outcome | None = None, weight: str | None = None) -> Result:
+def result_of(run: Run, num_epochs: int, outcome: Outcome | None = None, study: dict | None = None) -> Result:
     """Read the files of a run.
 
     Args:
         run: of a sweep.
         num_epochs: that it was to train.
         outcome: of its process; None if it has not ended in this sweep: then it had finished before or is interrupted.
-        weight: recorded in the settings of the study; a run on another weight has failed. None compares nothing.
+        study: settings of the study; a run on another weight or other inputs has failed. None compares nothing.
     """
     curves = curves_if_any(run.files.curves_csv)
     try:
@@ -87,19 +87,21 @@ def result_of(run: Run, num_epochs: int, outcome: Outcome | None = None, weight:
     otherwise = f"{run.task.name} is trained again" if outcome is None else f"{run.task.name} has failed"
     finished = is_finished(run.files, num_epochs, curves, otherwise)
     ending = _ending(outcome, finished, log.status)
-    if weight is not None and ending == OK and (trained_on := _weight_of(run.files)) != weight:
-        ending = Ending(
-            Status.FAILED, f"the weight file was replaced: trained on {trained_on}, the study is of {weight}"
-        )
+    if study is not None and ending == OK and (replaced := _replaced_file(run.files, study)):
+        ending = Ending(Status.FAILED, replaced)
     return Result(run, ending, curves, log.train_seconds)
 
 
-def _weight_of(files: RunFiles) -> str:
-    """Return the weight that a run recorded."""
+def _replaced_file(files: RunFiles, study: dict) -> str:
+    """Return which file had another content when the run read it than when the study began; empty if none had."""
     try:
-        return str(read_json_as(files.config, RunConfig).settings.get("weight"))
+        trained = read_json_as(files.config, RunConfig).settings
     except UsageError:
-        return "an unknown weight"
+        trained = {}
+    for name in ("weight", "inputs"):
+        if (seen := trained.get(name, "an unknown one")) != study[name]:
+            return f"the file of the {name} was replaced: trained on {seen}, the study is of {study[name]}"
+    return ""
 
 
 def _ending(outcome: Outcome | None, finished: bool, reported: str | None) -> Ending:

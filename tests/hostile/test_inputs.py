@@ -245,6 +245,7 @@ FLAGS = {
     "two spreads": (["--input_std", "2"], "--input_std 2 together with --inputs"),
     "fixed moments": (["--sampling", "fixed"], "--sampling fixed needs raw samples"),
     "another key": (["--inputs_key", "nothing\x1b[0m"], "no inputs for key"),
+    "an empty key": (["--inputs_key", ""], "argument --inputs_key: a key must not be empty; leave the flag out"),
 }
 
 

@@ -78,14 +78,17 @@ def running_sweep(folder, *arguments):
     return process
 
 
-def test_a_weight_replaced_in_mid_run_gives_no_summary_over_two_weights(weight_path, tmp_path):
-    process = running_sweep(tmp_path, "--num_epochs", "300")
-    torch.save(torch.randn(16, 24), weight_path)
+@pytest.mark.parametrize("replaced", ["weight", "inputs"])
+def test_a_file_replaced_in_mid_run_gives_no_summary_over_two(weight_path, tmp_path, replaced):
+    paths = {"weight": weight_path, "inputs": tmp_path / "inputs.pth"}
+    torch.save(torch.randn(100, 24), paths["inputs"])
+    process = running_sweep(tmp_path, "--num_epochs", "300", "--inputs", "inputs.pth")
+    torch.save(torch.randn(100, 24), paths[replaced])
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 3, stderr
     by_rank = {row["rank"]: row for row in read_table(tmp_path / RESULTS["sweep"])}
     assert by_rank["2"]["status"] == "ok"
-    assert "the weight file was replaced" in by_rank["1"]["status"]
+    assert f"the file of the {replaced} was replaced: trained on sha256 " in by_rank["1"]["status"]
 
 
 def test_a_rank_folder_deleted_in_mid_run_costs_that_rank(weight_path, tmp_path):
