@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-faults test-ray test-gpu gpu lint docs pictures inputs clean
+.PHONY: demo test test-faults test-ray test-trackers test-gpu gpu lint docs pictures inputs clean
 
 demo: $(VENV)/requirements
 	$(RUN) example_rank_sweep.py
@@ -19,6 +19,14 @@ test-faults: $(VENV)/requirements-dev
 # needs Linux with unshare (util-linux) and ip (iproute2).
 test-ray: $(VENV)/requirements-dev $(VENV)/requirements-ray
 	unshare --map-root-user --net sh -c 'ip link set lo up && exec $(RUN) -m pytest -m ray'
+
+# Tests --log_to with the real trackers, in a folder of their own: trackio needs an older pillow than the tested set.
+test-trackers: $(VENV)/requirements-dev build/trackers
+	PYTHONPATH=$(CURDIR)/build/trackers $(RUN) -m pytest -m trackers
+
+build/trackers: requirements-trackers.txt
+	rm -rf $@
+	$(RUN) -m pip install --quiet --disable-pip-version-check --target $@ -r $<
 
 # Needs a GPU, and a torch for it; make test needs neither.
 test-gpu:

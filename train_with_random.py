@@ -55,6 +55,7 @@ from ks.training.record import RunRecord
 from ks.training.samples import seeded_generator
 from ks.training.schedule import Schedule
 from ks.training.shared_samples import make_samples
+from ks.training.trackers import TrackerReport
 
 
 def build_parser() -> Parser[TrainerConfig]:
@@ -140,6 +141,8 @@ def train(
     population_interval = math.ceil(config.num_epochs / 10)
     best = BestModel(model, weight, problem.inputs, keep_start=kind.has_floors and config.init == "hierarchical")
     observers: list[Observer] = [CurvesOnDisk(files), ConsoleReport(config)]
+    if config.log_to:
+        observers.append(TrackerReport(config, files, checkpoints.settings))
     curves: list[dict] = []
     if checkpoints.found:
         curves = checkpoints.restore(optimiser, schedule, best)
@@ -160,7 +163,7 @@ def train(
             }
             if kind.has_floors and (epoch % population_interval == 0 or epoch == config.num_epochs):
                 row["population_loss"] = population_loss(weight, factors, problem.inputs) * unit_of_loss
-            if config.log_grad_norm:
+            if config.log_grad_norm or config.log_to:
                 row["grad_norm"] = norms.mean().item()
             curves.append(row)
             best.offer(val_loss, row)  # first, so that an epoch on disk has a best model whenever a signal comes

@@ -142,7 +142,7 @@ def wait_for(condition, seconds=60):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Count the hostile cases by class; say that no GPU test or no Ray test was run, so that it never looks a pass."""
+    """Count the hostile cases by class; say which optional tests were not run, so that it never looks a pass."""
     hostile: dict[str, list[str]] = {}
     for outcome in ("passed", "failed"):
         for report in terminalreporter.getreports(outcome):
@@ -151,10 +151,14 @@ def pytest_terminal_summary(terminalreporter):
                 hostile.setdefault(name.removeprefix("test_").removesuffix(".py"), []).append(outcome)
     for name, outcomes in sorted(hostile.items()):
         terminalreporter.write_line(f"Hostile cases, {name}: {outcomes.count('passed')} of {len(outcomes)} held.")
-    reasons = {"GPU": "there is no CUDA device", "Ray": "make test-ray runs them"}
-    for name, reason in reasons.items():
+    reasons = {
+        "gpu": ("GPU", "there is no CUDA device"),
+        "ray": ("Ray", "make test-ray runs them"),
+        "trackers": ("tracker", "make test-trackers runs them"),
+    }
+    for marker, (name, reason) in reasons.items():
         ran, skipped = (
-            [report for report in terminalreporter.getreports(outcome) if name.lower() in report.keywords]
+            [report for report in terminalreporter.getreports(outcome) if marker in report.keywords]
             for outcome in ("passed", "skipped")
         )
         if skipped and not ran:

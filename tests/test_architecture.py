@@ -83,6 +83,8 @@ HOMES = {
     "triton": {"product.triton_kernels", "product.passes"},
     "tqdm": {"sweep.progress"},
     "ray": {"sweep.ray_cluster"},
+    "wandb": {"training.trackers"},
+    "trackio": {"training.trackers"},
     "pandas": {name for name in FILES if room_of(name) == "report"},  # for tables that people see or plot
 }
 
@@ -98,10 +100,19 @@ def test_heavy_libraries_are_imported_only_where_they_belong(library):
     assert importers <= HOMES[library]
 
 
-@pytest.mark.parametrize(("name", "library"), [("product.passes", "triton"), ("sweep.ray_cluster", "ray")])
+@pytest.mark.parametrize(
+    ("name", "library"),
+    [
+        ("product.passes", "triton"),
+        ("sweep.ray_cluster", "ray"),
+        ("training.trackers", "torch.utils.tensorboard"),
+        ("training.trackers", "wandb"),
+        ("training.trackers", "trackio"),
+    ],
+)
 def test_optional_libraries_are_imported_only_when_needed(name, library):
     top = ast.Module([node for node in FILES[name].body if isinstance(node, (ast.Import, ast.ImportFrom))], [])
-    assert library not in {module.split(".")[0] for module in imported(top)}
+    assert not {module for module in imported(top) if f"{module}.".startswith(f"{library}.")}
 
 
 LIGHT = [
@@ -120,7 +131,7 @@ def test_importing_what_the_trainer_needs_is_light():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
     assert "ks.training.record" in loaded
-    assert not loaded & {"triton", "matplotlib", "pandas", "torch._dynamo", "ray"}
+    assert not loaded & {"triton", "matplotlib", "pandas", "torch._dynamo", "ray", "tensorboard", "wandb", "trackio"}
     # torch itself loads tqdm where it is installed, so that here it is enough that nothing of ours does.
     assert not loaded & {f"ks.{name}" for name in {"product.triton_kernels", "sweep.ray_cluster"} | HOMES["tqdm"]}
 

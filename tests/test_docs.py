@@ -39,8 +39,11 @@ COMMANDS = {
     "docs/results.md": (4, "butterfly_results/rank_sweep_summary.csv"),
     "docs/inputs.md": (1, "rank_sweep_results/rank_sweep_floor.png"),
 }
-# Flags of other programs: pip, ray, docs/generate.py, benchmarks/minilm_layers.py.
-FOREIGN = {"--help", "--no-deps", "--generate", "--train", "--head", "--port", "--address", "--disable-usage-stats"}
+# Flags of other programs: pip, ray, tensorboard, docs/generate.py, benchmarks/minilm_layers.py.
+FOREIGN = {
+    *("--help", "--no-deps", "--generate", "--train", "--head", "--port", "--address", "--disable-usage-stats"),
+    "--logdir",
+}
 
 
 def blocks(page, language):

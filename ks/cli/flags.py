@@ -31,6 +31,8 @@ from ks.files.weights import DTYPES
 from ks.patterns import FAMILIES
 from ks.product.backend import IMPLS, PRECISIONS
 
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightFlags:
@@ -155,6 +157,11 @@ class RunningFlags:
     log_grad_norm: bool = flag(
         False,
         "record the gradient norm of every epoch in the curves; gauss_newton's after the division by the curvature",
+    )
+    log_to: str | None = flag(
+        None,
+        "also log every epoch to an experiment tracker, whose package must be installed; described in docs/files.md",
+        choices=TRACKERS,
     )
     log_interval: int = flag(100, "steps between the lines that --verbose prints", convert=positive_int)
     verbose: bool = flag(False, "print lines within each epoch too")

@@ -42,7 +42,8 @@ CURVES = (
            "and at the best epoch", LOSS, plural="population_losses"),
     Column("lr", "learning rate of the epoch's last step", plural="lrs"),
     Column("epoch_seconds", "duration of the epoch", "seconds", plural="epoch_seconds"),
-    Column("grad_norm", "mean gradient norm over the steps, before clipping; only with `--log_grad_norm`",
+    Column("grad_norm", "mean gradient norm over the steps, before clipping; only with `--log_grad_norm` or "
+           "`--log_to`",
            plural="grad_norms"),
 )  # fmt: skip
 

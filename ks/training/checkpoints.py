@@ -25,7 +25,8 @@ from ks.training.schedule import Schedule
 NOT_COMPARED = (
     *("weight_path", "weight_key", "transpose", "chain", "blocks", "num_factors", "row_splits", "col_splits"),
     *("inputs", "inputs_key"),
-    *("device", "sampling", "optimizer", "log_interval", "verbose", "quiet", "save_interval", "resume_interval"),
+    *("device", "sampling", "optimizer", "log_to", "log_interval", "verbose", "quiet"),
+    *("save_interval", "resume_interval"),
 )
 
 

@@ -17,6 +17,7 @@ from ks.product.backend import check_impl
 from ks.training.choose_optimiser import choose_optimiser
 from ks.training.coordinates import Coordinates, isotropic_coordinates
 from ks.training.layer_inputs import LayerInputs, layer_inputs
+from ks.training.trackers import check_installed
 
 
 @dataclass(frozen=True)
@@ -114,10 +115,11 @@ def resolve(config: TrainingFlags) -> Problem:
     """Load the weight and replace every 'auto' by its value.
 
     Raises:
-        UsageError: bad weight, chain, device, backend or sample counts.
+        UsageError: bad weight, chain, device, backend or sample counts, or a tracker that is not installed.
     """
     device = choose_device(config.device)
     check_impl(config.impl, device)
+    check_installed(config.log_to)
     weight = load_weight(config.weight_path, config.weight_key, config.transpose)
     rows, cols = weight.tensor.shape
     chain = chain_of(config, rows, cols)

@@ -53,6 +53,7 @@ UNUSUAL = {
     "device": "cuda:1",
     "dtype": "bfloat16",
     "log_grad_norm": True,
+    "log_to": "trackio",
     "log_interval": 9,
     "verbose": True,
     "quiet": True,

@@ -116,6 +116,13 @@ def test_places(refused, weight_path, monkeypatch, arguments, message):
     assert message in refused("rank_sweep_study", "--weight_path", weight_path, "--device", "cpu", *arguments)
 
 
+@pytest.mark.parametrize("script", RUNS)
+def test_a_tracker_that_is_not_installed(refused, weight_path, monkeypatch, script):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    line = refused(script, *RUNS[script], "--weight_path", weight_path, "--log_to", "trackio")
+    assert line.endswith("--log_to trackio needs the package trackio; install it: pip install trackio")
+
+
 def test_folders_of_something_else(refused, weight_path, tmp_path):
     (tmp_path / "out" / "rank_2").mkdir(parents=True)
     (tmp_path / "out" / "rank_2" / "rank_2_rank_2_loss_curves.csv").write_text(

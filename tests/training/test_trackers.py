@@ -1,0 +1,287 @@
+"""Trackers hold each epoch once, whatever stops a training; the real packages are tested by make test-trackers."""
+
+import importlib.machinery
+import importlib.util
+import json
+import os
+import sqlite3
+import struct
+import subprocess
+import sys
+import types
+
+import pytest
+from conftest import QUICK, ROOT
+
+import train_with_random
+from ks.cli.flags import TRACKERS
+from ks.errors import UsageError
+from ks.files.curves import read_curves
+from ks.training import trackers
+from ks.training.checkpoints import Checkpoints
+
+VALUES = ("train_loss", "val_loss", "population_loss", "lr", "grad_norm")
+
+
+class StandIn:
+    """A tracker in memory; it survives a training as a database would."""
+
+    def __init__(self, fails_at=None):
+        self.opened, self.rows, self.closed, self.logged, self.fails_at = [], [], 0, 0, fails_at
+
+    def open(self, files, settings, restored):
+        self.opened.append((files.prefix, settings, restored))
+        return self
+
+    def log(self, epoch, values):
+        if epoch == self.fails_at:
+            raise ConnectionError("no\nnetwork")
+        self.rows.append((epoch, values))
+
+    def close(self):
+        self.closed += 1
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Put a stand-in into the place of trackio."""
+
+    def place(**options):
+        tracker = StandIn(**options)
+        monkeypatch.setitem(trackers.KINDS, "trackio", tracker.open)
+        monkeypatch.setattr("ks.training.problem.check_installed", lambda name: None)
+        return tracker
+
+    return place
+
+
+def train(weight_path, folder, *flags, tracker="trackio", code=0):
+    arguments = ["--weight_path", weight_path, "--output_dir", folder, *QUICK, *flags]
+    arguments += ["--log_to", tracker] if tracker else []
+    assert train_with_random.main([*map(str, arguments)]) == code
+
+
+def curves_of(folder):
+    return read_curves(folder / "ks_chain_rank_4_loss_curves.csv")
+
+
+def expected_of(folder):
+    """What a tracker must hold: the finite values of the curves."""
+    return [(row["epoch"], {name: row[name] for name in VALUES if row[name] == row[name]}) for row in curves_of(folder)]
+
+
+def stop_before_the_checkpoint_of(monkeypatch, epoch):
+    """The tracker has logged this epoch, and the checkpoint does not hold it: what a kill leaves."""
+    offer = Checkpoints.offer
+
+    def stop(self, threads, curves, *state):
+        if len(curves) == epoch:
+            raise KeyboardInterrupt
+        offer(self, threads, curves, *state)
+
+    monkeypatch.setattr(Checkpoints, "offer", stop)
+
+
+def test_every_epoch_is_logged_with_the_values_of_the_curves(weight_path, tmp_path, stand_in, capsys):
+    tracker = stand_in()
+    train(weight_path, tmp_path / "out")
+    assert tracker.rows == expected_of(tmp_path / "out")
+    assert len(tracker.rows) == 3
+    assert set(tracker.rows[-1][1]) == set(VALUES)
+    [(name, settings, restored)] = tracker.opened
+    assert (name, settings["rank"], restored) == ("ks_chain", 4, 0)
+    assert tracker.closed == 1
+    assert f"log_to trackio: {tmp_path / 'out' / 'trackio'}" in capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize("before", ["trackio", None])
+def test_a_resumed_training_logs_what_its_tracker_lacks(weight_path, tmp_path, stand_in, monkeypatch, before):
+    tracker = stand_in()
+    with monkeypatch.context() as patched:
+        stop_before_the_checkpoint_of(patched, 2)
+        train(weight_path, tmp_path / "out", "--resume_interval", 0, tracker=before, code=130)
+    assert [epoch for epoch, _ in tracker.rows] == ([1, 2] if before else [])
+    train(weight_path, tmp_path / "out", "--resume_interval", 0, "--resume")
+    assert [epoch for epoch, _ in tracker.rows] == [1, 2, 3]
+    assert tracker.opened[-1][2] == 1
+    values = {epoch: values["val_loss"] for epoch, values in tracker.rows}
+    assert values == {row["epoch"]: row["val_loss"] for row in curves_of(tmp_path / "out")}
+
+
+def test_a_tracker_that_fails_costs_only_its_log(weight_path, tmp_path, stand_in, capsys):
+    tracker = stand_in(fails_at=2)
+    train(weight_path, tmp_path / "out", "--quiet")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "WARNING: --log_to trackio is switched off (ConnectionError: no network)"
+    assert [epoch for epoch, _ in tracker.rows] == [1]
+    assert len(curves_of(tmp_path / "out")) == 3
+
+
+def test_a_tracker_is_no_setting_of_a_training(weight_path, tmp_path, stand_in, capsys):
+    train(weight_path, tmp_path / "out", tracker=None)
+    stand_in()
+    train(weight_path, tmp_path / "out", "--resume")
+    assert "finished before" in capsys.readouterr().out
+
+
+def test_texts_of_a_tracker_stay_out_of_the_results(weight_path, tmp_path, stand_in, monkeypatch, capsys):
+    tracker = stand_in()
+    monkeypatch.setattr(tracker, "log", lambda epoch, values: print("* Trackio says"))
+    train(weight_path, tmp_path / "out")
+    said = capsys.readouterr()
+    assert said.err.count("* Trackio says") == 3
+    assert "Trackio" not in said.out
+    train(weight_path, tmp_path / "quiet", "--quiet")
+    assert capsys.readouterr().err == ""
+
+
+def test_every_tracker_of_the_flag_has_its_kind():
+    assert tuple(trackers.KINDS) == TRACKERS
+
+
+@pytest.mark.parametrize("tracker", TRACKERS)
+def test_a_missing_package_is_one_line_with_its_command(monkeypatch, tracker):
+    monkeypatch.setitem(sys.modules, tracker, None)
+    with pytest.raises(UsageError, match=f"--log_to {tracker} needs the package {tracker}; .*: pip install {tracker}$"):
+        trackers.check_installed(tracker)
+
+
+def test_a_folder_of_that_name_is_no_package(monkeypatch, tmp_path):
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(UsageError, match="pip install wandb"):
+        trackers.check_installed("wandb")
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A module wandb that records what it is told."""
+    module = types.ModuleType("wandb")
+    module.__spec__ = importlib.machinery.ModuleSpec("wandb", None, origin="a stand-in")
+    module.runs, module.rows = [], []
+    run = types.SimpleNamespace(log=lambda values, step: module.rows.append(step), finish=lambda: None)
+    module.init = lambda **options: module.runs.append(options) or run
+    module.Settings = dict
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    return module
+
+
+@pytest.mark.parametrize("how", ["interrupted", "killed"])
+def test_a_run_of_wandb_is_offline_and_whole_when_resumed(weight_path, tmp_path, monkeypatch, wandb, how):
+    with monkeypatch.context() as patched:
+        stop_before_the_checkpoint_of(patched, 2)
+        train(weight_path, tmp_path / "out", "--resume_interval", 0, tracker="wandb", code=130)
+    state = tmp_path / "out" / "wandb" / "ks_chain_run.json"
+    assert json.loads(state.read_text()) == {"id": wandb.runs[0]["id"], "logged": 2}
+    if how == "killed":
+        state.unlink()
+    monkeypatch.setenv("WANDB_MODE", "online")
+    train(weight_path, tmp_path / "out", "--resume_interval", 0, "--resume", tracker="wandb")
+    train(weight_path, tmp_path / "out", tracker="wandb")  # anew
+    first, resumed, anew = wandb.runs
+    assert (first["id"] == resumed["id"]) is (how == "interrupted")
+    assert anew["id"] not in (first["id"], resumed["id"])
+    assert wandb.rows == {"interrupted": [1, 2, 3, 1, 2, 3], "killed": [1, 2, 1, 2, 3, 1, 2, 3]}[how]
+    assert [run["mode"] for run in wandb.runs] == ["offline", "online", "online"]
+    assert (first["dir"], first["name"], first["resume"]) == (str(tmp_path / "out"), "ks_chain", "allow")
+
+
+# The real packages, in processes of their own: trackio reads its folder when it is imported.
+
+INSTALLED = all(importlib.util.find_spec(name) is not None for name in TRACKERS)
+real = [pytest.mark.trackers, pytest.mark.skipif(not INSTALLED, reason="tensorboard, wandb or trackio is missing")]
+STOPPED_AT = 3
+SESSION = f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import train_with_random
+from ks.training.checkpoints import Checkpoints
+offer = Checkpoints.offer
+def stop(self, threads, curves, *state):
+    if len(curves) == {STOPPED_AT} and sys.argv[1] == "interrupted":
+        raise KeyboardInterrupt
+    if len(curves) == {STOPPED_AT} and sys.argv[1] == "killed":
+        time.sleep(2)  # trackio writes twice a second
+        os.kill(os.getpid(), 9)
+    offer(self, threads, curves, *state)
+Checkpoints.offer = stop
+sys.exit(train_with_random.main(sys.argv[2:]))
+"""
+
+
+def tensorboard_runs(folder):
+    """Return the epochs that TensorBoard shows, with their values, by run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard" / "ks_chain"))
+    events.Reload()
+    rows = {}
+    for name in events.Tags()["scalars"]:
+        for event in events.Scalars(name):
+            rows.setdefault(event.step, []).append((name, event.value))
+    return {"ks_chain": sorted(rows.items())}
+
+
+def trackio_runs(folder):
+    (database,) = (folder / "trackio").glob("*.db")
+    runs = {}
+    with sqlite3.connect(database) as connection:
+        for run, name, step, metrics in connection.execute("SELECT run_id, run_name, step, metrics FROM metrics"):
+            assert name == "ks_chain"
+            runs.setdefault(run, []).append((step, list(json.loads(metrics).items())))
+    return runs
+
+
+def wandb_runs(folder):
+    from wandb.proto import wandb_internal_pb2
+
+    runs = {}
+    for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
+        data, position = path.read_bytes(), 7  # a header, then records with their checksum, size and kind
+        while position < len(data):
+            _, size, kind = struct.unpack("<IHB", data[position : position + 7])
+            assert kind == 1  # all in one piece
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data[position + 7 : position + 7 + size])
+            position += 7 + size
+            if record.HasField("run"):
+                assert record.run.display_name == "ks_chain"
+                rows = runs.setdefault(record.run.run_id, [])
+            if record.HasField("history"):
+                values = {item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+                rows.append((values["_step"], [(name, values[name]) for name in VALUES if name in values]))
+    return runs
+
+
+READ = {"tensorboard": tensorboard_runs, "wandb": wandb_runs, "trackio": trackio_runs}
+
+
+@pytest.mark.parametrize("how", ["interrupted", "killed"])
+@pytest.mark.parametrize("tracker", [pytest.param(name, marks=real) for name in TRACKERS])
+def test_a_stopped_and_resumed_training_is_one_run_with_every_epoch_once(weight_path, tmp_path, tracker, how):
+    def session(how, *flags):
+        arguments = ["--weight_path", weight_path, *QUICK[:4], "--num_epochs", 5, "--output_dir", "out"]
+        arguments += ["--log_to", tracker, "--resume_interval", 0, *flags]
+        command = [sys.executable, "-c", SESSION, how, *map(str, arguments)]
+        environment = {name: value for name, value in os.environ.items() if name != "WANDB_MODE"}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+
+    folder = tmp_path / "out"
+    assert session(how).returncode == {"interrupted": 130, "killed": -9}[how]
+    if (tracker, how) != ("wandb", "killed"):  # wandb writes every 15 seconds
+        [rows] = READ[tracker](folder).values()
+        assert [epoch for epoch, _ in rows] == [1, 2, 3]
+    done = session("whole", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
+    assert done.stdout.startswith("rank 4: validation loss")
+    [found] = READ[tracker](folder).values()
+    assert [epoch for epoch, _ in found] == [1, 2, 3, 4, 5]
+    for (_, logged), (_, expected) in zip(found, expected_of(folder), strict=True):
+        assert dict(logged) == pytest.approx(expected, rel=1e-6)
+    assert session("whole").returncode == 0  # anew: wandb has a second run, the others replace the first
+    runs = READ[tracker](folder)
+    assert len(runs) == (2 if tracker == "wandb" else 1)
+    assert all([epoch for epoch, _ in rows] == [1, 2, 3, 4, 5] for rows in runs.values())
