@@ -5,8 +5,8 @@
 
 Reads rank_R/rank_R_rank_R_loss_curves.csv (those of the 2025 scripts too) and, where they are, PREFIX_summary.json
 (which then says what ranks belong to the study), PREFIX_floor.csv and PREFIX_config.json. Writes PREFIX_loss_curves,
-PREFIX_final_losses and PREFIX_floor to --output_dir and prints the summary; for several sweeps, PREFIX_chains. If the
-figures are not those of a sweep in that folder, PREFIX_figures.json names them.
+PREFIX_final_losses and PREFIX_floor to --output_dir and prints the answer and the summary; for several sweeps,
+PREFIX_chains. If the figures are not those of a sweep in that folder, PREFIX_figures.json names them.
 Exit codes: 0 well, 2 bad input, 4 internal error.
 """
 
@@ -78,6 +78,8 @@ def main(argv=None) -> int:
     for study in studies:
         if len(studies) > 1:
             print(f"{study.name}: {study.chain}")
+        if study.answer:
+            print("\n".join(study.answer) + "\n")
         print(summary_table(study.summary.to_dict("records")))
     for path in written:
         print(path)

@@ -106,6 +106,11 @@ def read_table(path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def printed_table(text: str) -> list[str]:
+    """The lines of the table that a sweep prints, from its header on."""
+    return text.split("\n\n", 1)[1].splitlines()
+
+
 def files_of(results_dir, rank: int, seed: int | None = None) -> RunFiles:
     """The files of one rank of a sweep, of its first seed unless told."""
     return run_files(results_dir, rank, seed, None)

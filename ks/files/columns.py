@@ -71,8 +71,9 @@ SUMMARY = (
     Column("compression_ratio", "parameters of the dense weight over those of the chain", "ratio", "compression",
            "{:.2f}x"),
     Column("saturated", "whether the rank is so large that a larger one changes nothing"),
-    Column("verdict", "limit of this rank: converged, sample-limited or undertrained; and the marks saturated, larger "
-           "than dense, below the best known (chain) and calibration-limited (unseen inputs lose more)",
+    Column("verdict", "limit of this rank: converged, between its bounds, sample-limited or undertrained; and the "
+           "marks saturated, larger than dense, below the best known (chain) and calibration-limited (unseen inputs "
+           "lose more)",
            header="verdict"),
     Column("num_seeds", "number of seeds that finished"),
     Column("final_train_loss_se", "standard error of `final_train_loss` over the seeds", LOSS),

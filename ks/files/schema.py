@@ -35,6 +35,7 @@ class TrainingLog(Struct):
 
     status: Text
     train_seconds: Seconds | None = None
+    copy_of: Positive | None = None
 
 
 class Choice(Struct):
@@ -69,6 +70,7 @@ class SweepConfig(Struct):
     seeds: Annotated[list[Seed], Meta(min_length=1)]
     title: Text | None = None
     loss: Text | None = None
+    answer: list[Text] = field(default_factory=list)
     problem: ProblemRecord = field(default_factory=ProblemRecord)
     files: list[Text] = field(default_factory=list)
 

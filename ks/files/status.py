@@ -14,6 +14,7 @@ class Status(StrEnum):
     TIMED_OUT = "timed out"
     INTERRUPTED = "interrupted"
     FAILED = "failed"
+    NOT_STARTED = "not started"
 
 
 @dataclass(frozen=True)
@@ -28,3 +29,8 @@ class Ending:
 
 
 OK = Ending(Status.OK)
+
+
+def ended_well(status: object) -> bool:
+    """Return whether an `Ending`, or its text from a file, is that of a finished training or of a copy of one."""
+    return str(status).split(" (")[0] == Status.OK

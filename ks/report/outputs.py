@@ -11,7 +11,7 @@ from ks.files.atomic import write_csv, write_json
 from ks.files.curves import long_form
 from ks.files.layout import RunFiles, SweepFiles
 from ks.files.schema import RunConfig, read_json_as
-from ks.files.status import OK
+from ks.files.status import ended_well
 from ks.report.figures import save_figures, study_figures
 from ks.report.study import Study, curves_table, floor_frame, summary_frame
 from ks.report.summary import Reference, rank_row, run_row
@@ -40,7 +40,7 @@ def summarise(
         run_row(result.run.rank, result.curves, result.ending, result.run.seed, result.train_seconds)
         for result in results
     ]
-    measured = all(row["population_loss"] is not None for row in runs if row["status"] == OK)
+    measured = all(row["population_loss"] is not None for row in runs if ended_well(row["status"]))
     rows = [
         rank_row(
             [row for row in runs if row["rank"] == rank],
@@ -68,7 +68,7 @@ def write_outputs(
     Args:
         config, problem, plan: of the sweep.
         files: to write.
-        record: content of the sweep's config file; the label of the losses is added.
+        record: content of the sweep's config file, with the answer; the label of the losses is added.
         results: of all runs.
         runs, rows: as `summarise` returns them.
     Returns:
@@ -95,6 +95,7 @@ def write_outputs(
         chain=problem.chain.describe(),
         weight_sha256=problem.weight.sha256(),
         loss_label=record["loss"],
+        answer=tuple(record.get("answer", ())),
     )
     drawn = study_figures(study, log_scale=config.log_scale, title=config.title, figsize=config.figsize)
     return [files.summary_csv, *save_figures(drawn, files, config.formats, config.dpi)]

@@ -44,6 +44,7 @@ def read_study(files: SweepFiles) -> Study:
         chain=config.problem.chain if config else None,
         weight_sha256=config.problem.weight.sha256 if config else None,
         loss_label=(config and config.loss) or LossKind.MEAN_SQUARED_ERROR.value,
+        answer=tuple(config.answer) if config else (),
     )
 
 

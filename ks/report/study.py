@@ -7,7 +7,7 @@ import pandas as pd
 
 from ks.bounds.plan import Plan
 from ks.files import columns
-from ks.files.status import OK
+from ks.files.status import ended_well
 from ks.report.summary import floor_rows
 from ks.training.losses import LossKind
 
@@ -18,7 +18,7 @@ class Study:
 
     curves: one row for each run and epoch (columns of the curves file, and seed). summary: one row for each rank
     (columns of the summary; for a 2025 folder only the losses are filled). floor: columns of the floor file, empty if
-    there is no floor. title: weight and chain, None if not known.
+    there is no floor. title: weight and chain, None if not known. answer: sentences of `ks.report.answer`.
     """
 
     name: str
@@ -29,6 +29,7 @@ class Study:
     chain: str | None = None
     weight_sha256: str | None = None
     loss_label: str = LossKind.MEAN_SQUARED_ERROR.value
+    answer: tuple[str, ...] = ()
 
 
 def curves_table(runs: Iterable[tuple[dict, list[dict]]]) -> pd.DataFrame:
@@ -38,8 +39,8 @@ def curves_table(runs: Iterable[tuple[dict, list[dict]]]) -> pd.DataFrame:
         runs: for each run its row (rank, seed, status) and its curves.
     """
     runs = list(runs)
-    well = {row["rank"] for row, _ in runs if str(row["status"]) == str(OK)}
-    drawn = [run for run in runs if str(run[0]["status"]) == str(OK) or run[0]["rank"] not in well]
+    well = {row["rank"] for row, _ in runs if ended_well(row["status"])}
+    drawn = [run for run in runs if ended_well(run[0]["status"]) or run[0]["rank"] not in well]
     return pd.DataFrame([epoch | {"seed": row["seed"]} for row, curves in drawn for epoch in curves])
 
 

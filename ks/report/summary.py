@@ -11,7 +11,7 @@ from ks.bounds.floors import Floor
 from ks.bounds.plan import Plan
 from ks.files.atomic import finite
 from ks.files.columns import ISOTROPIC
-from ks.files.status import OK, Ending, Status
+from ks.files.status import OK, Ending, Status, ended_well
 from ks.patterns import Chain
 from ks.report.verdict import NEGLIGIBLE_FLOOR, ROUNDING, Verdict, is_calibration_limited, limit_of
 
@@ -37,7 +37,7 @@ def run_row(
         values = [(entry[f"{split}_loss"], entry["epoch"]) for entry in curves if math.isfinite(entry[f"{split}_loss"])]
         best, epoch = min(values, default=(None, None))
         row |= {f"min_{split}_loss": best, f"min_{split}_epoch": epoch}
-    last = curves[-1] if curves and ending == OK else {}
+    last = curves[-1] if curves and ended_well(ending) else {}
     for name in ("final_train_loss", "final_val_loss", "population_loss"):
         row[name] = finite(last.get(name.removeprefix("final_")))
     return row
@@ -76,22 +76,23 @@ def rank_row(
         reference: of the study.
     Returns:
         a dict with the keys of `ks.files.columns.SUMMARY`, as far as they are known; and `failed`, whether a run ended
-        badly and was not interrupted.
+        badly and neither was interrupted nor waits for its start.
     """
     predict_zero = reference.predict_zero_loss
-    finished = [run for run in runs if run["status"] == OK]
+    finished = [run for run in runs if ended_well(run["status"])]
     good = finished or runs
     row: dict[str, Any] = {key: good[0][key] for key in ("rank", "min_train_epoch", "min_val_epoch", "num_epochs")}
     row |= {"num_seeds": len(finished), "train_seconds": _mean([run["train_seconds"] for run in runs])}
     row |= {name: _mean([run[name] for run in good]) for name in LOSSES}
     row |= {f"{name}_se": _standard_error([run[name] for run in good]) for name in WITH_ERROR}
     row["status"] = _joint_ending(runs)
-    row["failed"] = row["status"].status not in (Status.OK, Status.INTERRUPTED)
+    row["failed"] = row["status"].status not in (Status.OK, Status.INTERRUPTED, Status.NOT_STARTED)
     if chain is not None:
         row["parameters"] = chain.parameters(row["rank"])
         row["compression_ratio"] = chain.rows * chain.cols / row["parameters"]
         row["saturated"] = row["rank"] >= chain.saturation_rank
     if floor is not None:
+        row |= {"relative_floor": floor.lower, "relative_floor_upper": floor.upper}
         row |= {"loss_floor": floor.lower * predict_zero, "loss_floor_upper": floor.upper * predict_zero}
         row["loss_floor_is_exact"] = floor.exact
     limit, below, calibration = None, False, False
@@ -115,9 +116,9 @@ def rank_row(
 
 
 def _joint_ending(runs: list[dict]) -> Ending:
-    bad = [run["status"] for run in runs if run["status"] != OK]
+    bad = [run["status"] for run in runs if not ended_well(run["status"])]
     if not bad or len(runs) == 1:
-        return bad[0] if bad else OK
+        return runs[0]["status"]
     detail = f"{bad[0].detail}; " if bad[0].detail else ""
     return Ending(bad[0].status, f"{detail}{len(bad)} of {len(runs)} seeds")
 

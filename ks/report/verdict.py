@@ -24,6 +24,7 @@ class Limit(StrEnum):
     """The limit of a trained rank; the value is the word in the files."""
 
     CONVERGED = "converged"
+    BRACKETED = "between its bounds"
     SAMPLES = "sample-limited"
     TRAINING = "undertrained"
 
@@ -53,14 +54,22 @@ def limit_of(population_loss: float, train_loss: float, floor: Floor) -> Limit:
     """Return the limit of a rank; all losses are relative to predicting 0.
 
     converged: at most 0.1% of predicting 0 above the floor, or 1% of the smaller of the floor and of the loss that the
-    rank can remove. If the bounds of the floor differ, the upper one counts.
-    sample-limited: not converged, and the training loss shows less than half of the gap to the floor.
-    undertrained: neither.
+    rank can remove.
+    between its bounds: the same holds for the upper bound of the floor, but not for the lower one.
+    sample-limited: neither, and the training loss shows less than half of the gap to the upper bound.
+    undertrained: none of these.
     """
-    gap = population_loss - floor.upper
-    if gap <= max(CONVERGED_SHARE * min(floor.upper, 1 - floor.upper), CONVERGED_EXCESS):
+    if population_loss <= converged_loss(floor.lower):
         return Limit.CONVERGED
+    if population_loss <= converged_loss(floor.upper):
+        return Limit.BRACKETED
+    gap = population_loss - floor.upper
     return Limit.SAMPLES if train_loss - floor.upper < SEEN_SHARE * gap else Limit.TRAINING
+
+
+def converged_loss(floor: float) -> float:
+    """Return the largest loss that counts as at a floor; both are relative to predicting 0."""
+    return floor + max(CONVERGED_SHARE * min(floor, 1 - floor), CONVERGED_EXCESS)
 
 
 def is_calibration_limited(relative: float, held_out_relative: float, held_out_count: int) -> bool:

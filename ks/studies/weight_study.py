@@ -16,13 +16,15 @@ from ks.files import columns
 from ks.files.atomic import delete_leftovers, write_csv
 from ks.files.layout import SweepFiles
 from ks.files.provenance import provenance
-from ks.files.status import OK, Status
+from ks.files.status import Status, ended_well
 from ks.files.weights import packed
 from ks.inputs.read import packed_inputs
+from ks.report.answer import answer
 from ks.report.plan_table import plan_notes, plan_table
 from ks.report.summary import floor_rows
 from ks.report.verdict import advice, check_above_floor
 from ks.sweep.claim import claim_folder
+from ks.sweep.copies import copies_of, copy_results
 from ks.sweep.launcher import Launcher, Outcome, Task
 from ks.sweep.launching import launcher_of
 from ks.sweep.progress import SlowWork
@@ -105,9 +107,27 @@ class WeightStudy:
         for text in (*self.problem.notes, *self.remarks()):
             console.note(text, self.config.quiet)
         ended = finished_before(self.config, self.runs, self.read_result)
-        waiting = sorted((run for run in self.runs if run not in ended), key=lambda run: (-run.rank, run.seed))
+        copies = self._copies(ended)
+        waiting = [run for run in self.runs if run not in ended and run not in copies]
+        waiting.sort(key=lambda run: (-run.rank, run.seed))
         with self._sharing_samples(waiting) as tasks:
-            return ended | train_all(self.config, waiting, tasks, launcher, self.read_result, _load_report)
+            ended |= train_all(self.config, waiting, tasks, launcher, self.read_result, _load_report)
+        for run, source in copies.items():
+            if source in ended and ended_well(ended[source].ending):
+                copy_results(source.files, run.files)
+                ended[run] = self.read_result(run)
+        return ended
+
+    def _copies(self, ended: dict[Run, Result]) -> dict[Run, Run]:
+        """Return the runs above saturation that get a copy, each with its source; finished ones need none."""
+        saturation = self.problem.chain.saturation_rank
+        saturated = [run for run in self.runs if run.rank >= saturation]
+        copies = copies_of(saturated, saturation, {run: ended.get(run) or self.read_result(run) for run in saturated})
+        copies = {run: source for run, source in copies.items() if run not in ended}
+        for run, source in copies.items():
+            text = f"{run.task.name}: will be a copy of rank {source.rank}, because rank {saturation} is saturated"
+            console.note(text, self.config.quiet)
+        return copies
 
     def read_result(self, run: Run, outcome: Outcome | None = None) -> Result:
         """Return the result of a run; one that was trained on another weight or other inputs has failed."""
@@ -120,12 +140,19 @@ class WeightStudy:
 
         results = [ended.get(run) or self.read_result(run) for run in self.runs]
         self.rows_of_runs, rows = summarise(results, self.floors, self.problem, self.plan)
-        if any(row["population_loss"] is None for row in self.rows_of_runs if row["status"] == OK):
+        if any(row["population_loss"] is None for row in self.rows_of_runs if ended_well(row["status"])):
             console.note("floors are left out: the criterion is not the mean squared error", self.config.quiet)
+        self.record["answer"] = answer(rows, self.plan, self.config.target_relative_loss)
         written = write_outputs(
             self.config, self.problem, self.plan, files, self.record, results, self.rows_of_runs, rows
         )
-        return [summary_table(rows), *advice(rows, self.problem.sampling), *map(str, written)]
+        return [
+            *self.record["answer"],
+            "",
+            summary_table(rows),
+            *advice(rows, self.problem.sampling),
+            *map(str, written),
+        ]
 
     def statuses(self) -> set[Status]:
         """Return how the runs ended, once the study is concluded."""

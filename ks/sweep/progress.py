@@ -8,7 +8,7 @@ from tqdm import tqdm
 from ks.cli.console import note
 from ks.errors import one_line
 from ks.files.curves import EpochCounter
-from ks.files.status import OK
+from ks.files.status import ended_well
 from ks.sweep.launcher import Outcome, Task
 from ks.sweep.run import Result, Run
 
@@ -48,7 +48,7 @@ class Progress:
         task, curves = result.run.task, result.curves
         loss = f", validation loss {curves[-1]['val_loss']:.6g}" if curves else ""
         message = f"{task.name}: {result.ending}{loss}, {outcome.seconds:.1f} s"
-        if result.ending != OK:
+        if not ended_well(result.ending):
             message = "\n  ".join([f"{message}; end of {task.log}:", *_tail(task)])
         self.ended += 1
         if self.bar is None:

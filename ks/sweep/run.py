@@ -11,7 +11,7 @@ from ks.errors import UsageError
 from ks.files.curves import curves_if_any
 from ks.files.layout import RunFiles, run_files
 from ks.files.schema import RunConfig, TrainingLog, read_json_as
-from ks.files.status import OK, Ending, Status
+from ks.files.status import OK, Ending, Status, ended_well
 from ks.sweep.launcher import Outcome, Task
 from ks.training.checkpoints import is_finished
 
@@ -62,12 +62,16 @@ def runs_of(config: SweepConfig, ranks: list[int], output_dir: Path, trainer: Pa
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended, with its curves, read once. train_seconds: duration of the training, None if unknown."""
+    """How a run ended, with its curves, read once.
+
+    train_seconds: duration of the training, None if unknown. copy_of: the rank whose results are copied, or None.
+    """
 
     run: Run
     ending: Ending
     curves: list[dict]
     train_seconds: float | None
+    copy_of: int | None = None
 
 
 def result_of(run: Run, num_epochs: int, outcome: Outcome | None = None, study: dict | None = None) -> Result:
@@ -86,10 +90,10 @@ def result_of(run: Run, num_epochs: int, outcome: Outcome | None = None, study: 
         log = TrainingLog("")
     otherwise = f"{run.task.name} is trained again" if outcome is None else f"{run.task.name} has failed"
     finished = is_finished(run.files, num_epochs, curves, otherwise)
-    ending = _ending(outcome, finished, log.status)
-    if study is not None and ending == OK and (replaced := _replaced_file(run.files, study)):
+    ending = _ending(outcome, finished, log, bool(curves))
+    if study is not None and ended_well(ending) and (replaced := _replaced_file(run.files, study)):
         ending = Ending(Status.FAILED, replaced)
-    return Result(run, ending, curves, log.train_seconds)
+    return Result(run, ending, curves, log.train_seconds, log.copy_of)
 
 
 def _replaced_file(files: RunFiles, study: dict) -> str:
@@ -104,13 +108,15 @@ def _replaced_file(files: RunFiles, study: dict) -> str:
     return ""
 
 
-def _ending(outcome: Outcome | None, finished: bool, reported: str | None) -> Ending:
+def _ending(outcome: Outcome | None, finished: bool, log: TrainingLog, begun: bool) -> Ending:
     if outcome is None:
-        return OK if finished else Ending(Status.INTERRUPTED)
+        if finished:
+            return OK if log.copy_of is None else Ending(Status.OK, f"copy of rank {log.copy_of}")
+        return Ending(Status.INTERRUPTED if log.status or begun else Status.NOT_STARTED)
     if outcome.timed_out:
         return Ending(Status.TIMED_OUT)
     if outcome.returncode == EXIT_OK and finished:
         return OK
-    if outcome.returncode == EXIT_FAILED and reported in (Status.DIVERGED, Status.OUT_OF_MEMORY):
-        return Ending(Status(reported))
+    if outcome.returncode == EXIT_FAILED and log.status in (Status.DIVERGED, Status.OUT_OF_MEMORY):
+        return Ending(Status(log.status))
     return Ending(Status.FAILED, f"exit {outcome.returncode}")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from ks import signals
 from ks.cli import console
 from ks.cli.flags import SweepConfig
-from ks.files.status import OK
+from ks.files.status import ended_well
 from ks.sweep.launcher import Launcher, Outcome, Task
 from ks.sweep.progress import Progress
 from ks.sweep.run import Result, Run
@@ -26,7 +26,7 @@ def finished_before(config: SweepConfig, runs: list[Run], read_result: ReadResul
         if signals.came():
             break
         result = read_result(run, None)
-        if result.ending == OK:
+        if ended_well(result.ending):
             results[run] = result
             console.note(f"{run.task.name}: finished before", config.quiet)
         elif not run.files.resume.exists():

@@ -14,8 +14,8 @@ CURVES = [
 ]
 
 
-def make_row(population=0.26, train=0.25, lower=0.2, upper=None, rank=2, predict_zero=1.0, ending=OK):
+def make_row(population=0.26, train=0.25, lower=0.2, upper=None, rank=2, predict_zero=1.0, ending=OK, chain=CHAIN):
     """Return the row of a rank with one seed; losses and bounds are in the unit of `predict_zero`."""
     curves = [CURVES[1] | {"train_loss": train, "population_loss": population}]
     floor = Floor(rank, lower / predict_zero, (upper or lower) / predict_zero, upper is None)
-    return rank_row([run_row(rank, curves, ending)], CHAIN, floor, Reference(predict_zero))
+    return rank_row([run_row(rank, curves, ending)], chain, floor, Reference(predict_zero))

@@ -51,7 +51,7 @@ def test_the_gap_refers_to_the_best_known_chain_and_may_be_negative():
     row = make_row(population=0.19, lower=0.1, upper=0.2)
     assert row["optimality_gap"] == pytest.approx(-0.05)
     assert row["excess"] == pytest.approx(-0.01)
-    assert str(row["verdict"]) == "converged, below the best known"
+    assert str(row["verdict"]) == "between its bounds, below the best known"
     exact = make_row(population=0.2 - 1e-12, lower=0.2)
     assert (exact["optimality_gap"], exact["excess"]) == (0.0, 0.0)
 

@@ -9,7 +9,7 @@ import sys
 import pandas as pd
 import pytest
 import torch
-from conftest import QUICK, ROOT, dense_loss, files_of, floor_of, read_table, wait_for
+from conftest import QUICK, ROOT, dense_loss, files_of, floor_of, printed_table, read_table, wait_for
 
 import ks
 import rank_sweep_study
@@ -67,10 +67,12 @@ def test_a_sweep_writes_the_files_of_the_contract(swept):
     declared = {column.name: column for column in columns.SUMMARY}
     left_out = {"loss_floor_upper", "held_out_relative_loss", "isotropic_floor"}  # floors are exact, inputs isotropic
     printed = [declared[name].header for name in columns.PRINTED if name not in left_out]
-    assert done.stdout.splitlines()[0].split() == " ".join(printed).split()
+    assert printed_table(done.stdout)[0].split() == " ".join(printed).split()
     rows = read_table(study / "rank_sweep_summary.csv")
     assert [row["rank"] for row in rows] == ["2", "4", "100"]
-    assert {row["status"] for row in rows} == {"ok"}
+    assert [row["status"] for row in rows] == ["ok", "ok", "ok (copy of rank 4)"]
+    answer = json.loads((study / "rank_sweep_config.json").read_text())["answer"]
+    assert done.stdout.startswith("\n".join(answer) + "\n\n")
     last = read_table(study / "rank_2" / "rank_2_rank_2_loss_curves.csv")[-1]
     assert last["val_loss"] == rows[0]["final_val_loss"]
     assert [row["rank"] for row in json.loads((study / "rank_sweep_summary.json").read_text())] == [2, 4, 100]
@@ -102,7 +104,7 @@ def test_the_number_behind_a_verdict_is_in_file_table_and_advice(swept):
     expected = (predict_zero - float(row["population_loss"])) / (predict_zero - floor_of(weight, 2))
     assert float(row["removed_share"]) == pytest.approx(expected, rel=1e-6)
     share = f"{expected:.2%}"
-    lines = swept[1].stdout.splitlines()
+    lines = printed_table(swept[1].stdout)
     assert share in lines[1].split()
     assert any(
         line.startswith("rank 2: ") and f"{share} of the loss that this rank can remove" in line for line in lines
@@ -212,6 +214,7 @@ def test_a_sweep_where_every_rank_diverges_exits_1(run, weight_path, tmp_path):
 def test_an_interrupted_sweep_summarises_and_leaves_no_process(weight_path, tmp_path, sent):
     command = [sys.executable, str(ROOT / "rank_sweep_study.py"), "--weight_path", str(weight_path)]
     command += ["--ranks", "1", "2", "--num_epochs", "100000", "--num_samples", "80", "--output_dir", "out"]
+    command += ["--jobs", "1"]
     command += ["--seeds", "0", "1"] if sent == signal.SIGTERM else []
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(files_of(tmp_path / "out", 2).curves_csv.exists)  # the larger one comes first
@@ -219,7 +222,7 @@ def test_an_interrupted_sweep_summarises_and_leaves_no_process(weight_path, tmp_
     process.communicate(timeout=60)
     assert process.returncode == 130
     rows = read_table(tmp_path / "out" / "rank_sweep_summary.csv")
-    assert [row["status"].split(" ")[0] for row in rows] == ["interrupted", "interrupted"]
+    assert [row["status"].split(" ")[0] for row in rows] == ["not", "interrupted"]
     assert int(rows[1]["num_epochs"]) > 0
     assert subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True).stdout == b""
 
@@ -261,7 +264,7 @@ def test_a_loss_below_its_floor_is_an_internal_error_after_all_is_written(weight
     assert "InternalError: rank 1: the population loss, 0." in said.err
     assert "is below its floor, 0.9999" in said.err
     assert said.err.splitlines()[-1].startswith("rank_sweep_study.py: internal error")
-    assert "population loss" in said.out.splitlines()[0]
+    assert "population loss" in printed_table(said.out)[0]
     assert [row["rank"] for row in read_table(tmp_path / "out" / "rank_sweep_summary.csv")] == ["1", "2"]
     for name in ("runs.csv", "all_curves.csv", "summary.json", "loss_curves.png", "final_losses.png", "floor.png"):
         assert (tmp_path / "out" / f"rank_sweep_{name}").stat().st_size > 0

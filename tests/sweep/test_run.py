@@ -92,4 +92,4 @@ def test_a_damaged_log_is_said_and_the_run_is_judged_without_it(finished, capsys
 def test_a_run_without_files_is_unfinished(tmp_path):
     (run,) = runs_of(config_of(), [2], tmp_path, Path("trainer.py"))
     result = result_of(run, EPOCHS)
-    assert (result.ending, result.curves, result.train_seconds) == (Ending(Status.INTERRUPTED), [], None)
+    assert (result.ending, result.curves, result.train_seconds) == (Ending(Status.NOT_STARTED), [], None)
