@@ -50,7 +50,10 @@ def trained(tmp_path):
     write_curves(source.files, [ROW])
     for path in (source.files.final, source.files.best):
         KSLinear(4, 4).save(path)
-    write_json(source.files.config, {"settings": {"rank": 4, "weight": "w"}, "files": ["rank_4_final.pth"]})
+    write_json(
+        source.files.config,
+        {"settings": {"rank": 4, "weight": "w", "inputs": "isotropic"}, "files": ["rank_4_final.pth"]},
+    )
     write_json(source.files.training_log, {"status": "finished", "train_seconds": 2.0})
     return source, target
 
@@ -58,7 +61,7 @@ def trained(tmp_path):
 def test_a_copy_is_a_finished_run_of_its_own_rank(trained):
     source, target = trained
     copy_results(source.files, target.files)
-    result = result_of(target, 1, weight="w")
+    result = result_of(target, 1, study={"weight": "w", "inputs": "isotropic"})
     assert str(result.ending) == "ok (copy of rank 4)"
     assert (result.copy_of, result.train_seconds) == (4, 2.0)
     assert [row["rank"] for row in read_curves(target.files.curves_csv)] == [9]
