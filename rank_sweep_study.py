@@ -29,6 +29,7 @@ from ks.files.atomic import prepare_output_dir
 from ks.files.layout import SweepFiles
 from ks.files.lock import locked
 from ks.files.status import Status
+from ks.studies.checkpoint_study import CheckpointStudy
 from ks.studies.weight_study import WeightStudy
 from ks.sweep.lifeline import stop_with_parent
 
@@ -53,7 +54,11 @@ def main(argv=None) -> int:
     config = build_parser().parse(argv)
     if config.gpus == "none" and config.device == "auto":
         config = dataclasses.replace(config, device="cpu")
-    study = WeightStudy(config, TRAINER)
+    study: WeightStudy | CheckpointStudy
+    if config.is_of_several_layers():
+        study = CheckpointStudy(config, TRAINER)
+    else:
+        study = WeightStudy(config.of_layer(config.weight_key[0] if config.weight_key else None), TRAINER)
     if config.dry_run:
         print(study.plan_text())
         return console.EXIT_OK

@@ -81,11 +81,12 @@ def find_candidates(
     Raises:
         UsageError: a family without floors, a layer without moments, or moments that do not fit.
     """
+    check_inputs(weights, moments)
     inputs = _InputsOfLayers(moments)
-    inputs.check(weight.name for weight in weights)
     file = FloorsFile(floors_path)
     seen: dict[str, int] = {}
     found: list[Candidates] = []
+    known_before = 0
 
     @torch.no_grad()  # a thread starts with gradients
     def compute(weight: LayerWeight) -> tuple[Candidates, list[LayerFloors], float]:
@@ -123,9 +124,28 @@ def find_candidates(
             file.add(entry.weight_sha256, entry.inputs_sha256, floors)
         if new:
             file.save()
-        source = f"{seconds:.1f} s" if new else "known before"
-        report(f"{number} of {len(weights)}: {entry.layer}, {entry.rows} × {entry.cols}: {source}")
+            report(f"{number} of {len(weights)}: {entry.layer}, {entry.rows} × {entry.cols}: {seconds:.1f} s")
+        else:
+            known_before += 1
+    if known_before:
+        report(f"floors of {known_before} layers were computed before")
     return found
+
+
+def check_inputs(weights: Iterable[LayerWeight], moments: InputMoments | str | Path | None) -> None:
+    """Raise UsageError unless moments hold the inputs of every weight; the message counts those that lack them."""
+    inputs = _InputsOfLayers(moments)
+    if moments is None:
+        return
+    reasons = []
+    for weight in weights:
+        try:
+            find_weight(inputs.aliases(), weight.name, inputs.where)
+        except UsageError as error:
+            reasons.append(str(error))
+    if reasons:
+        others = f" ({len(reasons)} layers lack them)" if len(reasons) > 1 else ""
+        raise UsageError(f"{reasons[0]}{others}; collect them, or name other layers")
 
 
 def _each(compute, weights: Iterable[LayerWeight], device) -> Iterator:
@@ -140,20 +160,6 @@ class _InputsOfLayers:
         self.moments = moments if moments is None or isinstance(moments, InputMoments) else MomentsFile(moments)
         self.where = "these moments" if isinstance(moments, InputMoments) else str(moments)
 
-    def check(self, names: Iterable[str]) -> None:
-        """Raise UsageError unless every layer has moments; the message counts those that have none."""
-        if self.moments is None:
-            return
-        reasons = []
-        for name in names:
-            try:
-                find_weight(self._aliases(), name, self.where)
-            except UsageError as error:
-                reasons.append(str(error))
-        if reasons:
-            others = f" ({len(reasons)} layers lack them)" if len(reasons) > 1 else ""
-            raise UsageError(f"{reasons[0]}{others}; collect them, or name other layers")
-
     def sha256(self, name: str) -> str | None:
         """Return the hash of the moments of a layer; None for isotropic inputs."""
         return None if self.moments is None else inputs_sha256(self._of(name), name)
@@ -164,7 +170,8 @@ class _InputsOfLayers:
             return UNIT_INPUTS
         return MeasuredInputs(inputs_of(self._of(name), width, name).train.second_moment)
 
-    def _aliases(self) -> Mapping[str, str]:
+    def aliases(self) -> Mapping[str, str]:
+        """Return the NAME of the input of every weight that has moments."""
         assert self.moments is not None
         return self.moments.aliases if isinstance(self.moments, InputMoments) else self.moments.record.aliases
 
@@ -173,5 +180,5 @@ class _InputsOfLayers:
         assert self.moments is not None
         if isinstance(self.moments, InputMoments):
             return self.moments
-        found = find_weight(self._aliases(), name, self.where)
-        return self.moments.moments({found: self._aliases()[found]})
+        found = find_weight(self.aliases(), name, self.where)
+        return self.moments.moments({found: self.aliases()[found]})

@@ -11,7 +11,6 @@ from ks.errors import UsageError, one_line
 from ks.files.globs import matches, nearest
 from ks.files.weights import Weight, entries_of, is_matrix, load_entry
 
-WILDCARDS = "*?["
 SHOWN = 3  # of the names that a remark lists
 
 
@@ -41,11 +40,6 @@ class Selection:
     weights: tuple[LayerWeight, ...]
     source: str
     notes: tuple[str, ...]
-
-
-def has_wildcards(name: str) -> bool:
-    """Return whether a name is a glob."""
-    return any(character in name for character in WILDCARDS)
 
 
 def select_weights(

@@ -24,7 +24,9 @@ from ks.cli.parser import (
     positive_int,
     redefault,
     seed_number,
+    share,
 )
+from ks.files.globs import is_glob
 from ks.files.layout import FIGURE_FORMATS
 from ks.files.make_weight import INIT_METHODS
 from ks.files.weights import DTYPES
@@ -231,7 +233,43 @@ class TrainerConfig(TrainingFlags, OutputFlags):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SweepConfig(TrainingFlags, OutputFlags, PlotFlags):
+class LayersFlags:
+    """Several weights of a checkpoint at once."""
+
+    TITLE: ClassVar = "layers of a checkpoint"
+    weight_key: tuple[str, ...] | None = redefault(
+        WeightFlags,
+        "weight_key",
+        None,
+        nargs="+",
+        metavar="NAME",
+    )
+    chains: tuple[str, ...] | None = flag(
+        None,
+        "families to choose from for each layer, instead of --chain",
+        choices=tuple(family for family in FAMILIES if family != "lowrank_butterfly"),
+        nargs="+",
+        shown_default="monarch lowrank",
+    )
+    budget: float | None = flag(
+        None,
+        "choose chain and rank of every layer so that they lose the least, with at most this share of the parameters "
+        "of the dense weights; --target_relative_loss instead chooses the fewest parameters that lose at most this "
+        "share on average",
+        convert=share,
+    )
+    importance: str = flag(
+        "equal",
+        "weight of each layer's relative loss in the sum: equal; energy, by its output energy; or a JSON file that "
+        "gives numbers by name or glob",
+        convert=path,
+        metavar="equal|energy|FILE",
+    )
+    rank_multiple: int = flag(1, "choose ranks that are multiples of this number", convert=positive_int)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepConfig(LayersFlags, TrainingFlags, OutputFlags, PlotFlags):  # type: ignore[misc]
     """rank_sweep_study.py."""
 
     TITLE: ClassVar = "sweep"
@@ -277,6 +315,21 @@ class SweepConfig(TrainingFlags, OutputFlags, PlotFlags):
     )
     gpus: str = flag("auto", "GPUs to use: auto (all), none, or numbers such as 0,1 among the visible ones")
     runs_per_gpu: int = flag(1, "trainings that share a GPU", convert=positive_int)
+
+    def is_of_several_layers(self) -> bool:
+        """Return whether the flags ask for the layers of a checkpoint instead of one weight."""
+        names = self.weight_key or ()
+        asked = self.chains or self.budget or self.importance != "equal" or self.rank_multiple != 1
+        return len(names) > 1 or any(is_glob(name) for name in names) or bool(asked)
+
+    def of_layer(self, name: str | None, **changes: Any) -> "SweepConfig":
+        """Return the flags for one weight of the checkpoint.
+
+        Args:
+            name: of the weight; None if the file holds one weight alone.
+            changes: other flags.
+        """
+        return dataclasses.replace(self, weight_key=name, **changes)  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -163,6 +163,8 @@ positive_float, non_negative_float = (
 )
 open_fraction = _number(float, lambda value: 0 < value < 1, "a number between 0 and 1, both excluded")
 
+share = _number(float, lambda value: 0 < value <= 1, "a number above 0, at most 1")
+
 
 def auto_or(convert: Callable[[str], Any]) -> Callable[[str], Any]:
     """Return a converter that also accepts 'auto'."""

@@ -89,6 +89,8 @@ SUMMARY = (
            "the inputs change", SHARE, "if isotropic", "{:.2%}"),
 )  # fmt: skip
 
+LAYERS_SUMMARY = (*SUMMARY, Column("layer", "name of the weight in the checkpoint"))
+
 # The printed table has its own order: cost first, then the losses, the distance to the floor and the verdict.
 PRINTED = (
     *("rank", "parameters", "compression_ratio", "final_train_loss", "final_val_loss", "population_loss"),
@@ -126,6 +128,18 @@ FLOOR = (
     Column("relative_loss", "`loss_floor` / loss of predicting 0", SHARE),
 )
 
+LAYER_FLOORS = (
+    Column("layer", "name of the weight in the checkpoint"),
+    Column("rows", "m, output features"),
+    Column("cols", "n, input features"),
+    Column("chain", "family of the chain"),
+    Column("rank", "rank of the chain"),
+    Column("parameters", "values of the chain"),
+    Column("share", "`parameters` / (m·n)", "ratio"),
+    Column("relative_loss", "share of the output energy that the best known chain of this rank loses", SHARE),
+    Column("relative_loss_lower", "share that every chain of this rank loses at least", SHARE),
+    Column("interpolated", "whether `relative_loss` was interpolated between ranks"),
+)  # fmt: skip
 PLAN = (
     Column("layer", "name of the weight in the checkpoint", header="layer"),
     Column("rows", "m, output features", header="rows"),

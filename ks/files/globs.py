@@ -6,6 +6,13 @@ from fnmatch import fnmatchcase
 
 from ks.errors import one_line
 
+WILDCARDS = "*?["
+
+
+def is_glob(name: str) -> bool:
+    """Return whether a name has wildcards."""
+    return any(character in name for character in WILDCARDS)
+
 
 def matches(name: str, glob: str) -> bool:
     """Return whether a name such as `encoder.layer.0.output.dense` matches a glob.

@@ -77,6 +77,11 @@ def find_runs(results_dir, first_seed: int | None = None) -> list[tuple[int, int
     return sorted(found, key=lambda run: run[0])
 
 
+def layer_folder(output_dir: Path, layer: str) -> Path:
+    """Return the results folder of one layer of a checkpoint."""
+    return output_dir / layer.replace("/", "_").lstrip(".")
+
+
 @dataclass(frozen=True)
 class SweepFiles:
     """The files of a sweep besides its rank folders, in `directory`."""
@@ -90,6 +95,11 @@ class SweepFiles:
     all_curves_csv = _file("{prefix}_all_curves.csv")
     floor_csv = _file("{prefix}_floor.csv")
     config = _file("{prefix}_config.json")
+    floors = _file("{prefix}_floors.npz")
+    layer_floors_csv = _file("{prefix}_layer_floors.csv")
+    plan_json = _file("{prefix}_plan.json")
+    plan_csv = _file("{prefix}_plan.csv")
+    plan_record = _file("{prefix}_plan_record.json")
     figures_record = _file("{prefix}_figures.json")
     lock = _file(".sweep.lock")
 
@@ -101,6 +111,10 @@ class SweepFiles:
         figures = [self.figure(name, suffix) for name in FIGURES for suffix in FIGURE_FORMATS]
         return [self.summary_csv, self.summary_json, self.runs_csv, self.all_curves_csv, *figures]
 
+    def planned(self) -> list[Path]:
+        """Return the files of the plan of a checkpoint."""
+        return [self.floors, self.layer_floors_csv, self.plan_json, self.plan_csv, self.plan_record]
+
     def all(self) -> list[Path]:
-        """Return every file of the sweep itself but its lock."""
+        """Return every file of the sweep of one weight but its lock."""
         return [*self.outputs(), self.floor_csv, self.config]

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,11 +34,16 @@ class Weight(NamedTuple):
         return hashlib.sha256(head + data.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def packed(weight: Weight, transpose: bool = False) -> bytes:
-    """Return a .pth file with this weight alone, as bytes; `load_weight` reads it with the same key and transpose."""
-    tensor = weight.tensor.t() if transpose else weight.tensor
+def packed(weights: Sequence[Weight], transpose: bool = False) -> bytes:
+    """Return a .pth file with these weights alone, as bytes; `load_weight` reads it with the same keys and transpose.
+
+    Args:
+        weights: with different keys; one that stands alone needs none.
+        transpose: store them as (in, out).
+    """
+    tensors = {weight.key: (weight.tensor.t() if transpose else weight.tensor).contiguous() for weight in weights}
     buffer = io.BytesIO()
-    torch.save({weight.key: tensor.contiguous()} if weight.key else tensor.contiguous(), buffer)
+    torch.save(tensors if all(tensors) else next(iter(tensors.values())), buffer)
     return buffer.getvalue()
 
 

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from ks.bounds.floors import floor_curve
+from ks.bounds.floors import Floor, floor_curve
 from ks.bounds.plan import Plan, make_plan
 from ks.bounds.target_rank import ranks_around
 from ks.cli import console
@@ -43,11 +43,12 @@ class WeightStudy:
     Args:
         config: of the sweep.
         trainer: absolute path of the training script.
+        floors: of every rank that is trained, if they were computed before.
     Raises:
         UsageError: a weight, inputs or ranks that cannot be studied.
     """
 
-    def __init__(self, config: SweepConfig, trainer: Path):
+    def __init__(self, config: SweepConfig, trainer: Path, floors: dict[int, Floor | None] | None = None):
         self.config, self.trainer = config, trainer
         self.problem = problem = resolve(config)
         if problem.rows * problem.cols > 2**22 or config.inputs:
@@ -63,10 +64,11 @@ class WeightStudy:
             isotropic = floor_curve(problem.isotropic_weight(), problem.chain)
             self.plan = dataclasses.replace(self.plan, isotropic_curve=isotropic)
         self.ranks = ranks_of(config, self.plan)
-        self.floors = dict(zip(self.ranks, self.plan.floors(self.ranks), strict=True))
+        self.floors = floors or dict(zip(self.ranks, self.plan.floors(self.ranks), strict=True))
         self.runs = runs_of(config, self.ranks, Path(config.output_dir).absolute(), trainer)
         self.record = record_of(config, problem, self.ranks)
         self.rows_of_runs: list[dict] = []
+        self.rows: list[dict] = []
 
     def plan_text(self) -> str:
         """Return the plan and the commands of the trainings, for --dry_run."""
@@ -83,10 +85,10 @@ class WeightStudy:
         config, files = self.config, {}
         if config.launcher == "ray":
             weight_path = Path(config.weight_path).absolute()
-            files[str(weight_path)] = (f"{weight_path.stem}.pth", packed(self.problem.weight, config.transpose))
+            files[str(weight_path)] = (f"{weight_path.stem}.pth", packed([self.problem.weight], config.transpose))
             if config.inputs:
                 inputs = Path(config.inputs).absolute()
-                content = packed_inputs(inputs, config.inputs_key or config.weight_key)
+                content = packed_inputs(inputs, config.inputs_key or self.problem.weight.key)
                 files[str(inputs)] = (f"inputs_{inputs.name}", content)
         return launcher_of(config, self.problem.device, len(self.runs), self.trainer, files)
 
@@ -139,18 +141,18 @@ class WeightStudy:
         from ks.report.summary_table import summary_table
 
         results = [ended.get(run) or self.read_result(run) for run in self.runs]
-        self.rows_of_runs, rows = summarise(results, self.floors, self.problem, self.plan)
+        self.rows_of_runs, self.rows = summarise(results, self.floors, self.problem, self.plan)
         if any(row["population_loss"] is None for row in self.rows_of_runs if ended_well(row["status"])):
             console.note("floors are left out: the criterion is not the mean squared error", self.config.quiet)
-        self.record["answer"] = answer(rows, self.plan, self.config.target_relative_loss)
+        self.record["answer"] = answer(self.rows, self.plan, self.config.target_relative_loss)
         written = write_outputs(
-            self.config, self.problem, self.plan, files, self.record, results, self.rows_of_runs, rows
+            self.config, self.problem, self.plan, files, self.record, results, self.rows_of_runs, self.rows
         )
         return [
             *self.record["answer"],
             "",
-            summary_table(rows),
-            *advice(rows, self.problem.sampling),
+            summary_table(self.rows),
+            *advice(self.rows, self.problem.sampling),
             *map(str, written),
         ]
 

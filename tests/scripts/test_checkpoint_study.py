@@ -1,0 +1,161 @@
+"""Several layers of a checkpoint: plan, trainings, resume, and bad input, as users run them."""
+
+import contextlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import QUICK, read_table, save_moments
+
+import ks
+import rank_sweep_study
+from ks.allocation.model_plan import ModelPlan
+from ks.inputs.moments_file import InputMoments
+
+LAYERS = ("block.0.up.weight", "block.0.down.weight", "block.1.up.weight", "block.1.down.weight")
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    tensors = {"embed.weight": torch.randn(9, 16, generator=generator), "block.0.norm.weight": torch.ones(16)}
+    for index, name in enumerate(LAYERS):
+        rows, cols = (24, 16) if "up" in name else (16, 24)
+        rank = 2 * index + 2
+        tensors[name] = torch.randn(rows, rank, generator=generator) @ torch.randn(rank, cols, generator=generator)
+        tensors[name] += 0.3 * torch.randn(rows, cols, generator=generator)
+    torch.save(tensors, tmp_path / "model.pth")
+    return tmp_path / "model.pth"
+
+
+def study(checkpoint, folder, *flags, keys=("block.*.*.weight",), code=0):
+    arguments = ["--weight_path", checkpoint, "--weight_key", *keys, "--output_dir", folder, *QUICK, *flags]
+    assert rank_sweep_study.main([str(argument) for argument in arguments]) == code
+
+
+def test_a_dry_run_compares_the_families_of_every_layer(checkpoint, tmp_path, capsys):
+    study(checkpoint, tmp_path / "out", "--dry_run")
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed[1:-1]] == [name for name in LAYERS for _ in range(2)]
+    rows = read_table(tmp_path / "out" / "rank_sweep_layer_floors.csv")
+    tensors = torch.load(checkpoint)
+    for row in rows:
+        if row["layer"] == LAYERS[1] and row["chain"] == "lowrank":
+            values = torch.linalg.svdvals(tensors[LAYERS[1]].double()).square()
+            loss = values[int(row["rank"]) :].sum() / values.sum()
+            assert float(row["relative_loss"]) == pytest.approx(loss.item(), rel=1e-9)
+            assert int(row["parameters"]) == int(row["rank"]) * 40
+    assert {row["chain"] for row in rows} == {"monarch", "lowrank"}
+
+
+def test_a_plan_is_written_and_a_second_budget_uses_its_floors(checkpoint, tmp_path, capsys):
+    study(checkpoint, tmp_path / "out", "--budget", 0.6, "--dry_run")
+    first = capsys.readouterr()
+    assert "4 of 4: block.1.down.weight, 16 × 24" in first.err
+    plan = ModelPlan.load(tmp_path / "out" / "rank_sweep_plan.json")
+    assert plan.share <= 0.6
+    assert plan.checkpoint == "model.pth"
+    assert f"{plan.parameters:,} of 1,536" in first.out
+    table = read_table(tmp_path / "out" / "rank_sweep_plan.csv")
+    assert [row["layer"] for row in table] == list(LAYERS)
+    study(checkpoint, tmp_path / "out", "--budget", 0.4, "--dry_run")
+    assert "floors of 4 layers were computed before" in capsys.readouterr().err
+    assert ModelPlan.load(tmp_path / "out" / "rank_sweep_plan.json").share <= 0.4
+    study(checkpoint, tmp_path / "out", "--target_relative_loss", 0.1, "--dry_run")
+    assert ModelPlan.load(tmp_path / "out" / "rank_sweep_plan.json").mean_relative_loss <= 0.1
+
+
+def test_every_planned_layer_is_trained_and_resumed(checkpoint, tmp_path, capsys):
+    folder = tmp_path / "out"
+    study(checkpoint, folder, "--budget", 0.5, "--num_epochs", 20)
+    plan = ModelPlan.load(folder / "rank_sweep_plan.json")
+    rows = read_table(folder / "rank_sweep_summary.csv")
+    trained = [layer for layer in plan.layers if layer.chain is not None]
+    assert [(row["layer"], int(row["rank"])) for row in rows] == [(layer.layer, layer.rank) for layer in trained]
+    for layer, row in zip(trained, rows):
+        chain = ks.load(folder / layer.layer / f"rank_{layer.rank}" / f"rank_{layer.rank}_final.pth")
+        assert chain.num_parameters == layer.parameters
+        assert float(row["relative_loss"]) >= layer.relative_loss_lower * (1 - 1e-6)
+        assert (folder / layer.layer / "rank_sweep_loss_curves.png").exists()
+    assert json.loads((folder / "rank_sweep_summary.json").read_text())[0]["layer"] == trained[0].layer
+    capsys.readouterr()
+    study(checkpoint, folder, "--budget", 0.5, "--num_epochs", 20)
+    assert capsys.readouterr().err.count("finished before") == len(trained)
+
+
+def test_without_a_budget_every_layer_trains_the_given_ranks(checkpoint, tmp_path):
+    study(checkpoint, tmp_path / "out", "--chain", "lowrank", "--ranks", 2, 3, "--seeds", 0, 1, keys=LAYERS[:2])
+    rows = read_table(tmp_path / "out" / "rank_sweep_summary.csv")
+    assert [(row["layer"], row["rank"]) for row in rows] == [(name, rank) for name in LAYERS[:2] for rank in "23"]
+    assert {row["num_seeds"] for row in rows} == {"2"}
+
+
+def test_layers_are_planned_for_the_inputs_that_they_see(checkpoint, tmp_path):
+    generator, moments = torch.Generator().manual_seed(1), None
+    for name in LAYERS:
+        width = 16 if "up" in name else 24
+        rows = torch.randn(200, width, generator=generator) @ torch.randn(width, width, generator=generator)
+        part = InputMoments.load(save_moments(tmp_path / "part.safetensors", rows, rows[:40], name))
+        moments = part if moments is None else moments.merge(part)
+    moments.save(tmp_path / "inputs.safetensors")
+    flags = ("--inputs", tmp_path / "inputs.safetensors", "--budget", 0.5)
+    study(checkpoint, tmp_path / "out", *flags, "--dry_run")
+    plan = ModelPlan.load(tmp_path / "out" / "rank_sweep_plan.json")
+    assert all(layer.inputs_sha256 for layer in plan.layers)
+    assert plan.mean_relative_loss_lower <= plan.mean_relative_loss
+    study(checkpoint, tmp_path / "out", *flags)
+    for row in read_table(tmp_path / "out" / "rank_sweep_summary.csv"):
+        assert float(row["held_out_relative_loss"]) > 0
+
+
+def test_a_failed_layer_stays_visible(checkpoint, tmp_path):
+    (tmp_path / "out" / LAYERS[0] / "rank_3" / "rank_3_rank_3_loss_curves.csv").mkdir(parents=True)
+    study(checkpoint, tmp_path / "out", "--chain", "lowrank", "--ranks", 3, keys=LAYERS[:2], code=2)
+
+
+BAD = {
+    "glob": ((), ("block.*.upp.weight",), "nothing matches 'block.*.upp.weight'; nearest of 6: block.1.up.weight"),
+    "no matrix": ((), ("block.*.norm.weight",), "names no 2-D weight that a chain can replace"),
+    "budget and target": (("--budget", 0.5, "--target_relative_loss", 0.1), LAYERS, "give one or the other"),
+    "budget above 1": (("--budget", 1.5), LAYERS, "'1.5' is not a number above 0, at most 1"),
+    "chain and chains": (("--chain", "lowrank", "--chains", "monarch"), LAYERS, "give one or the other"),
+    "splits": (("--row_splits", 4, 6, "--col_splits", 4, 4), LAYERS, "are for one weight"),
+    "no floor": (("--chain", "lowrank_butterfly"), LAYERS, "has no floor, and a plan needs one"),
+    "importance": (("--importance", "absent.json", "--budget", 0.5), LAYERS, "absent.json"),
+    "inputs": (("--inputs", "x.safetensors"), LAYERS, "(4 layers lack them); collect them, or name other layers"),
+    "samples": (("--inputs", "x.npy"), LAYERS, "x.npy cannot be read as moments of inputs"),
+    "bias": (("--fit_bias",), LAYERS, "--fit_bias is for one weight"),
+}
+
+
+@pytest.mark.parametrize(("flags", "keys", "message"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_line_and_nothing_is_written(checkpoint, tmp_path, monkeypatch, capsys, flags, keys, message):
+    monkeypatch.chdir(tmp_path)
+    save_moments(tmp_path / "x.safetensors", torch.randn(50, 16), None, "other.layer.proj")
+    np.save(tmp_path / "x.npy", torch.randn(50, 16).numpy())
+    with contextlib.suppress(SystemExit):  # argparse
+        study(checkpoint, tmp_path / "out", *flags, keys=keys, code=2)
+    [line] = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_budget_that_no_plan_meets_names_one_that_is_met(checkpoint, tmp_path, capsys):
+    study(checkpoint, tmp_path / "out", "--budget", 0.01, "--dry_run", code=2)
+    line = capsys.readouterr().err.splitlines()[-1]
+    study(checkpoint, tmp_path / "out", "--budget", line.rpartition("at least ")[2], "--dry_run")
+
+
+def test_a_file_of_the_user_is_not_overwritten(checkpoint, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "rank_sweep_plan.json").write_text("mine")
+    study(checkpoint, tmp_path / "out", "--budget", 0.5, "--dry_run", code=2)
+    assert "no record says that this toolkit wrote it" in capsys.readouterr().err
+    assert (tmp_path / "out" / "rank_sweep_plan.json").read_text() == "mine"
+
+
+def test_one_weight_and_a_checkpoint_are_different_studies(checkpoint, tmp_path, capsys):
+    study(checkpoint, tmp_path / "out", "--ranks", 2, keys=LAYERS[:1])
+    study(checkpoint, tmp_path / "out", "--ranks", 2, "--chain", "lowrank", keys=LAYERS[:2], code=2)
+    assert "another study" in capsys.readouterr().err
