@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from ks.allocation.plan_model import plan_model
     from ks.bounds.factorize import factorize
     from ks.bounds.floors import loss_floor
+    from ks.compression.apply import compress
+    from ks.compression.saved_model import load_compressed, save_compressed
     from ks.inputs.collect import collect_input_moments
     from ks.inputs.moments_file import InputMoments
     from ks.layer import KSLinear, load
@@ -24,11 +26,14 @@ __all__ = [
     "Pattern",
     "chain_product",
     "collect_input_moments",
+    "compress",
     "factorize",
     "load",
+    "load_compressed",
     "loss_floor",
     "make_chain",
     "plan_model",
+    "save_compressed",
 ]
 
 _HOMES = {
@@ -38,11 +43,14 @@ _HOMES = {
     "Pattern": "ks.patterns",
     "chain_product": "ks.product.operator",
     "collect_input_moments": "ks.inputs.collect",
+    "compress": "ks.compression.apply",
     "factorize": "ks.bounds.factorize",
     "load": "ks.layer",
+    "load_compressed": "ks.compression.saved_model",
     "loss_floor": "ks.bounds.floors",
     "make_chain": "ks.patterns",
     "plan_model": "ks.allocation.plan_model",
+    "save_compressed": "ks.compression.saved_model",
 }
 
 

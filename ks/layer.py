@@ -38,6 +38,10 @@ class KSLinear(torch.nn.Module):
         UsageError: a chain that does not fit the shape, or an impl that cannot run.
     """
 
+    stored_transposed = (
+        False  # whether the weight that this layer replaced is (in, out) in its checkpoint, as of Conv1D
+    )
+
     def __init__(
         self,
         in_features: int,

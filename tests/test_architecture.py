@@ -20,7 +20,7 @@ SCRIPTS = {path.stem: ast.parse(path.read_text()) for path in ROOT.glob("*.py")}
 # The rooms in the order of their imports: a module imports from its own room and from those before it.
 ROOMS = (
     *("errors", "signals", "patterns", "product", "files", "inputs", "bounds", "allocation", "layer"),
-    *("cli", "training", "sweep", "report", "studies"),
+    *("compression", "cli", "training", "sweep", "report", "studies"),
 )
 
 

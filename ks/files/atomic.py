@@ -66,6 +66,20 @@ def save_tensors(value: Any, path) -> None:
         temporary.write_bytes(buffer.getbuffer())
 
 
+def write_safetensors(path, tensors: dict[str, Any], metadata: dict[str, str]) -> None:
+    """Write tensors and metadata as .safetensors atomically; whatever prevents it raises OSError."""
+    import safetensors.torch
+
+    with atomic_path(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # the library lets nobody but the user read its files
+        try:
+            safetensors.torch.save_file(tensors, temporary, metadata)
+        except safetensors.SafetensorError as error:  # a missing folder or a full disk
+            raise OSError(one_line(error, 200)) from error
+        temporary.chmod(mode)
+
+
 def write_json(path, value: Any) -> None:
     """Write JSON atomically; NaN and infinities become null."""
     with atomic_path(path) as temporary:

@@ -207,6 +207,26 @@ class InputMomentsRecord(Struct):
     libraries: dict[Text, Text] = field(default_factory=dict)
 
 
+class CompressedLayer(Struct):
+    """A chain of a compressed model."""
+
+    patterns: Annotated[list[tuple[Positive, Positive, Positive, Positive]], Meta(min_length=1, max_length=1000)]
+    batch_last: bool = False
+    bias: bool = False
+    stored_transposed: bool = False
+
+
+class CompressedModel(Struct):
+    """compressed.json beside the tensors of a compressed model; `ks.compression.saved_model` describes the fields."""
+
+    format: Text
+    version: Positive
+    model: Text
+    layers: dict[Text, CompressedLayer]
+    aliases: dict[Text, Text] = field(default_factory=dict)
+    densified: bool = False
+
+
 def convert(content: Any, kind: type[Record], where: str) -> Record:
     """Check the content of a file against its schema.
 

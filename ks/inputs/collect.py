@@ -88,22 +88,30 @@ class Linear:
     transposed: bool
 
 
-def find_linears(model: torch.nn.Module, layers: str | Sequence[str]) -> dict[str, Linear]:
-    """Return the nn.Linear and Conv1D layers whose names match, by name.
+def checkpoint_name(path: str) -> str:
+    """Return the name of a module or tensor without the components that torch.compile, FSDP and such add."""
+    return ".".join(part for part in path.split(".") if part not in WRAPPERS)
 
-    A name is the one that a checkpoint of the model uses: components that torch.compile, FSDP and data parallelism add
-    are left out. The key of the weight is `NAME.weight`.
 
-    Raises:
-        UsageError: no layer matches.
-    """
+def linears_of(model: torch.nn.Module) -> dict[str, Linear]:
+    """Return all nn.Linear and Conv1D layers by the names that a checkpoint uses; the weight's key is `NAME.weight`."""
     linears = {}
     for path, module in unwrapped(model).named_modules(remove_duplicate=False):
-        name = ".".join(part for part in path.split(".") if part not in WRAPPERS)
+        name = checkpoint_name(path)
         if isinstance(module, torch.nn.Linear):
             linears[name] = Linear(module, module.in_features, f"{name}.weight".lstrip("."), False)
         elif _is_conv1d(module):
             linears[name] = Linear(module, len(module.weight), f"{name}.weight".lstrip("."), True)
+    return linears
+
+
+def find_linears(model: torch.nn.Module, layers: str | Sequence[str]) -> dict[str, Linear]:
+    """Return the layers of `linears_of` whose names match.
+
+    Raises:
+        UsageError: no layer matches.
+    """
+    linears = linears_of(model)
     matched = matching(linears, layers)
     if not matched:
         wanted = layers if isinstance(layers, str) else ", ".join(layers)

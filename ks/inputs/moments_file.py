@@ -3,7 +3,7 @@
 import json
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from ks.errors import UsageError, one_line
-from ks.files.atomic import atomic_path
+from ks.files.atomic import write_safetensors
 from ks.files.globs import nearest
 from ks.files.memory import check_fits
 from ks.files.provenance import now
@@ -109,13 +109,8 @@ class InputMoments:
         if path.suffix != ".safetensors":
             raise UsageError(f"{path}: moments of inputs are kept in a .safetensors file; give it that suffix")
         try:
-            with atomic_path(path) as temporary:
-                temporary.touch()
-                mode = temporary.stat().st_mode  # the library lets nobody but the user read its files
-                tensors, metadata = self._content()
-                safetensors.torch.save_file(tensors, temporary, metadata)
-                temporary.chmod(mode)
-        except Exception as error:  # the library raises its own error for a missing folder and a full disk
+            write_safetensors(path, *self._content())
+        except OSError as error:
             raise UsageError(f"{path} cannot be written ({one_line(error, 200)})") from error
 
     def packed(self) -> bytes:
@@ -164,29 +159,30 @@ def _libraries() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: str(version) for name, version in loaded.items() if version}}
 
 
-def find_weight(aliases: Mapping[str, str], key: str, where: str) -> str:
-    """Return the key of a weight as a moments file spells it.
+def find_weight(known_keys: Collection[str], key: str, where: str, what: str = "inputs") -> str:
+    """Return the key of a weight as a file of moments, or a model, spells it.
 
     Exact keys come first, then names of layers, then the one key that differs by a prefix of one or two components,
     as `bert.encoder.layer.0.output.dense.weight` does from `encoder.layer.0.output.dense.weight`.
 
     Args:
-        aliases: NAME of the input, by the weight's key.
+        known_keys: keys of weights.
         key: of the weight in its checkpoint, or the name of its layer.
-        where: the file, for messages.
+        where: the file or the model, for messages.
+        what: is looked for, for messages.
     Raises:
         UsageError: no key fits, or several do.
     """
     for spelling in (key, f"{key}.weight"):
-        if spelling in aliases:
+        if spelling in known_keys:
             return spelling
-    behind_prefix = [known for known in aliases if _differ_by_prefix(known, key)]
+    behind_prefix = [known for known in known_keys if _differ_by_prefix(known, key)]
     if len(behind_prefix) == 1:
         return behind_prefix[0]
     if behind_prefix:
         fitting = one_line(", ".join(behind_prefix), 300)
         raise UsageError(f"{where}: key {one_line(key)!r} fits {fitting}; give one of them in full")
-    raise UsageError(f"{where}: no inputs for key {one_line(key)!r}; {nearest(key, aliases)}")
+    raise UsageError(f"{where}: no {what} for key {one_line(key)!r}; {nearest(key, known_keys)}")
 
 
 def open_safetensors(path: Path, what: str) -> tuple[Any, dict[str, str]]:
