@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ks.bounds.factorize import factorize
     from ks.bounds.floors import loss_floor
     from ks.compression.apply import compress
+    from ks.compression.in_order import compress_in_order
     from ks.compression.saved_model import load_compressed, save_compressed
     from ks.inputs.collect import collect_input_moments
     from ks.inputs.moments_file import InputMoments
@@ -27,6 +28,7 @@ __all__ = [
     "chain_product",
     "collect_input_moments",
     "compress",
+    "compress_in_order",
     "factorize",
     "load",
     "load_compressed",
@@ -44,6 +46,7 @@ _HOMES = {
     "chain_product": "ks.product.operator",
     "collect_input_moments": "ks.inputs.collect",
     "compress": "ks.compression.apply",
+    "compress_in_order": "ks.compression.in_order",
     "factorize": "ks.bounds.factorize",
     "load": "ks.layer",
     "load_compressed": "ks.compression.saved_model",

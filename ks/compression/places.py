@@ -21,7 +21,7 @@ class Place:
     Args:
         plan: of the weight.
         linears: every layer that uses it, the planned one first; several if the weight is tied.
-        names: of the layers, in the same order; a layer may have several.
+        names: of these layers in this order; a layer may have several.
     """
 
     plan: LayerPlan
@@ -63,7 +63,7 @@ def find_places(model: nn.Module, plan: ModelPlan) -> list[Place]:
         weights = [linear.module.weight for linear in planned]
         using = [linear for linear in linears.values() if any(linear.module.weight is weight for weight in weights)]
         users = tuple({linear.module: linear for linear in (*planned, *using)}.values())
-        names = tuple(name for name, linear in linears.items() if any(linear.module is user.module for user in users))
+        names = tuple(name for user in users for name, linear in linears.items() if linear.module is user.module)
         for linear in users:
             _check_planned(layer, linear)
         places.append(Place(layer, users, names))
