@@ -81,7 +81,7 @@ def _plan_in(folder: Path) -> Path:
 
 
 def _check_moments(plan: ModelPlan, moments) -> None:
-    measured = [layer.layer for layer in plan.layers if layer.inputs_sha256 is not None]
+    measured = [layer.layer for layer in plan.layers if layer.chain is not None and layer.inputs_sha256 is not None]
     if moments is None and measured:
         raise UsageError(f"the plan of {one_line(measured[0])} is for measured inputs; give their moments")
     if moments is not None and not measured:
