@@ -149,6 +149,30 @@ def test_the_examples_of_measured_inputs_run_as_written(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_the_examples_of_whole_models_run_as_written(tmp_path):
+    setup = (
+        f"import sys, torch; sys.path.insert(0, {str(ROOT)!r})",
+        "def network():",
+        "    torch.manual_seed(0)",
+        "    mlp = {'up': torch.nn.Linear(8, 24), 'down': torch.nn.Linear(24, 8)}",
+        "    model = torch.nn.ModuleDict({'mlp': torch.nn.ModuleDict(mlp)})",
+        "    model.forward = lambda x: model['mlp']['down'](model['mlp']['up'](x).relu())",
+        "    return model",
+        "model, fresh_model, batches = network(), network(), [torch.randn(100, 8)] * 5",
+    )
+    checks = (
+        "x = torch.randn(3, 8)",
+        "assert isinstance(model['mlp']['up'], ks.KSLinear)",
+        "other = network()",
+        "ks.compress_in_order(other, plan, batches, max_passes=6)",
+        "assert other(x).shape == (3, 8)",
+    )
+    code = "\n".join([*setup, *blocks("docs/models.md", "python"), *checks])
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"small_model", "ordinary_checkpoint"}
+
+
 def test_every_flag_is_documented():
     rows = [line for line in PAGES["docs/flags.md"].splitlines() if line.startswith("| `--")]
     documented = {flag for row in rows for flag in re.findall(r"`(--\w+)`", row.split(" | ")[0])}
