@@ -55,6 +55,7 @@ from ks.training.record import RunRecord
 from ks.training.samples import seeded_generator
 from ks.training.schedule import Schedule
 from ks.training.shared_samples import make_samples
+from ks.training.target import target_of
 from ks.training.trackers import TrackerReport
 
 
@@ -221,6 +222,7 @@ def main(argv=None) -> int:
     stop_with_parent()
     config = build_parser().parse(argv)
     problem = resolve(config)
+    target = target_of(config, problem)
     files = RunFiles(prepare_output_dir(config.output_dir), config.save_prefix, config.rank)
     with locked(files.lock, "another training", wait=10), signals.deferred():
         settings = settings_of(config, problem) | {"rank": config.rank}
@@ -233,9 +235,10 @@ def main(argv=None) -> int:
         if not resumable:
             delete(owned, inputs)
         elif is_finished(files, config.num_epochs, curves_if_any(files.curves_csv), "training starts anew"):
-            print(f"rank {config.rank}: finished before; {files.final}")
+            last = curves_if_any(files.curves_csv)[-1]
+            print("\n".join([f"rank {config.rank}: finished before; {files.final}", *target.outcome(last)]))
             return console.EXIT_OK
-        for text in problem.notes:
+        for text in (*problem.notes, *target.notes):
             console.note(text, config.quiet)
         checkpoints = Checkpoints(files, settings, config.resume_interval, resume=config.resume)
         resumed = bool(checkpoints.found)
@@ -249,7 +252,8 @@ def main(argv=None) -> int:
         files.resume.unlink(missing_ok=True)
         known = "population_loss" in last
         share = f", {last['val_loss'] / problem.validation_predict_zero_loss:.2%} of predicting 0" if known else ""
-        print(f"rank {config.rank}: validation loss {last['val_loss']:.6g}{share}; {files.final}")
+        said = f"rank {config.rank}: validation loss {last['val_loss']:.6g}{share}; {files.final}"
+        print("\n".join([said, *target.outcome(last)]))
         return record.exit_code
 
 

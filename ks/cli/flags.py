@@ -224,7 +224,20 @@ class PlotFlags:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainerConfig(TrainingFlags, OutputFlags):
+class TargetFlags:
+    """Not among the training flags: the sweep answers for all its ranks, and its trainings need not."""
+
+    TITLE: ClassVar = "target"
+    target_relative_loss: float | None = flag(
+        None,
+        "name the smallest rank that can reach this share of the loss of predicting 0; a training says in the end "
+        "whether it was reached, and a sweep without --ranks trains the ranks around that one",
+        convert=open_fraction,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainerConfig(TargetFlags, TrainingFlags, OutputFlags):
     """train_with_random.py."""
 
     TITLE: ClassVar = "one training"
@@ -241,6 +254,7 @@ class LayersFlags:
         WeightFlags,
         "weight_key",
         None,
+        convert=path,  # a name may hold commas
         nargs="+",
         metavar="NAME",
     )
@@ -269,7 +283,7 @@ class LayersFlags:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SweepConfig(LayersFlags, TrainingFlags, OutputFlags, PlotFlags):  # type: ignore[misc]
+class SweepConfig(LayersFlags, TargetFlags, TrainingFlags, OutputFlags, PlotFlags):  # type: ignore[misc]
     """rank_sweep_study.py."""
 
     TITLE: ClassVar = "sweep"
@@ -282,12 +296,6 @@ class SweepConfig(LayersFlags, TrainingFlags, OutputFlags, PlotFlags):  # type: 
         None, "ranks to train", convert=positive_int, nargs="+", shown_default="2 4 8 16 32 64 128 256 512"
     )
     max_rank: int | None = flag(None, "leave out larger ranks", convert=positive_int)
-    target_relative_loss: float | None = flag(
-        None,
-        "name the smallest rank that can reach this share of the loss of predicting 0; without --ranks, sweep the "
-        "ranks around it",
-        convert=open_fraction,
-    )
     seeds: tuple[int, ...] | None = flag(
         None, "train every rank with each of these seeds", convert=seed_number, nargs="+", shown_default="--seed"
     )

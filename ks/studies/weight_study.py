@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ks.bounds.floors import Floor, floor_curve
 from ks.bounds.plan import Plan, make_plan
+from ks.bounds.plan_notes import plan_notes
 from ks.bounds.target_rank import ranks_around
 from ks.cli import console
 from ks.cli.flags import SweepConfig
@@ -20,7 +21,7 @@ from ks.files.status import Status, ended_well
 from ks.files.weights import packed
 from ks.inputs.read import packed_inputs
 from ks.report.answer import answer
-from ks.report.plan_table import plan_notes, plan_table
+from ks.report.plan_table import plan_table
 from ks.report.summary import floor_rows
 from ks.report.verdict import advice, check_above_floor
 from ks.sweep.claim import claim_folder

@@ -1,0 +1,66 @@
+"""The target of one training: before it, the rank that can reach the target; after it, whether this rank has."""
+
+import math
+from dataclasses import dataclass
+
+from ks.bounds.floors import Floor
+from ks.bounds.plan import make_plan
+from ks.bounds.plan_notes import chain_notes, plan_notes
+from ks.cli.console import note
+from ks.cli.flags import TrainerConfig
+from ks.training.problem import Problem
+
+
+@dataclass(frozen=True)
+class Target:
+    """The target of a training, and the floor of its rank.
+
+    Args:
+        share: loss relative to predicting 0; None if there is no target.
+        rank: of the training.
+        predict_zero_loss: loss of predicting 0, in the unit of the curves.
+        floor: of that rank, relative to predicting 0; None without a target, or if the chain has none.
+        notes: saturation, parity and the rank for the target, one sentence each.
+    """
+
+    share: float | None
+    rank: int
+    predict_zero_loss: float
+    floor: Floor | None
+    notes: tuple[str, ...]
+
+    def outcome(self, last: dict) -> list[str]:
+        """Return whether the target was reached, in one sentence; nothing without a target.
+
+        Args:
+            last: row of the last epoch in the curves.
+        """
+        if self.share is None:
+            return []
+        relative_loss = last.get("population_loss", math.nan) / self.predict_zero_loss
+        if math.isnan(relative_loss):
+            return [f"target {self.share:g}: not known, because the criterion is not the mean squared error"]
+        missed = relative_loss > self.share
+        said = f"target {self.share:g}, {'not reached' if missed else 'reached'}: rank {self.rank} loses "
+        said += f"{relative_loss:.2%} of the output energy"
+        if self.floor is None:
+            return [said]
+        bounds = f"{self.floor.lower:.2%}" + ("" if self.floor.exact else f" to {self.floor.upper:.2%}")
+        said += f", its floor is {bounds}"
+        if missed and self.floor.lower > self.share:
+            said += "; only a larger --rank can reach it"
+        elif missed:
+            said += "; use more --num_epochs or a larger --rank"
+        return [said]
+
+
+def target_of(config: TrainerConfig, problem: Problem) -> Target:
+    """Return the target that the flags name; floors are computed only if there is one."""
+    share, rank, chain, zero = config.target_relative_loss, config.rank, problem.chain, problem.predict_zero_loss
+    if share is None:
+        return Target(None, rank, zero, None, tuple(chain_notes(chain)))
+    if problem.rows * problem.cols > 2**22 or config.inputs:
+        note(f"computing the floors of {problem.rows} × {problem.cols}", config.quiet)
+    plan = make_plan(problem.internal_weight(), chain, problem.inputs)
+    (floor,) = plan.floors([rank])
+    return Target(share, rank, zero, floor, tuple(plan_notes(plan, share)))
