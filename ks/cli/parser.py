@@ -2,8 +2,10 @@
 
 import argparse
 import dataclasses
+import difflib
 import inspect
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 from ks.cli.console import EXIT_USAGE
@@ -65,7 +67,7 @@ def groups(config: type) -> Iterator[tuple[str, list[dataclasses.Field]]]:
 
 
 class Parser(argparse.ArgumentParser, Generic[Config]):
-    """Parses a command line into a configuration. No abbreviations; an error is one line.
+    """Parses a command line into a configuration. No abbreviations; an error is one line; lists take commas too.
 
     Args:
         config: a dataclass made of groups of flags.
@@ -75,26 +77,63 @@ class Parser(argparse.ArgumentParser, Generic[Config]):
     def __init__(self, config: type[Config], doc: str | None):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
         self.config = config
+        self._lists: set[str] = set()
         for title, fields in groups(config):
             group = self.add_argument_group(title)
             for field in fields:
                 _add(group, field)
+                described: Flag = field.metadata["flag"]
+                if described.nargs is not None and described.convert is not path:
+                    self._lists |= {f"--{field.name}", *described.aliases}
 
     def error(self, message: str):
         self.exit(EXIT_USAGE, f"{self.prog}: error: {one_line(message)} (--help lists the flags)\n")
 
     def parse(self, argv: list[str] | None = None) -> Config:
         """Return the configuration that a command line gives."""
-        return self._frozen(self.parse_args(argv))
+        arguments = sys.argv[1:] if argv is None else argv
+        if unknown := self._unknown(arguments):
+            self.error("; ".join(map(self._did_you_mean, unknown)))
+        return self._frozen(self.parse_args(arguments))
 
     def parse_known(self, argv: list[str] | None = None) -> tuple[Config, list[str]]:
         """Return the configuration and the arguments that are no flags of it."""
         values, others = self.parse_known_args(argv)
         return self._frozen(values), others
 
+    def parse_known_args(self, args=None, namespace=None):
+        arguments = sys.argv[1:] if args is None else args
+        return super().parse_known_args(list(self._separated(arguments)), namespace)
+
+    def _separated(self, arguments: Sequence[str]) -> Iterator[str]:
+        """Yield the arguments, with an argument for each entry of a list that is written with commas."""
+        inside = False
+        for argument in arguments:
+            name, equals, value = argument.partition("=")
+            if argument.startswith("--"):
+                inside = name in self._lists
+                yield from [name, *_entries(value)] if inside and equals else [argument]
+            else:
+                yield from _entries(argument) if inside else [argument]
+
+    def _unknown(self, arguments: Sequence[str]) -> list[str]:
+        """Return the names that are no flags, of which argparse would tell only after missing ones."""
+        known = self._option_string_actions
+        names = [argument.partition("=")[0] for argument in arguments if " " not in argument]  # else a value
+        return [name for name in names if name not in known and (name.startswith("--") or f"-{name}" in known)]
+
+    def _did_you_mean(self, name: str) -> str:
+        known = self._option_string_actions
+        found = [f"-{name}"] if f"-{name}" in known else difflib.get_close_matches(name, known, cutoff=0.7)
+        return f"unknown flag {one_line(name, 60)}" + (f": did you mean {' or '.join(found)}?" if found else "")
+
     def _frozen(self, values: argparse.Namespace) -> Config:
         found = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(values).items()}
         return self.config(**found)
+
+
+def _entries(text: str) -> list[str]:
+    return [entry.strip() for entry in text.split(",") if entry.strip()]
 
 
 def _add(group, field: dataclasses.Field) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,7 @@ import safetensors.torch
 import torch
 
 from ks.errors import UsageError, one_line
+from ks.files.globs import nearest
 from ks.files.memory import check_fits
 from ks.files.schema import CheckpointIndex, read_json_as
 from ks.files.torch_files import plain, read_torch_file, tensors_in
@@ -69,7 +71,7 @@ def load_weight(path, key: str | None = None, transpose: bool = False) -> Weight
     if key is None:
         key = _only_candidate(path, tensors)
     elif key not in tensors:
-        raise UsageError(f"{path} has no key {key!r}; {_candidates(tensors)}")
+        raise UsageError(f"{path} has no key {key!r}; {_nearest(key, tensors)}")
     return load_entry(tensors[key], key, f"{path}, key {key!r}" if key else f"{path}", transpose)
 
 
@@ -185,13 +187,26 @@ def is_matrix(entry) -> bool:
     return len(shape_of(entry)) == 2 and floating
 
 
-def _candidates(tensors: dict, limit: int = 20) -> str:
-    found = [f"{name} {shape_of(entry)}" for name, entry in tensors.items() if is_matrix(entry)]
+def _listed(tensors: dict) -> str:
+    """Return the names and shapes of tensors; of names that differ in numbers alone, such as layers, the first one."""
+    alike: dict[tuple, list[str]] = {}
+    for name, entry in tensors.items():
+        alike.setdefault((re.sub(r"\b\d+\b", "", name), shape_of(entry)), []).append(name)
+    more = {names[0]: f" and {len(names) - 1} alike" if len(names) > 1 else "" for names in alike.values()}
+    return ", ".join(f"{names[0]} {shape}{more[names[0]]}" for (_, shape), names in alike.items())
+
+
+def _candidates(tensors: dict) -> str:
+    found = {name: entry for name, entry in tensors.items() if is_matrix(entry)}
     if not found:
-        shapes = ", ".join(f"{name} {shape_of(entry)}" for name, entry in list(tensors.items())[:limit])
-        return f"it holds no 2-D floating weight (found: {shapes or 'no tensor at all'})"
-    more = f", … ({len(found)} in all)" if len(found) > limit else ""
-    return f"2-D weights in it: {', '.join(found[:limit])}{more}"
+        return f"it holds no 2-D floating weight (found: {_listed(tensors) or 'no tensor at all'})"
+    return f"2-D weights in it: {_listed(found)}"
+
+
+def _nearest(key: str, tensors: dict) -> str:
+    """Return the 2-D weights whose names resemble a key most, with their shapes."""
+    found = {f"{name} {shape_of(entry)}": name for name, entry in tensors.items() if is_matrix(entry)}
+    return f"2-D weights in it, {nearest(key, found)}" if found else _candidates(tensors)
 
 
 def _only_candidate(path: Path, tensors: dict) -> str:

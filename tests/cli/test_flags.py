@@ -155,6 +155,57 @@ def test_old_names_of_flags_are_taken():
     assert Parser(flags.PlotConfig, "").parse(["--results_dir", "a", "--plot_title", "T"]).title == "T"
 
 
+LISTS = {
+    "ranks": (["2,4,8"], ["2,", "4,", "8"], ["2", "4,8"], ["2, 4, 8"], ["2,4,8,"]),
+    "seeds": (["0,1"],),
+    "row_splits": (["256,4"],),
+    "col_splits": (["4,512"],),
+    "figsize": (["10,5.5"],),
+    "formats": (["png,svg"],),
+}
+SPACED = {"ranks": "2 4 8", "seeds": "0 1", "row_splits": "256 4", "col_splits": "4 512", "figsize": "10 5.5"}
+
+
+@pytest.mark.parametrize(("name", "given"), [(name, given) for name in LISTS for given in LISTS[name]], ids=str)
+def test_lists_take_commas(name, given):
+    parser, weight = Parser(SweepConfig, ""), ["--weight_path", "a,b.pth"]
+    expected = parser.parse([*weight, f"--{name}", *SPACED.get(name, "png svg").split()])
+    assert parser.parse([f"--{name}", *given, *weight]) == expected
+    assert expected.weight_path == "a,b.pth"
+    if len(given) == 1:
+        assert parser.parse([f"--{name}={given[0]}", *weight]) == expected
+
+
+def test_every_list_but_that_of_paths_takes_commas():
+    lists = {field.name for field in dataclasses.fields(SweepConfig) if field.metadata["flag"].nargs is not None}
+    assert lists == set(LISTS)
+    assert Parser(flags.PlotConfig, "").parse(["--results_dir", "a,b", "c"]).results_dir == ("a,b", "c")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--num_epoch", "3"], "unknown flag --num_epoch: did you mean --num_epochs?"),
+        (["--num-epochs=3"], "unknown flag --num-epochs: did you mean --num_epochs?"),
+        (["-rank", "3"], "unknown flag -rank: did you mean --rank?"),
+        (["--nothing"], "unknown flag --nothing"),
+        (["--batchsize", "3", "--nothing"], "unknown flag --batchsize: did you mean --batch_size?; unknown flag --n"),
+        (["--weight_pth", "w.pth"], "unknown flag --weight_pth: did you mean --weight_path or --weight_key?"),
+    ],
+    ids=str,
+)
+def test_an_unknown_flag_has_its_nearest_also_where_another_one_is_missing(capsys, arguments, said):
+    with pytest.raises(SystemExit):
+        Parser(TrainerConfig, "").parse(arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"error: {said}" in line
+    assert line.endswith(" (--help lists the flags)")
+
+
+def test_a_value_may_look_like_a_flag_if_it_has_a_space():
+    assert Parser(SweepConfig, "").parse(["--weight_path", "w.pth", "--title", "--my title"]).title == "--my title"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -163,7 +214,7 @@ def test_old_names_of_flags_are_taken():
         (["--val_split", "1"], "'1' is not a number between 0 and 1"),
         (["--seed", "-1"], "'-1' is not a whole number from 0 to 9223372036854775807"),
         (["--save_prefix", ".hidden"], "is not a file name prefix"),
-        (["--num_epoch", "3"], "unrecognized arguments"),
+        (["--num_epoch", "3"], "unknown flag --num_epoch: did you mean --num_epochs"),
         (["--scheduler", "linear"], "invalid choice"),
     ],
     ids=str,

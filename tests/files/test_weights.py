@@ -53,8 +53,29 @@ def test_several_weights_are_listed_with_shapes(tmp_path, suffix):
     save_file(tensors, path) if suffix == ".safetensors" else torch.save(tensors, path)
     with pytest.raises(UsageError, match=r"a \(4, 6\), b \(6, 4\); choose one by its key \(--weight_key\)"):
         load_weight(path)
-    with pytest.raises(UsageError, match=r"no key 'c'; 2-D weights in it: a \(4, 6\), b \(6, 4\)"):
+    with pytest.raises(UsageError, match=r"no key 'c'; 2-D weights in it, nearest of 2: a \(4, 6\), b \(6, 4\)"):
         load_weight(path, "c")
+
+
+def test_a_wrong_key_has_the_most_similar_ones_wherever_they_stand(tmp_path):
+    names = [f"encoder.layer.{layer}.{part}.weight" for layer in range(30) for part in ("query", "output.dense")]
+    torch.save({name: WEIGHT for name in names} | {"encoder.layer.29.query.bias": torch.zeros(4)}, tmp_path / "w.pth")
+    with pytest.raises(UsageError) as raised:
+        load_weight(tmp_path / "w.pth", "encoder.layer.29.querry.weight")
+    listed = str(raised.value).partition("2-D weights in it, nearest of 60: ")[2].split("), ")
+    assert listed[0] == "encoder.layer.29.query.weight (4, 6"
+    assert len(listed) == 3
+
+
+def test_layers_that_are_alike_are_listed_once(tmp_path):
+    weights = {f"layer.{layer}.{part}": WEIGHT for part in ("query", "k2") for layer in range(30)}
+    torch.save(weights | {"layer.30.query": WEIGHT[:2], "head": WEIGHT}, tmp_path / "w.pth")
+    with pytest.raises(UsageError) as raised:
+        load_weight(tmp_path / "w.pth")
+    assert str(raised.value).endswith(
+        "2-D weights in it: layer.0.query (4, 6) and 29 alike, layer.0.k2 (4, 6) and 29 alike, layer.30.query (2, 6), "
+        "head (4, 6); choose one by its key (--weight_key)"
+    )
 
 
 @pytest.mark.parametrize(
