@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Self
 
 import ks
+from ks.cli.flags import TRACKERS
 from ks.errors import UsageError
 from ks.files.atomic import atomic_path
 from ks.sweep.launcher import POLL_SECONDS, STOP_SECONDS, Outcome, Task
@@ -187,7 +188,7 @@ def _run_on_node(task: Task, inputs: dict, present: dict[str, bytes], mailbox, t
         except BaseException:
             mailbox.put((task, changes.read()))
             raise
-        return outcome, changes.read(), [path.name for path in _files_in(folder)]
+        return outcome, changes.read(), list(_files_in(folder))
 
 
 class _Changes:
@@ -200,23 +201,26 @@ class _Changes:
     def read(self) -> dict[str, bytes]:
         """Return the name and content of each."""
         changed, self.last_read = {}, time.monotonic()
-        for path in _files_in(self.folder):
+        for name in _files_in(self.folder):
+            path = self.folder / name
             try:
                 status = path.stat()
-                if self.seen.get(path.name) != (status.st_mtime_ns, status.st_size):
-                    changed[path.name] = path.read_bytes()
-                    self.seen[path.name] = (status.st_mtime_ns, status.st_size)
+                if self.seen.get(name) != (status.st_mtime_ns, status.st_size):
+                    changed[name] = path.read_bytes()
+                    self.seen[name] = (status.st_mtime_ns, status.st_size)
             except FileNotFoundError:  # deleted in between
                 continue
         return changed
 
 
-def _files_in(folder: Path) -> list[Path]:
-    """Return the results in a folder, without locks and files that are being written."""
-    return [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
+def _files_in(folder: Path) -> list[str]:
+    """Return the names of the results in a folder, and in those of trackers, without locks and files in writing."""
+    paths = [*folder.iterdir(), *(path for tracker in TRACKERS for path in (folder / tracker).rglob("*"))]
+    return [path.relative_to(folder).as_posix() for path in paths if path.is_file() and not path.name.startswith(".")]
 
 
 def _write_files(folder: Path, files: dict[str, bytes]) -> None:
     for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(folder / name) as temporary:
             temporary.write_bytes(content)
