@@ -3,6 +3,7 @@
 from math import log
 
 from ks.bounds.plan import Plan
+from ks.bounds.shares import shares
 from ks.bounds.target_rank import smallest_ranks
 from ks.files.status import ended_well
 from ks.report.verdict import NEGLIGIBLE_FLOOR, Limit
@@ -223,17 +224,3 @@ def _warnings(row: dict, target: float | None) -> list[str]:
 
 def _size(row: dict) -> str:
     return f"{shares(1 / row['compression_ratio'])[0]} of the parameters of the dense weight"
-
-
-def shares(*values: float) -> list[str]:
-    """Return shares in percent with two decimals, or with as many as tell different ones apart, six at most."""
-    for decimals in range(2, 7):
-        texts = [f"{100 * value:.{decimals}f}" for value in values]
-        if len({*texts}) == len({*values}) and all(float(text) or not value for text, value in zip(texts, values)):
-            break
-    return [_plain(text) + "%" for text in texts]
-
-
-def _plain(text: str) -> str:
-    """Return a number without needless zeros: 10.00 is 10."""
-    return text.rstrip("0").rstrip(".") if "." in text and set(text.partition(".")[2]) == {"0"} else text

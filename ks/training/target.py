@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from ks.bounds.floors import Floor
 from ks.bounds.plan import make_plan
 from ks.bounds.plan_notes import chain_notes, plan_notes
+from ks.bounds.shares import shares
+from ks.bounds.target_rank import smallest_ranks
 from ks.cli.console import note
 from ks.cli.flags import TrainerConfig
 from ks.training.problem import Problem
@@ -20,6 +22,7 @@ class Target:
         rank: of the training.
         predict_zero_loss: loss of predicting 0, in the unit of the curves.
         floor: of that rank, relative to predicting 0; None without a target, or if the chain has none.
+        reaching: the smallest rank whose best known chain reaches the target; None without a floor.
         notes: saturation, parity and the rank for the target, one sentence each.
     """
 
@@ -27,6 +30,7 @@ class Target:
     rank: int
     predict_zero_loss: float
     floor: Floor | None
+    reaching: int | None
     notes: tuple[str, ...]
 
     def outcome(self, last: dict) -> list[str]:
@@ -39,28 +43,26 @@ class Target:
             return []
         relative_loss = last.get("population_loss", math.nan) / self.predict_zero_loss
         if math.isnan(relative_loss):
-            return [f"target {self.share:g}: not known, because the criterion is not the mean squared error"]
-        missed = relative_loss > self.share
-        said = f"target {self.share:g}, {'not reached' if missed else 'reached'}: rank {self.rank} loses "
-        said += f"{relative_loss:.2%} of the output energy"
-        if self.floor is None:
-            return [said]
-        bounds = f"{self.floor.lower:.2%}" + ("" if self.floor.exact else f" to {self.floor.upper:.2%}")
-        said += f", its floor is {bounds}"
-        if missed and self.floor.lower > self.share:
-            said += "; only a larger --rank can reach it"
-        elif missed:
-            said += "; use more --num_epochs or a larger --rank"
-        return [said]
+            return ["The criterion is not the mean squared error, so the share of the output energy lost is not known."]
+        floors = [] if self.floor is None else [self.floor.lower, self.floor.upper][: 1 if self.floor.exact else 2]
+        loss, limit, *least = shares(relative_loss, self.share, *floors)
+        floor = f", its floor is {' to '.join(least)}" if least else ""
+        if relative_loss <= self.share:
+            return [f"Rank {self.rank} loses at most {limit} of the output energy: it loses {loss}{floor}."]
+        remedy = "more --num_epochs or a larger --rank"
+        if self.floor is not None and self.floor.lower > self.share:
+            remedy = f"--rank {self.reaching}"
+        return [f"{limit} of the output energy is not reached: rank {self.rank} ends at {loss}{floor}. Use {remedy}."]
 
 
 def target_of(config: TrainerConfig, problem: Problem) -> Target:
     """Return the target that the flags name; floors are computed only if there is one."""
     share, rank, chain, zero = config.target_relative_loss, config.rank, problem.chain, problem.predict_zero_loss
     if share is None:
-        return Target(None, rank, zero, None, tuple(chain_notes(chain)))
+        return Target(None, rank, zero, None, None, tuple(chain_notes(chain)))
     if problem.rows * problem.cols > 2**22 or config.inputs:
         note(f"computing the floors of {problem.rows} × {problem.cols}", config.quiet)
     plan = make_plan(problem.internal_weight(), chain, problem.inputs)
     (floor,) = plan.floors([rank])
-    return Target(share, rank, zero, floor, tuple(plan_notes(plan, share)))
+    reaching = smallest_ranks(plan, share)[1] if plan.bounds is not None else None
+    return Target(share, rank, zero, floor, reaching, tuple(plan_notes(plan, share)))

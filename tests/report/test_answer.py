@@ -1,13 +1,13 @@
 """The first sentence names a rank by the stated rules; remedies are those that would work."""
 
-import pytest
 import torch
 from study_rows import make_row
 
 import ks
 from ks.bounds.plan import make_plan
+from ks.bounds.shares import shares
 from ks.files.status import Ending, Status
-from ks.report.answer import answer, knee, shares
+from ks.report.answer import answer, knee
 
 CHAIN = ks.make_chain(64, 96)
 
@@ -132,11 +132,3 @@ def test_without_results_or_floors_no_number_is_invented():
     none = make_plan(make_weight(), ks.make_chain(64, 96, "lowrank_butterfly"))
     rows = [row | {"relative_floor_upper": None} for row in rows_of({4: 0.0})]
     assert "try a larger rank" in answer(rows, none, 0.01)[0]
-
-
-@pytest.mark.parametrize(
-    ("values", "texts"),
-    [((0.1, 0.1007), ["10%", "10.07%"]), ((0.1, 0.100001), ["10.0000%", "10.0001%"]), ((1e-5,), ["0.001%"])],
-)
-def test_shares_tell_different_losses_apart(values, texts):
-    assert shares(*values) == [text.replace("10.0000", "10") for text in texts]
