@@ -4,9 +4,10 @@
     python plot_rank_results.py --results_dir ./monarch_results ./lowrank_results --output_dir ./figures
 
 Reads rank_R/rank_R_rank_R_loss_curves.csv (those of the 2025 scripts too) and, where they are, PREFIX_summary.json
-(which then says what ranks belong to the study), PREFIX_floor.csv and PREFIX_config.json. Writes PREFIX_loss_curves,
-PREFIX_final_losses and PREFIX_floor to --output_dir and prints the answer and the summary; for several sweeps,
-PREFIX_chains. If the figures are not those of a sweep in that folder, PREFIX_figures.json names them.
+(which then says what ranks belong to the study), PREFIX_floor.csv and PREFIX_config.json. Prints the answer and the
+summary, and writes the figures PREFIX_loss_curves, _final_losses, _floor, _gap, _front and _latency to --output_dir;
+for several sweeps, PREFIX_chains. If the figures are not those of a sweep in that folder, PREFIX_figures.json names
+them.
 Exit codes: 0 well, 2 bad input, 4 internal error.
 """
 
@@ -26,7 +27,8 @@ from ks.errors import UsageError
 from ks.files.atomic import prepare_output_dir, read_json_object, write_json
 from ks.files.layout import SweepFiles
 from ks.files.ownership import check_free, recorded
-from ks.report import figures
+from ks.report.figures import draw
+from ks.report.figures.front import chains
 from ks.report.read_results import read_study
 from ks.report.summary_table import summary_table
 
@@ -64,19 +66,17 @@ def main(argv=None) -> int:
         raise UsageError(f"{error.filename} cannot be read: {error.strerror}") from error
     if len({study.weight_sha256 for study in studies}) > 1:
         raise UsageError("the --results_dir are studies of different weights: their losses do not compare")
-    if len(studies) > 1:
-        drawn = {"chains": figures.chains(studies, **look)}
-    else:
-        drawn = figures.study_figures(studies[0], **look)
+    several = len(studies) > 1
+    drawn = {"chains": chains(studies, **look)} if several else draw.study_figures(studies[0], **look)
     target = prepare_output_dir(config.output_dir or sources[0])
     files = SweepFiles(target, config.save_prefix)
     try:
         claim(files, [files.figure(name, suffix) for name in drawn for suffix in config.formats], sources)
-        written = figures.save_figures(drawn, files, config.formats, config.dpi)
+        written = draw.save_figures(drawn, files, config.formats, config.dpi)
     except OSError as error:
         raise UsageError(f"figures cannot be written to {target}: {error.strerror}") from error
     for study in studies:
-        if len(studies) > 1:
+        if several:
             print(f"{study.name}: {study.chain}")
         if study.answer:
             print("\n".join(study.answer) + "\n")
@@ -84,7 +84,7 @@ def main(argv=None) -> int:
     for path in written:
         print(path)
     if config.show:
-        figures.show(list(drawn.values()))
+        draw.show(list(drawn.values()))
     return console.EXIT_OK
 
 

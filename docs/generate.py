@@ -35,6 +35,7 @@ COLUMNS = {
     "all_curves": columns.ALL_CURVES,
     "floor": columns.FLOOR,
     "plan": columns.PLAN,
+    "layer_floors": columns.LAYER_FLOORS,
 }
 MARKED = re.compile(r"<!-- generated: ([^>]*?) -->\n.*?<!-- end -->", re.DOTALL)
 

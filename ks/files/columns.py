@@ -29,6 +29,7 @@ def names(columns: Iterable[Column]) -> list[str]:
 
 
 ISOTROPIC = "isotropic"  # kind of inputs, and name of the floors for them
+BATCHES = (1, 32, 1024)  # batch sizes at which the latency of a chain is measured
 LOSS = "squared unit of the outputs"
 SHARE = "share of the loss of predicting 0"
 
@@ -45,6 +46,13 @@ CURVES = (
     Column("grad_norm", "mean gradient norm over the steps, before clipping; only with `--log_grad_norm` or "
            "`--log_to`",
            plural="grad_norms"),
+)  # fmt: skip
+
+LATENCIES = (
+    *(Column(f"latency_ms_batch_{batch}", f"time of a forward pass of the chain on {batch} inputs, median of rounds "
+             "after the training", "milliseconds") for batch in BATCHES),
+    *(Column(f"dense_latency_ms_batch_{batch}", f"time of W x on {batch} inputs, measured in turn with the chain",
+             "milliseconds") for batch in BATCHES),
 )  # fmt: skip
 
 SUMMARY = (
@@ -87,6 +95,7 @@ SUMMARY = (
            "lost", SHARE, "held out", "{:.2%}"),
     Column("isotropic_floor", "with measured inputs: the floor that isotropic inputs would have; the two say how much "
            "the inputs change", SHARE, "if isotropic", "{:.2%}"),
+    *LATENCIES,
 )  # fmt: skip
 
 LAYERS_SUMMARY = (*SUMMARY, Column("layer", "name of the weight in the checkpoint"))

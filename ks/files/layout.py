@@ -4,7 +4,7 @@ import glob
 from dataclasses import dataclass
 from pathlib import Path
 
-FIGURES = ("loss_curves", "final_losses", "floor")
+FIGURES = ("loss_curves", "final_losses", "floor", "gap", "front", "latency")
 FIGURE_FORMATS = ("png", "svg", "pdf")
 
 

@@ -60,6 +60,14 @@ class WeightRecord(Struct):
 class ProblemRecord(Struct):
     chain: Text | None = None
     weight: WeightRecord = field(default_factory=WeightRecord)
+    predict_zero_loss: Loss | None = None
+    held_out_predict_zero_loss: Loss | None = None
+
+
+class Arguments(Struct):
+    """The flags of a sweep, as far as the figures need them."""
+
+    target_relative_loss: Loss | None = None
 
 
 class SweepConfig(Struct):
@@ -68,6 +76,7 @@ class SweepConfig(Struct):
     settings: dict[str, Any]
     ranks: list[Positive]
     seeds: Annotated[list[Seed], Meta(min_length=1)]
+    arguments: Arguments = field(default_factory=Arguments)
     title: Text | None = None
     loss: Text | None = None
     answer: list[Text] = field(default_factory=list)
@@ -116,6 +125,12 @@ class SummaryRow(Struct):
     removed_share: Number | None = None
     held_out_relative_loss: Loss | None = None
     isotropic_floor: Loss | None = None
+    latency_ms_batch_1: Seconds | None = None
+    latency_ms_batch_32: Seconds | None = None
+    latency_ms_batch_1024: Seconds | None = None
+    dense_latency_ms_batch_1: Seconds | None = None
+    dense_latency_ms_batch_32: Seconds | None = None
+    dense_latency_ms_batch_1024: Seconds | None = None
 
 
 class CurveRow(Struct):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ks.bounds.floors import Floor
 from ks.bounds.plan import Plan
-from ks.cli.flags import SweepConfig
+from ks.cli.flags import PlotFlags
 from ks.errors import UsageError
 from ks.files import columns
 from ks.files.atomic import write_csv, write_json
@@ -12,8 +12,8 @@ from ks.files.curves import long_form
 from ks.files.layout import RunFiles, SweepFiles
 from ks.files.schema import RunConfig, read_json_as
 from ks.files.status import ended_well
-from ks.report.figures import save_figures, study_figures
-from ks.report.study import Study, curves_table, floor_frame, summary_frame
+from ks.report.figures.draw import save_figures, study_figures
+from ks.report.read_results import read_study
 from ks.report.summary import Reference, rank_row, run_row
 from ks.sweep.run import Result
 from ks.training.losses import LossKind
@@ -54,20 +54,13 @@ def summarise(
 
 
 def write_outputs(
-    config: SweepConfig,
-    problem: Problem,
-    plan: Plan,
-    files: SweepFiles,
-    record: dict,
-    results: list[Result],
-    runs: list[dict],
-    rows: list[dict],
+    config: PlotFlags, files: SweepFiles, record: dict, results: list[Result], runs: list[dict], rows: list[dict]
 ) -> list[Path]:
-    """Write the tables and figures of a sweep.
+    """Write the tables of a sweep and, from the files alone as a later plot would, its figures.
 
     Args:
-        config, problem, plan: of the sweep.
-        files: to write.
+        config: how the figures look.
+        files: to write; the table of the floors is there.
         record: content of the sweep's config file, with the answer; the label of the losses is added.
         results: of all runs.
         runs, rows: as `summarise` returns them.
@@ -86,18 +79,7 @@ def write_outputs(
     )
     write_csv(files.summary_csv, summary, rows)
     write_json(files.summary_json, [{name: row.get(name) for name in summary} for row in rows])
-    study = Study(
-        name=files.directory.name,
-        curves=curves_table(zip(runs, (result.curves for result in results), strict=True)),
-        summary=summary_frame(rows),
-        floor=floor_frame(plan, problem.predict_zero_loss),
-        title=record["title"],
-        chain=problem.chain.describe(),
-        weight_sha256=problem.weight.sha256(),
-        loss_label=record["loss"],
-        answer=tuple(record.get("answer", ())),
-    )
-    drawn = study_figures(study, log_scale=config.log_scale, title=config.title, figsize=config.figsize)
+    drawn = study_figures(read_study(files), log_scale=config.log_scale, title=config.title, figsize=config.figsize)
     return [files.summary_csv, *save_figures(drawn, files, config.formats, config.dpi)]
 
 

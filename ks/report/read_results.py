@@ -45,6 +45,9 @@ def read_study(files: SweepFiles) -> Study:
         weight_sha256=config.problem.weight.sha256 if config else None,
         loss_label=(config and config.loss) or LossKind.MEAN_SQUARED_ERROR.value,
         answer=tuple(config.answer) if config else (),
+        predict_zero_loss=config.problem.predict_zero_loss if config else None,
+        held_out_predict_zero_loss=config.problem.held_out_predict_zero_loss if config else None,
+        target=config.arguments.target_relative_loss if config else None,
     )
 
 

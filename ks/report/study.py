@@ -5,10 +5,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from ks.bounds.plan import Plan
 from ks.files import columns
 from ks.files.status import ended_well
-from ks.report.summary import floor_rows
 from ks.training.losses import LossKind
 
 
@@ -19,6 +17,8 @@ class Study:
     curves: one row for each run and epoch (columns of the curves file, and seed). summary: one row for each rank
     (columns of the summary; for a 2025 folder only the losses are filled). floor: columns of the floor file, empty if
     there is no floor. title: weight and chain, None if not known. answer: sentences of `ks.report.answer`.
+    predict_zero_loss, held_out_predict_zero_loss: loss of predicting 0, in the unit of the losses, on the inputs of the
+    training and on those held out. target: the share of the output energy that may be lost.
     """
 
     name: str
@@ -30,6 +30,9 @@ class Study:
     weight_sha256: str | None = None
     loss_label: str = LossKind.MEAN_SQUARED_ERROR.value
     answer: tuple[str, ...] = ()
+    predict_zero_loss: float | None = None
+    held_out_predict_zero_loss: float | None = None
+    target: float | None = None
 
 
 def curves_table(runs: Iterable[tuple[dict, list[dict]]]) -> pd.DataFrame:
@@ -47,8 +50,3 @@ def curves_table(runs: Iterable[tuple[dict, list[dict]]]) -> pd.DataFrame:
 def summary_frame(rows: list[dict]) -> pd.DataFrame:
     """Return the rows of the summary with all its columns, in their order."""
     return pd.DataFrame([{name: row.get(name) for name in columns.names(columns.SUMMARY)} for row in rows])
-
-
-def floor_frame(plan: Plan, predict_zero_loss: float) -> pd.DataFrame:
-    """Return `floor_rows` as a table, with all its columns also if it is empty."""
-    return pd.DataFrame(floor_rows(plan, predict_zero_loss), columns=columns.names(columns.FLOOR))

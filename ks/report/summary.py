@@ -10,7 +10,7 @@ import torch
 from ks.bounds.floors import Floor
 from ks.bounds.plan import Plan
 from ks.files.atomic import finite
-from ks.files.columns import ISOTROPIC
+from ks.files.columns import ISOTROPIC, LATENCIES, names
 from ks.files.status import OK, Ending, Status, ended_well
 from ks.patterns import Chain
 from ks.report.verdict import NEGLIGIBLE_FLOOR, ROUNDING, Verdict, is_calibration_limited, limit_of
@@ -85,6 +85,7 @@ def rank_row(
     row |= {"num_seeds": len(finished), "train_seconds": _mean([run["train_seconds"] for run in runs])}
     row |= {name: _mean([run[name] for run in good]) for name in LOSSES}
     row |= {f"{name}_se": _standard_error([run[name] for run in good]) for name in WITH_ERROR}
+    row |= {name: _mean([run.get(name) for run in good]) for name in names(LATENCIES)}
     row["status"] = _joint_ending(runs)
     row["failed"] = row["status"].status not in (Status.OK, Status.INTERRUPTED, Status.NOT_STARTED)
     if chain is not None:

@@ -146,9 +146,7 @@ class WeightStudy:
         if any(row["population_loss"] is None for row in self.rows_of_runs if ended_well(row["status"])):
             console.note("floors are left out: the criterion is not the mean squared error", self.config.quiet)
         self.record["answer"] = answer(self.rows, self.plan, self.config.target_relative_loss)
-        written = write_outputs(
-            self.config, self.problem, self.plan, files, self.record, results, self.rows_of_runs, self.rows
-        )
+        written = write_outputs(self.config, files, self.record, results, self.rows_of_runs, self.rows)
         return [
             *self.record["answer"],
             "",

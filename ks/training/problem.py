@@ -104,6 +104,7 @@ class Problem:
             "unit": self.coordinates.unit,
             "inputs": self.layer_inputs.description,
             "predict_zero_loss": self.predict_zero_loss,
+            "held_out_predict_zero_loss": self.layer_inputs.held_out_predict_zero_loss,
             "dense_parameters": self.rows * self.cols,
             "device": str(self.device),
             "sampling": self.sampling,

@@ -8,12 +8,13 @@ import pytest
 import rank_sweep_study
 from ks.bounds.plan import make_plan
 from ks.files import columns
-from ks.files.atomic import read_json, write_json
+from ks.files.atomic import read_json, write_csv, write_json
 from ks.files.curves import write_curves
 from ks.files.layout import SweepFiles
 from ks.files.status import OK, Ending, Status
 from ks.report.outputs import summarise, write_outputs
 from ks.report.read_results import read_study
+from ks.report.summary import floor_rows
 from ks.studies.weight_study import record_of
 from ks.sweep.run import Result, runs_of
 from ks.training.losses import LossKind
@@ -42,14 +43,15 @@ def write(weight_path, tmp_path):
         run_rows, rows = summarise(results, dict(zip([2, 4], plan.floors([2, 4]))), problem, plan)
         record = record_of(config, problem, [2, 4])
         files = SweepFiles(tmp_path, "p")
-        return files, write_outputs(config, problem, plan, files, record, results, run_rows, rows)
+        write_csv(files.floor_csv, columns.names(columns.FLOOR), floor_rows(plan, problem.predict_zero_loss))
+        return files, write_outputs(config, files, record, results, run_rows, rows)
 
     return write_study
 
 
 def test_all_is_written_and_reads_back(write):
     files, written = write({"population_loss": 9.2})
-    figures = [files.figure(name, "svg") for name in ("loss_curves", "final_losses", "floor")]
+    figures = [files.figure(name, "svg") for name in ("loss_curves", "final_losses", "floor", "gap", "front")]
     assert written == [files.summary_csv, *figures]
     assert all(path.stat().st_size > 0 for path in written)
     assert files.summary_csv.read_text().splitlines()[0].split(",") == columns.names(columns.SUMMARY)
@@ -64,7 +66,8 @@ def test_the_kind_of_loss_is_that_of_any_run_that_has_one(write, kind):
     files, _ = write({"population_loss": 9.2}, kind)
     label = (kind or LossKind.MEAN_SQUARED_ERROR).value
     assert read_json(files.config)["loss"] == label
-    assert f"<!-- {label} -->" in files.figure("loss_curves", "svg").read_text()
+    shown = "share of the output energy lost" if label == LossKind.MEAN_SQUARED_ERROR.value else label
+    assert f"<!-- {shown} -->" in files.figure("loss_curves", "svg").read_text()
 
 
 def test_floors_are_left_out_without_population_losses(write):

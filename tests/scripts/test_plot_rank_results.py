@@ -11,8 +11,8 @@ def test_replotting_from_files_alone_gives_the_same_summary(run, swept, tmp_path
     arguments = ("--results_dir", study, "--output_dir", "figures", "--log_scale", "--formats", "png", "svg", "pdf")
     done = run("plot_rank_results.py", *arguments, "--title", "T", "--dpi", 50, "--figsize", 6, 3)
     assert done.returncode == 0, done.stderr
-    stems = ("rank_sweep_final_losses", "rank_sweep_floor", "rank_sweep_loss_curves")
-    expected = sorted(f"{stem}.{suffix}" for stem in stems for suffix in ("png", "svg", "pdf"))
+    names = ("final_losses", "floor", "front", "gap", "loss_curves")
+    expected = sorted(f"rank_sweep_{name}.{suffix}" for name in names for suffix in ("png", "svg", "pdf"))
     expected = sorted([*expected, "rank_sweep_figures.json"])
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == expected
     table = done.stdout.index("\n\n") + 400

@@ -46,6 +46,8 @@ def test_a_sweep_writes_the_files_of_the_contract(swept):
         "rank_sweep_final_losses.png",
         "rank_sweep_floor.csv",
         "rank_sweep_floor.png",
+        "rank_sweep_front.png",
+        "rank_sweep_gap.png",
         "rank_sweep_loss_curves.png",
         "rank_sweep_runs.csv",
         "rank_sweep_summary.csv",

@@ -1,0 +1,77 @@
+"""All figures of a study: which it has the data for, their files, and windows for them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from ks.errors import UsageError
+from ks.files.atomic import atomic_path
+from ks.files.layout import SweepFiles
+from ks.report.figures.final_losses import final_losses
+from ks.report.figures.floor import floor_by_rank, has_floors
+from ks.report.figures.front import loss_by_parameters
+from ks.report.figures.gap import gap_by_epoch, has_gaps
+from ks.report.figures.latency import loss_by_latency, measured_batches
+from ks.report.figures.loss_curves import loss_curves
+from ks.report.study import Study
+
+# By the name in the file name: what draws it, and whether a study has the data for it.
+DRAWN: dict[str, tuple[Callable[..., Figure], Callable[[Study], bool]]] = {
+    "loss_curves": (loss_curves, lambda study: len(study.curves) > 0),
+    "final_losses": (final_losses, lambda study: True),
+    "floor": (floor_by_rank, has_floors),
+    "gap": (gap_by_epoch, has_gaps),
+    "front": (loss_by_parameters, has_floors),
+    "latency": (loss_by_latency, lambda study: bool(measured_batches(study))),
+}
+
+
+def study_figures(
+    study: Study, *, log_scale: bool = False, title: str | None = None, figsize=None
+) -> dict[str, Figure]:
+    """Return every figure that a study has the data for, by the name in its file name.
+
+    Args:
+        study: to draw.
+        log_scale: logarithmic loss axes.
+        title: instead of the name of the study, below the finding of each figure.
+        figsize: (width, height) in inches.
+    """
+    return {
+        name: draw(study, log_scale=log_scale, title=title or study.title, figsize=figsize)
+        for name, (draw, has_data) in DRAWN.items()
+        if has_data(study)
+    }
+
+
+def save_figures(figures: dict[str, Figure], files: SweepFiles, formats, dpi: int) -> list[Path]:
+    """Write figures atomically, each in every format.
+
+    Returns:
+        the paths written.
+    """
+    paths = [(figure, files.figure(name, suffix)) for name, figure in figures.items() for suffix in formats]
+    for figure, path in paths:
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, dpi=dpi)
+    return [path for _, path in paths]
+
+
+def show(figures: list[Figure]) -> None:
+    """Open windows for the figures and wait until they are closed.
+
+    Raises:
+        UsageError: no display is available.
+    """
+    import matplotlib
+    from matplotlib import pyplot
+
+    if matplotlib.get_backend().lower() == "agg":
+        raise UsageError("--show needs a display and a matplotlib GUI backend; the figures are saved without it")
+    for figure in figures:
+        manager = pyplot.figure().canvas.manager
+        assert manager is not None
+        manager.canvas.figure = figure
+        figure.set_canvas(manager.canvas)
+    pyplot.show()

@@ -1,0 +1,71 @@
+"""Loss against the measured latency of inference, chain and dense beside each other."""
+
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from ks.files.columns import BATCHES
+from ks.report.figures.axes import (
+    NOTE,
+    finish_loss_axis,
+    literal,
+    mark_ranks,
+    note_references,
+    set_log_axis,
+    write_heading,
+)
+from ks.report.figures.colors import rank_colors
+from ks.report.figures.findings import of_latency
+from ks.report.figures.units import losses_of, units_of
+from ks.report.study import Study
+
+
+def measured_batches(study: Study) -> list[int]:
+    """Return the batch sizes at which the latency of a rank was measured."""
+    both = {
+        batch: study.summary.get([f"latency_ms_batch_{batch}", f"dense_latency_ms_batch_{batch}"]) for batch in BATCHES
+    }
+    return [batch for batch, table in both.items() if table is not None and table.notna().all(axis=1).any()]
+
+
+def loss_by_latency(study: Study, *, log_scale: bool = False, title: str | None = None, figsize=None) -> Figure:
+    """Draw the loss of every rank against the time of its forward pass, a panel for each batch size.
+
+    Dense is a vertical line at the median of its times, which were measured in turn with each chain; a band is as wide
+    as they differ.
+
+    Args:
+        study: with measured latencies.
+        log_scale: logarithmic loss axis.
+        title: below the finding.
+        figsize: (width, height) in inches; a narrow figure has the panels one above the other.
+    """
+    batches, units = measured_batches(study), units_of(study)
+    figure = Figure(figsize=figsize or (1.5 + 3.5 * len(batches), 4.6), layout="constrained")
+    beside = figure.get_figwidth() >= 3 * len(batches)
+    grid = (1, len(batches)) if beside else (len(batches), 1)
+    panels = figure.subplots(*grid, sharey=True, squeeze=False).ravel()
+    losses, colors = losses_of(study, units), rank_colors(study.summary["rank"])
+    summary = study.summary.sort_values("rank").reset_index(drop=True)
+    for axes, batch in zip(panels, batches):
+        chain, dense = (summary[f"{kind}latency_ms_batch_{batch}"].astype(float) for kind in ("", "dense_"))
+        finish_loss_axis(axes, units, losses["best"].dropna(), log_scale=log_scale)
+        shown = chain.notna() & losses["best"].notna()
+        low, high = min(chain.min(), dense.min()), max(chain.max(), dense.max())
+        set_log_axis(axes.xaxis, low / 1.1, high * 1.1, "{:g}".format)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.axvspan(dense.median(), axes.get_xlim()[1], color="0.94", linewidth=0, zorder=0)
+        axes.axvspan(dense.min(), dense.max(), color="black", alpha=0.15, linewidth=0, zorder=1)
+        axes.axvline(dense.median(), color="black", linewidth=1.4, zorder=1)
+        mark_ranks(axes, losses["rank"][shown], chain[shown], losses["best"][shown], colors)
+        place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "fontsize": 8}
+        axes.annotate(f"dense\n{dense.median():.3g} ms", (dense.median(), 0.9), (-4, 0), ha="right", va="top", **place)
+        axes.annotate("slower\nthan dense", (dense.median(), 0.9), (5, 0), va="top", color=NOTE["color"], **place)
+        axes.set_title(f"batch {batch}", fontsize=10)
+        axes.set_xlabel("milliseconds a forward pass")
+        axes.set_ylabel(literal(units.label))
+        axes.tick_params(labelleft=True)
+        if units.shares:
+            note_references(axes, log_scale=log_scale)
+    write_heading(figure, of_latency(summary), title)
+    return figure

@@ -1,0 +1,67 @@
+"""The unit of the losses in the figures of a study: the share of the output energy lost, where it is known."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from ks.report.study import Study
+from ks.training.losses import LossKind
+
+SHARE_LABEL = "share of the output energy lost"
+
+
+@dataclass(frozen=True)
+class Units:
+    """What the losses of a study are divided by, and how the result is called.
+
+    train, validation: loss of predicting 0 on the inputs that each kind of loss is measured on, in the unit of the
+    losses; 1 where the losses stay as they are. shares: whether they become shares of the output energy. label: of an
+    axis. squared_label: of the unit on disk.
+    """
+
+    train: float
+    validation: float
+    shares: bool
+    label: str
+    squared_label: str
+
+    def show(self, loss: float) -> str:
+        """Return a loss of these units as text."""
+        if not self.shares:
+            return f"{loss:.3g}"
+        return f"{loss:.2%}" if loss >= 0.001 else f"{100 * loss:.2g}%"
+
+
+def units_of(study: Study) -> Units:
+    """Return the units of a study; only mean squared errors beside a known zero predictor are shares."""
+    if study.loss_label != LossKind.MEAN_SQUARED_ERROR.value or study.predict_zero_loss is None:
+        return Units(1.0, 1.0, False, study.loss_label, study.loss_label)
+    held_out = study.held_out_predict_zero_loss or study.predict_zero_loss
+    return Units(study.predict_zero_loss, held_out, True, SHARE_LABEL, study.loss_label)
+
+
+def losses_of(study: Study, units: Units) -> pd.DataFrame:
+    """Return the losses of every rank in these units, as floats.
+
+    Returns:
+        columns rank, status, train, validation, exact (population loss), best (the exact one, else validation),
+        lower and upper (the bounds of its floor), train_se, validation_se, parameters; NaN where unknown.
+    """
+    rows, nan = study.summary.sort_values("rank").reset_index(drop=True), float("nan")
+    losses = pd.DataFrame({"rank": rows["rank"], "status": rows["status"]})
+    for name, column, unit in (
+        ("train", "final_train_loss", units.train),
+        ("validation", "final_val_loss", units.validation),
+        ("exact", "population_loss", units.train),
+        ("lower", "loss_floor", units.train),
+        ("upper", "loss_floor_upper", units.train),
+        ("train_se", "final_train_loss_se", units.train),
+        ("validation_se", "final_val_loss_se", units.validation),
+        ("parameters", "parameters", 1.0),
+    ):
+        losses[name] = rows[column].astype(float) / unit if column in rows else nan
+    losses["best"] = losses["exact"].fillna(losses["validation"])
+    losses["upper"] = losses["upper"].fillna(losses["lower"])
+    losses["bracketed"] = np.isfinite(losses["lower"]) & (losses["upper"] > losses["lower"])
+    return losses

@@ -1,0 +1,53 @@
+"""Studies to draw, with curves that fall towards the floors of a random weight."""
+
+import pandas as pd
+import torch
+
+import ks
+from ks.bounds.floors import Floor
+from ks.bounds.plan import make_plan
+from ks.files import columns
+from ks.files.status import OK, Ending, Status
+from ks.report.study import Study, summary_frame
+from ks.report.summary import Reference, floor_rows, rank_row, run_row
+
+WEIGHT = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+CHAIN = ks.make_chain(64, 96)
+PLAN = make_plan(WEIGHT * 8 / WEIGHT.norm(), CHAIN)
+PREDICT_ZERO = 2.0
+DIVERGED = Ending(Status.DIVERGED)
+
+
+def make_study(ranks, num_epochs=10, level=1.1, endings=None, seeds=(None,), spread=1.0, times=None, **described):
+    """Return a study with curves that fall towards `level` times the upper bound of each rank.
+
+    Args:
+        spread: of each floor's upper bound over the lower one.
+        times: milliseconds of chain and dense at every batch size, by rank.
+    """
+    epochs, rows = [], []
+    for rank, exact in zip(ranks, PLAN.floors(ranks)):
+        floor = Floor(rank, exact.lower, exact.lower * spread, spread == 1.0)
+        runs = []
+        for index, seed in enumerate(seeds):
+            least = floor.upper * PREDICT_ZERO * level * (1 + 0.01 * index)
+            values = [least + 1 / (epoch + 1) for epoch in range(1, num_epochs + 1)]
+            runs.append([
+                {"epoch": epoch, "train_loss": loss, "val_loss": 1.01 * loss, "rank": rank, "population_loss": loss}
+                for epoch, loss in enumerate(values, 1)
+            ])  # fmt: skip
+            epochs += [row | {"seed": seed} for row in runs[-1]]
+        ending = (endings or {}).get(rank, OK)
+        run_rows = [run_row(rank, run if ending == OK else [], ending) for run in runs]
+        row = rank_row(run_rows, CHAIN, floor, Reference(PREDICT_ZERO))
+        for batch in columns.BATCHES if times else ():
+            row[f"latency_ms_batch_{batch}"], row[f"dense_latency_ms_batch_{batch}"] = times[rank]
+        rows.append(row)
+    floors = pd.DataFrame(floor_rows(PLAN, PREDICT_ZERO), columns=columns.names(columns.FLOOR))
+    described = {"title": "title", "chain": CHAIN.describe(), "predict_zero_loss": PREDICT_ZERO} | described
+    return Study("study", pd.DataFrame(epochs), summary_frame(rows), floors, **described)
+
+
+def texts(figure):
+    """Return the texts in a figure, of all its panels and above them."""
+    return [text.get_text() for text in [*figure.texts, *(text for axes in figure.axes for text in axes.texts)]]

@@ -1,0 +1,164 @@
+import numpy as np
+import pytest
+from drawn_study import CHAIN, DIVERGED, make_study, texts
+
+from ks.errors import UsageError
+from ks.files.layout import FIGURES, SweepFiles
+from ks.report.figures.colors import rank_colors
+from ks.report.figures.draw import DRAWN, save_figures, study_figures
+from ks.report.figures.front import chains, front_of
+from ks.report.study import Study
+
+
+def test_every_figure_has_its_name_in_the_layout():
+    assert tuple(DRAWN) == FIGURES
+
+
+@pytest.mark.parametrize("log_scale", [False, True])
+@pytest.mark.parametrize("figsize", [None, (5.2, 4.0)])
+@pytest.mark.parametrize(("ranks", "num_epochs"), [([8], 1), ([2, 4], 1), (list(range(1, 13)), 30)])
+def test_figures_of_one_and_of_many_ranks_are_drawn(tmp_path, ranks, num_epochs, figsize, log_scale):
+    study = make_study(ranks, num_epochs, times={rank: (1.0, 2.0) for rank in ranks})
+    drawn = study_figures(study, log_scale=log_scale, figsize=figsize)
+    paths = save_figures(drawn, SweepFiles(tmp_path, "p"), ["png"], dpi=40)
+    assert [path.name for path in paths] == [f"p_{name}.png" for name in FIGURES]
+    for axes in drawn["loss_curves"].axes:
+        labels = [text.get_text() for text in axes.texts]
+        assert {*map(str, ranks), "rank", "predicting 0"} < {*labels}
+        assert axes.get_yscale() == ("log" if log_scale else "linear")
+    assert all("title" in texts(figure) for figure in drawn.values())
+
+
+@pytest.mark.parametrize("log_scale", [False, True])
+def test_the_zero_predictor_and_dense_are_in_every_figure(log_scale):
+    study = make_study([2, 4], times={2: (1.0, 2.0), 4: (3.0, 2.0)})
+    for name, figure in study_figures(study, log_scale=log_scale).items():
+        low = "dense ↓" if log_scale or name == "gap" else "dense"
+        assert {"predicting 0", low} <= {*texts(figure)}, name
+
+
+def test_every_rank_has_its_floor_dashed_in_its_colour_and_both_bounds_if_there_are_two():
+    for spread, count in ((1.0, 1), (1.2, 2)):
+        study = make_study([2, 4], spread=spread)
+        axes = study_figures(study)["loss_curves"].axes[1]
+        colors = rank_colors([2, 4])
+        dashed = [(tuple(line.get_color()), line.get_ydata()[0]) for line in axes.lines if line.is_dashed()]
+        assert len(dashed) == 2 * count
+        for row in study.summary.itertuples():
+            bounds = {value for color, value in dashed if color == colors[row.rank]}
+            assert bounds == {row.loss_floor / 2.0, row.loss_floor_upper / 2.0}
+
+
+@pytest.mark.parametrize("spread", [1.0, 1.5])
+def test_final_losses_have_the_bounds_of_their_floors(spread):
+    study = make_study([2, 4], spread=spread)
+    axes = study_figures(study)["final_losses"].axes[0]
+    lower, upper, between = axes.collections
+    for lines, column in ((lower, "loss_floor"), (upper, "loss_floor_upper")):
+        assert [segment[0][1] for segment in lines.get_segments()] == list(study.summary[column] / 2.0)
+    assert len(between.get_segments()) == (2 if spread > 1 else 0)
+
+
+def test_bars_stand_on_zero_and_a_log_axis_has_points():
+    study = make_study([2, 4])
+    linear, log = (study_figures(study, log_scale=scale)["final_losses"].axes[0] for scale in (False, True))
+    heights = [bar.get_height() for bar in linear.patches]
+    assert heights == [*study.summary["final_train_loss"] / 2.0, *study.summary["final_val_loss"] / 2.0]
+    assert linear.get_ylim()[0] == 0
+    assert not log.patches
+
+
+def test_the_second_axis_has_the_squared_unit():
+    figure = study_figures(make_study([2, 4]))["final_losses"]
+    shares, squared = figure.axes
+    assert squared.get_ylabel() == "mean squared error per output"
+    assert squared.get_ylim() == pytest.approx(2.0 * np.array(shares.get_ylim()))
+
+
+def test_the_floor_figure_has_the_trained_ranks_and_the_target():
+    study = make_study([2, 4], target=0.9)
+    axes = study_figures(study, log_scale=True)["floor"].axes[0]
+    points = {line.get_xdata()[0]: line.get_ydata()[0] for line in axes.lines if len(line.get_xdata()) == 1}
+    assert points == dict(zip(study.summary["rank"], study.summary["relative_loss"]))
+    assert 0.9 in [line.get_ydata()[0] for line in axes.lines if line.get_label() == "target"]
+
+
+def test_the_gap_falls_to_the_distance_at_the_end():
+    study = make_study([2, 4])
+    axes = study_figures(study)["gap"].axes[0]
+    ends = sorted(line.get_ydata()[-1] for line in axes.lines if line.get_marker() == "o")
+    assert ends == pytest.approx(sorted(study.summary["excess"]))
+
+
+def test_the_front_is_the_least_loss_of_all_families_and_of_what_was_trained():
+    study = make_study([2, 4], level=0.5)
+    front = front_of(study)
+    for parameters, least in zip(front["parameters"], front["relative_loss"]):
+        floors = study.floor[study.floor["parameters"] <= parameters]["relative_loss"]
+        trained = study.summary[study.summary["parameters"] <= parameters]["relative_loss"]
+        assert least == min([*floors, *trained])
+    assert front["relative_loss"].is_monotonic_decreasing
+
+
+def test_a_floor_that_no_chain_is_known_to_reach_is_not_on_the_front():
+    study = make_study([2, 4], spread=2.0, level=1.0)
+    own = study.floor[study.floor["chain"] == "monarch"]
+    front = front_of(study)
+    at_own = np.interp(own["parameters"], front["parameters"], front["relative_loss"])
+    assert (at_own > own["relative_loss"])[:-1].all()
+
+
+def test_a_trained_rank_is_hollow_where_as_many_parameters_can_lose_less():
+    figure = study_figures(make_study([2, 4], level=1.3))["front"]
+    points = [line for line in figure.axes[0].lines if line.get_marker() == "o" and len(line.get_xdata())]
+    assert {line.get_markerfacecolor() for line in points} == {"white"}
+
+
+def test_seeds_give_bands_and_whiskers():
+    single, several = make_study([2, 4]), make_study([2, 4], seeds=(None, 1, 2))
+    bands = [len(study_figures(study)["loss_curves"].axes[0].collections) for study in (single, several)]
+    assert bands == [0, 2]
+    whiskers = [len(study_figures(study)["final_losses"].axes[0].containers) for study in (single, several)]
+    assert whiskers[1] == whiskers[0] + 2
+
+
+def test_labels_of_lines_that_end_together_are_pushed_apart():
+    study = make_study(list(range(1, 13)), 30)
+    study.curves["train_loss"] = 1.0
+    axes = study_figures(study)["loss_curves"].axes[0]
+    heights = sorted(text.xyann[1] for text in axes.texts if text.get_text().isdigit())
+    assert len(heights) == 12
+    assert min(np.diff(heights)) > 0.02
+
+
+def test_a_failed_rank_is_shown_with_its_status_and_no_bar():
+    drawn = study_figures(make_study([2, 4], endings={4: DIVERGED}))
+    assert "diverged" in texts(drawn["final_losses"])
+    assert "4 (failed)" in texts(drawn["loss_curves"])
+
+
+def test_a_study_in_which_nothing_finished_still_has_its_comparison(tmp_path):
+    study = make_study([2, 4], num_epochs=0, endings={2: DIVERGED, 4: DIVERGED})
+    drawn = study_figures(study, log_scale=True)
+    assert list(drawn) == ["final_losses"]
+    assert "No rank has finished" in texts(drawn["final_losses"])
+    save_figures(drawn, SweepFiles(tmp_path, "p"), ["svg"], dpi=40)
+
+
+def test_nan_epochs_and_floors_of_zero_do_not_break_a_log_axis(tmp_path):
+    study = make_study([2, CHAIN.saturation_rank])
+    study.curves.loc[study.curves["rank"] == 2, ["train_loss", "val_loss"]] = np.nan
+    study.summary.loc[1, ["loss_floor", "loss_floor_upper"]] = 0.0
+    drawn = study_figures(study, log_scale=True)
+    save_figures(drawn, SweepFiles(tmp_path, "p"), ["png"], 40)
+
+
+def test_chains_side_by_side(tmp_path):
+    studies = [make_study([2, 4]), make_study([1, 8])]
+    figure = chains(studies, log_scale=True)
+    save_figures({"chains": figure}, SweepFiles(tmp_path, "p"), ["png"], 40)
+    assert len(figure.legends[0].get_texts()) == 2
+    assert texts(figure)[0].startswith("The least loss is ")
+    old = studies[0].summary.assign(population_loss=np.nan)
+    with pytest.raises(UsageError, match="no relative losses"):
+        chains([Study("old", studies[0].curves, old, studies[0].floor)])
