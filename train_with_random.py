@@ -48,6 +48,7 @@ from ks.training.choose_optimiser import choose_for_criterion, make_optimiser
 from ks.training.cuda_graph import make_epochs
 from ks.training.epochs import useful_threads
 from ks.training.initial_values import sketch_rows
+from ks.training.latency import measure_latency
 from ks.training.losses import kind_of, loss_and_gradient, squared_error_and_gradient
 from ks.training.observers import ConsoleReport, CurvesOnDisk, EpochEnd, Observer
 from ks.training.problem import Problem, resolve
@@ -183,6 +184,9 @@ def train(
         if kind.has_floors:
             tf32 = config.float32_precision == "tf32"
             check_validation(curves[-1]["val_loss"] / unit_of_loss, weight, model, problem, dtype, tf32)
+        if config.latency_seconds:
+            place = (dtype, config.impl, threads, config.latency_seconds)
+            record.keep_latency(lambda: measure_latency(model, weight, *place))
     except BaseException:
         checkpoints.write_latest()
         raise

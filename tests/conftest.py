@@ -24,7 +24,7 @@ KILLS = int(os.environ.get("KS_TEST_KILLS", "3"))
 ALL_FAULTS = KILLS >= 20
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = ("--num_samples", "80", "--batch_size", "16", "--num_epochs", "3")
+QUICK = ("--num_samples", "80", "--batch_size", "16", "--num_epochs", "3", "--latency_seconds", "0")
 
 
 @pytest.fixture

@@ -165,6 +165,12 @@ class RunningFlags:
         "also log every epoch to an experiment tracker, whose package must be installed; described in docs/files.md",
         choices=TRACKERS,
     )
+    latency_seconds: float = flag(
+        1.0,
+        "seconds after each training for the latency of its chain and of the dense layer, at batch 1, 32 and 1024; 0 "
+        "measures none",
+        convert=non_negative_float,
+    )
     log_interval: int = flag(100, "steps between the lines that --verbose prints", convert=positive_int)
     verbose: bool = flag(False, "print lines within each epoch too")
     quiet: bool = flag(False, "print errors and warnings only")

@@ -27,7 +27,22 @@ Loss = Annotated[float, Meta(ge=0.0, le=1e300)]
 Number = Annotated[float, Meta(ge=-1e300, le=1e300)]
 Text = Annotated[str, Meta(max_length=10_000)]
 Seconds = Annotated[float, Meta(ge=0.0, le=1e12)]
+Milliseconds = Annotated[float, Meta(ge=0.0, le=1e12)]
 Record = TypeVar("Record", bound=Struct)
+
+
+class Latency(Struct):
+    """Median milliseconds of a forward pass of chain and dense, with the CPU threads, dtype and device of both."""
+
+    threads: Positive
+    dtype: Text
+    device: Text
+    latency_ms_batch_1: Milliseconds | None = None
+    latency_ms_batch_32: Milliseconds | None = None
+    latency_ms_batch_1024: Milliseconds | None = None
+    dense_latency_ms_batch_1: Milliseconds | None = None
+    dense_latency_ms_batch_32: Milliseconds | None = None
+    dense_latency_ms_batch_1024: Milliseconds | None = None
 
 
 class TrainingLog(Struct):
@@ -36,6 +51,7 @@ class TrainingLog(Struct):
     status: Text
     train_seconds: Seconds | None = None
     copy_of: Positive | None = None
+    latency: Latency | None = None
 
 
 class Choice(Struct):
@@ -125,12 +141,12 @@ class SummaryRow(Struct):
     removed_share: Number | None = None
     held_out_relative_loss: Loss | None = None
     isotropic_floor: Loss | None = None
-    latency_ms_batch_1: Seconds | None = None
-    latency_ms_batch_32: Seconds | None = None
-    latency_ms_batch_1024: Seconds | None = None
-    dense_latency_ms_batch_1: Seconds | None = None
-    dense_latency_ms_batch_32: Seconds | None = None
-    dense_latency_ms_batch_1024: Seconds | None = None
+    latency_ms_batch_1: Milliseconds | None = None
+    latency_ms_batch_32: Milliseconds | None = None
+    latency_ms_batch_1024: Milliseconds | None = None
+    dense_latency_ms_batch_1: Milliseconds | None = None
+    dense_latency_ms_batch_32: Milliseconds | None = None
+    dense_latency_ms_batch_1024: Milliseconds | None = None
 
 
 class CurveRow(Struct):

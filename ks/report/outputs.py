@@ -37,7 +37,7 @@ def summarise(
     count = problem.layer_inputs.description.get("held_out_count", 0)
     reference = Reference(problem.predict_zero_loss, held_out, count, plan.isotropic_curve)
     runs = [
-        run_row(result.run.rank, result.curves, result.ending, result.run.seed, result.train_seconds)
+        run_row(result.run.rank, result.curves, result.ending, result.run.seed, result.train_seconds, result.latency)
         for result in results
     ]
     measured = all(row["population_loss"] is not None for row in runs if ended_well(row["status"]))

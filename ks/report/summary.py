@@ -11,6 +11,7 @@ from ks.bounds.floors import Floor
 from ks.bounds.plan import Plan
 from ks.files.atomic import finite
 from ks.files.columns import ISOTROPIC, LATENCIES, names
+from ks.files.schema import Latency
 from ks.files.status import OK, Ending, Status, ended_well
 from ks.patterns import Chain
 from ks.report.verdict import NEGLIGIBLE_FLOOR, ROUNDING, Verdict, is_calibration_limited, limit_of
@@ -20,9 +21,14 @@ WITH_ERROR = ("final_train_loss", "final_val_loss", "population_loss")
 
 
 def run_row(
-    rank: int, curves: list[dict], ending: Ending = OK, seed: int | None = None, train_seconds: float | None = None
+    rank: int,
+    curves: list[dict],
+    ending: Ending = OK,
+    seed: int | None = None,
+    train_seconds: float | None = None,
+    latency: Latency | None = None,
 ) -> dict:
-    """Return the row of one run, with the keys of `ks.files.columns.RUNS`.
+    """Return the row of one run, with the keys of `ks.files.columns.RUNS`, and its latencies.
 
     Losses are None if a curve has no finite value; final ones also if the run has not finished.
 
@@ -30,7 +36,7 @@ def run_row(
         rank: of the run.
         curves: its rows, possibly none.
         ending: of the run.
-        seed, train_seconds: of the run.
+        seed, train_seconds, latency: of the run.
     """
     row = {"rank": rank, "seed": seed, "num_epochs": len(curves), "status": ending, "train_seconds": train_seconds}
     for split in ("train", "val"):
@@ -40,7 +46,7 @@ def run_row(
     last = curves[-1] if curves and ended_well(ending) else {}
     for name in ("final_train_loss", "final_val_loss", "population_loss"):
         row[name] = finite(last.get(name.removeprefix("final_")))
-    return row
+    return row | {name: getattr(latency, name, None) for name in names(LATENCIES)}
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ def rank_row(
     row |= {"num_seeds": len(finished), "train_seconds": _mean([run["train_seconds"] for run in runs])}
     row |= {name: _mean([run[name] for run in good]) for name in LOSSES}
     row |= {f"{name}_se": _standard_error([run[name] for run in good]) for name in WITH_ERROR}
-    row |= {name: _mean([run.get(name) for run in good]) for name in names(LATENCIES)}
+    row |= {name: _mean([run[name] for run in good]) for name in names(LATENCIES)}
     row["status"] = _joint_ending(runs)
     row["failed"] = row["status"].status not in (Status.OK, Status.INTERRUPTED, Status.NOT_STARTED)
     if chain is not None:

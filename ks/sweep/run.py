@@ -10,7 +10,7 @@ from ks.cli.parser import to_arguments
 from ks.errors import UsageError
 from ks.files.curves import curves_if_any
 from ks.files.layout import RunFiles, run_files
-from ks.files.schema import RunConfig, TrainingLog, read_json_as
+from ks.files.schema import Latency, RunConfig, TrainingLog, read_json_as
 from ks.files.status import OK, Ending, Status, ended_well
 from ks.sweep.launcher import Outcome, Task
 from ks.training.checkpoints import is_finished
@@ -64,7 +64,8 @@ def runs_of(config: SweepConfig, ranks: list[int], output_dir: Path, trainer: Pa
 class Result:
     """How a run ended, with its curves, read once.
 
-    train_seconds: duration of the training, None if unknown. copy_of: the rank whose results are copied, or None.
+    train_seconds: duration of the training, latency: of its chain and of dense; None if unknown. copy_of: the rank
+    whose results are copied, or None.
     """
 
     run: Run
@@ -72,6 +73,7 @@ class Result:
     curves: list[dict]
     train_seconds: float | None
     copy_of: int | None = None
+    latency: Latency | None = None
 
 
 def result_of(run: Run, num_epochs: int, outcome: Outcome | None = None, study: dict | None = None) -> Result:
@@ -93,7 +95,7 @@ def result_of(run: Run, num_epochs: int, outcome: Outcome | None = None, study: 
     ending = _ending(outcome, finished, log, bool(curves))
     if study is not None and ended_well(ending) and (replaced := _replaced_file(run.files, study)):
         ending = Ending(Status.FAILED, replaced)
-    return Result(run, ending, curves, log.train_seconds, log.copy_of)
+    return Result(run, ending, curves, log.train_seconds, log.copy_of, log.latency)
 
 
 def _replaced_file(files: RunFiles, study: dict) -> str:

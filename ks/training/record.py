@@ -2,10 +2,11 @@
 
 import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Self
 
+import msgspec
 import torch
 
 from ks import signals
@@ -15,6 +16,7 @@ from ks.errors import one_line
 from ks.files.atomic import read_json_object, write_json
 from ks.files.layout import RunFiles
 from ks.files.provenance import now, peak_memory, provenance
+from ks.files.schema import Latency
 from ks.files.status import Status
 from ks.training.checks import Diverged
 from ks.training.problem import Problem
@@ -57,6 +59,8 @@ class RunRecord:
         self.message: str | None = None
         before = read_json_object(files.training_log) if resumed else {}
         self._seconds_before = before.get("train_seconds", 0.0)
+        if before.get("latency"):
+            self.log["latency"] = before["latency"]
 
     def own(self, path: Path) -> None:
         """Record a file before it is written."""
@@ -77,6 +81,13 @@ class RunRecord:
         self.config_file.setdefault(what, {"name": self.problem.describe()[what], "reason": ""})["warning"] = warning
         write_json(self.files.config, self.config_file)
         console.note(f"WARNING: {warning}")
+
+    def keep_latency(self, measure: Callable[[], Latency]) -> None:
+        """Record what `measure` returns, unless an earlier run has measured; its time does not count as training."""
+        if "latency" not in self.log:
+            began = time.perf_counter()
+            self.log["latency"] = msgspec.structs.asdict(measure())
+            self._started += time.perf_counter() - began
 
     def __enter__(self) -> Self:
         self._started = time.perf_counter()

@@ -20,7 +20,7 @@ def test_a_run_row_skips_what_is_not_finite_and_invents_nothing():
     assert row["final_val_loss"] is row["population_loss"] is None
     empty = run_row(2, [], Ending(Status.FAILED, "exit 1"))
     assert empty["final_val_loss"] is empty["min_train_epoch"] is None
-    assert set(row) == set(columns.names(columns.RUNS))
+    assert set(row) == set(columns.names([*columns.RUNS, *columns.LATENCIES]))
 
 
 def test_distances_to_the_floor():

@@ -12,8 +12,9 @@ from ks.report.figures.final_losses import final_losses
 from ks.report.figures.floor import floor_by_rank, has_floors
 from ks.report.figures.front import loss_by_parameters
 from ks.report.figures.gap import gap_by_epoch, has_gaps
-from ks.report.figures.latency import loss_by_latency, measured_batches
+from ks.report.figures.latency import loss_by_latency
 from ks.report.figures.loss_curves import loss_curves
+from ks.report.speed import measured_batches
 from ks.report.study import Study
 
 # By the name in the file name: what draws it, and whether a study has the data for it.
@@ -23,7 +24,7 @@ DRAWN: dict[str, tuple[Callable[..., Figure], Callable[[Study], bool]]] = {
     "floor": (floor_by_rank, has_floors),
     "gap": (gap_by_epoch, has_gaps),
     "front": (loss_by_parameters, has_floors),
-    "latency": (loss_by_latency, lambda study: bool(measured_batches(study))),
+    "latency": (loss_by_latency, lambda study: bool(measured_batches(study.summary.to_dict("records")))),
 }
 
 

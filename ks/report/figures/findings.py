@@ -2,11 +2,9 @@
 
 import pandas as pd
 
-from ks.files.columns import BATCHES
 from ks.report.figures.units import Units
+from ks.report.speed import measured_batches, slow_batches
 from ks.report.verdict import CONVERGED_EXCESS, Limit
-
-FAST = 0.95  # the share of dense's time from which on a chain is as fast, not faster: closer ratios are noise
 
 
 def listed(ranks, total: int) -> str:
@@ -117,15 +115,10 @@ def of_front(losses: pd.DataFrame, lowrank_at: pd.Series, family: str) -> str:
     return f"at equal parameters, {listed(better, len(losses))} of {family} loses less than low-rank can; others do not"
 
 
-def of_latency(summary: pd.DataFrame) -> str:
-    """Return which ranks are faster than dense at every batch size, and which are at none."""
-    slower = {}
-    for batch in BATCHES:
-        chain, dense = summary[f"latency_ms_batch_{batch}"], summary[f"dense_latency_ms_batch_{batch}"]
-        known = chain.notna() & dense.notna()
-        slower[batch] = summary["rank"][known & (chain > FAST * dense)]
-    slow = {batch: ranks for batch, ranks in slower.items() if len(ranks)}
-    if not slow:
-        return "every chain is faster than dense at every batch size"
-    texts = [f"{listed(ranks, len(summary))} at batch {batch}" for batch, ranks in slow.items()]
+def of_latency(rows: list[dict]) -> str:
+    """Return which ranks are not faster than dense, by batch size; rows are those of the summary."""
+    slow = {batch: [row["rank"] for row in rows if batch in slow_batches(row)] for batch in measured_batches(rows)}
+    texts = [f"{listed(ranks, len(rows))} at batch {batch}" for batch, ranks in slow.items() if ranks]
+    if not texts:
+        return "every chain is faster than dense at every batch size" if len(rows) > 1 else "faster than dense"
     return f"not faster than dense: {'; '.join(texts)}"

@@ -4,7 +4,6 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ks.files.columns import BATCHES
 from ks.report.figures.axes import (
     NOTE,
     finish_loss_axis,
@@ -17,15 +16,8 @@ from ks.report.figures.axes import (
 from ks.report.figures.colors import rank_colors
 from ks.report.figures.findings import of_latency
 from ks.report.figures.units import losses_of, units_of
+from ks.report.speed import measured_batches
 from ks.report.study import Study
-
-
-def measured_batches(study: Study) -> list[int]:
-    """Return the batch sizes at which the latency of a rank was measured."""
-    both = {
-        batch: study.summary.get([f"latency_ms_batch_{batch}", f"dense_latency_ms_batch_{batch}"]) for batch in BATCHES
-    }
-    return [batch for batch, table in both.items() if table is not None and table.notna().all(axis=1).any()]
 
 
 def loss_by_latency(study: Study, *, log_scale: bool = False, title: str | None = None, figsize=None) -> Figure:
@@ -40,7 +32,7 @@ def loss_by_latency(study: Study, *, log_scale: bool = False, title: str | None 
         title: below the finding.
         figsize: (width, height) in inches; a narrow figure has the panels one above the other.
     """
-    batches, units = measured_batches(study), units_of(study)
+    batches, units = measured_batches(study.summary.to_dict("records")), units_of(study)
     figure = Figure(figsize=figsize or (1.5 + 3.5 * len(batches), 4.6), layout="constrained")
     beside = figure.get_figwidth() >= 3 * len(batches)
     grid = (1, len(batches)) if beside else (len(batches), 1)
@@ -51,8 +43,8 @@ def loss_by_latency(study: Study, *, log_scale: bool = False, title: str | None 
         chain, dense = (summary[f"{kind}latency_ms_batch_{batch}"].astype(float) for kind in ("", "dense_"))
         finish_loss_axis(axes, units, losses["best"].dropna(), log_scale=log_scale)
         shown = chain.notna() & losses["best"].notna()
-        low, high = min(chain.min(), dense.min()), max(chain.max(), dense.max())
-        set_log_axis(axes.xaxis, low / 1.1, high * 1.1, "{:g}".format)
+        low, high = min(chain.min(), dense.min()), max(1.1 * chain.max(), 1.6 * dense.max())
+        set_log_axis(axes.xaxis, low / 1.1, high, "{:g}".format)
         axes.tick_params(axis="x", labelsize=8)
         axes.axvspan(dense.median(), axes.get_xlim()[1], color="0.94", linewidth=0, zorder=0)
         axes.axvspan(dense.min(), dense.max(), color="black", alpha=0.15, linewidth=0, zorder=1)
@@ -67,5 +59,5 @@ def loss_by_latency(study: Study, *, log_scale: bool = False, title: str | None 
         axes.tick_params(labelleft=True)
         if units.shares:
             note_references(axes, log_scale=log_scale)
-    write_heading(figure, of_latency(summary), title)
+    write_heading(figure, of_latency(summary.to_dict("records")), title)
     return figure

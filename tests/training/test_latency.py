@@ -1,0 +1,105 @@
+"""What is measured, and how often; never how long anything takes."""
+
+import time
+
+import pytest
+import torch
+from conftest import QUICK
+
+import ks
+import train_with_random
+from ks.files.columns import BATCHES, LATENCIES, names
+from ks.files.layout import RunFiles
+from ks.files.schema import Latency, TrainingLog, read_json_as
+from ks.training import latency
+from ks.training.latency import interleaved_medians, measure_latency
+from ks.training.problem import resolve
+from ks.training.record import RunRecord
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def readings(monkeypatch):
+    """Replace the measurement: every call takes as many seconds as the batch has samples, over `per_second`."""
+    seen = []
+
+    def measure(functions, device, seconds):
+        outputs = [function() for function in functions]
+        seen.append([tuple(output.shape) for output in outputs])
+        return [len(outputs[0]) / measure.per_second for _ in functions]
+
+    measure.per_second, measure.seen = 1e9, seen
+    monkeypatch.setattr(latency, "interleaved_medians", measure)
+    return measure
+
+
+@pytest.mark.parametrize("batch_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chain_and_dense_are_measured_on_the_same_batches(readings, batch_last, dtype):
+    model = ks.KSLinear(24, 16, rank=2, batch_last=batch_last)
+    found = measure_latency(model, torch.randn(16, 24).double(), dtype, "auto", torch.get_num_threads(), 1.0)
+    shapes = [(16, batch) if batch_last else (batch, 16) for batch in BATCHES]
+    assert readings.seen == [[shape, shape] for shape in shapes]
+    assert (found.threads, found.dtype, found.device) == (torch.get_num_threads(), str(dtype)[6:], "cpu")
+    assert all(getattr(found, name) > 0 for name in names(LATENCIES))
+
+
+def test_a_batch_that_would_take_too_long_is_left_out(readings):
+    readings.per_second = 200  # a round takes 10 ms at batch 1, 0.32 s at batch 32, 10 s at batch 1024
+    found = measure_latency(ks.KSLinear(24, 16, rank=2), torch.randn(16, 24), torch.float32, "auto", 1, 1.0)
+    assert found.latency_ms_batch_32 == pytest.approx(160)
+    assert found.latency_ms_batch_1024 is None is found.dense_latency_ms_batch_1024
+
+
+def test_the_functions_take_turns_and_the_first_call_does_not_count(monkeypatch):
+    calls, clock = [], iter(range(10**6))
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
+    slow, fast = (lambda name=name: calls.append(name) for name in ("slow", "fast"))
+    assert interleaved_medians((slow, fast), CPU, 0.0) == [1.0, 1.0]
+    assert calls == ["slow", "fast"] * (2 + latency.ROUNDS[0])
+
+
+def test_the_values_of_the_measured_chain_stay(readings):
+    model = ks.KSLinear(24, 16, rank=2)
+    before = [factor.detach().clone() for factor in model.factors]
+    measure_latency(model, torch.randn(16, 24), torch.float32, "auto", 1, 1.0)
+    assert all(torch.equal(old, new) and new.requires_grad for old, new in zip(before, model.factors))
+
+
+def test_a_training_keeps_its_latency(run, weight_path, tmp_path):
+    command = ("train_with_random.py", "--weight_path", weight_path, *QUICK, "--output_dir", "out")
+    files = RunFiles(tmp_path / "out", "ks_chain", 4)
+    assert run(*command).returncode == 0
+    assert read_json_as(files.training_log, TrainingLog).latency is None
+    done = run(*command, "--latency_seconds", 0.01)
+    assert done.returncode == 0, done.stderr
+    assert isinstance(read_json_as(files.training_log, TrainingLog).latency, Latency)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_resumed_training_does_not_measure_again(weight_path, tmp_path, resumed):
+    config = train_with_random.build_parser().parse(["--weight_path", str(weight_path), *QUICK])
+    files = RunFiles(tmp_path, "ks_chain", 4)
+    first, second = (Latency(threads=threads, dtype="float32", device="cpu") for threads in (1, 2))
+    with RunRecord(config, resolve(config), {}, files, resumed=False, owned=[]) as record:
+        record.keep_latency(lambda: first)
+    with RunRecord(config, resolve(config), {}, files, resumed=resumed, owned=[]) as record:
+        record.keep_latency(lambda: second)
+    kept = read_json_as(files.training_log, TrainingLog).latency
+    assert kept == (first if resumed else second)
+
+
+def test_the_time_of_the_measurement_is_not_that_of_the_training(weight_path, tmp_path, monkeypatch):
+    config = train_with_random.build_parser().parse(["--weight_path", str(weight_path), *QUICK])
+    files, now = RunFiles(tmp_path, "ks_chain", 4), [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def measure():
+        now[0] += 5.0
+        return Latency(threads=1, dtype="float32", device="cpu")
+
+    with RunRecord(config, resolve(config), {}, files, resumed=False, owned=[]) as record:
+        now[0] += 2.0
+        record.keep_latency(measure)
+    assert read_json_as(files.training_log, TrainingLog).train_seconds == 2.0
