@@ -6,8 +6,8 @@
 Reads rank_R/rank_R_rank_R_loss_curves.csv (those of the 2025 scripts too) and, where they are, PREFIX_summary.json
 (which then says what ranks belong to the study), PREFIX_floor.csv and PREFIX_config.json. Prints the answer and the
 summary, and writes the figures PREFIX_loss_curves, _final_losses, _floor, _gap, _front and _latency to --output_dir;
-for several sweeps, PREFIX_chains. If the figures are not those of a sweep in that folder, PREFIX_figures.json names
-them.
+with --report, also PREFIX_report.html. For several sweeps, it draws PREFIX_chains. If the figures are not those of a
+sweep in that folder, PREFIX_figures.json names them.
 Exit codes: 0 well, 2 bad input, 4 internal error.
 """
 
@@ -29,6 +29,7 @@ from ks.files.layout import SweepFiles
 from ks.files.ownership import check_free, recorded
 from ks.report.figures import draw
 from ks.report.figures.front import chains
+from ks.report.html import write_report
 from ks.report.read_results import read_study
 from ks.report.summary_table import summary_table
 
@@ -60,6 +61,8 @@ def main(argv=None) -> int:
     sources = [Path(path).absolute() for path in config.results_dir]
     if len(sources) > 1 and not config.output_dir:
         raise UsageError("several --results_dir need an --output_dir for their common figure")
+    if len(sources) > 1 and config.report:
+        raise UsageError("--report is that of one sweep: give one --results_dir")
     try:
         studies = [read_study(SweepFiles(source, config.save_prefix)) for source in sources]
     except OSError as error:
@@ -70,9 +73,13 @@ def main(argv=None) -> int:
     drawn = {"chains": chains(studies, **look)} if several else draw.study_figures(studies[0], **look)
     target = prepare_output_dir(config.output_dir or sources[0])
     files = SweepFiles(target, config.save_prefix)
+    paths = [files.figure(name, suffix) for name in drawn for suffix in config.formats]
     try:
-        claim(files, [files.figure(name, suffix) for name in drawn for suffix in config.formats], sources)
+        claim(files, [*paths, *([files.report] if config.report else [])], sources)
         written = draw.save_figures(drawn, files, config.formats, config.dpi)
+        if config.report:
+            write_report(studies[0], files, log_scale=config.log_scale, title=config.title)
+            written.append(files.report)
     except OSError as error:
         raise UsageError(f"figures cannot be written to {target}: {error.strerror}") from error
     for study in studies:

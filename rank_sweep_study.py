@@ -5,7 +5,8 @@
 
 Written to --output_dir: a folder rank_R for each rank (curves, checkpoints, train.log), and under --save_prefix
 PREFIX_summary.csv and .json, PREFIX_runs.csv, PREFIX_all_curves.csv, PREFIX_floor.csv, PREFIX_config.json and the
-figures PREFIX_loss_curves.png, _final_losses.png, _floor.png, _gap.png, _front.png and _latency.png.
+figures PREFIX_loss_curves.png, _final_losses.png, _floor.png, _gap.png, _front.png and _latency.png; PREFIX_report.html
+has all of it on one page.
 The same command again keeps finished ranks, resumes unfinished ones and trains failed ones again.
 Exit codes: 0 well, 1 no rank succeeded, 2 bad input or another study's folder, 3 some ranks failed, 4 internal error,
 130 interrupted.

@@ -355,6 +355,7 @@ class PlotConfig(OutputFlags, PlotFlags):
         (), "folder of a sweep, or several to draw in one figure", convert=path, nargs="+", required=True
     )
     show: bool = flag(False, "open a window for each figure")
+    report: bool = flag(False, "also write the report of the sweep, PREFIX_report.html")
     output_dir: str | None = redefault(  # type: ignore[assignment]
         OutputFlags, "output_dir", None, shown_default="--results_dir"
     )

@@ -101,6 +101,7 @@ class SweepFiles:
     plan_csv = _file("{prefix}_plan.csv")
     plan_record = _file("{prefix}_plan_record.json")
     figures_record = _file("{prefix}_figures.json")
+    report = _file("{prefix}_report.html")
     lock = _file(".sweep.lock")
 
     def figure(self, name: str, suffix: str = "png") -> Path:
@@ -109,7 +110,7 @@ class SweepFiles:
     def outputs(self) -> list[Path]:
         """Return the summary and figures: whatever is made from the results of the runs."""
         figures = [self.figure(name, suffix) for name in FIGURES for suffix in FIGURE_FORMATS]
-        return [self.summary_csv, self.summary_json, self.runs_csv, self.all_curves_csv, *figures]
+        return [self.summary_csv, self.summary_json, self.runs_csv, self.all_curves_csv, self.report, *figures]
 
     def planned(self) -> list[Path]:
         """Return the files of the plan of a checkpoint."""

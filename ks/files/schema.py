@@ -71,19 +71,28 @@ class RunConfig(Struct):
 
 class WeightRecord(Struct):
     sha256: Text | None = None
+    shape: tuple[Positive, Positive] | None = None
+    key: Text | None = None
+    dtype: Text | None = None
+
+
+class InputsRecord(Struct):
+    kind: Text | None = None
+    std: Number | None = None
+    key: Text | None = None
+    sha256: Text | None = None
+    count: Count | None = None
+    held_out_count: Count | None = None
+    effective_rank: Number | None = None
+    centred: bool = False
 
 
 class ProblemRecord(Struct):
     chain: Text | None = None
     weight: WeightRecord = field(default_factory=WeightRecord)
+    inputs: InputsRecord = field(default_factory=InputsRecord)
     predict_zero_loss: Loss | None = None
     held_out_predict_zero_loss: Loss | None = None
-
-
-class Arguments(Struct):
-    """The flags of a sweep, as far as the figures need them."""
-
-    target_relative_loss: Loss | None = None
 
 
 class SweepConfig(Struct):
@@ -92,10 +101,12 @@ class SweepConfig(Struct):
     settings: dict[str, Any]
     ranks: list[Positive]
     seeds: Annotated[list[Seed], Meta(min_length=1)]
-    arguments: Arguments = field(default_factory=Arguments)
+    arguments: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
     title: Text | None = None
     loss: Text | None = None
     answer: list[Text] = field(default_factory=list)
+    advice: list[Text] = field(default_factory=list)
     problem: ProblemRecord = field(default_factory=ProblemRecord)
     files: list[Text] = field(default_factory=list)
 

@@ -13,6 +13,7 @@ from ks.files.layout import RunFiles, SweepFiles
 from ks.files.schema import RunConfig, read_json_as
 from ks.files.status import ended_well
 from ks.report.figures.draw import save_figures, study_figures
+from ks.report.html import write_report
 from ks.report.read_results import read_study
 from ks.report.summary import Reference, rank_row, run_row
 from ks.sweep.run import Result
@@ -56,7 +57,7 @@ def summarise(
 def write_outputs(
     config: PlotFlags, files: SweepFiles, record: dict, results: list[Result], runs: list[dict], rows: list[dict]
 ) -> list[Path]:
-    """Write the tables of a sweep and, from the files alone as a later plot would, its figures.
+    """Write the tables of a sweep and, from the files alone as a later plot would, its figures and its report.
 
     Args:
         config: how the figures look.
@@ -65,7 +66,7 @@ def write_outputs(
         results: of all runs.
         runs, rows: as `summarise` returns them.
     Returns:
-        the paths of the summary and the figures.
+        the paths of the summary, the figures and the report.
     """
     losses = [_kind_of_loss(result.run.files) for result in results]
     record["loss"] = next(filter(None, losses), LossKind.MEAN_SQUARED_ERROR.value)
@@ -79,8 +80,11 @@ def write_outputs(
     )
     write_csv(files.summary_csv, summary, rows)
     write_json(files.summary_json, [{name: row.get(name) for name in summary} for row in rows])
-    drawn = study_figures(read_study(files), log_scale=config.log_scale, title=config.title, figsize=config.figsize)
-    return [files.summary_csv, *save_figures(drawn, files, config.formats, config.dpi)]
+    study = read_study(files)
+    drawn = study_figures(study, log_scale=config.log_scale, title=config.title, figsize=config.figsize)
+    written = save_figures(drawn, files, config.formats, config.dpi)
+    write_report(study, files, log_scale=config.log_scale, title=config.title)
+    return [files.summary_csv, *written, files.report]
 
 
 def _kind_of_loss(files: RunFiles) -> str | None:

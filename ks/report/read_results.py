@@ -1,5 +1,7 @@
 """Reading a results folder, ours or one of the 2025 ksmm scripts, as a study to draw."""
 
+from typing import Annotated
+
 import msgspec
 import pandas as pd
 
@@ -7,11 +9,17 @@ from ks.errors import UsageError
 from ks.files import columns
 from ks.files.curves import read_curves
 from ks.files.layout import RunFiles, SweepFiles, find_runs
-from ks.files.schema import FloorRow, RunRow, SummaryRow, SweepConfig, read_csv_as, read_json_as
+from ks.files.schema import FloorRow, RunRow, SummaryRow, SweepConfig, convert, read_csv_as, read_json_as
 from ks.files.status import OK
 from ks.report.study import Study, curves_table, summary_frame
 from ks.report.summary import rank_row, run_row
 from ks.training.losses import LossKind
+
+
+class Target(msgspec.Struct):
+    """The flag of a sweep that its figures show."""
+
+    target_relative_loss: Annotated[float, msgspec.Meta(gt=0, lt=1)] | None = None
 
 
 def read_study(files: SweepFiles) -> Study:
@@ -47,7 +55,8 @@ def read_study(files: SweepFiles) -> Study:
         answer=tuple(config.answer) if config else (),
         predict_zero_loss=config.problem.predict_zero_loss if config else None,
         held_out_predict_zero_loss=config.problem.held_out_predict_zero_loss if config else None,
-        target=config.arguments.target_relative_loss if config else None,
+        target=convert(config.arguments, Target, str(files.config)).target_relative_loss if config else None,
+        config=config,
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from ks.files import columns
+from ks.files.schema import SweepConfig
 from ks.files.status import ended_well
 from ks.training.losses import LossKind
 
@@ -18,7 +19,8 @@ class Study:
     (columns of the summary; for a 2025 folder only the losses are filled). floor: columns of the floor file, empty if
     there is no floor. title: weight and chain, None if not known. answer: sentences of `ks.report.answer`.
     predict_zero_loss, held_out_predict_zero_loss: loss of predicting 0, in the unit of the losses, on the inputs of the
-    training and on those held out. target: the share of the output energy that may be lost.
+    training and on those held out. target: the share of the output energy that may be lost. config: the config file;
+    None for a 2025 folder.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Study:
     predict_zero_loss: float | None = None
     held_out_predict_zero_loss: float | None = None
     target: float | None = None
+    config: SweepConfig | None = None
 
 
 def curves_table(runs: Iterable[tuple[dict, list[dict]]]) -> pd.DataFrame:

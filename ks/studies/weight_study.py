@@ -146,12 +146,13 @@ class WeightStudy:
         if any(row["population_loss"] is None for row in self.rows_of_runs if ended_well(row["status"])):
             console.note("floors are left out: the criterion is not the mean squared error", self.config.quiet)
         self.record["answer"] = answer(self.rows, self.plan, self.config.target_relative_loss)
+        self.record["advice"] = advice(self.rows, self.problem.sampling)
         written = write_outputs(self.config, files, self.record, results, self.rows_of_runs, self.rows)
         return [
             *self.record["answer"],
             "",
             summary_table(self.rows),
-            *advice(self.rows, self.problem.sampling),
+            *self.record["advice"],
             *map(str, written),
         ]
 

@@ -52,7 +52,7 @@ def write(weight_path, tmp_path):
 def test_all_is_written_and_reads_back(write):
     files, written = write({"population_loss": 9.2})
     figures = [files.figure(name, "svg") for name in ("loss_curves", "final_losses", "floor", "gap", "front")]
-    assert written == [files.summary_csv, *figures]
+    assert written == [files.summary_csv, *figures, files.report]
     assert all(path.stat().st_size > 0 for path in written)
     assert files.summary_csv.read_text().splitlines()[0].split(",") == columns.names(columns.SUMMARY)
     first, second = json.loads(files.summary_json.read_text())

@@ -49,6 +49,7 @@ def test_a_sweep_writes_the_files_of_the_contract(swept):
         "rank_sweep_front.png",
         "rank_sweep_gap.png",
         "rank_sweep_loss_curves.png",
+        "rank_sweep_report.html",
         "rank_sweep_runs.csv",
         "rank_sweep_summary.csv",
         "rank_sweep_summary.json",

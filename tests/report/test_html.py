@@ -1,0 +1,165 @@
+"""The report holds what it must, loads nothing, and names no place on this machine."""
+
+import dataclasses
+import html
+import re
+from html.parser import HTMLParser
+
+import pytest
+from drawn_study import make_study
+
+from ks.files.layout import FIGURES, SweepFiles
+from ks.files.schema import SweepConfig, convert
+from ks.report.html import write_report
+from ks.report.study import Study
+
+HASH = "c2f246c6ae7821dc" * 4
+CONFIG = {
+    "settings": {},
+    "ranks": [2, 4],
+    "seeds": [0],
+    "title": "weight.pth",
+    "advice": ["rank 4: undertrained; use more --num_epochs"],
+    "arguments": {"weight_path": "/home/someone/models/weight.pth", "ranks": [2, 4], "num_epochs": 10},
+    "problem": {
+        "weight": {"sha256": HASH, "shape": [64, 96], "key": "layer.weight", "dtype": "float32"},
+        "inputs": {"kind": "measured", "key": "layer", "sha256": "ab" * 32, "count": 5000, "held_out_count": 1200,
+                   "effective_rank": 12.34},
+    },
+    "provenance": {"started": "2026-11-24T16:30:16+00:00", "cpu": "A CPU", "cpu_cores": 2, "torch": "2.13.0",
+                   "python": "3.11", "git_revision": "abc", "host": "secret-host",
+                   "command": ["/usr/bin/python", "/home/someone/rank_sweep_study.py"]},
+}  # fmt: skip
+VOID = {"meta", "link", "br", "hr", "img", "input", "wbr"}
+
+
+class Page(HTMLParser):
+    """A page as (tag, attributes) in order, its text, and what would be loaded; unbalanced tags raise."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.words, self.loads, self.open = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.handle_startendtag(tag, attributes)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        loading = [value for name, value in attributes if name.split(":")[-1] in ("src", "href", "srcset", "data")]
+        self.loads += [value for value in loading if not value.startswith("#")]
+        assert not [name for name, _ in attributes if name.startswith("on")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] != "style":
+            self.words.append(data)
+
+    def count(self, tag):
+        return sum(name == tag for name, _ in self.tags)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+
+def page_of(tmp_path, study: Study, **look) -> tuple[str, Page]:
+    files = SweepFiles(tmp_path, "p")
+    write_report(study, files, **look)
+    text = files.report.read_text()
+    return text, Page(text)
+
+
+def measured_study(**changes) -> Study:
+    study = make_study([2, 4], times={2: (1.0, 2.0), 4: (3.0, 2.0)}, title="weight.pth", target=0.5)
+    answer = ("Rank 4 loses <45%> of the output energy.", "Rank 2 & more.")
+    config = convert(CONFIG | changes, SweepConfig, "a test")
+    return dataclasses.replace(study, answer=answer, config=config)
+
+
+@pytest.mark.parametrize("log_scale", [False, True])
+def test_the_report_holds_answer_weight_inputs_table_figures_remarks_provenance_and_command(tmp_path, log_scale):
+    _, page = page_of(tmp_path, measured_study(), log_scale=log_scale)
+    assert page.count("svg") == page.count("figure") == len(FIGURES)
+    assert page.count("h1") == page.count("table") == 1
+    assert page.count("tr") == 3
+    for words in (
+        *("Rank 4 loses <45%> of the output energy.", "Rank 2 & more.", "layer.weight", "64 × 96", HASH, "float32"),
+        *("monarch (rows", "output energy: 50% in the first", "measured", "5,000, and 1,200 held out", "12.3"),
+        *("energy lost", "ms at batch 1 (dense)", "3 (2)", "undertrained", "rank 4: undertrained; use more"),
+        *("A CPU, 2 cores", "torch 2.13.0", "2026-11-24", "abc"),
+        "python rank_sweep_study.py --weight_path weight.pth --num_epochs 10 --ranks 2 4",
+    ):
+        assert words in page.text, words
+
+
+def test_the_report_loads_nothing_and_runs_nothing(tmp_path):
+    text, page = page_of(tmp_path, measured_study())
+    assert page.loads == []
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "embed", "img", "base", "form"}
+    assert "http" not in text
+    assert "@import" not in text
+    assert set(re.findall(r"url\(([^)]*)\)", text)) == set(re.findall(r"url\((#[^)]*)\)", text))
+
+
+def test_every_reference_inside_the_page_leads_to_one_element(tmp_path):
+    text, page = page_of(tmp_path, measured_study())
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len({*ids})
+    used = {*re.findall(r'href="#([^"]*)"', text), *re.findall(r"url\(#([^)]*)\)", text)}
+    assert used
+    assert used <= {*ids}
+
+
+def test_no_place_on_this_machine_is_named(tmp_path):
+    text, _ = page_of(tmp_path, measured_study())
+    for secret in ("/home", "someone", "secret-host", "/usr", str(tmp_path)):
+        assert secret not in text
+
+
+def test_what_a_user_named_is_text_and_never_markup(tmp_path):
+    nasty = '<script>alert("x")</script> & $\\frac$ "'
+    study = measured_study(
+        advice=[nasty], problem={"weight": {"key": nasty, "sha256": nasty}}, arguments={"weight_path": nasty}
+    )
+    study = dataclasses.replace(study, title=nasty, answer=(nasty, nasty), name=nasty, chain=nasty)
+    text, page = page_of(tmp_path, study, title=nasty)
+    assert page.count("script") == 0
+    assert "<script" not in text
+    assert nasty in page.text
+    assert html.escape(nasty) in text
+
+
+def test_a_page_for_phone_dark_mode_and_print(tmp_path):
+    text, page = page_of(tmp_path, measured_study())
+    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in [
+        attributes for tag, attributes in page.tags if tag == "meta"
+    ]
+    assert "@media screen and (prefers-color-scheme: dark)" in text
+    assert "@media print" in text
+    svgs = [attributes for tag, attributes in page.tags if tag == "svg"]
+    assert all({"viewbox", "aria-label"} <= attributes.keys() and "width" not in attributes for attributes in svgs)
+    assert svgs[0]["aria-label"].startswith("Rank 4 loses ")
+
+
+def test_a_study_of_2025_has_a_page_too(tmp_path):
+    study = make_study([2, 4], title=None, chain=None, predict_zero_loss=None)
+    empty = study.summary.assign(relative_loss=None, parameters=None, compression_ratio=None, loss_floor=None)
+    study = dataclasses.replace(study, summary=empty, floor=study.floor.iloc[:0])
+    _, page = page_of(tmp_path, study)
+    assert page.count("svg") == 2
+    assert "validation loss" in page.text
+    assert "Command" not in page.text
+
+
+def test_bracketed_floors_show_both_bounds(tmp_path):
+    study = make_study([2, 4], spread=1.2)
+    _, page = page_of(tmp_path, study)
+    row = study.summary.iloc[0]
+    assert f"{row['loss_floor'] / 2:.2%} to {row['loss_floor_upper'] / 2:.2%}" in page.text
