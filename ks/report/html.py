@@ -10,14 +10,14 @@ import pandas as pd
 from ks.files import columns
 from ks.files.atomic import atomic_path
 from ks.files.layout import SweepFiles
+from ks.files.status import Status
 from ks.report.command import reproducing_command
 from ks.report.figures.draw import study_figures
 from ks.report.figures.svg import inline_svg
 from ks.report.speed import measured_batches
 from ks.report.study import Study
 
-WIDTH, HEIGHT = 5.2, 4.2  # inches of a figure whose text is legible on a phone
-PANELS = {"loss_curves": 2, "latency": 3}  # one above the other
+FIGURE_SIZE = (5.2, 4.2)  # inches; in this width, text is legible on a phone
 CAPTIONS = {
     "loss_curves": "Loss by epoch; dashed: the floor of each rank, below which no chain of it gets.",
     "final_losses": "Where every rank ends, beside its floor.",
@@ -47,8 +47,8 @@ dd { margin: 0; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.92rem; }
 th, td { padding: 0.25rem 0.7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { font-weight: 600; vertical-align: bottom; }
-th, td:nth-child(4) { text-align: left; white-space: normal; min-width: 4rem; }
+th { font-weight: 600; vertical-align: bottom; white-space: normal; min-width: 3.6rem; }
+th:nth-child(4), td:nth-child(4) { text-align: left; white-space: normal; min-width: 11rem; }
 .figures { columns: 26rem; column-gap: 1.4rem; }
 figure { margin: 0 0 1.4rem; break-inside: avoid; }
 figure svg { display: block; width: 100%; height: auto; }
@@ -61,7 +61,8 @@ pre { background: var(--card); padding: 0.7rem; white-space: pre-wrap; overflow-
   body { padding: 0; max-width: none; font-size: 10pt; }
   h1 { font-size: 15pt; } h2 { break-after: avoid; }
   figure, tr, pre, dl { break-inside: avoid; }
-  .wide { overflow: visible; } table { font-size: 8.5pt; } th, td { padding: 0.15rem 0.4rem; white-space: normal; }
+  .wide { overflow: visible; } table { font-size: 8.5pt; } th, td { padding: 0.15rem 0.3rem; }
+  th:nth-child(4), td:nth-child(4) { min-width: 0; }
   .figures { columns: 2; }
 }
 """
@@ -76,8 +77,7 @@ def write_report(study: Study, files: SweepFiles, *, log_scale: bool = False, ti
         log_scale: logarithmic loss axes.
         title: instead of the name of the study in the figures.
     """
-    sizes = {name: (WIDTH, HEIGHT + 2.6 * (panels - 1)) for name, panels in PANELS.items()}
-    look: dict[str, Any] = {"log_scale": log_scale, "title": title or "", "figsize": (WIDTH, HEIGHT), "sizes": sizes}
+    look: dict[str, Any] = {"log_scale": log_scale, "title": title or "", "figsize": FIGURE_SIZE}
     figures = {name: inline_svg(figure, name) for name, figure in study_figures(study, **look).items()}
     with atomic_path(files.report) as temporary:
         temporary.write_text(report_page(study, figures), encoding="utf-8")
@@ -191,12 +191,11 @@ def _inputs(study: Study) -> dict[str, str | None]:
 def _table(study: Study) -> str:
     """Return the ranks as a table, without columns that are empty."""
     rows = study.summary.to_dict("records")
-    verdicts = [", ".join(str(row[name]) for name in ("status", "verdict") if not pd.isna(row[name])) for row in rows]
     cells: dict[str, list[str]] = {
         "rank": [f"{row['rank']}" for row in rows],
         "energy lost": [_text(row["relative_loss"], "{:.2%}") for row in rows],
         "floor": [_floor(row, study.predict_zero_loss) for row in rows],
-        "status, verdict": verdicts,
+        "verdict": [_verdict(row) for row in rows],
         "held out": [_text(row["held_out_relative_loss"], "{:.2%}") for row in rows],
         "gap to the floor": [_text(row["optimality_gap"], "{:.2%}") for row in rows],
         "validation loss": [_text(row["final_val_loss"], "{:.4g}") for row in rows],
@@ -217,6 +216,12 @@ def _table(study: Study) -> str:
 
 def _text(value, form: str, change=lambda value: value) -> str:
     return "" if pd.isna(value) else form.format(change(value))
+
+
+def _verdict(row: dict) -> str:
+    """Return the verdict of a rank, after its status if that is not plainly ok."""
+    known = [str(row[name]) for name in ("status", "verdict") if not pd.isna(row[name])]
+    return ", ".join(known[1:] if known[0:1] == [Status.OK] and len(known) > 1 else known)
 
 
 def _floor(row: dict, predict_zero_loss: float | None) -> str:

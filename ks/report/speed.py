@@ -25,20 +25,25 @@ def measured_batches(rows: list[dict]) -> list[int]:
     return [batch for batch in BATCHES if any(times_of(row, batch) for row in rows)]
 
 
-def slow_batches(row: dict) -> list[int]:
-    """Return the batch sizes at which a chain is not faster than dense."""
-    times = {batch: times_of(row, batch) for batch in BATCHES}
-    return [batch for batch, pair in times.items() if pair and pair[0] > AS_FAST * pair[1]]
+def listed(ranks, total: int) -> str:
+    """Return 'rank 2', 'ranks 2, 4 and 8', '5 of 12 ranks' or 'every rank'."""
+    names = [str(rank) for rank in ranks]
+    if len(names) == 1:
+        return f"rank {names[0]}"
+    if len(names) == total:
+        return "every rank"
+    if len(names) > 4:
+        return f"{len(names)} of {total} ranks"
+    return f"ranks {', '.join(names[:-1])} and {names[-1]}"
 
 
-def speed_remarks(rows: list[dict]) -> list[str]:
-    """Return which ranks are not faster than dense, a sentence for each; rows are those of the summary."""
-    remarks = []
-    for row in rows:
-        texts = []
-        for batch in slow_batches(row):
-            chain, dense = times_of(row, batch) or (math.nan, math.nan)
-            texts.append(f"batch {batch} ({chain:.3g} ms against {dense:.3g} ms)")
-        if texts:
-            remarks.append(f"rank {row['rank']}: not faster than dense at {', '.join(texts)}")
-    return remarks
+def not_faster(rows: list[dict]) -> str:
+    """Return which ranks are not faster than dense, by batch size; empty if all are, or if nothing was measured."""
+
+    def is_slow(row: dict, batch: int) -> bool:
+        times = times_of(row, batch)
+        return times is not None and times[0] > AS_FAST * times[1]
+
+    slow = {batch: [row["rank"] for row in rows if is_slow(row, batch)] for batch in measured_batches(rows)}
+    texts = [f"{listed(ranks, len(rows))} at batch {batch}" for batch, ranks in slow.items() if ranks]
+    return f"not faster than dense: {'; '.join(texts)}" if texts else ""

@@ -5,7 +5,7 @@ from enum import StrEnum
 
 from ks.bounds.floors import Floor
 from ks.errors import InternalError
-from ks.report.speed import speed_remarks
+from ks.report.speed import not_faster
 
 # A floor below this share of predicting 0 is zero for practical purposes: no ratio to it is reported.
 NEGLIGIBLE_FLOOR = 1e-6
@@ -138,7 +138,7 @@ def advice(rows: list[dict], sampling: str | None = None) -> list[str]:
     larger = [str(row["rank"]) for row in rows if row["verdict"] is not None and row["verdict"].larger_than_dense]
     if larger:
         sentences.append(f"rank {', '.join(larger)}: more parameters than the dense weight")
-    return sentences + speed_remarks(rows)
+    return [*sentences, *filter(None, [not_faster(rows)])]
 
 
 def _above(row: dict) -> str:

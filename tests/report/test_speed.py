@@ -1,6 +1,6 @@
 import math
 
-from ks.report.speed import measured_batches, slow_batches, speed_remarks
+from ks.report.speed import listed, measured_batches, not_faster
 
 
 def row(rank, **times):
@@ -12,16 +12,23 @@ def row(rank, **times):
 
 
 def test_a_chain_is_faster_only_by_more_than_the_noise():
-    assert slow_batches(row(2, batch_1=(0.9, 1.0), batch_32=(0.96, 1.0), batch_1024=(3.0, 1.0))) == [32, 1024]
+    rows = [row(2, batch_1=(0.9, 1.0), batch_32=(0.96, 1.0)), row(4, batch_1=(0.9, 1.0), batch_32=(0.1, 1.0))]
+    assert not_faster(rows) == "not faster than dense: rank 2 at batch 32"
 
 
 def test_what_is_not_measured_is_not_slow():
     rows = [row(2), row(4, batch_1=(math.nan, math.nan), batch_32=(None, None))]
-    assert measured_batches(rows) == [] == speed_remarks(rows)
+    assert measured_batches(rows) == []
+    assert not_faster(rows) == ""
 
 
-def test_a_chain_slower_than_dense_says_so():
-    rows = [row(2, batch_1=(0.1, 1.0)), row(64, batch_1=(0.1051, 0.099), batch_32=(2.0, 1.0))]
-    assert speed_remarks(rows) == [
-        "rank 64: not faster than dense at batch 1 (0.105 ms against 0.099 ms), batch 32 (2 ms against 1 ms)"
-    ]
+def test_chains_slower_than_dense_say_so_by_batch_size():
+    rows = [row(2, batch_1=(2.0, 1.0)), row(64, batch_1=(0.1051, 0.099), batch_1024=(2.0, 1.0))]
+    assert not_faster(rows) == "not faster than dense: every rank at batch 1; rank 64 at batch 1024"
+
+
+def test_many_ranks_are_counted():
+    assert listed([2], 6) == "rank 2"
+    assert listed([2, 4, 8], 6) == "ranks 2, 4 and 8"
+    assert listed([1, 2, 3, 4, 5], 6) == "5 of 6 ranks"
+    assert listed([1, 2], 2) == "every rank"

@@ -21,6 +21,7 @@ from ks.report.figures.units import Units
 GREY = "0.35"
 NOTE: dict[str, Any] = {"color": GREY, "fontsize": 8}
 MOST_TICKS = 9
+PANEL_WIDTH, PANEL_HEIGHT = 3.0, 2.7  # least inches of a panel among several
 # Matplotlib's arithmetic on logarithmic axes overflows near the ends of float64.
 SMALLEST, LARGEST = 1e-290, 1e290
 
@@ -72,9 +73,23 @@ def write_heading(figure: Figure, finding: str, name: str | None) -> None:
     engine.set(rect=(0, 0, 1, max(0.3, (top - 0.04) / height)))
 
 
+def make_panels(figure: Figure, count: int) -> list[Axes]:
+    """Return panels with one loss axis, side by side, or one above the other in a figure that is made high enough.
+
+    Args:
+        figure: without axes.
+        count: of panels.
+    """
+    beside = figure.get_figwidth() >= PANEL_WIDTH * count
+    if not beside:
+        figure.set_figheight(max(figure.get_figheight(), PANEL_HEIGHT * count + 1.0))
+    return [*figure.subplots(*((1, count) if beside else (count, 1)), sharey=True, squeeze=False).ravel()]
+
+
 def write_legend(figure: Figure, handles: Sequence[Artist]) -> None:
     """Write the legend below everything else in a figure, where it hides nothing."""
-    columns = max(1, int(figure.get_figwidth() / 2.6))
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    columns = max(1, int(figure.get_figwidth() / (0.6 + 0.068 * longest)))  # inches beside a label, and of a letter
     figure.legend(handles=handles, loc="outside lower center", frameon=False, fontsize=8, ncols=columns)
 
 

@@ -29,7 +29,7 @@ DRAWN: dict[str, tuple[Callable[..., Figure], Callable[[Study], bool]]] = {
 
 
 def study_figures(
-    study: Study, *, log_scale: bool = False, title: str | None = None, figsize=None, sizes: dict | None = None
+    study: Study, *, log_scale: bool = False, title: str | None = None, figsize=None
 ) -> dict[str, Figure]:
     """Return every figure that a study has the data for, by the name in its file name.
 
@@ -38,12 +38,10 @@ def study_figures(
         log_scale: logarithmic loss axes.
         title: instead of the name of the study, below the finding of each figure.
         figsize: (width, height) in inches.
-        sizes: those of some figures, by name.
     """
     name_of_study = study.title if title is None else title
-    sizes = sizes or {}
     return {
-        name: draw(study, log_scale=log_scale, title=name_of_study, figsize=sizes.get(name, figsize))
+        name: draw(study, log_scale=log_scale, title=name_of_study, figsize=figsize)
         for name, (draw, has_data) in DRAWN.items()
         if has_data(study)
     }

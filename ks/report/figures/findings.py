@@ -3,20 +3,8 @@
 import pandas as pd
 
 from ks.report.figures.units import Units
-from ks.report.speed import measured_batches, slow_batches
+from ks.report.speed import listed, not_faster
 from ks.report.verdict import CONVERGED_EXCESS, Limit
-
-
-def listed(ranks, total: int) -> str:
-    """Return 'rank 2', 'ranks 2, 4 and 8', '5 of 12 ranks' or 'every rank'."""
-    names = [str(rank) for rank in ranks]
-    if len(names) == 1:
-        return f"rank {names[0]}"
-    if len(names) == total:
-        return "every rank"
-    if len(names) > 4:
-        return f"{len(names)} of {total} ranks"
-    return f"ranks {', '.join(names[:-1])} and {names[-1]}"
 
 
 def of_losses(losses: pd.DataFrame, summary: pd.DataFrame, units: Units) -> str:
@@ -117,8 +105,5 @@ def of_front(losses: pd.DataFrame, lowrank_at: pd.Series, family: str) -> str:
 
 def of_latency(rows: list[dict]) -> str:
     """Return which ranks are not faster than dense, by batch size; rows are those of the summary."""
-    slow = {batch: [row["rank"] for row in rows if batch in slow_batches(row)] for batch in measured_batches(rows)}
-    texts = [f"{listed(ranks, len(rows))} at batch {batch}" for batch, ranks in slow.items() if ranks]
-    if not texts:
-        return "every chain is faster than dense at every batch size" if len(rows) > 1 else "faster than dense"
-    return f"not faster than dense: {'; '.join(texts)}"
+    faster = "every chain is faster than dense at every batch size" if len(rows) > 1 else "faster than dense"
+    return not_faster(rows) or faster

@@ -73,7 +73,7 @@ def floor_by_rank(study: Study, *, log_scale: bool = False, title: str | None = 
         axes.vlines(between["rank"], lower, between["upper"], color="black", linewidth=1.2, zorder=3)
         caps: dict[str, Any] = {"color": "black", "linestyle": "", "markersize": 9, "markeredgewidth": 1.4, "zorder": 3}
         axes.plot(between["rank"], lower, marker="_", **caps)
-        label = "bounds of a trained rank: impossible below, known at the top"
+        label = "bounds of a trained rank"
         axes.plot(between["rank"], between["upper"], marker="_", label=label, **caps)
     if study.target is not None:
         axes.axhline(study.target, color="#009E73", linewidth=1.2, linestyle=(0, (6, 2)), label="target", zorder=1)

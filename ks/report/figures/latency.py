@@ -8,6 +8,7 @@ from ks.report.figures.axes import (
     NOTE,
     finish_loss_axis,
     literal,
+    make_panels,
     mark_ranks,
     note_references,
     set_log_axis,
@@ -30,13 +31,12 @@ def loss_by_latency(study: Study, *, log_scale: bool = False, title: str | None 
         study: with measured latencies.
         log_scale: logarithmic loss axis.
         title: below the finding.
-        figsize: (width, height) in inches; a narrow figure has the panels one above the other.
+        figsize: (width, height) in inches; a narrow figure has the panels one above the other, and
+            becomes as high as they need.
     """
     batches, units = measured_batches(study.summary.to_dict("records")), units_of(study)
     figure = Figure(figsize=figsize or (1.5 + 3.5 * len(batches), 4.6), layout="constrained")
-    beside = figure.get_figwidth() >= 3 * len(batches)
-    grid = (1, len(batches)) if beside else (len(batches), 1)
-    panels = figure.subplots(*grid, sharey=True, squeeze=False).ravel()
+    panels = make_panels(figure, len(batches))
     losses, colors = losses_of(study, units), rank_colors(study.summary["rank"])
     summary = study.summary.sort_values("rank").reset_index(drop=True)
     for axes, batch in zip(panels, batches):

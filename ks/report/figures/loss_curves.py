@@ -13,6 +13,7 @@ from ks.report.figures.axes import (
     finish_loss_axis,
     label_ends,
     literal,
+    make_panels,
     note_references,
     write_heading,
     write_legend,
@@ -36,11 +37,11 @@ def loss_curves(study: Study, *, log_scale: bool = False, title: str | None = No
         study: with curves.
         log_scale: logarithmic loss axis.
         title: below the finding.
-        figsize: (width, height) in inches; a narrow figure has the panels one above the other.
+        figsize: (width, height) in inches; a narrow figure has the panels one above the other, and
+            becomes as high as they need.
     """
     figure = Figure(figsize=figsize or (12, 5), layout="constrained")
-    beside = figure.get_figwidth() >= 8
-    panels = figure.subplots(*((1, 2) if beside else (2, 1)), sharey=True)
+    panels = make_panels(figure, 2)
     units, summary = units_of(study), study.summary
     losses, colors = losses_of(study, units), rank_colors(summary["rank"])
     curves = study.curves.assign(

@@ -71,6 +71,21 @@ def test_a_long_heading_wraps_and_is_never_cut(width, name):
     assert shown == "".join(name.split())
 
 
+@pytest.mark.parametrize("figsize", [None, (5.2, 4.2), (12.0, 5.0)])
+@pytest.mark.parametrize("spread", [1.0, 1.3])
+@pytest.mark.parametrize("ranks", [[8], list(range(1, 13))])
+def test_nothing_in_a_figure_is_cut(figsize, spread, ranks):
+    study = make_study(ranks, spread=spread, times=dict.fromkeys(ranks, (1.0, 2.0)), title="a long name " * 12)
+    for name, figure in study_figures(study, log_scale=True, figsize=figsize).items():
+        figure.draw_without_rendering()
+        box = figure.get_tightbbox()
+        width, height = figure.get_size_inches()
+        assert box.x0 >= -0.02, name
+        assert box.y0 >= -0.02, name
+        assert box.x1 <= width + 0.02, name
+        assert box.y1 <= height + 0.02, name
+
+
 @pytest.mark.parametrize("kind", LossKind)
 def test_the_unit_is_the_share_of_the_output_energy_wherever_it_is_known(kind):
     drawn = study_figures(make_study([2, 4], loss_label=kind.value))
