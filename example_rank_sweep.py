@@ -62,7 +62,7 @@ def main(argv=None) -> int:
     shape = ("--output_features", 1024, "--input_features", 2048)
     run("generate_test_weight.py", *shape, "--init_method", "power_law", "--output_path", weight)
     run("rank_sweep_study.py", "--weight_path", weight, "--output_dir", output_dir, *SWEEP_FLAGS, *sweep_flags)
-    print(f"\nThe pictures are in {output_dir.resolve()}: open rank_sweep_loss_curves.png first.")
+    print(f"\nThe results are in {output_dir.resolve()}: open rank_sweep_report.html first.")
     return console.EXIT_OK
 
 

@@ -166,9 +166,11 @@ def _spectrum(study: Study) -> str | None:
     lost = study.floor[study.floor["chain"] == "lowrank"].set_index("rank")["relative_loss"]
     if lost.empty:
         return None
-    counts = {share: lost.index[lost <= 1 - share + 1e-12].min() for share in SHARES_OF_ENERGY}
-    texts = [f"{share:.0%} in the first {rank:.0f}" for share, rank in counts.items() if not pd.isna(rank)]
-    return f"output energy: {', '.join(texts)} of {lost.index.max()} directions" if texts else None
+    ranks = [lost.index[lost <= 1 - share + 1e-12].min() for share in SHARES_OF_ENERGY]
+    if any(map(pd.isna, ranks)):
+        return None
+    shares = " / ".join(f"{share:.0%}" for share in SHARES_OF_ENERGY)
+    return f"{shares} of the output energy in the first {' / '.join(map(str, ranks))} of {lost.index.max()} directions"
 
 
 def _inputs(study: Study) -> dict[str, str | None]:

@@ -91,7 +91,13 @@ def test_the_report_holds_answer_weight_inputs_table_figures_remarks_provenance_
     assert page.count("tr") == 3
     for words in (
         *("Rank 4 loses <45%> of the output energy.", "Rank 2 & more.", "layer.weight", "64 × 96", HASH, "float32"),
-        *("monarch (rows", "output energy: 50% in the first", "measured", "5,000, and 1,200 held out", "12.3"),
+        *(
+            "monarch (rows",
+            "50% / 90% / 99% of the output energy in the first ",
+            "measured",
+            "5,000, and 1,200 held out",
+            "12.3",
+        ),
         *("energy lost", "ms at batch 1 (dense)", "3 (2)", "undertrained", "rank 4: undertrained; use more"),
         *("A CPU, 2 cores", "torch 2.13.0", "2026-11-24", "abc"),
         "python rank_sweep_study.py --weight_path weight.pth --num_epochs 10 --ranks 2 4",

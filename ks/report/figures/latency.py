@@ -1,8 +1,12 @@
 """Loss against the measured latency of inference, chain and dense beside each other."""
 
+from matplotlib.artist import Artist
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from ks.report.figures.axes import (
+    GREY,
     NOTE,
     finish_loss_axis,
     literal,
@@ -11,6 +15,7 @@ from ks.report.figures.axes import (
     note_references,
     set_log_axis,
     write_heading,
+    write_legend,
 )
 from ks.report.figures.colors import rank_colors
 from ks.report.figures.findings import of_latency
@@ -48,12 +53,18 @@ def loss_by_latency(study: Study, *, log_scale: bool = False, title: str | None 
         axes.axvspan(dense.min(), dense.max(), color="black", alpha=0.15, linewidth=0, zorder=1)
         axes.axvline(dense.median(), color="black", linewidth=1.4, zorder=1)
         mark_ranks(axes, losses["rank"][shown], chain[shown], losses["best"][shown], colors)
-        axes.annotate("slower than dense", (0.99, 0.02), xycoords="axes fraction", ha="right", **NOTE)
-        axes.set_title(f"batch {batch} (dense: {dense.median():.3g} ms)", fontsize=10)
+        axes.annotate("slower\nthan dense", (0.99, 0.02), xycoords="axes fraction", ha="right", **NOTE)
+        axes.set_title(f"batch {batch} (dense: {dense.median():.3g} ms)", fontsize=10, loc="left")
         axes.set_xlabel("milliseconds a forward pass")
         axes.set_ylabel(literal(units.label))
         axes.tick_params(labelleft=True)
         if units.shares:
             note_references(axes, log_scale=log_scale)
+    handles: list[Artist] = [
+        Line2D([], [], color="black", linewidth=1.4, label="dense, median"),
+        Patch(color="black", alpha=0.15, label="dense, as measured beside each rank"),
+        Line2D([], [], color=GREY, marker="o", linestyle="", label="trained (number: rank)"),
+    ]
+    write_legend(figure, handles)
     write_heading(figure, of_latency(summary.to_dict("records")), title)
     return figure

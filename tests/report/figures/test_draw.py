@@ -90,6 +90,24 @@ def test_the_gap_falls_to_the_distance_at_the_end():
     assert ends == pytest.approx(sorted(study.summary["excess"]))
 
 
+def test_latency_has_the_times_of_every_rank_and_of_dense():
+    study = make_study([2, 4, 8], times={2: (1.0, 2.0), 4: (3.0, 2.5), 8: (5.0, 7.0)})
+    figure = study_figures(study)["latency"]
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        f"batch {batch} (dense: 2.5 ms)" for batch in (1, 32, 1024)
+    ]
+    for axes in figure.axes:
+        points = {line.get_xdata()[0]: line.get_ydata()[0] for line in axes.lines if line.get_marker() == "o"}
+        assert points == dict(zip((1.0, 3.0, 5.0), study.summary["relative_loss"]))
+        assert [2.5, 2.5] in [list(line.get_xdata()) for line in axes.lines]
+
+
+def test_a_batch_that_was_not_measured_has_no_panel():
+    study = make_study([2, 4], times={2: (1.0, 2.0), 4: (3.0, 2.0)})
+    study.summary["latency_ms_batch_1024"] = np.nan
+    assert len(study_figures(study)["latency"].axes) == 2
+
+
 def test_the_front_is_the_least_loss_of_all_families_and_of_what_was_trained():
     study = make_study([2, 4], level=0.5)
     front = front_of(study)
