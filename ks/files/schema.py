@@ -24,6 +24,7 @@ Count = Annotated[int, Meta(ge=0, le=2**53)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Positive = Annotated[int, Meta(ge=1, le=2**53)]
 Loss = Annotated[float, Meta(ge=0.0, le=1e300)]
+PositiveLoss = Annotated[float, Meta(gt=0.0, le=1e300)]
 Number = Annotated[float, Meta(ge=-1e300, le=1e300)]
 Text = Annotated[str, Meta(max_length=10_000)]
 Seconds = Annotated[float, Meta(ge=0.0, le=1e12)]
@@ -91,8 +92,8 @@ class ProblemRecord(Struct):
     chain: Text | None = None
     weight: WeightRecord = field(default_factory=WeightRecord)
     inputs: InputsRecord = field(default_factory=InputsRecord)
-    predict_zero_loss: Loss | None = None
-    held_out_predict_zero_loss: Loss | None = None
+    predict_zero_loss: PositiveLoss | None = None
+    held_out_predict_zero_loss: PositiveLoss | None = None
 
 
 class SweepConfig(Struct):

@@ -178,7 +178,8 @@ def _inputs(study: Study) -> dict[str, str | None]:
         return {}
     inputs = study.config.problem.inputs
     if inputs.kind == columns.ISOTROPIC:
-        return {"kind": f"isotropic, standard deviation {inputs.std:g}; a real layer sees others"}
+        std = f", standard deviation {inputs.std:g}" if inputs.std is not None else ""
+        return {"kind": f"isotropic{std}; a real layer sees others"}
     path, count, held_out = study.config.arguments.get("inputs"), inputs.count or 0, inputs.held_out_count or 0
     return {
         "kind": f"measured{', around their mean' if inputs.centred else ''}",

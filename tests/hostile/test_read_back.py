@@ -81,6 +81,19 @@ CONFIGS = {
     "seeds empty": '{"settings": {}, "ranks": [2], "seeds": []}',
     "seeds of texts": '{"settings": {}, "ranks": [2], "seeds": ["0"]}',
     "seed 10**30": '{"settings": {}, "ranks": [2], "seeds": [1' + "0" * 30 + "]}",
+    **{
+        name: f'{{"settings": {{}}, "ranks": [2], "seeds": [0], {entry}}}'
+        for name, entry in {
+            "target a text": '"arguments": {"target_relative_loss": "0.1"}',
+            "target 2": '"arguments": {"target_relative_loss": 2}',
+            "arguments a list": '"arguments": [1]',
+            "provenance a text": '"provenance": "here"',
+            "advice a text": '"advice": "more"',
+            "inputs a list": '"problem": {"inputs": []}',
+            "shape of one": '"problem": {"weight": {"shape": [3]}}',
+            "zero predictor 0": '"problem": {"predict_zero_loss": 0}',
+        }.items()
+    },
     "title a list": '{"settings": {}, "ranks": [2], "seeds": [0], "title": ["a"]}',
     "loss a list": '{"settings": {}, "ranks": [2], "seeds": [0], "loss": ["a"]}',
     "nested deep": f'{{"settings": {{"a": {DEEP}}}, "ranks": [2], "seeds": [0]}}',
@@ -356,6 +369,7 @@ FINISHED = {
     "log: a list": ("training_log", lambda path: path.write_text("[1]")),
     "log: train_seconds a text": ("training_log", edit_json(lambda log: log.update(train_seconds="long"))),
     "log: status a list": ("training_log", edit_json(lambda log: log.update(status=["finished"]))),
+    "log: latency a text": ("training_log", edit_json(lambda log: log.update(latency="1 ms"))),
     "log: nested deep": ("training_log", lambda path: path.write_text(DEEP)),
     "log: a FIFO": ("training_log", make_fifo),
     "curves: another rank": ("curves_csv", lambda path: path.write_text(path.read_text().replace(",2,", ",4,"))),

@@ -10,6 +10,7 @@ import rank_sweep_study
 import train_with_random
 from ks.errors import one_line
 from ks.files.atomic import write_csv
+from ks.files.layout import FIGURES
 
 SWEEP = ("--num_samples", "80", "--batch_size", "16", "--num_epochs", "1", "--quiet", "--ranks", "2", "--jobs", "1")
 
@@ -39,7 +40,7 @@ def test_a_key_of_any_text_gives_figures(tmp_path, monkeypatch, key, capsys):
     monkeypatch.chdir(tmp_path)
     torch.save({key: torch.randn(16, 24), "other": torch.randn(2, 2)}, "weight.pth")
     assert rank_sweep_study.main(["--weight_path", "weight.pth", f"--weight_key={key}", *SWEEP]) == 0
-    assert len(list((tmp_path / "rank_sweep_results").glob("*.png"))) == 3
+    assert len(list((tmp_path / "rank_sweep_results").glob("*.png"))) == len(FIGURES)
 
 
 @pytest.mark.parametrize("title", [r"$\frac$", "$", "$$", r"\$x$", "a\nb", r"100 $ \notacommand $"])
