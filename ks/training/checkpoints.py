@@ -132,12 +132,12 @@ class Checkpoints:
     def offer(
         self, threads: int, curves: list[dict], optimiser: Optimiser, schedule: Schedule, best: BestModel
     ) -> None:
-        """Keep the state at the end of an epoch, and write it if the checkpoint on disk is old enough."""
+        """Keep the state at the end of an epoch on its device, and write it if the checkpoint on disk is old enough."""
         self.latest = {
             "settings": self.settings,
             "threads": threads,
             "curves": [dict(row) for row in curves],
-            "optimiser": [tensor.detach().to("cpu", copy=True) for tensor in optimiser.state()],
+            "optimiser": [tensor.detach().clone() for tensor in optimiser.state()],
             "schedule": schedule.state(),
             "best": best.state(),
         }
@@ -147,7 +147,8 @@ class Checkpoints:
     def write_latest(self) -> None:
         """Write the last epoch that was offered."""
         if self.latest is not None:
-            save_tensors(self.latest, self.files.resume)
+            on_host = {"optimiser": [tensor.cpu() for tensor in self.latest["optimiser"]]}
+            save_tensors(self.latest | on_host, self.files.resume)
             self.latest, self.written = None, time.monotonic()
 
     @torch.no_grad()

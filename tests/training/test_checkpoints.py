@@ -117,6 +117,16 @@ def test_a_checkpoint_waits_for_its_interval_and_holds_the_epoch_that_was_offere
         assert torch.equal(kept, tensor)
 
 
+def test_the_state_goes_to_the_host_only_when_it_is_written(files):
+    """A tensor on the meta device stands for one on a GPU: its copy to the host is an error."""
+    training = Training()
+    training.epoch()
+    training.optimiser.state = lambda: [torch.zeros(3, device="meta")]
+    checkpoints = checkpoint_of(training, files, interval=1000.0)
+    with pytest.raises(NotImplementedError, match="meta tensor"):
+        checkpoints.write_latest()
+
+
 def test_changed_settings_are_named_one_by_one():
     before = {"lr": 0.1, "seed": 0}
     assert changes(before, {"lr": 0.1, "seed": 0}) == ""
