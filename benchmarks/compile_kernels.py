@@ -1,10 +1,12 @@
-"""Compile the Triton kernels for CUDA architectures without a GPU: registers, spills and tensor-core instructions.
+"""Compile the Triton kernels for CUDA architectures without a GPU, and read what the machine code says.
 
     python benchmarks/compile_kernels.py
-    python benchmarks/compile_kernels.py --archs 90 --dtypes bfloat16 --ranks 16 64 --format json
+    python benchmarks/compile_kernels.py --archs 90 --dtypes bfloat16 --ranks 16 --format json
 
-The program compiles every kernel that the forward and backward pass of a two-factor chain launch, with the tiles of
-`ks.product.tiles` and the argument specialisation of a real launch, and reads the report of the assembler (ptxas -v).
+The program compiles every kernel that the forward and backward pass of a layer launch, with the tiles of
+`ks.product.tiles` and the argument specialisation of a real launch, and disassembles it with the tools of Triton. A row
+has the registers and the shared memory of a program, how many programs a multiprocessor holds with them, the loads and
+stores of local memory (spills), and the global loads by width and the matrix instructions by shape.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from unittest import mock
 
@@ -28,12 +31,18 @@ from ks.product import triton_kernels
 from ks.product.bmm import empty_values
 from ks.product.passes import ChainPasses
 
+ARCHS = (80, 89, 90, 100, 120)
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 KERNELS = ("factor_kernel", "values_gradient_kernel")
-MATRIX_INSTRUCTIONS = r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# Shared KiB, threads and programs of a multiprocessor (CUDA C programming guide, compute capabilities); all have 65,536
+# registers, which a warp takes in units of 256, and each program costs 1 KiB of shared memory more.
+LIMITS = {80: (164, 2048, 32), 89: (100, 1536, 24), 90: (228, 2048, 32), 100: (228, 2048, 32), 120: (100, 1536, 24)}
+REGISTERS = 65536
+MATRIX_INSTRUCTIONS = r"\b(?:HMMA|HGMMA|DMMA)\.\w+|\bUTC\w*MMA\b"
 
 
-def recorded_launches(rows, cols, rank, batch, dtype, arch, precision) -> dict:
+def recorded_launches(shape, chain, rank, batch, dtype, arch, precision) -> dict:
     """Return {key: (kernel, arguments by name, options)} of the launches of one forward and backward pass."""
     launches = {}
 
@@ -55,17 +64,17 @@ def recorded_launches(rows, cols, rank, batch, dtype, arch, precision) -> dict:
         mock.patch.multiple(triton_kernels, architecture=mock.Mock(return_value=arch), **recorders),
         mock.patch("ks.product.passes.choose_impl", return_value=("triton", "to be compiled")),
     ):
-        patterns = make_chain(rows, cols).patterns(rank)
+        patterns = make_chain(*shape, chain).patterns(rank)
         values = [empty_values(pattern, "meta", dtype) for pattern in patterns]
-        x = torch.empty(batch, cols, dtype=dtype, device="meta")
+        x = torch.empty(batch, shape[1], dtype=dtype, device="meta")
         passes = ChainPasses(patterns, batch, x.device, dtype, precision=precision)
         y, *inner = passes.forward(x, values)
-        passes.backward(y, x, values, inner, needed=[True] * 3)
+        passes.backward(y, x, values, inner, needed=[True] * (1 + len(values)))
     return launches
 
 
-def compile_launch(kernel, named: dict, options: dict, arch: int) -> dict:
-    """Compile as a launch on a GPU of this architecture would; return the report on the result."""
+def compile_launch(kernel, named: dict, options: dict, arch: int):
+    """Compile as a launch on a GPU of this architecture would."""
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
         value = named[name]
@@ -79,35 +88,52 @@ def compile_launch(kernel, named: dict, options: dict, arch: int) -> dict:
             if value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    found = re.findall(MATRIX_INSTRUCTIONS, compiled.asm["ptx"])
-    return assembler_report(compiled.asm["ptx"], arch) | {
-        "shared_bytes": compiled.metadata.shared,
-        "instructions": {name: found.count(name) for name in sorted(set(found))},
-    }
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def assembler_report(ptx: str, arch: int) -> dict:
-    """Return registers per thread and spilled bytes, from the ptxas that comes with Triton."""
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    ptxas = tools / ("ptxas-blackwell" if arch >= 100 else "ptxas")
-    target = re.search(r"\.target (sm_\w+)", ptx).group(1)
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "kernel.ptx").write_text(ptx)
-        command = [ptxas, "-v", f"--gpu-name={target}", "kernel.ptx", "-o", "kernel.cubin"]
-        report = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stderr
+def report(compiled, arch: int) -> dict:
+    """Return what the machine code of a kernel takes and does."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        machine_code = _output("nvdisasm", "-c", file.name)
+        usage = _output("cuobjdump", "--dump-resource-usage", file.name)
+    registers, shared = int(re.search(r"REG:(\d+)", usage).group(1)), compiled.metadata.shared
+    loads = re.findall(r"\b(?:LDG|LDGSTS)\.E((?:\.\w+)*)", machine_code)
     return {
-        "registers": int(re.search(r"Used (\d+) registers", report).group(1)),
-        "spilled_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", report))),
+        "registers": registers,
+        "shared_bytes": shared,
+        "programs": programs_at_once(registers, shared, compiled.metadata.num_warps, arch),
+        "local_memory": len(re.findall(r"\b(?:LDL|STL)\b", machine_code)),
+        "global_load_bytes": dict(sorted(Counter(map(_width, loads)).items())),
+        "instructions": dict(Counter(re.findall(MATRIX_INSTRUCTIONS, machine_code))),
     }
+
+
+def programs_at_once(registers: int, shared: int, warps: int, arch: int) -> int:
+    """Return how many programs a multiprocessor holds: the least of what threads, registers and shared memory allow."""
+    shared_kib, threads, most = LIMITS[arch]
+    by_registers = REGISTERS // (-(-registers * 32 // 256) * 256 * warps)
+    return min(most, threads // (32 * warps), by_registers, shared_kib * 1024 // (shared + 1024))
+
+
+def _output(tool: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _width(suffixes: str) -> int:
+    """Return the bytes that a load instruction with these suffixes moves for a thread."""
+    widths = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+    return next((widths[part] for part in suffixes.split(".") if part in widths), 4)
 
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", type=int, nargs=2, default=(2048, 4096), help="m and n (default: 2048 4096)")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[4, 16, 64], help="(default: 4 16 64)")
+    parser.add_argument("--chain", default="monarch", help="(default: monarch)")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[4, 16], help="(default: 4 16)")
     parser.add_argument("--batches", type=int, nargs="+", default=[32, 25088], help="(default: 32 25088)")
-    parser.add_argument("--archs", type=int, nargs="+", default=[80, 90, 100], help="(default: 80 90 100)")
+    parser.add_argument("--archs", type=int, nargs="+", default=ARCHS, help="(default: 80 89 90 100 120)")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "float16", "bfloat16"], help="(default: all three)")
     parser.add_argument("--precision", default="ieee", help="of float32 (default: ieee)")
     parser.add_argument("--format", choices=("table", "json"), default="table", help="(default: table)")
@@ -118,11 +144,11 @@ def main(argv=None) -> int:
             for batch in options.batches:
                 for arch in options.archs:
                     kind = getattr(torch, dtype)
-                    launches = recorded_launches(*options.shape, rank, batch, kind, arch, options.precision)
-                    for key, launch in launches.items():
+                    what = (options.shape, options.chain, rank, batch, kind, arch, options.precision)
+                    for key, launch in recorded_launches(*what).items():
                         key = (*key, *launch[2].items(), dtype, arch)
                         if key not in done:
-                            done[key] = compile_launch(*launch, arch)
+                            done[key] = report(compile_launch(*launch, arch), arch)
                         tile = {k: v for k, v in launch[1].items() if k.isupper() and k != "PRECISION"}
                         rows.append(
                             {"kernel": key[0], "dtype": dtype, "rank": rank, "batch": batch, "arch": arch}

@@ -13,7 +13,7 @@ import torch
 
 from ks.errors import UsageError
 from ks.patterns import Pattern
-from ks.product import bmm
+from ks.product import bmm, tiles
 from ks.product.backend import backend_module, choose_impl
 from ks.product.merge import merge_runs, merged_pattern, partial_products, unmerge_gradient
 from ks.product.splits import SplitMatrices, scale_gradient
@@ -23,7 +23,9 @@ class ChainPasses:
     """Forward and backward pass of one chain, W = K_1 … K_L, on batches of one size.
 
     Everything that follows from the sizes is settled here, once: which neighbouring factors are multiplied with each
-    other before they meet the batch (`ks.product.merge`), the backend, and the order in which the outputs leave.
+    other before they meet the batch (`ks.product.merge`), the backend of each product, and the order in which the
+    outputs leave. 'triton' multiplies with its kernels where `torch.bmm` would copy an activation and they keep the
+    traffic low (`ks.product.tiles`), and with `torch.bmm` elsewhere.
 
     Args:
         patterns: (a_l, b_l, c_l, d_l) of the factors, output side first.
@@ -53,7 +55,23 @@ class ChainPasses:
         runs = merge_runs(patterns, batch)
         self.runs = [slice(start, stop) for start, stop in runs]
         self.patterns = [functools.reduce(merged_pattern, patterns[run]) for run in self.runs]
-        self.backend = backend_module(choose_impl(impl, device, self.patterns, batch, dtype, precision)[0])
+        chosen = backend_module(choose_impl(impl, device, self.patterns, batch, dtype, precision)[0])
+        pays = [(False, False) if chosen is bmm else self._kernels_pay(i, chosen) for i in range(len(self.runs))]
+        self.forward_backends = [chosen if forward else bmm for forward, _ in pays]
+        self.backward_backends = [chosen if backward else bmm for _, backward in pays]
+
+    def _kernels_pay(self, index: int, kernels) -> tuple[bool, bool]:
+        """Return whether kernels take over the forward, and the backward pass of a product from `torch.bmm`."""
+        pattern = self.patterns[index]
+        first, last = index == 0, index == len(self.patterns) - 1
+        x_interleaved = last and not self.batch_last and pattern.d > 1
+        y_interleaved = first and not self.batch_last and pattern.d > 1
+        inner = pattern.a > 1 and pattern.d > 1
+        if (first and self.block_order) or not (x_interleaved or y_interleaved or inner):
+            return False, False
+        sides = {"x_interleaved": x_interleaved, "y_interleaved": y_interleaved}
+        bits = self.dtype.itemsize * 8
+        return tiles.kernels_pay(pattern, self.batch, bits, kernels.architecture(self.device), **sides)
 
     @property
     def output_rows(self) -> torch.Tensor:
@@ -78,11 +96,13 @@ class ChainPasses:
         y = x.new_empty((self.patterns[0].rows, self.batch) if self.batch_last else (self.batch, self.patterns[0].rows))
         out = y if self.batch_last else y.t()
         inner = [features]
-        for factor, pattern in zip(values[:0:-1], self.patterns[:0:-1]):
-            entered = x.new_empty(pattern.rows, self.batch)
-            self.backend.apply_factor(factor, inner[0], entered, precision=self.precision)
+        for index in range(len(values) - 1, 0, -1):
+            entered = x.new_empty(self.patterns[index].rows, self.batch)
+            backend = self.forward_backends[index]
+            backend.apply_factor(values[index], inner[0], entered, precision=self.precision)
             inner = [entered, *inner] if keep else [entered]
-        self.backend.apply_factor(values[0], inner[0], out, out_block_order=self.block_order, precision=self.precision)
+        order = {"out_block_order": True} if self.block_order else {}
+        self.forward_backends[0].apply_factor(values[0], inner[0], out, precision=self.precision, **order)
         return [y, *inner[:-1]] if keep else [y]
 
     def backward(
@@ -108,12 +128,12 @@ class ChainPasses:
                 as they are.
         """
         features, gradient = (x, gradient) if self.batch_last else (x.t(), gradient.t())
-        backend, precision = self.backend, self.precision
+        precision = self.precision
         for_x, *for_values = needed or [False] + [True] * len(values)
         products = [partial_products(values, run) for run in self.runs]
         merged = [partials[-1] for partials in products]
         last = max(index for index, run in enumerate(self.runs) if for_x or any(for_values[run]))
-        if backend is bmm:  # a copy, if one is needed, serves both products
+        if self.backward_backends[0] is bmm:  # a copy, if one is needed, serves both products
             a, _, _, d = self.patterns[0]
             gradient = bmm.readable_blocks(gradient, a, d, self.block_order)
         arriving = [gradient]  # arriving[l] is the gradient of what the l-th product makes
@@ -122,14 +142,9 @@ class ChainPasses:
             x_gradient = torch.empty_like(x, memory_format=torch.contiguous_format)
             arriving.append(x_gradient if self.batch_last else x_gradient.t())
         for index, factor in enumerate(merged[: len(arriving) - 1]):
-            first = self.block_order and index == 0
-            backend.apply_factor(
-                factor.transpose(1, 2),
-                arriving[index],
-                arriving[index + 1],
-                x_block_order=first,
-                precision=precision,
-            )
+            order = {"x_block_order": True} if self.block_order and index == 0 else {}
+            apply_factor = self.backward_backends[index].apply_factor
+            apply_factor(factor.transpose(1, 2), arriving[index], arriving[index + 1], precision=precision, **order)
         gradients = []
         for index, (partials, run, entered) in enumerate(zip(products, self.runs, [*inner, features])):
             if not any(for_values[run]):
@@ -138,8 +153,8 @@ class ChainPasses:
             arrived, entered, rest = self._scaled(index, arriving[index], entered, scaling)
             direct = len(partials) == 1 and places[0].dtype == arrived.dtype
             product = places[0] if direct else bmm.empty_values(self.patterns[index], x.device, arrived.dtype)
-            first = self.block_order and index == 0
-            backend.values_gradient(arrived, entered, product, block_order=first, precision=precision)
+            order = {"block_order": True} if self.block_order and index == 0 else {}
+            self.backward_backends[index].values_gradient(arrived, entered, product, precision=precision, **order)
             unmerged = [product] if len(partials) == 1 else unmerge_gradient(product, values[run], partials)
             for place, found, (left, right) in zip(places, unmerged, rest, strict=True):
                 if left is not None or right is not None:
@@ -175,7 +190,7 @@ class ChainPasses:
 
     def _multiplied(self, matrices: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         out = features.new_empty(features.shape)
-        self.backend.apply_factor(matrices, features, out)
+        bmm.apply_factor(matrices, features, out)
         return out
 
 
@@ -211,4 +226,6 @@ def choose_working_impl(
         if impl == "triton":
             raise UsageError(f"impl 'triton': the kernels fail here ({failure}); use 'auto' or 'bmm'") from error
         return "bmm", "Triton fails here", f"the Triton kernels fail here ({failure}); torch.bmm takes their place"
+    if all(backend is bmm for backend in passes.forward_backends + passes.backward_backends):
+        reason += "; torch.bmm takes every product here, because it copies nothing or moves fewer bytes"
     return chosen, reason, None

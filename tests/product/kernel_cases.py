@@ -11,19 +11,22 @@ from ks.product.merge import MERGE_BATCH
 from ks.product.passes import ChainPasses
 from ks.product.reference import chain_to_dense
 
-# Odd, prime and ragged sizes; a = 1, d = 1, both larger; d = 2, 4, 8 (grouped t) and 3, 6 (not all of them).
+# Odd, prime and ragged sizes, with one and with several i and groups of t; c on both sides of what a program holds.
 PATTERNS = [
     Pattern(1, 24, 40, 4),
-    Pattern(3, 20, 17, 1),
-    Pattern(2, 5, 7, 6),
-    Pattern(2, 2, 3, 2),
+    Pattern(3, 70, 17, 4),
+    Pattern(2, 5, 7, 12),
+    Pattern(2, 2, 3, 4),
     Pattern(1, 33, 12, 8),
-    Pattern(2, 19, 1, 3),
+    Pattern(2, 19, 1, 4),
+    Pattern(1, 7, 150, 4),
 ]
-CHAINS = [
-    make_chain(24, 36).patterns(3),
-    make_chain(32, 16).patterns(17),
-    make_chain(8, 12, "monarch", blocks=2).patterns(2),
+STUDY = make_chain(2048, 4096).patterns(16)[0]
+# What a GPU tries: (pattern, layouts, batch, transposed) and (pattern, layouts, batch). Every case compiles a kernel or
+# more in each dtype, so that these are few.
+FACTOR_CASES = [(p, x, not x, batch, x) for p in (*PATTERNS, STUDY) for x in (False, True) for batch in (20, 1000)]
+GRADIENT_CASES = [
+    (p, g, not g, batch) for p in (*PATTERNS, STUDY) for g, batch in ((False, 20), (False, 5000), (True, 33))
 ]
 
 
@@ -39,9 +42,30 @@ def random_matrix(features, batch, dtype, contiguous_batch, device="cpu", seed=1
     return matrix if contiguous_batch else matrix.t().contiguous().t()
 
 
-def poisoned_matrix(features, batch, dtype, contiguous_batch, device="cpu"):
-    matrix = torch.full((features, batch) if contiguous_batch else (batch, features), torch.nan, dtype=dtype)
-    return (matrix if contiguous_batch else matrix.t()).to(device)
+class Guarded:
+    """A copy of a tensor amid NaN: before it, behind it, and in a gap behind each of its rows.
+
+    A read outside turns the result into NaN, and `check` finds a write outside.
+
+    Args:
+        tensor: without gaps in memory, any order of dimensions.
+    """
+
+    MARGIN, GAP = 160, 32
+
+    def __init__(self, tensor):
+        order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+        *outer, row = (tensor.shape[dim] for dim in order)
+        rows = prod(outer)
+        self._all = torch.full((2 * self.MARGIN + rows * (row + self.GAP),), torch.nan, dtype=tensor.dtype)
+        self._all = self._all.to(tensor.device)
+        inside = self._all[self.MARGIN : -self.MARGIN].view(*outer, row + self.GAP)[..., :row]
+        self.tensor = inside.permute(*(order.index(dim) for dim in range(tensor.dim())))
+        self.tensor.copy_(tensor)
+
+    def check(self):
+        assert self._all.isnan().sum() == self._all.numel() - self.tensor.numel(), "a kernel wrote outside, or NaN"
+        assert self.tensor.isfinite().all()
 
 
 def assert_as_exact_as_plain(ours, plain, exact, block_dims):
@@ -61,33 +85,36 @@ def assert_as_exact_as_plain(ours, plain, exact, block_dims):
     assert worst <= 1, f"error is {worst:.3g} times what is allowed"
 
 
-def check_factor(
-    kernels, pattern, dtype, x_layout, out_layout, batch=20, block_order=False, transposed=False, device="cpu"
-):
-    """y = K x, or Kᵀ x; block order is that of the b side."""
+def check_factor(kernels, pattern, dtype, x_layout, out_layout, batch=20, transposed=False, device="cpu"):
+    """y = K x, or Kᵀ x; a layout says whether the batch is contiguous."""
     values = random_values(pattern, dtype, device)
     factor = values.transpose(1, 2) if transposed else values
     a, b, c, d = factor.shape
     x = random_matrix(a * c * d, batch, dtype, x_layout, device)
-    out = poisoned_matrix(a * b * d, batch, dtype, out_layout, device)
-    order = {"x_block_order" if transposed else "out_block_order": block_order}
-    kernels.apply_factor(factor, x, out, **order)
+    out = random_matrix(a * b * d, batch, dtype, out_layout, device).fill_(torch.nan)
+    guarded = [Guarded(tensor) for tensor in (values, x, out)]
+    ours = [buffer.tensor for buffer in guarded]
+    kernels.apply_factor(ours[0].transpose(1, 2) if transposed else ours[0], *ours[1:])
+    for buffer in guarded:
+        buffer.check()
     plain, exact = torch.empty_like(out), torch.empty_like(out, dtype=torch.float64)
-    bmm.apply_factor(factor, x, plain, **order)
-    bmm.apply_factor(factor.double(), x.double(), exact, **order)
-    shape = (a, d, b, batch) if block_order and not transposed else (a, b, d, batch)
-    dims = (2, 3) if block_order and not transposed else (1, 3)
-    assert_as_exact_as_plain(*(y.reshape(shape) for y in (out, plain, exact)), dims)
+    bmm.apply_factor(factor, x, plain)
+    bmm.apply_factor(factor.double(), x.double(), exact)
+    assert_as_exact_as_plain(*(y.reshape(a, b, d, batch) for y in (ours[2], plain, exact)), (1, 3))
 
 
-def check_values_gradient(kernels, pattern, dtype, g_layout, x_layout, batch=20, block_order=False, device="cpu"):
+def check_values_gradient(kernels, pattern, dtype, g_layout, x_layout, batch=20, device="cpu", out_dtype=None):
     gradient = random_matrix(pattern.rows, batch, dtype, g_layout, device)
     x = random_matrix(pattern.cols, batch, dtype, x_layout, device, seed=2)
-    results = [bmm.empty_values(pattern, device, kind).fill_(torch.nan) for kind in (dtype, dtype, torch.float64)]
-    kernels.values_gradient(gradient, x, results[0], block_order=block_order)
-    bmm.values_gradient(gradient, x, results[1], block_order=block_order)
-    bmm.values_gradient(gradient.double(), x.double(), results[2], block_order=block_order)
-    assert_as_exact_as_plain(*results, (1, 2))
+    plain, exact = (bmm.empty_values(pattern, device, kind) for kind in (dtype, torch.float64))
+    out = bmm.empty_values(pattern, device, out_dtype or dtype).fill_(torch.nan)
+    guarded = [Guarded(tensor) for tensor in (gradient, x, out)]
+    kernels.values_gradient(*(buffer.tensor for buffer in guarded))
+    for buffer in guarded:
+        buffer.check()
+    bmm.values_gradient(gradient, x, plain)
+    bmm.values_gradient(gradient.double(), x.double(), exact)
+    assert_as_exact_as_plain(guarded[2].tensor, plain, exact, (1, 2))
 
 
 FAMILIES = ("monarch", "lowrank", "butterfly", "lowrank_butterfly", "explicit")

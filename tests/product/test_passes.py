@@ -70,7 +70,7 @@ def triton_error(message):
     return pytest.importorskip("triton.errors").TritonError(message)
 
 
-@pytest.mark.parametrize("layout", [{}, {"batch_last": True, "block_order": True, "precision": "tf32"}], ids=str)
+@pytest.mark.parametrize("layout", [{}, {"precision": "tf32"}], ids=str)
 def test_kernels_that_fail_give_way_to_matrix_products_where_the_choice_was_free(fail_with, layout):
     fail_with(triton_error("no such instruction\nin line 7"))
     assert choose_working_impl("auto", *SIZES, **layout) == (
@@ -114,16 +114,21 @@ def test_other_errors_are_no_reason_to_change_the_backend(fail_with, error, impl
         choose_working_impl(impl, *SIZES)
 
 
-@pytest.mark.parametrize("batch_last", [False, True])
+def test_a_chain_without_copies_leaves_nothing_to_the_kernels(fail_with):
+    fail_with(triton_error("never launched"))
+    chosen, reason, warning = choose_working_impl("triton", *SIZES, block_order=True)
+    assert (chosen, warning) == ("triton", None)
+    assert reason == "as planted; torch.bmm takes every product here, because it copies nothing or moves fewer bytes"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_kernels_that_work_are_kept(monkeypatch, dtype, batch_last):
+def test_kernels_that_work_are_kept(monkeypatch, dtype):
     """The backend of matrix products, under the other name, on the sizes of a training."""
     pytest.importorskip("triton")
     working = SimpleNamespace(**vars(bmm), architecture=lambda device: 80)
     monkeypatch.setattr(passes, "choose_impl", lambda *_: ("triton", "as planted"))
     monkeypatch.setattr(passes, "backend_module", lambda name: {"triton": working}[name])
-    layout = {"batch_last": batch_last, "block_order": True}
-    assert choose_working_impl("auto", *SIZES[:3], dtype, **layout) == ("triton", "as planted", None)
+    assert choose_working_impl("auto", *SIZES[:3], dtype) == ("triton", "as planted", None)
 
 
 def test_matrix_products_are_not_tried_first():
