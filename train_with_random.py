@@ -47,6 +47,7 @@ from ks.training.checks import check_finite, check_validation
 from ks.training.choose_optimiser import choose_for_criterion, make_optimiser
 from ks.training.cuda_graph import make_epochs
 from ks.training.epochs import useful_threads
+from ks.training.fused_step import FusedStep
 from ks.training.initial_values import sketch_rows
 from ks.training.latency import measure_latency
 from ks.training.losses import kind_of, loss_and_gradient, squared_error_and_gradient
@@ -138,7 +139,10 @@ def train(
         outputs = ((validation.forward(x, values, keep=False)[0], y) for validation, x, y in batches)
         return torch.stack([criterion(y.float(), target) for y, target in outputs]) @ samples.validation_shares
 
-    epochs, how, warning = make_epochs(step, samples, optimiser.state(), device, optimiser.prepare)
+    fused = None
+    if config.impl == "triton" and kind.has_floors and device.type == "cuda":
+        fused = FusedStep(training, optimiser, samples)
+    epochs, how, warning = make_epochs(step, samples, optimiser.state(), device, optimiser.prepare, fused)
     record.decide("steps", how, "a CUDA graph needs a GPU" if device.type == "cpu" else "on a GPU", warning)
     population_interval = math.ceil(config.num_epochs / 10)
     best = BestModel(model, weight, problem.inputs, keep_start=kind.has_floors and config.init == "hierarchical")

@@ -65,14 +65,21 @@ def values_gradient(
     Args:
         gradient: of K x, shape (a·b·d, batch), any strides, or its `readable_blocks`.
         x: shape (a·c·d, batch), any strides.
-        out: shape (a, b, c, d), from `empty_values`, overwritten.
+        out: shape (a, b, c, d), from `empty_values`, overwritten; of the dtype of x, or float32.
         block_order: whether the features of `gradient` are ordered (a, d, f).
         precision: as in `apply_factor`.
     """
     a, b, c, d = out.shape
     blocks = readable_blocks(gradient, a, d, block_order)
+    operands = (blocks, readable_blocks(x, a, d).transpose(1, 2))
+    place = out.permute(0, 3, 1, 2).view(a * d, b, c)
     with float32_products(x, precision):
-        torch.bmm(blocks, readable_blocks(x, a, d).transpose(1, 2), out=out.permute(0, 3, 1, 2).view(a * d, b, c))
+        if out.dtype == x.dtype:
+            torch.bmm(*operands, out=place)
+        elif x.device.type == "cpu":  # which has no product of half-precision matrices in float32
+            place.copy_(torch.bmm(*operands))
+        else:
+            torch.bmm(*operands, out_dtype=out.dtype, out=place)
 
 
 def _blocks(features: torch.Tensor, a: int, d: int, block_order: bool = False) -> torch.Tensor | None:

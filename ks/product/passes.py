@@ -16,7 +16,7 @@ from ks.patterns import Pattern
 from ks.product import bmm, tiles
 from ks.product.backend import backend_module, choose_impl
 from ks.product.merge import merge_runs, merged_pattern, partial_products, unmerge_gradient
-from ks.product.splits import SplitMatrices, scale_gradient
+from ks.product.splits import SplitMatrices, is_chainable, scale_gradient, split_patterns
 
 
 class ChainPasses:
@@ -56,6 +56,7 @@ class ChainPasses:
         self.runs = [slice(start, stop) for start, stop in runs]
         self.patterns = [functools.reduce(merged_pattern, patterns[run]) for run in self.runs]
         chosen = backend_module(choose_impl(impl, device, self.patterns, batch, dtype, precision)[0])
+        self._kernels = None if chosen is bmm else chosen
         pays = [(False, False) if chosen is bmm else self._kernels_pay(i, chosen) for i in range(len(self.runs))]
         self.forward_backends = [chosen if forward else bmm for forward, _ in pays]
         self.backward_backends = [chosen if backward else bmm for _, backward in pays]
@@ -115,6 +116,7 @@ class ChainPasses:
         needed: list[bool] | None = None,
         out: list[torch.Tensor] | None = None,
         scaling: SplitMatrices | None = None,
+        direct: bool = False,
     ) -> list[torch.Tensor]:
         """Return the gradients that are needed of (x, *values), by default those of the values.
 
@@ -126,6 +128,7 @@ class ChainPasses:
             out: places for the gradients of the values, in the memory order of `empty_values`, any float dtype.
             scaling: matrices that multiply the gradient of every factor; with them, products are at least as precise
                 as they are.
+            direct: let products of half-precision activations write into float32 places without rounding to half.
         """
         features, gradient = (x, gradient) if self.batch_last else (x.t(), gradient.t())
         precision = self.precision
@@ -146,13 +149,17 @@ class ChainPasses:
             apply_factor = self.backward_backends[index].apply_factor
             apply_factor(factor.transpose(1, 2), arriving[index], arriving[index + 1], precision=precision, **order)
         gradients = []
-        for index, (partials, run, entered) in enumerate(zip(products, self.runs, [*inner, features])):
+        entering = [*inner, features]
+        if scaling is not None and scaling.left:
+            both = _promoted([*arriving[: last + 1], *entering[: last + 1]], scaling.left[0].dtype)
+            arriving, entering = both[: last + 1], both[last + 1 :]
+        for index, (partials, run) in enumerate(zip(products[: last + 1], self.runs)):
             if not any(for_values[run]):
                 continue
             places = out[run] if out else [bmm.empty_values(f.shape, x.device, x.dtype) for f in values[run]]
-            arrived, entered, rest = self._scaled(index, arriving[index], entered, scaling)
-            direct = len(partials) == 1 and places[0].dtype == arrived.dtype
-            product = places[0] if direct else bmm.empty_values(self.patterns[index], x.device, arrived.dtype)
+            arrived, entered, rest = self._scaled(index, arriving[index], entering[index], scaling)
+            in_place = len(partials) == 1 and (direct or places[0].dtype == arrived.dtype)
+            product = places[0] if in_place else bmm.empty_values(self.patterns[index], x.device, arrived.dtype)
             order = {"block_order": True} if self.block_order and index == 0 else {}
             self.backward_backends[index].values_gradient(arrived, entered, product, precision=precision, **order)
             unmerged = [product] if len(partials) == 1 else unmerge_gradient(product, values[run], partials)
@@ -177,8 +184,6 @@ class ChainPasses:
         if scaling is None:
             return arrived, entered, [(None, None)] * len(factors)
         rest = [scaling.beside(factor) for factor in factors]
-        dtype = torch.promote_types(entered.dtype, scaling.left[0].dtype) if scaling.left else entered.dtype
-        arrived, entered = arrived.to(dtype), entered.to(dtype)
         if len(factors) == 1:
             (left, right), (_, b, c, _) = rest[0], self.patterns[index]
             if left is not None and self.batch <= c:
@@ -190,8 +195,31 @@ class ChainPasses:
 
     def _multiplied(self, matrices: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         out = features.new_empty(features.shape)
-        bmm.apply_factor(matrices, features, out)
+        pattern, backend = Pattern(*matrices.shape), bmm
+        if self._kernels is not None and pattern.a > 1 and pattern.d > 1:  # torch.bmm would copy both sides
+            sizes = (pattern, self.batch, features.element_size() * 8, self._kernels.architecture(self.device))
+            if tiles.kernels_pay(*sizes, x_interleaved=False, y_interleaved=False)[0]:
+                backend = self._kernels
+        backend.apply_factor(matrices, features, out)
         return out
+
+
+def _promoted(tensors: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    """Return tensors of one dtype, converted by one kernel if `dtype` is wider."""
+    wide = torch.promote_types(tensors[0].dtype, dtype)
+    if wide == tensors[0].dtype:
+        return tensors
+    converted = [torch.empty_like(tensor, dtype=wide) for tensor in tensors]
+    torch._foreach_copy_(converted, tensors)
+    return converted
+
+
+def _zero_matrices(patterns: Sequence[Pattern], device: torch.device) -> SplitMatrices | None:
+    """Return matrices at the splits of a chain that is chainable and has splits."""
+    if len(patterns) == 1 or not is_chainable(patterns):
+        return None
+    sides = ([torch.zeros(*pattern, device=device) for pattern in split_patterns(patterns)] for _ in range(2))
+    return SplitMatrices(*sides)
 
 
 def choose_working_impl(
@@ -218,7 +246,8 @@ def choose_working_impl(
         values = [bmm.empty_values(pattern, device, dtype).zero_() for pattern in patterns]
         x = torch.zeros((patterns[-1].cols, batch) if passes.batch_last else (batch, patterns[-1].cols), device=device)
         y, *inner = passes.forward(x.to(dtype), values)
-        passes.backward(y, x.to(dtype), values, inner)
+        out = [bmm.empty_values(pattern, device, torch.float32) for pattern in patterns]
+        passes.backward(y, x.to(dtype), values, inner, out=out, scaling=_zero_matrices(patterns, device))
     except torch.OutOfMemoryError:
         raise
     except (TritonError, RuntimeError, CalledProcessError) as error:  # a missing C compiler is a RuntimeError

@@ -1,6 +1,7 @@
 """Epochs whose step is captured once as a CUDA graph and replayed: no launch by launch, no host read."""
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
@@ -13,16 +14,42 @@ class CaptureFailed(Exception):
     """The step cannot be captured; the message has the reason."""
 
 
+WARM_UPS = 3  # steps that set up libraries and allocations before a capture
+
+
+class Cursor:
+    """What differs from step to step, on the device.
+
+    position: in the epoch, int64 of shape (1,). order: of the batches, int64 of shape (steps,). rates: learning rates,
+    shape (steps,). results: losses and gradient norms, shape (2, steps). There is room for WARM_UPS steps at least.
+    """
+
+    def __init__(self, steps: int, device: torch.device):
+        steps = max(steps, WARM_UPS)
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self.order = torch.zeros(steps, dtype=torch.int64, device=device)
+        self.rates = torch.zeros(steps, device=device)
+        self.results = torch.zeros(2, steps, device=device)
+
+
+class WholeStep(Protocol):
+    """A step that finds its batch and rate, writes its results and advances the position itself."""
+
+    errors: tuple[type[Exception], ...]
+
+    def start_epoch(self) -> None: ...
+
+    def __call__(self, cursor: Cursor) -> None: ...
+
+
 class CapturedEpochs(Epochs):
     """`Epochs` that replay a captured step.
-
-    Everything that differs from step to step is on the device: the position in the epoch, the order of the batches, the
-    learning rates and the results.
 
     Args:
         step, samples, prepare: as in `Epochs`; lr comes as a scalar tensor; `prepare` runs outside the captured graph.
         state: every tensor that a step changes; put back after the warm-up that capturing needs.
         capture: turns a function without arguments into one that replays it.
+        whole_step: taken instead of `step`, if given.
     Raises:
         CaptureFailed: the step cannot be captured, for instance because it reads the device.
     """
@@ -34,19 +61,20 @@ class CapturedEpochs(Epochs):
         state: list[torch.Tensor],
         prepare: Prepare | None = None,
         capture: Callable | None = None,
+        whole_step: WholeStep | None = None,
     ):
         super().__init__(step, samples, prepare)
-        device, steps = samples.inputs.device, samples.steps_per_epoch
-        self._position = torch.zeros(1, dtype=torch.int64, device=device)
-        self._order = torch.zeros(steps, dtype=torch.int64, device=device)
-        self._rates = torch.zeros(steps, device=device)
-        self._results = torch.zeros(2, steps, device=device)
+        self._cursor = Cursor(samples.steps_per_epoch, samples.inputs.device)
+        self._whole_step = whole_step
         before = [tensor.detach().clone() for tensor in state]
+        expected: tuple[type[Exception], ...] = (RuntimeError,)  # every error of CUDA and of the capture is a plain one
+        if whole_step is not None:
+            expected += whole_step.errors
         try:
             self._replay = (capture or _cuda_graph)(self._take_step)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # every error of CUDA and of the capture is a plain one
+        except expected as error:
             raise CaptureFailed((str(error).strip() or type(error).__name__).splitlines()[0]) from error
         finally:
             with torch.no_grad():
@@ -54,29 +82,35 @@ class CapturedEpochs(Epochs):
                     tensor.copy_(value)
 
     def _take_step(self):
-        batch = self._order.index_select(0, self._position)
+        cursor = self._cursor
+        if self._whole_step is not None:
+            self._whole_step(cursor)
+            return
+        batch = cursor.order.index_select(0, cursor.position)
         inputs, targets = (both.index_select(0, batch)[0] for both in (self.samples.inputs, self.samples.targets))
-        loss, norm = self.step(inputs, targets, self._rates.index_select(0, self._position)[0])
-        self._results.index_copy_(1, self._position, torch.stack([loss, norm]).unsqueeze(1))
-        self._position.add_(1).remainder_(len(self._order))
+        loss, norm = self.step(inputs, targets, cursor.rates.index_select(0, cursor.position)[0])
+        cursor.results.index_copy_(1, cursor.position, torch.stack([loss, norm]).unsqueeze(1))
+        cursor.position.add_(1)
 
     def run(self, number: int, rates: list[float]) -> torch.Tensor:
-        self._order.copy_(self.samples.start_epoch(number))
-        self._rates.copy_(torch.tensor(rates))
-        self._position.zero_()
+        self._cursor.order[: len(rates)].copy_(self.samples.start_epoch(number))
+        self._cursor.rates[: len(rates)].copy_(torch.tensor(rates))
+        self._cursor.position.zero_()
+        if self._whole_step is not None:
+            self._whole_step.start_epoch()
         for index in range(len(rates)):
             signals.check()
             self.prepare((number - 1) * len(rates) + index)
             self._replay()
-        return self._results.clone()
+        return self._cursor.results[:, : len(rates)].clone()
 
 
 def _cuda_graph(function: Callable[[], None]) -> Callable[[], None]:
-    """Capture `function` as a CUDA graph, after three runs on a side stream that set up libraries and allocations."""
+    """Capture `function` as a CUDA graph, after WARM_UPS runs on a side stream."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(3):
+        for _ in range(WARM_UPS):
             function()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
@@ -86,7 +120,12 @@ def _cuda_graph(function: Callable[[], None]) -> Callable[[], None]:
 
 
 def make_epochs(
-    step: Step, samples: Samples, state: list[torch.Tensor], device: torch.device, prepare: Prepare | None = None
+    step: Step,
+    samples: Samples,
+    state: list[torch.Tensor],
+    device: torch.device,
+    prepare: Prepare | None = None,
+    whole_step: WholeStep | None = None,
 ) -> tuple[Epochs, str, str | None]:
     """Return epochs that replay a captured step on a GPU, or plain ones on a CPU or if the capture fails.
 
@@ -96,7 +135,8 @@ def make_epochs(
     if device.type != "cuda":
         return Epochs(step, samples, prepare), "one by one", None
     try:
-        return CapturedEpochs(step, samples, state, prepare), "captured as a CUDA graph", None
+        epochs = CapturedEpochs(step, samples, state, prepare, whole_step=whole_step)
+        return epochs, f"captured as a CUDA graph{', fused' if whole_step else ''}", None
     except CaptureFailed as error:
         warning = f"the CUDA graph capture failed, so steps run one by one, which is slower: {error}"
         return Epochs(step, samples, prepare), "one by one", warning

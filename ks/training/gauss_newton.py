@@ -62,7 +62,7 @@ class GaussNewton(Optimiser):
         loss_scaling: bool = False,
     ):
         super().__init__("sgd", parameters, max_grad_norm=0.0, loss_scaling=loss_scaling)
-        self.weight_decay = weight_decay
+        self.weight_decay, self.decoupled = weight_decay, True
         patterns = [Pattern(*values.shape) for values in self.parameters]
         rows, cols = patterns[0].rows, patterns[-1].cols
         largest = inputs.largest_of_batch(batch_size, cols)
@@ -143,12 +143,7 @@ class GaussNewton(Optimiser):
 
     def update(self, lr: float | torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
         self.relative_loss.lerp_(loss.clamp(max=1.0), 1 - LOSS_MEMORY)
-        norm = super().update(lr, loss)
-        if self.weight_decay:
-            taken = 1.0 if self.loss_scale is None else 1.0 - self.loss_scale.found_inf
-            for values in self.parameters:
-                values.mul_(1.0 - lr * self.weight_decay * taken)
-        return norm
+        return super().update(lr, loss)
 
     def trouble(self) -> str | None:
         """Return a warning, once, if an inverse failed; this reads the device."""

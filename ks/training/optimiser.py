@@ -5,7 +5,7 @@ double the start-up of every training subprocess.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -58,12 +58,13 @@ class Optimiser:
 
     def __init__(self, name, parameters, *, weight_decay=0.0, max_grad_norm=1.0, loss_scaling=False):
         self.name, self.parameters = name, list(parameters)
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm, self.weight_decay = max_grad_norm, weight_decay
+        self.decoupled = name == "adamw"  # whether weights decay beside the gradient, per unit of lr
         device = self.parameters[0].device
         self.loss_scale = LossScale(device) if loss_scaling else None
         # One buffer, so that norm and scaling are one operation.
-        self._gradient = torch.zeros(sum(values.numel() for values in self.parameters), device=device)
-        parts = self._gradient.split([values.numel() for values in self.parameters])
+        self.gradient = torch.zeros(sum(values.numel() for values in self.parameters), device=device)
+        parts = self.gradient.split([values.numel() for values in self.parameters])
         self.gradients = [part.as_strided(v.shape, v.stride()) for part, v in zip(parts, self.parameters)]
         self.count = torch.zeros((), device=device)
         if name == "sgd":
@@ -110,25 +111,34 @@ class Optimiser:
         Returns:
             the gradient norm before clipping, a scalar on the device.
         """
-        found_inf = None if self.loss_scale is None else self.loss_scale.unscale(self._gradient)
-        norm = torch.linalg.vector_norm(self._gradient)
+        found_inf = None if self.loss_scale is None else self.loss_scale.unscale(self.gradient)
+        norm = torch.linalg.vector_norm(self.gradient)
         divisor = None
         if self.max_grad_norm:
             # The fused kernels divide the gradients by this number. On a CPU that costs a second pass over memory, so
             # it is left out if nothing is clipped.
             divisor = (norm / self.max_grad_norm).clamp_(min=1.0)
-            if divisor.device.type == "cpu" and divisor == 1:
+            if divisor.device.type == "cpu" and divisor.item() == 1:
                 divisor = None
         self.count += 1.0 if found_inf is None else 1.0 - found_inf
-        for values, gradient, moments, factor, decay in zip(
-            self.parameters, self.gradients, self.moments, self.rate_factors, self._decays, strict=True
+        if self.decoupled and self.weight_decay and self.name == "sgd":  # the fused kernel knows the L2 term alone
+            taken = 1.0 if found_inf is None else 1.0 - found_inf
+            for values in self.parameters:
+                values.mul_(1.0 - lr * self.weight_decay * taken)
+        factors = self.rate_factors
+        if isinstance(lr, torch.Tensor):
+            rates: Sequence[Any] = torch._foreach_mul([lr] * len(factors), factors)  # one kernel for all of them
+        else:
+            rates = [lr * factor for factor in factors]
+        for values, gradient, moments, rate, decay in zip(
+            self.parameters, self.gradients, self.moments, rates, self._decays, strict=True
         ):
             state = [[values], [gradient], *([moment] for moment in moments)]
             if self.name != "sgd":
                 state += [[], [self.count]]
             self._fused(
                 *state,
-                lr=lr * factor,
+                lr=rate,
                 weight_decay=decay,
                 maximize=False,
                 grad_scale=divisor,

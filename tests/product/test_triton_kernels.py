@@ -2,13 +2,12 @@
 
 import importlib.util
 import itertools
-import sys
 from collections import Counter
 
 import pytest
 import torch
 from conftest import ROOT
-from interpreted import mend_bfloat16
+from interpreted import interpreter
 from kernel_cases import (
     PATTERNS,
     check_factor,
@@ -19,9 +18,8 @@ from kernel_cases import (
     random_values,
 )
 
-import ks.product
 from ks.patterns import Pattern, make_chain
-from ks.product import bmm, operator, tiles
+from ks.product import bmm, tiles
 from ks.product.backend import choose_impl
 from ks.product.operator import chain_product
 from ks.product.passes import ChainPasses
@@ -36,34 +34,9 @@ LAYOUTS = list(itertools.product([False, True], repeat=2))
 
 
 @pytest.fixture(scope="module", autouse=True)
-def interpreter():
-    """Triton decides at import whether kernels are interpreted: import it anew, and leave no trace of that."""
-
-    ours = "ks.product.triton_kernels"
-
-    def take_out():
-        names = [name for name in sys.modules if name == ours or name.split(".")[0] == "triton"]
-        vars(ks.product).pop("triton_kernels", None)  # else `from ks.product import triton_kernels` finds it there
-        return {name: sys.modules.pop(name) for name in names if not name.startswith("triton._C")}
-
-    before = take_out()
-    operator._passes.cache_clear()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        mend_bfloat16(patch, importlib.import_module("triton.runtime.interpreter"))
-        yield
-    operator._passes.cache_clear()
-    take_out()
-    sys.modules.update(before)
-    if ours in before:
-        ks.product.triton_kernels = before[ours]
-
-
-@pytest.fixture(scope="module")
-def kernels(interpreter):
-    from ks.product import triton_kernels
-
-    return triton_kernels
+def kernels():
+    with interpreter("ks.product.triton_kernels") as modules:
+        yield modules[0]
 
 
 def with_a_fault(old, new, folder):
