@@ -32,8 +32,10 @@ from ks.product.bmm import empty_values
 from ks.product.passes import ChainPasses
 
 ARCHS = (80, 89, 90, 100, 120)
-TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
+TYPES = {torch.int32: "i32", torch.int64: "i64"}
+TYPES |= {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 KERNELS = ("factor_kernel", "values_gradient_kernel")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Shared KiB, threads and programs of a multiprocessor (CUDA C programming guide, compute capabilities); all have 65,536
 # registers, which a warp takes in units of 256, and each program costs 1 KiB of shared memory more.
@@ -42,24 +44,26 @@ REGISTERS = 65536
 MATRIX_INSTRUCTIONS = r"\b(?:HMMA|HGMMA|DMMA)\.\w+|\bUTC\w*MMA\b"
 
 
+class Recorder:
+    """Stands for a kernel, and puts its launches into a dict: {key: (kernel, arguments by name, options)}."""
+
+    def __init__(self, kernel, launches: dict):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **keywords):
+            options = {name: keywords.pop(name) for name in OPTIONS if name in keywords}
+            named = dict(zip(self.kernel.arg_names, arguments)) | keywords
+            key = (self.kernel.fn.__name__, *keywords.items())
+            self.launches.setdefault(key, (self.kernel, named, options))
+
+        return launch
+
+
 def recorded_launches(shape, chain, rank, batch, dtype, arch, precision) -> dict:
     """Return {key: (kernel, arguments by name, options)} of the launches of one forward and backward pass."""
-    launches = {}
-
-    class Recorder:
-        def __init__(self, kernel):
-            self.kernel = kernel
-
-        def __getitem__(self, grid):
-            def launch(*arguments, num_warps, num_stages, maxnreg, **constants):
-                options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
-                named = dict(zip(self.kernel.arg_names, arguments)) | constants
-                key = (self.kernel.fn.__name__, *constants.items())
-                launches.setdefault(key, (self.kernel, named, options))
-
-            return launch
-
-    recorders = {name: Recorder(getattr(triton_kernels, name)) for name in KERNELS}
+    launches: dict = {}
+    recorders = {name: Recorder(getattr(triton_kernels, name), launches) for name in KERNELS}
     with (
         mock.patch.multiple(triton_kernels, architecture=mock.Mock(return_value=arch), **recorders),
         mock.patch("ks.product.passes.choose_impl", return_value=("triton", "to be compiled")),
@@ -76,17 +80,24 @@ def recorded_launches(shape, chain, rank, batch, dtype, arch, precision) -> dict
 def compile_launch(kernel, named: dict, options: dict, arch: int):
     """Compile as a launch on a GPU of this architecture would."""
     signature, constants, attributes = {}, {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        value = named[name]
+
+    def typed(value, path: tuple[int, ...]):
+        if isinstance(value, tuple):
+            return tuple(typed(entry, (*path, place)) for place, entry in enumerate(value))
         if isinstance(value, torch.Tensor):
-            signature[name] = "*" + TYPES[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif kernel.params[index].is_constexpr or value == 1:
-            signature[name], constants[name] = "constexpr", value
-        else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
+            attributes[path] = [["tt.divisibility", 16]]
+            return "*" + TYPES[value.dtype]
+        if kernel.params[path[0]].is_constexpr or (isinstance(value, int) and value == 1):
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, float):
+            return "fp32"
+        if value % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    for index, name in enumerate(kernel.arg_names):
+        signature[name] = typed(named[name], (index,))
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
