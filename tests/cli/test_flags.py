@@ -55,6 +55,7 @@ UNUSUAL = {
     "log_grad_norm": True,
     "log_to": "trackio",
     "log_interval": 9,
+    "latency_seconds": 0.25,
     "verbose": True,
     "quiet": True,
     "save_interval": 4,
