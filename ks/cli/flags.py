@@ -44,7 +44,8 @@ class WeightFlags:
     )
     weight_key: str | None = flag(
         None,
-        "name of the tensor, if the file holds several 2-D weights; without it, the error lists their names",
+        "name of the tensor, if the file holds several 2-D weights; without it, the error lists their names; the sweep "
+        "takes several names, and globs as docs/models.md describes them",
         convert=key,
     )
     transpose: bool = flag(False, "the weight is stored as (in, out) instead of (out, in)")
@@ -260,7 +261,6 @@ class LayersFlags:
         WeightFlags,
         "weight_key",
         None,
-        convert=path,  # a name may hold commas
         nargs="+",
         metavar="NAME",
     )

@@ -83,7 +83,7 @@ class Parser(argparse.ArgumentParser, Generic[Config]):
             for field in fields:
                 _add(group, field)
                 described: Flag = field.metadata["flag"]
-                if described.nargs is not None and described.convert is not path:
+                if described.nargs is not None and described.convert not in (path, key):
                     self._lists |= {f"--{field.name}", *described.aliases}
 
     def error(self, message: str):
@@ -165,10 +165,10 @@ def to_arguments(settings: dict[str, Any]) -> list[str]:
             continue
         if value is True:
             arguments.append(f"--{name}")
-        elif isinstance(value, tuple):
-            arguments += [f"--{name}", *map(str, value)]
-        else:  # a value may start with a dash
-            arguments += [f"--{name}={value}"] if str(value).startswith("-") else [f"--{name}", str(value)]
+        else:
+            texts = [str(entry) for entry in (value if isinstance(value, tuple) else (value,))]
+            odd = len(texts) == 1 and texts[0].startswith("-")
+            arguments += [f"--{name}={texts[0]}"] if odd else [f"--{name}", *texts]
     return arguments
 
 

@@ -163,8 +163,16 @@ LISTS = {
     "col_splits": (["4,512"],),
     "figsize": (["10,5.5"],),
     "formats": (["png,svg"],),
+    "chains": (["monarch,lowrank"],),
 }
-SPACED = {"ranks": "2 4 8", "seeds": "0 1", "row_splits": "256 4", "col_splits": "4 512", "figsize": "10 5.5"}
+SPACED = {
+    "ranks": "2 4 8",
+    "seeds": "0 1",
+    "row_splits": "256 4",
+    "col_splits": "4 512",
+    "figsize": "10 5.5",
+    "chains": "monarch lowrank",
+}
 
 
 @pytest.mark.parametrize(("name", "given"), [(name, given) for name in LISTS for given in LISTS[name]], ids=str)
@@ -177,9 +185,9 @@ def test_lists_take_commas(name, given):
         assert parser.parse([f"--{name}={given[0]}", *weight]) == expected
 
 
-def test_every_list_but_that_of_paths_takes_commas():
+def test_every_list_but_those_of_paths_and_names_takes_commas():
     lists = {field.name for field in dataclasses.fields(SweepConfig) if field.metadata["flag"].nargs is not None}
-    assert lists == set(LISTS)
+    assert lists == {*LISTS, "weight_key"}
     assert Parser(flags.PlotConfig, "").parse(["--results_dir", "a,b", "c"]).results_dir == ("a,b", "c")
 
 
