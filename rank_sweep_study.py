@@ -6,7 +6,8 @@
 Written to --output_dir: a folder rank_R for each rank (curves, checkpoints, train.log), and under --save_prefix
 PREFIX_summary.csv and .json, PREFIX_runs.csv, PREFIX_all_curves.csv, PREFIX_floor.csv, PREFIX_config.json and the
 figures PREFIX_loss_curves.png, PREFIX_final_losses.png, PREFIX_floor.png.
-The same command again keeps finished ranks, resumes unfinished ones and trains failed ones again.
+The same command again keeps finished ranks, resumes unfinished ones and trains failed ones again; with more
+--num_epochs it continues all ranks, and other --ranks join the study. Flags left out take the values of the study.
 Exit codes: 0 well, 1 no rank succeeded, 2 bad input or another study's folder, 3 some ranks failed, 4 internal error,
 130 interrupted.
 """
@@ -31,6 +32,7 @@ from ks.files.lock import locked
 from ks.files.status import Status
 from ks.studies.weight_study import WeightStudy
 from ks.sweep.lifeline import stop_with_parent
+from ks.sweep.rejoin import parse
 
 TRAINER = Path(__file__).resolve().parent / "train_with_random.py"
 
@@ -50,7 +52,7 @@ def exit_code(statuses: set[Status]) -> int:
 @console.script
 def main(argv=None) -> int:
     stop_with_parent()
-    config = build_parser().parse(argv)
+    config = parse(build_parser(), sys.argv[1:] if argv is None else argv)
     if config.gpus == "none" and config.device == "auto":
         config = dataclasses.replace(config, device="cpu")
     study = WeightStudy(config, TRAINER)

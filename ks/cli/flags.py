@@ -227,7 +227,13 @@ class TrainerConfig(TrainingFlags, OutputFlags):
 
     TITLE: ClassVar = "one training"
     rank: int = flag(4, "rank of the chain", convert=positive_int)
-    resume: bool = flag(False, "resume an earlier run of the same settings from its checkpoint")
+    resume: bool = flag(
+        False,
+        "resume an earlier run of the same settings from its checkpoint; with more --num_epochs, a finished one too",
+    )
+    stop_below: float | None = flag(
+        None, "end the training once its population loss is at most this share of predicting 0", convert=open_fraction
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -249,6 +255,14 @@ class SweepConfig(TrainingFlags, OutputFlags, PlotFlags):
         "name the smallest rank that can reach this share of the loss of predicting 0; without --ranks, sweep the "
         "ranks around it",
         convert=open_fraction,
+    )
+    stop_at: str = flag(
+        "never",
+        "end a training early: once it reaches --target_relative_loss, or once it has converged to its floor",
+        choices=("never", "target", "floor"),
+    )
+    stop_ranks: tuple[int, ...] | None = flag(
+        None, "the ranks that --stop_at ends", convert=positive_int, nargs="+", shown_default="all"
     )
     seeds: tuple[int, ...] | None = flag(
         None, "train every rank with each of these seeds", convert=seed_number, nargs="+", shown_default="--seed"

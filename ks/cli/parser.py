@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import inspect
+import shlex
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
@@ -73,7 +74,12 @@ class Parser(argparse.ArgumentParser, Generic[Config]):
     """
 
     def __init__(self, config: type[Config], doc: str | None):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        super().__init__(
+            description=doc,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,  # the defaults are those of the configuration
+        )
         self.config = config
         for title, fields in groups(config):
             group = self.add_argument_group(title)
@@ -86,6 +92,11 @@ class Parser(argparse.ArgumentParser, Generic[Config]):
     def parse(self, argv: list[str] | None = None) -> Config:
         """Return the configuration that a command line gives."""
         return self._frozen(self.parse_args(argv))
+
+    def parse_given(self, argv: list[str] | None = None) -> tuple[Config, set[str]]:
+        """Return the configuration that a command line gives, and the names of the flags that are in it."""
+        values = self.parse_args(argv)
+        return self._frozen(values), {*vars(values)}
 
     def parse_known(self, argv: list[str] | None = None) -> tuple[Config, list[str]]:
         """Return the configuration and the arguments that are no flags of it."""
@@ -103,7 +114,7 @@ def _add(group, field: dataclasses.Field) -> None:
     default = described.default_text(field.default)
     help_text = described.help + (f" (default: {default})" if default and not described.required else "")
     if field.default is False:
-        group.add_argument(*spellings, action="store_true", dest=field.name, help=help_text)
+        group.add_argument(*spellings, action="store_true", default=argparse.SUPPRESS, dest=field.name, help=help_text)
         return
     group.add_argument(
         *spellings,
@@ -113,7 +124,6 @@ def _add(group, field: dataclasses.Field) -> None:
         nargs=described.nargs,
         metavar=described.metavar,
         required=described.required,
-        default=field.default,
         help=help_text.replace("%", "%%"),
     )
 
@@ -131,6 +141,13 @@ def to_arguments(settings: dict[str, Any]) -> list[str]:
         else:  # a value may start with a dash
             arguments += [f"--{name}={value}"] if str(value).startswith("-") else [f"--{name}", str(value)]
     return arguments
+
+
+def command_line(script: str, config: Any) -> str:
+    """Return a command that gives this configuration; flags at their defaults are left out."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    changed = {name: value for name, value in vars(config).items() if value != defaults[name]}
+    return shlex.join(["python", script, *to_arguments(changed)])
 
 
 def _number(convert: Callable[[str], Any], accept: Callable[[Any], bool], description: str) -> Callable[[str], Any]:

@@ -42,6 +42,8 @@ CURVES = (
            "and at the best epoch", LOSS, plural="population_losses"),
     Column("lr", "learning rate of the epoch's last step", plural="lrs"),
     Column("epoch_seconds", "duration of the epoch", "seconds", plural="epoch_seconds"),
+    Column("segment", "number of the segment, from 1; more epochs for a finished training are a new one",
+           plural="segments"),
     Column("grad_norm", "mean gradient norm over the steps, before clipping; only with `--log_grad_norm` or "
            "`--log_to`",
            plural="grad_norms"),
@@ -87,6 +89,7 @@ SUMMARY = (
            "lost", SHARE, "held out", "{:.2%}"),
     Column("isotropic_floor", "with measured inputs: the floor that isotropic inputs would have; the two say how much "
            "the inputs change", SHARE, "if isotropic", "{:.2%}"),
+    Column("segments", "epochs of each segment of the training, joined by +"),
 )  # fmt: skip
 
 # The printed table has its own order: cost first, then the losses, the distance to the floor and the verdict.
@@ -102,6 +105,7 @@ RUNS = (
     Column("seed", "seed of samples and initial values"),
     *SUMMARY[1:10],
     Column("train_seconds", "duration of the training without the start of its process", "seconds"),
+    Column("segments", "epochs of each segment of the training, joined by +"),
 )
 
 ALL_CURVES = (

@@ -35,6 +35,9 @@ class TrainingLog(Struct):
 
     status: Text
     train_seconds: Seconds | None = None
+    epochs: Positive | None = None
+    relative_loss: Loss | None = None
+    resumed_after: Count | None = None
     copy_of: Positive | None = None
 
 
@@ -73,6 +76,15 @@ class SweepConfig(Struct):
     answer: list[Text] = field(default_factory=list)
     problem: ProblemRecord = field(default_factory=ProblemRecord)
     files: list[Text] = field(default_factory=list)
+
+
+class StudyRecord(Struct):
+    """PREFIX_config.json of a sweep, as far as a rerun needs it."""
+
+    settings: dict[str, Any]
+    ranks: list[Positive]
+    seeds: Annotated[list[Seed], Meta(min_length=1)]
+    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 class CurveLists(Struct):
@@ -116,6 +128,7 @@ class SummaryRow(Struct):
     removed_share: Number | None = None
     held_out_relative_loss: Loss | None = None
     isotropic_floor: Loss | None = None
+    segments: Text | None = None
 
 
 class CurveRow(Struct):
@@ -128,6 +141,7 @@ class CurveRow(Struct):
     population_loss: Loss = math.nan
     lr: float = math.nan
     epoch_seconds: Seconds = math.nan
+    segment: Positive = 1
     grad_norm: float = math.nan
 
 
@@ -159,6 +173,7 @@ class EpochRow(TypedDict):
     lr: float
     epoch_seconds: Seconds
     population_loss: NotRequired[Loss]
+    segment: NotRequired[Positive]
     grad_norm: NotRequired[float]
 
 

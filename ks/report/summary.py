@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from ks.patterns import Chain
 from ks.report.verdict import NEGLIGIBLE_FLOOR, ROUNDING, Verdict, is_calibration_limited, limit_of
 
 LOSSES = ("final_train_loss", "final_val_loss", "min_train_loss", "min_val_loss", "population_loss")
+COPIED = ("rank", "min_train_epoch", "min_val_epoch", "num_epochs", "segments")
 WITH_ERROR = ("final_train_loss", "final_val_loss", "population_loss")
 
 
@@ -32,7 +34,15 @@ def run_row(
         ending: of the run.
         seed, train_seconds: of the run.
     """
-    row = {"rank": rank, "seed": seed, "num_epochs": len(curves), "status": ending, "train_seconds": train_seconds}
+    row: dict[str, Any] = {
+        "rank": rank,
+        "seed": seed,
+        "num_epochs": len(curves),
+        "status": ending,
+        "train_seconds": train_seconds,
+    }
+    lengths = Counter(int(entry.get("segment", 1)) for entry in curves)
+    row["segments"] = " + ".join(str(lengths[number]) for number in sorted(lengths)) or None
     for split in ("train", "val"):
         values = [(entry[f"{split}_loss"], entry["epoch"]) for entry in curves if math.isfinite(entry[f"{split}_loss"])]
         best, epoch = min(values, default=(None, None))
@@ -81,7 +91,7 @@ def rank_row(
     predict_zero = reference.predict_zero_loss
     finished = [run for run in runs if ended_well(run["status"])]
     good = finished or runs
-    row: dict[str, Any] = {key: good[0][key] for key in ("rank", "min_train_epoch", "min_val_epoch", "num_epochs")}
+    row: dict[str, Any] = {key: good[0][key] for key in COPIED}
     row |= {"num_seeds": len(finished), "train_seconds": _mean([run["train_seconds"] for run in runs])}
     row |= {name: _mean([run[name] for run in good]) for name in LOSSES}
     row |= {f"{name}_se": _standard_error([run[name] for run in good]) for name in WITH_ERROR}

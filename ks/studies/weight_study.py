@@ -7,11 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ks.bounds.floors import floor_curve
-from ks.bounds.plan import Plan, make_plan
-from ks.bounds.target_rank import ranks_around
+from ks.bounds.plan import make_plan
 from ks.cli import console
 from ks.cli.flags import SweepConfig
-from ks.errors import UsageError
 from ks.files import columns
 from ks.files.atomic import delete_leftovers, write_csv
 from ks.files.layout import SweepFiles
@@ -23,18 +21,18 @@ from ks.report.answer import answer
 from ks.report.plan_table import plan_notes, plan_table
 from ks.report.summary import floor_rows
 from ks.report.verdict import advice, check_above_floor
+from ks.studies.choices import ranks_of, remedies_of, stop_losses
 from ks.sweep.claim import claim_folder
 from ks.sweep.copies import copies_of, copy_results
 from ks.sweep.launcher import Launcher, Outcome, Task
 from ks.sweep.launching import launcher_of
 from ks.sweep.progress import SlowWork
+from ks.sweep.rejoin import study_in
 from ks.sweep.run import Result, Run, result_of, runs_of, seeds_of
 from ks.sweep.trainings import finished_before, train_all
 from ks.training.checkpoints import settings_of
 from ks.training.problem import Problem, resolve
 from ks.training.shared_samples import SHARED_SAMPLES, shared_samples
-
-DEFAULT_RANKS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 class WeightStudy:
@@ -62,9 +60,10 @@ class WeightStudy:
         if config.inputs and self.plan.bounds is not None:
             isotropic = floor_curve(problem.isotropic_weight(), problem.chain)
             self.plan = dataclasses.replace(self.plan, isotropic_curve=isotropic)
-        self.ranks = ranks_of(config, self.plan)
+        self.chosen, self.ranks = ranks_of(config, self.plan, study_in(config))
         self.floors = dict(zip(self.ranks, self.plan.floors(self.ranks), strict=True))
-        self.runs = runs_of(config, self.ranks, Path(config.output_dir).absolute(), trainer)
+        stop_below = stop_losses(config, self.floors)
+        self.runs = runs_of(config, self.ranks, Path(config.output_dir).absolute(), trainer, stop_below)
         self.record = record_of(config, problem, self.ranks)
         self.rows_of_runs: list[dict] = []
 
@@ -88,7 +87,7 @@ class WeightStudy:
                 inputs = Path(config.inputs).absolute()
                 content = packed_inputs(inputs, config.inputs_key or config.weight_key)
                 files[str(inputs)] = (f"inputs_{inputs.name}", content)
-        return launcher_of(config, self.problem.device, len(self.runs), self.trainer, files)
+        return launcher_of(config, self.problem.device, len(self.chosen) * len(seeds_of(config)), self.trainer, files)
 
     def claim(self, files: SweepFiles) -> None:
         """Claim the results folder, and write the floors of every rank into it.
@@ -98,17 +97,19 @@ class WeightStudy:
         """
         config = self.config
         delete_leftovers(files.all())
-        claim_folder(files, self.runs, self.record, config.files_read(), config.overwrite)
+        claim_folder(files, self.runs, self.record, config.files_read(), config.overwrite, remedies_of(config))
         rows = floor_rows(self.plan, self.problem.predict_zero_loss)
         write_csv(files.floor_csv, columns.names(columns.FLOOR), rows)
 
     def train(self, launcher: Launcher) -> dict[Run, Result]:
-        """Train every run that is not finished yet, the largest rank first; return the results of those that ended."""
+        """Train the chosen runs that are not finished, the largest rank first; return the results that are known."""
         for text in (*self.problem.notes, *self.remarks()):
             console.note(text, self.config.quiet)
-        ended = finished_before(self.config, self.runs, self.read_result)
+        chosen = [run for run in self.runs if run.rank in self.chosen]
+        ended = {run: self.read_result(run) for run in self.runs if run.rank not in self.chosen}
+        ended |= finished_before(self.config, chosen, self.read_result)
         copies = self._copies(ended)
-        waiting = [run for run in self.runs if run not in ended and run not in copies]
+        waiting = [run for run in chosen if run not in ended and run not in copies]
         waiting.sort(key=lambda run: (-run.rank, run.seed))
         with self._sharing_samples(waiting) as tasks:
             ended |= train_all(self.config, waiting, tasks, launcher, self.read_result, _load_report)
@@ -155,8 +156,8 @@ class WeightStudy:
         ]
 
     def statuses(self) -> set[Status]:
-        """Return how the runs ended, once the study is concluded."""
-        return {row["status"].status for row in self.rows_of_runs}
+        """Return how the chosen runs ended, once the study is concluded."""
+        return {row["status"].status for row in self.rows_of_runs if row["rank"] in self.chosen}
 
     def check_floors(self) -> None:
         """Raise InternalError if a finished run is below its floor."""
@@ -173,17 +174,6 @@ class WeightStudy:
         with shared_samples(self.config, self.problem, first[0].rank, first[0].seed) as descriptor:
             inherited = () if descriptor is None else ((SHARED_SAMPLES, descriptor),)
             yield [dataclasses.replace(run.task, inherited=inherited) if run in first else run.task for run in runs]
-
-
-def ranks_of(config: SweepConfig, plan: Plan) -> list[int]:
-    """Return the ranks to train: ascending, each once, none above --max_rank."""
-    given = config.ranks or DEFAULT_RANKS
-    if config.ranks is None and config.target_relative_loss is not None and plan.curve is not None:
-        given = tuple(ranks_around(plan, config.target_relative_loss))
-    ranks = sorted({rank for rank in given if config.max_rank is None or rank <= config.max_rank})
-    if not ranks:
-        raise UsageError(f"no rank is left: --max_rank {config.max_rank} excludes all of {' '.join(map(str, given))}")
-    return ranks
 
 
 def record_of(config: SweepConfig, problem: Problem, ranks: list[int]) -> dict:

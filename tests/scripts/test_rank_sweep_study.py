@@ -57,6 +57,7 @@ def test_a_sweep_writes_the_files_of_the_contract(swept):
         "rank_2_final.pth",
         "rank_2_rank_2_loss_curves.csv",
         "rank_2_rank_2_loss_curves.json",
+        "rank_2_resume.pth",
         "rank_2_training_log.json",
         "train.log",
     ]
@@ -175,7 +176,7 @@ def test_another_study_in_the_folder_is_named_and_kept(swept, tmp_path):
     refused = subprocess.run(command, cwd=tmp_path / "copy", capture_output=True, text=True)
     assert refused.returncode == 2
     assert "num_epochs was 3, now 2" in refused.stderr
-    assert "chain" not in refused.stderr
+    assert "chain was" not in refused.stderr
     assert refused.stderr.count("error") == 1
     study = tmp_path / "copy" / "rank_sweep_results"
     assert len(read_table(study / "rank_sweep_summary.csv")) == 3
@@ -224,6 +225,7 @@ def test_an_interrupted_sweep_summarises_and_leaves_no_process(weight_path, tmp_
     rows = read_table(tmp_path / "out" / "rank_sweep_summary.csv")
     assert [row["status"].split(" ")[0] for row in rows] == ["not", "interrupted"]
     assert int(rows[1]["num_epochs"]) > 0
+    assert not (tmp_path / "out" / "rank_1").exists()
     assert subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True).stdout == b""
 
 
