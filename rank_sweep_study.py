@@ -20,7 +20,7 @@ from pathlib import Path
 from ks.cli import startup
 
 if __name__ == "__main__":
-    startup.begin(__file__)
+    startup.begin(__file__, "reads the weight, computes the floor of every rank, then trains a chain for each")
 
 from ks import signals
 from ks.cli import console

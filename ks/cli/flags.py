@@ -164,7 +164,9 @@ class RunningFlags:
         choices=TRACKERS,
     )
     log_interval: int = flag(100, "steps between the lines that --verbose prints", convert=positive_int)
-    verbose: bool = flag(False, "print lines within each epoch too")
+    verbose: bool = flag(
+        False, "print lines within each epoch too; in a sweep, all columns of the summary and the commands of a plan"
+    )
     quiet: bool = flag(False, "print errors and warnings only")
 
 
@@ -232,7 +234,7 @@ class TrainerConfig(TrainingFlags, OutputFlags):
         "resume an earlier run of the same settings from its checkpoint; with more --num_epochs, a finished one too",
     )
     stop_below: float | None = flag(
-        None, "end the training once its population loss is at most this share of predicting 0", convert=open_fraction
+        None, "end the training once its population loss is at most this share of predicting 0", convert=positive_float
     )
 
 
@@ -270,7 +272,7 @@ class SweepConfig(TrainingFlags, OutputFlags, PlotFlags):
     tight_bounds: bool = flag(
         False, "with --inputs: spend about ten times as long on the lower bounds of grids and deeper chains"
     )
-    dry_run: bool = flag(False, "print the plan and the commands; train nothing")
+    dry_run: bool = flag(False, "print the plan, with --verbose the commands too; train nothing")
     overwrite: bool = flag(
         False,
         "redo the results in --output_dir, also those of another study; without it, finished ranks are kept and "
@@ -302,6 +304,7 @@ class PlotConfig(OutputFlags, PlotFlags):
         (), "folder of a sweep, or several to draw in one figure", convert=path, nargs="+", required=True
     )
     show: bool = flag(False, "open a window for each figure")
+    verbose: bool = redefault(RunningFlags, "verbose", False, help="print all columns of the summary")
     output_dir: str | None = redefault(  # type: ignore[assignment]
         OutputFlags, "output_dir", None, shown_default="--results_dir"
     )

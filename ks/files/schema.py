@@ -129,6 +129,18 @@ class SummaryRow(Struct):
     held_out_relative_loss: Loss | None = None
     isotropic_floor: Loss | None = None
     segments: Text | None = None
+    relative_floor: Loss | None = None
+    relative_floor_upper: Loss | None = None
+    relative_loss_se: Loss | None = None
+    share_of_dense: Loss | None = None
+    predict_zero_loss: Loss | None = None
+    target_relative_loss: Loss | None = None
+    reached_target: bool | None = None
+    weight: Text | None = None
+    weight_key: Text | None = None
+    weight_sha256: Text | None = None
+    chain: Text | None = None
+    inputs: Text | None = None
 
 
 class CurveRow(Struct):

@@ -188,13 +188,11 @@ def _bounds_of(row: dict) -> list[str]:
 
 def _lowrank_beside(row: dict, plan: Plan) -> list[str]:
     """Return what plain low-rank can reach with at most as many parameters."""
-    curves = {chain.family: (chain, curve) for chain, curve in plan.family_curves()}
-    if plan.chain.family == "lowrank" or "lowrank" not in curves:
+    if plan.chain.family == "lowrank" or plan.bounds is None:
         return []
-    lowrank, curve = curves["lowrank"]
-    rank = min(row["parameters"] // lowrank.parameters(1), len(curve) - 1)
-    loss, ours = shares(curve[rank].item(), row["relative_loss"])
-    if curve[rank] < row["relative_loss"]:
+    ((rank, floor),) = plan.lowrank_floors([row["parameters"]])
+    loss, ours = shares(floor, row["relative_loss"])
+    if floor < row["relative_loss"]:
         end = f"less than this chain ({ours}): sweep --chain lowrank too"
     else:
         end = f"no less than this chain ({ours})"
@@ -222,7 +220,7 @@ def _warnings(row: dict, target: float | None) -> list[str]:
 
 
 def _size(row: dict) -> str:
-    return f"{shares(1 / row['compression_ratio'])[0]} of the parameters of the dense weight"
+    return f"{shares(row['share_of_dense'])[0]} of the parameters of the dense weight"
 
 
 def shares(*values: float) -> list[str]:

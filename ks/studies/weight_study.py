@@ -68,11 +68,14 @@ class WeightStudy:
         self.rows_of_runs: list[dict] = []
 
     def plan_text(self) -> str:
-        """Return the plan and the commands of the trainings, for --dry_run."""
+        """Return the plan, for --dry_run; with --verbose, the commands of the trainings too."""
         for text in self.problem.notes:
             console.note(text, self.config.quiet)
-        table = plan_table(self.problem.chain, self.floors, self.plan.isotropic_curve)
-        return "\n".join([*self.remarks(), table, *(shlex.join(run.task.command) for run in self.runs)])
+        table = plan_table(self.plan, self.floors, self.config.verbose)
+        lines = [self.record["title"], *self.remarks(), "", table, ""]
+        if not self.config.verbose:
+            return "\n".join([*lines, "Nothing was trained or written; --verbose shows patterns and commands."])
+        return "\n".join([*lines, *(shlex.join(run.task.command) for run in self.runs if run.rank in self.chosen)])
 
     def remarks(self) -> list[str]:
         return plan_notes(self.plan, self.config.target_relative_loss)
@@ -112,12 +115,19 @@ class WeightStudy:
         waiting = [run for run in chosen if run not in ended and run not in copies]
         waiting.sort(key=lambda run: (-run.rank, run.seed))
         with self._sharing_samples(waiting) as tasks:
-            ended |= train_all(self.config, waiting, tasks, launcher, self.read_result, _load_report)
+            ended |= train_all(
+                self.config, waiting, tasks, launcher, self.read_result, _load_report, self._best_known()
+            )
         for run, source in copies.items():
             if source in ended and ended_well(ended[source].ending):
                 copy_results(source.files, run.files)
                 ended[run] = self.read_result(run)
         return ended
+
+    def _best_known(self) -> dict[int, float]:
+        """Return the best known loss of each rank with a floor, in the unit of the curves."""
+        unit = self.problem.predict_zero_loss
+        return {rank: floor.upper * unit for rank, floor in self.floors.items() if floor is not None}
 
     def _copies(self, ended: dict[Run, Result]) -> dict[Run, Run]:
         """Return the runs above saturation that get a copy, each with its source; finished ones need none."""
@@ -140,7 +150,14 @@ class WeightStudy:
         from ks.report.summary_table import summary_table
 
         results = [ended.get(run) or self.read_result(run) for run in self.runs]
-        self.rows_of_runs, rows = summarise(results, self.floors, self.problem, self.plan)
+        self.rows_of_runs, rows = summarise(
+            results,
+            self.floors,
+            self.problem,
+            self.plan,
+            target=self.config.target_relative_loss,
+            weight=Path(self.config.weight_path).name,
+        )
         if any(row["population_loss"] is None for row in self.rows_of_runs if ended_well(row["status"])):
             console.note("floors are left out: the criterion is not the mean squared error", self.config.quiet)
         self.record["answer"] = answer(rows, self.plan, self.config.target_relative_loss)
@@ -150,7 +167,7 @@ class WeightStudy:
         return [
             *self.record["answer"],
             "",
-            summary_table(rows),
+            summary_table(rows, self.config.verbose),
             *advice(rows, self.problem.sampling),
             *map(str, written),
         ]

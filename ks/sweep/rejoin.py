@@ -12,7 +12,7 @@ from ks.files.layout import SweepFiles
 from ks.files.schema import StudyRecord, read_json_as
 
 # These say where the weight is, or change reports and files only.
-NOT_TAKEN = ("weight_path", "log_interval", "verbose", "quiet", "save_interval", "resume_interval")
+NOT_TAKEN = ("weight_path", "log_to", "log_interval", "verbose", "quiet", "save_interval", "resume_interval")
 TRAINING = tuple(field.name for _, fields in groups(TrainingFlags) for field in fields)
 TAKEN = (
     *(name for name in TRAINING if name not in NOT_TAKEN),

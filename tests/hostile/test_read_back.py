@@ -529,10 +529,12 @@ def test_the_checkpoint_is_resumed_from_as_it_was(trained, stopped, tmp_path, ca
 
 
 def test_counting_the_epochs_of_a_fifo_does_not_block(tmp_path):
-    from ks.files.curves import EpochCounter
+    from ks.files.curves import CurvesTail
 
     os.mkfifo(tmp_path / "curves.csv")
-    assert EpochCounter(tmp_path / "curves.csv")() == 0
+    tail = CurvesTail(tmp_path / "curves.csv")
+    tail.update()
+    assert tail.epochs == 0
 
 
 @pytest.mark.parametrize("damage", ["FIFO", "folder", "nested deep", "list", "not text"])
