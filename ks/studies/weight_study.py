@@ -30,7 +30,7 @@ from ks.sweep.progress import SlowWork
 from ks.sweep.rejoin import study_in
 from ks.sweep.run import Result, Run, result_of, runs_of, seeds_of
 from ks.sweep.trainings import finished_before, train_all
-from ks.training.checkpoints import settings_of
+from ks.training.checkpoints import changes, settings_of
 from ks.training.problem import Problem, resolve
 from ks.training.shared_samples import SHARED_SAMPLES, shared_samples
 
@@ -60,7 +60,11 @@ class WeightStudy:
         if config.inputs and self.plan.bounds is not None:
             isotropic = floor_curve(problem.isotropic_weight(), problem.chain)
             self.plan = dataclasses.replace(self.plan, isotropic_curve=isotropic)
-        self.chosen, self.ranks = ranks_of(config, self.plan, study_in(config))
+        settings = settings_of(config, problem) | {"seed": seeds_of(config)[0]}
+        study = study_in(config)
+        if study is not None and changes(study.settings, settings):
+            study = None  # another study, which claiming the folder refuses
+        self.chosen, self.ranks = ranks_of(config, self.plan, study)
         self.floors = dict(zip(self.ranks, self.plan.floors(self.ranks), strict=True))
         stop_below = stop_losses(config, self.floors)
         self.runs = runs_of(config, self.ranks, Path(config.output_dir).absolute(), trainer, stop_below)

@@ -39,7 +39,7 @@ def parse(parser: Parser[SweepConfig], argv: list[str]) -> SweepConfig:
     """
     config, given = parser.parse_given(argv)
     study = study_in(config)
-    if study is None:
+    if study is None or not _same_weight(config, given, study):
         return config
     taken = _values_of(study, given)
     merged = parser.parse([*to_arguments(taken), *argv])
@@ -50,11 +50,18 @@ def parse(parser: Parser[SweepConfig], argv: list[str]) -> SweepConfig:
     return merged if "seed" in given or seeds == (merged.seed,) else replace(merged, seeds=seeds)
 
 
+def _same_weight(config: SweepConfig, given: set[str], study: StudyRecord) -> bool:
+    """Return whether a study is of a weight with the same name and key, as far as they are given."""
+    same_file = Path(config.weight_path).name == Path(str(study.arguments.get("weight_path"))).name
+    return same_file and ("weight_key" not in given or config.weight_key == study.arguments.get("weight_key"))
+
+
 def _values_of(study: StudyRecord, given: set[str]) -> dict[str, Any]:
     """Return the study's values of the flags that were not given; splits and --chain exclude each other."""
     left_out = given | ({"chain"} if given & {*SPLITS} else {*SPLITS} if "chain" in given else set())
     values = {name: study.arguments.get(name) for name in TAKEN if name not in left_out}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    known = {name: value for name, value in values.items() if value is not None}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
 
 
 def _text(value: Any) -> str:

@@ -123,6 +123,19 @@ def test_flags_left_out_take_the_values_of_the_study(sweep, tmp_path):
     assert "chain was" in sweep("--chain", "lowrank", *common, code=2).stderr
 
 
+def test_nothing_is_taken_from_a_study_of_another_weight(sweep, run, tmp_path):
+    sweep("--ranks", 1, *SMALL, "--num_epochs", 2, "--output_dir", "out")
+    torch.save(torch.randn(16, 24), tmp_path / "other.pth")
+    arguments = ("--weight_path", "other.pth", "--ranks", 2, "--output_dir", "out")
+    plan = run("rank_sweep_study.py", *arguments, "--dry_run")
+    assert "taken from" not in plan.stderr
+    assert [line.split()[0] for line in plan.stdout.splitlines() if "%" in line] == ["2"]
+    refused = run("rank_sweep_study.py", *arguments)
+    assert refused.returncode == 2
+    assert "weight was sha256" in refused.stderr
+    assert "--num_epochs" not in refused.stderr.split("to keep it: ")[1]
+
+
 def test_further_seeds_join_those_of_the_study(sweep, tmp_path):
     sweep("--ranks", 1, *SMALL, "--num_epochs", 2, "--seeds", 3, 4)
     sweep("--seeds", 5)
