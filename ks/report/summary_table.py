@@ -15,12 +15,16 @@ def summary_table(rows: list[dict], verbose: bool = False) -> str:
     Args:
         rows: of the summary.
         verbose: add the details in further tables.
+    Where no relative loss is known, the final losses take its place.
     """
     bracketed = any(row.get("loss_floor_is_exact") is False for row in rows)
     silent = set() if bracketed else {"relative_floor_upper", "loss_floor_upper"}
     if all(str(row.get("status")) in (str(OK), "None") for row in rows):
         silent.add("status")
-    decisive = _cells(rows, columns.PRINTED, silent)
+    names = columns.PRINTED
+    if all(_empty(row.get("relative_loss")) for row in rows):  # of another criterion, or of the scripts of 2025
+        names = ("rank", "final_val_loss", "final_train_loss", *names[1:])
+    decisive = _cells(rows, names, silent)
     parts = [text_table(decisive, "verdict")]
     if "relative_floor" in decisive:
         parts[0] += f"\n{LEGEND}"

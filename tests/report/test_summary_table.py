@@ -81,6 +81,11 @@ def test_columns_that_say_nothing_are_left_out():
     assert "verdict" not in names_in(summary_table([rank_row([run_row(1, CURVES)], CHAIN)]))
 
 
+def test_without_a_relative_loss_the_final_losses_are_printed():
+    names = names_in(summary_table([rank_row([run_row(1, CURVES)])]))
+    assert names == ["rank", "final_val_loss", "final_train_loss"]
+
+
 def test_a_summary_read_from_its_file_is_printed_as_the_one_in_memory(tmp_path):
     rows = [make_row(), make_row(rank=4), make_row(ending=Ending(Status.DIVERGED))]
     names = columns.names(columns.SUMMARY)

@@ -9,6 +9,7 @@ from conftest import QUICK, read_table
 
 import example_rank_sweep
 import generate_test_weight
+import ks.studies.weight_study
 import ks.training.problem
 import plot_rank_results
 import rank_sweep_study
@@ -26,7 +27,7 @@ def broken(*arguments, **options):
         (train_with_random, ks.training.problem, "load_weight", ["--weight_path", "w.pth"]),
         (train_with_random, train_with_random, "settings_of", ["--weight_path", "w.pth"]),
         (rank_sweep_study, ks.training.problem, "load_weight", ["--weight_path", "w.pth"]),
-        (rank_sweep_study, rank_sweep_study, "claim_folder", ["--weight_path", "w.pth", "--ranks", "2"]),
+        (rank_sweep_study, ks.studies.weight_study, "claim_folder", ["--weight_path", "w.pth", "--ranks", "2"]),
         (plot_rank_results, plot_rank_results, "read_study", ["--results_dir", "."]),
         (generate_test_weight, generate_test_weight, "make_weight", []),
         (example_rank_sweep, example_rank_sweep, "run", []),
