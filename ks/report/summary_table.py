@@ -21,7 +21,7 @@ def summary_table(rows: list[dict], verbose: bool = False) -> str:
     silent = set() if bracketed else {"relative_floor_upper", "loss_floor_upper"}
     if all(str(row.get("status")) in (str(OK), "None") for row in rows):
         silent.add("status")
-    names = columns.PRINTED
+    names: tuple[str, ...] = columns.PRINTED
     if all(_empty(row.get("relative_loss")) for row in rows):  # of another criterion, or of the scripts of 2025
         names = ("rank", "final_val_loss", "final_train_loss", *names[1:])
     decisive = _cells(rows, names, silent)
