@@ -11,6 +11,8 @@ from ks.report.verdict import NEGLIGIBLE_FLOOR, Limit
 KNEE_DEPTH = 0.05
 # More epochs are advised up to this many times those of the study; beyond, a larger rank is the remedy.
 MOST_EPOCHS = 10
+# A continuation that is shorter than the training restarts at a small rate and may gain less than 1 / epochs says.
+LEAST_EPOCHS = 2
 
 
 def answer(rows: list[dict], plan: Plan, target: float | None = None) -> list[str]:
@@ -98,7 +100,7 @@ def _more_epochs(row: dict, floor: float, target: float) -> list[str]:
     sampled = row["verdict"] is not None and row["verdict"].limit is Limit.SAMPLES
     if room <= 0 or sampled:
         return []
-    total = -(-row["num_epochs"] * (row["relative_loss"] - floor) // room)
+    total = max(LEAST_EPOCHS * row["num_epochs"], -(-row["num_epochs"] * (row["relative_loss"] - floor) // room))
     if total > MOST_EPOCHS * row["num_epochs"]:
         return []
     return [f"--num_epochs {int(total)}"]
