@@ -87,7 +87,7 @@ def main(argv=None) -> int:
             print(f"{study.name}: {study.chain}")
         if study.answer:
             print("\n".join(study.answer) + "\n")
-        print(summary_table(study.summary.to_dict("records")))
+        print(summary_table(study.summary.to_dict("records"), config.verbose))
     for path in written:
         print(path)
     if config.show:

@@ -7,7 +7,8 @@ Written to --output_dir: a folder rank_R for each rank (curves, checkpoints, tra
 PREFIX_summary.csv and .json, PREFIX_runs.csv, PREFIX_all_curves.csv, PREFIX_floor.csv, PREFIX_config.json and the
 figures PREFIX_loss_curves.png, _final_losses.png, _floor.png, _gap.png, _front.png and _latency.png; PREFIX_report.html
 has all of it on one page.
-The same command again keeps finished ranks, resumes unfinished ones and trains failed ones again.
+The same command again keeps finished ranks, resumes unfinished ones and trains failed ones again; with more
+--num_epochs it continues all ranks, and other --ranks join the study. Flags left out take the values of the study.
 Exit codes: 0 well, 1 no rank succeeded, 2 bad input or another study's folder, 3 some ranks failed, 4 internal error,
 130 interrupted.
 """
@@ -20,7 +21,7 @@ from pathlib import Path
 from ks.cli import startup
 
 if __name__ == "__main__":
-    startup.begin(__file__)
+    startup.begin(__file__, "reads the weight, computes the floor of every rank, then trains a chain for each")
 
 from ks import signals
 from ks.cli import console
@@ -33,6 +34,7 @@ from ks.files.status import Status
 from ks.studies.checkpoint_study import CheckpointStudy
 from ks.studies.weight_study import WeightStudy
 from ks.sweep.lifeline import stop_with_parent
+from ks.sweep.rejoin import parse
 
 TRAINER = Path(__file__).resolve().parent / "train_with_random.py"
 
@@ -52,7 +54,7 @@ def exit_code(statuses: set[Status]) -> int:
 @console.script
 def main(argv=None) -> int:
     stop_with_parent()
-    config = build_parser().parse(argv)
+    config = parse(build_parser(), sys.argv[1:] if argv is None else argv)
     if config.gpus == "none" and config.device == "auto":
         config = dataclasses.replace(config, device="cpu")
     study: WeightStudy | CheckpointStudy

@@ -7,8 +7,8 @@ Inputs x are random: isotropic, or as --inputs says that the layer sees them. Ta
 Written to --output_dir while it trains, under --save_prefix: PREFIX_rank_R_loss_curves.csv and .json,
 PREFIX_training_log.json; at the end PREFIX_final.pth and PREFIX_best.pth (lowest validation loss; both load with
 `ks.load`); PREFIX_config.json; PREFIX_epoch_N.pth every --save_interval epochs.
---resume continues from PREFIX_resume.pth, which exists until the training is finished. Without --resume, a rerun under
-the same prefix replaces these files, also those of another rank.
+--resume continues from PREFIX_resume.pth; with more --num_epochs, it continues a finished training too. Without
+--resume, a rerun under the same prefix replaces these files, also those of another rank.
 Exit codes: 0 well, 1 diverged or out of memory, 2 bad input, 4 internal error, 130 interrupted.
 """
 
@@ -144,7 +144,8 @@ def train(
         fused = FusedStep(training, optimiser, samples)
     epochs, how, warning = make_epochs(step, samples, optimiser.state(), device, optimiser.prepare, fused)
     record.decide("steps", how, "a CUDA graph needs a GPU" if device.type == "cpu" else "on a GPU", warning)
-    population_interval = math.ceil(config.num_epochs / 10)
+    stop_loss = -math.inf if config.stop_below is None else config.stop_below * unit_of_loss
+    population_interval = math.ceil(config.num_epochs / 10) if config.stop_below is None else 1
     best = BestModel(model, weight, problem.inputs, keep_start=kind.has_floors and config.init == "hierarchical")
     observers: list[Observer] = [CurvesOnDisk(files), ConsoleReport(config)]
     if config.log_to:
@@ -153,6 +154,7 @@ def train(
     if checkpoints.found:
         curves = checkpoints.restore(optimiser, schedule, best)
         write_curves(files, curves)
+        record.resume(len(curves))
     try:
         for epoch in range(len(curves) + 1, config.num_epochs + 1):
             started = time.perf_counter()
@@ -166,6 +168,7 @@ def train(
                 "rank": config.rank,
                 "lr": rates[-1],
                 "epoch_seconds": time.perf_counter() - started,
+                "segment": checkpoints.segment,
             }
             if kind.has_floors and (epoch % population_interval == 0 or epoch == config.num_epochs):
                 row["population_loss"] = population_loss(weight, factors, problem.inputs) * unit_of_loss
@@ -184,6 +187,9 @@ def train(
             if config.save_interval and epoch % config.save_interval == 0:
                 record.own(files.epoch_checkpoint(epoch))
                 problem.save(model, files.epoch_checkpoint(epoch))
+            if row.get("population_loss", math.inf) <= stop_loss:
+                break
+        record.finish(len(curves), curves[-1].get("population_loss"))
         problem.save(model, files.final)
         if kind.has_floors:
             tf32 = config.float32_precision == "tf32"
@@ -191,6 +197,7 @@ def train(
         if config.latency_seconds:
             place = (dtype, config.impl, threads, config.latency_seconds)
             record.keep_latency(lambda: measure_latency(model, weight, *place))
+        checkpoints.write_latest()
     except BaseException:
         checkpoints.write_latest()
         raise
@@ -242,7 +249,9 @@ def main(argv=None) -> int:
         check_free([*files.results(), *planned], owned, inputs, "choose another --output_dir or --save_prefix")
         if not resumable:
             delete(owned, inputs)
-        elif is_finished(files, config.num_epochs, curves_if_any(files.curves_csv), "training starts anew"):
+        elif is_finished(
+            files, config.num_epochs, curves_if_any(files.curves_csv), "the training is not finished", config.stop_below
+        ):
             last = curves_if_any(files.curves_csv)[-1]
             print("\n".join([f"rank {config.rank}: finished before; {files.final}", *target.outcome(last)]))
             return console.EXIT_OK
@@ -257,7 +266,6 @@ def main(argv=None) -> int:
         if record.message is not None:
             print(f"train_with_random.py: {one_line(record.message)}", file=sys.stderr)
             return record.exit_code
-        files.resume.unlink(missing_ok=True)
         known = "population_loss" in last
         share = f", {last['val_loss'] / problem.validation_predict_zero_loss:.2%} of predicting 0" if known else ""
         said = f"rank {config.rank}: validation loss {last['val_loss']:.6g}{share}; {files.final}"

@@ -117,6 +117,17 @@ def test_the_analysis_snippet_runs_as_written(run, weight_path, tmp_path):
     assert "Optimal rank: " in done.stdout
 
 
+def test_the_rule_of_the_readme_picks_the_rank_of_the_answer(run, weight_path, tmp_path):
+    [snippet] = [block for block in blocks("README.md", "python") if "read_csv" in block]
+    sweep = ("--weight_path", weight_path, "--ranks", 3, 4, 9, "--num_epochs", 20, "--num_samples", 800)
+    done = run("rank_sweep_study.py", *sweep, "--target_relative_loss", 0.1)
+    assert done.stdout.startswith("Rank 3 is the smallest trained rank that loses at most 10%"), done.stdout
+    (tmp_path / "snippet.py").write_text(snippet)
+    picked = run(tmp_path / "snippet.py")
+    assert picked.returncode == 0, picked.stderr
+    assert picked.stdout.splitlines()[1].split()[1] == "3"
+
+
 def test_the_layer_example_runs_as_written(tmp_path):
     snippet = next(block for block in blocks("README.md", "python") if "from_linear" in block)
     smaller = snippet.replace("4096", "48").replace("2048", "32").replace("rank=16", "rank=2").replace("[16]", "[2]")

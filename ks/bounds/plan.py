@@ -47,6 +47,12 @@ class Plan:
         lowrank = make_chain(self.chain.rows, self.chain.cols, "lowrank")
         return [(self.chain, self.curve), (lowrank, self._lowrank_curve)]
 
+    def lowrank_floors(self, parameters: list[int]) -> list[tuple[int, float]]:
+        """Return the largest rank of a low-rank chain with at most this many parameters each, and its lower bound."""
+        lowrank = make_chain(self.chain.rows, self.chain.cols, "lowrank")
+        ranks = [min(count // lowrank.parameters(1), lowrank.saturation_rank) for count in parameters]
+        return [(rank, self._lowrank_curve[rank].item()) for rank in ranks]
+
     @cached_property
     def _lowrank_curve(self) -> torch.Tensor:
         """Lower bounds of low-rank chains; a full decomposition of W, which the file and the figure of floors share."""

@@ -173,7 +173,9 @@ class RunningFlags:
         convert=non_negative_float,
     )
     log_interval: int = flag(100, "steps between the lines that --verbose prints", convert=positive_int)
-    verbose: bool = flag(False, "print lines within each epoch too")
+    verbose: bool = flag(
+        False, "print lines within each epoch too; in a sweep, all columns of the summary and the commands of a plan"
+    )
     quiet: bool = flag(False, "print errors and warnings only")
 
 
@@ -249,7 +251,13 @@ class TrainerConfig(TargetFlags, TrainingFlags, OutputFlags):
 
     TITLE: ClassVar = "one training"
     rank: int = flag(4, "rank of the chain", convert=positive_int)
-    resume: bool = flag(False, "resume an earlier run of the same settings from its checkpoint")
+    resume: bool = flag(
+        False,
+        "resume an earlier run of the same settings from its checkpoint; with more --num_epochs, a finished one too",
+    )
+    stop_below: float | None = flag(
+        None, "end the training once its population loss is at most this share of predicting 0", convert=positive_float
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -302,13 +310,21 @@ class SweepConfig(LayersFlags, TargetFlags, TrainingFlags, OutputFlags, PlotFlag
         None, "ranks to train", convert=positive_int, nargs="+", shown_default="2 4 8 16 32 64 128 256 512"
     )
     max_rank: int | None = flag(None, "leave out larger ranks", convert=positive_int)
+    stop_at: str = flag(
+        "never",
+        "end a training early: once it reaches --target_relative_loss, or once it has converged to its floor",
+        choices=("never", "target", "floor"),
+    )
+    stop_ranks: tuple[int, ...] | None = flag(
+        None, "the ranks that --stop_at ends", convert=positive_int, nargs="+", shown_default="all"
+    )
     seeds: tuple[int, ...] | None = flag(
         None, "train every rank with each of these seeds", convert=seed_number, nargs="+", shown_default="--seed"
     )
     tight_bounds: bool = flag(
         False, "with --inputs: spend about ten times as long on the lower bounds of grids and deeper chains"
     )
-    dry_run: bool = flag(False, "print the plan and the commands; train nothing")
+    dry_run: bool = flag(False, "print the plan, with --verbose the commands too; train nothing")
     overwrite: bool = flag(
         False,
         "redo the results in --output_dir, also those of another study; without it, finished ranks are kept and "
@@ -356,6 +372,7 @@ class PlotConfig(OutputFlags, PlotFlags):
     )
     show: bool = flag(False, "open a window for each figure")
     report: bool = flag(False, "also write the report of the sweep, PREFIX_report.html")
+    verbose: bool = redefault(RunningFlags, "verbose", False, help="print all columns of the summary")
     output_dir: str | None = redefault(  # type: ignore[assignment]
         OutputFlags, "output_dir", None, shown_default="--results_dir"
     )

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
@@ -75,7 +76,12 @@ class Parser(argparse.ArgumentParser, Generic[Config]):
     """
 
     def __init__(self, config: type[Config], doc: str | None):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        super().__init__(
+            description=doc,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,  # the defaults are those of the configuration
+        )
         self.config = config
         self._lists: set[str] = set()
         for title, fields in groups(config):
@@ -91,10 +97,15 @@ class Parser(argparse.ArgumentParser, Generic[Config]):
 
     def parse(self, argv: list[str] | None = None) -> Config:
         """Return the configuration that a command line gives."""
+        return self.parse_given(argv)[0]
+
+    def parse_given(self, argv: list[str] | None = None) -> tuple[Config, set[str]]:
+        """Return the configuration that a command line gives, and the names of the flags that are in it."""
         arguments = sys.argv[1:] if argv is None else argv
         if unknown := self._unknown(arguments):
             self.error("; ".join(map(self._did_you_mean, unknown)))
-        return self._frozen(self.parse_args(arguments))
+        values = self.parse_args(arguments)
+        return self._frozen(values), {*vars(values)}
 
     def parse_known(self, argv: list[str] | None = None) -> tuple[Config, list[str]]:
         """Return the configuration and the arguments that are no flags of it."""
@@ -142,7 +153,7 @@ def _add(group, field: dataclasses.Field) -> None:
     default = described.default_text(field.default)
     help_text = described.help + (f" (default: {default})" if default and not described.required else "")
     if field.default is False:
-        group.add_argument(*spellings, action="store_true", dest=field.name, help=help_text)
+        group.add_argument(*spellings, action="store_true", default=argparse.SUPPRESS, dest=field.name, help=help_text)
         return
     group.add_argument(
         *spellings,
@@ -152,7 +163,6 @@ def _add(group, field: dataclasses.Field) -> None:
         nargs=described.nargs,
         metavar=described.metavar,
         required=described.required,
-        default=field.default,
         help=help_text.replace("%", "%%"),
     )
 
@@ -170,6 +180,13 @@ def to_arguments(settings: dict[str, Any]) -> list[str]:
             odd = len(texts) == 1 and texts[0].startswith("-")
             arguments += [f"--{name}={texts[0]}"] if odd else [f"--{name}", *texts]
     return arguments
+
+
+def command_line(script: str, config: Any) -> str:
+    """Return a command that gives this configuration; flags at their defaults are left out."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    changed = {name: value for name, value in vars(config).items() if value != defaults[name]}
+    return shlex.join(["python", script, *to_arguments(changed)])
 
 
 def _number(convert: Callable[[str], Any], accept: Callable[[Any], bool], description: str) -> Callable[[str], Any]:

@@ -8,7 +8,7 @@ from ks import signals
 from ks.cli.streams import make_forgiving
 
 
-def begin(script: str) -> None:
+def begin(script: str, task: str = "") -> None:
     """Handle signals and failing standard streams from now on; called `if __name__ == "__main__"`.
 
     Imports leave no garbage: looking for it while they run would take a third of the time of starting. It is looked for
@@ -21,9 +21,12 @@ def begin(script: str) -> None:
 
     Args:
         script: path of the script.
+        task: what the script does, for a person who waits at a terminal while libraries load.
     """
     signals.install(script)
     make_forgiving()
+    if task and sys.stderr.isatty() and not {"--quiet", "--help", "-h"} & {*sys.argv}:
+        print(f"{os.path.basename(script)}: {task}", file=sys.stderr, flush=True)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if "--show" not in sys.argv:
         os.environ.pop("MPLBACKEND", None)

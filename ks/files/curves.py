@@ -1,4 +1,4 @@
-"""The loss curves of a run: written as CSV and JSON while it trains, read back, counted without parsing."""
+"""The loss curves of a run: written as CSV and JSON while it trains, read back, watched from elsewhere."""
 
 import math
 import stat
@@ -73,27 +73,43 @@ def long_form(rank: int, seed: int | None, curves: list[dict]) -> list[dict]:
     ]
 
 
-class EpochCounter:
-    """Counts the epochs in a curves CSV that another process writes, without parsing it.
+class CurvesTail:
+    """The epochs and the last losses in a curves CSV that another process writes; read only when it has changed.
 
     Args:
         path: of the file, which may not exist yet.
+
+    `epochs` is their number; `val_loss` and `population_loss` are the last known ones, or None.
     """
 
     def __init__(self, path: Path):
-        self.path, self._epochs = path, 0
+        self.path, self.epochs = path, 0
+        self.val_loss: float | None = None
+        self.population_loss: float | None = None
         self._stamp: tuple[int, int] | None = None
 
-    def __call__(self) -> int:
-        """Return the number of finished epochs; the file is read only if it has changed."""
+    def update(self) -> None:
+        """Read the file again if it has changed."""
         try:
             status = self.path.stat()
             if not stat.S_ISREG(status.st_mode):  # a FIFO would block
-                return 0
+                return
             stamp = (status.st_mtime_ns, status.st_size)
             if stamp != self._stamp:
-                self._epochs = max(0, self.path.read_bytes().count(b"\n") - 1)  # less the header
                 self._stamp = stamp
-        except OSError:
-            return 0
-        return self._epochs
+                header, *rows = self.path.read_text().splitlines() or [""]
+                self.epochs = len(rows)
+                self.val_loss = _last(header, rows[-1:], "val_loss")
+                self.population_loss = _last(header, rows, "population_loss")
+        except (OSError, ValueError):
+            return
+
+
+def _last(header: str, rows: list[str], name: str) -> float | None:
+    """Return the last value of a column that is not empty."""
+    names = header.split(",")
+    if name not in names:
+        return None
+    place = names.index(name)
+    found = (cells[place] for row in reversed(rows) if len(cells := row.split(",")) > place and cells[place])
+    return next(map(float, found), None)

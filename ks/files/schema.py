@@ -51,6 +51,9 @@ class TrainingLog(Struct):
 
     status: Text
     train_seconds: Seconds | None = None
+    epochs: Positive | None = None
+    relative_loss: Loss | None = None
+    resumed_after: Count | None = None
     copy_of: Positive | None = None
     latency: Latency | None = None
 
@@ -112,6 +115,15 @@ class SweepConfig(Struct):
     files: list[Text] = field(default_factory=list)
 
 
+class StudyRecord(Struct):
+    """PREFIX_config.json of a sweep, as far as a rerun needs it."""
+
+    settings: dict[str, Any]
+    ranks: list[Positive]
+    seeds: Annotated[list[Seed], Meta(min_length=1)]
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
 class CurveLists(Struct):
     """PREFIX_rank_R_loss_curves.json, as far as it is read."""
 
@@ -153,6 +165,19 @@ class SummaryRow(Struct):
     removed_share: Number | None = None
     held_out_relative_loss: Loss | None = None
     isotropic_floor: Loss | None = None
+    segments: Text | None = None
+    relative_floor: Loss | None = None
+    relative_floor_upper: Loss | None = None
+    relative_loss_se: Loss | None = None
+    share_of_dense: Loss | None = None
+    predict_zero_loss: Loss | None = None
+    target_relative_loss: Loss | None = None
+    reached_target: bool | None = None
+    weight: Text | None = None
+    weight_key: Text | None = None
+    weight_sha256: Text | None = None
+    chain: Text | None = None
+    inputs: Text | None = None
     latency_ms_batch_1: Milliseconds | None = None
     latency_ms_batch_32: Milliseconds | None = None
     latency_ms_batch_1024: Milliseconds | None = None
@@ -171,6 +196,7 @@ class CurveRow(Struct):
     population_loss: Loss = math.nan
     lr: float = math.nan
     epoch_seconds: Seconds = math.nan
+    segment: Positive = 1
     grad_norm: float = math.nan
 
 
@@ -202,6 +228,7 @@ class EpochRow(TypedDict):
     lr: float
     epoch_seconds: Seconds
     population_loss: NotRequired[Loss]
+    segment: NotRequired[Positive]
     grad_norm: NotRequired[float]
 
 

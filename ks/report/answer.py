@@ -12,6 +12,8 @@ from ks.report.verdict import NEGLIGIBLE_FLOOR, Limit
 KNEE_DEPTH = 0.05
 # More epochs are advised up to this many times those of the study; beyond, a larger rank is the remedy.
 MOST_EPOCHS = 10
+# A continuation that is shorter than the training restarts at a small rate and may gain less than 1 / epochs says.
+LEAST_EPOCHS = 2
 
 
 def answer(rows: list[dict], plan: Plan, target: float | None = None) -> list[str]:
@@ -99,7 +101,7 @@ def _more_epochs(row: dict, floor: float, target: float) -> list[str]:
     sampled = row["verdict"] is not None and row["verdict"].limit is Limit.SAMPLES
     if room <= 0 or sampled:
         return []
-    total = -(-row["num_epochs"] * (row["relative_loss"] - floor) // room)
+    total = max(LEAST_EPOCHS * row["num_epochs"], -(-row["num_epochs"] * (row["relative_loss"] - floor) // room))
     if total > MOST_EPOCHS * row["num_epochs"]:
         return []
     return [f"--num_epochs {int(total)}"]
@@ -189,13 +191,11 @@ def _bounds_of(row: dict) -> list[str]:
 
 def _lowrank_beside(row: dict, plan: Plan) -> list[str]:
     """Return what plain low-rank can reach with at most as many parameters."""
-    curves = {chain.family: (chain, curve) for chain, curve in plan.family_curves()}
-    if plan.chain.family == "lowrank" or "lowrank" not in curves:
+    if plan.chain.family == "lowrank" or plan.bounds is None:
         return []
-    lowrank, curve = curves["lowrank"]
-    rank = min(row["parameters"] // lowrank.parameters(1), len(curve) - 1)
-    loss, ours = shares(curve[rank].item(), row["relative_loss"])
-    if curve[rank] < row["relative_loss"]:
+    ((rank, floor),) = plan.lowrank_floors([row["parameters"]])
+    loss, ours = shares(floor, row["relative_loss"])
+    if floor < row["relative_loss"]:
         end = f"less than this chain ({ours}): sweep --chain lowrank too"
     else:
         end = f"no less than this chain ({ours})"
@@ -223,4 +223,4 @@ def _warnings(row: dict, target: float | None) -> list[str]:
 
 
 def _size(row: dict) -> str:
-    return f"{shares(1 / row['compression_ratio'])[0]} of the parameters of the dense weight"
+    return f"{shares(row['share_of_dense'])[0]} of the parameters of the dense weight"

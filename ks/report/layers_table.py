@@ -1,39 +1,24 @@
 """The results of several layers as text."""
 
-from collections.abc import Callable
-
 import pandas as pd
 
-COLUMNS: dict[str, tuple[str, Callable[[dict], str]]] = {
-    "layer": ("layer", str),
-    "rank": ("rank", str),
-    "parameters": ("parameters", str),
-    "relative_loss": ("energy lost", "{:.2%}".format),
-    "floor": ("floor", "{:.2%}".format),
-    "verdict": ("verdict", str),
-}
+from ks.files.columns import SUMMARY
+from ks.report.text_table import text_table
+
+COLUMNS = ("weight_key", "rank", "relative_loss", "relative_floor_upper", "share_of_dense", "verdict")
 
 
 def layers_table(rows: list[dict]) -> str:
-    """Return one line for each layer and rank.
+    """Return one line for each layer and rank; a rank without a verdict has its status.
 
     Args:
-        rows: of the summary, with the columns of `ks.files.columns.LAYERS_SUMMARY`.
+        rows: of the summaries of all layers.
     """
-    lines = []
-    for row in rows:
-        values = row | {"floor": _relative_floor(row), "verdict": row.get("verdict") or row["status"]}
-        lines.append(
-            {
-                header: "-" if pd.isna(values.get(name)) else show(values[name])
-                for name, (header, show) in COLUMNS.items()
-            }
-        )
-    return pd.DataFrame(lines).to_string(index=False)
-
-
-def _relative_floor(row: dict) -> float | None:
-    """Return what the best known chain loses, as a share of the output energy."""
-    if row.get("excess") is None or row.get("relative_loss") is None:
-        return None
-    return row["relative_loss"] - row["excess"]
+    declared = {column.name: column for column in SUMMARY}
+    table = {}
+    for name in COLUMNS:
+        values = [row.get(name) for row in rows]
+        if name == "verdict":
+            values = [value or row["status"] for value, row in zip(values, rows)]
+        table[name] = ["-" if pd.isna(value) else declared[name].form.format(value) for value in values]
+    return text_table(table, wrapped="verdict")

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 import numpy as np
-import pandas as pd
 from tqdm import tqdm
 
 from ks.allocation.candidates import Candidates
 from ks.allocation.model_plan import LayerPlan, ModelPlan, Objective
 from ks.files.columns import PLAN
+from ks.report.text_table import text_table
 
 SHARES = (0.1, 0.25, 0.5, 0.75)  # of the dense parameters, at which the floors of a layer are printed
 
@@ -40,7 +40,7 @@ def _better(plan: ModelPlan) -> str:
 
 def plan_lines(plan: ModelPlan) -> str:
     """Return a table with one line for each layer."""
-    return pd.DataFrame([_line(layer) for layer in plan.layers]).to_string(index=False)
+    return _table([_line(layer) for layer in plan.layers])
 
 
 def _line(layer: LayerPlan) -> dict[str, str]:
@@ -71,4 +71,8 @@ def floors_lines(candidates: Sequence[Candidates]) -> str:
                 mark = "~" if floors.is_interpolated(rank) else ""
                 line[f"at {share:.0%}"] = f"{mark}{floors.upper[rank]:.2%}"
             lines.append(line)
-    return pd.DataFrame(lines).to_string(index=False)
+    return _table(lines)
+
+
+def _table(lines: list[dict[str, str]]) -> str:
+    return text_table({name: [line[name] for line in lines] for name in lines[0]})

@@ -22,7 +22,13 @@ from ks.training.problem import Problem
 
 
 def summarise(
-    results: list[Result], floors: dict[int, Floor | None], problem: Problem, plan: Plan
+    results: list[Result],
+    floors: dict[int, Floor | None],
+    problem: Problem,
+    plan: Plan,
+    *,
+    target: float | None = None,
+    weight: str | None = None,
 ) -> tuple[list[dict], list[dict]]:
     """Return the rows of the runs, and the row of every rank.
 
@@ -33,10 +39,20 @@ def summarise(
         floors: of every rank, relative to predicting 0.
         problem: that the runs solve.
         plan: of the sweep.
+        target: share of the output energy that may be lost, or None.
+        weight: name of the weight's file.
     """
+    identity = {
+        "weight": weight,
+        "weight_key": problem.weight.key,
+        "weight_sha256": problem.weight.sha256(),
+        "chain": problem.chain.describe(),
+        "inputs": " ".join(problem.layer_inputs.description.get(name, "") for name in ("kind", "sha256")).strip(),
+    }
     held_out = problem.layer_inputs.held_out_predict_zero_loss
     count = problem.layer_inputs.description.get("held_out_count", 0)
-    reference = Reference(problem.predict_zero_loss, held_out, count, plan.isotropic_curve)
+    isotropic = plan.isotropic_curve
+    reference = Reference(problem.predict_zero_loss, held_out, count, isotropic, target, identity)
     runs = [
         run_row(result.run.rank, result.curves, result.ending, result.run.seed, result.train_seconds, result.latency)
         for result in results

@@ -1,31 +1,46 @@
 """The plan as a table, for --dry_run: what each rank costs and can reach."""
 
-import torch
-
 from ks.bounds.floors import Floor
-from ks.patterns import Chain
+from ks.bounds.plan import Plan
+from ks.report.text_table import text_table
+
+LEGEND = "relative_floor: the least share of the output energy that a chain of the rank can lose."
+LOWRANK = "lowrank_floor: the same for plain low-rank with at most as many parameters, of rank lowrank_rank."
 
 
-def plan_table(chain: Chain, floors: dict[int, Floor | None], isotropic_curve: torch.Tensor | None = None) -> str:
-    """Return what each rank costs and can reach: parameters, share of dense, energy lost, patterns, remarks.
+def plan_table(plan: Plan, floors: dict[int, Floor | None], verbose: bool = False) -> str:
+    """Return what each rank can reach and costs, and plain low-rank with at most as many parameters beside it.
 
     Args:
-        chain: the family.
+        plan: of a chain family.
         floors: of every rank to list, relative to predicting 0.
-        isotropic_curve: the floor of every rank from 0 on for isotropic inputs, if the inputs were measured.
+        verbose: add the patterns (a, b, c, d).
     """
-    import pandas as pd  # here, so that a sweep need not wait for it before its first training
+    chain, dense = plan.chain, plan.chain.rows * plan.chain.cols
+    cells: dict[str, list[str]] = {"rank": list(map(str, floors))}
+    if plan.bounds is not None:
+        cells["relative_floor"] = [_range(floor) for floor in floors.values() if floor is not None]
+    if plan.bounds is not None and chain.family != "lowrank":
+        lowrank = plan.lowrank_floors([chain.parameters(rank) for rank in floors])
+        cells["lowrank_floor"] = [f"{floor:.2%}" for _, floor in lowrank]
+        cells["lowrank_rank"] = [str(rank) for rank, _ in lowrank]
+    if plan.isotropic_curve is not None:
+        cells["isotropic_floor"] = [f"{plan.isotropic_curve[rank:][:1].sum().item():.2%}" for rank in floors]
+    parameters = {rank: chain.parameters(rank) for rank in floors}
+    cells["parameters"] = list(map(str, parameters.values()))
+    cells["share_of_dense"] = [f"{count / dense:.2%}" for count in parameters.values()]
+    marks = {rank: ["saturated"] * (rank >= chain.saturation_rank) for rank in floors}
+    remarks = [", ".join(marks[rank] + ["larger than dense"] * (parameters[rank] > dense)) for rank in floors]
+    if any(remarks):
+        cells["remarks"] = remarks
+    parts = [text_table(cells, "remarks")]
+    if "relative_floor" in cells:
+        parts[0] += f"\n{LEGEND}" + (f"\n{LOWRANK}" if "lowrank_floor" in cells else "")
+    if verbose:
+        patterns = [" ".join(map(str, chain.patterns(rank))) for rank in floors]
+        parts.append(text_table({"rank": cells["rank"], "patterns (a, b, c, d)": patterns}, "patterns (a, b, c, d)"))
+    return "\n\n".join(parts)
 
-    dense = chain.rows * chain.cols
-    rows = []
-    for rank, floor in floors.items():
-        parameters = chain.parameters(rank)
-        row = {"rank": rank, "parameters": parameters, "share of dense": f"{parameters / dense:.2%}"}
-        if floor is not None:
-            row["energy lost"] = f"{floor.lower:.2%}" if floor.exact else f"{floor.lower:.2%} to {floor.upper:.2%}"
-        if isotropic_curve is not None:
-            row["if isotropic"] = f"{isotropic_curve[rank:][:1].sum().item():.2%}"
-        row["patterns (a, b, c, d)"] = " ".join(map(str, chain.patterns(rank)))
-        marks = ["saturated"] * (rank >= chain.saturation_rank) + ["larger than dense"] * (parameters > dense)
-        rows.append(row | {"remarks": ", ".join(marks)})
-    return pd.DataFrame(rows).to_string(index=False)
+
+def _range(floor: Floor) -> str:
+    return f"{floor.lower:.2%}" if floor.exact else f"{floor.lower:.2%} to {floor.upper:.2%}"

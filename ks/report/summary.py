@@ -2,13 +2,16 @@
 
 import math
 import statistics
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ks.bounds.floors import Floor
 from ks.bounds.plan import Plan
+from ks.files import columns
 from ks.files.atomic import finite
 from ks.files.columns import ISOTROPIC, LATENCIES, names
 from ks.files.schema import Latency
@@ -17,6 +20,7 @@ from ks.patterns import Chain
 from ks.report.verdict import NEGLIGIBLE_FLOOR, ROUNDING, Verdict, is_calibration_limited, limit_of
 
 LOSSES = ("final_train_loss", "final_val_loss", "min_train_loss", "min_val_loss", "population_loss")
+COPIED = ("rank", "min_train_epoch", "min_val_epoch", "num_epochs", "segments")
 WITH_ERROR = ("final_train_loss", "final_val_loss", "population_loss")
 
 
@@ -38,7 +42,15 @@ def run_row(
         ending: of the run.
         seed, train_seconds, latency: of the run.
     """
-    row = {"rank": rank, "seed": seed, "num_epochs": len(curves), "status": ending, "train_seconds": train_seconds}
+    row: dict[str, Any] = {
+        "rank": rank,
+        "seed": seed,
+        "num_epochs": len(curves),
+        "status": ending,
+        "train_seconds": train_seconds,
+    }
+    lengths = Counter(int(entry.get("segment", 1)) for entry in curves)
+    row["segments"] = " + ".join(str(lengths[number]) for number in sorted(lengths)) or None
     for split in ("train", "val"):
         values = [(entry[f"{split}_loss"], entry["epoch"]) for entry in curves if math.isfinite(entry[f"{split}_loss"])]
         best, epoch = min(values, default=(None, None))
@@ -55,13 +67,16 @@ class Reference:
 
     predict_zero_loss: loss of predicting 0 in the unit of the losses. held_out_predict_zero_loss, held_out_count: that
     of held-out inputs, and their number; None and 0 if there are none. isotropic_floors: of every rank from 0 on,
-    relative to predicting 0, if the inputs were measured.
+    relative to predicting 0, if the inputs were measured. target: share of the output energy that may be lost, or None.
+    identity: the columns that are the same in every row and keep studies apart.
     """
 
     predict_zero_loss: float = 1.0
     held_out_predict_zero_loss: float | None = None
     held_out_count: int = 0
     isotropic_floors: torch.Tensor | None = None
+    target: float | None = None
+    identity: Mapping[str, str | None] = field(default_factory=dict)
 
 
 RELATIVE = Reference()
@@ -81,31 +96,37 @@ def rank_row(
         floor: of that rank, relative to predicting 0; None if there is none.
         reference: of the study.
     Returns:
-        a dict with the keys of `ks.files.columns.SUMMARY`, as far as they are known; and `failed`, whether a run ended
-        badly and neither was interrupted nor waits for its start.
+        a dict with the keys of `ks.files.columns.SUMMARY`, None where nothing is known; and `failed`, whether a run
+        ended badly and neither was interrupted nor waits for its start.
     """
     predict_zero = reference.predict_zero_loss
     finished = [run for run in runs if ended_well(run["status"])]
     good = finished or runs
-    row: dict[str, Any] = {key: good[0][key] for key in ("rank", "min_train_epoch", "min_val_epoch", "num_epochs")}
+    row: dict[str, Any] = dict.fromkeys(columns.names(columns.SUMMARY))
+    row |= {key: good[0][key] for key in COPIED}
     row |= {"num_seeds": len(finished), "train_seconds": _mean([run["train_seconds"] for run in runs])}
     row |= {name: _mean([run[name] for run in good]) for name in LOSSES}
     row |= {f"{name}_se": _standard_error([run[name] for run in good]) for name in WITH_ERROR}
     row |= {name: _mean([run[name] for run in good]) for name in names(LATENCIES)}
+    if row["population_loss_se"] is not None:
+        row["relative_loss_se"] = row["population_loss_se"] / predict_zero
+    row |= {"predict_zero_loss": predict_zero, "target_relative_loss": reference.target, **reference.identity}
     row["status"] = _joint_ending(runs)
     row["failed"] = row["status"].status not in (Status.OK, Status.INTERRUPTED, Status.NOT_STARTED)
     if chain is not None:
         row["parameters"] = chain.parameters(row["rank"])
         row["compression_ratio"] = chain.rows * chain.cols / row["parameters"]
+        row["share_of_dense"] = 1 / row["compression_ratio"]
         row["saturated"] = row["rank"] >= chain.saturation_rank
     if floor is not None:
         row |= {"relative_floor": floor.lower, "relative_floor_upper": floor.upper}
         row |= {"loss_floor": floor.lower * predict_zero, "loss_floor_upper": floor.upper * predict_zero}
         row["loss_floor_is_exact"] = floor.exact
     limit, below, calibration = None, False, False
-    row |= dict.fromkeys(("held_out_relative_loss", "isotropic_floor"))
     if row["population_loss"] is not None and chain is not None:
         relative = row["relative_loss"] = row["population_loss"] / predict_zero
+        if reference.target is not None:
+            row["reached_target"] = bool(finished) and relative <= reference.target
         if floor is not None:
             row |= _distance(relative, floor)
             if reference.isotropic_floors is not None:

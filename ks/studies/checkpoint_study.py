@@ -18,6 +18,7 @@ from ks.files.provenance import provenance
 from ks.files.status import Status
 from ks.files.weights import packed
 from ks.studies.checkpoint_plan import check_flags, families_of, importance_of, plan_checkpoint, select
+from ks.studies.choices import remedies_of
 from ks.studies.weight_study import WeightStudy
 from ks.sweep.claim import claim_folder
 from ks.sweep.launcher import Launcher, Outcome
@@ -96,11 +97,12 @@ class CheckpointStudy:
         record = {
             "settings": settings,
             "ranks": list(config.ranks or []),
+            "seeds": seeds_of(config),
             "layers": [weight.name for weight in self.selection.weights],
             "arguments": vars(config),
             "provenance": provenance(),
         }
-        claim_folder(files, [], record, config.files_read(), config.overwrite)
+        claim_folder(files, [], record, config.files_read(), config.overwrite, remedies_of(config))
         from ks.report.model_plan_table import totals  # pandas loads late
 
         _, plan = plan_checkpoint(config, self.selection, self.importance, files)
@@ -170,9 +172,9 @@ class CheckpointStudy:
             study.conclude(layer.files, {run: ended[with_name] for run, with_name in named if with_name in ended})
             study.check_floors()
             self.ended += [row["status"].status for row in study.rows_of_runs]
-            rows += [{"layer": layer.name} | row for row in study.rows]
+            rows += study.rows
         self.locks.close()
-        names = columns.names(columns.LAYERS_SUMMARY)
+        names = columns.names(columns.SUMMARY)
         write_csv(files.summary_csv, names, rows)
         write_json(files.summary_json, [{name: row.get(name) for name in names} for row in rows])
         return [layers_table(rows), *map(str, (files.plan_csv, files.summary_csv) if files.plan_csv.exists() else ())]

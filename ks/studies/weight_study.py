@@ -7,12 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ks.bounds.floors import Floor, floor_curve
-from ks.bounds.plan import Plan, make_plan
+from ks.bounds.plan import make_plan
 from ks.bounds.plan_notes import plan_notes
-from ks.bounds.target_rank import ranks_around
 from ks.cli import console
 from ks.cli.flags import SweepConfig
-from ks.errors import UsageError
 from ks.files import columns
 from ks.files.atomic import delete_leftovers, write_csv
 from ks.files.layout import SweepFiles
@@ -24,18 +22,18 @@ from ks.report.answer import answer
 from ks.report.plan_table import plan_table
 from ks.report.summary import floor_rows
 from ks.report.verdict import advice, check_above_floor
+from ks.studies.choices import ranks_of, remedies_of, stop_losses
 from ks.sweep.claim import claim_folder
 from ks.sweep.copies import copies_of, copy_results
 from ks.sweep.launcher import Launcher, Outcome, Task
 from ks.sweep.launching import launcher_of
 from ks.sweep.progress import SlowWork
+from ks.sweep.rejoin import study_in
 from ks.sweep.run import Result, Run, result_of, runs_of, seeds_of
 from ks.sweep.trainings import finished_before, train_all
-from ks.training.checkpoints import settings_of
+from ks.training.checkpoints import changes, settings_of
 from ks.training.problem import Problem, resolve
 from ks.training.shared_samples import SHARED_SAMPLES, shared_samples
-
-DEFAULT_RANKS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 class WeightStudy:
@@ -64,19 +62,27 @@ class WeightStudy:
         if config.inputs and self.plan.bounds is not None:
             isotropic = floor_curve(problem.isotropic_weight(), problem.chain)
             self.plan = dataclasses.replace(self.plan, isotropic_curve=isotropic)
-        self.ranks = ranks_of(config, self.plan)
+        settings = settings_of(config, problem) | {"seed": seeds_of(config)[0]}
+        study = study_in(config)
+        if study is not None and changes(study.settings, settings):
+            study = None  # another study, which claiming the folder refuses
+        self.chosen, self.ranks = ranks_of(config, self.plan, study)
         self.floors = floors or dict(zip(self.ranks, self.plan.floors(self.ranks), strict=True))
-        self.runs = runs_of(config, self.ranks, Path(config.output_dir).absolute(), trainer)
+        stop_below = stop_losses(config, self.floors)
+        self.runs = runs_of(config, self.ranks, Path(config.output_dir).absolute(), trainer, stop_below)
         self.record = record_of(config, problem, self.ranks)
         self.rows_of_runs: list[dict] = []
         self.rows: list[dict] = []
 
     def plan_text(self) -> str:
-        """Return the plan and the commands of the trainings, for --dry_run."""
+        """Return the plan, for --dry_run; with --verbose, the commands of the trainings too."""
         for text in self.problem.notes:
             console.note(text, self.config.quiet)
-        table = plan_table(self.problem.chain, self.floors, self.plan.isotropic_curve)
-        return "\n".join([*self.remarks(), table, *(shlex.join(run.task.command) for run in self.runs)])
+        table = plan_table(self.plan, self.floors, self.config.verbose)
+        lines = [self.record["title"], *self.remarks(), "", table, ""]
+        if not self.config.verbose:
+            return "\n".join([*lines, "Nothing was trained or written; --verbose shows patterns and commands."])
+        return "\n".join([*lines, *(shlex.join(run.task.command) for run in self.runs if run.rank in self.chosen)])
 
     def remarks(self) -> list[str]:
         return plan_notes(self.plan, self.config.target_relative_loss)
@@ -91,7 +97,7 @@ class WeightStudy:
                 inputs = Path(config.inputs).absolute()
                 content = packed_inputs(inputs, config.inputs_key or self.problem.weight.key)
                 files[str(inputs)] = (f"inputs_{inputs.name}", content)
-        return launcher_of(config, self.problem.device, len(self.runs), self.trainer, files)
+        return launcher_of(config, self.problem.device, len(self.chosen) * len(seeds_of(config)), self.trainer, files)
 
     def claim(self, files: SweepFiles) -> None:
         """Claim the results folder, and write the floors of every rank into it.
@@ -101,25 +107,34 @@ class WeightStudy:
         """
         config = self.config
         delete_leftovers(files.all())
-        claim_folder(files, self.runs, self.record, config.files_read(), config.overwrite)
+        claim_folder(files, self.runs, self.record, config.files_read(), config.overwrite, remedies_of(config))
         rows = floor_rows(self.plan, self.problem.predict_zero_loss)
         write_csv(files.floor_csv, columns.names(columns.FLOOR), rows)
 
     def train(self, launcher: Launcher) -> dict[Run, Result]:
-        """Train every run that is not finished yet, the largest rank first; return the results of those that ended."""
+        """Train the chosen runs that are not finished, the largest rank first; return the results that are known."""
         for text in (*self.problem.notes, *self.remarks()):
             console.note(text, self.config.quiet)
-        ended = finished_before(self.config, self.runs, self.read_result)
+        chosen = [run for run in self.runs if run.rank in self.chosen]
+        ended = {run: self.read_result(run) for run in self.runs if run.rank not in self.chosen}
+        ended |= finished_before(self.config, chosen, self.read_result)
         copies = self._copies(ended)
-        waiting = [run for run in self.runs if run not in ended and run not in copies]
+        waiting = [run for run in chosen if run not in ended and run not in copies]
         waiting.sort(key=lambda run: (-run.rank, run.seed))
         with self._sharing_samples(waiting) as tasks:
-            ended |= train_all(self.config, waiting, tasks, launcher, self.read_result, _load_report)
+            ended |= train_all(
+                self.config, waiting, tasks, launcher, self.read_result, _load_report, self._best_known()
+            )
         for run, source in copies.items():
             if source in ended and ended_well(ended[source].ending):
                 copy_results(source.files, run.files)
                 ended[run] = self.read_result(run)
         return ended
+
+    def _best_known(self) -> dict[int, float]:
+        """Return the best known loss of each rank with a floor, in the unit of the curves."""
+        unit = self.problem.predict_zero_loss
+        return {rank: floor.upper * unit for rank, floor in self.floors.items() if floor is not None}
 
     def _copies(self, ended: dict[Run, Result]) -> dict[Run, Run]:
         """Return the runs above saturation that get a copy, each with its source; finished ones need none."""
@@ -142,7 +157,14 @@ class WeightStudy:
         from ks.report.summary_table import summary_table
 
         results = [ended.get(run) or self.read_result(run) for run in self.runs]
-        self.rows_of_runs, self.rows = summarise(results, self.floors, self.problem, self.plan)
+        self.rows_of_runs, self.rows = summarise(
+            results,
+            self.floors,
+            self.problem,
+            self.plan,
+            target=self.config.target_relative_loss,
+            weight=Path(self.config.weight_path).name,
+        )
         if any(row["population_loss"] is None for row in self.rows_of_runs if ended_well(row["status"])):
             console.note("floors are left out: the criterion is not the mean squared error", self.config.quiet)
         self.record["answer"] = answer(self.rows, self.plan, self.config.target_relative_loss)
@@ -151,14 +173,14 @@ class WeightStudy:
         return [
             *self.record["answer"],
             "",
-            summary_table(self.rows),
+            summary_table(self.rows, self.config.verbose),
             *self.record["advice"],
             *map(str, written),
         ]
 
     def statuses(self) -> set[Status]:
-        """Return how the runs ended, once the study is concluded."""
-        return {row["status"].status for row in self.rows_of_runs}
+        """Return how the chosen runs ended, once the study is concluded."""
+        return {row["status"].status for row in self.rows_of_runs if row["rank"] in self.chosen}
 
     def check_floors(self) -> None:
         """Raise InternalError if a finished run is below its floor."""
@@ -175,17 +197,6 @@ class WeightStudy:
         with shared_samples(self.config, self.problem, first[0].rank, first[0].seed) as descriptor:
             inherited = () if descriptor is None else ((SHARED_SAMPLES, descriptor),)
             yield [dataclasses.replace(run.task, inherited=inherited) if run in first else run.task for run in runs]
-
-
-def ranks_of(config: SweepConfig, plan: Plan) -> list[int]:
-    """Return the ranks to train: ascending, each once, none above --max_rank."""
-    given = config.ranks or DEFAULT_RANKS
-    if config.ranks is None and config.target_relative_loss is not None and plan.curve is not None:
-        given = tuple(ranks_around(plan, config.target_relative_loss))
-    ranks = sorted({rank for rank in given if config.max_rank is None or rank <= config.max_rank})
-    if not ranks:
-        raise UsageError(f"no rank is left: --max_rank {config.max_rank} excludes all of {' '.join(map(str, given))}")
-    return ranks
 
 
 def record_of(config: SweepConfig, problem: Problem, ranks: list[int]) -> dict:

@@ -12,8 +12,10 @@ from ks.training.checkpoints import changes
 REMEDY = "choose another --output_dir"
 
 
-def claim_folder(files: SweepFiles, runs: list[Run], record: dict, inputs: list[Path], overwrite: bool) -> None:
-    """Claim a results folder for a study: record its settings and files, make the run folders, delete old outputs.
+def claim_folder(
+    files: SweepFiles, runs: list[Run], record: dict, inputs: list[Path], overwrite: bool, remedies: str = ""
+) -> None:
+    """Claim a results folder for a study: record its settings and files, delete old outputs.
 
     Args:
         files: of the sweep; the folder exists.
@@ -21,13 +23,14 @@ def claim_folder(files: SweepFiles, runs: list[Run], record: dict, inputs: list[
         record: content of the config file; `record["settings"]` identifies the study, `record["files"]` is added.
         inputs: files that the study reads.
         overwrite: delete the results in the folder, also those of another study, as far as they are ours.
+        remedies: the commands that would work, for the message.
     Raises:
         UsageError: the folder holds another study, or a file of the user's is in the way.
     """
     folder = files.directory
     others = [path for path in sorted(folder.glob("*_config.json")) if _is_sweep(path) and path != files.config]
     if not overwrite:
-        _refuse_another_study(files, others, record["settings"])
+        _refuse_another_study(files, others, record["settings"], remedies or f"{REMEDY} or give --overwrite")
     present = [run for _, _, run in find_runs(folder)]
     owned = recorded(files.config, [*files.all(), *(path for run in present for path in run.all())])
     for run in runs:
@@ -53,7 +56,8 @@ def claim_folder(files: SweepFiles, runs: list[Run], record: dict, inputs: list[
     record["files"] = [path.relative_to(folder).as_posix() for path in ours]
     write_json(files.config, record)
     for run in runs:
-        prepare_output_dir(run.files.directory)
+        if run.files.directory.exists():
+            prepare_output_dir(run.files.directory)
 
 
 def owned_by_run(files: RunFiles) -> set[Path]:
@@ -66,7 +70,7 @@ def _is_sweep(path: Path) -> bool:
     return not path.is_symlink() and {"settings", "ranks"} <= read_json_object(path).keys()
 
 
-def _refuse_another_study(files: SweepFiles, others: list[Path], settings: dict) -> None:
+def _refuse_another_study(files: SweepFiles, others: list[Path], settings: dict, remedies: str) -> None:
     before = read_json_object(files.config).get("settings")
     if others:
         difference = f"the study of --save_prefix {others[0].name.removesuffix('_config.json')}"
@@ -78,4 +82,4 @@ def _refuse_another_study(files: SweepFiles, others: list[Path], settings: dict)
     else:
         difference = ""
     if difference:
-        raise UsageError(f"{files.directory} holds {difference}; choose another --output_dir or give --overwrite")
+        raise UsageError(f"{files.directory} holds {difference}; {remedies}")

@@ -130,6 +130,7 @@ class RayLauncher:
         while waiting or submitted:
             while waiting and (self.jobs is None or len(submitted) < self.jobs):
                 task = waiting.popleft()
+                task.log.parent.mkdir(parents=True, exist_ok=True)
                 present = _Changes(task.log.parent).read()
                 shared[task] = set(present)
                 submitted[remote.remote(task, inputs, present, mailbox, self.timeout)] = task

@@ -1,6 +1,7 @@
 """One training of a sweep: its rank, seed, files and process, and its result."""
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +19,13 @@ from ks.training.checkpoints import is_finished
 
 @dataclass(frozen=True)
 class Run:
-    """One training of a sweep."""
+    """One training of a sweep. stop_below: relative population loss that ends it early, or None."""
 
     rank: int
     seed: int
     files: RunFiles
     task: Task
+    stop_below: float | None = None
 
 
 def seeds_of(config: SweepConfig) -> list[int]:
@@ -31,7 +33,9 @@ def seeds_of(config: SweepConfig) -> list[int]:
     return list(dict.fromkeys(config.seeds or [config.seed]))
 
 
-def runs_of(config: SweepConfig, ranks: list[int], output_dir: Path, trainer: Path) -> list[Run]:
+def runs_of(
+    config: SweepConfig, ranks: list[int], output_dir: Path, trainer: Path, stop_below: Mapping[int, float] = {}
+) -> list[Run]:
     """Return the runs of a sweep, by rank and seed.
 
     Args:
@@ -39,6 +43,7 @@ def runs_of(config: SweepConfig, ranks: list[int], output_dir: Path, trainer: Pa
         ranks: to train.
         output_dir: absolute path of the results folder.
         trainer: absolute path of the training script.
+        stop_below: relative population loss that ends a rank early, for the ranks that have one.
     """
     seeds = seeds_of(config)
     runs = []
@@ -50,13 +55,14 @@ def runs_of(config: SweepConfig, ranks: list[int], output_dir: Path, trainer: Pa
                 "inputs": Path(config.inputs).absolute() if config.inputs else None,
                 "seed": seed,
                 "rank": rank,
+                "stop_below": stop_below.get(rank),
                 "resume": True,
                 "output_dir": files.directory,
                 "save_prefix": files.prefix,
             }
             name = f"rank {rank}" if len(seeds) == 1 else f"rank {rank}, seed {seed}"
             command = (sys.executable, str(trainer), *to_arguments(settings))
-            runs.append(Run(rank, seed, files, Task(name, command, files.log)))
+            runs.append(Run(rank, seed, files, Task(name, command, files.log), stop_below.get(rank)))
     return runs
 
 
@@ -91,7 +97,7 @@ def result_of(run: Run, num_epochs: int, outcome: Outcome | None = None, study: 
     except UsageError:
         log = TrainingLog("")
     otherwise = f"{run.task.name} is trained again" if outcome is None else f"{run.task.name} has failed"
-    finished = is_finished(run.files, num_epochs, curves, otherwise)
+    finished = is_finished(run.files, num_epochs, curves, otherwise, run.stop_below)
     ending = _ending(outcome, finished, log, bool(curves))
     if study is not None and ended_well(ending) and (replaced := _replaced_file(run.files, study)):
         ending = Ending(Status.FAILED, replaced)
@@ -114,6 +120,8 @@ def _ending(outcome: Outcome | None, finished: bool, log: TrainingLog, begun: bo
     if outcome is None:
         if finished:
             return OK if log.copy_of is None else Ending(Status.OK, f"copy of rank {log.copy_of}")
+        if log.status in (Status.DIVERGED, Status.OUT_OF_MEMORY, Status.FAILED):
+            return Ending(Status(log.status))
         return Ending(Status.INTERRUPTED if log.status or begun else Status.NOT_STARTED)
     if outcome.timed_out:
         return Ending(Status.TIMED_OUT)

@@ -1,6 +1,6 @@
 """All trainings of a study: those that are finished are kept, the others run, also when some fail."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from ks import signals
 from ks.cli import console
@@ -41,6 +41,7 @@ def train_all(
     launcher: Launcher,
     read_result: ReadResult,
     before_last: Callable[[], None] = lambda: None,
+    floors: Mapping[int, float] | None = None,
 ) -> dict[Run, Result]:
     """Train runs, also when others fail.
 
@@ -51,12 +52,13 @@ def train_all(
         launcher: of the sweep.
         read_result: returns the result of a run with a given outcome.
         before_last: called while the last training runs.
+        floors: the best known loss of each rank, in the unit of the curves.
     Returns:
         the results of the runs that have ended; after an interrupt, some are missing.
     """
     results: dict[Run, Result] = {}
     run_of = dict(zip(tasks, runs, strict=True))
-    progress = Progress(runs, config.num_epochs, config.quiet)
+    progress = Progress(runs, config.num_epochs, config.quiet, floors)
 
     def poll(running: list[Task]) -> None:
         signals.check()
@@ -69,7 +71,7 @@ def train_all(
             result = results[run_of[task]] = read_result(run_of[task], outcome)
             progress.end(result, outcome)
     except KeyboardInterrupt:
-        console.note("stopping", config.quiet)
+        progress.say("stopping: finished epochs are kept, and the same command resumes")
     finally:
         progress.close()
     return results

@@ -1,8 +1,11 @@
 """Resuming: the files of an earlier run, the settings that must not change, and the checkpoint to resume from.
 
+The checkpoint stays when a training is finished, so that more epochs continue it. They are a new segment: the optimiser
+keeps its state, and a cosine schedule takes the rate that it would have at this epoch of the new total.
 Partially written files are ignored.
 """
 
+import math
 import time
 from typing import Any
 
@@ -45,25 +48,39 @@ def _identity(description: dict[str, Any]) -> str:
 
 
 def changes(before: dict, now: dict) -> str:
-    """Return the settings that differ, named one by one; empty if none does."""
+    """Return the settings that differ, named one by one; empty if none does, or if there are only more epochs."""
     differing = [name for name in now if name not in before or before[name] != now[name]]
+    if "num_epochs" in differing and _number(before.get("num_epochs")) < _number(now["num_epochs"]):
+        differing.remove("num_epochs")
     return ", ".join(f"{name} was {before.get(name)}, now {now[name]}" for name in differing)
 
 
-def is_finished(files: RunFiles, num_epochs: int, curves: list[dict], otherwise: str) -> bool:
-    """Return whether a run has ended well and all its files are valid.
+def _number(value: object) -> float:
+    return value if isinstance(value, int) else math.inf
+
+
+def is_finished(
+    files: RunFiles, num_epochs: int, curves: list[dict], otherwise: str, stop_below: float | None = None
+) -> bool:
+    """Return whether a run has ended well, needs no more epochs, and all its files are valid.
 
     Args:
         files: of the run.
-        num_epochs: that it was to train.
+        num_epochs: that it is to train.
         curves: of its CSV file.
         otherwise: what follows if it seems to have ended well, but a file is not valid; printed with the reason.
+        stop_below: relative population loss that ends it earlier.
     """
     try:
-        if not files.training_log.exists() or read_json_as(files.training_log, TrainingLog).status != "finished":
+        if not files.training_log.exists():
             return False
-        _check_curves(files, num_epochs, curves)
-        return all(load(path) is not None for path in (files.final, files.best))
+        log = read_json_as(files.training_log, TrainingLog)
+        if log.status != "finished":
+            return False
+        epochs = log.epochs or num_epochs
+        _check_curves(files, epochs, curves)
+        stopped = None not in (stop_below, log.relative_loss) and log.relative_loss <= stop_below
+        return (stopped or epochs >= num_epochs) and all(load(path) is not None for path in (files.final, files.best))
     except UsageError as error:
         note(f"{error}; {otherwise}")
         return False
@@ -110,7 +127,11 @@ class Checkpoints:
         settings: of the run; a checkpoint with other settings is ignored.
         interval: seconds.
         resume: whether to read the checkpoint on disk; `found` is its content, or None.
+
+    `segment` is the number of the segment that is trained.
     """
+
+    segment = 1
 
     def __init__(self, files: RunFiles, settings: dict, interval: float, resume: bool):
         self.files, self.settings, self.interval = files, settings, interval
@@ -127,7 +148,7 @@ class Checkpoints:
         except UsageError as error:
             note(f"{error}; training starts anew")
             return None
-        return checkpoint if checkpoint.settings == self.settings else None
+        return None if changes(checkpoint.settings, self.settings) else checkpoint
 
     def offer(
         self, threads: int, curves: list[dict], optimiser: Optimiser, schedule: Schedule, best: BestModel
@@ -166,6 +187,8 @@ class Checkpoints:
             tensor.copy_(value)
         schedule.restore(found.schedule)
         curves = [dict(row) for row in found.curves]
+        longer = found.settings["num_epochs"] != self.settings["num_epochs"]
+        self.segment = curves[-1].get("segment", 1) + longer
         best.restore(found.best, curves)
         return curves
 

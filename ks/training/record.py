@@ -76,6 +76,18 @@ class RunRecord:
         if warning:
             console.note(f"WARNING: {warning}")
 
+    def resume(self, epoch: int) -> None:
+        """Record and report the epoch after which the training resumes."""
+        self.log["resumed_after"] = epoch
+        write_json(self.files.training_log, self.log)
+        console.note(f"resumed after epoch {epoch}", self.config.quiet)
+
+    def finish(self, epochs: int, loss: float | None) -> None:
+        """Record how many epochs a training had at its end, and its population loss if that is known."""
+        self.log |= {"epochs": epochs}
+        if loss is not None:
+            self.log["relative_loss"] = loss / self.problem.predict_zero_loss
+
     def warn(self, what: str, warning: str) -> None:
         """Record a warning about a choice of the program, and show it even with --quiet."""
         self.config_file.setdefault(what, {"name": self.problem.describe()[what], "reason": ""})["warning"] = warning

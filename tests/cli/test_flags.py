@@ -165,8 +165,7 @@ LISTS = {
     "formats": (["png,svg"],),
     "chains": (["monarch,lowrank"],),
 }
-SPACED = {"ranks": "2 4 8", "seeds": "0 1", "row_splits": "256 4", "col_splits": "4 512", "figsize": "10 5.5"}
-SPACED["chains"] = "monarch lowrank"
+SPACED = {
     "ranks": "2 4 8",
     "seeds": "0 1",
     "row_splits": "256 4",

@@ -29,9 +29,7 @@ def test_every_column_of_the_curves_has_a_key_of_its_own():
     assert len(set(plurals)) == len(plurals)
 
 
-def test_what_is_printed_is_declared_with_a_header():
-    declared = {column.name: column for column in columns.SUMMARY}
-    headers = [declared[name].header for name in columns.PRINTED]
-    assert None not in headers
-    assert len(set(headers)) == len(headers)
-    assert {name for name, column in declared.items() if column.header} == set(columns.PRINTED)
+def test_what_is_printed_is_declared_and_printed_once():
+    printed = [*columns.PRINTED, *columns.DETAILS]
+    assert {*printed} <= {*columns.names(columns.SUMMARY)}
+    assert len({*printed}) == len(printed)

@@ -7,7 +7,7 @@ import pytest
 
 from ks.errors import UsageError
 from ks.files import columns
-from ks.files.curves import EpochCounter, curves_if_any, long_form, read_curves, write_curves
+from ks.files.curves import CurvesTail, curves_if_any, long_form, read_curves, write_curves
 from ks.files.layout import RunFiles
 
 ROWS = [
@@ -19,6 +19,7 @@ ROWS = [
         "population_loss": 0.5,
         "lr": 1e-3,
         "epoch_seconds": 0.5,
+        "segment": 1,
     },
     {
         "epoch": 2,
@@ -28,6 +29,7 @@ ROWS = [
         "population_loss": 0.25,
         "lr": 5e-4,
         "epoch_seconds": 0.5,
+        "segment": 1,
     },
 ]
 
@@ -95,32 +97,42 @@ def test_the_long_form_has_a_row_for_each_loss_there_is():
     assert set(rows[0]) == set(columns.names(columns.ALL_CURVES))
 
 
-def test_epochs_are_counted_as_the_file_grows(tmp_path):
+def test_a_tail_follows_the_file(tmp_path):
     files = RunFiles(tmp_path, "p", 4)
-    count = EpochCounter(files.curves_csv)
-    assert count() == 0
+    tail = CurvesTail(files.curves_csv)
+    tail.update()
+    assert (tail.epochs, tail.val_loss, tail.population_loss) == (0, None, None)
     for epochs in (0, 1, 2):
         write_curves(files, ROWS[:epochs])
-        assert count() == epochs
+        tail.update()
+        assert tail.epochs == epochs
+    assert (tail.val_loss, tail.population_loss) == (ROWS[1]["val_loss"], ROWS[1]["population_loss"])
     files.curves_csv.unlink()
-    assert count() == 0
+    tail.update()
+    assert tail.epochs == 2
 
 
 def test_an_unchanged_file_is_not_read_again(tmp_path, monkeypatch):
     files = RunFiles(tmp_path, "p", 4)
     write_curves(files, ROWS)
-    read, read_bytes = [], Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path) or read_bytes(path))
-    count = EpochCounter(files.curves_csv)
-    assert [count(), count(), count()] == [2, 2, 2]
-    assert read == [files.curves_csv]
+    read, read_text = [], Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path: read.append(path) or read_text(path))
+    tail = CurvesTail(files.curves_csv)
+    for _ in range(3):
+        tail.update()
+    assert (tail.epochs, read) == (2, [files.curves_csv])
     status = files.curves_csv.stat()
     os.utime(files.curves_csv, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    assert count() == 2
+    tail.update()
     assert len(read) == 2
 
 
-def test_epochs_are_counted_without_parsing(tmp_path):
+@pytest.mark.parametrize(
+    "content", [b"neither a header\nnor a \xff number", b"epoch,val_loss\n1,x\n", b"val_loss\n\n", b""]
+)
+def test_a_file_that_holds_no_curves_has_no_loss(tmp_path, content):
     path = tmp_path / "c.csv"
-    path.write_bytes(b"neither a header\nnor a \xff number\nhalf a li")
-    assert EpochCounter(path)() == 1
+    path.write_bytes(content)
+    tail = CurvesTail(path)
+    tail.update()
+    assert tail.val_loss is None

@@ -62,6 +62,12 @@ def test_a_target_that_is_missed_by_a_little_needs_epochs_or_a_rank_with_room():
     assert PLAN.curve[larger] + 0.008 <= floor + 0.004 < PLAN.curve[larger - 1] + 0.008
 
 
+def test_at_least_twice_the_epochs_are_advised():
+    rows = rows_of({4: 0.008}, num_epochs=50)
+    assert "--num_epochs 100 " in answer(rows, PLAN, PLAN.curve[4].item() + 0.007)[0]
+    assert "--num_epochs 400 " in answer(rows, PLAN, PLAN.curve[4].item() + 0.001)[0]
+
+
 def test_epochs_are_not_advised_where_they_cannot_help():
     floor = PLAN.curve[4].item()
     far = answer(rows_of({4: 0.008}, num_epochs=50), PLAN, floor + 0.0001)[0]

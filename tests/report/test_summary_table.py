@@ -1,4 +1,6 @@
 import dataclasses
+import itertools
+import re
 
 import torch
 from study_rows import CHAIN, CURVES, make_row
@@ -12,55 +14,76 @@ from ks.report.summary import Reference, rank_row, run_row
 from ks.report.summary_table import summary_table
 
 
-def printed(rows):
-    """Return the header line of the printed summary, and its other lines."""
-    header, *lines = summary_table(rows).splitlines()
-    return header, lines
+def names_in(text):
+    """Return the names of the columns of the tables in a text, put together again from their two lines."""
+    names = []
+    for block in text.split("\n\n"):
+        header = list(itertools.takewhile(lambda line: not line.split()[0].isdigit(), block.splitlines()))
+        upper, lower = [*([""] * (2 - len(header))), *header]
+        for match in re.finditer(r"\S+", lower):
+            above = [part for part in re.finditer(r"\S+", upper) if part.end() == match.end()]
+            names.append("".join(part.group() for part in above) + match.group())
+    return names
 
 
-def test_the_printed_summary_has_the_declared_headers_in_their_order():
-    """A floor with two bounds, measured inputs and a known duration, so that no column is left out."""
-    curves = [CURVES[1]]
-    runs = [run_row(2, curves, train_seconds=1.25)]
+def whole_row():
+    """A row with two bounds, measured inputs, several seeds and a known duration, so that no column is left out."""
+    curves = [[CURVES[1] | {"population_loss": loss}] for loss in (0.26, 0.36)]
+    runs = [run_row(2, rows, seed=seed, train_seconds=1.25) for seed, rows in enumerate(curves)]
     floor = loss_floor(torch.randn(16, 24), ks.make_chain(16, 24, "butterfly"), [2])[0]
     measured = Reference(1.0, held_out_predict_zero_loss=1.1, held_out_count=100, isotropic_floors=torch.ones(9))
-    row = rank_row(runs, CHAIN, dataclasses.replace(floor, exact=False), measured)
+    return rank_row(runs, CHAIN, dataclasses.replace(floor, exact=False), measured) | {"status": "ok (copy of rank 1)"}
+
+
+def test_the_printed_summary_has_the_names_of_the_files_in_their_order():
+    row = whole_row()
+    text = summary_table([row])
+    assert [name for name in names_in(text) if name != "rank"] == [*columns.PRINTED[1:]]
+    detailed = summary_table([row], verbose=True)
+    assert detailed.startswith(text)
+    assert [name for name in names_in(detailed) if name != "rank"] == [
+        *columns.PRINTED[1:],
+        *columns.DETAILS,
+    ]
     declared = {column.name: column for column in columns.SUMMARY}
-    header, (line,) = printed([row])
-    place = 0
-    for name in columns.PRINTED:
-        place = header.index(declared[name].header, place) + len(declared[name].header)
-        assert declared[name].form.format(row[name]) in line
-    assert header[place:].strip() == ""
+    for name in (*columns.PRINTED, *columns.DETAILS):
+        assert {*declared[name].form.format(row[name]).split()} <= {*detailed.split()}
 
 
-def test_headers_and_forms_come_from_the_declarations(monkeypatch):
+def test_no_line_is_wider_than_a_terminal():
+    marks = "between its bounds, larger than dense, below the best known, calibration-limited"
+    text = summary_table([whole_row() | {"verdict": marks}], verbose=True)
+    assert max(map(len, text.splitlines())) <= 100
+    assert {*marks.split()} <= {*text.split()}
+
+
+def test_the_spread_over_seeds_is_printed():
+    assert "relative_loss_se" in names_in(summary_table([whole_row()]))
+    assert "relative_loss_se" not in names_in(summary_table([make_row()]))
+
+
+def test_forms_come_from_the_declarations(monkeypatch):
     changed = tuple(
-        dataclasses.replace(column, header="RMV", form="{:.5f}!") if column.name == "removed_share" else column
+        dataclasses.replace(column, form="{:.5f}!") if column.name == "relative_loss" else column
         for column in columns.SUMMARY
     )
     monkeypatch.setattr(columns, "SUMMARY", changed)
-    header, (line,) = printed([make_row()])
-    assert "RMV" in header.split()
-    assert "0.92500!" in line.split()
-
-
-def test_the_share_removed_is_printed():
-    header, (line,) = printed([make_row(population=0.26, lower=0.2)])
-    assert "removed" in header.split()
-    assert "92.50%" in line.split()
+    assert "0.26000!" in summary_table([make_row()])
 
 
 def test_columns_that_say_nothing_are_left_out():
-    header, _ = printed([make_row()])
-    assert "best known" not in header
-    assert "seconds" not in header
-    header, lines = printed([make_row(upper=0.22), make_row(ending=Ending(Status.FAILED, "exit 1"))])
-    assert "best known" in header
-    assert "failed (exit 1)" in lines[1]
-    assert "-" in lines[1].split()
-    header, _ = printed([rank_row([run_row(1, CURVES)], CHAIN)])
-    assert "verdict" not in header
+    names = names_in(summary_table([make_row()], verbose=True))
+    assert not {"relative_floor_upper", "loss_floor_upper", "train_seconds", "status"} & {*names}
+    text = summary_table([make_row(upper=0.22), make_row(ending=Ending(Status.FAILED, "exit 1"))])
+    assert {"relative_floor_upper", "status"} <= {*names_in(text)}
+    assert "failed (exit 1)" in text
+    assert "-" in text.splitlines()[3].split()
+    assert "verdict" not in names_in(summary_table([rank_row([run_row(1, CURVES)], CHAIN)]))
+
+
+def test_without_a_relative_loss_the_final_losses_are_printed():
+    names = names_in(summary_table([rank_row([run_row(1, CURVES)])]))
+    assert names == ["rank", "final_val_loss", "final_train_loss"]
 
 
 def test_a_summary_read_from_its_file_is_printed_as_the_one_in_memory(tmp_path):

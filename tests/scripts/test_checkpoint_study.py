@@ -72,13 +72,13 @@ def test_every_planned_layer_is_trained_and_resumed(checkpoint, tmp_path, capsys
     plan = ModelPlan.load(folder / "rank_sweep_plan.json")
     rows = read_table(folder / "rank_sweep_summary.csv")
     trained = [layer for layer in plan.layers if layer.chain is not None]
-    assert [(row["layer"], int(row["rank"])) for row in rows] == [(layer.layer, layer.rank) for layer in trained]
+    assert [(row["weight_key"], int(row["rank"])) for row in rows] == [(layer.layer, layer.rank) for layer in trained]
     for layer, row in zip(trained, rows):
         chain = ks.load(folder / layer.layer / f"rank_{layer.rank}" / f"rank_{layer.rank}_final.pth")
         assert chain.num_parameters == layer.parameters
         assert float(row["relative_loss"]) >= layer.relative_loss_lower * (1 - 1e-6)
         assert (folder / layer.layer / "rank_sweep_loss_curves.png").exists()
-    assert json.loads((folder / "rank_sweep_summary.json").read_text())[0]["layer"] == trained[0].layer
+    assert json.loads((folder / "rank_sweep_summary.json").read_text())[0]["weight_key"] == trained[0].layer
     capsys.readouterr()
     study(checkpoint, folder, "--budget", 0.5, "--num_epochs", 20)
     assert capsys.readouterr().err.count("finished before") == len(trained)
@@ -87,7 +87,7 @@ def test_every_planned_layer_is_trained_and_resumed(checkpoint, tmp_path, capsys
 def test_without_a_budget_every_layer_trains_the_given_ranks(checkpoint, tmp_path):
     study(checkpoint, tmp_path / "out", "--chain", "lowrank", "--ranks", 2, 3, "--seeds", 0, 1, keys=LAYERS[:2])
     rows = read_table(tmp_path / "out" / "rank_sweep_summary.csv")
-    assert [(row["layer"], row["rank"]) for row in rows] == [(name, rank) for name in LAYERS[:2] for rank in "23"]
+    assert [(row["weight_key"], row["rank"]) for row in rows] == [(name, rank) for name in LAYERS[:2] for rank in "23"]
     assert {row["num_seeds"] for row in rows} == {"2"}
 
 

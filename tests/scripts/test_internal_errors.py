@@ -9,6 +9,7 @@ from conftest import QUICK, read_table
 
 import example_rank_sweep
 import generate_test_weight
+import ks.studies.weight_study
 import ks.training.problem
 import plot_rank_results
 import rank_sweep_study

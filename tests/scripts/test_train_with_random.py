@@ -35,6 +35,7 @@ def test_training_writes_the_files_of_the_contract(run, weight_path, tmp_path):
         "ks_chain_final.pth",
         "ks_chain_rank_4_loss_curves.csv",
         "ks_chain_rank_4_loss_curves.json",
+        "ks_chain_resume.pth",
         "ks_chain_training_log.json",
     ]
     text = (folder / "ks_chain_rank_4_loss_curves.csv").read_text()

@@ -23,7 +23,9 @@ def claim_it(files, runs, settings=None, *, overwrite=False):
 def test_a_claim_is_repeated_but_not_for_another_study(tmp_path):
     files, (run,) = SweepFiles(tmp_path, "p"), runs_of(CONFIG, [2], tmp_path, Path("trainer.py"))
     claim_it(files, [run])
+    assert not run.files.directory.exists()
     files.summary_csv.touch()
+    run.files.directory.mkdir()
     run.files.final.touch()
     write_json(run.files.config, {"files": [run.files.final.name]})
     claim_it(files, [run])
@@ -60,16 +62,14 @@ def test_a_record_without_a_list_of_files_is_one_of_an_older_version(tmp_path):
 
 def test_a_claim_that_fails_half_way_can_be_repeated(tmp_path, monkeypatch):
     runs = runs_of(CONFIG, [2, 4], tmp_path, Path("trainer.py"))
-    files, prepare = SweepFiles(tmp_path, "p"), claim.prepare_output_dir
+    files = SweepFiles(tmp_path, "p")
 
-    def full_disk(path):
-        if path.name == "rank_4":
-            raise OSError(28, "No space left on device")
-        return prepare(path)
+    def full_disk(path, content):
+        raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(claim, "prepare_output_dir", full_disk)
+        patched.setattr(claim, "write_json", full_disk)
         with pytest.raises(OSError, match="No space"):
             claim_it(files, runs)
     claim_it(files, runs)
-    assert all(run.files.directory.is_dir() for run in runs)
+    assert read_json(files.config)["ranks"] == [2, 4]

@@ -1,9 +1,12 @@
 """Progress: lines elsewhere, a bar on a terminal, nothing when quiet."""
 
+import os
 import sys
+import time
 
 import pytest
 
+from ks.files.atomic import write_json
 from ks.files.curves import write_curves
 from ks.files.layout import run_files
 from ks.files.status import OK, Ending, Status
@@ -76,8 +79,42 @@ def test_a_terminal_has_a_bar_of_all_epochs(runs, monkeypatch, capsys):
     assert f"rank 1: failed (exit 1), 1.5 s; end of {first.task.log}:\n  line 25\n" in said
     assert "line 39" in said
     assert "line 24" not in said
-    assert "rank 1, rank 2: " in said
+    assert "7/20 epochs, " in said
+    assert "rank 1: 3/10, loss 1; rank 2: 4/10, loss 1" in said
     assert "training (" not in said
+
+
+def test_the_bar_shows_the_gap_to_the_best_known_chain(runs, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    progress = Progress(runs, 10, quiet=False, floors={1: 0.8})
+    write_curves(runs[0].files, [{"epoch": 1, "train_loss": 1.0, "val_loss": 1.0, "rank": 1, "population_loss": 0.9}])
+    progress.poll([runs[0].task])
+    progress.say("stopping")
+    progress.close()
+    said = capsys.readouterr().err
+    assert "rank 1: 1/10, loss 1, gap 12.50%" in said
+    assert "\rstopping\n" in said.replace(" ", "")
+
+
+def test_a_resumed_run_says_from_where_and_its_old_epochs_take_no_time(runs, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    run, other = runs
+    train(run, 4)
+    run.files.resume.touch()
+    write_json(run.files.training_log, {"status": "interrupted", "resumed_after": 1})
+    hour_ago = time.time() - 3600
+    os.utime(run.files.training_log, (hour_ago, hour_ago))
+    progress = Progress(runs, 10, quiet=False)
+    progress.poll([run.task, other.task])
+    assert (progress.bar.n, progress.bar.initial) == (4, 4)
+    write_json(run.files.training_log, {"status": "running"})
+    progress.poll([run.task])
+    write_json(run.files.training_log, {"status": "running", "resumed_after": 3})
+    progress.poll([run.task])
+    progress.poll([run.task])
+    progress.close()
+    said = capsys.readouterr().err
+    assert said.count("resumes after") == said.count("rank 1: resumes after epoch 3\n") == 1
 
 
 def test_slow_work_tells_how_far_it_is_after_two_seconds(monkeypatch, capsys):

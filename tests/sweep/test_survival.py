@@ -96,7 +96,6 @@ def test_a_training_killed_again_and_again_ends_as_if_undisturbed(weight_path, t
     done = finish(resume())
     assert done.returncode == 0, done.stderr
     assert_same_run(killed, whole)
-    assert not killed.resume.exists()
     assert "finished before" in finish(resume()).stdout
 
 
@@ -200,10 +199,10 @@ def test_a_damaged_checkpoint_starts_anew(weight_path, tmp_path):
 
 def test_resume_names_every_changed_setting(weight_path, tmp_path):
     finish(start("train_with_random.py", tmp_path, *TRAINING, "--num_epochs", 2))
-    changed = ("--num_epochs", 3, "--lr", 0.01, "--resume")
+    changed = ("--num_epochs", 1, "--lr", 0.01, "--resume")
     done = finish(start("train_with_random.py", tmp_path, *TRAINING, *changed))
     assert done.returncode == 2
-    assert "num_epochs was 2, now 3" in done.stderr
+    assert "num_epochs was 2, now 1" in done.stderr
     assert "lr was 0.001, now 0.01" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 

@@ -12,7 +12,7 @@ from ks.training.checkpoints import Checkpoints, changes
 from ks.training.optimiser import Optimiser
 from ks.training.schedule import Schedule
 
-SETTINGS = {"lr": 0.01}
+SETTINGS = {"lr": 0.01, "num_epochs": 9}
 
 
 class Training:
@@ -127,7 +127,21 @@ def test_the_state_goes_to_the_host_only_when_it_is_written(files):
         checkpoints.write_latest()
 
 
+def test_more_epochs_are_a_new_segment(files):
+    training = Training()
+    training.epoch()
+    checkpoint_of(training, files)
+    for settings, segment in ((SETTINGS, 1), (SETTINGS | {"num_epochs": 10}, 2)):
+        checkpoints = Checkpoints(files, settings, 0.0, resume=True)
+        checkpoints.restore(*Training().parts())
+        assert checkpoints.segment == segment
+    assert Checkpoints(files, SETTINGS | {"num_epochs": 8}, 0.0, resume=True).found is None
+
+
 def test_changed_settings_are_named_one_by_one():
+    assert changes({"num_epochs": 2}, {"num_epochs": 3}) == ""
+    assert changes({"num_epochs": 3}, {"num_epochs": 2}) == "num_epochs was 3, now 2"
+    assert changes({"num_epochs": None}, {"num_epochs": 2}) == "num_epochs was None, now 2"
     before = {"lr": 0.1, "seed": 0}
     assert changes(before, {"lr": 0.1, "seed": 0}) == ""
     assert (
