@@ -45,8 +45,12 @@ class PlainChain(torch.nn.Module):
         )
 
     def forward(self, x):
+        return self.multiply(x, list(self.weights))
+
+    def multiply(self, x, weights):
+        """Return x Wᵀ for other weights of the same shapes."""
         batch = x.shape[0]
-        for (a, b, c, d), weight in zip(self.patterns[::-1], reversed(list(self.weights))):
+        for (a, b, c, d), weight in zip(self.patterns[::-1], reversed(weights)):
             blocks = x.view(batch, a, c, d).permute(1, 3, 0, 2).reshape(a * d, batch, c)
             x = torch.bmm(blocks, weight).view(a, d, batch, b).permute(2, 0, 3, 1).reshape(batch, a * b * d)
         return x

@@ -4,7 +4,8 @@
     python benchmarks/bench_step.py --device cuda --shape 2048 4096 --csv step.csv
     pip install --no-deps torch-structured==1.3 einops opt_einsum  # to compare with the peer too
 
-Steps, on batches of 32 ready samples: "ours" is that of `train_with_random.py`; "plain" is the loop of `baselines.py`;
+Steps, on batches of 32 ready samples: "ours" is that of `train_with_random.py`; "plain" is the loop of `baselines.py`,
+and "compiled" the same with its chain under torch.compile(mode="reduce-overhead") (on a CPU by the backend aot_eager);
 "bare" calls only the matrix products and the fused optimiser of ours; "dense" trains a dense matrix with our optimiser.
 Layer: y = layer(x), without and with the backward pass for x and values, against torch-structured, einsum, bmm with
 permuted copies, a dense layer, and "bare": only the matrix products of ours, on operands in the best order. The program
@@ -33,6 +34,7 @@ from ks.cli import console
 from ks.layer import KSLinear
 from ks.patterns import make_chain
 from ks.training.cuda_graph import make_epochs
+from ks.training.fused_step import FusedStep
 from ks.training.losses import squared_error_and_gradient
 from ks.training.optimiser import Optimiser
 from ks.training.problem import choose_device
@@ -47,7 +49,8 @@ def our_epoch(layer, weight, samples, impl):
     optimiser = Optimiser("adamw", factors)
     passes = training_passes(layer.patterns, samples.batch_size, weight.device, impl)
     step = our_step(passes, factors, optimiser)
-    epochs, _, warning = make_epochs(step, samples, optimiser.state(), weight.device)
+    fused = FusedStep(passes, optimiser, samples) if impl == "triton" and weight.device.type == "cuda" else None
+    epochs, _, warning = make_epochs(step, samples, optimiser.state(), weight.device, whole_step=fused)
     if warning:
         print(f"WARNING: {warning}", file=sys.stderr)
     return lambda: epochs.run(1, [1e-4] * samples.steps_per_epoch)[0].mean().item()
@@ -114,13 +117,19 @@ def measure_steps(options, device, rows: Rows) -> None:
                 "plain": functools.partial(plain_epochs, plain, weight, flat, 1, options.batch_size),
                 "dense": dense_epoch(weight, samples),
             }
+            if options.compiled:
+                how = {"mode": "reduce-overhead"} if device.type == "cuda" else {"backend": "aot_eager"}
+                compiled = torch.compile(PlainChain(layer.factors).to(device), **how)
+                loop = (compiled, weight, flat, 1, options.batch_size)
+                functions["compiled"] = functools.partial(plain_epochs, *loop)
             if len(patterns) == 2 and device.type == "cpu":
                 functions["bare"] = bare_epoch(layer, samples)
             found = interleaved_medians(functions, device, options.rounds, calls=1)
             step_ms = {kind: value / STEPS for kind, value in found.items()}
             row = {"what": "step", "chain": name, "shape": f"{m}x{n}", "batch": options.batch_size, "rank": rank}
-            row |= {f"{kind}_ms": value for kind, value in step_ms.items()} | {"bare_ms": step_ms.get("bare", "")}
+            row |= {f"{kind}_ms": step_ms.get(kind, "") for kind in ("ours", "plain", "compiled", "dense", "bare")}
             row |= {"plain_over_ours": step_ms["plain"] / step_ms["ours"]}
+            row |= {"compiled_over_ours": step_ms["compiled"] / step_ms["ours"] if "compiled" in step_ms else ""}
             row |= {"dense_over_ours": step_ms["dense"] / step_ms["ours"]}
             row |= {"ours_over_bare": step_ms["ours"] / step_ms["bare"] if "bare" in step_ms else ""}
             rows.add(row | place(device))
@@ -216,6 +225,7 @@ def main(argv=None) -> int:
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64], help="ranks of the steps (default: 8 64)")
     parser.add_argument("--chains", nargs="+", default=["monarch"], help="chains of the steps (default: monarch)")
     parser.add_argument("--impl", default="auto", help="our backend (default: auto)")
+    parser.add_argument("--compiled", action="store_true", help="time the plain loop under torch.compile too")
     parser.add_argument("--rounds", type=int, default=15, help="readings of each clock (default: 15)")
     parser.add_argument("--only", choices=("steps", "layer"), help="(default: both)")
     parser.add_argument("--csv", type=Path, help="path STEM.csv; writes STEM_steps.csv and STEM_layer.csv")

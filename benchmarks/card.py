@@ -23,11 +23,28 @@ from ks.files.atomic import prepare_output_dir, read_json_object, write_json
 FOLDER = Path(__file__).resolve().parent
 SMALL = "--shape 64 128 --ranks 2 4 --num_epochs 2 --num_samples 400"
 MANUAL = "--shape 2048 4096 --ranks 2 4 8 16 32 64 128 256 512 --num_epochs 100 --num_samples 10000"
-# Step, its program, its CSV, its arguments, and those for --tiny; the most telling steps come first.
+FEW = "--shape 64 128 --ranks 2 --rounds 2 --compiled"
+# Step, its program, its CSV, its arguments, and those for --tiny; the most telling steps come first, and the first four
+# are to fit into ten minutes.
 MEASUREMENTS = (
-    ("subset", "gpu_check", "check", "", "--tiny"),
-    ("step", "bench_step", "step", "--shape 2048 4096 --ranks 8 64", "--shape 64 128 --ranks 2 --rounds 2"),
+    (
+        "step",
+        "bench_step",
+        "step",
+        "--only steps --shape 2048 4096 --ranks 16 64 --rounds 7 --compiled",
+        f"--only steps {FEW}",
+    ),
+    ("layer", "gpu_check", "check", "--minutes 3", "--tiny"),
+    ("tuning", "tune", "tuning", "--minutes 2", "--tiny"),
     ("waits", "synchronisations", "waits", "", "--shape 64 128"),
+    (
+        "fused",
+        "bench_step",
+        "fused",
+        "--only steps --shape 2048 4096 --ranks 16 64 --impl triton",
+        f"--only steps {FEW}",
+    ),
+    ("peers", "bench_step", "layer", "--only layer --shape 2048 4096", f"--only layer {FEW}"),
     ("demo", "bench_sweep", "demo", "--runs_per_gpu 2 4", SMALL),
     ("precision", "precision", "precision", "", SMALL),
     ("manual", "bench_sweep", "manual", MANUAL, SMALL),
@@ -37,11 +54,12 @@ MEASUREMENTS = (
 
 def steps(folder: Path, device: str, tiny: bool) -> dict[str, list[str]]:
     """Return the arguments of Python for each step."""
-    found = {"tests": ["-m", "pytest", "-m", "gpu"]}
+    found = {"tests": ["-m", "pytest", "-m", "gpu", "-n", "1" if tiny else "8", "tests/product/test_gpu.py"]}
     for name, program, csv, real, small in MEASUREMENTS:
         size = (small if tiny else real).split()
         found[name] = [str(FOLDER / f"{program}.py"), "--device", device, *size, "--csv", str(folder / f"{csv}.csv")]
     outputs = ["--table", str(folder / "table.md"), "--picture", str(folder / "roofline.png")]
+    outputs += ["--wins", str(folder / "triton_wins.txt")]
     return found | {"roofline": [str(FOLDER / "roofline.py"), "--csv", str(folder / "check.csv"), *outputs]}
 
 

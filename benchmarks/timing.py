@@ -12,6 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ks.files.provenance import provenance
+from ks.training.cuda_graph import _cuda_graph
 
 
 def interleaved_medians(functions: dict, device: torch.device, rounds: int = 15, calls: int = 5) -> dict:
@@ -34,6 +35,21 @@ def interleaved_medians(functions: dict, device: torch.device, rounds: int = 15,
             synchronise()
             readings[name].append((time.perf_counter() - started) * 1e3 / calls)
     return {name: statistics.median(values[1:]) for name, values in readings.items()}
+
+
+def replayed(functions: dict, device: torch.device) -> dict:
+    """Return functions that replay a CUDA graph of each function's calls; the functions themselves on a CPU."""
+    return {name: _cuda_graph(function) for name, function in functions.items()} if device.type == "cuda" else functions
+
+
+def rotated(function, operands: list):
+    """Return a function that calls `function` on each of several operands, so that no cache holds those of a call."""
+
+    def call_all():
+        for each in operands:
+            function(*each)
+
+    return call_all
 
 
 def seconds(*command) -> float:
