@@ -15,6 +15,7 @@ ROWS = 64  # features of b in a tile: the M side of wgmma
 SMALLEST = 32  # samples or columns of a tile, the N side
 PROGRAMS = 256  # enough to fill a large GPU (132 to 148 multiprocessors) once or twice
 SHARED_KIB = {80: 163, 90: 227, 100: 227}  # for one program; every other architecture has at least 99
+WHOLE = 16  # b, c and batch are multiples of it: Triton knows of no smaller alignment, and loads singly without one
 SECTOR_BITS = 256  # the unit in which a GPU moves memory
 MOST_TRAFFIC = 2  # L2 bytes of a launch over its DRAM bytes
 
@@ -78,7 +79,7 @@ def _largest_operand(bits: int, arch: int) -> int:
 
     Tensor cores of Hopper and Blackwell (wgmma, tcgen05) read operands from shared memory, others from registers.
     """
-    return 32 * (128 if bits == 16 and arch in (90, 100) else 1024 // bits)
+    return 32 * (128 if bits == 16 and arch in (90, 100) else 32)
 
 
 def _widest_beside_rows(bits: int, arch: int) -> int:
@@ -181,11 +182,12 @@ def kernels_pay(
     Both launches of a backward pass must, because one copy of the gradient serves both products of `torch.bmm`.
 
     Args:
-        pattern, batch, bits, arch: as in `factor_tiles`, but any d and bits; float64 is left to cuBLAS.
+        pattern, batch, bits, arch: as in `factor_tiles`, but any d and bits; `torch.bmm` keeps float64, and sizes that
+            are no multiples of WHOLE.
         x_interleaved, y_interleaved: as in `factor_traffic`.
     """
     a, b, c, d = pattern
-    if d % GROUP or bits > 32:
+    if d % GROUP or bits > 32 or any(size % WHOLE for size in (b, c, batch)):
         return False, False
     sizes, transposed = (pattern, batch, bits), (Pattern(a, c, b, d), batch, bits)
     forward = factor_traffic(*sizes, factor_tiles(*sizes, arch), x_interleaved, y_interleaved)

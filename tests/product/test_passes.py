@@ -47,7 +47,7 @@ def test_chains_whose_left_factors_are_merged_keep_their_promised_order(chain, b
     check_passes(chain.patterns(2), batch, batch_last, block_order=True)
 
 
-SIZES = (make_chain(24, 36).patterns(3), 32, torch.device("cpu"), torch.float32)
+SIZES = (make_chain(64, 64).patterns(4), 32, torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture
