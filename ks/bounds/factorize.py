@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 
 from ks.bounds.factor_descent import refine_factors
-from ks.bounds.grid_descent import GridDescent
+from ks.bounds.grid_descent import TOLERANCE, GridDescent
 from ks.bounds.moments import UNIT_INPUTS, Inputs, MeasuredInputs
 from ks.errors import UsageError
 from ks.patterns import Chain, Pattern, chainability, check_patterns
@@ -121,7 +121,13 @@ class HierarchicalLoss:
 
 
 @torch.no_grad()
-def factorize(weight: torch.Tensor, patterns, input_moments: torch.Tensor | Inputs | None = None) -> list[torch.Tensor]:
+def factorize(
+    weight: torch.Tensor,
+    patterns,
+    input_moments: torch.Tensor | Inputs | None = None,
+    *,
+    tolerance: float = TOLERANCE,
+) -> list[torch.Tensor]:
     """Factorise W into a chainable chain for inputs of second moment C, so that tr((W − Ŵ) C (W − Ŵ)ᵀ) is small.
 
     Where C couples none of the column groups of the right-most factor (C = I, which is the default; any C for low-rank
@@ -139,6 +145,7 @@ def factorize(weight: torch.Tensor, patterns, input_moments: torch.Tensor | Inpu
         weight: W, shape (m, n), any float dtype, CPU or CUDA; the work is done in float64.
         patterns: (a, b, c, d) output side first, with a_1 = 1, d_L = 1, neighbours chainable.
         input_moments: C, shape (n, n), or an object of `ks.bounds.moments`.
+        tolerance: relative progress of a sweep at which the descent for coupled inputs ends.
     Returns:
         values of shape (a_l, b_l, c_l, d_l), output side first, dtype and device of the weight.
     Raises:
@@ -155,7 +162,7 @@ def factorize(weight: torch.Tensor, patterns, input_moments: torch.Tensor | Inpu
         values = _hierarchical(wide, inputs.times_root(weight), patterns, ranks)
     else:
         coupled = _sized(coupled, weight).to(weight.device)
-        values = _coupled_hierarchical(wide, coupled, patterns, ranks)
+        values = _coupled_hierarchical(wide, coupled, patterns, ranks, tolerance)
         if len(patterns) > 2:
             values, _ = refine_factors(wide, coupled, values)
     return [_stored(factor, pattern, weight) for factor, pattern in zip(values, patterns)]
@@ -188,7 +195,9 @@ def _hierarchical(weight: torch.Tensor, rooted: torch.Tensor, patterns, ranks) -
     return [*values, remainder.reshape(*patterns[-1])]
 
 
-def _coupled_hierarchical(weight: torch.Tensor, moment: torch.Tensor, patterns, ranks) -> list[torch.Tensor]:
+def _coupled_hierarchical(
+    weight: torch.Tensor, moment: torch.Tensor, patterns, ranks, tolerance: float
+) -> list[torch.Tensor]:
     """Return the factors of descents at every split; those behind the first drop the coupling of its column blocks."""
     remainder, values = weight.unsqueeze(0), []  # shape: (a, r·M, N), of each column block
     for pattern, rank in zip(patterns, ranks):
@@ -197,7 +206,7 @@ def _coupled_hierarchical(weight: torch.Tensor, moment: torch.Tensor, patterns, 
             GridDescent(block, moment[start : start + width, start : start + width], pattern.d, pattern.c // rank)
             for block, start in zip(remainder, range(0, len(moment), width))
         ]
-        left, right = map(torch.stack, zip(*(block.factors(rank) for block in blocks)))
+        left, right = map(torch.stack, zip(*(block.factors(rank, tolerance=tolerance) for block in blocks)))
         value, remainder = _placed(left, right.mT, rank)
         values.append(value)
     return [*values, remainder.reshape(*patterns[-1])]

