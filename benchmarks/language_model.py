@@ -81,11 +81,27 @@ class Chains:
 
     def _leading(self, name: str, weight: torch.Tensor, moment: torch.Tensor | None) -> torch.Tensor:
         if name not in self.leading:
-            wide = weight.double()
-            gram = wide @ wide.t() if moment is None else wide @ moment @ wide.t()
             kept = weight.numel() // sum(weight.shape) + 1  # no chain of a higher rank has fewer parameters
-            self.leading[name] = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :kept].to(weight.dtype)
+            self.leading[name] = leading_vectors(weight.double(), moment)[:, :kept].to(weight.dtype)
         return self.leading[name]
+
+
+def leading_vectors(weight: torch.Tensor, moment: torch.Tensor | None) -> torch.Tensor:
+    """Return the left singular vectors of W C^{1/2}, leading ones first, by eigenproblems of the smaller side.
+
+    Args:
+        weight: W, shape (m, n), float64.
+        moment: C; None for I.
+    Returns:
+        shape (m, min(m, n)).
+    """
+    if weight.shape[0] <= weight.shape[1]:
+        outputs = weight if moment is None else weight @ moment
+        return torch.linalg.eigh(outputs @ weight.t()).eigenvectors.flip(1)
+    if moment is not None:
+        eigenvalues, vectors = torch.linalg.eigh(moment)
+        weight = weight @ (vectors * eigenvalues.clamp(min=0).sqrt())
+    return torch.linalg.qr(weight @ torch.linalg.eigh(weight.t() @ weight).eigenvectors.flip(1))[0]
 
 
 def light_copy(model: nn.Module) -> nn.Module:
