@@ -164,7 +164,7 @@ class Study:
                 "share": 1.0 if plan is None else plan.share,
                 "relative_loss": 0.0 if plan is None else plan.mean_relative_loss,
                 "perplexity": perplexity(small, self.unseen),
-                "forward_ms": ms.get("small"),
+                "forward_ms": ms.get("small", ""),
                 "dense_forward_ms": ms["dense"],
                 "speed": ms["dense"] / ms.get("small", ms["dense"]),
                 "dense_layers": families.count("dense"),
