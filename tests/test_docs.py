@@ -34,9 +34,10 @@ SMALL = {
 }
 # Pages with commands: how many of them, and a file that they leave.
 COMMANDS = {
-    "README.md": (4, "rank_sweep_results/my_study_loss_curves.png"),
+    "README.md": (5, "rank_sweep_results/my_study_loss_curves.png"),
     "docs/flags.md": (3, "figures/rank_sweep_chains.png"),
     "docs/results.md": (4, "butterfly_results/rank_sweep_summary.csv"),
+    "docs/models.md": (1, "model_plan/rank_sweep_plan.csv"),
     "docs/inputs.md": (1, "rank_sweep_results/rank_sweep_floor.png"),
 }
 # Flags of other programs: pip, ray, tensorboard, docs/generate.py, benchmarks/minilm_layers.py.
@@ -87,13 +88,20 @@ def test_the_commands_of_a_page_run_as_written(page, tmp_path):
     if not any("generate_test_weight.py" in command for command in commands(page)):
         torch.save(torch.randn(32, 48), tmp_path / "my_weight.pth")
     model = tmp_path / "model.safetensors"
-    measured = "encoder.layer.3.attention.output.dense"
-    weights = {"encoder.layer.0.output.dense.weight": torch.randn(24, 48), f"{measured}.weight": torch.randn(16, 24)}
+    shapes = {
+        "encoder.layer.0.output.dense": (24, 48),
+        "encoder.layer.0.intermediate.dense": (48, 24),
+        "encoder.layer.3.attention.output.dense": (16, 24),
+    }
+    weights = {f"{name}.weight": torch.randn(shape) for name, shape in shapes.items()}
     safetensors.torch.save_file(weights, model)
     (tmp_path / "build").mkdir()
-    sums = InputSums.zeros(24)
-    sums.add(torch.randn(500, 24))
-    moments = InputMoments({measured: sums.finished()}, {}, {f"{measured}.weight": measured}, {measured: 1})
+    train = {}
+    for name, (_, width) in shapes.items():
+        sums = InputSums.zeros(width)
+        sums.add(torch.randn(500, width))
+        train[name] = sums.finished()
+    moments = InputMoments(train, {}, {f"{name}.weight": name for name in train}, dict.fromkeys(train, 1))
     moments.save(tmp_path / "build/minilm_inputs.safetensors")
     for command in commands(page):
         _, script, *arguments = shlex.split(command.replace("$MODEL", str(model)))
