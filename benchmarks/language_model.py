@@ -6,7 +6,8 @@
 
 The program measures the inputs of gate, up and down of all 30 blocks on 20,000 tokens of English docstrings, plans them
 at budgets of 0.8, 0.6 and 0.4 of their parameters, compresses without training, and adds a CSV row for every cell:
-method × budget × allocation (the same share in every layer, or by the plan). The methods are low-rank for isotropic
+method × budget × allocation (the same share in every layer, by the plan, or by the plan with every loss weighted by the
+output energy of its layer). The methods are low-rank for isotropic
 inputs, low-rank for the measured ones (the optimum of SVD-LLM), the 4 × 4 grid for the measured ones, and the best of
 both families in every layer; two rows calibrate low-rank sequentially. The forward pass of every model is timed
 against the dense one, in turns. A rerun with the same --csv resumes; --minutes ends it early, after a cell. The dense
@@ -15,6 +16,7 @@ model, the first row, is itself stored in four bits.
 
 import argparse
 import copy
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -29,7 +31,7 @@ from torch import nn
 
 import ks
 from ks.allocation.layer_floors import TOLERANCE
-from ks.allocation.model_plan import ModelPlan
+from ks.allocation.model_plan import ModelPlan, Weighting
 from ks.bounds.factorize import factorize
 from ks.cli import console
 from ks.compression.apply import apply_chains
@@ -38,7 +40,8 @@ from ks.inputs.moments_file import InputMoments
 from ks.layer import KSLinear
 
 BUDGETS = (0.6, 0.8, 0.4)  # the middle one first, for those who end it early
-ALLOCATIONS = ("uniform", "by the plan")
+# The same share in every layer; by the plan with equal weights of the relative losses; with weights by output energy.
+ALLOCATIONS = ("uniform", "by the plan", "by energy")
 # Families, and whether they are made for the measured inputs.
 METHODS = {
     "low-rank, isotropic": (("lowrank",), False),
@@ -123,7 +126,7 @@ class Study:
 
     def moments(self) -> InputMoments:
         """Return the moments of the inputs of the dense model, kept in a file."""
-        path = self.folder / "moments.safetensors"
+        path = self.folder / f"moments_{self.seen.numel()}.safetensors"
         if not path.exists():
             body = body_of(self.model)
             found = ks.collect_input_moments(body, self.batches(), MLP, held_out=0, model_name="SmolLM2-135M")
@@ -136,12 +139,19 @@ class Study:
     def plan(self, method: str, budget: float, allocation: str, moments: InputMoments) -> ModelPlan:
         chains, measured = METHODS[method]
         given, path = moments if measured else None, self.folder / "floors.npz"
-        plan = ks.plan_model(self.model, MLP, budget=budget, moments=given, chains=chains, floors_path=path)
+        options = {"moments": given, "chains": chains, "floors_path": path, "quiet": True}
+        weighting = Weighting.ENERGY if allocation == "by energy" else Weighting.EQUAL
+        plan = ks.plan_model(self.model, MLP, budget=budget, importance=weighting, **options)
         return plan.as_uniform() if allocation == "uniform" else plan
+
+    def known(self) -> list[dict]:
+        """Return the rows of cells that were measured on as many tokens."""
+        tokens = str(self.seen.numel()), str(self.unseen.numel())
+        return [row for row in self.rows.known if (row["seen_tokens"], row["unseen_tokens"]) == tokens]
 
     def is_known(self, method: str, budget: float, allocation: str) -> bool:
         cell = (method, f"{budget:.5g}", allocation)
-        return any((row["method"], row["budget"], row["allocation"]) == cell for row in self.rows.known)
+        return any((row["method"], row["budget"], row["allocation"]) == cell for row in self.known())
 
     @torch.no_grad()
     def add(self, method: str, allocation: str, plan: ModelPlan | None, small: nn.Module) -> None:
@@ -162,7 +172,7 @@ class Study:
                 "allocation": allocation,
                 "parameters": dense_parameters(self.model) if plan is None else plan.parameters,
                 "share": 1.0 if plan is None else plan.share,
-                "relative_loss": 0.0 if plan is None else plan.mean_relative_loss,
+                "relative_loss": 0.0 if plan is None else statistics.mean(layer.relative_loss for layer in plan.layers),
                 "perplexity": perplexity(small, self.unseen),
                 "forward_ms": ms.get("small", ""),
                 "dense_forward_ms": ms["dense"],
@@ -227,7 +237,7 @@ def table(rows: list[dict]) -> str:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Draw perplexity against the parameters of the MLPs: solid by the plan, dashed uniform."""
+    """Draw perplexity against the parameters of the MLPs: dashed uniform, solid by the plan, dotted by energy."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -235,7 +245,7 @@ def draw(rows: list[dict], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(8, 4), dpi=75, layout="constrained")
     for index, method in enumerate(METHODS):
-        for allocation, style in zip(ALLOCATIONS, ("--", "-")):
+        for allocation, style in zip(ALLOCATIONS, ("--", "-", ":")):
             cells = [row for row in rows if (row["method"], row["allocation"]) == (method, allocation)]
             points = sorted((float(row["parameters"]) / 1e6, float(row["perplexity"])) for row in cells)
             if points:
@@ -243,13 +253,13 @@ def draw(rows: list[dict], path: Path) -> None:
     for row in rows:
         point = float(row["parameters"]) / 1e6, float(row["perplexity"])
         if "passes" in row["method"]:
-            marker = "^" if row["allocation"] == "uniform" else "v"
+            marker = "^v<"[ALLOCATIONS.index(row["allocation"])]
             axes.plot(*point, marker, color="C1", label=f"{row['method']}, {row['allocation']}")
         if row["method"] == "dense":
             axes.plot(*point, "k*", markersize=10, label="dense, stored in four bits")
     axes.set(xlabel="parameters of the MLPs, millions", ylabel="perplexity on unseen text", yscale="log")
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
     figure.legend(fontsize=8, loc="outside right")
     axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -279,9 +289,9 @@ def main(argv=None) -> int:
     passes = 2 if options.tiny else options.passes
     study = Study(model, seen, unseen, folder, Rows(options.csv, resume=True), passes)
     whole = study.run(lambda: time.monotonic() - started > 60 * options.minutes)
-    print(f"\n{table(study.rows.known)}")
+    print(f"\n{table(study.known())}")
     if options.figure:
-        draw(study.rows.known, options.figure)
+        draw(study.known(), options.figure)
     if not whole:
         console.note("the time is over; run the same command again to measure the other cells")
     return console.EXIT_OK
