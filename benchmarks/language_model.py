@@ -123,15 +123,26 @@ class Study:
     folder: Path
     rows: Rows
     passes: int
+    without_first: bool
 
     def moments(self) -> InputMoments:
         """Return the moments of the inputs of the dense model, kept in a file."""
-        path = self.folder / f"moments_{self.seen.numel()}.safetensors"
+        path = self.folder / f"moments_{self.seen.numel()}{'_without_first' if self.without_first else ''}.safetensors"
         if not path.exists():
             body = body_of(self.model)
-            found = ks.collect_input_moments(body, self.batches(), MLP, held_out=0, model_name="SmolLM2-135M")
+            found = ks.collect_input_moments(
+                body, self.batches(), MLP, mask=self.mask, held_out=0, model_name="SmolLM2-135M"
+            )
             found.save(path)
         return InputMoments.load(path)
+
+    def mask(self, batch: torch.Tensor) -> torch.Tensor | None:
+        """Return the tokens whose inputs are measured: all, or all but the first of each sequence."""
+        if not self.without_first:
+            return None
+        counted = torch.ones_like(batch, dtype=torch.bool)
+        counted[:, 0] = False
+        return counted
 
     def batches(self) -> list[torch.Tensor]:
         return list(self.seen.split(4))
@@ -145,9 +156,10 @@ class Study:
         return plan.as_uniform() if allocation == "uniform" else plan
 
     def known(self) -> list[dict]:
-        """Return the rows of cells that were measured on as many tokens."""
-        tokens = str(self.seen.numel()), str(self.unseen.numel())
-        return [row for row in self.rows.known if (row["seen_tokens"], row["unseen_tokens"]) == tokens]
+        """Return the rows of cells that were measured on the same tokens."""
+        same = {"seen_tokens": self.seen.numel(), "unseen_tokens": self.unseen.numel()}
+        same["without_first"] = self.without_first
+        return [row for row in self.rows.known if all(row[name] == str(value) for name, value in same.items())]
 
     def is_known(self, method: str, budget: float, allocation: str) -> bool:
         cell = (method, f"{budget:.5g}", allocation)
@@ -181,6 +193,7 @@ class Study:
                 "grids": families.count("monarch"),
                 "seen_tokens": self.seen.numel(),
                 "unseen_tokens": self.unseen.numel(),
+                "without_first": self.without_first,
                 "timed_tokens": tokens.numel(),
                 **place(torch.device("cpu")),
             }
@@ -203,7 +216,9 @@ class Study:
                 small = apply_chains(small, plan, chains[METHODS[method][1]].of, quiet=True)
             else:
                 plan = self.plan("low-rank", budget, allocation, moments)
-                ks.compress_in_order(body_of(small), plan, self.batches(), max_passes=self.passes, quiet=True)
+                ks.compress_in_order(
+                    body_of(small), plan, self.batches(), mask=self.mask, max_passes=self.passes, quiet=True
+                )
             self.add(method, allocation, plan, small)
         return True
 
@@ -274,6 +289,7 @@ def main(argv=None) -> int:
     parser.add_argument("--figure", type=Path, help="PNG of perplexity against parameters")
     parser.add_argument("--tokens", type=int, default=20_480, help="tokens on which inputs are measured")
     parser.add_argument("--unseen_tokens", type=int, default=8_192, help="tokens of other source files")
+    parser.add_argument("--without_first", action="store_true", help="leave out the first token of each sequence")
     parser.add_argument("--passes", type=int, default=6, help="passes of the sequential calibration")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no cell after this time")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "build" / "language_model", help="moments and floors")
@@ -287,7 +303,7 @@ def main(argv=None) -> int:
     folder = options.work_dir / "tiny" if options.tiny else options.work_dir
     folder.mkdir(parents=True, exist_ok=True)
     passes = 2 if options.tiny else options.passes
-    study = Study(model, seen, unseen, folder, Rows(options.csv, resume=True), passes)
+    study = Study(model, seen, unseen, folder, Rows(options.csv, resume=True), passes, options.without_first)
     whole = study.run(lambda: time.monotonic() - started > 60 * options.minutes)
     print(f"\n{table(study.known())}")
     if options.figure:
