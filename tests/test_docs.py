@@ -42,7 +42,17 @@ COMMANDS = {
 }
 # Flags of other programs: pip, ray, tensorboard, docs/generate.py, benchmarks/minilm_layers.py.
 FOREIGN = {
-    *("--help", "--no-deps", "--generate", "--train", "--head", "--port", "--address", "--disable-usage-stats"),
+    *(
+        "--help",
+        "--without_first",
+        "--no-deps",
+        "--generate",
+        "--train",
+        "--head",
+        "--port",
+        "--address",
+        "--disable-usage-stats",
+    ),
     "--logdir",
 }
 
