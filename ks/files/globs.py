@@ -1,17 +1,16 @@
 """Names of layers and tensors, matched by globs over their components."""
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from ks.errors import one_line
 
-WILDCARDS = "*?["
-
 
 def is_glob(name: str) -> bool:
-    """Return whether a name has wildcards."""
-    return any(character in name for character in WILDCARDS)
+    """Return whether a name has wildcards: *, ? or characters in brackets."""
+    return re.search(r"[*?]|\[.+\]", name) is not None
 
 
 def matches(name: str, glob: str) -> bool:

@@ -164,6 +164,7 @@ LISTS = {
     "figsize": (["10,5.5"],),
     "formats": (["png,svg"],),
     "chains": (["monarch,lowrank"],),
+    "stop_ranks": (["2,4"],),
 }
 SPACED = {
     "ranks": "2 4 8",
@@ -172,6 +173,7 @@ SPACED = {
     "col_splits": "4 512",
     "figsize": "10 5.5",
     "chains": "monarch lowrank",
+    "stop_ranks": "2 4",
 }
 
 

@@ -153,7 +153,7 @@ def test_a_packed_weight_is_read_as_the_one_it_was_packed_from(tmp_path, transpo
     tensor = torch.randn(3, 5, dtype=torch.float64).to(torch.bfloat16)
     torch.save({key: tensor, "other": torch.ones(7, 7)} if key else tensor, tmp_path / "model.pth")
     weight = load_weight(tmp_path / "model.pth", key, transpose)
-    (tmp_path / "alone.pth").write_bytes(packed(weight, transpose))
+    (tmp_path / "alone.pth").write_bytes(packed([weight], transpose))
     again = load_weight(tmp_path / "alone.pth", key, transpose)
     assert again.key == weight.key
     assert again.sha256() == weight.sha256()

@@ -182,7 +182,7 @@ CEILINGS = {
 @pytest.mark.parametrize("case", CEILINGS, ids=str)
 def test_kernels_of_a_step(kernels, case):
     fused, name, dtype = case
-    sizes = {"patterns": make_chain(256, 256).patterns(8), "batch_size": 32}
+    sizes = {"patterns": make_chain(256, 256).patterns(16), "batch_size": 32}
     training = Training(name, dtype, weight_decay=0.0, impl="triton" if fused else "bmm", **sizes)
     epochs = training.epochs(fused)
     with KernelCount(kernels, sys.modules["ks.product.triton_kernels"]) as count:
