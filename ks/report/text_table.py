@@ -1,6 +1,7 @@
-"""Tables for a terminal: names of columns broken at underscores, long texts wrapped, no line wider than a terminal."""
+"""Tables and sentences for a terminal: names of columns broken at underscores, long texts wrapped, no wide line."""
 
 import textwrap
+from collections.abc import Iterable
 
 WIDTH = 100
 NARROW = 16  # characters that a wrapped column needs
@@ -24,6 +25,11 @@ def text_table(columns: dict[str, list[str]], wrapped: str | None = None, width:
             blocks.append([])
         blocks[-1].append(name)
     return "\n\n".join(_block([first, *block], columns, headers, natural, wrapped, width) for block in blocks)
+
+
+def filled(sentences: Iterable[str], width: int = WIDTH) -> list[str]:
+    """Return sentences in lines of a terminal; a line that continues a sentence is indented."""
+    return [textwrap.fill(sentence, width, subsequent_indent="  ", break_on_hyphens=False) for sentence in sentences]
 
 
 def _block(names: list[str], columns: dict, headers: dict, natural: dict, wrapped: str | None, width: int) -> str:

@@ -63,13 +63,14 @@ class CheckpointStudy:
     def plan_text(self) -> str:
         """Plan, and return the plan as text, for --dry_run; the floors are kept in the results folder."""
         from ks.report.model_plan_table import floors_lines, plan_lines, totals
+        from ks.report.text_table import filled
 
         files = SweepFiles(prepare_output_dir(self.config.output_dir), self.config.save_prefix)
         with locked(files.lock, "another sweep"):
             candidates, plan = plan_checkpoint(self.config, self.selection, self.importance, files)
         if plan is None:
             return "\n".join([floors_lines(candidates), str(files.layer_floors_csv)])
-        return "\n".join([*totals(plan), plan_lines(plan), str(files.plan_json), str(files.plan_csv)])
+        return "\n".join([*filled(totals(plan)), "", plan_lines(plan), str(files.plan_json), str(files.plan_csv)])
 
     def launcher(self) -> Launcher:
         """Return the launcher that the flags name, with the files that trainings elsewhere read."""

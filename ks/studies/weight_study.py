@@ -155,6 +155,7 @@ class WeightStudy:
         """Write summary and figures; return the lines to print."""
         from ks.report.outputs import summarise, write_outputs
         from ks.report.summary_table import summary_table
+        from ks.report.text_table import filled
 
         results = [ended.get(run) or self.read_result(run) for run in self.runs]
         self.rows_of_runs, self.rows = summarise(
@@ -171,10 +172,10 @@ class WeightStudy:
         self.record["advice"] = advice(self.rows, self.problem.sampling)
         written = write_outputs(self.config, files, self.record, results, self.rows_of_runs, self.rows)
         return [
-            *self.record["answer"],
+            *filled(self.record["answer"]),
             "",
             summary_table(self.rows, self.config.verbose),
-            *self.record["advice"],
+            *filled(self.record["advice"]),
             *map(str, written),
         ]
 

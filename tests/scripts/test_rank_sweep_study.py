@@ -19,6 +19,7 @@ from ks.files import columns, curves
 from ks.files.curves import read_curves
 from ks.files.layout import SweepFiles, find_runs
 from ks.report.read_results import read_study
+from ks.report.text_table import filled
 from ks.sweep.progress import Progress
 from ks.training.losses import LossKind
 
@@ -74,7 +75,7 @@ def test_a_sweep_writes_the_files_of_the_contract(swept):
     assert [row["rank"] for row in rows] == ["2", "4", "100"]
     assert [row["status"] for row in rows] == ["ok", "ok", "ok (copy of rank 4)"]
     answer = json.loads((study / "rank_sweep_config.json").read_text())["answer"]
-    assert done.stdout.startswith("\n".join(answer) + "\n\n")
+    assert done.stdout.startswith("\n".join(filled(answer)) + "\n\n")
     last = read_table(study / "rank_2" / "rank_2_rank_2_loss_curves.csv")[-1]
     assert last["val_loss"] == rows[0]["final_val_loss"]
     assert [row["rank"] for row in json.loads((study / "rank_sweep_summary.json").read_text())] == [2, 4, 100]
