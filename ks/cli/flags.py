@@ -353,13 +353,14 @@ class SweepConfig(LayersFlags, TargetFlags, TrainingFlags, OutputFlags, PlotFlag
         return len(names) > 1 or any(is_glob(name) for name in names) or bool(asked)
 
     def of_layer(self, name: str | None, **changes: Any) -> "SweepConfig":
-        """Return the flags for one weight of the checkpoint.
+        """Return the flags for one weight of the checkpoint, without those that choose among layers.
 
         Args:
             name: of the weight; None if the file holds one weight alone.
             changes: other flags.
         """
-        return dataclasses.replace(self, weight_key=name, **changes)  # type: ignore[arg-type]
+        chosen = {"weight_key": name, "chains": None, "budget": None, "importance": "equal", "rank_multiple": 1}
+        return dataclasses.replace(self, **(chosen | changes))  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

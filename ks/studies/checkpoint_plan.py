@@ -36,6 +36,17 @@ def check_flags(config: SweepConfig) -> None:
         raise UsageError(f"--chain {config.chain} together with --chains: give one or the other")
     if config.budget is not None and config.target_relative_loss is not None:
         raise UsageError("--budget together with --target_relative_loss: give one or the other")
+    if config.budget is None and config.target_relative_loss is None:
+        if config.importance != Weighting.EQUAL or config.rank_multiple != 1:
+            raise UsageError(
+                "--importance and --rank_multiple are for a plan; give --budget or --target_relative_loss too"
+            )
+        several = config.chains or ()
+        if len(several) > 1 and not config.dry_run:
+            raise UsageError(
+                f"--chains {' '.join(several)}: give --budget or --target_relative_loss to choose one for each layer, "
+                "or one --chain for all; --dry_run compares them"
+            )
     if config.chain == "lowrank_butterfly":
         raise UsageError("--chain lowrank_butterfly has no floor, and a plan needs one; choose another family")
     for name in ("inputs_key", "fit_bias"):

@@ -1,7 +1,6 @@
 """A study of several layers of a checkpoint: one plan for all, trainings through one launcher, one summary."""
 
 import dataclasses
-from contextlib import ExitStack
 from pathlib import Path
 
 from ks import signals
@@ -17,7 +16,7 @@ from ks.files.lock import locked
 from ks.files.provenance import provenance
 from ks.files.status import Status
 from ks.files.weights import packed
-from ks.studies.checkpoint_plan import check_flags, families_of, importance_of, plan_checkpoint, select
+from ks.studies.checkpoint_plan import check_flags, importance_of, plan_checkpoint, select
 from ks.studies.choices import remedies_of
 from ks.studies.weight_study import WeightStudy
 from ks.sweep.claim import claim_folder
@@ -57,7 +56,6 @@ class CheckpointStudy:
         self.importance = importance_of(config)
         self.selection = select(config)
         self.layers: list[_Layer] = []
-        self.locks = ExitStack()
         self.ended: list[Status] = []
 
     def plan_text(self) -> str:
@@ -113,7 +111,6 @@ class CheckpointStudy:
             signals.check()
             study = WeightStudy(layer, self.trainer)
             inside = SweepFiles(prepare_output_dir(layer.output_dir), layer.save_prefix)
-            self.locks.enter_context(locked(inside.lock, "another sweep"))
             study.claim(inside)
             name = str(layer.weight_key)
             runs = [_named(run, name) for run in study.runs]
@@ -122,13 +119,8 @@ class CheckpointStudy:
     def _configs(self, plan: ModelPlan | None, files: SweepFiles) -> list[SweepConfig]:
         """Return the flags of every layer that is trained."""
         if plan is None:
-            families = families_of(self.config) if self.config.chains else (self.config.chain or "monarch",)
-            if len(families) > 1:
-                raise UsageError(
-                    f"--chains {' '.join(families)}: give --budget or --target_relative_loss to choose one for each "
-                    "layer, or one --chain; --dry_run compares them"
-                )
-            chosen = [(weight.name, families[0], self.config.ranks) for weight in self.selection.weights]
+            family = self.config.chains[0] if self.config.chains else self.config.chain or "monarch"
+            chosen = [(weight.name, family, self.config.ranks) for weight in self.selection.weights]
         else:
             chosen = [
                 (layer.layer, layer.family, self.config.ranks or (_rank(layer),))
@@ -141,8 +133,6 @@ class CheckpointStudy:
             self.config.of_layer(
                 name,
                 chain=family,
-                chains=None,
-                budget=None,
                 target_relative_loss=None if plan else self.config.target_relative_loss,
                 ranks=ranks,
                 output_dir=str(layer_folder(files.directory, name)),
@@ -174,11 +164,10 @@ class CheckpointStudy:
             study.check_floors()
             self.ended += [row["status"].status for row in study.rows_of_runs]
             rows += study.rows
-        self.locks.close()
         names = columns.names(columns.SUMMARY)
         write_csv(files.summary_csv, names, rows)
         write_json(files.summary_json, [{name: row.get(name) for name in names} for row in rows])
-        return [layers_table(rows), *map(str, (files.plan_csv, files.summary_csv) if files.plan_csv.exists() else ())]
+        return [layers_table(rows), str(files.summary_csv)]
 
     def statuses(self) -> set[Status]:
         """Return how the runs ended, once the study is concluded."""

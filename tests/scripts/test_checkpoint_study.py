@@ -120,6 +120,8 @@ BAD = {
     "budget and target": (("--budget", 0.5, "--target_relative_loss", 0.1), LAYERS, "give one or the other"),
     "budget above 1": (("--budget", 1.5), LAYERS, "'1.5' is not a number above 0, at most 1"),
     "chain and chains": (("--chain", "lowrank", "--chains", "monarch"), LAYERS, "give one or the other"),
+    "several chains": (("--chains", "lowrank", "monarch"), LAYERS, "to choose one for each layer"),
+    "multiple": (("--rank_multiple", 8), LAYERS, "give --budget or --target_relative_loss too"),
     "splits": (("--row_splits", 4, 6, "--col_splits", 4, 4), LAYERS, "are for one weight"),
     "no floor": (("--chain", "lowrank_butterfly"), LAYERS, "has no floor, and a plan needs one"),
     "importance": (("--importance", "absent.json", "--budget", 0.5), LAYERS, "absent.json"),
