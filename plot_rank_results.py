@@ -32,6 +32,7 @@ from ks.report.figures.front import chains
 from ks.report.html import write_report
 from ks.report.read_results import read_study
 from ks.report.summary_table import summary_table
+from ks.report.text_table import filled
 
 
 def build_parser() -> Parser[PlotConfig]:
@@ -86,7 +87,7 @@ def main(argv=None) -> int:
         if several:
             print(f"{study.name}: {study.chain}")
         if study.answer:
-            print("\n".join(study.answer) + "\n")
+            print("\n".join(filled(study.answer)) + "\n")
         print(summary_table(study.summary.to_dict("records"), config.verbose))
     for path in written:
         print(path)
