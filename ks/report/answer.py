@@ -6,6 +6,7 @@ from ks.bounds.plan import Plan
 from ks.bounds.shares import shares
 from ks.bounds.target_rank import smallest_ranks
 from ks.files.status import ended_well
+from ks.report.speed import measured_batches, times_of
 from ks.report.verdict import NEGLIGIBLE_FLOOR, Limit
 
 # The share of the height and width of the front, in logarithms, by which a knee lies below the chord.
@@ -58,7 +59,7 @@ def _by_target(rows: list[dict], plan: Plan, target: float) -> tuple[dict, list[
         return named, sentences
     lower, upper = smallest_ranks(plan, target)
     trained = {row["rank"]: row for row in rows}
-    least = "its floor is" if plan.bounds.lower(upper) == plan.bounds.upper(upper) else "the best known chain loses"
+    least = _what_floor_is(plan, upper)
     if upper < named["rank"] and upper in trained:
         ends, floor, limit = shares(trained[upper]["relative_loss"], plan.bounds.upper(upper), target)
         sentences.append(f"Rank {upper} can reach {limit} too, but ends at {ends}; {least} {floor}.")
@@ -82,7 +83,8 @@ def _not_reached(rows: list[dict], plan: Plan, target: float) -> tuple[dict, lis
         text = f"{limit} of the output energy is not reached: rank {named['rank']} ends at {loss}; try a larger rank."
         return named, [text]
     loss, least, limit = shares(named["relative_loss"], floor, target)
-    start = f"{limit} of the output energy is not reached: rank {named['rank']} ends at {loss}, its floor is {least}"
+    what = _what_floor_is(plan, named["rank"])
+    start = f"{limit} of the output energy is not reached: rank {named['rank']} ends at {loss}, {what} {least}"
     remedies = [*_more_epochs(named, floor, target), *_larger_rank(named, floor, plan, target)]
     lower, upper = smallest_ranks(plan, target)
     if not able:
@@ -90,6 +92,12 @@ def _not_reached(rows: list[dict], plan: Plan, target: float) -> tuple[dict, lis
     elif named["rank"] > upper:
         start += f"; rank {upper} is the smallest that can reach it"
     return named, [f"{start}. Use {' or '.join(remedies)}."]
+
+
+def _what_floor_is(plan: Plan, rank: int) -> str:
+    """Return how a sentence names the upper bound of a rank: only an exact floor is its floor."""
+    assert plan.bounds is not None
+    return "its floor is" if plan.bounds.lower(rank) == plan.bounds.upper(rank) else "the best known chain loses"
 
 
 def _more_epochs(row: dict, floor: float, target: float) -> list[str]:
@@ -113,7 +121,7 @@ def _larger_rank(row: dict, floor: float, plan: Plan, target: float) -> list[str
     wanted = target - max(row["relative_loss"] - floor, 0.0)
     rank = smallest_ranks(plan, wanted)[1] if wanted > 0 else plan.chain.saturation_rank
     large = ", larger than dense" if plan.chain.parameters(rank) > plan.chain.rows * plan.chain.cols else ""
-    return [f"--ranks {rank} (floor {shares(plan.bounds.upper(rank))[0]}{large})"]
+    return [f"--ranks {rank} (where {shares(plan.bounds.upper(rank))[0]} is possible, a margin for training{large})"]
 
 
 def _by_front(rows: list[dict]) -> tuple[dict, list[str]]:
@@ -203,18 +211,17 @@ def _lowrank_beside(row: dict, plan: Plan) -> list[str]:
 
 
 def _warnings(row: dict, target: float | None) -> list[str]:
-    """Return what speaks against the named rank: size, latency, held-out inputs."""
+    """Return the size of the named rank if it is too large, its time, and held-out inputs that lose more."""
     rank, sentences = row["rank"], []
     if row["compression_ratio"] < 1:
         sentences.append(f"WARNING: rank {rank} has more parameters than the dense weight.")
-    both = {name: (row[name], row.get(f"dense_{name}")) for name in row if name.startswith("latency_ms_batch_")}
-    slower = [
-        f"batch {name.rpartition('_')[2]} ({ours:.3g} ms, dense {dense:.3g} ms)"
-        for name, (ours, dense) in both.items()
-        if ours is not None and dense is not None and ours > dense
-    ]
-    if slower:
-        sentences.append(f"WARNING: rank {rank} is slower than the dense weight on this device at {', '.join(slower)}.")
+    ratios = {
+        batch: times[0] / times[1] for batch in measured_batches([row]) if (times := times_of(row, batch)) is not None
+    }
+    if ratios:
+        slower = "WARNING: " if max(ratios.values()) > 1 else ""
+        texts = [f"{ratio:.2f} at batch {batch}" for batch, ratio in ratios.items()]
+        sentences.append(f"{slower}Time of rank {rank} over that of the dense weight here: {', '.join(texts)}.")
     held_out = row.get("held_out_relative_loss")
     if target is not None and held_out is not None and row["relative_loss"] <= target < held_out:
         loss, limit = shares(held_out, target)

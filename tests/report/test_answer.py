@@ -57,7 +57,7 @@ def test_a_target_that_is_missed_by_a_little_needs_epochs_or_a_rank_with_room():
     first = answer(rows, PLAN, floor + 0.004)[0]
     assert "is not reached: rank 4 ends at " in first
     assert "its floor is " in first
-    assert "Use --num_epochs 100 or --ranks 5 (floor " in first
+    assert "Use --num_epochs 100 or --ranks 5 (where " in first
     larger = int(first.split("--ranks ")[1].split(" ")[0])
     assert PLAN.curve[larger] + 0.008 <= floor + 0.004 < PLAN.curve[larger - 1] + 0.008
 
@@ -112,9 +112,7 @@ def test_a_slower_chain_is_pointed_at():
     row |= {"latency_ms_batch_1": 0.2, "dense_latency_ms_batch_1": 0.1}
     row |= {"latency_ms_batch_32": 0.2, "dense_latency_ms_batch_32": 0.3}
     (warning,) = [line for line in answer([row], PLAN) if line.startswith("WARNING")]
-    assert (
-        warning == "WARNING: rank 4 is slower than the dense weight on this device at batch 1 (0.2 ms, dense 0.1 ms)."
-    )
+    assert warning == "WARNING: Time of rank 4 over that of the dense weight here: 2.00 at batch 1, 0.67 at batch 32."
 
 
 def test_held_out_inputs_that_miss_the_target_are_pointed_at():
