@@ -100,19 +100,18 @@ def find_candidates(
                 raise UsageError(f"{one_line(weight.name)}: no floor: {reason}")
         sha256, inputs_sha256 = loaded.sha256(), inputs.sha256(weight.name)
         known = {family: file.find(sha256, inputs_sha256, family) for family in families}
-        new = []
+        new = {}
         if not all(known.values()):
             moment, tensor = inputs.second_moment(weight.name, cols), loaded.tensor.to(device)
-            new = [
-                layer_floors(tensor, family, moment, lambda text: check_stop())
+            new = {
+                family: layer_floors(tensor, family, moment, lambda text: check_stop())
                 for family, floors in known.items()
                 if floors is None
-            ]
-        complete = [floors for floors in known.values() if floors is not None] + new
-        complete.sort(key=lambda floors: families.index(floors.chain))
+            }
+        complete = tuple(floors for floors in (known | new).values() if floors is not None)
         itemsize = loaded.tensor.element_size()
-        entry = Candidates(weight.name, rows, cols, sha256, inputs_sha256, itemsize, tuple(complete))
-        return entry, new, time.monotonic() - started
+        entry = Candidates(weight.name, rows, cols, sha256, inputs_sha256, itemsize, complete)
+        return entry, [*new.values()], time.monotonic() - started
 
     for number, (entry, new, seconds) in enumerate(_each(compute, weights, device), start=1):
         if (first := seen.setdefault(entry.weight_sha256, len(found))) < len(found):

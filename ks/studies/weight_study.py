@@ -62,9 +62,8 @@ class WeightStudy:
         if config.inputs and self.plan.bounds is not None:
             isotropic = floor_curve(problem.isotropic_weight(), problem.chain)
             self.plan = dataclasses.replace(self.plan, isotropic_curve=isotropic)
-        settings = settings_of(config, problem) | {"seed": seeds_of(config)[0]}
         study = study_in(config)
-        if study is not None and changes(study.settings, settings):
+        if study is not None and changes(study.settings, _identity(config, problem)):
             study = None  # another study, which claiming the folder refuses
         self.chosen, self.ranks = ranks_of(config, self.plan, study)
         self.floors = floors or dict(zip(self.ranks, self.plan.floors(self.ranks), strict=True))
@@ -200,11 +199,16 @@ class WeightStudy:
             yield [dataclasses.replace(run.task, inherited=inherited) if run in first else run.task for run in runs]
 
 
+def _identity(config: SweepConfig, problem: Problem) -> dict:
+    """Return the settings that identify a study."""
+    return settings_of(config, problem) | {"seed": seeds_of(config)[0]}
+
+
 def record_of(config: SweepConfig, problem: Problem, ranks: list[int]) -> dict:
     """Return the content of the sweep's config file."""
     seeds = seeds_of(config)
     return {
-        "settings": settings_of(config, problem) | {"seed": seeds[0]},
+        "settings": _identity(config, problem),
         "ranks": ranks,
         "seeds": seeds,
         "title": _title_of(config, problem),
