@@ -18,14 +18,14 @@ def training_passes(patterns, batch: int, device="cpu", impl: str = "auto") -> C
     return ChainPasses(patterns, batch, torch.device(device), torch.float32, block_order=True, impl=impl)
 
 
-def our_step(passes: ChainPasses, factors, optimiser):
+def our_step(passes: ChainPasses, factors, optimizer):
     """Return the step of `train_with_random.py`, for targets in the order of `passes.output_rows`."""
 
     def step(inputs, targets, lr):
         prediction, *inner = passes.forward(inputs, factors)
         loss, gradient = squared_error_and_gradient(prediction, targets)
-        passes.backward(gradient, inputs, factors, inner, out=optimiser.gradients, scaling=optimiser.scaling)
-        return loss, optimiser.update(lr, loss)
+        passes.backward(gradient, inputs, factors, inner, out=optimizer.gradients, scaling=optimizer.scaling)
+        return loss, optimizer.update(lr, loss)
 
     return step
 
@@ -74,19 +74,19 @@ def plain_epochs(model, weight, inputs, num_epochs: int, batch_size: int, lr: fl
     Returns:
         the mean loss of every epoch.
     """
-    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, num_epochs)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_epochs)
     losses = []
     for _ in range(num_epochs):
         total, steps = 0.0, 0
         for rows in torch.randperm(len(inputs), device=inputs.device).split(batch_size):
             x = inputs[rows]
             target = x @ weight.t()
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss = torch.nn.functional.mse_loss(model(x), target)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-            optimiser.step()
+            optimizer.step()
             total, steps = total + loss.item(), steps + 1
         scheduler.step()
         losses.append(total / steps)

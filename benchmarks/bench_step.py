@@ -6,7 +6,7 @@
 
 Steps, on batches of 32 ready samples: "ours" is that of `train_with_random.py`; "plain" is the loop of `baselines.py`,
 and "compiled" the same with its chain under torch.compile(mode="reduce-overhead") (on a CPU by the backend aot_eager);
-"bare" calls only the matrix products and the fused optimiser of ours; "dense" trains a dense matrix with our optimiser.
+"bare" calls only the matrix products and the fused optimizer of ours; "dense" trains a dense matrix with our optimizer.
 Layer: y = layer(x), without and with the backward pass for x and values, against torch-structured, einsum, bmm with
 permuted copies, a dense layer, and "bare": only the matrix products of ours, on operands in the best order. The program
 compares the outputs before it times anything, and interleaves the timings of a row.
@@ -36,7 +36,7 @@ from ks.patterns import make_chain
 from ks.training.cuda_graph import make_epochs
 from ks.training.fused_step import FusedStep
 from ks.training.losses import squared_error_and_gradient
-from ks.training.optimiser import Optimiser
+from ks.training.optimizer import Optimizer
 from ks.training.problem import choose_device
 from ks.training.samples import Samples
 
@@ -46,26 +46,26 @@ STEPS = 50
 def our_epoch(layer, weight, samples, impl):
     """Return a function that runs an epoch of our training step, captured on a GPU."""
     factors = [factor.detach().clone() for factor in layer.factors]
-    optimiser = Optimiser("adamw", factors)
+    optimizer = Optimizer("adamw", factors)
     passes = training_passes(layer.patterns, samples.batch_size, weight.device, impl)
-    step = our_step(passes, factors, optimiser)
-    fused = FusedStep(passes, optimiser, samples) if impl == "triton" and weight.device.type == "cuda" else None
-    epochs, _, warning = make_epochs(step, samples, optimiser.state(), weight.device, whole_step=fused)
+    step = our_step(passes, factors, optimizer)
+    fused = FusedStep(passes, optimizer, samples) if impl == "triton" and weight.device.type == "cuda" else None
+    epochs, _, warning = make_epochs(step, samples, optimizer.state(), weight.device, whole_step=fused)
     if warning:
         print(f"WARNING: {warning}", file=sys.stderr)
     return lambda: epochs.run(1, [1e-4] * samples.steps_per_epoch)[0].mean().item()
 
 
 def bare_epoch(layer, samples):
-    """Return a function for the products of a two-factor step and its optimiser, on operands in the best order."""
+    """Return a function for the products of a two-factor step and its optimizer, on operands in the best order."""
     left, right = layer.patterns
     batch, device = samples.batch_size, samples.inputs.device
     matrices = [torch.randn(p.a * p.d, p.b, p.c, device=device) * p.c**-0.5 for p in layer.patterns]
     entered = torch.randn(left.d, left.c, batch, device=device)
     gradients = [torch.randn(left.d, left.b, batch, device=device), torch.randn(right.a, right.b, batch, device=device)]
-    optimiser = Optimiser("adamw", [matrix.unsqueeze(0) for matrix in matrices], max_grad_norm=0)
-    state = zip(optimiser.parameters, optimiser.gradients, optimiser.moments)
-    state = [([values], [gradient], *([moment] for moment in moments), [], [optimiser.count])
+    optimizer = Optimizer("adamw", [matrix.unsqueeze(0) for matrix in matrices], max_grad_norm=0)
+    state = zip(optimizer.parameters, optimizer.gradients, optimizer.moments)
+    state = [([values], [gradient], *([moment] for moment in moments), [], [optimizer.count])
              for values, gradient, moments in state]  # fmt: skip
     settings = {"lr": 1e-4, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "amsgrad": False}
     settings |= {"maximize": False, "grad_scale": None, "found_inf": None}
@@ -76,8 +76,8 @@ def bare_epoch(layer, samples):
             torch.bmm(matrices[1], x)
             torch.bmm(matrices[0], entered)
             torch.bmm(matrices[0].transpose(1, 2), gradients[0])
-            torch.bmm(gradients[0], entered.transpose(1, 2), out=optimiser.gradients[0][0])
-            torch.bmm(gradients[1], x.transpose(1, 2), out=optimiser.gradients[1][0])
+            torch.bmm(gradients[0], entered.transpose(1, 2), out=optimizer.gradients[0][0])
+            torch.bmm(gradients[1], x.transpose(1, 2), out=optimizer.gradients[1][0])
             for tensors in state:
                 torch._fused_adamw_(*tensors, **settings)
 
@@ -87,13 +87,13 @@ def bare_epoch(layer, samples):
 def dense_epoch(weight, samples):
     """Return a function that runs an epoch of the same step for a dense matrix."""
     dense = torch.zeros_like(weight)
-    optimiser = Optimiser("adamw", [dense.view(1, *weight.shape, 1)])
+    optimizer = Optimizer("adamw", [dense.view(1, *weight.shape, 1)])
 
     def epoch():
         for inputs, targets in zip(samples.inputs, samples.targets):
             loss, gradient = squared_error_and_gradient(torch.nn.functional.linear(inputs, dense), targets)
-            torch.mm(gradient.t(), inputs, out=optimiser.gradients[0][0, :, :, 0])
-            optimiser.update(1e-4, loss)
+            torch.mm(gradient.t(), inputs, out=optimizer.gradients[0][0, :, :, 0])
+            optimizer.update(1e-4, loss)
 
     return epoch
 

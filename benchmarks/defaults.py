@@ -21,7 +21,7 @@ from ks.bounds.population_loss import population_loss
 from ks.files.make_weight import make_weight
 from ks.files.weights import load_weight
 from ks.layer import KSLinear
-from ks.training import optimiser
+from ks.training import optimizer
 from ks.training.epochs import Epochs
 from ks.training.samples import Samples, seeded_generator
 from ks.training.schedule import Schedule
@@ -43,7 +43,7 @@ SETTINGS = {
     "fresh samples": {"sampling": "fresh"},
     "fixed samples": {"sampling": "fixed"},
 }
-RELATIVE_STEP, ADAM_BETAS = optimiser.RELATIVE_STEP, optimiser.ADAM_BETAS
+RELATIVE_STEP, ADAM_BETAS = optimizer.RELATIVE_STEP, optimizer.ADAM_BETAS
 
 
 def gap(
@@ -60,7 +60,7 @@ def gap(
     reshuffle=False,
 ) -> float:
     """Train one chain with the given settings; return population loss / floor − 1."""
-    optimiser.RELATIVE_STEP, optimiser.ADAM_BETAS = relative_step, betas
+    optimizer.RELATIVE_STEP, optimizer.ADAM_BETAS = relative_step, betas
     rows, cols = weight.shape
     chain = ks.make_chain(rows, cols)
     target = weight * (rows**0.5 / weight.norm())
@@ -72,7 +72,7 @@ def gap(
     if left_zero:
         torch.nn.init.zeros_(model.factors[0])
     factors = [factor.detach() for factor in model.factors]
-    adamw = optimiser.Optimiser("adamw", factors)
+    adamw = optimizer.Optimizer("adamw", factors)
     if flat_rate is not None:
         adamw.rate_factors = [flat_rate] * len(factors)
     schedule = Schedule(scheduler, 1e-3, samples.steps_per_epoch, epochs)

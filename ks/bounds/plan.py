@@ -66,6 +66,7 @@ def make_plan(
     *,
     tight: bool = False,
     progress: Progress | None = None,
+    reason: str | None = None,
 ) -> Plan:
     """Plan a chain family on a weight; floors are computed when they are asked for.
 
@@ -75,7 +76,8 @@ def make_plan(
         inputs: the second moment C of x.
         tight: spend several times as long on lower bounds that are not exact (`ks.bounds.floors.loss_floor`).
         progress: called with a few words before every longer computation.
+        reason: why there are no floors, if that is not the chain's doing.
     """
-    reason = no_floor_reason(chain)
+    reason = reason or no_floor_reason(chain)
     bounds = None if reason else chain_bounds(weight, chain, inputs, tight=tight, progress=progress)
     return Plan(weight, chain, inputs, bounds, reason)

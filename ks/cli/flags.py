@@ -78,15 +78,15 @@ class ChainFlags:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimiserFlags:
-    TITLE: ClassVar = "optimiser"
+class OptimizerFlags:
+    TITLE: ClassVar = "optimizer"
     num_epochs: int = flag(100, "epochs of each training", convert=positive_int)
     batch_size: int = flag(32, "samples per step", convert=positive_int)
     lr: float = flag(1e-3, "peak learning rate", convert=positive_float)
     weight_decay: float = flag(0.0, "weight decay; decoupled for gauss_newton and adamw", convert=non_negative_float)
     optimizer: str = flag(
         "auto",
-        "optimiser; auto is gauss_newton for two or three chainable factors and the mean squared error, else adamw; "
+        "optimizer; auto is gauss_newton for two or three chainable factors and the mean squared error, else adamw; "
         "sgd has a momentum of 0.9 and needs a far larger --lr",
         choices=("auto", "gauss_newton", "adamw", "adam", "sgd"),
     )
@@ -193,7 +193,7 @@ class CheckpointFlags:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingFlags(WeightFlags, ChainFlags, OptimiserFlags, SampleFlags, RunningFlags, CheckpointFlags):
+class TrainingFlags(WeightFlags, ChainFlags, OptimizerFlags, SampleFlags, RunningFlags, CheckpointFlags):
     """Every flag that the training script and the sweep share, except where the results go."""
 
     def training_settings(self) -> dict[str, Any]:
@@ -246,7 +246,7 @@ class TargetFlags:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainerConfig(TargetFlags, TrainingFlags, OutputFlags):
+class TrainerConfig(TrainingFlags, OutputFlags):
     """train_with_random.py."""
 
     TITLE: ClassVar = "one training"
@@ -301,7 +301,7 @@ class SweepConfig(LayersFlags, TargetFlags, TrainingFlags, OutputFlags, PlotFlag
     """rank_sweep_study.py."""
 
     TITLE: ClassVar = "sweep"
-    num_epochs: int = redefault(OptimiserFlags, "num_epochs", 50)
+    num_epochs: int = redefault(OptimizerFlags, "num_epochs", 50)
     # The rank folder of the contract holds no epoch checkpoints.
     save_interval: int = redefault(CheckpointFlags, "save_interval", 0)
     output_dir: str = redefault(OutputFlags, "output_dir", "./rank_sweep_results")
@@ -390,7 +390,7 @@ class GeneratorConfig(ChainFlags):
     output_path: str = flag("./test_weight.pth", "file to write: .pth, .pt, .safetensors or .npy", convert=path)
     dtype: str = redefault(RunningFlags, "dtype", "float32", help="dtype of the weight")
     init_method: str = flag("xavier_uniform", "kind of weight, described in docs/flags.md", choices=INIT_METHODS)
-    seed: int = redefault(OptimiserFlags, "seed", 0, help="seed of the weight")
+    seed: int = redefault(OptimizerFlags, "seed", 0, help="seed of the weight")
     rank: int = flag(8, "exact_chain, lowrank_plus_noise: rank of the signal", convert=positive_int)
     noise: float = flag(
         0.1, "lowrank_plus_noise: Frobenius norm of the noise over that of the signal", convert=non_negative_float

@@ -113,3 +113,10 @@ def _last(header: str, rows: list[str], name: str) -> float | None:
     place = names.index(name)
     found = (cells[place] for row in reversed(rows) if len(cells := row.split(",")) > place and cells[place])
     return next(map(float, found), None)
+
+
+def check_metric_names(names) -> None:
+    """To be merged."""
+    for name in names:
+        if not isinstance(name, str) or not name.isidentifier() or name in columns.names(columns.CURVES):
+            raise UsageError(f"metric {name!r}: choose another name")

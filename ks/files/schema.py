@@ -244,7 +244,7 @@ class CheckpointRecord(Struct):
     settings: dict[str, str | int | float | bool | None]
     threads: Annotated[int, Meta(ge=1, le=4096)]
     curves: Annotated[list[EpochRow], Meta(min_length=1)]
-    optimiser: list[torch.Tensor]
+    optimizer: list[torch.Tensor]
     schedule: tuple[float, int, float]
     best: BestRecord
 

@@ -12,12 +12,12 @@ from ks.files.curves import long_form
 from ks.files.layout import RunFiles, SweepFiles
 from ks.files.schema import RunConfig, read_json_as
 from ks.files.status import ended_well
+from ks.report._kind import LossKind
 from ks.report.figures.draw import save_figures, study_figures
 from ks.report.html import write_report
 from ks.report.read_results import read_study
 from ks.report.summary import Reference, rank_row, run_row
 from ks.sweep.run import Result
-from ks.training.losses import LossKind
 from ks.training.problem import Problem
 
 

@@ -11,9 +11,9 @@ from ks.files.curves import read_curves
 from ks.files.layout import RunFiles, SweepFiles, find_runs
 from ks.files.schema import FloorRow, RunRow, SummaryRow, SweepConfig, convert, read_csv_as, read_json_as
 from ks.files.status import OK
+from ks.report._kind import LossKind
 from ks.report.study import Study, curves_table, summary_frame
 from ks.report.summary import rank_row, run_row
-from ks.training.losses import LossKind
 
 
 class Target(msgspec.Struct):

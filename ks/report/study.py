@@ -8,7 +8,7 @@ import pandas as pd
 from ks.files import columns
 from ks.files.schema import SweepConfig
 from ks.files.status import ended_well
-from ks.training.losses import LossKind
+from ks.report._kind import LossKind
 
 
 @dataclass(frozen=True)

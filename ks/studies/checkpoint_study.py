@@ -25,6 +25,7 @@ from ks.sweep.launching import launcher_of
 from ks.sweep.run import Result, Run, result_of, seeds_of
 from ks.sweep.trainings import finished_before, train_all
 from ks.training.checkpoints import NOT_COMPARED
+from ks.training.edits import edits_of
 from ks.training.problem import choose_device
 
 
@@ -93,6 +94,7 @@ class CheckpointStudy:
         config = self.config
         settings = {name: value for name, value in config.training_settings().items() if name not in NOT_COMPARED}
         settings |= {"checkpoint": self.selection.source, "seed": seeds_of(config)[0]}
+        settings |= dataclasses.asdict(edits_of(self.trainer))
         record = {
             "settings": settings,
             "ranks": list(config.ranks or []),

@@ -11,6 +11,7 @@ from ks.bounds.plan import make_plan
 from ks.bounds.plan_notes import plan_notes
 from ks.cli import console
 from ks.cli.flags import SweepConfig
+from ks.errors import UsageError
 from ks.files import columns
 from ks.files.atomic import delete_leftovers, write_csv
 from ks.files.layout import SweepFiles
@@ -32,6 +33,7 @@ from ks.sweep.rejoin import study_in
 from ks.sweep.run import Result, Run, result_of, runs_of, seeds_of
 from ks.sweep.trainings import finished_before, train_all
 from ks.training.checkpoints import changes, settings_of
+from ks.training.edits import edits_of
 from ks.training.problem import Problem, resolve
 from ks.training.shared_samples import SHARED_SAMPLES, shared_samples
 
@@ -49,8 +51,14 @@ class WeightStudy:
 
     def __init__(self, config: SweepConfig, trainer: Path, floors: dict[int, Floor | None] | None = None):
         self.config, self.trainer = config, trainer
-        self.problem = problem = resolve(config)
-        if problem.rows * problem.cols > 2**22 or config.inputs:
+        self.problem = problem = resolve(config, edits_of(trainer))
+        ours = problem.edits.criterion_is_ours
+        if not ours and (flag := _flag_that_needs_floors(config)):
+            raise UsageError(
+                f"{flag} needs the criterion mean_squared_error, and that of {trainer.name} is "
+                f"{problem.edits.criterion}; leave it out"
+            )
+        if ours and (problem.rows * problem.cols > 2**22 or config.inputs):
             console.note(f"computing the floors of {problem.rows} × {problem.cols}", config.quiet)
         self.plan = make_plan(
             problem.internal_weight(),
@@ -58,6 +66,7 @@ class WeightStudy:
             problem.inputs,
             tight=config.tight_bounds,
             progress=SlowWork(config.quiet),
+            reason=None if ours else "floors hold for mean_squared_error alone",
         )
         if config.inputs and self.plan.bounds is not None:
             isotropic = floor_curve(problem.isotropic_weight(), problem.chain)
@@ -66,7 +75,9 @@ class WeightStudy:
         if study is not None and changes(study.settings, _identity(config, problem)):
             study = None  # another study, which claiming the folder refuses
         self.chosen, self.ranks = ranks_of(config, self.plan, study)
-        self.floors = floors or dict(zip(self.ranks, self.plan.floors(self.ranks), strict=True))
+        if floors is None or not ours:
+            floors = dict(zip(self.ranks, self.plan.floors(self.ranks), strict=True))
+        self.floors = floors
         stop_below = stop_losses(config, self.floors)
         self.runs = runs_of(config, self.ranks, Path(config.output_dir).absolute(), trainer, stop_below)
         self.record = record_of(config, problem, self.ranks)
@@ -165,8 +176,6 @@ class WeightStudy:
             target=self.config.target_relative_loss,
             weight=Path(self.config.weight_path).name,
         )
-        if any(row["population_loss"] is None for row in self.rows_of_runs if ended_well(row["status"])):
-            console.note("floors are left out: the criterion is not the mean squared error", self.config.quiet)
         self.record["answer"] = answer(self.rows, self.plan, self.config.target_relative_loss)
         self.record["advice"] = advice(self.rows, self.problem.sampling)
         written = write_outputs(self.config, files, self.record, results, self.rows_of_runs, self.rows)
@@ -202,6 +211,12 @@ class WeightStudy:
 def _identity(config: SweepConfig, problem: Problem) -> dict:
     """Return the settings that identify a study."""
     return settings_of(config, problem) | {"seed": seeds_of(config)[0]}
+
+
+def _flag_that_needs_floors(config: SweepConfig) -> str | None:
+    if config.target_relative_loss is not None:
+        return "--target_relative_loss"
+    return None if config.stop_at == "never" else "--stop_at"
 
 
 def record_of(config: SweepConfig, problem: Problem, ranks: list[int]) -> dict:

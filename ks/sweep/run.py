@@ -1,5 +1,6 @@
 """One training of a sweep: its rank, seed, files and process, and its result."""
 
+import dataclasses
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from ks.files.schema import Latency, RunConfig, TrainingLog, read_json_as
 from ks.files.status import OK, Ending, Status, ended_well
 from ks.sweep.launcher import Outcome, Task
 from ks.training.checkpoints import is_finished
+from ks.training.edits import TOOLKIT
 
 
 @dataclass(frozen=True)
@@ -99,20 +101,21 @@ def result_of(run: Run, num_epochs: int, outcome: Outcome | None = None, study: 
     otherwise = f"{run.task.name} is trained again" if outcome is None else f"{run.task.name} has failed"
     finished = is_finished(run.files, num_epochs, curves, otherwise, run.stop_below)
     ending = _ending(outcome, finished, log, bool(curves))
-    if study is not None and ended_well(ending) and (replaced := _replaced_file(run.files, study)):
+    if study is not None and ended_well(ending) and (replaced := _replaced(run.files, study)):
         ending = Ending(Status.FAILED, replaced)
     return Result(run, ending, curves, log.train_seconds, log.copy_of, log.latency)
 
 
-def _replaced_file(files: RunFiles, study: dict) -> str:
-    """Return which file had another content when the run read it than when the study began; empty if none had."""
+def _replaced(files: RunFiles, study: dict) -> str:
+    """Return what was another one when the run began than when the study did; empty if nothing was."""
     try:
         trained = read_json_as(files.config, RunConfig).settings
     except UsageError:
         trained = {}
-    for name in ("weight", "inputs"):
-        if (seen := trained.get(name, "an unknown one")) != study[name]:
-            return f"the file of the {name} was replaced: trained on {seen}, the study is of {study[name]}"
+    trained = dataclasses.asdict(TOOLKIT) | trained
+    for name in ("weight", "inputs", "criterion", "metrics"):
+        if (seen := trained.get(name, "an unknown one")) != study.get(name, seen):
+            return f"the {name} was replaced: the run has {seen}, the study {study[name]}"
     return ""
 
 

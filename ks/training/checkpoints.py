@@ -1,10 +1,11 @@
 """Resuming: the files of an earlier run, the settings that must not change, and the checkpoint to resume from.
 
-The checkpoint stays when a training is finished, so that more epochs continue it. They are a new segment: the optimiser
+The checkpoint stays when a training is finished, so that more epochs continue it. They are a new segment: the optimizer
 keeps its state, and a cosine schedule takes the rate that it would have at this epoch of the new total.
 Partially written files are ignored.
 """
 
+import dataclasses
 import math
 import time
 from typing import Any
@@ -20,7 +21,8 @@ from ks.files.schema import CheckpointRecord, CurveLists, RunConfig, TrainingLog
 from ks.files.torch_files import read_torch_file
 from ks.layer import load
 from ks.training.best_model import BestModel
-from ks.training.optimiser import Optimiser
+from ks.training.edits import TOOLKIT
+from ks.training.optimizer import Optimizer
 from ks.training.problem import Problem
 from ks.training.schedule import Schedule
 
@@ -38,6 +40,7 @@ def settings_of(config: TrainingFlags, problem: Problem) -> dict[str, Any]:
     description = problem.describe()
     settings = {name: value for name, value in config.training_settings().items() if name not in NOT_COMPARED}
     settings |= {name: description[name] for name in ("chain", "device", "sampling", "optimizer")}
+    settings |= {"criterion": problem.edits.criterion, "metrics": problem.edits.metrics}
     hashes = {name: _identity(description[name]) for name in ("weight", "inputs")}
     return finite(settings | hashes)
 
@@ -48,7 +51,11 @@ def _identity(description: dict[str, Any]) -> str:
 
 
 def changes(before: dict, now: dict) -> str:
-    """Return the settings that differ, named one by one; empty if none does, or if there are only more epochs."""
+    """Return the settings that differ, named one by one; empty if none does, or if there are only more epochs.
+
+    Files of version 0.1.0 name neither criterion nor metrics: those of the toolkit are assumed.
+    """
+    before = dataclasses.asdict(TOOLKIT) | before
     differing = [name for name in now if name not in before or before[name] != now[name]]
     if "num_epochs" in differing and _number(before.get("num_epochs")) < _number(now["num_epochs"]):
         differing.remove("num_epochs")
@@ -144,6 +151,8 @@ class Checkpoints:
             return None
         try:
             content = read_torch_file(self.files.resume, "a checkpoint")
+            if isinstance(content, dict) and "optimiser" in content:  # of version 0.1.0
+                content["optimizer"] = content.pop("optimiser")
             checkpoint = convert(content, CheckpointRecord, f"checkpoint {self.files.resume}")
         except UsageError as error:
             note(f"{error}; training starts anew")
@@ -151,14 +160,14 @@ class Checkpoints:
         return None if changes(checkpoint.settings, self.settings) else checkpoint
 
     def offer(
-        self, threads: int, curves: list[dict], optimiser: Optimiser, schedule: Schedule, best: BestModel
+        self, threads: int, curves: list[dict], optimizer: Optimizer, schedule: Schedule, best: BestModel
     ) -> None:
         """Keep the state at the end of an epoch on its device, and write it if the checkpoint on disk is old enough."""
         self.latest = {
             "settings": self.settings,
             "threads": threads,
             "curves": [dict(row) for row in curves],
-            "optimiser": [tensor.detach().clone() for tensor in optimiser.state()],
+            "optimizer": [tensor.detach().clone() for tensor in optimizer.state()],
             "schedule": schedule.state(),
             "best": best.state(),
         }
@@ -168,22 +177,22 @@ class Checkpoints:
     def write_latest(self) -> None:
         """Write the last epoch that was offered."""
         if self.latest is not None:
-            on_host = {"optimiser": [tensor.cpu() for tensor in self.latest["optimiser"]]}
+            on_host = {"optimizer": [tensor.cpu() for tensor in self.latest["optimizer"]]}
             save_tensors(self.latest | on_host, self.files.resume)
             self.latest, self.written = None, time.monotonic()
 
     @torch.no_grad()
-    def restore(self, optimiser: Optimiser, schedule: Schedule, best: BestModel) -> list[dict]:
+    def restore(self, optimizer: Optimizer, schedule: Schedule, best: BestModel) -> list[dict]:
         """Put the found state back and return the curves so far; the result is as if the run had not stopped."""
         found = self.found
         if found is None:
             return []
-        if not self._fits(found, optimiser, best):
+        if not self._fits(found, optimizer, best):
             note(
                 f"checkpoint {self.files.resume} is not valid: its tensors are those of another training; starting anew"
             )
             return []
-        for tensor, value in zip(optimiser.state(), found.optimiser, strict=True):
+        for tensor, value in zip(optimizer.state(), found.optimizer, strict=True):
             tensor.copy_(value)
         schedule.restore(found.schedule)
         curves = [dict(row) for row in found.curves]
@@ -192,9 +201,9 @@ class Checkpoints:
         best.restore(found.best, curves)
         return curves
 
-    def _fits(self, found: CheckpointRecord, optimiser: Optimiser, best: BestModel) -> bool:
+    def _fits(self, found: CheckpointRecord, optimizer: Optimizer, best: BestModel) -> bool:
         """Return whether a checkpoint has the shapes, epochs and rank of this training."""
-        pairs = ((found.optimiser, optimiser.state()), (found.best.factors, list(best.model.factors)))
+        pairs = ((found.optimizer, optimizer.state()), (found.best.factors, list(best.model.factors)))
         shapes = all([value.shape for value in kept] == [tensor.shape for tensor in now] for kept, now in pairs)
         rows = [(row["epoch"], row["rank"]) for row in found.curves]
         whole = rows == [(epoch, self.files.rank) for epoch in range(1, len(rows) + 1)]

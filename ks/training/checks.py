@@ -8,6 +8,7 @@ from ks.bounds.population_loss import sampled_loss_range
 from ks.errors import InternalError
 from ks.layer import KSLinear
 from ks.product.operator import chain_product
+from ks.training.edits import Edits
 from ks.training.problem import Problem
 
 
@@ -15,18 +16,20 @@ class Diverged(Exception):
     """The loss is not finite any more."""
 
 
-def check_finite(row: dict, losses: torch.Tensor) -> None:
+def check_finite(row: dict, losses: torch.Tensor, edits: Edits) -> None:
     """Raise Diverged, naming the first step with a loss that is not finite.
 
     Args:
         row: of the curves, for this epoch.
         losses: of its steps, shape (steps,).
+        edits: whose criterion computed them.
     """
     if math.isfinite(row["train_loss"]) and math.isfinite(row["val_loss"]):
         return
     bad = (~torch.isfinite(losses)).nonzero()
     step = f"step {int(bad[0]) + 1} of {len(losses)}" if len(bad) else "validation"
-    raise Diverged(f"the loss is not finite at epoch {row['epoch']}, {step}; lower --lr or use --dtype float32")
+    name = "" if edits.criterion_is_ours else f" (criterion {edits.criterion})"
+    raise Diverged(f"the loss{name} is not finite at epoch {row['epoch']}, {step}; lower --lr or use --dtype float32")
 
 
 def check_validation(

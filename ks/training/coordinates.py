@@ -2,7 +2,7 @@
 
 Neither losses nor floors nor the shape of a chain depend on them: with C_ii = G_i G_iᵀ the second moment of column
 group i of the right-most factor, y' = y / u and x'_i = G_i⁺ (x_i − μ_i) turn W into W ⊕G_i / u and that factor into
-K_L ⊕G_i, up to u. Optimisers need far fewer steps there: inputs of real layers have conditions up to 1e9.
+K_L ⊕G_i, up to u. Optimizers need far fewer steps there: inputs of real layers have conditions up to 1e9.
 """
 
 import copy

@@ -15,7 +15,7 @@ from ks.bounds.moments import Inputs
 from ks.patterns import Pattern
 from ks.product.bmm import empty_values
 from ks.product.splits import SplitMatrices, coupled_moments, prefix_grams, split_patterns, suffix_grams
-from ks.training.optimiser import Optimiser
+from ks.training.optimizer import Optimizer
 
 # The step at lr = 1e-3 is STEP_SIZE over the largest eigenvalue of the second moment of a batch, (1 + √(n/B))² for
 # white inputs. 0.16 trained the two steepest weights too, 0.2 diverged on them (benchmarks/README.md).
@@ -41,7 +41,7 @@ GROWTH_STEPS = 1000  # until half of it
 FIRST_NOISE, LAST_NOISE = 0.8, 2.0
 
 
-class GaussNewton(Optimiser):
+class GaussNewton(Optimizer):
     """The Gauss–Newton step with momentum 0.9, decoupled weight decay and without clipping; it has no host read.
 
     Args:

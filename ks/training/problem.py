@@ -14,8 +14,9 @@ from ks.files.weights import Weight, load_weight
 from ks.layer import KSLinear
 from ks.patterns import Chain, make_chain
 from ks.product.backend import check_impl
-from ks.training.choose_optimiser import choose_optimiser
+from ks.training.choose_optimizer import choose_optimizer
 from ks.training.coordinates import Coordinates, isotropic_coordinates
+from ks.training.edits import TOOLKIT, Edits
 from ks.training.layer_inputs import LayerInputs, layer_inputs
 from ks.training.trackers import check_installed
 
@@ -37,6 +38,7 @@ class Problem:
     num_train: int
     num_validation: int
     layer_inputs: LayerInputs
+    edits: Edits
     notes: tuple[str, ...]
 
     @property
@@ -59,6 +61,11 @@ class Problem:
     @property
     def predict_zero_loss(self) -> float:
         return self.layer_inputs.predict_zero_loss
+
+    @property
+    def unit_of_loss(self) -> float:
+        """Return the factor from a loss in internal units to the reported one; a criterion of the user's has none."""
+        return self.predict_zero_loss if self.edits.criterion_is_ours else 1.0
 
     @property
     def validation_predict_zero_loss(self) -> float:
@@ -112,13 +119,18 @@ class Problem:
         }
 
 
-def resolve(config: TrainingFlags) -> Problem:
+def resolve(config: TrainingFlags, edits: Edits = TOOLKIT) -> Problem:
     """Load the weight and replace every 'auto' by its value.
 
+    Args:
+        config: of the training or the sweep.
+        edits: the criterion and the metrics of the training script.
     Raises:
         UsageError: bad weight, chain, device, backend or sample counts, or a tracker that is not installed.
     """
     device = choose_device(config.device)
+    if device.type == "cuda":  # streams, graphs and kernels go to the current device
+        torch.cuda.set_device(device)
     check_impl(config.impl, device)
     check_installed(config.log_to)
     weight = load_weight(config.weight_path, config.weight_key, config.transpose)
@@ -130,7 +142,7 @@ def resolve(config: TrainingFlags) -> Problem:
     sampling, sampling_reason = choose_sampling(config.sampling, num_train, cols)
     if config.init == "hierarchical" and (reason := no_floor_reason(chain)):
         raise UsageError(f"--init hierarchical: {reason}; use --init random")
-    optimizer, optimizer_reason = choose_optimiser(config.optimizer, chain)
+    optimizer, optimizer_reason = choose_optimizer(config.optimizer, chain, edits)
     if not 1e-280 < inputs.predict_zero_loss < 1e280:
         raise UsageError(
             f"{f'--inputs {config.inputs}' if config.inputs else f'--input_std {config.input_std:g}'} on this weight: "
@@ -145,12 +157,22 @@ def resolve(config: TrainingFlags) -> Problem:
         num_train=num_train,
         num_validation=num_validation,
         layer_inputs=inputs,
+        edits=edits,
         notes=(
             *inputs.notes,
             *chain.notes(),
             f"sampling {sampling}: {sampling_reason}",
-            f"optimizer {optimizer}: {optimizer_reason}",
+            _note_on_criterion(edits, optimizer)
+            if not edits.criterion_is_ours
+            else f"optimizer {optimizer}: {optimizer_reason}",
         ),
+    )
+
+
+def _note_on_criterion(edits: Edits, optimizer: str) -> str:
+    return (
+        f"criterion {edits.criterion}: {optimizer} trains; floors, exact losses and verdicts are left out, because "
+        "they hold for mean_squared_error alone; outputs are in units of the root mean square of W x"
     )
 
 

@@ -1,6 +1,6 @@
 """Random inputs and their targets: whitened, fresh or fixed, the same for every rank of a study."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -50,13 +50,12 @@ Pair = tuple[torch.Tensor, torch.Tensor]  # inputs and their targets, one sample
 class SampleSet(NamedTuple):
     """Samples in batches of one size.
 
-    inputs: shape (batches, batch, n). targets: shape (batches, batch, m), float32; the features are the given `rows` of
-    W, int64 of shape (m,). With `batch_last`, batches have the shapes (n, batch) and (m, batch).
+    inputs: shape (batches, batch, n). targets: shape (batches, batch, m), float32, in the order of W's rows. With
+    `batch_last`, batches have the shapes (n, batch) and (m, batch).
     """
 
     inputs: torch.Tensor
     targets: torch.Tensor
-    rows: torch.Tensor
 
 
 class Samples:
@@ -73,16 +72,16 @@ class Samples:
         sampling: 'whitened' (one set, second moment exactly C), 'fresh' (a new set every epoch) or 'fixed'.
         seed: of inputs and shuffles.
         inputs_moment: C.
-        output_rows: the order of the targets in a batch of a given size, as rows of W; the natural one unless told.
+        output_rows: the order of the training targets, as rows of W, int64 of shape (m,); the natural one unless told.
         batch_last: batches of shape (n, batch) instead of (batch, n).
         dtype: of the inputs; targets stay float32.
-        stored: the `sets` of samples with the same settings; `output_rows` may differ.
+        stored: the `sets` of samples with the same settings.
         training: x and W x to train on instead of random ones, shapes (N, n) and (N, m), any float dtype.
         held_out: the same to validate on.
 
     `inputs` and `targets` hold the training batches, shape (steps, batch, n or m); with `fresh` an epoch overwrites
-    them. `validation` holds batches of other samples; their mean losses, weighted by `validation_shares`, give the mean
-    over all of them.
+    them. `validation` holds batches (x, y) of other samples, y with one sample a row in the order of W's rows; their
+    mean losses, weighted by `validation_shares`, give the mean over all of them. `sets` are the samples as drawn.
     """
 
     def __init__(
@@ -95,23 +94,23 @@ class Samples:
         sampling: str,
         seed: int,
         inputs_moment: Inputs = UNIT_INPUTS,
-        output_rows: Callable[[int], torch.Tensor] | None = None,
+        output_rows: torch.Tensor | None = None,
         batch_last: bool = False,
         dtype: torch.dtype = torch.float32,
         stored: list[SampleSet] | None = None,
         training: Pair | None = None,
         held_out: Pair | None = None,
     ):
-        self.weight, self.batch_size, self.output_rows = weight, batch_size, output_rows
-        self.inputs_moment = inputs_moment
+        self.weight, self.batch_size, self.inputs_moment = weight, batch_size, inputs_moment
+        if output_rows is not None and torch.equal(output_rows, torch.arange(len(weight))):
+            output_rows = None
+        self._output_rows = None if output_rows is None else output_rows.to(weight.device)
         self.sampling, self.seed, self.batch_last, self.dtype = sampling, seed, batch_last, dtype
         self.steps_per_epoch = num_train // batch_size
-        if stored is None:
-            self.sets = self._draw_sets(num_validation, training, held_out)
-        else:
-            self.sets = [*map(self._in_order, stored)]
-        (self.inputs, self.targets, _), *others = self.sets
-        self.validation = [(inputs[0], targets[0]) for inputs, targets, _ in others]
+        self.sets = stored or self._draw_sets(num_validation, training, held_out)
+        (self.inputs, targets), *validation = self.sets
+        self.targets = self._in_order(targets)
+        self.validation = [(inputs[0], self._by_sample(targets[0])) for inputs, targets in validation]
         shares = torch.tensor([targets.numel() for _, targets in self.validation], device=weight.device)
         self.validation_shares = shares / shares.sum()
 
@@ -133,9 +132,6 @@ class Samples:
         generator = seeded_generator(self.seed, stream, epoch, device)
         return torch.randn(count, self.weight.shape[1], generator=generator, device=device)
 
-    def _rows(self, batch_size: int) -> torch.Tensor:
-        return torch.arange(len(self.weight)) if self.output_rows is None else self.output_rows(batch_size)
-
     def _pair(self, unit_samples: torch.Tensor) -> Pair:
         """Return inputs of second moment C, and their targets."""
         inputs = self.inputs_moment.colour(unit_samples)
@@ -148,34 +144,43 @@ class Samples:
         return inputs, targets
 
     def _batches(self, inputs: torch.Tensor, targets: torch.Tensor, batch_size: int) -> SampleSet:
-        """Return samples in batches, contiguous in the training layout, with targets in the order of the outputs."""
-        rows = self._rows(batch_size)
+        """Return samples in batches, contiguous in the training layout."""
         device = self.weight.device
-        targets = targets.to(device, torch.float32)
-        if not torch.equal(rows, torch.arange(len(rows))):
-            targets = targets.index_select(1, rows.to(device))
         inputs, targets = (
-            samples.unflatten(0, (-1, batch_size)) for samples in (inputs.to(device, self.dtype), targets)
+            samples.unflatten(0, (-1, batch_size))
+            for samples in (inputs.to(device, self.dtype), targets.to(device, torch.float32))
         )
         if self.batch_last:  # steps batch features -> steps features batch
             inputs, targets = inputs.transpose(1, 2).contiguous(), targets.transpose(1, 2).contiguous()
-        return SampleSet(inputs, targets, rows)
+        return SampleSet(inputs, targets)
 
-    def _in_order(self, stored: SampleSet) -> SampleSet:
-        """Return stored samples with their targets in this training's order."""
-        inputs, targets, rows = stored
-        wanted = self._rows(inputs.shape[2 if self.batch_last else 1])
-        if torch.equal(rows, wanted):
-            return stored
-        return SampleSet(inputs, targets.index_select(1 if self.batch_last else 2, rows.argsort()[wanted]), wanted)
+    def _in_order(self, targets: torch.Tensor) -> torch.Tensor:
+        """Return the targets of training batches in the order of the outputs."""
+        if self._output_rows is None:
+            return targets
+        return targets.index_select(1 if self.batch_last else 2, self._output_rows)
 
-    def start_epoch(self, number: int) -> torch.Tensor:
-        """Draw new samples if epoch `number` (from 1) needs any; return the order of its batches, int64 on the CPU."""
-        if self.sampling == "fresh":
-            if number > 1:
-                drawn = self._draw(self.steps_per_epoch * self.batch_size, "train", number)
-                new = self._batches(*self._pair(drawn), self.batch_size)
-                self.inputs.copy_(new.inputs)
-                self.targets.copy_(new.targets)
-            return torch.arange(self.steps_per_epoch)
-        return torch.randperm(self.steps_per_epoch, generator=seeded_generator(self.seed, "shuffle", number))
+    def _by_sample(self, targets: torch.Tensor) -> torch.Tensor:
+        """Return the view of a batch of targets with one sample a row."""
+        return targets.t() if self.batch_last else targets
+
+    def first(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the first batch as `epoch` yields it; all have its shapes."""
+        return self.inputs[0], self._by_sample(self.targets[0])
+
+    def epoch(self, number: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Yield the batches of epoch `number` (from 1) in its order, after drawing new samples if it needs any.
+
+        Yields:
+            (number of the step from 0 over all epochs, x in the training layout, y of shape (batch, m)).
+        """
+        if self.sampling == "fresh" and number > 1:
+            drawn = self._draw(self.steps_per_epoch * self.batch_size, "train", number)
+            new = self._batches(*self._pair(drawn), self.batch_size)
+            self.inputs.copy_(new.inputs)
+            self.targets.copy_(self._in_order(new.targets))
+        order = torch.arange(self.steps_per_epoch)
+        if self.sampling != "fresh":
+            order = torch.randperm(self.steps_per_epoch, generator=seeded_generator(self.seed, "shuffle", number))
+        for step, batch in enumerate(order.tolist(), (number - 1) * self.steps_per_epoch):
+            yield step, self.inputs[batch], self._by_sample(self.targets[batch])

@@ -10,7 +10,7 @@ import json
 import mmap
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import IO, Any
 
 import torch
@@ -19,7 +19,6 @@ from ks.cli.console import note
 from ks.cli.flags import TrainingFlags
 from ks.errors import one_line
 from ks.files.weights import DTYPES
-from ks.product.passes import ChainPasses
 from ks.training.problem import Problem
 from ks.training.samples import Samples, SampleSet
 
@@ -33,7 +32,7 @@ def make_samples(
     config: TrainingFlags,
     problem: Problem,
     weight: torch.Tensor,
-    output_rows: Callable[[int], torch.Tensor],
+    output_rows: torch.Tensor | None = None,
     seed: int | None = None,
 ) -> Samples:
     """Return the samples of a training: those of its sweep if it shares them, else drawn here.
@@ -42,7 +41,7 @@ def make_samples(
         config: with batch size, layout, dtype and seed.
         problem: that the training solves.
         weight: W in internal units.
-        output_rows: the order of the targets in a batch of a given size.
+        output_rows: the order of the training targets, as rows of W; the natural one unless told.
         seed: of the samples; that of the config unless told.
     """
     seed = config.seed if seed is None else seed
@@ -91,13 +90,8 @@ def shared_samples(config: TrainingFlags, problem: Problem, rank: int, seed: int
 
 
 def _drawn(config: TrainingFlags, problem: Problem, rank: int, seed: int) -> list[SampleSet]:
-    patterns, dtype = problem.chain.patterns(rank), DTYPES[config.dtype]
-
-    def output_rows(batch: int) -> torch.Tensor:
-        return ChainPasses(patterns, batch, problem.device, dtype, block_order=True, impl="bmm").output_rows
-
     try:
-        return make_samples(config, problem, problem.internal_weight(), output_rows, seed).sets
+        return make_samples(config, problem, problem.internal_weight(), seed=seed).sets
     except RuntimeError as error:  # the CPU's allocator raises a plain one
         if "can't allocate memory" in str(error):
             raise MemoryError("out of memory") from error
@@ -160,7 +154,7 @@ def _inherited(settings: dict[str, Any]) -> list[SampleSet] | None:
         if head["sum"] != _sum(memory):
             raise ValueError("they are damaged")
         tensors = _tensors(memory, head["layout"])
-        return [SampleSet(*tensors[start : start + 3]) for start in range(0, len(tensors), 3)]
+        return [SampleSet(*tensors[start : start + 2]) for start in range(0, len(tensors), 2)]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         note(f"the samples are drawn here, because those of the sweep cannot be used: {one_line(error)}")
         return None

@@ -1,4 +1,4 @@
-"""Experiment trackers, for --log_to: losses, learning rate and gradient norm of every epoch.
+"""Experiment trackers, for --log_to: losses, metrics, learning rate and gradient norm of every epoch.
 
 The library of a tracker is imported after the first epoch, and never without --log_to.
 """
@@ -17,10 +17,9 @@ from ks.cli.flags import TrainerConfig
 from ks.errors import UsageError, one_line
 from ks.files.atomic import finite, read_json_object, write_json
 from ks.files.layout import RunFiles
-from ks.training.observers import EpochEnd
 
 PROJECT = "kronecker_sparse"
-VALUES = ("train_loss", "val_loss", "population_loss", "lr", "grad_norm")
+NOT_LOGGED = ("epoch", "rank", "segment", "epoch_seconds")
 
 
 def check_installed(tracker: str | None) -> None:
@@ -145,10 +144,11 @@ class TrackerReport:
         self._tracker: Tracker | None = None
         self._failed = False
 
-    def epoch_ended(self, end: EpochEnd) -> None:
-        self._try(lambda: self._log(end.curves))
+    def log(self, curves: list[dict]) -> None:
+        """Log the epochs of these curves that are not logged yet."""
+        self._try(lambda: self._log(curves))
 
-    def training_ended(self, curves: list[dict]) -> None:
+    def close(self) -> None:
         if self._tracker is not None:
             self._try(self._tracker.close)
 
@@ -157,7 +157,7 @@ class TrackerReport:
             self._tracker = KINDS[self.name](self.files, self.settings, len(curves) - 1)
             note(f"log_to {self.name}: {self.files.directory / self.name}", self._quiet)
         for row in curves[self._tracker.logged :]:
-            values = {name: row[name] for name in VALUES if finite(row.get(name)) is not None}
+            values = {name: row[name] for name in row if name not in NOT_LOGGED and finite(row[name]) is not None}
             self._tracker.log(row["epoch"], values)
             self._tracker.logged = row["epoch"]
 

@@ -475,7 +475,7 @@ CHECKPOINTS = {
     "no settings": without("settings"),
     "no threads": without("threads"),
     "no curves": without("curves"),
-    "no optimiser": without("optimiser"),
+    "no optimizer": without("optimizer"),
     "no schedule": without("schedule"),
     "no best": without("best"),
     "settings with a tensor": edit_saved(lambda c: c | {"settings": c["settings"] | {"lr": torch.ones(2)}}),
@@ -489,13 +489,13 @@ CHECKPOINTS = {
     "curves from epoch 5": first_row_with(epoch=5),
     "curves of another rank": first_row_with(rank=4),
     "curves with loss nan": first_row_with(val_loss=math.nan),
-    "optimiser of numbers": with_(optimiser=[1, 2]),
-    "optimiser of one tensor": edit_saved(lambda c: c | {"optimiser": c["optimiser"][:1]}),
-    "optimiser of other shapes": edit_saved(lambda c: c | {"optimiser": [torch.ones(3) for _ in c["optimiser"]]}),
-    "optimiser of sparse tensors": edit_saved(
-        lambda c: c | {"optimiser": [value.to_sparse() if value.ndim else value for value in c["optimiser"]]}
+    "optimizer of numbers": with_(optimizer=[1, 2]),
+    "optimizer of one tensor": edit_saved(lambda c: c | {"optimizer": c["optimizer"][:1]}),
+    "optimizer of other shapes": edit_saved(lambda c: c | {"optimizer": [torch.ones(3) for _ in c["optimizer"]]}),
+    "optimizer of sparse tensors": edit_saved(
+        lambda c: c | {"optimizer": [value.to_sparse() if value.ndim else value for value in c["optimizer"]]}
     ),
-    "optimiser of meta tensors": edit_saved(lambda c: c | {"optimiser": [v.to("meta") for v in c["optimiser"]]}),
+    "optimizer of meta tensors": edit_saved(lambda c: c | {"optimizer": [v.to("meta") for v in c["optimizer"]]}),
     "schedule of two": with_(schedule=(0.5, 0)),
     "schedule of texts": with_(schedule=("a", "b", "c")),
     "best a list": with_(best=[]),

@@ -12,7 +12,7 @@ from ks.product.passes import ChainPasses
 from ks.training.cuda_graph import CapturedEpochs
 from ks.training.epochs import Epochs
 from ks.training.losses import squared_error_and_gradient
-from ks.training.optimiser import Optimiser
+from ks.training.optimizer import Optimizer
 from ks.training.samples import Samples
 
 pytestmark = [
@@ -76,17 +76,17 @@ def test_the_captured_step_equals_the_eager_one(dtype):
         torch.manual_seed(0)
         factors = [factor.detach() for factor in KSLinear(512, 256, 8, device="cuda").factors]
         samples = Samples(weight, 3200, 32, 32, sampling="whitened", seed=0, dtype=dtype)
-        optimiser = Optimiser("adamw", factors, loss_scaling=dtype == torch.float16)
+        optimizer = Optimizer("adamw", factors, loss_scaling=dtype == torch.float16)
         passes = ChainPasses(make_chain(256, 512).patterns(8), 32, weight.device, dtype)
 
         def step(inputs, targets, lr):
             values = [factor.to(dtype) for factor in factors]
             y, *inner = passes.forward(inputs, values)
-            loss, gradient = squared_error_and_gradient(y, targets, optimiser.scale)
-            passes.backward(gradient, inputs, values, inner, out=optimiser.gradients)
-            return loss, optimiser.update(lr, loss)
+            loss, gradient = squared_error_and_gradient(y, targets, optimizer.scale)
+            passes.backward(gradient, inputs, values, inner, out=optimizer.gradients)
+            return loss, optimizer.update(lr, loss)
 
-        epochs = make(step, samples, optimiser.state())
+        epochs = make(step, samples, optimizer.state())
         return [epochs.run(number, [1e-3] * 100) for number in (1, 2)] + factors
 
     eager = train(lambda step, samples, state: Epochs(step, samples))

@@ -240,7 +240,7 @@ def test_a_chain_that_gauss_newton_does_not_cover(weight_path, tmp_path, capsys,
         assert len(said.splitlines()) == 1
 
 
-def test_resuming_compares_the_optimiser_that_auto_stands_for(weight_path, tmp_path, capsys):
+def test_resuming_compares_the_optimizer_that_auto_stands_for(weight_path, tmp_path, capsys):
     arguments = ["--weight_path", str(weight_path), *QUICK, "--output_dir", str(tmp_path / "out"), "--quiet"]
     assert train_with_random.main(arguments) == 0
     assert train_with_random.main([*arguments, "--resume", "--optimizer", "gauss_newton"]) == 0

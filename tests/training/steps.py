@@ -1,8 +1,10 @@
-"""A small weight, its samples and an update from a loss: shared by the tests of the training."""
+"""A small weight, its samples, steps and epochs: shared by the tests of the training."""
 
 import torch
 
+from ks.cli.flags import TrainerConfig
 from ks.training.samples import Samples
+from ks.training.schedule import Schedule
 
 WEIGHT = torch.randn(6, 10, generator=torch.Generator().manual_seed(3))
 
@@ -12,10 +14,24 @@ def make_samples(weight=WEIGHT, **changes):
     return Samples(weight, **arguments)
 
 
-def update(optimiser, loss, lr):
-    """Backward pass by autograd, then the optimiser's update."""
-    gradients = torch.autograd.grad(loss * optimiser.scale, optimiser.parameters)
+def schedule_of(name, steps_per_epoch=1, num_epochs=20, **flags):
+    return Schedule(TrainerConfig(scheduler=name, num_epochs=num_epochs, **flags), steps_per_epoch)
+
+
+def update(optimizer, loss, lr):
+    """Backward pass by autograd, then the optimizer's update."""
+    gradients = torch.autograd.grad(loss * optimizer.scale, optimizer.parameters)
     with torch.no_grad():
-        for place, gradient in zip(optimiser.gradients, gradients):
+        for place, gradient in zip(optimizer.gradients, gradients):
             place.copy_(gradient)
-        return optimiser.update(lr, loss.detach())
+        return optimizer.update(lr, loss.detach())
+
+
+def run_epoch(step, samples, number, lr, prepare=lambda number: None):
+    """Take the steps of an epoch at one rate or at a rate for each; return losses and norms, shape (2, steps)."""
+    rates = lr if isinstance(lr, list) else [lr] * samples.steps_per_epoch
+    taken = []
+    for (index, x, y), rate in zip(samples.epoch(number), rates, strict=True):
+        prepare(index)
+        taken.append(torch.stack(step(x, y, rate)))
+    return torch.stack(taken, 1)

@@ -2,15 +2,14 @@
 
 import pytest
 import torch
-from steps import WEIGHT, update
+from steps import WEIGHT, schedule_of, update
 
 from ks.bounds.moments import UNIT_INPUTS
 from ks.files.layout import RunFiles
 from ks.layer import KSLinear
 from ks.training.best_model import BestModel
 from ks.training.checkpoints import Checkpoints, changes
-from ks.training.optimiser import Optimiser
-from ks.training.schedule import Schedule
+from ks.training.optimizer import Optimizer
 
 SETTINGS = {"lr": 0.01, "num_epochs": 9}
 
@@ -21,22 +20,22 @@ class Training:
     def __init__(self, loss_scaling=False):
         torch.manual_seed(0)
         self.model = KSLinear(10, 6, rank=2)
-        self.optimiser = Optimiser("adamw", list(self.model.factors), loss_scaling=loss_scaling)
-        self.schedule = Schedule("plateau", 0.01, 1, 9, patience=0)
+        self.optimizer = Optimizer("adamw", list(self.model.factors), loss_scaling=loss_scaling)
+        self.schedule = schedule_of("plateau", num_epochs=9, lr=0.01, scheduler_patience=0)
         self.best = BestModel(self.model, WEIGHT.double(), UNIT_INPUTS, keep_start=False)
         self.curves = []
 
     def epoch(self):
         x = torch.randn(8, 10, generator=torch.Generator().manual_seed(len(self.curves)))
         loss = torch.nn.functional.mse_loss(self.model(x), x @ WEIGHT.t())
-        update(self.optimiser, loss, self.schedule.rate(len(self.curves) + 1, 0))
+        update(self.optimizer, loss, self.schedule.rate(len(self.curves)))
         row = {"epoch": len(self.curves) + 1, "train_loss": loss.item(), "val_loss": loss.item(), "rank": 2}
         self.curves.append(row | {"lr": 0.01, "epoch_seconds": 0.5})
         self.best.offer(loss.item(), self.curves[-1])
         self.schedule.end_epoch(loss.item())
 
     def parts(self):
-        return self.optimiser, self.schedule, self.best
+        return self.optimizer, self.schedule, self.best
 
 
 @pytest.fixture
@@ -63,27 +62,27 @@ def test_a_restored_training_goes_on_as_if_it_had_not_stopped(files, loss_scalin
         resumed.epoch()
     assert resumed.curves == whole.curves
     assert resumed.schedule.state() == whole.schedule.state()
-    for ours, theirs in zip(resumed.optimiser.state(), whole.optimiser.state(), strict=True):
+    for ours, theirs in zip(resumed.optimizer.state(), whole.optimizer.state(), strict=True):
         assert torch.equal(ours, theirs)
     assert resumed.best.row == whole.best.row
     assert torch.equal(resumed.best.kept.to_dense(), whole.best.kept.to_dense())
 
 
-@pytest.mark.parametrize("part", ["optimiser", "factors of the best model"])
+@pytest.mark.parametrize("part", ["optimizer", "factors of the best model"])
 @pytest.mark.parametrize("change", [lambda tensors: tensors[:-1], lambda tensors: [*tensors, tensors[-1]]])
 def test_a_state_of_another_length_is_not_put_back(files, part, change, capsys):
     training = Training()
     training.epoch()
     checkpoint_of(training, files)
     checkpoints = Checkpoints(files, SETTINGS, 0.0, resume=True)
-    holder, key = (checkpoints.found, "optimiser") if part == "optimiser" else (checkpoints.found.best, "factors")
+    holder, key = (checkpoints.found, "optimizer") if part == "optimizer" else (checkpoints.found.best, "factors")
     setattr(holder, key, change(getattr(holder, key)))
     fresh, untouched = Training(), Training()
     assert checkpoints.restore(*fresh.parts()) == []
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (f"checkpoint {files.resume} is not valid: its tensors are those of another training; starting anew")
     assert (fresh.best.row, fresh.schedule.state()) == (None, untouched.schedule.state())
-    for ours, theirs in zip(fresh.optimiser.state(), untouched.optimiser.state(), strict=True):
+    for ours, theirs in zip(fresh.optimizer.state(), untouched.optimizer.state(), strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -108,12 +107,12 @@ def test_a_checkpoint_waits_for_its_interval_and_holds_the_epoch_that_was_offere
     training.epoch()
     checkpoints = checkpoint_of(training, files, interval=1000.0)
     assert not files.resume.exists()
-    before = [tensor.detach().clone() for tensor in training.optimiser.state()]
+    before = [tensor.detach().clone() for tensor in training.optimizer.state()]
     training.epoch()
     checkpoints.write_latest()
     found = Checkpoints(files, SETTINGS, 0.0, resume=True).found
     assert len(found.curves) == 1
-    for kept, tensor in zip(found.optimiser, before, strict=True):
+    for kept, tensor in zip(found.optimizer, before, strict=True):
         assert torch.equal(kept, tensor)
 
 
@@ -121,7 +120,7 @@ def test_the_state_goes_to_the_host_only_when_it_is_written(files):
     """A tensor on the meta device stands for one on a GPU: its copy to the host is an error."""
     training = Training()
     training.epoch()
-    training.optimiser.state = lambda: [torch.zeros(3, device="meta")]
+    training.optimizer.state = lambda: [torch.zeros(3, device="meta")]
     checkpoints = checkpoint_of(training, files, interval=1000.0)
     with pytest.raises(NotImplementedError, match="meta tensor"):
         checkpoints.write_latest()

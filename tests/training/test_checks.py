@@ -13,10 +13,11 @@ from ks.bounds.population_loss import population_loss
 from ks.errors import InternalError
 from ks.layer import KSLinear
 from ks.training.checks import Diverged, check_finite, check_validation
+from ks.training.edits import TOOLKIT, Edits
 
 
 def test_finite_losses_pass():
-    check_finite({"epoch": 3, "train_loss": 1.0, "val_loss": 2.0}, torch.ones(4))
+    check_finite({"epoch": 3, "train_loss": 1.0, "val_loss": 2.0}, torch.ones(4), TOOLKIT)
 
 
 @pytest.mark.parametrize(
@@ -29,8 +30,10 @@ def test_finite_losses_pass():
 )
 def test_the_first_step_whose_loss_is_not_finite_is_named(train_loss, val_loss, losses, place):
     row = {"epoch": 3, "train_loss": train_loss, "val_loss": val_loss}
-    with pytest.raises(Diverged, match=place):
-        check_finite(row, torch.tensor(losses))
+    with pytest.raises(Diverged, match=f"^the loss is not finite at {place}"):
+        check_finite(row, torch.tensor(losses), TOOLKIT)
+    with pytest.raises(Diverged, match=rf"^the loss \(criterion mine\) is not finite at {place}"):
+        check_finite(row, torch.tensor(losses), Edits("mine"))
 
 
 @pytest.mark.parametrize(

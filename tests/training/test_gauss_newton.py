@@ -5,7 +5,7 @@ from math import prod
 
 import pytest
 import torch
-from steps import make_samples
+from steps import make_samples, run_epoch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ks.bounds.moments import UNIT_INPUTS, MeasuredInputs
@@ -15,10 +15,9 @@ from ks.product.passes import ChainPasses
 from ks.product.reference import chain_to_dense, factor_to_dense, support
 from ks.product.splits import scale_gradient
 from ks.training import gauss_newton
-from ks.training.cuda_graph import CapturedEpochs
-from ks.training.epochs import Epochs
+from ks.training.criterion import mean_squared_error, value_and_gradient
 from ks.training.gauss_newton import GaussNewton
-from ks.training.losses import squared_error_and_gradient
+from ks.training.steps import CapturedStep
 
 CHAINS = [((7, 1), (1, 9), 3), ((8, 2), (3, 6), 2), ((6, 2, 3), (2, 3, 4), 3), ((4, 2, 2, 2), (2, 2, 2, 5), 2)]
 
@@ -31,14 +30,14 @@ def chain_of(rows, cols, rank, seed=0):
     return patterns, [factor.detach() for factor in model.factors]
 
 
-def step_of(patterns, factors, optimiser, batch, **layout):
+def step_of(patterns, factors, optimizer, batch, **layout):
     passes = ChainPasses(patterns, batch, torch.device("cpu"), torch.float32, **layout)
 
     def step(inputs, targets, lr):
         prediction, *inner = passes.forward(inputs, factors)
-        loss, gradient = squared_error_and_gradient(prediction, targets, optimiser.scale)
-        passes.backward(gradient, inputs, factors, inner, out=optimiser.gradients, scaling=optimiser.scaling)
-        return loss, optimiser.update(lr, loss)
+        loss, gradient = value_and_gradient(mean_squared_error, prediction, targets, optimizer.scale)
+        passes.backward(gradient, inputs, factors, inner, out=optimizer.gradients, scaling=optimizer.scaling)
+        return loss, optimizer.update(lr, loss)
 
     return step, passes.output_rows
 
@@ -108,32 +107,38 @@ def dense_step(values, x, residual, inputs=UNIT_INPUTS):
 def test_the_step_is_that_of_dense_curvature_matrices(chain, layout, batch, coupled):
     patterns, factors = chain_of(*chain)
     inputs = coupled_inputs(patterns[-1].a, patterns[-1].cols) if coupled else UNIT_INPUTS
-    optimiser = GaussNewton(factors, inputs, batch)
-    step, output_rows = step_of(patterns, factors, optimiser, batch, **layout)
+    optimizer = GaussNewton(factors, inputs, batch)
+    step, output_rows = step_of(patterns, factors, optimizer, batch, **layout)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, patterns[-1].cols, generator=generator)
     y = torch.randn(batch, patterns[0].rows, generator=generator)
     expected = dense_step(factors, x, x.double() @ chain_to_dense([f.double() for f in factors]).t() - y, inputs)
     targets = y[:, output_rows]
-    optimiser.prepare(0)
+    optimizer.prepare(0)
     step(*(each.t().contiguous() if layout.get("batch_last") else each for each in (x, targets)), 1e-3)
     for pattern, factor, dense in zip(patterns, factors, expected, strict=True):
         torch.testing.assert_close(factor_to_dense(factor).double(), dense, rtol=2e-4, atol=2e-5)
         assert torch.equal(factor_to_dense(factor) != 0, support(pattern) != 0)
 
 
-def train(make_epochs=Epochs, epochs=3, loss_scaling=False, weight_decay=0.0, chain=CHAINS[1], **changes):
+def plain(step, samples, state):
+    return step
+
+
+def train(ready=plain, epochs=3, loss_scaling=False, weight_decay=0.0, chain=CHAINS[1], **changes):
     """Losses and final state of a short training from a zero left factor."""
     patterns, factors = chain_of(*chain)
     factors[0].zero_()
     samples = make_samples_of(patterns, **changes)
-    optimiser = GaussNewton(
+    optimizer = GaussNewton(
         factors, UNIT_INPUTS, samples.batch_size, weight_decay=weight_decay, loss_scaling=loss_scaling
     )
-    step, _ = step_of(patterns, factors, optimiser, samples.batch_size)
-    run = make_epochs(step, samples, optimiser.state(), optimiser.prepare)
-    rates = [1e-3] * samples.steps_per_epoch
-    return torch.stack([run.run(epoch, rates)[0] for epoch in range(1, epochs + 1)]), optimiser
+    step, _ = step_of(patterns, factors, optimizer, samples.batch_size)
+    return losses_of(ready(step, samples, optimizer.state()), samples, optimizer, range(1, epochs + 1)), optimizer
+
+
+def losses_of(step, samples, optimizer, epochs):
+    return torch.stack([run_epoch(step, samples, epoch, 1e-3, optimizer.prepare)[0] for epoch in epochs])
 
 
 def make_samples_of(patterns, num_train=200, **changes):
@@ -142,28 +147,24 @@ def make_samples_of(patterns, num_train=200, **changes):
     return make_samples(weight, num_train=num_train, **changes)
 
 
-def plain(step, samples, state, prepare):
-    return Epochs(step, samples, prepare)
-
-
-def replayed(step, samples, state, prepare):
-    """Everything of a captured epoch but the capture: the step is replayed by calling it again."""
+def replayed(step, samples, state):
+    """Everything of a captured step but the capture: the step is replayed by calling it again."""
 
     def warm_up(function):
         function()
         function()
         return function
 
-    return CapturedEpochs(step, samples, state, prepare, warm_up)
+    return CapturedStep(step, *samples.first(), state, warm_up)
 
 
 @pytest.mark.parametrize("chain", CHAINS)
 def test_it_trains_from_a_zero_left_factor(chain):
-    losses, optimiser = train(plain, epochs=20, chain=chain)
+    losses, optimizer = train(plain, epochs=20, chain=chain)
     assert losses[0, 0] > 0.5
     assert losses[-1].mean() < 0.75 * losses[0].mean()
     assert losses.max() < 2.0
-    assert optimiser.trouble() is None
+    assert optimizer.trouble() is None
 
 
 @pytest.mark.parametrize("loss_scaling", [False, True])
@@ -187,12 +188,12 @@ def test_a_step_reads_nothing_of_the_device():
 
     seen = []
     _, factors = chain_of(*CHAINS[2])
-    optimiser = GaussNewton(factors, UNIT_INPUTS, 8, weight_decay=0.1, loss_scaling=True)
+    optimizer = GaussNewton(factors, UNIT_INPUTS, 8, weight_decay=0.1, loss_scaling=True)
     with Reads():
-        optimiser.prepare(0)
-        optimiser.update(1e-3, torch.ones(()))
+        optimizer.prepare(0)
+        optimizer.update(1e-3, torch.ones(()))
         assert seen == []
-        optimiser.trouble()
+        optimizer.trouble()
     assert len(seen) == 1
 
 
@@ -204,30 +205,26 @@ def test_a_restored_state_goes_on_to_the_bit():
     states = []
     for stop in (8, 5):
         own = [factor.clone() for factor in factors]
-        optimiser = GaussNewton(own, UNIT_INPUTS, samples.batch_size)
-        step, _ = step_of(patterns, own, optimiser, samples.batch_size)
-        run = Epochs(step, samples, optimiser.prepare)
-        for epoch in range(1, stop + 1):
-            run.run(epoch, [1e-3] * samples.steps_per_epoch)
-        states.append([tensor.clone() for tensor in optimiser.state()])
+        optimizer = GaussNewton(own, UNIT_INPUTS, samples.batch_size)
+        step, _ = step_of(patterns, own, optimizer, samples.batch_size)
+        losses_of(step, samples, optimizer, range(1, stop + 1))
+        states.append([tensor.clone() for tensor in optimizer.state()])
     assert samples.steps_per_epoch * 5 > 100  # the refresh is no longer due before every step
     resumed = [factor.clone() for factor in factors]
-    optimiser = GaussNewton(resumed, UNIT_INPUTS, samples.batch_size)
-    for tensor, value in zip(optimiser.state(), states[1], strict=True):
+    optimizer = GaussNewton(resumed, UNIT_INPUTS, samples.batch_size)
+    for tensor, value in zip(optimizer.state(), states[1], strict=True):
         tensor.copy_(value)
-    step, _ = step_of(patterns, resumed, optimiser, samples.batch_size)
-    run = Epochs(step, samples, optimiser.prepare)
-    for epoch in range(6, 9):
-        run.run(epoch, [1e-3] * samples.steps_per_epoch)
-    assert all(map(torch.equal, optimiser.state(), states[0]))
+    step, _ = step_of(patterns, resumed, optimizer, samples.batch_size)
+    losses_of(step, samples, optimizer, range(6, 9))
+    assert all(map(torch.equal, optimizer.state(), states[0]))
 
 
 def test_a_matrix_that_is_not_positive_definite_keeps_its_inverse_and_is_reported_once(monkeypatch):
     _, factors = chain_of(*CHAINS[1])
-    optimiser = GaussNewton(factors, UNIT_INPUTS, 8)
-    optimiser.refresh(0.5)
-    before = [tensor.clone() for tensor in optimiser.scaling.left]
-    assert optimiser.trouble() is None
+    optimizer = GaussNewton(factors, UNIT_INPUTS, 8)
+    optimizer.refresh(0.5)
+    before = [tensor.clone() for tensor in optimizer.scaling.left]
+    assert optimizer.trouble() is None
     found = gauss_newton.prefix_grams
 
     def one_is_singular(values):
@@ -239,14 +236,14 @@ def test_a_matrix_that_is_not_positive_definite_keeps_its_inverse_and_is_reporte
     monkeypatch.setattr(gauss_newton, "prefix_grams", one_is_singular)
     for factor in factors:
         factor.mul_(2)
-    optimiser.refresh(0.5)
-    kept = (optimiser.scaling.left[0] == before[0]).all(1).all(1)
+    optimizer.refresh(0.5)
+    kept = (optimizer.scaling.left[0] == before[0]).all(1).all(1)
     assert kept.nonzero().tolist() == [[0, 1], [1, 0]]
-    assert optimiser.scaling.left[0].isfinite().all()
-    assert optimiser.trouble() == (
+    assert optimizer.scaling.left[0].isfinite().all()
+    assert optimizer.trouble() == (
         "2 curvature matrices were not positive definite in float32; the step went on with the last good ones"
     )
-    assert optimiser.trouble() is None
+    assert optimizer.trouble() is None
 
 
 @pytest.mark.parametrize("rank", [64, 512])
@@ -256,12 +253,12 @@ def test_float32_inverts_the_curvature_of_a_steep_spectrum(rank):
     left = torch.linalg.qr(torch.randn(1024, rank, generator=generator))[0] * torch.arange(1, rank + 1.0) ** -3
     mixed = left @ torch.linalg.qr(torch.randn(rank, rank, generator=generator))[0]
     factors = [mixed.reshape(1, 1024, rank, 1), torch.randn(1, rank, 1024, 1, generator=generator)]
-    optimiser = GaussNewton(factors, UNIT_INPUTS, 32)
-    optimiser.refresh(0.0)
-    assert optimiser.trouble() is None
+    optimizer = GaussNewton(factors, UNIT_INPUTS, 32)
+    optimizer.refresh(0.0)
+    assert optimizer.trouble() is None
     gram = mixed.double().t() @ mixed.double()
     gram += 1.1e-3 * gram.diagonal().mean() * torch.eye(rank)
-    ours = optimiser.scaling.left[0][0, :, :, 0].double()
+    ours = optimizer.scaling.left[0][0, :, :, 0].double()
     assert torch.linalg.eigvalsh(ours).min() > 0
     root = torch.linalg.cholesky(gram)
     scaled = torch.linalg.eigvalsh(root.t() @ ours @ root)
@@ -270,30 +267,30 @@ def test_float32_inverts_the_curvature_of_a_steep_spectrum(rank):
 
 def test_an_overflowing_step_changes_nothing_but_the_loss_scale():
     _, factors = chain_of(*CHAINS[1])
-    optimiser = GaussNewton(factors, UNIT_INPUTS, 8, weight_decay=0.1, loss_scaling=True)
+    optimizer = GaussNewton(factors, UNIT_INPUTS, 8, weight_decay=0.1, loss_scaling=True)
     before = [factor.clone() for factor in factors]
-    optimiser.gradients[0].fill_(float("inf"))
-    optimiser.update(1e-3, torch.ones(()))
+    optimizer.gradients[0].fill_(float("inf"))
+    optimizer.update(1e-3, torch.ones(()))
     assert all(map(torch.equal, factors, before))
-    assert optimiser.loss_scale.scale.item() == 2.0**15
+    assert optimizer.loss_scale.scale.item() == 2.0**15
 
 
 def test_weight_decay_is_decoupled():
     _, factors = chain_of(*CHAINS[1])
     before = [factor.clone() for factor in factors]
-    optimiser = GaussNewton(factors, UNIT_INPUTS, 8, weight_decay=0.5)
-    optimiser.update(1e-3, torch.ones(()))
+    optimizer = GaussNewton(factors, UNIT_INPUTS, 8, weight_decay=0.5)
+    optimizer.update(1e-3, torch.ones(()))
     for factor, value in zip(factors, before, strict=True):
         torch.testing.assert_close(factor, value * (1 - 0.5e-3))
 
 
 def test_matrices_are_inverted_ever_less_often(monkeypatch):
     _, factors = chain_of(*CHAINS[1])
-    optimiser = GaussNewton(factors, UNIT_INPUTS, 8)
+    optimizer = GaussNewton(factors, UNIT_INPUTS, 8)
     shares = {}
     for step in range(2000):
-        monkeypatch.setattr(optimiser, "refresh", lambda damping, step=step: shares.update({step: damping}))
-        optimiser.prepare(step)
+        monkeypatch.setattr(optimizer, "refresh", lambda damping, step=step: shares.update({step: damping}))
+        optimizer.prepare(step)
     due = list(shares)
     gaps = [later - earlier for earlier, later in itertools.pairwise(due)]
     assert due[:100] == list(range(100))
@@ -307,13 +304,13 @@ def test_matrices_are_inverted_ever_less_often(monkeypatch):
 def test_the_step_of_coupled_inputs_grows_once_for_every_factor(chain):
     patterns, factors = chain_of(*chain)
     inputs = coupled_inputs(patterns[-1].a, patterns[-1].cols)
-    optimiser = GaussNewton(factors, inputs, 8)
-    optimiser.relative_loss.zero_()
+    optimizer = GaussNewton(factors, inputs, 8)
+    optimizer.relative_loss.zero_()
     gradients = [torch.randn(values.shape, generator=torch.Generator().manual_seed(4)) for values in factors]
     steps = []
     for number in (0, 64_000):
-        optimiser.prepare(number)
-        steps.append([scale_gradient(g, *optimiser.scaling.beside(index)) for index, g in enumerate(gradients)])
+        optimizer.prepare(number)
+        steps.append([scale_gradient(g, *optimizer.scaling.beside(index)) for index, g in enumerate(gradients)])
     for first, last in zip(*steps, strict=True):
         torch.testing.assert_close(last, first * (1 + 2 * 64 / 65), rtol=1e-4, atol=1e-4)
 
@@ -323,9 +320,8 @@ def test_coupled_inputs_train_from_a_zero_left_factor():
     factors[0].zero_()
     inputs = coupled_inputs(patterns[-1].a, patterns[-1].cols)
     samples = make_samples_of(patterns, inputs_moment=inputs)
-    optimiser = GaussNewton(factors, inputs, samples.batch_size)
-    step, _ = step_of(patterns, factors, optimiser, samples.batch_size)
-    run = Epochs(step, samples, optimiser.prepare)
-    losses = torch.stack([run.run(epoch, [1e-3] * samples.steps_per_epoch)[0] for epoch in range(1, 21)])
+    optimizer = GaussNewton(factors, inputs, samples.batch_size)
+    step, _ = step_of(patterns, factors, optimizer, samples.batch_size)
+    losses = losses_of(step, samples, optimizer, range(1, 21))
     assert losses[-1].mean() < 0.75 * losses[0].mean()
-    assert optimiser.trouble() is None
+    assert optimizer.trouble() is None

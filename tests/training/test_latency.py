@@ -11,10 +11,8 @@ import train_with_random
 from ks.files.columns import BATCHES, LATENCIES, names
 from ks.files.layout import RunFiles
 from ks.files.schema import Latency, TrainingLog, read_json_as
-from ks.training import latency
+from ks.training import latency, recorder
 from ks.training.latency import interleaved_medians, measure_latency
-from ks.training.problem import resolve
-from ks.training.record import RunRecord
 
 CPU = torch.device("cpu")
 
@@ -77,29 +75,20 @@ def test_a_training_keeps_its_latency(run, weight_path, tmp_path):
     assert isinstance(read_json_as(files.training_log, TrainingLog).latency, Latency)
 
 
-@pytest.mark.parametrize("resumed", [False, True])
-def test_a_resumed_training_does_not_measure_again(weight_path, tmp_path, resumed):
-    config = train_with_random.build_parser().parse(["--weight_path", str(weight_path), *QUICK])
-    files = RunFiles(tmp_path, "ks_chain", 4)
-    first, second = (Latency(threads=threads, dtype="float32", device="cpu") for threads in (1, 2))
-    with RunRecord(config, resolve(config), {}, files, resumed=False, owned=[]) as record:
-        record.keep_latency(lambda: first)
-    with RunRecord(config, resolve(config), {}, files, resumed=resumed, owned=[]) as record:
-        record.keep_latency(lambda: second)
-    kept = read_json_as(files.training_log, TrainingLog).latency
-    assert kept == (first if resumed else second)
+def test_a_resumed_run_does_not_measure_again_and_the_measurement_does_not_count(weight_path, tmp_path, monkeypatch):
+    clock, later, measured = time.perf_counter, [0.0], []
 
+    def measure(*_):
+        later[0] += 1000.0
+        measured.append(Latency(threads=1 + len(measured), dtype="float32", device="cpu"))
+        return measured[-1]
 
-def test_the_time_of_the_measurement_is_not_that_of_the_training(weight_path, tmp_path, monkeypatch):
-    config = train_with_random.build_parser().parse(["--weight_path", str(weight_path), *QUICK])
-    files, now = RunFiles(tmp_path, "ks_chain", 4), [0.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-
-    def measure():
-        now[0] += 5.0
-        return Latency(threads=1, dtype="float32", device="cpu")
-
-    with RunRecord(config, resolve(config), {}, files, resumed=False, owned=[]) as record:
-        now[0] += 2.0
-        record.keep_latency(measure)
-    assert read_json_as(files.training_log, TrainingLog).train_seconds == 2.0
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + later[0])
+    monkeypatch.setattr(recorder, "measure_latency", measure)
+    arguments = ["--weight_path", str(weight_path), *QUICK[:4], "--output_dir", str(tmp_path), "--quiet"]
+    log = RunFiles(tmp_path, "ks_chain", 4).training_log
+    for flags, kept in ((["--num_epochs", "2"], 0), (["--num_epochs", "3", "--resume"], 0), (["--num_epochs", "2"], 1)):
+        assert train_with_random.main([*arguments, *flags]) == 0
+        found = read_json_as(log, TrainingLog)
+        assert found.latency == measured[kept]
+        assert found.train_seconds < 500

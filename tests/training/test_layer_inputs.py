@@ -54,7 +54,7 @@ def test_training_samples_have_exactly_the_second_moment_of_the_inputs(tmp_path,
     config, problem = problem_of(tmp_path, "--inputs", moments(tmp_path, kind))
     assert problem.sampling == "whitened"
     weight = problem.internal_weight()
-    samples = make_samples(config, problem, weight, lambda batch: torch.arange(16))
+    samples = make_samples(config, problem, weight)
     inputs, targets = (batches.flatten(0, 1).double() for batches in (samples.inputs, samples.targets))
     torch.testing.assert_close(second_moment(inputs), problem.inputs.second_moment(), rtol=0, atol=1e-4)
     torch.testing.assert_close(targets, inputs @ weight.t(), rtol=1e-4, atol=1e-4)
@@ -67,7 +67,7 @@ def test_fixed_sampling_trains_on_the_given_rows(tmp_path, fit_bias):
         tmp_path, "--inputs", samples_file(tmp_path, rows), "--sampling", "fixed", "--batch_size", 16, *fit_bias
     )
     assert problem.num_train == 80  # the others are held out
-    samples = make_samples(config, problem, problem.internal_weight(), lambda batch: torch.arange(16))
+    samples = make_samples(config, problem, problem.internal_weight())
     mean = rows[:80].mean(0) if fit_bias else 0
     expected = problem.coordinates.samples(rows[:80] - mean)
     torch.testing.assert_close(samples.inputs.flatten(0, 1), expected.float())

@@ -10,8 +10,7 @@ from ks.training.samples import seeded_generator, whiten
 
 def epoch(samples, number):
     """The batches of one epoch, (inputs, targets) in the order in which they come."""
-    order = samples.start_epoch(number)
-    return [(samples.inputs[batch].clone(), samples.targets[batch].clone()) for batch in order]
+    return [(x.clone(), y.clone()) for _, x, y in samples.epoch(number)]
 
 
 @pytest.mark.parametrize("count", [10, 11, 20, 43])
@@ -38,9 +37,9 @@ def test_batches(sampling, batch_last):
     assert len(batches) == samples.steps_per_epoch == 5
     assert samples.inputs.is_contiguous()
     for inputs, targets in batches:
-        x, y = (inputs.t(), targets.t()) if batch_last else (inputs, targets)
+        x = inputs.t() if batch_last else inputs
         assert x.shape == (8, 10)
-        torch.testing.assert_close(y, x @ WEIGHT.t())
+        torch.testing.assert_close(targets, x @ WEIGHT.t())
 
 
 @pytest.mark.parametrize("sampling", ["whitened", "fresh", "fixed"])

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from ks.report._kind import LossKind
 from ks.report.study import Study
-from ks.training.losses import LossKind
 
 SHARE_LABEL = "share of the output energy lost"
 

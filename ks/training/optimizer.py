@@ -1,4 +1,4 @@
-"""One optimiser step: AdamW, Adam or SGD, clipped, with loss scaling for float16, without a host read.
+"""One optimizer step: AdamW, Adam or SGD, clipped, with loss scaling for float16, without a host read.
 
 The updates are the fused kernels under `torch.optim`: building a `torch.optim.Optimizer` imports dynamo, which would
 double the start-up of every training subprocess.
@@ -38,7 +38,7 @@ class LossScale:
         return self.found_inf
 
 
-class Optimiser:
+class Optimizer:
     """AdamW, Adam or SGD with momentum: fused, clipped, loss-scaled for float16, without a host read.
 
     Adam's rate is relative to the natural size of each factor's values (`RELATIVE_STEP`), SGD's is the plain one.

@@ -3,7 +3,7 @@
 import torch
 
 from ks.patterns import make_chain
-from ks.training.initial_values import sketch_rows
+from ks.training.trainable_chain import sketch_rows
 
 
 def test_the_rows_of_every_block_are_an_orthonormal_basis_within_the_rows_of_w():

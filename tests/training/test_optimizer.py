@@ -1,4 +1,4 @@
-"""One optimiser step against that of torch.optim, and the scaling of losses for float16."""
+"""One optimizer step against that of torch.optim, and the scaling of losses for float16."""
 
 import copy
 
@@ -6,17 +6,17 @@ import pytest
 import torch
 from steps import update
 
-from ks.training.optimiser import LossScale, Optimiser
+from ks.training.optimizer import LossScale, Optimizer
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
 def test_updates_equal_those_of_torch_optim(name):
-    """The library's optimiser, told the per-factor rates, on the same clipped gradients."""
+    """The library's optimizer, told the per-factor rates, on the same clipped gradients."""
     ours = [torch.randn(2, 3, 4, 1, requires_grad=True), torch.randn(1, 2, 9, 3, requires_grad=True)]
     theirs = copy.deepcopy(ours)
-    optimiser = Optimiser(name, ours, weight_decay=0.1, max_grad_norm=0.5)
-    rates = [0.01 * factor for factor in optimiser.rate_factors]
-    decays = [0.1 / factor if name == "adamw" else 0.1 for factor in optimiser.rate_factors]
+    optimizer = Optimizer(name, ours, weight_decay=0.1, max_grad_norm=0.5)
+    rates = [0.01 * factor for factor in optimizer.rate_factors]
+    decays = [0.1 / factor if name == "adamw" else 0.1 for factor in optimizer.rate_factors]
     groups = [{"params": [p], "lr": lr, "weight_decay": decay} for p, lr, decay in zip(theirs, rates, decays)]
     library = {
         "adamw": lambda: torch.optim.AdamW(groups, betas=(0.9, 0.95)),
@@ -24,7 +24,7 @@ def test_updates_equal_those_of_torch_optim(name):
         "sgd": lambda: torch.optim.SGD(groups, momentum=0.9),
     }[name]()
     for _ in range(4):
-        norm = update(optimiser, sum((p**2).sum() for p in ours), 0.01)
+        norm = update(optimizer, sum((p**2).sum() for p in ours), 0.01)
         library.zero_grad()
         sum((p**2).sum() for p in theirs).backward()
         expected_norm = torch.nn.utils.clip_grad_norm_(theirs, 0.5)
@@ -36,12 +36,12 @@ def test_updates_equal_those_of_torch_optim(name):
 
 def test_an_overflowing_step_is_skipped_and_the_scale_halved():
     parameter = torch.ones(1, 1, 1, 1, requires_grad=True)
-    optimiser = Optimiser("adamw", [parameter], loss_scaling=True)
-    update(optimiser, (parameter * 1e36 * 1e3).sum(), 0.1)
+    optimizer = Optimizer("adamw", [parameter], loss_scaling=True)
+    update(optimizer, (parameter * 1e36 * 1e3).sum(), 0.1)
     assert parameter.item() == 1.0
-    assert optimiser.count.item() == 0.0
-    assert optimiser.loss_scale.scale.item() == 2.0**15
-    update(optimiser, (parameter * 3.0).sum(), 0.001)
+    assert optimizer.count.item() == 0.0
+    assert optimizer.loss_scale.scale.item() == 2.0**15
+    update(optimizer, (parameter * 3.0).sum(), 0.001)
     assert parameter.item() == pytest.approx(0.9)
 
 

