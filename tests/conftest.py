@@ -1,6 +1,7 @@
 """Fixtures shared by the tests: scripts run as users run them, from another folder; their files read afterwards."""
 
 import csv
+import importlib.util
 import os
 import shutil
 import signal
@@ -75,17 +76,44 @@ def weight_path(tmp_path) -> Path:
     return path
 
 
-@pytest.fixture
-def edited_trainer(tmp_path):
-    """Copy the toolkit to tmp_path and replace one text in its training script, as a user would."""
+CRITERION = "criterion = mean_squared_error  # edit here\n"
+METRICS = "    return {}\n"
 
-    def edit(before: str, after: str) -> None:
+
+def edited_text(criterion: str = "", metrics: str = "") -> str:
+    """The text of the training script with another criterion, or another end of `metrics`."""
+    text = (ROOT / "train_with_random.py").read_text()
+    for before, after in ((CRITERION, criterion), (METRICS, metrics)):
+        assert text.count(before) == 1
+        text = text.replace(before, f"{after}\n") if after else text
+    return text
+
+
+@pytest.fixture
+def edited(tmp_path):
+    """Edit a copy of the training script in tmp_path, and import it."""
+
+    def edit(criterion: str = "", metrics: str = ""):
+        path = tmp_path / "train_with_random.py"
+        path.write_text(edited_text(criterion, metrics))
+        spec = importlib.util.spec_from_file_location("edited_trainer", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return edit
+
+
+@pytest.fixture
+def edited_toolkit(tmp_path):
+    """Copy the toolkit to tmp_path, and edit its training script as a user would; again to edit it again."""
+
+    def edit(criterion: str = "", metrics: str = "") -> None:
         for script in ROOT.glob("*.py"):
             shutil.copy(script, tmp_path)
-        shutil.copytree(ROOT / "ks", tmp_path / "ks", ignore=shutil.ignore_patterns("__pycache__"))
-        trainer = tmp_path / "train_with_random.py"
-        assert before in trainer.read_text()
-        trainer.write_text(trainer.read_text().replace(before, after, 1))
+        if not (tmp_path / "ks").exists():
+            shutil.copytree(ROOT / "ks", tmp_path / "ks", ignore=shutil.ignore_patterns("__pycache__"))
+        (tmp_path / "train_with_random.py").write_text(edited_text(criterion, metrics))
 
     return edit
 

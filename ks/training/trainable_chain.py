@@ -32,19 +32,21 @@ class TrainableChain:
         self.model = _initial_model(config, problem, weight)
         self.factors = [factor.detach() for factor in self.model.factors]
         self.dtype, self.batch_last = DTYPES[config.dtype], config.bs_last
+        settings: dict[str, Any] = {
+            "batch_last": config.bs_last,
+            "block_order": problem.edits.criterion_is_ours,
+            "precision": config.float32_precision,
+        }
         patterns, device = self.model.patterns, problem.device
-        settings: dict[str, Any] = {"batch_last": config.bs_last, "precision": config.float32_precision}
-        training = settings | {"block_order": problem.edits.criterion_is_ours}
-        sizes = (patterns, config.batch_size, device, self.dtype)
-        self.impl = choose_working_impl(config.impl, *sizes, **training)
-        self._training = ChainPasses(*sizes, impl=self.impl[0], **training)
-        self.output_rows = self._training.output_rows
+        self.impl = choose_working_impl(config.impl, patterns, config.batch_size, device, self.dtype, **settings)
 
         @functools.cache
-        def validation(batch: int) -> ChainPasses:
+        def passes(batch: int) -> ChainPasses:
             return ChainPasses(patterns, batch, device, self.dtype, impl=self.impl[0], **settings)
 
-        self._validation = validation
+        self._passes = passes
+        self._training = passes(config.batch_size)
+        self.output_rows = self._training.output_rows
 
     def _values(self) -> list[torch.Tensor]:
         return [factor.to(self.dtype) for factor in self.factors]
@@ -75,8 +77,11 @@ class TrainableChain:
 
     def predict(self, x: torch.Tensor) -> torch.Tensor:
         """Return x Ŵᵀ in the order of W's rows, shape (batch, m), float32; x is as in `__call__`, of any batch size."""
-        passes = self._validation(x.shape[1 if self.batch_last else 0])
-        return self._rows(passes.forward(x, self._values(), keep=False)[0]).float()
+        passes = self._passes(x.shape[1 if self.batch_last else 0])
+        outputs = self._rows(passes.forward(x, self._values(), keep=False)[0])
+        if passes.block_order:
+            outputs = outputs.index_select(1, passes.output_rows.argsort().to(x.device))
+        return outputs.float()
 
 
 def _initial_model(config: TrainerConfig, problem: Problem, weight: torch.Tensor) -> KSLinear:

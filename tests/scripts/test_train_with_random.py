@@ -1,7 +1,6 @@
 """One training as its users run it: in a subprocess, from another folder, with files checked afterwards."""
 
 import json
-import math
 import re
 import signal
 import subprocess
@@ -19,9 +18,9 @@ from ks.files.curves import read_curves
 from ks.files.make_weight import make_weight
 from ks.files.weights import load_weight
 from ks.product.passes import ChainPasses
-from ks.training import gauss_newton
-from ks.training.losses import LossKind
+from ks.training import gauss_newton, recorder
 from ks.training.problem import resolve
+from ks.training.trainable_chain import TrainableChain
 
 
 def test_training_writes_the_files_of_the_contract(run, weight_path, tmp_path):
@@ -49,8 +48,8 @@ def test_training_writes_the_files_of_the_contract(run, weight_path, tmp_path):
     assert json.loads((folder / "ks_chain_training_log.json").read_text())["status"] == "finished"
     config = json.loads((folder / "ks_chain_config.json").read_text())
     assert config["problem"]["weight"]["sha256"] == load_weight(weight_path).sha256()
-    assert config["loss"]["name"] == LossKind.MEAN_SQUARED_ERROR.value
-    for choice in ("impl", "steps", "loss"):
+    assert (config["settings"]["criterion"], config["settings"]["metrics"]) == ("mean_squared_error", "none")
+    for choice in ("impl", "steps"):
         assert config[choice].keys() == {"name", "reason"}
         assert f"{choice} {config[choice]['name']}: {config[choice]['reason']}" in done.stderr
     for name in ("best", "final", "epoch_2"):
@@ -200,31 +199,10 @@ def test_the_hierarchical_start_of_three_factors_is_the_upper_bound(tmp_path, we
     config = train_with_random.build_parser().parse(arguments)
     problem = resolve(config)
     weight = problem.internal_weight()
-    start = population_loss(weight, train_with_random.make_model(config, problem, weight).factors)
+    start = population_loss(weight, TrainableChain(config, problem, weight).factors)
     (floor,) = ks.loss_floor(weight, problem.chain, [2])
     assert start == pytest.approx(floor.upper, rel=1e-5)
     assert floor.lower < floor.upper
-
-
-def test_a_criterion_that_weighs_outputs_trains(weight_path, tmp_path, monkeypatch):
-    weights = torch.linspace(0.5, 1.5, 16)
-    monkeypatch.setattr(train_with_random, "criterion", lambda p, t: (weights * (p - t).square()).mean())
-    arguments = ["--weight_path", str(weight_path), *QUICK, "--output_dir", str(tmp_path / "out"), "--quiet"]
-    assert train_with_random.main(arguments) == 0
-    rows = read_table(tmp_path / "out" / "ks_chain_rank_4_loss_curves.csv")
-    assert {row["population_loss"] for row in rows} == {""}
-
-
-def test_another_criterion_trains_with_adamw_unless_gauss_newton_is_named(weight_path, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train_with_random, "criterion", torch.nn.functional.l1_loss)
-    arguments = ["--weight_path", str(weight_path), *QUICK, "--output_dir", str(tmp_path / "out")]
-    assert train_with_random.main(arguments) == 0
-    line = "optimizer adamw: gauss_newton needs the mean squared error, and the criterion is another one"
-    assert line in capsys.readouterr().err.splitlines()
-    assert json.loads((tmp_path / "out" / "ks_chain_config.json").read_text())["optimizer"]["name"] == "adamw"
-    assert train_with_random.main([*arguments, "--optimizer", "gauss_newton", "--quiet"]) == 2
-    (error,) = capsys.readouterr().err.splitlines()
-    assert "error: --optimizer gauss_newton needs the mean squared error, but the criterion" in error
 
 
 @pytest.mark.parametrize("optimizer", ["auto", "gauss_newton"])
@@ -257,15 +235,15 @@ def test_inverses_that_fail_are_said_once_and_recorded(weight_path, tmp_path, mo
     assert train_with_random.main(arguments) == 0
     (line,) = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"WARNING: \d+ curvature matrices were not positive definite in float32; .*", line)
-    warning = json.loads((tmp_path / "out" / "ks_chain_config.json").read_text())["optimizer"]["warning"]
+    warning = json.loads((tmp_path / "out" / "ks_chain_config.json").read_text())["warnings"]["optimizer"]
     assert line == f"WARNING: {warning}"
 
 
 def test_an_unforeseen_error_is_logged_as_a_failure(weight_path, tmp_path, monkeypatch, capsys):
-    def broken(prediction, target):
+    def broken(*_):
         raise ArithmeticError("no sums today")
 
-    monkeypatch.setattr(train_with_random, "criterion", broken)
+    monkeypatch.setattr(train_with_random, "validate", broken)
     arguments = ["--weight_path", str(weight_path), *QUICK, "--output_dir", str(tmp_path / "out")]
     assert train_with_random.main(arguments) == 4
     assert "ArithmeticError: no sums today" in capsys.readouterr().err
@@ -274,38 +252,22 @@ def test_an_unforeseen_error_is_logged_as_a_failure(weight_path, tmp_path, monke
     assert "no sums today" in log["error"]
 
 
-WEIGHTS = torch.linspace(0.5, 1.5, 16)
-CRITERIA = {
-    LossKind.MEAN_SQUARED_ERROR: torch.nn.functional.mse_loss,
-    LossKind.QUADRATIC: lambda prediction, target: (WEIGHTS * (prediction - target).square()).mean(),
-    LossKind.OTHER: torch.nn.functional.l1_loss,
-}
-
-
-@pytest.mark.parametrize("kind", LossKind)
-def test_only_quadratic_criteria_are_reported_in_the_unit_of_the_outputs(
-    weight_path, tmp_path, monkeypatch, capsys, kind
-):
-    """The same criterion on W and on 8 W: internally they are one problem, to the bit."""
-    monkeypatch.setattr(train_with_random, "criterion", CRITERIA[kind])
-    torch.save(8 * torch.load(weight_path), tmp_path / "large.pth")
-    curves = []
-    for path in (weight_path, tmp_path / "large.pth"):
-        folder = tmp_path / path.stem
-        assert train_with_random.main(["--weight_path", str(path), *QUICK, "--output_dir", str(folder)]) == 0
-        assert json.loads((folder / "ks_chain_config.json").read_text())["loss"]["name"] == kind.value
-        assert f"loss {kind.value}: the criterion of train_with_random.py" in capsys.readouterr().err
-        curves.append(read_curves(folder / "ks_chain_rank_4_loss_curves.csv"))
-    factor = 1 if kind is LossKind.OTHER else 64
-    for name in ("train_loss", "val_loss"):
-        assert [row[name] for row in curves[1]] == [factor * row[name] for row in curves[0]]
-    assert all(math.isnan(row["population_loss"]) for row in curves[0][:-1]) is (
-        kind is not LossKind.MEAN_SQUARED_ERROR
-    )
-
-
-def test_a_training_without_a_unit_names_no_share_of_predicting_0(weight_path, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train_with_random, "criterion", torch.nn.functional.l1_loss)
+def test_the_last_line_has_the_exact_loss_of_the_curves(weight_path, tmp_path, capsys):
+    """Not the sampled validation loss over the expected loss of predicting 0, which may be above 100%."""
     arguments = ["--weight_path", str(weight_path), *QUICK, "--output_dir", str(tmp_path / "out"), "--quiet"]
     assert train_with_random.main(arguments) == 0
-    assert "of predicting 0" not in capsys.readouterr().out
+    last = read_curves(tmp_path / "out" / "ks_chain_rank_4_loss_curves.csv")[-1]
+    weight = torch.load(weight_path)
+    relative = last["population_loss"] / (weight.square().sum().item() / 16)
+    assert f"validation loss {last['val_loss']:.6g}, relative loss {relative:.2%}; " in capsys.readouterr().out
+
+
+def test_a_run_that_diverges_in_its_first_epoch_closes_its_tracker(weight_path, tmp_path, monkeypatch):
+    closed = []
+    monkeypatch.setattr(recorder.TrackerReport, "close", lambda self: closed.append(self.name))
+    monkeypatch.setattr(recorder.TrackerReport, "log", lambda self, curves: None)
+    monkeypatch.setattr("ks.training.problem.check_installed", lambda name: None)
+    arguments = ["--weight_path", str(weight_path), *QUICK, "--output_dir", str(tmp_path / "out"), "--quiet"]
+    diverging = ["--lr", "1e30", "--optimizer", "sgd", "--max_grad_norm", "0", "--log_to", "trackio"]
+    assert train_with_random.main([*arguments, *diverging]) == 1
+    assert closed == ["trackio"]
