@@ -17,6 +17,7 @@ import ks
 from ks.files.layout import RunFiles, run_files
 from ks.inputs.moments_file import InputMoments
 from ks.inputs.sums import InputSums
+from ks.training.checkpoints import Checkpoints
 
 torch.set_num_threads(1)
 
@@ -165,6 +166,18 @@ def save_moments(path, rows: torch.Tensor, held_out: torch.Tensor | None = None,
     held = {} if held_out is None else {name: sums_of(held_out)}
     InputMoments({name: sums_of(rows)}, held, {key: name}, {name: 1}).save(path)
     return path
+
+
+def interrupt_in_epoch(monkeypatch, epoch: int) -> None:
+    """Interrupt runs after they have recorded this epoch and before their resume state holds it: what a kill leaves."""
+    offer = Checkpoints.offer
+
+    def stop(self, threads, curves, *state):
+        if len(curves) == epoch:
+            raise KeyboardInterrupt
+        offer(self, threads, curves, *state)
+
+    monkeypatch.setattr(Checkpoints, "offer", stop)
 
 
 def wait_for(condition, seconds=60):

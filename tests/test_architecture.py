@@ -80,7 +80,7 @@ def test_the_package_imports_no_script_and_no_script_another():
 
 HOMES = {
     "matplotlib": {name for name in FILES if name.startswith("report.figures.")},
-    "triton": {"product.triton_kernels", "product.passes", "training.fused_step", "training.step_kernels"},
+    "triton": {"product.triton_kernels", "product.passes"},
     "tqdm": {"sweep.progress", "report.model_plan_table"},
     "ray": {"sweep.ray_cluster"},
     "wandb": {"training.trackers"},
@@ -104,7 +104,6 @@ def test_heavy_libraries_are_imported_only_where_they_belong(library):
     ("name", "library"),
     [
         ("product.passes", "triton"),
-        ("training.fused_step", "triton"),
         ("sweep.ray_cluster", "ray"),
         ("training.trackers", "torch.utils.tensorboard"),
         ("training.trackers", "wandb"),
@@ -131,13 +130,10 @@ def test_importing_what_the_trainer_needs_is_light():
     code = "import sys, train_with_random; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
-    assert "ks.training.record" in loaded
+    assert "ks.training.recorder" in loaded
     assert not loaded & {"triton", "matplotlib", "pandas", "torch._dynamo", "ray", "tensorboard", "wandb", "trackio"}
     # torch itself loads tqdm where it is installed, so that here it is enough that nothing of ours does.
-    assert not loaded & {
-        f"ks.{name}"
-        for name in {"product.triton_kernels", "training.step_kernels", "sweep.ray_cluster"} | HOMES["tqdm"]
-    }
+    assert not loaded & {f"ks.{name}" for name in {"product.triton_kernels", "sweep.ray_cluster"} | HOMES["tqdm"]}
 
 
 def test_every_room_is_installed():

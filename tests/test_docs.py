@@ -11,7 +11,7 @@ import sys
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT
+from conftest import ROOT, read_table
 
 import ks
 from ks.inputs.moments_file import InputMoments
@@ -144,6 +144,24 @@ def test_the_rule_of_the_readme_picks_the_rank_of_the_answer(run, weight_path, t
     picked = run(tmp_path / "snippet.py")
     assert picked.returncode == 0, picked.stderr
     assert picked.stdout.splitlines()[1].split()[1] == "3"
+
+
+@pytest.mark.parametrize("edit", ["criterion", "metrics"])
+def test_the_edits_of_the_readme_run_as_written(edited_toolkit, weight_path, tmp_path, edit):
+    snippet = next(block for block in blocks("README.md", "python") if block.startswith(f"def {edit}"))
+    edited_toolkit(**{edit: snippet if edit == "criterion" else snippet.split("\n", 1)[1]})
+    sweep = ["rank_sweep_study.py", "--weight_path", weight_path, "--ranks", 2, "--num_epochs", 1, "--num_samples", 80]
+    drawn = ["--metric", "cosine"] if edit == "metrics" else []
+    command = [sys.executable, *map(str, sweep), *drawn, "--latency_seconds", "0"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (row,) = read_table(tmp_path / "rank_sweep_results" / "rank_sweep_summary.csv")
+    if edit == "criterion":
+        assert row["loss_floor"] == ""
+        assert "criterion user-defined sha256" in done.stderr
+    else:
+        assert row["final_cosine"] == row["best_cosine"] != ""
+        assert (tmp_path / "rank_sweep_results" / "rank_sweep_metric_cosine.png").exists()
 
 
 def test_the_layer_example_runs_as_written(tmp_path):

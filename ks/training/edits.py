@@ -40,8 +40,8 @@ TOOLKIT = Edits()
 def edits_of(script: str | Path) -> Edits:
     """Return the identity of criterion and metrics in a training script.
 
-    `EXPRESSION of LIBRARY VERSION` for a function or module of a library, `NAME sha256 HASH` for one that is defined in
-    the script or in a file of the user's; `mean_squared_error` for the toolkit's own, `none` for no metrics.
+    `EXPRESSION of LIBRARY VERSION` for a function or module of a library, `user-defined sha256 HASH` for one that is
+    defined in the script; `mean_squared_error` for the toolkit's own, `none` for no metrics.
 
     Raises:
         UsageError: the script cannot be parsed, or defines no criterion.
@@ -82,7 +82,8 @@ class _Source:
             return f"{expression} of {libraries}" if libraries else expression
         parts = [self._segment(statement) for statement in used]
         content = "\n".join([*parts, *(f"{origin} {found}" for origin, found in sorted(origins.items()))])
-        return f"{one_line(expression or name, LONGEST)} sha256 {hashlib.sha256(content.encode()).hexdigest()[:16]}"
+        shown = one_line(expression or "user-defined", LONGEST)
+        return f"{shown} sha256 {hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
     def _closure(self, name: str) -> list[ast.stmt]:
         """Return the statements that bind a name and all that they use, in their order in the script."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import QUICK as SWEEP
-from conftest import files_of
+from conftest import files_of, interrupt_in_epoch
 from folders import call, make_fifo, make_folder, refused, snapshot, train
 
 import ks
@@ -22,7 +22,6 @@ from ks.files.layout import RunFiles, SweepFiles
 from ks.files.status import Ending, Status
 from ks.sweep.launcher import Task
 from ks.sweep.run import Run, result_of
-from ks.training.observers import ConsoleReport
 
 pytestmark = pytest.mark.usefixtures("no_hang")
 EPOCHS = 3
@@ -227,14 +226,8 @@ def trained(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def stopped(trained) -> Path:
     """Another training of the same weight, interrupted after two epochs; it left a checkpoint."""
-
-    class Stop(ConsoleReport):
-        def epoch_ended(self, end):
-            if len(end.curves) == 2:
-                raise KeyboardInterrupt
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_with_random, "ConsoleReport", Stop)
+        interrupt_in_epoch(patch, 3)
         assert train(trained / "weight.pth", trained / "stopped", "--save_prefix", "rank_2") == 130
     assert (trained / "stopped" / "rank_2_resume.pth").exists()
     return trained / "stopped"

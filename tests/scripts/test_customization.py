@@ -8,14 +8,13 @@ import sys
 
 import pytest
 import torch
-from conftest import QUICK, files_of, read_table
+from conftest import QUICK, files_of, interrupt_in_epoch, read_table
 from torch.nn import functional
 
 import ks
 from ks.cli.flags import TrainerConfig
 from ks.cli.parser import Parser
 from ks.files.curves import read_curves
-from ks.training.checkpoints import Checkpoints
 from ks.training.problem import resolve
 from ks.training.shared_samples import make_samples
 
@@ -103,7 +102,7 @@ FAULTS = {
     "NaN": (
         "def criterion(prediction, target):\n    return (prediction * float('nan')).mean()\n",
         1,
-        r"the loss \(criterion criterion sha256 \w+\) is not finite at epoch 1, step 1 of 4",
+        r"the loss \(criterion user-defined sha256 \w+\) is not finite at epoch 1, step 1 of 4",
     ),
     "fails later": (
         "CALLS = []\n\n\ndef criterion(prediction, target):\n    CALLS.append(0)\n    assert len(CALLS) < 4, 'tired'\n"
@@ -166,14 +165,7 @@ def test_metrics_follow_the_curves_through_stop_resume_and_more_epochs(
     whole = train(script, weight_path, tmp_path / "whole", *steps)
     assert re.search(r"epoch 4/4: .*, cosine 0\.\d+, worst_row [\d.]+, ", capsys.readouterr().err)
     with monkeypatch.context() as patched:
-        offer = Checkpoints.offer
-
-        def stop(self, threads, curves, *state):
-            if len(curves) == 3:
-                raise KeyboardInterrupt
-            offer(self, threads, curves, *state)
-
-        patched.setattr(Checkpoints, "offer", stop)
+        interrupt_in_epoch(patched, 3)
         train(script, weight_path, tmp_path / "stopped", *steps, code=130)
     stopped = train(script, weight_path, tmp_path / "stopped", *steps, "--resume")
     for first, second in zip(curves_of(whole), curves_of(stopped), strict=True):
@@ -261,7 +253,9 @@ def test_another_criterion_in_the_folder_of_a_study_is_another_study(edited_tool
     assert len(read_table(tmp_path / "out" / "rank_sweep_summary.csv")) == 1
     _, beside, instead = re.split("to keep it: |; to replace it: ", line)
     for text in (beside, instead):
-        done = subprocess.run(f"{sys.executable} {text}", shell=True, cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run(
+            text.replace("python", sys.executable, 1), shell=True, cwd=tmp_path, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
     for folder in ("out", "out_2"):
         rows = read_table(tmp_path / folder / "rank_sweep_summary.csv")

@@ -48,10 +48,13 @@ def test_a_value_error_of_a_bug(tmp_path, monkeypatch, capsys, script, place, na
     ]
 
 
-def test_a_bug_of_a_training_is_in_its_log_and_its_exit_code_in_the_summary(edited_trainer, weight_path, tmp_path):
+def test_a_bug_of_a_training_is_in_its_log_and_its_exit_code_in_the_summary(edited_toolkit, weight_path, tmp_path):
     """Of a rank that fails with 4, the sweep shows the traceback, and trains the others."""
-    start = "    threads = torch.get_num_threads()\n"
-    edited_trainer(start, f"{start}    if config.rank == 2:\n        raise ValueError('a bug')\n")
+    edited_toolkit()
+    trainer, start = tmp_path / "train_with_random.py", "    weight = problem.internal_weight()\n"
+    assert start in trainer.read_text()
+    bug = f"{start}    if config.rank == 2:\n        raise ValueError('a bug')\n"
+    trainer.write_text(trainer.read_text().replace(start, bug))
     command = [sys.executable, "rank_sweep_study.py", "--weight_path", str(weight_path), "--ranks", "1", "2", *QUICK]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 3, done.stderr

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, files_of, read_table, save_moments
+from conftest import QUICK, files_of, interrupt_in_epoch, read_table, save_moments
 
 import ks
 import rank_sweep_study
@@ -15,7 +15,6 @@ import train_with_random
 from ks.files.curves import read_curves
 from ks.inputs.moments_file import InputMoments
 from ks.inputs.sums import InputSums
-from ks.training.observers import ConsoleReport
 
 ROWS = 120
 
@@ -141,12 +140,8 @@ def test_a_resumed_training_has_the_bits_of_one_that_was_not_stopped(tmp_path, w
     flags = ("--inputs", samples, "--sampling", "fixed", "--fit_bias", "--resume_interval", 0)
     train(weight_path, tmp_path / "whole", *flags)
 
-    def stop(self, end):
-        if len(end.curves) == 2:
-            raise KeyboardInterrupt
-
     with monkeypatch.context() as patched:
-        patched.setattr(ConsoleReport, "epoch_ended", stop)
+        interrupt_in_epoch(patched, 3)
         train(weight_path, tmp_path / "out", *flags, code=130)
     assert (tmp_path / "out" / "ks_chain_resume.pth").exists()
     shutil.copy(samples, tmp_path / "moved.npy")

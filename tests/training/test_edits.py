@@ -64,7 +64,7 @@ OTHERS = {
 @pytest.mark.parametrize("case", OTHERS)
 def test_whatever_the_criterion_uses_changes_its_identity(criterion_of, case):
     before = criterion_of(SAME)
-    assert before.startswith("criterion sha256 ")
+    assert before.startswith("user-defined sha256 ")
     assert criterion_of(OTHERS[case]) != before
     assert criterion_of(OTHERS[case]) != "mean_squared_error"
 
@@ -90,7 +90,7 @@ def test_metrics_are_none_or_a_hash(tmp_path):
         path.write_text(edited_text(metrics=metrics))
         found.append(edits_of(path).metrics)
     assert found[0] == "none"
-    assert all(text.startswith("metrics sha256 ") for text in found[1:])
+    assert all(text.startswith("user-defined sha256 ") for text in found[1:])
     assert found[1] != found[2]
 
 

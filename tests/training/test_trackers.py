@@ -11,14 +11,13 @@ import sys
 import types
 
 import pytest
-from conftest import QUICK, ROOT
+from conftest import QUICK, ROOT, interrupt_in_epoch
 
 import train_with_random
 from ks.cli.flags import TRACKERS
 from ks.errors import UsageError
 from ks.files.curves import read_curves
 from ks.training import trackers
-from ks.training.checkpoints import Checkpoints
 
 VALUES = ("train_loss", "val_loss", "population_loss", "lr", "grad_norm")
 
@@ -70,18 +69,6 @@ def expected_of(folder):
     return [(row["epoch"], {name: row[name] for name in VALUES if row[name] == row[name]}) for row in curves_of(folder)]
 
 
-def stop_before_the_checkpoint_of(monkeypatch, epoch):
-    """The tracker has logged this epoch, and the checkpoint does not hold it: what a kill leaves."""
-    offer = Checkpoints.offer
-
-    def stop(self, threads, curves, *state):
-        if len(curves) == epoch:
-            raise KeyboardInterrupt
-        offer(self, threads, curves, *state)
-
-    monkeypatch.setattr(Checkpoints, "offer", stop)
-
-
 def test_every_epoch_is_logged_with_the_values_of_the_curves(weight_path, tmp_path, stand_in, capsys):
     tracker = stand_in()
     train(weight_path, tmp_path / "out")
@@ -98,7 +85,7 @@ def test_every_epoch_is_logged_with_the_values_of_the_curves(weight_path, tmp_pa
 def test_a_resumed_training_logs_what_its_tracker_lacks(weight_path, tmp_path, stand_in, monkeypatch, before):
     tracker = stand_in()
     with monkeypatch.context() as patched:
-        stop_before_the_checkpoint_of(patched, 2)
+        interrupt_in_epoch(patched, 2)
         train(weight_path, tmp_path / "out", "--resume_interval", 0, tracker=before, code=130)
     assert [epoch for epoch, _ in tracker.rows] == ([1, 2] if before else [])
     train(weight_path, tmp_path / "out", "--resume_interval", 0, "--resume")
@@ -171,7 +158,7 @@ def wandb(monkeypatch):
 @pytest.mark.parametrize("how", ["interrupted", "killed"])
 def test_a_run_of_wandb_is_offline_and_whole_when_resumed(weight_path, tmp_path, monkeypatch, wandb, how):
     with monkeypatch.context() as patched:
-        stop_before_the_checkpoint_of(patched, 2)
+        interrupt_in_epoch(patched, 2)
         train(weight_path, tmp_path / "out", "--resume_interval", 0, tracker="wandb", code=130)
     state = tmp_path / "out" / "wandb" / "ks_chain_run.json"
     assert json.loads(state.read_text()) == {"id": wandb.runs[0]["id"], "logged": 2}
