@@ -67,11 +67,6 @@ class Problem:
         """Return the factor from a loss in internal units to the reported one; a criterion of the user's has none."""
         return self.predict_zero_loss if self.edits.criterion_is_ours else 1.0
 
-    @property
-    def validation_predict_zero_loss(self) -> float:
-        """Return the loss of predicting 0 on the inputs that `val_loss` is measured on."""
-        return self.layer_inputs.held_out_predict_zero_loss or self.predict_zero_loss
-
     def internal_weight(self) -> torch.Tensor:
         """Return W in internal coordinates, in float64 on the training device."""
         return self.coordinates.weight(self.weight.tensor.to(self.device, torch.float64, copy=True))

@@ -239,8 +239,12 @@ class Recorder:
 
     def _outcome(self) -> str:
         last = self.curves[-1]
-        exact = f", relative loss {self._relative_loss(last):.2%}" if "population_loss" in last else ""
-        return f"rank {self.config.rank}: validation loss {last['val_loss']:.6g}{exact}; {self.files.final}"
+        text = f"rank {self.config.rank}: validation loss {last['val_loss']:.6g}"
+        if "population_loss" in last:
+            text += f", relative loss {self._relative_loss(last):.2%}"
+            if held_out := self.problem.layer_inputs.held_out_predict_zero_loss:
+                text += f", {last['val_loss'] / held_out:.2%} on held-out inputs"
+        return f"{text}; {self.files.final}"
 
     def _own(self, path: Path) -> None:
         """Record a file before it is written."""

@@ -11,6 +11,7 @@ import example_rank_sweep
 import generate_test_weight
 import ks.studies.weight_study
 import ks.training.problem
+import ks.training.recorder
 import plot_rank_results
 import rank_sweep_study
 import train_with_random
@@ -26,7 +27,7 @@ def broken(*arguments, **options):
     ("script", "place", "name", "arguments"),
     [
         (train_with_random, ks.training.problem, "load_weight", ["--weight_path", "w.pth"]),
-        (train_with_random, train_with_random, "settings_of", ["--weight_path", "w.pth"]),
+        (train_with_random, ks.training.recorder, "settings_of", ["--weight_path", "w.pth"]),
         (rank_sweep_study, ks.training.problem, "load_weight", ["--weight_path", "w.pth"]),
         (rank_sweep_study, weight_study, "claim_folder", ["--weight_path", "w.pth", "--ranks", "2"]),
         (plot_rank_results, plot_rank_results, "read_study", ["--results_dir", "."]),
