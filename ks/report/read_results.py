@@ -11,9 +11,8 @@ from ks.files.curves import read_curves
 from ks.files.layout import RunFiles, SweepFiles, find_runs
 from ks.files.schema import SweepConfig, convert, read_json_as, read_summary, read_table
 from ks.files.status import OK
-from ks.report.study import Study, curves_table, summary_frame
+from ks.report.study import Study, curves_table, loss_label, summary_frame
 from ks.report.summary import rank_row, run_row
-from ks.training.losses import LossKind
 
 
 class Target(msgspec.Struct):
@@ -51,7 +50,7 @@ def read_study(files: SweepFiles) -> Study:
         title=config.title if config else None,
         chain=config.problem.chain if config else None,
         weight_sha256=config.problem.weight.sha256 if config else None,
-        loss_label=(config and config.loss) or LossKind.MEAN_SQUARED_ERROR.value,
+        loss_label=loss_label(config),
         answer=tuple(config.answer) if config else (),
         predict_zero_loss=config.problem.predict_zero_loss if config else None,
         held_out_predict_zero_loss=config.problem.held_out_predict_zero_loss if config else None,

@@ -551,14 +551,11 @@ def test_the_checkpoint_is_resumed_from_as_it_was(trained, stopped, tmp_path, ca
 
 def test_metrics_of_earlier_epochs_survive_a_resume(trained, stopped, tmp_path):
     files = copied(stopped, tmp_path)
-    metrics = [{"r2": 0.1, "top-5": None}, {"r2": math.nan, "top-5": 0.25}]
-    edit_saved(
-        lambda content: content | {"curves": [row | new for row, new in zip(content["curves"], metrics, strict=True)]}
-    )(files.resume)
+    first_row_with(**{"r2": 0.1, "top-5": None, "cosine": math.nan})(files.resume)
     assert train(trained / "weight.pth", files.directory, "--save_prefix", "rank_2", "--resume") == 0
     assert_same_result(files, trained)
     lists = json.loads(files.curves_json.read_text())
-    assert [lists["r2"], lists["top-5"]] == [[0.1, None, None], [None, 0.25, None]]
+    assert [lists[name] for name in ("r2", "top-5", "cosine")] == [[0.1, None, None], [None] * 3, [None] * 3]
 
 
 def test_counting_the_epochs_of_a_fifo_does_not_block(tmp_path):
