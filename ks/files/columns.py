@@ -204,6 +204,11 @@ PLAN = (
 METRIC = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 LONGEST = 100  # characters: the name of a metric is part of the name of a figure's file
 FINAL, BEST = "final_", "best_"  # of a metric's two columns in the summary and in the runs
+TAKEN = {
+    *names([*CURVES, *ALL_CURVES]),
+    *(column.plural for column in CURVES),
+    *(name.removeprefix(FINAL) for name in names([*SUMMARY, *RUNS]) if name.startswith(FINAL)),
+}
 
 
 def metric_names(rows: Iterable[Mapping[str, Any]], declared: Iterable[Column] = CURVES) -> list[str]:
@@ -218,7 +223,7 @@ def summary_metrics(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def metric_columns(names: Iterable[str], type: Any = Number) -> tuple[Column, ...]:
-    """Return a column for each of these names that a metric can have."""
+    """Return a column for each name that is well-formed."""
     return tuple(Column(name, type, "a metric", form="{:.4g}") for name in names if METRIC.fullmatch(name))
 
 
@@ -228,12 +233,10 @@ def check_metric_names(metrics: Iterable[Any]) -> None:
     Raises:
         UsageError: a name is malformed or taken.
     """
-    taken = {*names([*CURVES, *ALL_CURVES]), *(column.plural for column in CURVES)}
-    summary = {*names([*SUMMARY, *RUNS])}
     for name in metrics:
         shown = repr(one_line(name, 60))
         if not isinstance(name, str) or not METRIC.fullmatch(name) or len(name) > LONGEST:
             rule = f"a letter or _ first, then letters, digits, _ . or -, at most {LONGEST} characters"
             raise UsageError(f"{shown} cannot name a metric: a name has {rule}")
-        if ours := {name} & taken or {f"{FINAL}{name}", f"{BEST}{name}"} & summary:
-            raise UsageError(f"{shown} cannot name a metric: the tables have a column {min(ours)}; choose another name")
+        if name in TAKEN:
+            raise UsageError(f"{shown} cannot name a metric: the tables have such a column; choose another name")

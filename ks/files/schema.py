@@ -293,7 +293,7 @@ def read_table(
             raise UsageError(f"{path} lacks the columns {', '.join(missing)}")
         declared = [column for column in declared if column.name in header]
         if metrics:
-            declared += columns.metric_columns(columns.metric_names([header], declared))
+            declared += columns.metric_columns(name for name in header if name not in columns.TAKEN)
         kind = row_type(declared, needed if filled is None else filled)
         rows = []
         try:

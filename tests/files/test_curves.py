@@ -112,7 +112,7 @@ def test_the_long_form_has_a_row_for_each_loss_there_is():
 
 def test_columns_that_no_metric_can_be_are_left_out(tmp_path):
     path = tmp_path / "c.csv"
-    path.write_text("epoch,train_loss,val_loss,rank,,my note,r2\n1,0.5,0.5,2,7,good,0.25\n")
+    path.write_text("epoch,train_loss,val_loss,rank,,my note,split,r2\n1,0.5,0.5,2,7,good,good,0.25\n")
     assert read_curves(path) == [{"epoch": 1, "train_loss": 0.5, "val_loss": 0.5, "rank": 2, "r2": 0.25}]
 
 
