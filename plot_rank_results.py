@@ -6,8 +6,8 @@
 Reads rank_R/rank_R_rank_R_loss_curves.csv (those of the 2025 scripts too) and, where they are, PREFIX_summary.json
 (which then says what ranks belong to the study), PREFIX_floor.csv and PREFIX_config.json. Prints the answer and the
 summary, and writes the figures PREFIX_loss_curves, _final_losses, _floor, _gap, _front and _latency to --output_dir;
-with --report, also PREFIX_report.html. For several sweeps, it draws PREFIX_chains. If the figures are not those of a
-sweep in that folder, PREFIX_figures.json names them.
+with --metric NAME, also PREFIX_metric_NAME; with --report, also PREFIX_report.html. For several sweeps, it draws
+PREFIX_chains. If the figures are not those of a sweep in that folder, PREFIX_figures.json names them.
 Exit codes: 0 well, 2 bad input, 4 internal error.
 """
 
@@ -64,14 +64,22 @@ def main(argv=None) -> int:
         raise UsageError("several --results_dir need an --output_dir for their common figure")
     if len(sources) > 1 and config.report:
         raise UsageError("--report is that of one sweep: give one --results_dir")
+    if len(sources) > 1 and config.metric:
+        raise UsageError("--metric draws the ranks of one sweep: give one --results_dir")
     try:
         studies = [read_study(SweepFiles(source, config.save_prefix)) for source in sources]
     except OSError as error:
         raise UsageError(f"{error.filename} cannot be read: {error.strerror}") from error
     if len({study.weight_sha256 for study in studies}) > 1:
         raise UsageError("the --results_dir are studies of different weights: their losses do not compare")
+    if unknown := studies[0].unknown_metrics(config.metric):
+        raise UsageError(unknown)
     several = len(studies) > 1
-    drawn = {"chains": chains(studies, **look)} if several else draw.study_figures(studies[0], **look)
+    drawn = (
+        {"chains": chains(studies, **look)}
+        if several
+        else draw.study_figures(studies[0], metrics=config.metric, **look)
+    )
     target = prepare_output_dir(config.output_dir or sources[0])
     files = SweepFiles(target, config.save_prefix)
     paths = [files.figure(name, suffix) for name in drawn for suffix in config.formats]

@@ -5,8 +5,8 @@
 
 Written to --output_dir: a folder rank_R for each rank (curves, checkpoints, train.log), and under --save_prefix
 PREFIX_summary.csv and .json, PREFIX_runs.csv, PREFIX_all_curves.csv, PREFIX_floor.csv, PREFIX_config.json and the
-figures PREFIX_loss_curves.png, _final_losses.png, _floor.png, _gap.png, _front.png and _latency.png; PREFIX_report.html
-has all of it on one page.
+figures PREFIX_loss_curves.png, _final_losses.png, _floor.png, _gap.png, _front.png and _latency.png; with --metric
+NAME, also PREFIX_metric_NAME.png; PREFIX_report.html has all of it on one page.
 The same command again keeps finished ranks, resumes unfinished ones and trains failed ones again; with more
 --num_epochs it continues all ranks, and other --ranks join the study. Flags left out take the values of the study.
 Exit codes: 0 well, 1 no rank succeeded, 2 bad input or another study's folder, 3 some ranks failed, 4 internal error,
@@ -67,7 +67,7 @@ def main(argv=None) -> int:
         return console.EXIT_OK
     with contextlib.ExitStack() as running:
         launcher = running.enter_context(study.launcher())
-        files = SweepFiles(prepare_output_dir(config.output_dir), config.save_prefix)
+        files = SweepFiles(prepare_output_dir(config.output_dir), config.save_prefix, config.metric)
         with locked(files.lock, "another sweep"), signals.deferred():
             try:
                 study.claim(files)

@@ -15,6 +15,7 @@ from ks.cli.parser import (
     groups,
     integer,
     key,
+    metric_name,
     non_negative_float,
     non_negative_int,
     number,
@@ -230,6 +231,13 @@ class PlotFlags:
         shown_default="by figure",
     )
     formats: tuple[str, ...] = flag(("png",), "formats of the figures", nargs="+", choices=FIGURE_FORMATS)
+    metric: tuple[str, ...] = flag(
+        (),
+        "also draw these metrics of train_with_random.py by epoch, each in a figure PREFIX_metric_NAME",
+        convert=metric_name,
+        nargs="+",
+        metavar="NAME",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

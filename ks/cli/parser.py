@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from ks.cli.console import EXIT_USAGE
 from ks.errors import one_line
+from ks.files.columns import METRIC
 
 Config = TypeVar("Config")
 
@@ -236,6 +237,12 @@ def path(text: str) -> str:
 def key(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("a key must not be empty; leave the flag out if the file holds one tensor")
+    return text
+
+
+def metric_name(text: str) -> str:
+    if not METRIC.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{one_line(text, 60)!r} cannot be the name of a metric")
     return text
 
 

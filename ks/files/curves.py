@@ -4,13 +4,11 @@ import math
 import stat
 from pathlib import Path
 
-import msgspec
-
 from ks.errors import UsageError
 from ks.files import columns
 from ks.files.atomic import finite, write_csv, write_json
 from ks.files.layout import RunFiles
-from ks.files.schema import CurveRow, read_csv_as
+from ks.files.schema import read_table
 
 
 def write_curves(files: RunFiles, rows: list[dict]) -> None:
@@ -19,11 +17,13 @@ def write_curves(files: RunFiles, rows: list[dict]) -> None:
     Args:
         files: of the run.
         rows: one dict per finished epoch, with the keys of `ks.files.columns.CURVES`; grad_norm and population_loss
-            may be missing.
+            may be missing. Further keys are metrics.
     """
     shown = [column for column in columns.CURVES if column.name != "grad_norm" or (rows and "grad_norm" in rows[0])]
-    write_csv(files.curves_csv, columns.names(shown), rows)
-    lists = {column.plural: [row.get(column.name) for row in rows] for column in shown if column.name != "rank"}
+    metrics = columns.metric_names(rows)
+    write_csv(files.curves_csv, [*columns.names(shown), *metrics], rows)
+    keys = {column.name: column.plural for column in shown if column.name != "rank"} | dict(zip(metrics, metrics))
+    lists = {key: [row.get(name) for row in rows] for name, key in keys.items()}
     write_json(files.curves_json, {"rank": files.rank, **lists})
 
 
@@ -34,23 +34,18 @@ def read_curves(path, rank: int | None = None) -> list[dict]:
         path: of the file.
         rank: that its rows must have; any if None.
     Returns:
-        one dict per epoch; epoch and rank are integers, the rest floats (NaN for an empty or non-finite cell).
+        one dict per epoch; epoch, rank and segment are integers, the rest, with the metrics, floats (NaN for an empty
+        or non-finite cell).
     Raises:
         UsageError: the file cannot be read, columns are missing, a cell is not a number of its range, or the rank is
             another one.
     """
-    header, rows = read_csv_as(path, CurveRow, "loss curves")
-    others = {row.rank for row in rows} - {rank}
+    needed = ("epoch", "train_loss", "val_loss", "rank")
+    rows = read_table(path, columns.CURVES, needed, filled=("epoch", "rank"), metrics=True, what="loss curves")
+    others = {row["rank"] for row in rows} - {rank}
     if rank is not None and others:
         raise UsageError(f"{path} holds curves of rank {min(others)}, not {rank}")
-    return [
-        {
-            name: math.nan if value is None else value
-            for name, value in msgspec.structs.asdict(row).items()
-            if name in header
-        }
-        for row in rows
-    ]
+    return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
 
 
 def curves_if_any(path) -> list[dict]:
@@ -62,11 +57,16 @@ def curves_if_any(path) -> list[dict]:
 
 
 def long_form(rank: int, seed: int | None, curves: list[dict]) -> list[dict]:
-    """Return the curves of one run as rows of `ks.files.columns.ALL_CURVES`, one for each epoch and split."""
+    """Return the curves of one run as rows of `ks.files.columns.ALL_CURVES`, one for each epoch and split.
+
+    The rows of the validation split have the metrics too.
+    """
+    metrics = columns.metric_names(curves)
     losses = {"train": "train_loss", "validation": "val_loss", "population": "population_loss"}
     return [
         {"rank": rank, "seed": seed, "epoch": row["epoch"], "split": split, "loss": row[name]}
         | {"lr": row.get("lr"), "seconds": row.get("epoch_seconds")}
+        | ({name: row.get(name) for name in metrics} if split == "validation" else {})
         for row in curves
         for split, name in losses.items()
         if finite(row.get(name)) is not None
@@ -113,10 +113,3 @@ def _last(header: str, rows: list[str], name: str) -> float | None:
     place = names.index(name)
     found = (cells[place] for row in reversed(rows) if len(cells := row.split(",")) > place and cells[place])
     return next(map(float, found), None)
-
-
-def check_metric_names(names) -> None:
-    """To be merged."""
-    for name in names:
-        if not isinstance(name, str) or not name.isidentifier() or name in columns.names(columns.CURVES):
-            raise UsageError(f"metric {name!r}: choose another name")

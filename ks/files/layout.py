@@ -8,6 +8,11 @@ FIGURES = ("loss_curves", "final_losses", "floor", "gap", "front", "latency")
 FIGURE_FORMATS = ("png", "svg", "pdf")
 
 
+def metric_figure(metric: str) -> str:
+    """Return the name of the figure of a metric."""
+    return f"metric_{metric}"
+
+
 def _file(name: str) -> property:
     """Return a property with the path of a file; the name may hold the fields of its object in braces."""
     return property(lambda files: files.directory / name.format(**vars(files)))
@@ -84,10 +89,11 @@ def layer_folder(output_dir: Path, layer: str) -> Path:
 
 @dataclass(frozen=True)
 class SweepFiles:
-    """The files of a sweep besides its rank folders, in `directory`."""
+    """The files of a sweep besides its rank folders, in `directory`; `metrics` are those that it draws."""
 
     directory: Path
     prefix: str
+    metrics: tuple[str, ...] = ()
 
     summary_csv = _file("{prefix}_summary.csv")
     summary_json = _file("{prefix}_summary.json")
@@ -109,8 +115,13 @@ class SweepFiles:
 
     def outputs(self) -> list[Path]:
         """Return the summary and figures: whatever is made from the results of the runs."""
-        figures = [self.figure(name, suffix) for name in FIGURES for suffix in FIGURE_FORMATS]
+        names = (*FIGURES, *map(metric_figure, self.metrics))
+        figures = [self.figure(name, suffix) for name in names for suffix in FIGURE_FORMATS]
         return [self.summary_csv, self.summary_json, self.runs_csv, self.all_curves_csv, self.report, *figures]
+
+    def metric_figures(self) -> list[Path]:
+        """Return the figures of metrics that exist, also of those that are drawn no more."""
+        return sorted(self.directory.glob(f"{glob.escape(self.prefix)}_{metric_figure('*')}"))
 
     def planned(self) -> list[Path]:
         """Return the files of the plan of a checkpoint."""

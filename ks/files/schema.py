@@ -4,53 +4,42 @@ A resumed study ignores an invalid file, says why and trains the rank again; a p
 """
 
 import csv
-import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import torch
-from msgspec import Meta, Struct, field
+from msgspec import UNSET, Meta, Struct, field
 
 from ks.errors import UsageError, one_line
+from ks.files import columns
+from ks.files.columns import Column, Count, Duration, Loss, Number, Positive, Seed, Text
 from ks.files.torch_files import plain
 
 MAX_BYTES = 2**28  # of a JSON or CSV file
 
-Count = Annotated[int, Meta(ge=0, le=2**53)]
-Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-Positive = Annotated[int, Meta(ge=1, le=2**53)]
-Loss = Annotated[float, Meta(ge=0.0, le=1e300)]
 PositiveLoss = Annotated[float, Meta(gt=0.0, le=1e300)]
-Number = Annotated[float, Meta(ge=-1e300, le=1e300)]
-Text = Annotated[str, Meta(max_length=10_000)]
-Seconds = Annotated[float, Meta(ge=0.0, le=1e12)]
-Milliseconds = Annotated[float, Meta(ge=0.0, le=1e12)]
 Record = TypeVar("Record", bound=Struct)
 
+_Latencies: Any = msgspec.defstruct("_", [(column.name, column.type | None, None) for column in columns.LATENCIES])
 
-class Latency(Struct):
+
+class Latency(_Latencies, kw_only=True):  # type: ignore[call-arg]
     """Median milliseconds of a forward pass of chain and dense, with the CPU threads, dtype and device of both."""
 
     threads: Positive
     dtype: Text
     device: Text
-    latency_ms_batch_1: Milliseconds | None = None
-    latency_ms_batch_32: Milliseconds | None = None
-    latency_ms_batch_1024: Milliseconds | None = None
-    dense_latency_ms_batch_1: Milliseconds | None = None
-    dense_latency_ms_batch_32: Milliseconds | None = None
-    dense_latency_ms_batch_1024: Milliseconds | None = None
 
 
 class TrainingLog(Struct):
     """PREFIX_training_log.json."""
 
     status: Text
-    train_seconds: Seconds | None = None
+    train_seconds: Duration | None = None
     epochs: Positive | None = None
     relative_loss: Loss | None = None
     resumed_after: Count | None = None
@@ -70,7 +59,7 @@ class RunConfig(Struct):
 
     settings: dict[str, Any]
     files: list[Text] = field(default_factory=list)
-    loss: Choice | None = None
+    loss: Choice | None = None  # of earlier versions
 
 
 class WeightRecord(Struct):
@@ -108,7 +97,7 @@ class SweepConfig(Struct):
     arguments: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     title: Text | None = None
-    loss: Text | None = None
+    loss: Text | None = None  # of earlier versions, whose settings do not name the criterion
     answer: list[Text] = field(default_factory=list)
     advice: list[Text] = field(default_factory=list)
     problem: ProblemRecord = field(default_factory=ProblemRecord)
@@ -134,104 +123,6 @@ class CurveLists(Struct):
     population_losses: list[float | None]
 
 
-class SummaryRow(Struct):
-    """A row of PREFIX_summary.json, ours (with a status) or one of the 2025 ksmm scripts."""
-
-    rank: Positive
-    status: Text | None = None
-    final_train_loss: Loss | None = None
-    final_val_loss: Loss | None = None
-    min_train_loss: Loss | None = None
-    min_val_loss: Loss | None = None
-    min_train_epoch: Count | None = None
-    min_val_epoch: Count | None = None
-    num_epochs: Count | None = None
-    population_loss: Loss | None = None
-    loss_floor: Loss | None = None
-    loss_floor_upper: Loss | None = None
-    loss_floor_is_exact: bool | None = None
-    optimality_gap: Number | None = None
-    excess: Number | None = None
-    relative_loss: Loss | None = None
-    parameters: Positive | None = None
-    compression_ratio: Loss | None = None
-    saturated: bool | None = None
-    verdict: Text | None = None
-    num_seeds: Count | None = None
-    final_train_loss_se: Loss | None = None
-    final_val_loss_se: Loss | None = None
-    population_loss_se: Loss | None = None
-    train_seconds: Seconds | None = None
-    removed_share: Number | None = None
-    held_out_relative_loss: Loss | None = None
-    isotropic_floor: Loss | None = None
-    segments: Text | None = None
-    relative_floor: Loss | None = None
-    relative_floor_upper: Loss | None = None
-    relative_loss_se: Loss | None = None
-    share_of_dense: Loss | None = None
-    predict_zero_loss: Loss | None = None
-    target_relative_loss: Loss | None = None
-    reached_target: bool | None = None
-    weight: Text | None = None
-    weight_key: Text | None = None
-    weight_sha256: Text | None = None
-    chain: Text | None = None
-    inputs: Text | None = None
-    latency_ms_batch_1: Milliseconds | None = None
-    latency_ms_batch_32: Milliseconds | None = None
-    latency_ms_batch_1024: Milliseconds | None = None
-    dense_latency_ms_batch_1: Milliseconds | None = None
-    dense_latency_ms_batch_32: Milliseconds | None = None
-    dense_latency_ms_batch_1024: Milliseconds | None = None
-
-
-class CurveRow(Struct):
-    """A row of PREFIX_rank_R_loss_curves.csv, ours or of the 2025 ksmm scripts."""
-
-    epoch: Positive
-    train_loss: Loss | None
-    val_loss: Loss | None
-    rank: Positive
-    population_loss: Loss = math.nan
-    lr: float = math.nan
-    epoch_seconds: Seconds = math.nan
-    segment: Positive = 1
-    grad_norm: float = math.nan
-
-
-class FloorRow(Struct):
-    """A row of PREFIX_floor.csv."""
-
-    chain: Text
-    rank: Positive
-    parameters: Positive
-    loss_floor: Loss
-    relative_loss: Loss
-
-
-class RunRow(Struct):
-    """A row of PREFIX_runs.csv, as far as it is read."""
-
-    rank: Positive
-    seed: Seed
-    status: Text
-
-
-class EpochRow(TypedDict):
-    """A row of the curves in a checkpoint."""
-
-    epoch: Positive
-    train_loss: Loss
-    val_loss: Loss
-    rank: Positive
-    lr: float
-    epoch_seconds: Seconds
-    population_loss: NotRequired[Loss]
-    segment: NotRequired[Positive]
-    grad_norm: NotRequired[float]
-
-
 class BestRecord(Struct):
     val_loss: Loss
     epoch: Positive
@@ -243,10 +134,17 @@ class CheckpointRecord(Struct):
 
     settings: dict[str, str | int | float | bool | None]
     threads: Annotated[int, Meta(ge=1, le=4096)]
-    curves: Annotated[list[EpochRow], Meta(min_length=1)]
+    curves: Annotated[list[dict[str, Any]], Meta(min_length=1)]
     optimizer: list[torch.Tensor]
     schedule: tuple[float, int, float]
     best: BestRecord
+
+    def __post_init__(self):
+        metrics = columns.metric_names(self.curves)
+        columns.check_metric_names(metrics)
+        declared = (*columns.CURVES, *columns.metric_columns(metrics, float | None))
+        needed = ("epoch", "train_loss", "val_loss", "rank", "lr", "epoch_seconds")
+        self.curves = checked_rows(self.curves, declared, needed, absent=UNSET)
 
 
 class SavedChain(Struct):
@@ -328,36 +226,84 @@ def read_json_as(path, kind: Any, what: str = "results") -> Any:
         return msgspec.json.decode(path.read_bytes(), type=kind)
 
 
-def read_csv_as(path, kind: type[Record], what: str = "results") -> tuple[list[str], list[Record]]:
-    """Read a CSV file with a header and check every row against a schema.
+def row_type(declared: Iterable[Column], needed: Collection[str], absent: Any = None) -> type[Struct]:
+    """Return the schema of a row.
 
-    An empty or non-finite cell has the default of its column; columns that the schema lacks are left out.
+    Args:
+        declared: its columns; other keys are left out.
+        needed: names of the columns that must have a value.
+        absent: of the other columns: None if they may be null or missing and then have their default, UNSET if they may
+            be missing but not null.
+    """
+    fields, names = [], {}
+    for index, column in enumerate(declared):
+        names[f"field_{index}"] = column.name  # the name of a metric need not be one of Python's
+        default = column.default if absent is None else absent
+        optional = (column.type | type(absent), default)
+        fields.append((f"field_{index}", *((column.type,) if column.name in needed else optional)))
+    return msgspec.defstruct("Row", fields, rename=names, kw_only=True)
+
+
+def checked_rows(rows: list[dict], declared: Iterable[Column], needed: Collection[str], absent: Any = None) -> list:
+    """Return rows as `row_type` takes them; raise msgspec.ValidationError for one that it does not."""
+    return msgspec.to_builtins(msgspec.convert(rows, list[row_type(declared, needed, absent)]))  # type: ignore[misc]
+
+
+def read_summary(path) -> list[dict]:
+    """Read PREFIX_summary.json, ours (with a status) or one of the 2025 ksmm scripts.
+
+    Returns:
+        the rows with all columns, None where a value is missing, and the columns of metrics.
+    Raises:
+        UsageError: no regular file, too large, no JSON, or not valid.
+    """
+    with _checked(Path(path), "a summary") as path:
+        rows = msgspec.json.decode(path.read_bytes(), type=list[dict[str, Any]])
+        metrics = columns.metric_columns(columns.summary_metrics(rows))
+        return checked_rows(rows, (*columns.SUMMARY, *metrics), ("rank",))
+
+
+def read_table(
+    path,
+    declared: Iterable[Column],
+    needed: Collection[str],
+    filled: Collection[str] | None = None,
+    metrics: bool = False,
+    what: str = "results",
+) -> list[dict]:
+    """Read a CSV file with a header and check every row; an empty or non-finite cell has the default of its column.
 
     Args:
         path: of the file.
-        kind: a schema of this module with numbers and texts as fields.
+        declared: the columns that are read; others are left out.
+        needed: names of the columns that the file must have.
+        filled: names of the columns that must not be empty; `needed` if None.
+        metrics: read every other column whose name a metric can have, too.
         what: the file should hold, for the message.
     Returns:
-        the names of the columns in the file, and the rows.
+        one dict per row, with the columns of the file.
     Raises:
         UsageError: no regular file, too large, no CSV, columns missing, or not valid; the message has the line.
     """
-    needed = [field.name for field in msgspec.structs.fields(kind) if field.required]
     with _checked(Path(path), what) as path, open(path, newline="") as file:
         reader = csv.DictReader(file)
-        header = list(reader.fieldnames or [])
+        header = dict.fromkeys(reader.fieldnames or [])
         if missing := [name for name in needed if name not in header]:
             raise UsageError(f"{path} lacks the columns {', '.join(missing)}")
+        declared = [column for column in declared if column.name in header]
+        if metrics:
+            declared += columns.metric_columns(name for name in header if name not in columns.TAKEN)
+        kind = row_type(declared, needed if filled is None else filled)
         rows = []
         try:
             for cells in reader:
                 if None in cells:
                     raise csv.Error(f"more cells than the {len(header)} of the header")
                 known = {name: cell for name, cell in cells.items() if not _is_empty(cell)}
-                rows.append(msgspec.convert(dict.fromkeys(needed) | known, kind, strict=False))
+                rows.append(msgspec.to_builtins(msgspec.convert(known, kind, strict=False)))
         except (msgspec.ValidationError, csv.Error) as error:
             raise UsageError(f"{path}, line {reader.line_num}: {one_line(error, 200)}") from error
-        return header, rows
+        return rows
 
 
 def _is_empty(cell: str | None) -> bool:

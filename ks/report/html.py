@@ -78,7 +78,8 @@ def write_report(study: Study, files: SweepFiles, *, log_scale: bool = False, ti
         title: instead of the name of the study in the figures.
     """
     look: dict[str, Any] = {"log_scale": log_scale, "title": title or "", "figsize": FIGURE_SIZE}
-    figures = {name: inline_svg(figure, name) for name, figure in study_figures(study, **look).items()}
+    drawn = study_figures(study, metrics=study.metrics, **look)
+    figures = {name: inline_svg(figure, name) for name, figure in drawn.items()}
     with atomic_path(files.report) as temporary:
         temporary.write_text(report_page(study, figures), encoding="utf-8")
 
@@ -140,7 +141,8 @@ def _definitions(pairs: dict[str, str | None]) -> str:
 
 
 def _figure(name: str, svg: str) -> str:
-    return f"<figure>{svg}<figcaption>{escape(CAPTIONS[name])}</figcaption></figure>"
+    caption = CAPTIONS.get(name, "A metric by epoch, on the validation samples.")
+    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def _weight(study: Study) -> dict[str, str | None]:
@@ -208,6 +210,8 @@ def _table(study: Study) -> str:
     for batch in measured_batches(rows):
         times = [[_text(row[f"{kind}latency_ms_batch_{batch}"], "{:.3g}") for kind in ("", "dense_")] for row in rows]
         cells[f"ms at batch {batch} (dense)"] = [f"{chain} ({dense})" if chain else "" for chain, dense in times]
+    for metric in study.metrics:
+        cells[f"final {metric}"] = [_text(row.get(f"{columns.FINAL}{metric}"), "{:.4g}") for row in rows]
     shown = {header: column for header, column in cells.items() if any(column)}
     if "energy lost" in shown:
         shown.pop("validation loss", None)

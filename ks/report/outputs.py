@@ -1,22 +1,21 @@
 """The files of a concluded sweep: runs, curves, summary and figures, all from results in memory."""
 
 from pathlib import Path
+from typing import Any
 
 from ks.bounds.floors import Floor
 from ks.bounds.plan import Plan
+from ks.cli.console import note
 from ks.cli.flags import PlotFlags
-from ks.errors import UsageError
 from ks.files import columns
 from ks.files.atomic import write_csv, write_json
 from ks.files.curves import long_form
-from ks.files.layout import RunFiles, SweepFiles
-from ks.files.schema import RunConfig, read_json_as
+from ks.files.layout import SweepFiles
 from ks.files.status import ended_well
-from ks.report._kind import LossKind
 from ks.report.figures.draw import save_figures, study_figures
 from ks.report.html import write_report
 from ks.report.read_results import read_study
-from ks.report.summary import Reference, rank_row, run_row
+from ks.report.summary import Reference, rank_row, run_row, write_summary
 from ks.sweep.run import Result
 from ks.training.problem import Problem
 
@@ -78,35 +77,23 @@ def write_outputs(
     Args:
         config: how the figures look.
         files: to write; the table of the floors is there.
-        record: content of the sweep's config file, with the answer; the label of the losses is added.
+        record: content of the sweep's config file, with the answer.
         results: of all runs.
         runs, rows: as `summarise` returns them.
     Returns:
         the paths of the summary, the figures and the report.
     """
-    losses = [_kind_of_loss(result.run.files) for result in results]
-    record["loss"] = next(filter(None, losses), LossKind.MEAN_SQUARED_ERROR.value)
     write_json(files.config, record)
-    summary = columns.names(columns.SUMMARY)
-    write_csv(files.runs_csv, columns.names(columns.RUNS), runs)
-    write_csv(
-        files.all_curves_csv,
-        columns.names(columns.ALL_CURVES),
-        (row for result in results for row in long_form(result.run.rank, result.run.seed, result.curves)),
-    )
-    write_csv(files.summary_csv, summary, rows)
-    write_json(files.summary_json, [{name: row.get(name) for name in summary} for row in rows])
+    write_csv(files.runs_csv, [*columns.names(columns.RUNS), *columns.summary_metrics(runs)], runs)
+    curves = [row for result in results for row in long_form(result.run.rank, result.run.seed, result.curves)]
+    metrics = columns.metric_names(curves, columns.ALL_CURVES)
+    write_csv(files.all_curves_csv, [*columns.names(columns.ALL_CURVES), *metrics], curves)
+    write_summary(files, rows)
     study = read_study(files)
-    drawn = study_figures(study, log_scale=config.log_scale, title=config.title, figsize=config.figsize)
+    look: dict[str, Any] = {"log_scale": config.log_scale, "title": config.title}
+    drawn = study_figures(study, figsize=config.figsize, metrics=config.metric, **look)
     written = save_figures(drawn, files, config.formats, config.dpi)
-    write_report(study, files, log_scale=config.log_scale, title=config.title)
+    write_report(study, files, **look)
+    if unknown := study.unknown_metrics(config.metric):
+        note(f"WARNING: {unknown}")
     return [files.summary_csv, *written, files.report]
-
-
-def _kind_of_loss(files: RunFiles) -> str | None:
-    """Return the kind of loss in the config of a run; None if it is not known."""
-    try:
-        config = read_json_as(files.config, RunConfig)
-    except UsageError:
-        return None
-    return config.loss.name if config.loss else None

@@ -9,10 +9,9 @@ from ks.errors import UsageError
 from ks.files import columns
 from ks.files.curves import read_curves
 from ks.files.layout import RunFiles, SweepFiles, find_runs
-from ks.files.schema import FloorRow, RunRow, SummaryRow, SweepConfig, convert, read_csv_as, read_json_as
+from ks.files.schema import SweepConfig, convert, read_json_as, read_summary, read_table
 from ks.files.status import OK
-from ks.report._kind import LossKind
-from ks.report.study import Study, curves_table, summary_frame
+from ks.report.study import Study, curves_table, loss_label, summary_frame
 from ks.report.summary import rank_row, run_row
 
 
@@ -51,7 +50,7 @@ def read_study(files: SweepFiles) -> Study:
         title=config.title if config else None,
         chain=config.problem.chain if config else None,
         weight_sha256=config.problem.weight.sha256 if config else None,
-        loss_label=(config and config.loss) or LossKind.MEAN_SQUARED_ERROR.value,
+        loss_label=loss_label(config),
         answer=tuple(config.answer) if config else (),
         predict_zero_loss=config.problem.predict_zero_loss if config else None,
         held_out_predict_zero_loss=config.problem.held_out_predict_zero_loss if config else None,
@@ -67,8 +66,7 @@ def _summary_rows(files: SweepFiles) -> list[dict]:
         UsageError: the summary of this prefix is missing but others exist, or it is not valid.
     """
     if files.summary_json.exists():
-        rows = read_json_as(files.summary_json, list[SummaryRow])
-        return [msgspec.structs.asdict(row) for row in rows]
+        return read_summary(files.summary_json)
     others = sorted(path.name.removesuffix("_summary.json") for path in files.directory.glob("*_summary.json"))
     if others:
         raise UsageError(f"{files.directory} has no {files.summary_json.name}; give --save_prefix: {', '.join(others)}")
@@ -82,8 +80,9 @@ def _runs_of_study(
     ranks = {row["rank"]: row["status"] for row in rows}
     status_of: dict = {}
     if files.runs_csv.is_file():
-        _, known = read_csv_as(files.runs_csv, RunRow)
-        status_of = {(row.rank, row.seed): row.status for row in known}
+        read = ("rank", "seed", "status")
+        known = read_table(files.runs_csv, [column for column in columns.RUNS if column.name in read], read)
+        status_of = {(row["rank"], row["seed"]): row["status"] for row in known}
     return [
         (
             {"rank": rank, "seed": seed, "status": status_of.get((rank, seed), ranks[rank])},
@@ -95,5 +94,6 @@ def _runs_of_study(
 
 
 def _floor_table(files: SweepFiles) -> pd.DataFrame:
-    rows = read_csv_as(files.floor_csv, FloorRow)[1] if files.floor_csv.is_file() else []
-    return pd.DataFrame([msgspec.structs.asdict(row) for row in rows], columns=columns.names(columns.FLOOR))
+    declared = columns.names(columns.FLOOR)
+    rows = read_table(files.floor_csv, columns.FLOOR, declared) if files.floor_csv.is_file() else []
+    return pd.DataFrame(rows, columns=declared)

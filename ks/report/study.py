@@ -1,5 +1,6 @@
 """A study as tables, for the figures."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -8,7 +9,23 @@ import pandas as pd
 from ks.files import columns
 from ks.files.schema import SweepConfig
 from ks.files.status import ended_well
-from ks.report._kind import LossKind
+
+MEAN_SQUARED_ERROR = "mean squared error per output"
+
+
+def loss_label(config: SweepConfig | None) -> str:
+    """Return the label of a study's losses: MEAN_SQUARED_ERROR for the toolkit's own criterion, and for no other.
+
+    Args:
+        config: of the study; None for a 2025 folder.
+    """
+    criterion = config.settings.get("criterion") if config else None
+    if criterion is None:  # an earlier version, whose config may hold the label itself
+        return (config and config.loss) or MEAN_SQUARED_ERROR
+    if criterion == "mean_squared_error":
+        return MEAN_SQUARED_ERROR
+    name = re.sub(r" sha256 [0-9a-f]+$", "", str(criterion))
+    return f"{name}, on outputs in units of the root mean square of W x"
 
 
 @dataclass(frozen=True)
@@ -30,12 +47,26 @@ class Study:
     title: str | None = None
     chain: str | None = None
     weight_sha256: str | None = None
-    loss_label: str = LossKind.MEAN_SQUARED_ERROR.value
+    loss_label: str = MEAN_SQUARED_ERROR
     answer: tuple[str, ...] = ()
     predict_zero_loss: float | None = None
     held_out_predict_zero_loss: float | None = None
     target: float | None = None
     config: SweepConfig | None = None
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the metrics that have a value in any epoch."""
+        known = {*columns.names(columns.CURVES), "seed"}
+        return [name for name in self.curves if name not in known and self.curves[name].notna().any()]
+
+    def unknown_metrics(self, asked: Iterable[str]) -> str:
+        """Return a line that lists the metrics that were asked for but have no values; empty if there are none."""
+        unknown = [name for name in asked if name not in self.metrics]
+        if not unknown:
+            return ""
+        known = f"it has {', '.join(self.metrics)}" if self.metrics else "it has no metrics at all"
+        return f"--metric {' '.join(unknown)}: no run of {self.name} has values of that name; {known}"
 
 
 def curves_table(runs: Iterable[tuple[dict, list[dict]]]) -> pd.DataFrame:
@@ -51,5 +82,6 @@ def curves_table(runs: Iterable[tuple[dict, list[dict]]]) -> pd.DataFrame:
 
 
 def summary_frame(rows: list[dict]) -> pd.DataFrame:
-    """Return the rows of the summary with all its columns, in their order."""
-    return pd.DataFrame([{name: row.get(name) for name in columns.names(columns.SUMMARY)} for row in rows])
+    """Return the rows of the summary with all its columns, in their order, and those of metrics after them."""
+    names = [*columns.names(columns.SUMMARY), *columns.summary_metrics(rows)]
+    return pd.DataFrame([{name: row.get(name) for name in names} for row in rows])

@@ -12,8 +12,9 @@ import torch
 from ks.bounds.floors import Floor
 from ks.bounds.plan import Plan
 from ks.files import columns
-from ks.files.atomic import finite
-from ks.files.columns import ISOTROPIC, LATENCIES, names
+from ks.files.atomic import finite, write_csv, write_json
+from ks.files.columns import BEST, FINAL, ISOTROPIC, LATENCIES, metric_names, names, summary_metrics
+from ks.files.layout import SweepFiles
 from ks.files.schema import Latency
 from ks.files.status import OK, Ending, Status, ended_well
 from ks.patterns import Chain
@@ -32,9 +33,10 @@ def run_row(
     train_seconds: float | None = None,
     latency: Latency | None = None,
 ) -> dict:
-    """Return the row of one run, with the keys of `ks.files.columns.RUNS`, and its latencies.
+    """Return the row of one run, with the keys of `ks.files.columns.RUNS`, its latencies and its metrics.
 
-    Losses are None if a curve has no finite value; final ones also if the run has not finished.
+    Losses and metrics are None if a curve has no finite value; final ones also if the run has not finished. The best
+    value of a metric is that of the epoch with the lowest validation loss.
 
     Args:
         rank: of the run.
@@ -58,6 +60,9 @@ def run_row(
     last = curves[-1] if curves and ended_well(ending) else {}
     for name in ("final_train_loss", "final_val_loss", "population_loss"):
         row[name] = finite(last.get(name.removeprefix("final_")))
+    chosen: dict = next((entry for entry in curves if entry["epoch"] == row["min_val_epoch"]), {})
+    for metric in metric_names(curves):
+        row |= {f"{FINAL}{metric}": finite(last.get(metric)), f"{BEST}{metric}": finite(chosen.get(metric))}
     return row | {name: getattr(latency, name, None) for name in names(LATENCIES)}
 
 
@@ -96,8 +101,8 @@ def rank_row(
         floor: of that rank, relative to predicting 0; None if there is none.
         reference: of the study.
     Returns:
-        a dict with the keys of `ks.files.columns.SUMMARY`, None where nothing is known; and `failed`, whether a run
-        ended badly and neither was interrupted nor waits for its start.
+        a dict with the keys of `ks.files.columns.SUMMARY` and the means of the metrics, None where nothing is known;
+        and `failed`, whether a run ended badly and neither was interrupted nor waits for its start.
     """
     predict_zero = reference.predict_zero_loss
     finished = [run for run in runs if ended_well(run["status"])]
@@ -107,7 +112,7 @@ def rank_row(
     row |= {"num_seeds": len(finished), "train_seconds": _mean([run["train_seconds"] for run in runs])}
     row |= {name: _mean([run[name] for run in good]) for name in LOSSES}
     row |= {f"{name}_se": _standard_error([run[name] for run in good]) for name in WITH_ERROR}
-    row |= {name: _mean([run[name] for run in good]) for name in names(LATENCIES)}
+    row |= {name: _mean([run.get(name) for run in good]) for name in [*names(LATENCIES), *summary_metrics(runs)]}
     if row["population_loss_se"] is not None:
         row["relative_loss_se"] = row["population_loss_se"] / predict_zero
     row |= {"predict_zero_loss": predict_zero, "target_relative_loss": reference.target, **reference.identity}
@@ -169,6 +174,13 @@ def _mean(values: list) -> float | None:
 def _standard_error(values: list) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.stdev(known) / len(known) ** 0.5 if len(known) > 1 else None
+
+
+def write_summary(files: SweepFiles, rows: list[dict]) -> None:
+    """Write the rows of all ranks, with a column for every metric that any of them has."""
+    written = [*names(columns.SUMMARY), *summary_metrics(rows)]
+    write_csv(files.summary_csv, written, rows)
+    write_json(files.summary_json, [{name: row.get(name) for name in written} for row in rows])
 
 
 def floor_rows(plan: Plan, predict_zero_loss: float) -> list[dict]:

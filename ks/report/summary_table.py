@@ -29,13 +29,15 @@ def summary_table(rows: list[dict], verbose: bool = False) -> str:
     if "relative_floor" in decisive:
         parts[0] += f"\n{LEGEND}"
     if verbose:
-        parts.append(text_table(_cells(rows, ("rank", *columns.DETAILS), silent)))
+        metrics = [name for name in columns.summary_metrics(rows) if name.startswith(columns.FINAL)]
+        parts.append(text_table(_cells(rows, ("rank", *columns.DETAILS, *metrics), silent)))
     return "\n\n".join(parts)
 
 
 def _cells(rows: list[dict], names: tuple[str, ...], silent: set[str]) -> dict[str, list[str]]:
     """Return the cells of every column with something in it."""
-    declared = {column.name: column for column in columns.SUMMARY}
+    metrics = columns.metric_columns(columns.summary_metrics(rows))
+    declared = {column.name: column for column in (*columns.SUMMARY, *metrics)}
     return {
         name: ["-" if _empty(row.get(name)) else declared[name].form.format(row[name]) for row in rows]
         for name in names

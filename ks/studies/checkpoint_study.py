@@ -9,8 +9,7 @@ from ks.bounds.floors import Floor
 from ks.cli import console
 from ks.cli.flags import SweepConfig
 from ks.errors import UsageError
-from ks.files import columns
-from ks.files.atomic import prepare_output_dir, write_csv, write_json
+from ks.files.atomic import prepare_output_dir
 from ks.files.layout import SweepFiles, layer_folder
 from ks.files.lock import locked
 from ks.files.provenance import provenance
@@ -112,7 +111,7 @@ class CheckpointStudy:
         for layer in self._configs(plan, files):
             signals.check()
             study = WeightStudy(layer, self.trainer)
-            inside = SweepFiles(prepare_output_dir(layer.output_dir), layer.save_prefix)
+            inside = SweepFiles(prepare_output_dir(layer.output_dir), layer.save_prefix, layer.metric)
             study.claim(inside)
             name = str(layer.weight_key)
             runs = [_named(run, name) for run in study.runs]
@@ -156,6 +155,7 @@ class CheckpointStudy:
     def conclude(self, files: SweepFiles, ended: dict[Run, Result]) -> list[str]:
         """Write summary and figures of every layer, and one summary over all; return the lines to print."""
         from ks.report.layers_table import layers_table
+        from ks.report.summary import write_summary
 
         rows = []
         for layer in self.layers:
@@ -166,9 +166,7 @@ class CheckpointStudy:
             study.check_floors()
             self.ended += [row["status"].status for row in study.rows_of_runs]
             rows += study.rows
-        names = columns.names(columns.SUMMARY)
-        write_csv(files.summary_csv, names, rows)
-        write_json(files.summary_json, [{name: row.get(name) for name in names} for row in rows])
+        write_summary(files, rows)
         return [layers_table(rows), str(files.summary_csv)]
 
     def statuses(self) -> set[Status]:

@@ -38,7 +38,7 @@ def claim_folder(
             if inside != folder:
                 check_no_link(inside)
         check_free(run.files.all(), owned | owned_by_run(run.files), inputs, REMEDY)
-    check_free(files.all(), owned, inputs, REMEDY)
+    check_free(files.all(), owned | _plotted(files), inputs, REMEDY)
     if overwrite:
         for path in others:
             delete(recorded(path), inputs)
@@ -49,7 +49,7 @@ def claim_folder(
         for run in runs:
             if not owned_by_run(run.files):  # a damaged record: the run starts anew
                 delete(owned & {*run.files.all()}, inputs)
-    delete(owned & {*files.outputs()}, inputs)
+    delete(owned & {*files.outputs(), *files.metric_figures()}, inputs)
     ours = sorted(
         {*files.all(), *(path for path in owned if path.exists()), *(p for run in runs for p in run.files.all())}
     )
@@ -58,6 +58,12 @@ def claim_folder(
     for run in runs:
         if run.files.directory.exists():
             prepare_output_dir(run.files.directory)
+
+
+def _plotted(files: SweepFiles) -> set[Path]:
+    """Return the figures that plot_rank_results.py has drawn in the folder from the results in it."""
+    sources = read_json_object(files.figures_record).get("sources")
+    return recorded(files.figures_record) if sources == [str(files.directory)] else set()
 
 
 def owned_by_run(files: RunFiles) -> set[Path]:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from ks.errors import UsageError, one_line
-from ks.files.curves import check_metric_names
+from ks.files.columns import check_metric_names
 from ks.training.problem import Problem
 
 Criterion = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -165,6 +165,7 @@ LISTS = {
     "formats": (["png,svg"],),
     "chains": (["monarch,lowrank"],),
     "stop_ranks": (["2,4"],),
+    "metric": (["r2,top-5"], ["r2, ", "top-5"]),
 }
 SPACED = {
     "ranks": "2 4 8",
@@ -174,6 +175,7 @@ SPACED = {
     "figsize": "10 5.5",
     "chains": "monarch lowrank",
     "stop_ranks": "2 4",
+    "metric": "r2 top-5",
 }
 
 

@@ -50,6 +50,18 @@ def test_no_file_holds_nan(tmp_path):
     assert math.isnan(read_curves(files.curves_csv)[0]["train_loss"])
 
 
+def test_metrics_are_further_columns_in_the_order_of_their_first_appearance(tmp_path):
+    files = RunFiles(tmp_path, "p", 4)
+    rows = [ROWS[0] | {"r2": 0.5}, ROWS[1] | {"a.b-c": None, "r2": math.inf}]
+    write_curves(files, rows)
+    assert files.curves_csv.read_text().splitlines()[0].endswith(",segment,r2,a.b-c")
+    stored = json.loads(files.curves_json.read_text())
+    assert (stored["r2"], stored["a.b-c"]) == ([0.5, None], [None, None])
+    first, second = read_curves(files.curves_csv)
+    assert first["r2"] == 0.5
+    assert all(map(math.isnan, (first["a.b-c"], second["a.b-c"], second["r2"])))
+
+
 @pytest.mark.parametrize("measured", [False, True])
 def test_header_and_keys_are_the_declared_columns(tmp_path, measured):
     """The gradient norm has a column only if it was measured."""
@@ -70,6 +82,7 @@ def test_header_and_keys_are_the_declared_columns(tmp_path, measured):
         (b"epoch,train_loss,val_loss,rank\n1,0.5,0.5\n", "line 2"),
         (b"epoch,train_loss,val_loss,rank\n,0.5,0.5,2\n", "line 2"),
         (b"epoch,train_loss,val_loss,rank\ninf,0.5,0.5,2\n", "line 2"),
+        (b"epoch,train_loss,val_loss,rank,r2\n1,0.5,0.5,2,0.5\n2,0.5,0.5,2,good\n", "line 3: Expected .float.*r2"),
         (b"\xff\xfe\x00", "cannot be read"),
     ],
 )
@@ -95,6 +108,18 @@ def test_the_long_form_has_a_row_for_each_loss_there_is():
     ]
     assert {(row["rank"], row["seed"]) for row in rows} == {(4, 7)}
     assert set(rows[0]) == set(columns.names(columns.ALL_CURVES))
+
+
+def test_columns_that_no_metric_can_be_are_left_out(tmp_path):
+    path = tmp_path / "c.csv"
+    path.write_text("epoch,train_loss,val_loss,rank,,my note,split,r2\n1,0.5,0.5,2,7,good,good,0.25\n")
+    assert read_curves(path) == [{"epoch": 1, "train_loss": 0.5, "val_loss": 0.5, "rank": 2, "r2": 0.25}]
+
+
+def test_the_long_form_has_the_metrics_in_the_rows_of_the_validation():
+    rows = long_form(4, 7, [ROWS[0], ROWS[1] | {"r2": 0.5}])
+    assert [row.get("r2") for row in rows if row["split"] == "validation"] == [None, 0.5]
+    assert not [row for row in rows if row["split"] != "validation" and "r2" in row]
 
 
 def test_a_tail_follows_the_file(tmp_path):

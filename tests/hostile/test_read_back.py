@@ -15,7 +15,6 @@ from folders import call, make_fifo, make_folder, refused, snapshot, train
 
 import ks
 import plot_rank_results
-import train_with_random
 from ks.errors import UsageError
 from ks.files.atomic import read_json_object
 from ks.files.layout import RunFiles, SweepFiles
@@ -60,6 +59,8 @@ SUMMARIES = {
     "loss -1": '[{"rank": 2, "status": "ok", "final_val_loss": -1}]',
     "loss NaN": '[{"rank": 2, "status": "ok", "final_val_loss": NaN}]',
     "loss a text": '[{"rank": 2, "status": "ok", "final_val_loss": "small"}]',
+    "metric a text": '[{"rank": 2, "status": "ok", "final_r2": "good"}]',
+    "metric a list": '[{"rank": 2, "status": "ok", "best_r2": [0.5]}]',
     "parameters negative": '[{"rank": 2, "status": "ok", "parameters": -5}]',
     "nested deep": DEEP,
     "half": '[{"rank": 2, "sta',
@@ -113,6 +114,8 @@ CURVES = {
     "loss 1e308": HEADER + "1,1e308,1,2\n",
     "loss negative": HEADER + "1,1,-1,2\n",
     "loss a text": HEADER + "1,one,1,2\n",
+    "metric a text": "epoch,train_loss,val_loss,rank,r2\n1,1,1,2,good\n",
+    "metric 1e308": "epoch,train_loss,val_loss,rank,r2\n1,1,1,2,1e308\n",
     "more cells than columns": HEADER + "1,1,1,2,5,6\n",
     "other columns": "a,b\n1,2\n",
     "zero bytes in it": HEADER + "1,\0,1,2\n",
@@ -482,6 +485,9 @@ CHECKPOINTS = {
     "curves from epoch 5": first_row_with(epoch=5),
     "curves of another rank": first_row_with(rank=4),
     "curves with loss nan": first_row_with(val_loss=math.nan),
+    "curves with a metric of text": first_row_with(r2="good"),
+    "curves with a metric of tensors": first_row_with(r2=torch.ones(2)),
+    "curves with a metric that has no name": first_row_with(**{"a,b": 1.0}),
     "optimizer of numbers": with_(optimizer=[1, 2]),
     "optimizer of one tensor": edit_saved(lambda c: c | {"optimizer": c["optimizer"][:1]}),
     "optimizer of other shapes": edit_saved(lambda c: c | {"optimizer": [torch.ones(3) for _ in c["optimizer"]]}),
@@ -533,6 +539,15 @@ def test_the_checkpoint_is_resumed_from_as_it_was(trained, stopped, tmp_path, ca
     assert "anew" not in capsys.readouterr().err
     assert_same_result(files, trained)
     assert snapshot(trained) == before
+
+
+def test_metrics_of_earlier_epochs_survive_a_resume(trained, stopped, tmp_path):
+    files = copied(stopped, tmp_path)
+    first_row_with(**{"r2": 0.1, "top-5": None, "cosine": math.nan})(files.resume)
+    assert train(trained / "weight.pth", files.directory, "--save_prefix", "rank_2", "--resume") == 0
+    assert_same_result(files, trained)
+    lists = json.loads(files.curves_json.read_text())
+    assert [lists[name] for name in ("r2", "top-5", "cosine")] == [[0.1, None, None], [None] * 3, [None] * 3]
 
 
 def test_counting_the_epochs_of_a_fifo_does_not_block(tmp_path):

@@ -3,15 +3,15 @@
 import pytest
 import torch
 from kernel_cases import FACTOR_CASES, GRADIENT_CASES, STUDY, check_factor, check_values_gradient, random_values
+from ks.training.cuda_graph import CapturedEpochs
+from ks.training.epochs import Epochs
+from ks.training.losses import squared_error_and_gradient
 
 from ks.files.curves import read_curves
 from ks.layer import KSLinear
 from ks.patterns import make_chain
 from ks.product import bmm
 from ks.product.passes import ChainPasses
-from ks.training.cuda_graph import CapturedEpochs
-from ks.training.epochs import Epochs
-from ks.training.losses import squared_error_and_gradient
 from ks.training.optimizer import Optimizer
 from ks.training.samples import Samples
 

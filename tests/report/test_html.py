@@ -105,6 +105,16 @@ def test_the_report_holds_answer_weight_inputs_table_figures_remarks_provenance_
         assert words in page.text, words
 
 
+def test_metrics_have_a_figure_and_a_column(tmp_path):
+    study = measured_study()
+    curves = study.curves.assign(**{"top-5": study.curves["val_loss"]})
+    summary = study.summary.assign(**{"final_top-5": [0.125, None]})
+    text, page = page_of(tmp_path, dataclasses.replace(study, curves=curves, summary=summary))
+    assert page.count("svg") == len(FIGURES) + 1
+    assert '<th scope="col">final top-5</th>' in text
+    assert "0.125" in page.text
+
+
 def test_the_report_loads_nothing_and_runs_nothing(tmp_path):
     text, page = page_of(tmp_path, measured_study())
     assert page.loads == []

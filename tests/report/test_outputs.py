@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import read_table
 
 import rank_sweep_study
 from ks.bounds.plan import make_plan
 from ks.files import columns
-from ks.files.atomic import read_json, write_csv, write_json
+from ks.files.atomic import read_json, write_csv
 from ks.files.curves import write_curves
 from ks.files.layout import SweepFiles
 from ks.files.status import OK, Ending, Status
@@ -17,7 +18,6 @@ from ks.report.read_results import read_study
 from ks.report.summary import floor_rows
 from ks.studies.weight_study import record_of
 from ks.sweep.run import Result, runs_of
-from ks.training.losses import LossKind
 from ks.training.problem import resolve
 
 
@@ -25,23 +25,21 @@ from ks.training.problem import resolve
 def write(weight_path, tmp_path):
     """Write the outputs of a sweep of ranks 2 and 4, of which rank 2 was interrupted before it began."""
 
-    def write_study(population_loss, kind=None):
+    def write_study(added, criterion="mean_squared_error"):
         arguments = ["--weight_path", str(weight_path), "--formats", "svg", "--output_dir", str(tmp_path)]
+        arguments += ["--metric", "r2"]
         config = rank_sweep_study.build_parser().parse(arguments)
         problem = resolve(config)
         plan = make_plan(problem.internal_weight(), problem.chain, problem.inputs)
         runs = runs_of(config, [2, 4], tmp_path, Path("trainer.py"))
-        row = {"epoch": 1, "train_loss": 9.0, "val_loss": 9.5, "rank": 4} | population_loss
+        row = {"epoch": 1, "train_loss": 9.0, "val_loss": 9.5, "rank": 4} | added
         for run in runs:
             run.files.directory.mkdir()
         write_curves(runs[1].files, [row])
-        write_json(
-            runs[1].files.config,
-            {"settings": {}} | ({"loss": {"name": kind.value, "reason": "a test"}} if kind else {}),
-        )
         results = [Result(runs[0], Ending(Status.INTERRUPTED), [], None), Result(runs[1], OK, [row], 1.5)]
         run_rows, rows = summarise(results, dict(zip([2, 4], plan.floors([2, 4]))), problem, plan)
         record = record_of(config, problem, [2, 4])
+        record["settings"]["criterion"] = criterion
         files = SweepFiles(tmp_path, "p")
         write_csv(files.floor_csv, columns.names(columns.FLOOR), floor_rows(plan, problem.predict_zero_loss))
         return files, write_outputs(config, files, record, results, run_rows, rows)
@@ -61,17 +59,32 @@ def test_all_is_written_and_reads_back(write):
     assert list(read_study(files).curves["rank"]) == [4]
 
 
-@pytest.mark.parametrize("kind", [None, *LossKind])
-def test_the_kind_of_loss_is_that_of_any_run_that_has_one(write, kind):
-    files, _ = write({"population_loss": 9.2}, kind)
-    label = (kind or LossKind.MEAN_SQUARED_ERROR).value
-    assert read_json(files.config)["loss"] == label
-    shown = "share of the output energy lost" if label == LossKind.MEAN_SQUARED_ERROR.value else label
-    assert f"<!-- {shown} -->" in files.figure("loss_curves", "svg").read_text()
+def test_figures_are_labelled_with_another_criterion(write):
+    files, _ = write({}, "l1_loss of torch 2.13.0")
+    label = "l1_loss of torch 2.13.0, on outputs in units of the root mean square of W x"
+    assert f"<!-- {label} -->" in files.figure("loss_curves", "svg").read_text()
+
+
+def test_a_metric_is_a_column_of_every_table(write):
+    files, written = write({"population_loss": 9.2, "r2": 0.5})
+    for path in (files.summary_csv, files.runs_csv):
+        (empty, full) = read_table(path)
+        assert (empty["final_r2"], full["final_r2"], full["best_r2"]) == ("", "0.5", "0.5")
+    assert [row["final_r2"] for row in read_json(files.summary_json)] == [None, 0.5]
+    assert {row["split"]: row["r2"] for row in read_table(files.all_curves_csv)}["validation"] == "0.5"
+    assert files.figure("metric_r2", "svg") in written
+    assert "metric_r2-" in files.report.read_text()
+
+
+def test_a_metric_without_values_is_a_warning_and_the_results_are_written(write, capsys):
+    files, written = write({"population_loss": 9.2})
+    assert capsys.readouterr().err.splitlines()[-1].startswith("WARNING: --metric r2: no run of ")
+    assert files.report in written
+    assert files.figure("metric_r2", "svg") not in written
 
 
 def test_floors_are_left_out_without_population_losses(write):
-    files, written = write({}, LossKind.OTHER)
+    files, written = write({}, "l1_loss of torch 2.13.0")
     rows = read_json(files.summary_json)
     assert {row[name] for row in rows for name in ("loss_floor", "relative_loss", "removed_share")} == {None}
     assert [row["verdict"] for row in rows] == [None, "saturated, larger than dense"]

@@ -12,7 +12,7 @@ from ks.files.layout import SweepFiles, run_files
 from ks.files.status import OK, Ending, Status
 from ks.report.read_results import read_study
 from ks.report.study import curves_table, summary_frame
-from ks.report.summary import floor_rows, rank_row, run_row
+from ks.report.summary import floor_rows, rank_row, run_row, write_summary
 
 DIVERGED = Ending(Status.DIVERGED)
 
@@ -75,10 +75,45 @@ def test_a_study_is_read_without_the_runs_of_other_studies(folder):
     assert study.loss_label == "some criterion"
 
 
-def test_a_study_without_a_kind_of_loss_is_of_mean_squared_errors(folder):
+OWN = "mean squared error per output"
+UNIT = ", on outputs in units of the root mean square of W x"
+
+
+@pytest.mark.parametrize(
+    ("settings", "loss", "label"),
+    [
+        ({}, None, OWN),
+        ({}, OWN, OWN),
+        ({}, "quadratic criterion", "quadratic criterion"),  # of an earlier version
+        ({"criterion": "mean_squared_error"}, None, OWN),
+        ({"criterion": "l1_loss of torch 2.13.0"}, None, f"l1_loss of torch 2.13.0{UNIT}"),
+        ({"criterion": "criterion sha256 0123456789abcdef"}, None, f"criterion{UNIT}"),
+    ],
+)  # fmt: skip
+def test_the_label_of_the_losses_is_that_of_the_criterion(folder, settings, loss, label):
+    write_json(folder.config, {"settings": settings, "ranks": [2], "seeds": [7], "loss": loss})
+    assert read_study(folder).loss_label == label
+
+
+def test_metrics_are_read_back_from_curves_and_summary(folder):
+    """One run has a metric, another one none."""
+    run = run_files(folder.directory, 2, 7, 7)
+    write_curves(run, [row | {"r2": 0.5, "never": None} for row in CURVES])
+    row = rank_row([run_row(2, CURVES, OK, 7) | {"final_r2": 0.5, "best_r2": 0.25}], CHAIN)
+    write_summary(folder, [row, rank_row([run_row(4, CURVES)], CHAIN)])
+    write_json(folder.config, {"settings": {}, "ranks": [2], "seeds": [7, 8]})
+    study = read_study(folder)
+    assert study.metrics == ["r2"]
+    assert list(study.summary.columns[-2:]) == ["final_r2", "best_r2"]
+    assert study.summary.iloc[0][["final_r2", "best_r2"]].tolist() == [0.5, 0.25]
+    assert study.summary["final_r2"].isna().tolist() == [False, True]
+    assert study.unknown_metrics(["r2"]) == ""
+    assert study.unknown_metrics(["r2", "rank"]).endswith("has values of that name; it has r2")
+
+
+def test_a_study_without_floors_has_no_rows_of_them(folder):
     write_json(folder.config, {"settings": {}, "ranks": [2], "seeds": [7]})
     study = read_study(folder)
-    assert study.loss_label == "mean squared error per output"
     assert (len(study.floor), list(study.floor)) == (0, columns.names(columns.FLOOR))
 
 

@@ -23,6 +23,19 @@ def test_a_run_row_skips_what_is_not_finite_and_invents_nothing():
     assert set(row) == set(columns.names([*columns.RUNS, *columns.LATENCIES]))
 
 
+def test_metrics_have_their_last_value_and_that_of_the_best_epoch():
+    """The first epoch has the lowest validation loss."""
+    curves = [CURVES[0] | {"r2": 0.6}, CURVES[1] | {"r2": 0.5, "new": 1.0}]
+    row = run_row(2, curves)
+    assert (row["final_r2"], row["best_r2"], row["final_new"], row["best_new"]) == (0.5, 0.6, 1.0, None)
+    failed = run_row(2, curves, DIVERGED)
+    assert (failed["final_r2"], failed["best_r2"]) == (None, 0.6)
+    runs = [row, run_row(2, [CURVES[1] | {"r2": 0.7}], seed=1), failed, run_row(2, [], DIVERGED)]
+    whole = rank_row(runs)
+    assert (whole["final_r2"], whole["best_r2"]) == (pytest.approx(0.6), pytest.approx(0.65))
+    assert (whole["final_new"], whole["best_new"]) == (1.0, None)
+
+
 def test_distances_to_the_floor():
     row = make_row(population=0.26, lower=0.2, predict_zero=2.0)
     assert row["optimality_gap"] == pytest.approx(0.3)

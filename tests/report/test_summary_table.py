@@ -26,6 +26,12 @@ def names_in(text):
     return names
 
 
+def test_metrics_are_among_the_details():
+    row = make_row() | {"final_cosine": 0.123456, "best_cosine": 0.5}
+    assert "0.1235" in summary_table([row], verbose=True)
+    assert "cosine" not in summary_table([row])
+
+
 def whole_row():
     """A row with two bounds, measured inputs, several seeds and a known duration, so that no column is left out."""
     curves = [[CURVES[1] | {"population_loss": loss}] for loss in (0.26, 0.36)]

@@ -1,7 +1,10 @@
 """Figures drawn again from files, as users do it."""
 
-from conftest import QUICK
+import shutil
 
+from conftest import QUICK, files_of, read_table
+
+from ks.files.curves import read_curves, write_curves
 from ks.files.layout import SweepFiles
 from ks.report.read_results import read_study
 
@@ -52,3 +55,40 @@ def test_the_title_has_its_old_name_too(run, swept, tmp_path):
     assert done.returncode == 0, done.stderr
     for path in (tmp_path / "figures").glob("*.svg"):
         assert "<!-- An old title -->" in path.read_text()
+
+
+def test_a_metric_is_drawn_by_sweep_and_plot_and_its_figure_is_theirs(run, swept, tmp_path):
+    shutil.copytree(swept[0], tmp_path, dirs_exist_ok=True)
+    files = SweepFiles(tmp_path / "rank_sweep_results", "rank_sweep")
+    figure = files.figure("metric_cosine")
+    for rank in (2, 4, 100):
+        inside = files_of(files.directory, rank)
+        write_curves(inside, [row | {"cosine": 1 / row["epoch"]} for row in read_curves(inside.curves_csv)])
+
+    def sweep(*flags):
+        return run("rank_sweep_study.py", "--weight_path", "weight.pth", *QUICK, *flags)
+
+    done = sweep("--metric", "cosine", "unknown", "--verbose")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        "WARNING: --metric unknown: no run of rank_sweep_results has values of that name; it has cosine"
+    )
+    assert figure.exists()
+    assert {row["final_cosine"] for row in read_table(files.summary_csv)} == {repr(1 / 3)}
+    assert sweep().returncode == 0
+    assert not figure.exists()  # a rerun draws the figures that it is asked for
+    plot = ("plot_rank_results.py", "--results_dir", files.directory)
+    refused = run(*plot, "--metric", "unknown")
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines() == [
+        "plot_rank_results.py: error: --metric unknown: no run of rank_sweep_results has values of that name; it has "
+        "cosine"
+    ]
+    assert run(*plot, "--metric", "cosine").returncode == 0
+    assert figure.exists()
+    assert sweep("--metric", "cosine").returncode == 0
+    other = files.figure("metric_r2")
+    other.write_text("mine")
+    refused = sweep("--metric", "r2")
+    assert (refused.returncode, other.read_text()) == (2, "mine")
+    assert f"{other} is in the way" in refused.stderr

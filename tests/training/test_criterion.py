@@ -180,7 +180,7 @@ def test_a_module_is_put_on_the_device_and_another_function_than_the_source_has_
         check_edits(functional.mse_loss, lambda p, t: {}, problem)
 
 
-@pytest.mark.parametrize("name", ["val_loss", "epochs", "final_val_loss", "a b", "", 3])
+@pytest.mark.parametrize("name", ["val_loss", "epochs", "seed", "split", "a b", "", 3])
 def test_a_name_that_a_metric_cannot_have_is_refused_before_the_run(problem_of, name):
     _, problem = problem_of((24, 16), edits=TOOLKIT)
     with pytest.raises(UsageError, match="metric"):

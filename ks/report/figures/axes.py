@@ -142,6 +142,13 @@ def count(value: float, _position=None) -> str:
     return f"{value:g}"
 
 
+def draw_grid(axes: Axes) -> None:
+    """Draw a light grid behind the data, and no frame above it and on its right."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
 def finish_loss_axis(
     axes: Axes, units: Units, losses: Iterable[float], floors: Iterable[float] = (), *, log_scale: bool
 ) -> None:
@@ -155,9 +162,7 @@ def finish_loss_axis(
         losses, floors: that are drawn.
         log_scale: logarithmic axis.
     """
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(True, color="0.9", linewidth=0.8)
-    axes.set_axisbelow(True)
+    draw_grid(axes)
     values = np.array([*losses, *([1.0] if units.shares else [])], float)
     values = values[np.isfinite(values)]
     form = percent if units.shares else "{:g}".format

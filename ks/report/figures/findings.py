@@ -2,6 +2,7 @@
 
 import pandas as pd
 
+from ks.files.columns import FINAL
 from ks.report.figures.units import Units
 from ks.report.speed import listed, not_faster
 from ks.report.verdict import CONVERGED_EXCESS, Limit
@@ -101,6 +102,17 @@ def of_front(losses: pd.DataFrame, lowrank_at: pd.Series, family: str) -> str:
     if len(better) == len(losses):
         return f"every trained {family} chain loses less than low-rank can at equal parameters"
     return f"at equal parameters, {listed(better, len(losses))} of {family} loses less than low-rank can; others do not"
+
+
+def of_metric(metric: str, summary: pd.DataFrame) -> str:
+    """Return where a metric ends, for the smallest and the largest finished rank that has it."""
+    column = f"{FINAL}{metric}"
+    known = summary.dropna(subset=[column]).sort_values("rank") if column in summary else summary.iloc[:0]
+    if known.empty:
+        return "no rank has finished"
+    ends = dict.fromkeys((known["rank"].iloc[0], known["rank"].iloc[-1]))
+    values = known.set_index("rank")[column]
+    return f"at the end, {metric} is " + " and ".join(f"{values[rank]:.4g} at rank {rank}" for rank in ends)
 
 
 def of_latency(rows: list[dict]) -> str:

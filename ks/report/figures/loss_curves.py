@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -26,12 +27,33 @@ from ks.report.study import Study
 FLOOR_LINE: dict[str, Any] = {"linestyle": (0, (4, 3)), "linewidth": 1.0}
 
 
+def draw_ranks(axes: Axes, curves: pd.DataFrame, column: str, summary: pd.DataFrame) -> list[tuple]:
+    """Draw a column of the curves by epoch, a line for each rank with a value; return what `label_ends` writes.
+
+    A rank with several seeds has a band of one standard error to each side of its mean. The line of a rank that did
+    not finish is dotted and marked.
+    """
+    colors, failed = rank_colors(summary["rank"]), set(summary["rank"][summary["num_seeds"] == 0])
+    ends = []
+    for rank, run in curves.groupby("rank"):
+        band = run[np.isfinite(run[column])].groupby("epoch")[column].agg(["mean", "sem"])
+        if band.empty:
+            continue
+        look: dict[str, Any] = {"color": colors[rank], "linewidth": 1.8, "marker": "o" if len(band) == 1 else None}
+        axes.plot(band.index, band["mean"], ":" if rank in failed else "-", **look)
+        spread = band["sem"].fillna(0.0)
+        if spread.any():
+            limits = (band["mean"] - spread, band["mean"] + spread)
+            axes.fill_between(band.index, *limits, color=colors[rank], alpha=0.25, linewidth=0)
+        label = f"{rank} (failed)" if rank in failed else f"{rank}"
+        ends.append((band.index[-1], band["mean"].iloc[-1], label, colors[rank]))
+    return ends
+
+
 def loss_curves(study: Study, *, log_scale: bool = False, title: str | None = None, figsize=None) -> Figure:
     """Draw training and validation loss against the epoch, on one scale, with a line for each rank.
 
-    The floor of a rank is dashed in its colour; where it is bracketed, both bounds are, with a band between them. A
-    rank trained with several seeds has a band of one standard error to each side of its mean. The lines of ranks that
-    did not finish are dotted and marked.
+    The floor of a rank is dashed in its colour; where it is bracketed, both bounds are, with a band between them.
 
     Args:
         study: with curves.
@@ -47,23 +69,11 @@ def loss_curves(study: Study, *, log_scale: bool = False, title: str | None = No
     curves = study.curves.assign(
         train_loss=study.curves["train_loss"] / units.train, val_loss=study.curves["val_loss"] / units.validation
     )
-    failed = set(summary["rank"][summary["num_seeds"] == 0])
-    ends: dict[Axes, list] = {axes: [] for axes in panels}
+    ends: dict[Axes, list] = {}
     held_out = study.held_out_predict_zero_loss is not None
     names = ("Training", "Held-out inputs" if held_out else "Validation")
     for axes, column, name in zip(panels, ("train_loss", "val_loss"), names):
-        for rank, run in curves.groupby("rank"):
-            band = run[np.isfinite(run[column])].groupby("epoch")[column].agg(["mean", "sem"])
-            if band.empty:
-                continue
-            look: dict[str, Any] = {"color": colors[rank], "linewidth": 1.8, "marker": "o" if len(band) == 1 else None}
-            axes.plot(band.index, band["mean"], ":" if rank in failed else "-", **look)
-            spread = band["sem"].fillna(0.0)
-            if spread.any():
-                limits = (band["mean"] - spread, band["mean"] + spread)
-                axes.fill_between(band.index, *limits, color=colors[rank], alpha=0.25, linewidth=0)
-            label = f"{rank} (failed)" if rank in failed else f"{rank}"
-            ends[axes].append((band.index[-1], band["mean"].iloc[-1], label, colors[rank]))
+        ends[axes] = draw_ranks(axes, curves, column, summary)
         axes.set_title(name, fontsize=10)
         finish_epoch_axis(axes, curves["epoch"])
     floored = losses[losses["lower"].notna()]

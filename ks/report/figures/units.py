@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from ks.report._kind import LossKind
-from ks.report.study import Study
+from ks.report.study import MEAN_SQUARED_ERROR, Study
 
 SHARE_LABEL = "share of the output energy lost"
 
@@ -35,7 +34,7 @@ class Units:
 
 def units_of(study: Study) -> Units:
     """Return the units of a study; only mean squared errors beside a known zero predictor are shares."""
-    if study.loss_label != LossKind.MEAN_SQUARED_ERROR.value or study.predict_zero_loss is None:
+    if study.loss_label != MEAN_SQUARED_ERROR or study.predict_zero_loss is None:
         return Units(1.0, 1.0, False, study.loss_label, study.loss_label)
     held_out = study.held_out_predict_zero_loss or study.predict_zero_loss
     return Units(study.predict_zero_loss, held_out, True, SHARE_LABEL, study.loss_label)

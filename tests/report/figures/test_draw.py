@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from drawn_study import CHAIN, DIVERGED, make_study, texts
@@ -169,6 +171,31 @@ def test_nan_epochs_and_floors_of_zero_do_not_break_a_log_axis(tmp_path):
     study.summary.loc[1, ["loss_floor", "loss_floor_upper"]] = 0.0
     drawn = study_figures(study, log_scale=True)
     save_figures(drawn, SweepFiles(tmp_path, "p"), ["png"], 40)
+
+
+def test_a_metric_has_a_line_for_each_rank_that_has_it():
+    study = make_study([2, 4, 8], endings={4: DIVERGED})
+    curves = study.curves.assign(cosine=1 - study.curves["val_loss"])
+    curves.loc[curves["rank"] == 8, "cosine"] = np.nan
+    study = dataclasses.replace(study, curves=curves, summary=study.summary.assign(final_cosine=[0.5, None, None]))
+    drawn = study_figures(study, log_scale=True, metrics=["cosine", "unknown"])
+    assert "metric_unknown" not in drawn
+    (axes,) = drawn["metric_cosine"].axes
+    assert (axes.get_ylabel(), axes.get_yscale()) == ("cosine", "linear")
+    assert [list(line.get_ydata()) for line in axes.lines] == [
+        list(curves["cosine"][curves["rank"] == rank]) for rank in (2, 4)
+    ]
+    assert {"At the end, cosine is 0.5 at rank 2", "2", "4 (failed)"} <= {*texts(drawn["metric_cosine"])}
+    low, high = axes.get_ylim()
+    assert low < curves["cosine"].min() < curves["cosine"].max() < high
+
+
+@pytest.mark.parametrize(("values", "scale"), [((0.1, 1.0), "log"), ((0.11, 1.0), "linear"), ((-1.0, 1.0), "linear")])
+def test_a_metric_has_a_log_axis_only_if_its_values_are_positive_and_span_a_decade(values, scale):
+    study = make_study([2], num_epochs=2)
+    study = dataclasses.replace(study, curves=study.curves.assign(r2=values))
+    drawn = study_figures(study, log_scale=True, metrics=["r2"])
+    assert drawn["metric_r2"].axes[0].get_yscale() == scale
 
 
 def test_chains_side_by_side(tmp_path):

@@ -1,7 +1,0 @@
-from enum import Enum
-
-
-class LossKind(Enum):
-    MEAN_SQUARED_ERROR = "mean squared error per output"
-    QUADRATIC = "q"
-    OTHER = "o"
