@@ -55,8 +55,8 @@ from ks.training.observers import ConsoleReport, CurvesOnDisk, EpochEnd, Observe
 from ks.training.problem import Problem, resolve
 from ks.training.record import RunRecord
 from ks.training.samples import seeded_generator
+from ks.training.samples_file import make_samples
 from ks.training.schedule import Schedule
-from ks.training.shared_samples import make_samples
 from ks.training.target import target_of
 from ks.training.trackers import TrackerReport
 

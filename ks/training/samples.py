@@ -50,13 +50,12 @@ Pair = tuple[torch.Tensor, torch.Tensor]  # inputs and their targets, one sample
 class SampleSet(NamedTuple):
     """Samples in batches of one size.
 
-    inputs: shape (batches, batch, n). targets: shape (batches, batch, m), float32; the features are the given `rows` of
-    W, int64 of shape (m,). With `batch_last`, batches have the shapes (n, batch) and (m, batch).
+    inputs: shape (batches, batch, n). targets: shape (batches, batch, m), float32, in the order of the rows of W. With
+    `batch_last`, batches have the shapes (n, batch) and (m, batch).
     """
 
     inputs: torch.Tensor
     targets: torch.Tensor
-    rows: torch.Tensor
 
 
 class Samples:
@@ -76,7 +75,7 @@ class Samples:
         output_rows: the order of the targets in a batch of a given size, as rows of W; the natural one unless told.
         batch_last: batches of shape (n, batch) instead of (batch, n).
         dtype: of the inputs; targets stay float32.
-        stored: the `sets` of samples with the same settings; `output_rows` may differ.
+        stored: the `sets` of samples with the same settings and no `output_rows`.
         training: x and W x to train on instead of random ones, shapes (N, n) and (N, m), any float dtype.
         held_out: the same to validate on.
 
@@ -106,12 +105,9 @@ class Samples:
         self.inputs_moment = inputs_moment
         self.sampling, self.seed, self.batch_last, self.dtype = sampling, seed, batch_last, dtype
         self.steps_per_epoch = num_train // batch_size
-        if stored is None:
-            self.sets = self._draw_sets(num_validation, training, held_out)
-        else:
-            self.sets = [*map(self._in_order, stored)]
-        (self.inputs, self.targets, _), *others = self.sets
-        self.validation = [(inputs[0], targets[0]) for inputs, targets, _ in others]
+        self.sets = [*map(self._in_order, stored or self._draw_sets(num_validation, training, held_out))]
+        (self.inputs, self.targets), *others = self.sets
+        self.validation = [(inputs[0], targets[0]) for inputs, targets in others]
         shares = torch.tensor([targets.numel() for _, targets in self.validation], device=weight.device)
         self.validation_shares = shares / shares.sum()
 
@@ -148,33 +144,28 @@ class Samples:
         return inputs, targets
 
     def _batches(self, inputs: torch.Tensor, targets: torch.Tensor, batch_size: int) -> SampleSet:
-        """Return samples in batches, contiguous in the training layout, with targets in the order of the outputs."""
-        rows = self._rows(batch_size)
+        """Return samples in batches, contiguous in the training layout."""
         device = self.weight.device
-        targets = targets.to(device, torch.float32)
-        if not torch.equal(rows, torch.arange(len(rows))):
-            targets = targets.index_select(1, rows.to(device))
-        inputs, targets = (
-            samples.unflatten(0, (-1, batch_size)) for samples in (inputs.to(device, self.dtype), targets)
-        )
+        inputs, targets = inputs.to(device, self.dtype), targets.to(device, torch.float32)
+        inputs, targets = (samples.unflatten(0, (-1, batch_size)) for samples in (inputs, targets))
         if self.batch_last:  # steps batch features -> steps features batch
             inputs, targets = inputs.transpose(1, 2).contiguous(), targets.transpose(1, 2).contiguous()
-        return SampleSet(inputs, targets, rows)
+        return SampleSet(inputs, targets)
 
-    def _in_order(self, stored: SampleSet) -> SampleSet:
-        """Return stored samples with their targets in this training's order."""
-        inputs, targets, rows = stored
-        wanted = self._rows(inputs.shape[2 if self.batch_last else 1])
-        if torch.equal(rows, wanted):
-            return stored
-        return SampleSet(inputs, targets.index_select(1 if self.batch_last else 2, rows.argsort()[wanted]), wanted)
+    def _in_order(self, natural: SampleSet) -> SampleSet:
+        """Return samples with their targets in the order of the outputs."""
+        inputs, targets = natural
+        rows = self._rows(inputs.shape[2 if self.batch_last else 1])
+        if torch.equal(rows, torch.arange(len(rows))):
+            return natural
+        return SampleSet(inputs, targets.index_select(1 if self.batch_last else 2, rows.to(targets.device)))
 
     def start_epoch(self, number: int) -> torch.Tensor:
         """Draw new samples if epoch `number` (from 1) needs any; return the order of its batches, int64 on the CPU."""
         if self.sampling == "fresh":
             if number > 1:
                 drawn = self._draw(self.steps_per_epoch * self.batch_size, "train", number)
-                new = self._batches(*self._pair(drawn), self.batch_size)
+                new = self._in_order(self._batches(*self._pair(drawn), self.batch_size))
                 self.inputs.copy_(new.inputs)
                 self.targets.copy_(new.targets)
             return torch.arange(self.steps_per_epoch)
