@@ -31,8 +31,8 @@ from ks.training.edits import edits_of
 from ks.training.problem import Problem, resolve
 from ks.training.recorder import Recorder, run_recorded
 from ks.training.samples import Samples
+from ks.training.samples_file import make_samples
 from ks.training.schedule import Schedule
-from ks.training.shared_samples import make_samples
 from ks.training.steps import runnable
 from ks.training.trainable_chain import TrainableChain
 

@@ -1,6 +1,7 @@
 """Names of the files that a training and a sweep leave, and the runs that a results folder holds."""
 
 import glob
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,6 +114,14 @@ class SweepFiles:
     def figure(self, name: str, suffix: str = "png") -> Path:
         return self.directory / f"{self.prefix}_{name}.{suffix}"
 
+    def samples(self, seed: int) -> Path:
+        """Return the file of the samples of a seed, which is there while a sweep trains."""
+        return self.directory / f".{self.prefix}_samples_{seed}.pth"
+
+    def samples_left(self) -> list[Path]:
+        """Return the files of samples that exist, of any seed."""
+        return sorted(self.directory.glob(f".{glob.escape(self.prefix)}_samples_*.pth"))
+
     def outputs(self) -> list[Path]:
         """Return the summary and figures: whatever is made from the results of the runs."""
         names = (*FIGURES, *map(metric_figure, self.metrics))
@@ -127,6 +136,6 @@ class SweepFiles:
         """Return the files of the plan of a checkpoint."""
         return [self.floors, self.layer_floors_csv, self.plan_json, self.plan_csv, self.plan_record]
 
-    def all(self) -> list[Path]:
-        """Return every file of the sweep of one weight but its lock."""
-        return [*self.outputs(), self.floor_csv, self.config]
+    def all(self, seeds: Iterable[int] = ()) -> list[Path]:
+        """Return every file of the sweep of one weight, with the samples of some seeds, but its lock."""
+        return [*self.outputs(), self.floor_csv, self.config, *map(self.samples, seeds)]

@@ -146,7 +146,7 @@ class CheckpointStudy:
         runs = [run for layer in self.layers for run in layer.runs]
         ended = finished_before(self.config, runs, self._read_result)
         waiting = [run for run in runs if run not in ended]
-        return ended | train_all(self.config, waiting, [run.task for run in waiting], launcher, self._read_result)
+        return ended | train_all(self.config, waiting, launcher, self._read_result)
 
     def _read_result(self, run: Run, outcome: Outcome | None = None) -> Result:
         layer = next(layer for layer in self.layers if run in layer.runs)

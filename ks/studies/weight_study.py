@@ -1,9 +1,8 @@
 """A study of one weight: the plan of a chain family, one training for each rank, summary and figures."""
 
-import contextlib
 import dataclasses
 import shlex
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
 
 from ks.bounds.floors import Floor, floor_curve
@@ -26,7 +25,7 @@ from ks.report.verdict import advice, check_above_floor
 from ks.studies.choices import ranks_of, remedies_of, stop_losses
 from ks.sweep.claim import claim_folder
 from ks.sweep.copies import copies_of, copy_results
-from ks.sweep.launcher import Launcher, Outcome, Task
+from ks.sweep.launcher import Launcher, Outcome
 from ks.sweep.launching import launcher_of
 from ks.sweep.progress import SlowWork
 from ks.sweep.rejoin import study_in
@@ -35,7 +34,7 @@ from ks.sweep.trainings import finished_before, train_all
 from ks.training.checkpoints import changes, settings_of
 from ks.training.edits import edits_of
 from ks.training.problem import Problem, resolve
-from ks.training.shared_samples import SHARED_SAMPLES, shared_samples
+from ks.training.samples_file import samples_in_files
 
 
 class WeightStudy:
@@ -116,7 +115,7 @@ class WeightStudy:
             UsageError: the folder holds another study.
         """
         config = self.config
-        delete_leftovers(files.all())
+        delete_leftovers(files.all(seeds_of(config)))
         claim_folder(files, self.runs, self.record, config.files_read(), config.overwrite, remedies_of(config))
         rows = floor_rows(self.plan, self.problem.predict_zero_loss)
         write_csv(files.floor_csv, columns.names(columns.FLOOR), rows)
@@ -131,10 +130,8 @@ class WeightStudy:
         copies = self._copies(ended)
         waiting = [run for run in chosen if run not in ended and run not in copies]
         waiting.sort(key=lambda run: (-run.rank, run.seed))
-        with self._sharing_samples(waiting) as tasks:
-            ended |= train_all(
-                self.config, waiting, tasks, launcher, self.read_result, _load_report, self._best_known()
-            )
+        with samples_in_files(self.config, self.problem, self._samples_of(waiting)):
+            ended |= train_all(self.config, waiting, launcher, self.read_result, _load_report, self._best_known())
         for run, source in copies.items():
             if source in ended and ended_well(ended[source].ending):
                 copy_results(source.files, run.files)
@@ -196,16 +193,11 @@ class WeightStudy:
         for row in self.rows_of_runs:
             check_above_floor(row["population_loss"], self.floors[row["rank"]], self.problem.predict_zero_loss)
 
-    @contextlib.contextmanager
-    def _sharing_samples(self, runs: list[Run]) -> Iterator[list[Task]]:
-        """Yield the tasks of the runs; those of the first seed, if they are several on this machine, share samples."""
-        first = [run for run in runs if run.seed == seeds_of(self.config)[0]]
-        if self.config.launcher != "local" or len(first) < 2:
-            yield [run.task for run in runs]
-            return
-        with shared_samples(self.config, self.problem, first[0].rank, first[0].seed) as descriptor:
-            inherited = () if descriptor is None else ((SHARED_SAMPLES, descriptor),)
-            yield [dataclasses.replace(run.task, inherited=inherited) if run in first else run.task for run in runs]
+    def _samples_of(self, runs: list[Run]) -> dict[int, Path]:
+        """Return the file of samples of each seed that several runs on this machine have in common."""
+        files = SweepFiles(Path(self.config.output_dir).absolute(), self.config.save_prefix)
+        seeds = Counter(run.seed for run in runs) if self.config.launcher == "local" else {}
+        return {seed: files.samples(seed) for seed, count in seeds.items() if count > 1}
 
 
 def _identity(config: SweepConfig, problem: Problem) -> dict:

@@ -27,7 +27,7 @@ def claim_folder(
     Raises:
         UsageError: the folder holds another study, or a file of the user's is in the way.
     """
-    folder = files.directory
+    folder, all_files = files.directory, files.all({run.seed for run in runs})
     others = [path for path in sorted(folder.glob("*_config.json")) if _is_sweep(path) and path != files.config]
     if not overwrite:
         _refuse_another_study(files, others, record["settings"], remedies or f"{REMEDY} or give --overwrite")
@@ -38,7 +38,7 @@ def claim_folder(
             if inside != folder:
                 check_no_link(inside)
         check_free(run.files.all(), owned | owned_by_run(run.files), inputs, REMEDY)
-    check_free(files.all(), owned | _plotted(files), inputs, REMEDY)
+    check_free(all_files, owned | _plotted(files), inputs, REMEDY)
     if overwrite:
         for path in others:
             delete(recorded(path), inputs)
@@ -49,9 +49,9 @@ def claim_folder(
         for run in runs:
             if not owned_by_run(run.files):  # a damaged record: the run starts anew
                 delete(owned & {*run.files.all()}, inputs)
-    delete(owned & {*files.outputs(), *files.metric_figures()}, inputs)
+    delete(owned & {*files.outputs(), *files.metric_figures(), *files.samples_left()}, inputs)
     ours = sorted(
-        {*files.all(), *(path for path in owned if path.exists()), *(p for run in runs for p in run.files.all())}
+        {*all_files, *(path for path in owned if path.exists()), *(p for run in runs for p in run.files.all())}
     )
     record["files"] = [path.relative_to(folder).as_posix() for path in ours]
     write_json(files.config, record)

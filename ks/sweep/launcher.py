@@ -1,7 +1,7 @@
 """The interface of a launcher: it runs many training processes and yields how each one ended."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -11,15 +11,11 @@ STOP_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Task:
-    """One process to run; its output goes to `log`.
-
-    inherited: environment variables whose values are open descriptors; a process on this machine inherits them.
-    """
+    """One process to run; its output goes to `log`."""
 
     name: str
     command: tuple[str, ...]
     log: Path
-    inherited: tuple[tuple[str, int], ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)

@@ -52,15 +52,14 @@ class _Process:
     def __init__(self, task: Task, slot: dict[str, str], lifeline: Lifeline):
         self.task, self.slot, self.started, self.timed_out = task, slot, time.monotonic(), False
         task.log.parent.mkdir(parents=True, exist_ok=True)  # it may have been deleted since the sweep began
-        inherited = {name: str(descriptor) for name, descriptor in task.inherited}
         with open(task.log, "ab") as log:
             self.process = subprocess.Popen(
                 task.command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | slot | inherited | lifeline.environment,
-                pass_fds=[lifeline.descriptor, *(descriptor for _, descriptor in task.inherited)],
+                env=os.environ | slot | lifeline.environment,
+                pass_fds=[lifeline.descriptor],
                 start_new_session=True,
             )
 

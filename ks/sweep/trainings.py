@@ -37,7 +37,6 @@ def finished_before(config: SweepConfig, runs: list[Run], read_result: ReadResul
 def train_all(
     config: SweepConfig,
     runs: list[Run],
-    tasks: list[Task],
     launcher: Launcher,
     read_result: ReadResult,
     before_last: Callable[[], None] = lambda: None,
@@ -48,7 +47,6 @@ def train_all(
     Args:
         config: of the sweep.
         runs: in the order of training.
-        tasks: one for each run.
         launcher: of the sweep.
         read_result: returns the result of a run with a given outcome.
         before_last: called while the last training runs.
@@ -57,7 +55,7 @@ def train_all(
         the results of the runs that have ended; after an interrupt, some are missing.
     """
     results: dict[Run, Result] = {}
-    run_of = dict(zip(tasks, runs, strict=True))
+    run_of = {run.task: run for run in runs}
     progress = Progress(runs, config.num_epochs, config.quiet, floors)
 
     def poll(running: list[Task]) -> None:
@@ -67,7 +65,7 @@ def train_all(
             before_last()
 
     try:
-        for task, outcome in launcher.run(tasks, poll):
+        for task, outcome in launcher.run(list(run_of), poll):
             result = results[run_of[task]] = read_result(run_of[task], outcome)
             progress.end(result, outcome)
     except KeyboardInterrupt:

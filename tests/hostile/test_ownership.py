@@ -134,7 +134,7 @@ def test_a_weight_inside_a_rank_folder_stays(out, weight_path, flags):
     assert weight.read_bytes() == before
 
 
-@pytest.mark.parametrize("name", ["rank_sweep_floor.png", "rank_sweep_summary.csv", "rank_sweep_runs.csv"])
+@pytest.mark.parametrize("name", ["rank_sweep_floor.png", "rank_sweep_summary.csv", ".rank_sweep_samples_0.pth"])
 @pytest.mark.parametrize("flags", [(), ("--overwrite",)], ids=["plain", "overwrite"])
 def test_an_output_of_the_users_stops_a_sweep(out, weight_path, name, flags):
     (out / name).write_text("mine")

@@ -128,18 +128,23 @@ def test_any_number_of_jobs_and_of_threads_and_a_training_alone_agree(weight_pat
             assert "samples" not in files_of(tmp_path / folder, rank).log.read_text().replace("samples suffice", "")
 
 
-def test_a_killed_sweep_leaves_no_samples(weight_path, tmp_path):
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    arguments = (*SWEEP, "--output_dir", "killed")
-    process = start("rank_sweep_study.py", tmp_path, *arguments, env={"TMPDIR": str(temporary)})
-    wait_for(lambda: epochs_in(tmp_path / "killed") > 0 or process.poll() is not None)
-    process.kill()
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_sweep_that_is_stopped_leaves_no_samples(weight_path, tmp_path, sent):
+    """After a kill, the next sweep in the folder deletes them, also one that needs other seeds or none."""
+    folder = tmp_path / "out"
+    process = start("rank_sweep_study.py", tmp_path, *SWEEP, "--seeds", 0, 1, "--output_dir", "out")
+    wait_for(lambda: epochs_in(folder) > 0 or process.poll() is not None)
+    samples = [folder / f".rank_sweep_samples_{seed}.pth" for seed in (0, 1)]
+    assert all(path.exists() for path in samples)
+    process.send_signal(sent)
     finish(process)
-    wait_for(lambda: processes_of(tmp_path / "killed") == b"", seconds=15)
-    left = [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size > 2**16]
-    assert left == []
-    assert list(temporary.iterdir()) == []
+    wait_for(lambda: processes_of(folder) == b"", seconds=15)
+    assert all(path.exists() is (sent == signal.SIGKILL) for path in samples)
+    if sent == signal.SIGKILL:
+        (folder / ".rank_sweep_samples_7.pth").touch()  # one of the user's
+        done = finish(start("rank_sweep_study.py", tmp_path, *FEW, "--seed", 2, "--output_dir", "out", "--overwrite"))
+        assert done.returncode == 0, done.stderr
+        assert [path.name for path in folder.glob(".*")] == [".rank_sweep_samples_7.pth"]
 
 
 @pytest.fixture
@@ -287,6 +292,16 @@ def test_a_full_disk_loses_nothing(weight_path, tmp_path):
     assert not list((tmp_path / "out").glob(".*"))
     assert finish(start("train_with_random.py", tmp_path, *flags, "--resume")).returncode == 0
     assert read_json(files.training_log)["status"] == "finished"
+
+
+def test_a_disk_that_is_full_for_samples_alone_changes_nothing(weight_path, tmp_path):
+    flags = ("--num_samples", 20000, "--num_epochs", 1, "--ranks", 1, 2, "--quiet", "--output_dir", "out")
+    full = finish(start("rank_sweep_study.py", tmp_path, *flags, preexec_fn=file_size_limit(2_500_000)))
+    assert full.returncode == 0, full.stderr
+    (line,) = full.stderr.splitlines()
+    assert line.startswith("every run draws its own samples, because they cannot be kept in a file: ")
+    assert "File too large" in line
+    assert not list((tmp_path / "out").glob(".*"))
 
 
 @pytest.mark.parametrize("script", ["train_with_random.py", "rank_sweep_study.py"])

@@ -10,7 +10,7 @@ from ks.bounds.moments import MeasuredInputs
 from ks.bounds.population_loss import population_loss
 from ks.errors import UsageError
 from ks.layer import KSLinear
-from ks.training.shared_samples import make_samples
+from ks.training.samples_file import make_samples
 
 UNSEEN = layer_rows("regular", seed=1)
 

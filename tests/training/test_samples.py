@@ -89,3 +89,14 @@ def test_inputs_have_the_second_moment_that_is_asked_for_and_targets_follow_them
     (inputs, targets), (unit_inputs, _) = coloured.validation[0], unit.validation[0]
     torch.testing.assert_close(inputs, 3 * unit_inputs)
     torch.testing.assert_close(targets, inputs @ WEIGHT.t())
+
+
+@pytest.mark.parametrize("sampling", ["whitened", "fresh"])
+@pytest.mark.parametrize("batch_last", [False, True])
+def test_targets_come_in_the_order_of_the_outputs(sampling, batch_last):
+    rows = torch.tensor([3, 0, 5, 1, 4, 2])
+    samples = make_samples(sampling=sampling, batch_last=batch_last, output_rows=rows)
+    validation = [(*batch, slice(None)) for batch in samples.validation]  # whose targets keep the order of W's rows
+    for inputs, targets, order in [*((*batch, rows) for batch in epoch(samples, 2)), *validation]:
+        x = inputs.t() if batch_last else inputs
+        torch.testing.assert_close(targets, x @ WEIGHT[order].t())

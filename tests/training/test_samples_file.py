@@ -1,0 +1,169 @@
+"""Samples in a file of a sweep: the same bits as a run's own, and never believed blindly."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from layer_rows import layer_rows
+
+from ks.cli.flags import TrainerConfig
+from ks.cli.parser import Parser
+from ks.product.passes import ChainPasses
+from ks.training.problem import resolve
+from ks.training.samples import Samples
+from ks.training.samples_file import FILES_OF_SEEDS, make_samples, samples_in_files
+
+
+@pytest.fixture
+def setting(tmp_path):
+    """Returns a function from flags to (config, problem, order of the outputs of a rank)."""
+    torch.save(torch.randn(16, 24, generator=torch.Generator().manual_seed(0)), tmp_path / "w.pth")
+    for number in range(2):
+        torch.save(layer_rows("regular", 400, seed=number), tmp_path / f"{number}.pth")
+
+    def make(*flags):
+        flags = [str(tmp_path / flag) if flag in ("0.pth", "1.pth") else flag for flag in flags]
+        arguments = ["--weight_path", str(tmp_path / "w.pth"), "--num_samples", "1600", "--device", "cpu", *flags]
+        config = Parser(TrainerConfig, "").parse(arguments)
+        problem = resolve(config)
+
+        def output_rows(rank):
+            patterns = problem.chain.patterns(rank)
+            passes = {"device": problem.device, "dtype": torch.float32, "block_order": True}
+            return ChainPasses(patterns, config.batch_size, **passes).output_rows
+
+        return config, problem, output_rows
+
+    return make
+
+
+def draw(config, problem, output_rows, rank=2):
+    return make_samples(config, problem, problem.internal_weight(), output_rows(rank))
+
+
+def tensors(samples):
+    return [samples.inputs, samples.targets, *(tensor for one in samples.validation for tensor in one)]
+
+
+def same(samples, others):
+    """Whether values, and places between two multiples of 64 bytes, are equal: products may depend on both."""
+    pairs = [*zip(tensors(samples), tensors(others), strict=True)]
+    places = all(one.data_ptr() % 64 == other.data_ptr() % 64 for one, other in pairs)
+    return places and all(one.dtype == other.dtype and torch.equal(one, other) for one, other in pairs)
+
+
+MEASURED = ["--inputs", "0.pth"]
+FLAGS = {
+    "default": [],
+    "fixed": ["--sampling", "fixed"],
+    "features first": ["--bs_last"],
+    "bfloat16": ["--dtype", "bfloat16", "--batch_size", "7"],
+    "measured, with a bias": [*MEASURED, "--fit_bias", "--bs_last"],
+    "given rows": [*MEASURED, "--sampling", "fixed", "--batch_size", "7"],
+    "another order for another rank": ["--chain", "butterfly", "--num_factors", "4", "--batch_size", "256"],
+}
+
+
+@pytest.mark.parametrize("case", FLAGS)
+def test_samples_of_a_file_have_the_bits_of_own_ones(case, setting, tmp_path, monkeypatch, capsys):
+    config, problem, output_rows = setting(*FLAGS[case])
+    own = {rank: draw(config, problem, output_rows, rank) for rank in (8, 1)}
+    with samples_in_files(config, problem, {config.seed: tmp_path / "s.pth"}):
+        monkeypatch.setattr(Samples, "_draw_sets", None)  # nothing is drawn from here on
+        for rank in (8, 1):
+            assert same(draw(config, problem, output_rows, rank), own[rank])
+    assert not (tmp_path / "s.pth").exists()
+    assert capsys.readouterr().err == ""
+
+
+def test_runs_share_the_pages_of_a_file_and_what_one_writes_stays_its_own(setting, tmp_path):
+    config, problem, output_rows = setting()
+    with samples_in_files(config, problem, {config.seed: tmp_path / "s.pth"}):
+        content = (tmp_path / "s.pth").read_bytes()
+        samples = draw(config, problem, output_rows)
+        maps = Path("/proc/self/maps")
+        assert not maps.exists() or str(tmp_path / "s.pth") in maps.read_text()
+        samples.inputs.zero_()
+        assert (tmp_path / "s.pth").read_bytes() == content
+        assert draw(config, problem, output_rows).inputs.any()
+
+
+OTHER_INPUTS = [[], ["--inputs", "1.pth"], [*MEASURED, "--fit_bias"], [*MEASURED, "--chain", "lowrank"]]
+OTHERS = [
+    *([[], other] for other in (["--sampling", "fixed"], ["--batch_size", "16"], ["--bs_last"])),
+    *([MEASURED, other] for other in OTHER_INPUTS),
+]
+
+
+@pytest.mark.parametrize(("flags", "others"), OTHERS, ids=str)
+def test_samples_of_other_settings_are_not_believed(flags, others, setting, tmp_path, capsys):
+    """Measured samples have the second moment of their inputs, in coordinates that depend on the chain's groups."""
+    config, problem, _ = setting(*flags)
+    other = setting(*others)
+    with samples_in_files(config, problem, {config.seed: tmp_path / "s.pth"}):
+        found = draw(*other)
+    assert "other settings" in capsys.readouterr().err
+    assert same(found, draw(*other))
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def other_content(path):
+    torch.save([torch.zeros(2)], path)
+
+
+FAULTS = {
+    "damaged": flip,
+    "cut short": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "empty": lambda path: path.write_bytes(b""),
+    "missing": Path.unlink,
+    "other content": other_content,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_faulty_file_is_one_line_and_not_believed(fault, setting, tmp_path, capsys):
+    case = config, problem, _ = setting()
+    with samples_in_files(config, problem, {config.seed: tmp_path / "s.pth"}):
+        FAULTS[fault](tmp_path / "s.pth")
+        found = draw(*case)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "drawn here" in line
+    assert same(found, draw(*case))
+
+
+@pytest.mark.parametrize("value", ["no JSON", "[]", '{"0": 3}', '{"0": "/nowhere"}', '{"1": "/nowhere"}', "{}"])
+def test_any_value_of_the_variable_is_one_line_at_most(value, setting, monkeypatch, capsys):
+    monkeypatch.setenv(FILES_OF_SEEDS, value)
+    assert draw(*setting()).inputs.any()
+    assert capsys.readouterr().err.count("drawn here") == (value not in ("{}", '{"1": "/nowhere"}'))
+
+
+def test_samples_that_cannot_be_written_are_left_to_the_runs(setting, tmp_path, capsys):
+    config, problem, _ = case = setting()
+    with samples_in_files(config, problem, {0: tmp_path / "0.pth", 1: tmp_path / "missing/1.pth"}):
+        assert "every run draws its own samples" in capsys.readouterr().err
+        assert draw(*case).inputs.any()
+    assert not (tmp_path / "0.pth").exists()
+    assert capsys.readouterr().err == ""
+
+
+def test_fresh_samples_are_in_no_file(setting, tmp_path):
+    config, problem, _ = setting("--sampling", "fresh")
+    with samples_in_files(config, problem, {0: tmp_path / "s.pth"}):
+        assert not (tmp_path / "s.pth").exists()
+
+
+def test_samples_do_not_depend_on_the_number_of_threads(setting):
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(draw(*setting()))
+    finally:
+        torch.set_num_threads(before)
+    assert same(*found)
