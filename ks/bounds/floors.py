@@ -38,7 +38,8 @@ class Floor:
     """Bounds on the least loss of the chains of one rank, in squared error per output.
 
     lower: no chain of that rank has a smaller loss. upper: the loss of the best chain known, that of
-    `ks.bounds.factorize.factorize`. exact: the two are equal, so that `lower` is the optimum.
+    `ks.bounds.factorize.factorize`. exact: the two are equal up to rounding, so that either is the
+    optimum; the one rule for this.
     """
 
     rank: int

@@ -231,7 +231,8 @@ def _floor(row: dict, predict_zero_loss: float | None) -> str:
     if pd.isna(row["loss_floor"]) or predict_zero_loss is None:
         return ""
     lower, upper = (row[name] / predict_zero_loss for name in ("loss_floor", "loss_floor_upper"))
-    return f"{lower:.2%}" if lower == upper else f"{lower:.2%} to {upper:.2%}"
+    exact = row["loss_floor_is_exact"]
+    return f"{lower:.2%}" if pd.isna(exact) or exact else f"{lower:.2%} to {upper:.2%}"
 
 
 def _provenance(study: Study) -> dict[str, str | None]:
