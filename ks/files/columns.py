@@ -80,9 +80,9 @@ SUMMARY = (
     Column("parameters", "free values of the chain", form="{:.0f}"),
     Column("compression_ratio", "parameters of the dense weight over those of the chain", "ratio", form="{:.2f}"),
     Column("saturated", "whether the rank is so large that a larger one changes nothing"),
-    Column("verdict", "limit of this rank: converged, between its bounds, sample-limited or undertrained; and the "
-           "marks saturated, larger than dense, below the best known (chain) and calibration-limited (unseen inputs "
-           "lose more)"),
+    Column("verdict", "limit of this rank: converged, between its bounds, within 0.1% of the energy, sample-limited or "
+           "undertrained; and the marks saturated, larger than dense, better than the best known chain and "
+           "calibration-limited (unseen inputs lose more)"),
     Column("num_seeds", "number of seeds that finished"),
     Column("final_train_loss_se", "standard error of `final_train_loss` over the seeds", LOSS),
     Column("final_val_loss_se", "standard error of `final_val_loss` over the seeds", LOSS),
@@ -93,8 +93,7 @@ SUMMARY = (
            "above 1 if training beats the best known chain", "ratio", form="{:.2%}"),
     Column("held_out_relative_loss", "with measured inputs: share of the output energy of the held-out inputs that is "
            "lost", SHARE, form="{:.2%}"),
-    Column("isotropic_floor", "with measured inputs: the floor that isotropic inputs would have; the two say how much "
-           "the inputs change", SHARE, form="{:.2%}"),
+    Column("isotropic_floor", "floor for isotropic inputs, for comparison with the floor for the measured ones", SHARE, form="{:.2%}"),
     Column("segments", "epochs of each segment of the training, joined by +"),
     Column("relative_floor", "`loss_floor` / loss of predicting 0", SHARE, form="{:.2%}"),
     Column("relative_floor_upper", "`loss_floor_upper` / loss of predicting 0", SHARE, form="{:.2%}"),
