@@ -49,9 +49,9 @@ def select_weights(
 ) -> Selection:
     """Find the weights that globs name.
 
-    Globs match the names of weights (`encoder.layer.*.output.dense.weight`) or those names without `.weight`. Whatever
-    is no 2-D weight is left out, and so are embeddings, which no product with activations reads, unless a name without
-    wildcards asks for them.
+    Globs match the names of weights (`encoder.layer.*.output.dense.weight`) or those names without `.weight`. Tensors
+    that are not 2-D weights are skipped, and so are embeddings, which no product with activations reads, unless a name
+    without wildcards asks for them; a note lists what was skipped.
 
     Args:
         source: a file of weights or the .index.json of a sharded checkpoint; tensors by name; or a model, whose

@@ -93,7 +93,8 @@ SUMMARY = (
            "above 1 if training beats the best known chain", "ratio", form="{:.2%}"),
     Column("held_out_relative_loss", "with measured inputs: share of the output energy of the held-out inputs that is "
            "lost", SHARE, form="{:.2%}"),
-    Column("isotropic_floor", "floor for isotropic inputs, for comparison with the floor for the measured ones", SHARE, form="{:.2%}"),
+    Column("isotropic_floor", "floor for isotropic inputs, for comparison with the floor for the measured ones",
+           SHARE, form="{:.2%}"),
     Column("segments", "epochs of each segment of the training, joined by +"),
     Column("relative_floor", "`loss_floor` / loss of predicting 0", SHARE, form="{:.2%}"),
     Column("relative_floor_upper", "`loss_floor_upper` / loss of predicting 0", SHARE, form="{:.2%}"),

@@ -270,14 +270,14 @@ def _checked(sums: InputSums, where: str) -> PartMoments:
 
 
 def _few(where: str, train: InputSums) -> list[str]:
-    """Return a remark where the training inputs are few for their width."""
+    """Return a remark if there are too few training inputs for their width."""
     count, width = train.count, train.width
     if count >= ENOUGH_PER_FEATURE * width:
         return []
-    singular = ", so that the second moment is singular" if count < width else ""
+    singular = "the second moment is singular, so " if count < width else ""
     return [
-        f"{where}: {count} inputs are few for a width of {width}{singular}; floors look too low and unseen inputs lose "
-        f"more: {ENOUGH_PER_FEATURE * width} or more are better"
+        f"{where}: only {count:,} samples for {width:,} features: {singular}floors are optimistic and held-out losses "
+        f"higher. Collect at least {ENOUGH_PER_FEATURE * width:,}."
     ]
 
 

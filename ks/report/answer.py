@@ -205,7 +205,8 @@ def _lowrank_beside(row: dict, plan: Plan) -> list[str]:
     ((rank, floor),) = plan.lowrank_floors([row["parameters"]])
     loss, ours = shares(floor, row["relative_loss"])
     advice = "; sweep --chain lowrank as well" if floor < row["relative_loss"] else ""
-    return [f"A low-rank factorisation of the same size (rank {rank}) gets down to {loss}, against {ours} here{advice}."]
+    start = f"A low-rank factorisation of the same size (rank {rank}) gets down to {loss}"
+    return [f"{start}, against {ours} here{advice}."]
 
 
 def _warnings(row: dict, target: float | None) -> list[str]:

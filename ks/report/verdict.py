@@ -138,8 +138,8 @@ def advice(rows: list[dict], sampling: str | None = None) -> list[str]:
             )
         elif verdict is not None and verdict.limit is Limit.SMALL:
             sentences.append(
-                f"Rank {rank} is {Limit.SMALL}: its loss exceeds {_reference(row)} by {100 * row['excess']:.2g}% of the "
-                "output energy. A larger --num_epochs gains little."
+                f"Rank {rank} is {Limit.SMALL}: its loss exceeds {_reference(row)} by {100 * row['excess']:.2g}% of "
+                "the output energy. A larger --num_epochs gains little."
             )
         if verdict is not None and verdict.calibration_limited:
             sentences.append(

@@ -165,6 +165,17 @@ def test_a_study_of_2025_has_a_page_too(tmp_path):
     assert "Command" not in page.text
 
 
+@pytest.mark.parametrize("criterion_is_known", [True, False])
+def test_the_verdict_is_styled_wherever_its_column_stands(tmp_path, criterion_is_known):
+    study = make_study([2, 4])
+    if not criterion_is_known:
+        study.summary[["relative_loss", "loss_floor", "optimality_gap"]] = float("nan")
+    text, _ = page_of(tmp_path, study)
+    assert "nth-child" not in text
+    styled = re.findall(r'<t[hd][^>]* class="verdict">(.*?)</t', text)
+    assert styled == ["verdict", *study.summary["verdict"].map(str)]
+
+
 def test_bracketed_floors_show_both_bounds(tmp_path):
     study = make_study([2, 4], spread=1.2)
     _, page = page_of(tmp_path, study)
