@@ -29,7 +29,6 @@ from ks.cli.flags import SweepConfig
 from ks.cli.parser import Parser
 from ks.files.atomic import prepare_output_dir
 from ks.files.layout import SweepFiles
-from ks.files.lock import locked
 from ks.files.status import Status
 from ks.studies.checkpoint_study import CheckpointStudy
 from ks.studies.weight_study import WeightStudy
@@ -68,7 +67,7 @@ def main(argv=None) -> int:
     with contextlib.ExitStack() as running:
         launcher = running.enter_context(study.launcher())
         files = SweepFiles(prepare_output_dir(config.output_dir), config.save_prefix, config.metric)
-        with locked(files.lock, "another sweep"), signals.deferred():
+        with study.locked(files), signals.deferred():
             try:
                 study.claim(files)
                 ended = study.train(launcher)

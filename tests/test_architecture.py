@@ -122,7 +122,7 @@ LIGHT = [
 
 
 @pytest.mark.parametrize("name", LIGHT)
-def test_what_comes_before_torch_and_names_need_none(name):
+def test_startup_and_tables_of_names_import_no_torch(name):
     assert "torch" not in imported(FILES[name])
 
 

@@ -311,11 +311,11 @@ def test_docstrings_show_two_commands_with_flags_that_exist(script):
     assert set(re.findall(r"(?<=\s)--[a-z_0-9]+", "\n".join(shown))) <= known
 
 
-def test_shared_flags_have_one_default_except_those_of_the_brief():
+def test_shared_flags_have_one_default_but_for_known_exceptions():
     defaults = {}
     for script in SCRIPTS:
         for field in fields_of(script):
             defaults.setdefault(field.name, {})[script] = field.default
     differing = {name for name, values in defaults.items() if len({str(value) for value in values.values()}) > 1}
-    # --save_interval: the brief's rank folders hold no epoch checkpoints; --rank of the generator is another thing.
+    # --save_interval: the folder of a rank holds no epoch checkpoints; --rank of the generator is another thing.
     assert differing == {"num_epochs", "output_dir", "save_prefix", "save_interval", "rank"}

@@ -1,8 +1,7 @@
-"""What every layer could become: the floors of all families on all weights, many layers at a time."""
+"""Compute the floors of all families on all weights, many layers at a time."""
 
-import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +24,7 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Candidates:
-    """What one weight W of shape (m, n) could become.
+    """The chain families that may replace one weight W of shape (m, n), with their floors.
 
     Args:
         layer: name of the weight.
@@ -34,7 +33,7 @@ class Candidates:
         inputs_sha256: hash of the moments of its inputs; None for isotropic ones.
         itemsize: bytes of a value of W.
         floors: of each family.
-        shared_with: names of weights with the same values.
+        shared_with: names of weights that are tied to it.
     """
 
     layer: str
@@ -65,7 +64,7 @@ def find_candidates(
     """Compute the floors of every family on every weight, or take them from a file.
 
     As many layers at a time as torch has threads, each on one thread; a layer is read when its turn comes. The file is
-    written after every layer, so that the same call resumes.
+    written on the way, in at most a twentieth of the time, and at the end, so that the same call resumes.
 
     Args:
         weights: to plan.
@@ -77,14 +76,17 @@ def find_candidates(
         report: told in a line about each layer.
         check_stop: called before every longer computation; an exception from it ends the work.
     Returns:
-        one entry for each weight in their order; of weights with the same values the first alone.
+        one entry for each weight in their order; of tied weights the first alone.
     Raises:
         UsageError: a family without floors, a layer without moments, or moments that do not fit.
     """
     check_inputs(weights, moments)
     inputs = _InputsOfLayers(moments)
     file = FloorsFile(floors_path)
-    seen: dict[str, int] = {}
+    tied: dict[Hashable, list[str]] = {}
+    for weight in weights:
+        tied.setdefault(weight.place, []).append(weight.name)
+    weights = [weight for weight in weights if tied[weight.place][0] == weight.name]
     found: list[Candidates] = []
     known_before = 0
 
@@ -109,23 +111,24 @@ def find_candidates(
                 if floors is None
             }
         complete = tuple(floors for floors in (known | new).values() if floors is not None)
-        itemsize = loaded.tensor.element_size()
-        entry = Candidates(weight.name, rows, cols, sha256, inputs_sha256, itemsize, complete)
+        itemsize, others = loaded.tensor.element_size(), tuple(tied[weight.place][1:])
+        entry = Candidates(weight.name, rows, cols, sha256, inputs_sha256, itemsize, complete, others)
         return entry, [*new.values()], time.monotonic() - started
 
-    for number, (entry, new, seconds) in enumerate(_each(compute, weights, device), start=1):
-        if (first := seen.setdefault(entry.weight_sha256, len(found))) < len(found):
-            report(f"{entry.layer}: the same values as {found[first].layer}; counted once, with its inputs")
-            found[first] = dataclasses.replace(found[first], shared_with=(*found[first].shared_with, entry.layer))
-            continue
-        found.append(entry)
-        for floors in new:
-            file.add(entry.weight_sha256, entry.inputs_sha256, floors)
-        if new:
-            file.save()
-            report(f"{number} of {len(weights)}: {entry.layer}, {entry.rows} × {entry.cols}: {seconds:.1f} s")
-        else:
-            known_before += 1
+    try:
+        for number, (entry, new, seconds) in enumerate(_each(compute, weights, device), start=1):
+            found.append(entry)
+            if entry.shared_with:
+                report(f"{', '.join(entry.shared_with)}: tied to {entry.layer}; counted once, with its inputs")
+            for floors in new:
+                file.add(entry.weight_sha256, entry.inputs_sha256, floors)
+            if new:
+                file.save_if_due()
+                report(f"{number} of {len(weights)}: {entry.layer}, {entry.rows} × {entry.cols}: {seconds:.1f} s")
+            else:
+                known_before += 1
+    finally:
+        file.save()
     if known_before:
         report(f"floors of {known_before} layers were computed before")
     return found

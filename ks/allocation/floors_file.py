@@ -1,6 +1,7 @@
 """Floors that were computed before, kept in a file, so that later questions about the same weights take seconds."""
 
 import dataclasses
+import time
 import zipfile
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from ks.files.atomic import atomic_path
 from ks.patterns import Chain
 
 METHOD = 1  # raised whenever floors are computed in another way, so that older ones are not believed
+SAVING_SHARE = 0.05  # of the time is spent on writing the whole file again while floors are added
 PARTS = ("lower", "upper", "known", "energy")
 
 
@@ -23,6 +25,7 @@ class FloorsFile:
 
     def __init__(self, path: Path | None):
         self.path = path
+        self._changed, self._due = False, 0.0
         self._arrays: dict[str, np.ndarray] = {}
         if path is not None and path.is_file():
             try:
@@ -42,18 +45,28 @@ class FloorsFile:
 
     def add(self, weight_sha256: str, inputs_sha256: str | None, floors: LayerFloors) -> None:
         """Keep floors; `save` writes them."""
+        self._changed = True
         name = _name(weight_sha256, inputs_sha256, floors.chain)
         self._arrays |= {f"{name} {part}": np.asarray(getattr(floors, part)) for part in PARTS}
 
     def save(self) -> None:
-        """Write the file atomically.
+        """Write the file atomically, if floors were added.
 
         Raises:
             OSError: it cannot be written.
         """
-        if self.path is not None:
+        if self.path is not None and self._changed:
             with atomic_path(self.path) as temporary, open(temporary, "wb") as file:
                 np.savez_compressed(file, allow_pickle=False, **self._arrays)
+            self._changed = False
+
+    def save_if_due(self) -> None:
+        """Save, unless too little time has passed since the last time for the time that it took."""
+        started = time.monotonic()
+        if started >= self._due:
+            self.save()
+            now = time.monotonic()
+            self._due = now + (now - started) / SAVING_SHARE
 
 
 def _name(weight_sha256: str, inputs_sha256: str | None, chain: Chain) -> str:

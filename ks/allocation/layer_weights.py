@@ -1,7 +1,7 @@
 """The weights of a checkpoint or of a model that globs name, read one at a time."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +21,12 @@ class LayerWeight:
     Args:
         name: in its checkpoint.
         read: returns the weight.
+        place: of its values, equal for weights that are tied.
     """
 
     name: str
     read: Callable[[], Weight]
+    place: Hashable
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,9 @@ def select_weights(
 ) -> Selection:
     """Find the weights that globs name.
 
-    Globs match the names of weights (`encoder.layer.*.output.dense.weight`) or those names without `.weight`. Whatever
-    is no 2-D weight is left out, and so are embeddings, which no product with activations reads, unless a name without
-    wildcards asks for them.
+    Globs match the names of weights (`encoder.layer.*.output.dense.weight`) or those names without `.weight`. Tensors
+    that are not 2-D weights are skipped, and so are embeddings, which no product with activations reads, unless a name
+    without wildcards asks for them; a note lists what was skipped.
 
     Args:
         source: a file of weights or the .index.json of a sharded checkpoint; tensors by name; or a model, whose
@@ -83,7 +85,7 @@ def select_weights(
             embeddings.append(name)
         else:
             read = functools.partial(load_entry, entries[name], name, f"{where}, key {name!r}", name in turned)
-            weights.append(LayerWeight(name, read))
+            weights.append(LayerWeight(name, read, (_place(entries[name], name), name in turned)))
     notes = [
         f"left out, {reason}: {_listed(names)}"
         for reason, names in (("no 2-D weights", left_out), ("embeddings; name them in full to plan them", embeddings))
@@ -92,6 +94,13 @@ def select_weights(
     if not weights:
         raise UsageError(f"{where}: {' '.join(globs)} names no 2-D weight that a chain can replace; {'; '.join(notes)}")
     return Selection(tuple(weights), file, tuple(notes))
+
+
+def _place(entry, name: str) -> Hashable:
+    """Return where the values of an entry are in memory; those that are read later have a place of their own."""
+    if not isinstance(entry, torch.Tensor) or entry.layout is not torch.strided:
+        return name
+    return entry.device, entry.data_ptr(), entry.shape, entry.stride()
 
 
 def _matching(entries: Iterable[str], globs: list[str], where: str) -> list[str]:

@@ -128,9 +128,10 @@ class ModelPlan:
         weighting: of the losses: 'equal'; 'energy', by the output energy of the dense weights; or 'given'.
         weights: importance of each layer, in their order.
         exact: whether no other choice is better, by the upper bounds of the losses.
-        gap: how much better another choice could be at most, in the unit of the objective; 0 if exact.
+        gap: how much better another choice could be at most, in loss for a budget, for a target as a share of the
+            dense parameters; 0 if exact.
         uniform: for comparison, the plans of the same layers with the same share in every layer.
-        rank_multiple: every rank is a multiple of it, or the rank of saturation.
+        rank_multiple: every rank is a multiple of it.
         checkpoint: name of its file, without folders; empty for a model in memory.
     Raises:
         UsageError: no layers, two with one name, or weights or a uniform plan of another number of layers.

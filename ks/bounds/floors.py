@@ -38,7 +38,8 @@ class Floor:
     """Bounds on the least loss of the chains of one rank, in squared error per output.
 
     lower: no chain of that rank has a smaller loss. upper: the loss of the best chain known, that of
-    `ks.bounds.factorize.factorize`. exact: the two are equal, so that `lower` is the optimum.
+    `ks.bounds.factorize.factorize`. exact: the two are equal up to rounding, so that either is the
+    optimum; the one rule for this.
     """
 
     rank: int
@@ -258,15 +259,15 @@ def loss_floor(
 
     For inputs that couple column groups, a grid of q × p blocks costs about 15 n³ operations once, and for each rank
     about 100 · (6 r q n² + 8 r m n) for the upper bound and 120 m n² + 20 n³ for the lower one (four times the first
-    term where p r < m/q). On one thread, 384 × 1536 takes 5 seconds once and 8 to 12 for each rank up to 48, five times
-    that if `tight`; 1024 × 4096 takes 80 seconds once, and 40 to 80 for each rank.
+    term where p r < m/q). On one thread, 384 × 1536 takes 5 seconds once and 8 to 12 for each rank up to 48;
+    1024 × 4096 takes 80 seconds once, and 40 to 80 for each rank.
 
     Args:
         weight: W, shape (m, n), any float dtype, CPU or CUDA.
         chain: with a floor (`no_floor_reason`).
         ranks: positive integers; those above saturation have the bounds of saturation.
         inputs: the second moment of x.
-        tight: spend several times as long on the lower bounds of coupled inputs and of more than two factors.
+        tight: spend longer on the lower bounds of coupled inputs and of more than two factors.
         progress: called with a few words before every longer computation.
     Returns:
         one `Floor` per rank, in the order given.

@@ -49,8 +49,8 @@ class CoupledLowerBound:
         weight: W, shape (m, n), float64.
         chain: with a floor.
         moment: C, shape (n, n), float64, may be singular.
-        tight: spend about 5 q times as many operations on a grid: the parts get shares for each row group, in more
-            rounds.
+        tight: spend longer: the parts of a grid get shares for each row group, in more rounds, and splits are joined
+            at any cost.
     """
 
     def __init__(self, weight: torch.Tensor, chain: Chain, moment: torch.Tensor, tight: bool = False):

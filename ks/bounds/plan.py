@@ -74,7 +74,7 @@ def make_plan(
         weight: W, shape (m, n), any float dtype, CPU or CUDA, scaled so that tr(W C Wᵀ) = m.
         chain: of the same shape.
         inputs: the second moment C of x.
-        tight: spend several times as long on lower bounds that are not exact (`ks.bounds.floors.loss_floor`).
+        tight: spend longer on lower bounds that are not exact (`ks.bounds.floors.loss_floor`).
         progress: called with a few words before every longer computation.
         reason: why there are no floors, if that is not the chain's doing.
     """

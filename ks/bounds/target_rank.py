@@ -2,16 +2,17 @@
 
 from collections.abc import Callable
 
+from ks.bounds.floors import floor_of
 from ks.bounds.plan import Plan
 
 
 def smallest_ranks(plan: Plan, target: float) -> tuple[int, int]:
     """Return the smallest rank whose lower bound, and the smallest whose upper bound, is at most `target`.
 
-    No smaller rank than the first can reach the target, and the second does. They are equal where the bounds are, as
-    for two factors and uncoupled inputs. Both bounds are 0 at saturation. The optimum falls with the rank, so a rank
-    whose lower bound is above the target excludes all smaller ones; ranks are bisected, and each bound is computed for
-    about log2(saturation rank) ranks.
+    No smaller rank than the first can reach the target, and the second does. They are equal where the first one has an
+    exact floor, as for two factors and uncoupled inputs. Both bounds are 0 at saturation. The optimum falls with the
+    rank, so a rank whose lower bound is above the target excludes all smaller ones; ranks are bisected, and each bound
+    is computed for about log2(saturation rank) ranks.
 
     Args:
         plan: of a family with a floor.
@@ -21,7 +22,8 @@ def smallest_ranks(plan: Plan, target: float) -> tuple[int, int]:
     saturation = plan.chain.saturation_rank
     first = int((plan.bounds.curve <= target).nonzero()[0].clamp(min=1))
     lower = _first_below(plan.bounds.lower, target, first, saturation)
-    return lower, _first_below(plan.bounds.upper, target, lower, saturation)
+    exact = floor_of(plan.bounds, plan.chain, lower).exact
+    return lower, lower if exact else _first_below(plan.bounds.upper, target, lower, saturation)
 
 
 def _first_below(bound: Callable[[int], float], target: float, low: int, high: int) -> int:

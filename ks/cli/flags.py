@@ -289,9 +289,8 @@ class LayersFlags:
     )
     budget: float | None = flag(
         None,
-        "choose chain and rank of every layer so that they lose the least, with at most this share of the parameters "
-        "of the dense weights; --target_relative_loss instead chooses the fewest parameters that lose at most this "
-        "share on average",
+        "parameter budget as a fraction of the dense weights; the plan minimises the total relative loss within it "
+        "(--target_relative_loss instead: the fewest parameters at this mean relative loss)",
         convert=share,
     )
     importance: str = flag(
@@ -310,7 +309,7 @@ class SweepConfig(LayersFlags, TargetFlags, TrainingFlags, OutputFlags, PlotFlag
 
     TITLE: ClassVar = "sweep"
     num_epochs: int = redefault(OptimizerFlags, "num_epochs", 50)
-    # The rank folder of the contract holds no epoch checkpoints.
+    # The folder of a rank holds the last and the best model of its run, and no others.
     save_interval: int = redefault(CheckpointFlags, "save_interval", 0)
     output_dir: str = redefault(OutputFlags, "output_dir", "./rank_sweep_results")
     save_prefix: str = redefault(OutputFlags, "save_prefix", "rank_sweep")
@@ -330,7 +329,7 @@ class SweepConfig(LayersFlags, TargetFlags, TrainingFlags, OutputFlags, PlotFlag
         None, "train every rank with each of these seeds", convert=seed_number, nargs="+", shown_default="--seed"
     )
     tight_bounds: bool = flag(
-        False, "with --inputs: spend about ten times as long on the lower bounds of grids and deeper chains"
+        False, "spend longer on lower bounds that are not exact: of grids with --inputs, and of three or more factors"
     )
     dry_run: bool = flag(False, "print the plan, with --verbose the commands too; train nothing")
     overwrite: bool = flag(

@@ -1,4 +1,4 @@
-"""Standard streams that never stop a script: a closed terminal, a broken pipe or a full disk costs only the text."""
+"""Replace stdout and stderr by streams that ignore write errors, as of a closed terminal or a full disk."""
 
 import os
 import sys

@@ -11,7 +11,7 @@ from ks.allocation.model_plan import ModelPlan
 from ks.bounds.moments import MeasuredInputs
 from ks.compression.places import Place, find_places, replace_modules
 from ks.errors import InternalError, UsageError, one_line
-from ks.files.layout import run_files
+from ks.files.layout import layer_folder, run_files
 from ks.inputs.moments_file import InputMoments
 from ks.inputs.read import inputs_of, read_input_moments
 from ks.layer import KSLinear
@@ -129,7 +129,7 @@ def _trained(place: Place, folder: Path, impl: str) -> KSLinear:
     layer = place.plan
     assert layer.chain is not None
     assert layer.rank is not None
-    path = run_files(folder / layer.layer, layer.rank, None, None).best
+    path = run_files(layer_folder(folder, layer.layer), layer.rank, None, None).best
     chain = KSLinear.load(path, impl=impl)
     if chain.patterns != layer.chain.patterns(layer.rank):
         planned = f"{layer.family} of rank {layer.rank}, {layer.rows} × {layer.cols}"

@@ -67,6 +67,7 @@ def find_places(model: nn.Module, plan: ModelPlan) -> list[Place]:
         for linear in users:
             _check_planned(layer, linear)
         places.append(Place(layer, users, names))
+    _check_ties(places)
     _check_users(model, places)
     return places
 
@@ -98,6 +99,18 @@ def _has_hash(weight: torch.Tensor, sha256: str) -> bool:
         if torch.equal(stored.to(weight.dtype), weight) and Weight(stored.cpu(), None).sha256() == sha256:
             return True
     return False
+
+
+def _check_ties(places: Iterable[Place]) -> None:
+    """Check that no layer of the model belongs to two places."""
+    place_of: dict[nn.Module, Place] = {}
+    for place in places:
+        for linear in place.linears:
+            if (other := place_of.setdefault(linear.module, place)) is not place:
+                raise UsageError(
+                    f"{one_line(other.plan.layer)} and {one_line(place.plan.layer)} share a weight in the model, and "
+                    "the plan has a chain for each; make a plan for this model (ks.plan_model), whose layers are tied"
+                )
 
 
 def _check_users(model: nn.Module, places: Iterable[Place]) -> None:

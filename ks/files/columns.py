@@ -98,9 +98,9 @@ SUMMARY = (
     Column("parameters", Positive, "free values of the chain", form="{:.0f}"),
     Column("compression_ratio", Loss, "parameters of the dense weight over those of the chain", "ratio", form="{:.2f}"),
     Column("saturated", bool, "whether the rank is so large that a larger one changes nothing"),
-    Column("verdict", Text, "limit of this rank: converged, between its bounds, sample-limited or undertrained; and "
-           "the marks saturated, larger than dense, below the best known (chain) and calibration-limited (unseen "
-           "inputs lose more)"),
+    Column("verdict", Text, "limit of this rank: converged, between its bounds, within 0.1% of the energy, "
+           "sample-limited or undertrained; and the marks saturated, larger than dense, better than the best known "
+           "chain and calibration-limited (unseen inputs lose more)"),
     Column("num_seeds", Count, "number of seeds that finished"),
     Column("final_train_loss_se", Loss, "standard error of `final_train_loss` over the seeds", LOSS),
     Column("final_val_loss_se", Loss, "standard error of `final_val_loss` over the seeds", LOSS),
@@ -111,8 +111,8 @@ SUMMARY = (
            "`loss_floor_upper`); above 1 if training beats the best known chain", "ratio", form="{:.2%}"),
     Column("held_out_relative_loss", Loss, "with measured inputs: share of the output energy of the held-out inputs "
            "that is lost", SHARE, form="{:.2%}"),
-    Column("isotropic_floor", Loss, "with measured inputs: the floor that isotropic inputs would have; the two say how "
-           "much the inputs change", SHARE, form="{:.2%}"),
+    Column("isotropic_floor", Loss, "floor for isotropic inputs, for comparison with the floor for the measured ones",
+           SHARE, form="{:.2%}"),
     Column("segments", Text, "epochs of each segment of the training, joined by +"),
     Column("relative_floor", Loss, "`loss_floor` / loss of predicting 0", SHARE, form="{:.2%}"),
     Column("relative_floor_upper", Loss, "`loss_floor_upper` / loss of predicting 0", SHARE, form="{:.2%}"),

@@ -5,12 +5,14 @@ from pathlib import Path
 
 from ks.errors import UsageError
 
+CGROUP = Path("/sys/fs/cgroup")  # of a container, or of the whole machine, which has no limit
+
 
 def available_bytes() -> int:
     """Return the bytes that this process can still allocate: the smallest of all the limits that are known."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     limits += [kib * 1024 for kib in _read_numbers("/proc/meminfo", "MemAvailable:")]
-    limits += _read_numbers("/sys/fs/cgroup/memory.max")
+    limits += [limit - _cgroup_bytes_in_use() for limit in _read_numbers(CGROUP / "memory.max")]
     try:
         import resource  # not on Windows
 
@@ -23,7 +25,13 @@ def available_bytes() -> int:
     return max(0, min(limits))
 
 
-def _read_numbers(path: str, name: str = "") -> list[int]:
+def _cgroup_bytes_in_use() -> int:
+    """Return the memory that a container uses, without cached files, which the kernel drops when memory is needed."""
+    cached = (_read_numbers(CGROUP / "memory.stat", f"\n{kind}_file ") for kind in ("inactive", "active"))
+    return sum(_read_numbers(CGROUP / "memory.current")) - sum(map(sum, cached))
+
+
+def _read_numbers(path: str | Path, name: str = "") -> list[int]:
     """Return the first number after `name` in a file of the kernel; empty if there is none."""
     try:
         text = Path(path).read_text()

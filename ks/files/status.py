@@ -5,9 +5,10 @@ from enum import StrEnum
 
 
 class Status(StrEnum):
-    """State of a training; the value is the word in its log and in the summary."""
+    """State of a run; the value is the word in its log and in the summary, where a finished run is ok."""
 
     RUNNING = "running"
+    FINISHED = "finished"
     OK = "ok"
     DIVERGED = "diverged"
     OUT_OF_MEMORY = "out of memory"

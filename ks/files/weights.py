@@ -4,8 +4,9 @@ import hashlib
 import io
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import safetensors
@@ -23,17 +24,33 @@ SUFFIXES = (".pth", ".pt", ".safetensors", ".npy")
 INDEX_SUFFIX = ".index.json"  # of a checkpoint in several files
 
 
-class Weight(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Weight:
     """A loaded weight: the m × n tensor in its stored dtype on the CPU, and the key that it had in its file."""
 
     tensor: torch.Tensor
     key: str | None
 
     def sha256(self) -> str:
-        """Return a hash of shape, dtype and values; the same weight in another file has the same hash."""
-        data = self.tensor.contiguous()
-        head = f"{tuple(data.shape)} {data.dtype}".encode()
-        return hashlib.sha256(head + data.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+        """Return the hash of the tensor, computed once; the same weight in another file has the same hash."""
+        return self._sha256
+
+    @cached_property
+    def _sha256(self) -> str:
+        return tensors_sha256(self.tensor)
+
+
+def tensors_sha256(*tensors: torch.Tensor) -> str:
+    """Return a hash of shapes, dtypes and values; contiguous tensors are not copied.
+
+    Args:
+        tensors: on the CPU, of any shape and dtype.
+    """
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def packed(weights: Sequence[Weight], transpose: bool = False) -> bytes:

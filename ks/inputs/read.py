@@ -1,6 +1,5 @@
 """The inputs of one weight from a file: moments that were collected, or raw samples; checked before they are used."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import torch
 from ks.errors import UsageError, one_line
 from ks.files.globs import nearest
 from ks.files.memory import check_fits
-from ks.files.weights import entries_of, read_entry
+from ks.files.weights import entries_of, read_entry, tensors_sha256
 from ks.inputs.moments_file import HELD_OUT, METADATA, InputMoments, MomentsFile, find_weight, open_safetensors
 from ks.inputs.sums import InputSums
 from ks.product.gram import is_semi_definite
@@ -134,7 +133,7 @@ def inputs_sha256(moments: InputMoments, weight_key: str) -> str:
 
 def _sums_sha256(train: InputSums, held_out: InputSums | None) -> str:
     parts = [part for part in (train, held_out) if part is not None and part.count]
-    return _sha256(*(tensor for part in parts for tensor in _tensors(part)))
+    return tensors_sha256(*(tensor for part in parts for tensor in _tensors(part)))
 
 
 def _read_moments(path: Path, width: int, key: str | None) -> GivenInputs:
@@ -223,7 +222,7 @@ def _read_samples(path: Path, width: int, key: str | None, val_split: float, wei
         _checked(train, where),
         _checked(held_out, f"{where}, held out") if held_out.count else None,
         name or None,
-        _sha256(samples),
+        tensors_sha256(samples),
         samples.contiguous(),
         notes=(*notes, *_few(where, train)),
     )
@@ -271,25 +270,16 @@ def _checked(sums: InputSums, where: str) -> PartMoments:
 
 
 def _few(where: str, train: InputSums) -> list[str]:
-    """Return a remark where the training inputs are few for their width."""
+    """Return a remark if there are too few training inputs for their width."""
     count, width = train.count, train.width
     if count >= ENOUGH_PER_FEATURE * width:
         return []
-    singular = ", so that the second moment is singular" if count < width else ""
+    singular = "the second moment is singular, so " if count < width else ""
     return [
-        f"{where}: {count} inputs are few for a width of {width}{singular}; floors look too low and unseen inputs lose "
-        f"more: {ENOUGH_PER_FEATURE * width} or more are better"
+        f"{where}: only {count:,} samples for {width:,} features: {singular}floors are optimistic and held-out losses "
+        f"higher. Collect at least {ENOUGH_PER_FEATURE * width:,}."
     ]
 
 
 def _tensors(sums: InputSums) -> tuple[torch.Tensor, ...]:
     return sums.sum_xx, sums.sum_x, torch.tensor(sums.count)
-
-
-def _sha256(*tensors: torch.Tensor) -> str:
-    """Return a hash of shapes, dtypes and values."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -91,7 +91,7 @@ def _merged(values: list[torch.Tensor]) -> torch.Tensor:
 @functools.lru_cache(maxsize=1024)
 def _cheapest(patterns: tuple[Pattern, ...]) -> tuple[int, int]:
     """Return the least multiply-adds of the product of chainable factors, and the number of factors left of its last
-    product: every value of a product costs as many as the chainability number of its two factors."""
+    product; each entry of the product of two factors costs r multiply-adds, r being their chainability number."""
     if len(patterns) == 1:
         return 0, 1
     numel = functools.reduce(merged_pattern, patterns).numel

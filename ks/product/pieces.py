@@ -1,4 +1,4 @@
-"""Work in fixed pieces, one CPU thread each: the bits of the result do not depend on the number of threads."""
+"""Run work in fixed-size chunks, one thread per chunk, so that results are bitwise independent of the thread count."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Matrices at the splits of a chain: the Grams of what stands before and after a split, and their use on gradients.
+"""Gram matrices PᵀP and SSᵀ of the prefix and suffix at every split, and how they precondition gradients.
 
 A chainable chain cut between K_l and K_{l+1} is a prefix P = K_1 ⋯ K_l and a suffix S = K_{l+1} ⋯ K_L. Between them are
 a_{l+1}·d_l groups of r_l features, r_l being the chainability number. Within a group, PᵀP and S Sᵀ are r_l × r_l

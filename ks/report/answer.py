@@ -2,6 +2,7 @@
 
 from math import log
 
+from ks.bounds.floors import floor_of
 from ks.bounds.plan import Plan
 from ks.bounds.shares import shares
 from ks.bounds.target_rank import smallest_ranks
@@ -97,7 +98,7 @@ def _not_reached(rows: list[dict], plan: Plan, target: float) -> tuple[dict, lis
 def _what_floor_is(plan: Plan, rank: int) -> str:
     """Return how a sentence names the upper bound of a rank: only an exact floor is its floor."""
     assert plan.bounds is not None
-    return "its floor is" if plan.bounds.lower(rank) == plan.bounds.upper(rank) else "the best known chain loses"
+    return "its floor is" if floor_of(plan.bounds, plan.chain, rank).exact else "the best known chain loses"
 
 
 def _more_epochs(row: dict, floor: float, target: float) -> list[str]:
@@ -198,16 +199,14 @@ def _bounds_of(row: dict) -> list[str]:
 
 
 def _lowrank_beside(row: dict, plan: Plan) -> list[str]:
-    """Return what plain low-rank can reach with at most as many parameters."""
+    """Return the loss that a low-rank factorisation with at most as many parameters can reach."""
     if plan.chain.family == "lowrank" or plan.bounds is None:
         return []
     ((rank, floor),) = plan.lowrank_floors([row["parameters"]])
     loss, ours = shares(floor, row["relative_loss"])
-    if floor < row["relative_loss"]:
-        end = f"less than this chain ({ours}): sweep --chain lowrank too"
-    else:
-        end = f"no less than this chain ({ours})"
-    return [f"Plain low-rank with as many parameters (rank {rank}) can lose {loss}, {end}."]
+    advice = "; sweep --chain lowrank as well" if floor < row["relative_loss"] else ""
+    start = f"A low-rank factorisation of the same size (rank {rank}) gets down to {loss}"
+    return [f"{start}, against {ours} here{advice}."]
 
 
 def _warnings(row: dict, target: float | None) -> list[str]:

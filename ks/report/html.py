@@ -48,7 +48,7 @@ dd { margin: 0; overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.92rem; }
 th, td { padding: 0.25rem 0.7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { font-weight: 600; vertical-align: bottom; white-space: normal; min-width: 3.6rem; }
-th:nth-child(4), td:nth-child(4) { text-align: left; white-space: normal; min-width: 11rem; }
+th.verdict, td.verdict { text-align: left; white-space: normal; min-width: 11rem; }
 .figures { columns: 26rem; column-gap: 1.4rem; }
 figure { margin: 0 0 1.4rem; break-inside: avoid; }
 figure svg { display: block; width: 100%; height: auto; }
@@ -62,7 +62,7 @@ pre { background: var(--card); padding: 0.7rem; white-space: pre-wrap; overflow-
   h1 { font-size: 15pt; } h2 { break-after: avoid; }
   figure, tr, pre, dl { break-inside: avoid; }
   .wide { overflow: visible; } table { font-size: 8.5pt; } th, td { padding: 0.15rem 0.3rem; }
-  th:nth-child(4), td:nth-child(4) { min-width: 0; }
+  th.verdict, td.verdict { min-width: 0; }
   .figures { columns: 2; }
 }
 """
@@ -181,7 +181,7 @@ def _inputs(study: Study) -> dict[str, str | None]:
     inputs = study.config.problem.inputs
     if inputs.kind == columns.ISOTROPIC:
         std = f", standard deviation {inputs.std:g}" if inputs.std is not None else ""
-        return {"kind": f"isotropic{std}; a real layer sees others"}
+        return {"kind": f"isotropic{std}; those of a real layer differ"}
     path, count, held_out = study.config.arguments.get("inputs"), inputs.count or 0, inputs.held_out_count or 0
     return {
         "kind": f"measured{', around their mean' if inputs.centred else ''}",
@@ -215,8 +215,12 @@ def _table(study: Study) -> str:
     shown = {header: column for header, column in cells.items() if any(column)}
     if "energy lost" in shown:
         shown.pop("validation loss", None)
-    head = "".join(f'<th scope="col">{escape(header)}</th>' for header in shown)
-    lines = ("".join(f"<td>{escape(cell or '–')}</td>" for cell in line) for line in zip(*shown.values()))
+    classes = [' class="verdict"' if header == "verdict" else "" for header in shown]
+    head = "".join(f'<th scope="col"{kind}>{escape(header)}</th>' for kind, header in zip(classes, shown))
+    lines = (
+        "".join(f"<td{kind}>{escape(cell or '–')}</td>" for kind, cell in zip(classes, line))
+        for line in zip(*shown.values())
+    )
     body = "\n".join(f"<tr>{line}</tr>" for line in lines)
     return f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
 
@@ -235,7 +239,8 @@ def _floor(row: dict, predict_zero_loss: float | None) -> str:
     if pd.isna(row["loss_floor"]) or predict_zero_loss is None:
         return ""
     lower, upper = (row[name] / predict_zero_loss for name in ("loss_floor", "loss_floor_upper"))
-    return f"{lower:.2%}" if lower == upper else f"{lower:.2%} to {upper:.2%}"
+    exact = row["loss_floor_is_exact"]
+    return f"{lower:.2%}" if pd.isna(exact) or exact else f"{lower:.2%} to {upper:.2%}"
 
 
 def _provenance(study: Study) -> dict[str, str | None]:

@@ -30,7 +30,10 @@ def totals(plan: ModelPlan) -> list[str]:
     if any(layer.interpolated for layer in plan.layers):
         sentences.append("Losses marked ~ are interpolated between ranks for which a chain is known.")
     if kept:
-        sentences.append(f"{len(kept)} of {len(plan.layers)} layers stay dense: there no chain is worth its loss.")
+        sentences.append(
+            f"{len(kept)} of {len(plan.layers)} layers stay dense because no chain saves enough "
+            "parameters for its loss."
+        )
     return sentences
 
 

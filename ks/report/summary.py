@@ -124,10 +124,11 @@ def rank_row(
         row["share_of_dense"] = 1 / row["compression_ratio"]
         row["saturated"] = row["rank"] >= chain.saturation_rank
     if floor is not None:
-        row |= {"relative_floor": floor.lower, "relative_floor_upper": floor.upper}
-        row |= {"loss_floor": floor.lower * predict_zero, "loss_floor_upper": floor.upper * predict_zero}
+        upper = floor.lower if floor.exact else floor.upper
+        row |= {"relative_floor": floor.lower, "relative_floor_upper": upper}
+        row |= {"loss_floor": floor.lower * predict_zero, "loss_floor_upper": upper * predict_zero}
         row["loss_floor_is_exact"] = floor.exact
-    limit, below, calibration = None, False, False
+    limit, better, calibration = None, False, False
     if row["population_loss"] is not None and chain is not None:
         relative = row["relative_loss"] = row["population_loss"] / predict_zero
         if reference.target is not None:
@@ -137,13 +138,13 @@ def rank_row(
             if reference.isotropic_floors is not None:
                 row["isotropic_floor"] = reference.isotropic_floors[row["rank"] :][:1].sum().item()
             limit = limit_of(relative, row["final_train_loss"] / predict_zero, floor)
-            below = not floor.exact and row["excess"] < -ROUNDING
+            better = not floor.exact and row["excess"] < -ROUNDING
         if reference.held_out_predict_zero_loss and row["final_val_loss"] is not None:
             held_out = row["held_out_relative_loss"] = row["final_val_loss"] / reference.held_out_predict_zero_loss
             calibration = is_calibration_limited(relative, held_out, reference.held_out_count)
     row["verdict"] = None
     if finished and chain is not None:
-        verdict = Verdict(limit, row["saturated"], row["compression_ratio"] < 1, below, calibration)
+        verdict = Verdict(limit, row["saturated"], row["compression_ratio"] < 1, better, calibration)
         row["verdict"] = verdict if str(verdict) else None
     return row
 

@@ -1,4 +1,4 @@
-"""The verdict on a rank: the rule that calls it converged, sample-limited or undertrained, and the advice from it."""
+"""The verdict on a rank: whether it has converged to its floor, else what limits it, and the advice from it."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -7,14 +7,15 @@ from ks.bounds.floors import Floor
 from ks.errors import InternalError
 from ks.report.speed import not_faster
 
-# A floor below this share of predicting 0 is zero for practical purposes: no ratio to it is reported.
+# A loss below this share of predicting 0 is zero for practical purposes: no ratio to it is reported.
 NEGLIGIBLE_FLOOR = 1e-6
 # Rounding of float32 factors and of the floor, as a share of predicting 0 and of the floor.
 ROUNDING = 1e-9
-# A rank has converged if its excess is at most 0.1% of predicting 0, or 1% of the smaller of its floor and of the loss
-# that its rank can remove (1 − floor): to be within 1% of a floor near 1 means nothing.
-CONVERGED_EXCESS = 0.001
+# A rank has converged if its excess is at most 1% of the smaller of its floor and of the loss that its rank can remove
+# (1 − floor): to be within 1% of a floor near 1 means nothing.
 CONVERGED_SHARE = 0.01
+# A larger excess that is at most this share of predicting 0 may be many times a small floor, but little can be gained.
+SMALL_EXCESS = 0.001
 # Unseen inputs that lose this much more, relatively, say that too few were measured.
 CALIBRATION_SHARE = 0.05
 # Samples are the limit if the training loss shows less than half of the gap to the floor.
@@ -26,6 +27,7 @@ class Limit(StrEnum):
 
     CONVERGED = "converged"
     BRACKETED = "between its bounds"
+    SMALL = "within 0.1% of the energy"
     SAMPLES = "sample-limited"
     TRAINING = "undertrained"
 
@@ -37,14 +39,14 @@ class Verdict:
     limit: Limit | None
     saturated: bool
     larger_than_dense: bool
-    below_best_known: bool = False
+    beats_best_known: bool = False
     calibration_limited: bool = False
 
     def __str__(self) -> str:
         marks = {
             "saturated": self.saturated,
             "larger than dense": self.larger_than_dense,
-            "below the best known": self.below_best_known,
+            "better than the best known chain": self.beats_best_known,
             "calibration-limited": self.calibration_limited,
         }
         words = [str(self.limit)] if self.limit else []
@@ -54,10 +56,10 @@ class Verdict:
 def limit_of(population_loss: float, train_loss: float, floor: Floor) -> Limit:
     """Return the limit of a rank; all losses are relative to predicting 0.
 
-    converged: at most 0.1% of predicting 0 above the floor, or 1% of the smaller of the floor and of the loss that the
-    rank can remove.
+    converged: above the floor by at most 1% of the smaller of the floor and of the loss that the rank can remove.
     between its bounds: the same holds for the upper bound of the floor, but not for the lower one.
-    sample-limited: neither, and the training loss shows less than half of the gap to the upper bound.
+    within 0.1% of the energy: neither, and above the upper bound by at most 0.1% of predicting 0.
+    sample-limited: none of these, and the training loss shows less than half of the gap to the upper bound.
     undertrained: none of these.
     """
     if population_loss <= converged_loss(floor.lower):
@@ -65,12 +67,14 @@ def limit_of(population_loss: float, train_loss: float, floor: Floor) -> Limit:
     if population_loss <= converged_loss(floor.upper):
         return Limit.BRACKETED
     gap = population_loss - floor.upper
+    if gap <= SMALL_EXCESS:
+        return Limit.SMALL
     return Limit.SAMPLES if train_loss - floor.upper < SEEN_SHARE * gap else Limit.TRAINING
 
 
 def converged_loss(floor: float) -> float:
     """Return the largest loss that counts as at a floor; both are relative to predicting 0."""
-    return floor + max(CONVERGED_SHARE * min(floor, 1 - floor), CONVERGED_EXCESS)
+    return floor + max(CONVERGED_SHARE * min(floor, 1 - floor), NEGLIGIBLE_FLOOR)
 
 
 def is_calibration_limited(relative: float, held_out_relative: float, held_out_count: int) -> bool:
@@ -110,7 +114,7 @@ def check_above_floor(population_loss: float | None, floor: Floor | None, predic
 
 
 def advice(rows: list[dict], sampling: str | None = None) -> list[str]:
-    """Return what to do about each rank that is not at its floor, one sentence each.
+    """Return what to do about each rank that is not at its floor, one line each.
 
     Args:
         rows: of the summary, as `ks.report.summary.rank_row` returns them.
@@ -120,30 +124,41 @@ def advice(rows: list[dict], sampling: str | None = None) -> list[str]:
     for row in rows:
         rank, verdict = row["rank"], row["verdict"]
         if row["failed"]:
-            sentences.append(f"rank {rank}: {row['status']}; see its train.log")
+            sentences.append(f"Rank {rank}: {row['status']}; see its train.log.")
         elif verdict is not None and verdict.limit is Limit.SAMPLES:
             remedy = "--sampling auto or more samples" if sampling == "fixed" else "more samples"
             sentences.append(
-                f"rank {rank}: {_above(row)}, of which the training loss shows less than half: sample-limited; use "
-                f"{remedy}"
+                f"Rank {rank} is sample-limited: its loss is {_above(row)}, and the training loss shows less than half "
+                f"of this gap. Use {remedy}."
             )
         elif verdict is not None and verdict.limit is Limit.TRAINING:
-            removed = f"{row['removed_share']:.2%} of the loss that this rank can remove is removed"
-            sentences.append(f"rank {rank}: {_above(row)}, {removed}: undertrained; use more --num_epochs")
+            sentences.append(
+                f"Rank {rank} is undertrained: its loss is {_above(row)} ({row['removed_share']:.2%} of the achievable "
+                "reduction). Increase --num_epochs."
+            )
+        elif verdict is not None and verdict.limit is Limit.SMALL:
+            sentences.append(
+                f"Rank {rank} is {Limit.SMALL}: its loss exceeds {_reference(row)} by {100 * row['excess']:.2g}% of "
+                "the output energy. A larger --num_epochs gains little."
+            )
         if verdict is not None and verdict.calibration_limited:
             sentences.append(
-                f"rank {rank}: held-out inputs lose {row['held_out_relative_loss']:.2%}, the measured ones "
-                f"{row['relative_loss']:.2%}: calibration-limited; measure more inputs"
+                f"Rank {rank} is calibration-limited: it loses {row['held_out_relative_loss']:.2%} on held-out inputs, "
+                f"{row['relative_loss']:.2%} on the measured ones. Measure more inputs."
             )
     larger = [str(row["rank"]) for row in rows if row["verdict"] is not None and row["verdict"].larger_than_dense]
     if larger:
-        sentences.append(f"rank {', '.join(larger)}: more parameters than the dense weight")
-    return [*sentences, *filter(None, [not_faster(rows)])]
+        sentences.append(f"Larger than the dense weight: rank {', '.join(larger)}.")
+    slow = not_faster(rows)
+    return [*sentences, f"{slow[0].upper()}{slow[1:]}."] if slow else sentences
+
+
+def _reference(row: dict) -> str:
+    return "the floor" if row.get("loss_floor_is_exact") else "that of the best known chain"
 
 
 def _above(row: dict) -> str:
-    reference = "its floor" if row.get("loss_floor_is_exact") else "the best known chain"
     if row.get("optimality_gap") is None:
-        return f"{row['excess']:.2%} of predicting 0 above {reference}"
+        return f"{row['excess']:.2%} of the output energy above {_reference(row)}"
     gap = 100 * row["optimality_gap"]
-    return f"{gap:.0f}% above {reference}" if gap >= 10 else f"{gap:.2g}% above {reference}"
+    return f"{gap:.0f}% above {_reference(row)}" if gap >= 10 else f"{gap:.2g}% above {_reference(row)}"

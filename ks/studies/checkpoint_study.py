@@ -1,6 +1,8 @@
 """A study of several layers of a checkpoint: one plan for all, trainings through one launcher, one summary."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 from ks import signals
@@ -56,6 +58,7 @@ class CheckpointStudy:
         self.importance = importance_of(config)
         self.selection = select(config)
         self.layers: list[_Layer] = []
+        self.locks = contextlib.ExitStack()
         self.ended: list[Status] = []
 
     def plan_text(self) -> str:
@@ -83,6 +86,12 @@ class CheckpointStudy:
         device = choose_device(self.config.device)
         ranks = len(self.config.ranks or [1]) * len(self.config.seeds or [1])
         return launcher_of(self.config, device, len(self.selection.weights) * ranks, self.trainer, files)
+
+    @contextlib.contextmanager
+    def locked(self, files: SweepFiles) -> Iterator[None]:
+        """Hold a context in which no other sweep works in the results folder, nor in those of the claimed layers."""
+        with locked(files.lock, "another sweep"), self.locks:
+            yield
 
     def claim(self, files: SweepFiles) -> None:
         """Claim the results folder, plan, and claim a folder in it for every layer that a chain replaces.
@@ -112,6 +121,7 @@ class CheckpointStudy:
             signals.check()
             study = WeightStudy(layer, self.trainer)
             inside = SweepFiles(prepare_output_dir(layer.output_dir), layer.save_prefix, layer.metric)
+            self.locks.enter_context(locked(inside.lock, "another sweep"))
             study.claim(inside)
             name = str(layer.weight_key)
             runs = [_named(run, name) for run in study.runs]

@@ -1,5 +1,6 @@
 """A study of one weight: the plan of a chain family, one training for each rank, summary and figures."""
 
+import contextlib
 import dataclasses
 import shlex
 from collections import Counter
@@ -14,6 +15,7 @@ from ks.errors import UsageError
 from ks.files import columns
 from ks.files.atomic import delete_leftovers, write_csv
 from ks.files.layout import SweepFiles
+from ks.files.lock import locked
 from ks.files.provenance import provenance
 from ks.files.status import Status, ended_well
 from ks.files.weights import packed
@@ -107,6 +109,10 @@ class WeightStudy:
                 content = packed_inputs(inputs, config.inputs_key or self.problem.weight.key)
                 files[str(inputs)] = (f"inputs_{inputs.name}", content)
         return launcher_of(config, self.problem.device, len(self.chosen) * len(seeds_of(config)), self.trainer, files)
+
+    def locked(self, files: SweepFiles) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which no other sweep works in the results folder."""
+        return locked(files.lock, "another sweep")
 
     def claim(self, files: SweepFiles) -> None:
         """Claim the results folder, and write the floors of every rank into it.

@@ -20,11 +20,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a task ended; a negative code is the signal that killed it."""
+    """How a task ended; a negative code is the signal that killed it. error: why it could not start, else empty."""
 
     returncode: int
     seconds: float
     timed_out: bool = False
+    error: str = ""
 
 
 class Launcher(Protocol):

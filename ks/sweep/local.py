@@ -37,7 +37,12 @@ class LocalLauncher:
         waiting, free = deque(tasks), list(self.slots)
         while waiting or self._running:
             while waiting and free:
-                self._running.append(_Process(waiting.popleft(), free.pop(0), self._lifeline))
+                task = waiting.popleft()
+                try:
+                    self._running.append(_Process(task, free[0], self._lifeline))
+                    free.pop(0)
+                except OSError as error:
+                    yield task, Outcome(1, 0.0, error=f"it could not start: {error}")
             poll([run.task for run in self._running])
             time.sleep(POLL_SECONDS)
             for run in [run for run in self._running if run.ended(self.timeout)]:

@@ -126,6 +126,8 @@ def _ending(outcome: Outcome | None, finished: bool, log: TrainingLog, begun: bo
         if log.status in (Status.DIVERGED, Status.OUT_OF_MEMORY, Status.FAILED):
             return Ending(Status(log.status))
         return Ending(Status.INTERRUPTED if log.status or begun else Status.NOT_STARTED)
+    if outcome.error:
+        return Ending(Status.FAILED, outcome.error)
     if outcome.timed_out:
         return Ending(Status.TIMED_OUT)
     if outcome.returncode == EXIT_OK and finished:

@@ -18,6 +18,7 @@ from ks.errors import UsageError
 from ks.files.atomic import finite, save_tensors
 from ks.files.layout import RunFiles
 from ks.files.schema import CheckpointRecord, CurveLists, RunConfig, TrainingLog, convert, read_json_as
+from ks.files.status import Status
 from ks.files.torch_files import read_torch_file
 from ks.layer import load
 from ks.training.best_model import BestModel
@@ -82,7 +83,7 @@ def is_finished(
         if not files.training_log.exists():
             return False
         log = read_json_as(files.training_log, TrainingLog)
-        if log.status != "finished":
+        if log.status != Status.FINISHED:
             return False
         epochs = log.epochs or num_epochs
         _check_curves(files, epochs, curves)
@@ -113,7 +114,9 @@ def is_resumable(files: RunFiles, settings: dict) -> bool:
     """
     try:
         before = read_json_as(files.config, RunConfig).settings if files.config.exists() else None
-        diverged = files.training_log.exists() and read_json_as(files.training_log, TrainingLog).status == "diverged"
+        diverged = (
+            files.training_log.exists() and read_json_as(files.training_log, TrainingLog).status == Status.DIVERGED
+        )
     except UsageError as error:
         note(f"{error}; training starts anew")
         return False

@@ -1,5 +1,6 @@
 """Floors of many layers: those of one layer, kept in a file, in any family, under isotropic and measured inputs."""
 
+import time
 from functools import partial
 
 import numpy as np
@@ -123,12 +124,41 @@ def test_invalid_floors_are_not_believed(weights, tmp_path):
         assert FloorsFile(path).find(entry.weight_sha256, None, entry.floors[0].chain) is None
 
 
-def test_equal_values_count_once(weights):
+@pytest.mark.parametrize("stored", [False, True])
+def test_tied_weights_count_once_and_copies_twice(weights, tmp_path, stored):
     reports = []
-    weights["tied.weight"] = weights["layer.1.weight"].clone()
-    found = find_candidates(select_weights(weights).weights, make_chain, ["lowrank"], report=reports.append)
-    assert [entry.shared_with for entry in found] == [(), ("tied.weight",), ()]
-    assert "tied.weight: the same values as layer.1.weight; counted once, with its inputs" in reports
+    weights |= {"tied.weight": weights["layer.1.weight"], "copy.weight": weights["layer.1.weight"].clone()}
+    torch.save(weights, tmp_path / "model.pth")
+    selected = select_weights(tmp_path / "model.pth" if stored else weights).weights
+    found = find_candidates(selected, make_chain, ["lowrank"], report=reports.append)
+    assert {entry.layer: entry.shared_with for entry in found} == {
+        **{"layer.0.weight": (), "layer.1.weight": ("tied.weight",), "layer.2.weight": (), "copy.weight": ()},
+    }
+    assert "tied.weight: tied to layer.1.weight; counted once, with its inputs" in reports
+
+
+def test_a_file_that_takes_long_to_write_is_not_written_after_every_layer(tmp_path, monkeypatch):
+    generator, writes = torch.Generator().manual_seed(0), []
+    weights = {f"layer.{index}.weight": torch.randn(24, 16, generator=generator) for index in range(12)}
+    write = np.savez_compressed
+
+    def slow(*arguments, **named):
+        writes.append(len(named))
+        time.sleep(0.2)
+        write(*arguments, **named)
+
+    def report(text):
+        if text.startswith("8 of 12"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "savez_compressed", slow)
+    find = partial(find_candidates, select_weights(weights).weights, make_chain, ["lowrank"])
+    with pytest.raises(KeyboardInterrupt):
+        find(floors_path=tmp_path / "floors.npz", report=report)
+    assert len(writes) == 2  # after the first layer, and at the end
+    reports = []
+    find(floors_path=tmp_path / "floors.npz", report=reports.append)
+    assert reports[-1] == "floors of 8 layers were computed before"
 
 
 def test_layers_without_inputs_are_counted(weights, moments):

@@ -35,6 +35,12 @@ def test_the_smallest_ranks_are_the_first_whose_bounds_reach_the_target(chain, s
         assert 1 <= around[0] <= around[-1] <= chain.saturation_rank
 
 
+def test_an_exact_rank_is_the_smallest_one_although_its_bounds_differ_by_rounding(monkeypatch):
+    plan = plan_of(CHAINS[0])
+    monkeypatch.setattr(plan.bounds, "upper", lambda rank: plan.bounds.lower(rank) * (1 + 5e-8))
+    assert smallest_ranks(plan, plan.curve[3].item() * (1 + 2e-8)) == (3, 3)
+
+
 @pytest.mark.parametrize("chain", CHAINS, ids=lambda chain: chain.family)
 def test_a_plan_in_internal_units_does_not_depend_on_the_scale_of_the_inputs(chain):
     unit, scaled = plan_of(chain), plan_of(chain, 3.0)

@@ -13,7 +13,7 @@ import ks
 from ks.allocation.model_plan import ModelPlan
 from ks.bounds.factorize import factorize
 from ks.errors import InternalError, UsageError
-from ks.files.layout import run_files
+from ks.files.layout import layer_folder, run_files
 
 
 def state_of(model):
@@ -192,6 +192,23 @@ def test_layers_that_the_plan_does_not_name_follow_the_weight_they_share():
     assert model.first.factors[0] is model.second.factors[0]
 
 
+def test_duplicated_layers_stay_two_layers():
+    model = nn.ModuleDict({"first": nn.Linear(8, 8), "grown": nn.Linear(8, 8)})
+    model["grown"].load_state_dict(model["first"].state_dict())
+    plan = ks.plan_model(model, target_relative_loss=0.9, quiet=True)
+    assert (len(plan.layers), plan.dense_parameters) == (2, 128)
+    ks.compress(model, plan, quiet=True)
+    assert model["first"].factors[0] is not model["grown"].factors[0]
+
+
+def test_a_plan_of_two_layers_does_not_fit_a_model_that_ties_them():
+    model = Tied()
+    plan = ModelPlan(
+        tuple(layer_plan(f"{name}.weight", model.first.weight) for name in ("first", "second")), "budget", 0.5
+    )
+    refused(model, plan, "first.weight and second.weight share a weight in the model")
+
+
 def test_equal_weights_of_a_plan_are_tied_by_it():
     model = Tied()
     model.second.weight = nn.Parameter(model.first.weight.detach().clone())
@@ -267,7 +284,7 @@ def test_a_compiled_model_runs_its_chains():
 
 
 def trained(folder, name, rank, chain, prefix="rank_sweep"):
-    files = run_files(folder / f"{name}.weight", rank, None, None)
+    files = run_files(layer_folder(folder, f"{name}.weight"), rank, None, None)
     files.directory.mkdir(parents=True)
     chain.save(files.best)
 
@@ -282,6 +299,15 @@ def results(tmp_path):
     for name, chain in chains.items():
         trained(tmp_path, name, 2, chain)
     return tmp_path, chains
+
+
+def test_trained_chains_of_a_layer_with_a_slash_in_its_name_are_found(tmp_path):
+    model = nn.ModuleDict({"block/0": nn.Linear(8, 12)})
+    plan_of(model).save(tmp_path / "rank_sweep_plan.json")
+    chain = ks.KSLinear(8, 12, 2, chain="lowrank")
+    trained(tmp_path, "block/0", 2, chain)
+    ks.compress(model, tmp_path, quiet=True)
+    assert torch.equal(model["block/0"].factors[0], chain.factors[0])
 
 
 def test_trained_chains_come_from_the_folder_of_their_sweep(results):

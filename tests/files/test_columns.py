@@ -1,4 +1,4 @@
-"""The columns of the contract come first, and what is declared is complete."""
+"""The documented columns come first, and what is declared is complete."""
 
 import pytest
 

@@ -1,4 +1,5 @@
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from ks.errors import UsageError
-from ks.files.weights import load_weight, packed, save_weight
+from ks.files.weights import Weight, load_weight, packed, save_weight
 
 GENERATOR = torch.Generator().manual_seed(0)
 WEIGHT = torch.randn(4, 6, generator=GENERATOR)
@@ -132,6 +133,25 @@ def test_the_hash_is_of_the_weight_not_of_its_file(tmp_path):
     torch.save(WEIGHT.bfloat16(), tmp_path / "c.pth")
     a, b, c = (load_weight(tmp_path / name).sha256() for name in ("a.pth", "b.npy", "c.pth"))
     assert a == b != c
+
+
+def test_the_hash_is_that_of_old_studies():
+    tensor = torch.arange(6.0).reshape(2, 3) / 4
+    assert Weight(tensor, None).sha256() == "99b83859677bffb624ca4eb6cdae645c6612ce82a0d0206bbe8421c03c3f48d0"
+    half = tensor.to(torch.bfloat16)
+    assert Weight(half, None).sha256() == "d9366d7dcba4b3ad195716df7bb5b104ec021a1c080e50a4834c49088776937f"
+
+
+def test_the_hash_is_computed_once_and_copies_nothing():
+    tensor = torch.ones(1024, 1024)
+    weight = Weight(tensor, None)
+    tracemalloc.start()
+    found = weight.sha256()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < tensor.nbytes / 10
+    tensor.zero_()
+    assert weight.sha256() == found
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".npy", ".safetensors"])

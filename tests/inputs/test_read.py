@@ -193,14 +193,15 @@ def test_identical_inputs_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("count", "remark"), [(60, None), (59, "few for a width of 6;"), (5, "so that the second moment is singular")]
+    ("count", "remark"),
+    [(60, None), (59, "59 samples for 6 features: floors"), (5, "singular, so floors")],
 )
 def test_few_inputs_are_remarked(tmp_path, count, remark):
     notes = read_input_moments(saved(tmp_path / "m.safetensors", sums(ROWS[:count])), WIDTH, KEY).notes
     assert len(notes) == (remark is not None)
     if remark:
         assert remark in notes[0]
-        assert "60 or more are better" in notes[0]
+        assert "Collect at least 60." in notes[0]
 
 
 def test_sums_that_are_missing_are_refused(tmp_path):

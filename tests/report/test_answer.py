@@ -40,7 +40,7 @@ def test_the_smallest_rank_that_reached_the_target_is_named():
     assert first.startswith("Rank 4 is the smallest trained rank that loses at most ")
     assert f"it loses {shares(curve[4].item() + 1e-4)[0]}, with 41.67% of the parameters" in first
     assert second == "No smaller rank can reach it."
-    assert any(line.startswith("Plain low-rank with as many parameters (rank 16)") for line in others)
+    assert any(line.startswith("A low-rank factorisation of the same size (rank 16) gets down to ") for line in others)
 
 
 def test_a_smaller_rank_that_can_reach_the_target_is_named_too():
@@ -60,6 +60,13 @@ def test_a_target_that_is_missed_by_a_little_needs_epochs_or_a_rank_with_room():
     assert "Use --num_epochs 100 or --ranks 5 (where " in first
     larger = int(first.split("--ranks ")[1].split(" ")[0])
     assert PLAN.curve[larger] + 0.008 <= floor + 0.004 < PLAN.curve[larger - 1] + 0.008
+
+
+def test_a_floor_whose_bounds_differ_by_rounding_is_exact(monkeypatch):
+    monkeypatch.setattr(PLAN.bounds, "upper", lambda rank: PLAN.bounds.lower(rank) * (1 + 5e-8))
+    first, *others = answer(rows_of({4: 0.008}, num_epochs=50), PLAN, PLAN.curve[4].item() + 0.004)
+    assert "its floor is " in first
+    assert "best known" not in " ".join(others)
 
 
 def test_at_least_twice_the_epochs_are_advised():

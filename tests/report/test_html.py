@@ -10,6 +10,7 @@ from drawn_study import make_study
 
 from ks.files.layout import FIGURES, SweepFiles
 from ks.files.schema import SweepConfig, convert
+from ks.report.figures.units import losses_of, units_of
 from ks.report.html import write_report
 from ks.report.study import Study
 
@@ -19,7 +20,7 @@ CONFIG = {
     "ranks": [2, 4],
     "seeds": [0],
     "title": "weight.pth",
-    "advice": ["rank 4: undertrained; use more --num_epochs"],
+    "advice": ["Rank 4 is undertrained. Increase --num_epochs."],
     "arguments": {"weight_path": "/home/someone/models/weight.pth", "ranks": [2, 4], "num_epochs": 10},
     "problem": {
         "weight": {"sha256": HASH, "shape": [64, 96], "key": "layer.weight", "dtype": "float32"},
@@ -98,7 +99,7 @@ def test_the_report_holds_answer_weight_inputs_table_figures_remarks_provenance_
             "5,000, and 1,200 held out",
             "12.3",
         ),
-        *("energy lost", "ms at batch 1 (dense)", "3 (2)", "undertrained", "rank 4: undertrained; use more"),
+        *("energy lost", "ms at batch 1 (dense)", "3 (2)", "undertrained", "Rank 4 is undertrained. Increase"),
         *("A CPU, 2 cores", "torch 2.13.0", "2026-11-24", "abc"),
         "python rank_sweep_study.py --weight_path weight.pth --num_epochs 10 --ranks 2 4",
     ):
@@ -174,8 +175,27 @@ def test_a_study_of_2025_has_a_page_too(tmp_path):
     assert "Command" not in page.text
 
 
+@pytest.mark.parametrize("criterion_is_known", [True, False])
+def test_the_verdict_is_styled_wherever_its_column_stands(tmp_path, criterion_is_known):
+    study = make_study([2, 4])
+    if not criterion_is_known:
+        study.summary[["relative_loss", "loss_floor", "optimality_gap"]] = float("nan")
+    text, _ = page_of(tmp_path, study)
+    assert "nth-child" not in text
+    styled = re.findall(r'<t[hd][^>]* class="verdict">(.*?)</t', text)
+    assert styled == ["verdict", *study.summary["verdict"].map(str)]
+
+
 def test_bracketed_floors_show_both_bounds(tmp_path):
     study = make_study([2, 4], spread=1.2)
     _, page = page_of(tmp_path, study)
     row = study.summary.iloc[0]
     assert f"{row['loss_floor'] / 2:.2%} to {row['loss_floor_upper'] / 2:.2%}" in page.text
+
+
+def test_an_exact_floor_is_one_number_although_its_bounds_differ_by_rounding(tmp_path):
+    study = make_study([2, 4])
+    study.summary["loss_floor_upper"] *= 1 + 5e-8
+    _, page = page_of(tmp_path, study)
+    assert re.search(r"\d% to \d", page.text) is None
+    assert not losses_of(study, units_of(study))["bracketed"].any()

@@ -48,6 +48,8 @@ def test_distances_to_the_floor():
 def test_floors_are_relative_in_memory_and_in_the_unit_of_the_losses_in_the_row():
     row = rank_row([run_row(2, CURVES)], CHAIN, Floor(2, 0.1, 0.125, False), Reference(2.0))
     assert (row["loss_floor"], row["loss_floor_upper"], row["loss_floor_is_exact"]) == (0.2, 0.25, False)
+    exact = rank_row([run_row(2, CURVES)], CHAIN, Floor(2, 0.06192669976, 0.06192670344, True), Reference(2.0))
+    assert exact["loss_floor"] == exact["loss_floor_upper"] == 2 * 0.06192669976
     assert set(columns.names(columns.SUMMARY)) <= set(row)
 
 
@@ -64,7 +66,7 @@ def test_the_gap_refers_to_the_best_known_chain_and_may_be_negative():
     row = make_row(population=0.19, lower=0.1, upper=0.2)
     assert row["optimality_gap"] == pytest.approx(-0.05)
     assert row["excess"] == pytest.approx(-0.01)
-    assert str(row["verdict"]) == "between its bounds, below the best known"
+    assert str(row["verdict"]) == "between its bounds, better than the best known chain"
     exact = make_row(population=0.2 - 1e-12, lower=0.2)
     assert (exact["optimality_gap"], exact["excess"]) == (0.0, 0.0)
 

@@ -57,7 +57,7 @@ def test_the_printed_summary_has_the_names_of_the_files_in_their_order():
 
 
 def test_no_line_is_wider_than_a_terminal():
-    marks = "between its bounds, larger than dense, below the best known, calibration-limited"
+    marks = "between its bounds, larger than dense, better than the best known chain, calibration-limited"
     text = summary_table([whole_row() | {"verdict": marks}], verbose=True)
     assert max(map(len, text.splitlines())) <= 100
     assert {*marks.split()} <= {*text.split()}

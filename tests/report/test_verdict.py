@@ -14,15 +14,21 @@ DIVERGED = Ending(Status.DIVERGED)
     ("changes", "expected"),
     [
         ({"population": 0.2019}, "converged"),
-        ({"population": 0.0209, "lower": 0.02, "train": 0.0209}, "converged"),
+        ({"population": 0.0202, "lower": 0.02, "train": 0.0202}, "converged"),
+        ({"population": 0.0209, "lower": 0.02, "train": 0.0209}, "within 0.1% of the energy"),
+        ({"population": 0.0211, "lower": 0.02, "train": 0.0211}, "undertrained"),
+        ({"population": 0.0007, "lower": 0.00001, "upper": 0.000126, "train": 0.0007}, "within 0.1% of the energy"),
+        ({"population": 0.0007, "lower": 0.0, "train": 0.0007}, "within 0.1% of the energy"),
+        ({"population": 9e-7, "lower": 0.0, "train": 9e-7}, "converged"),
         ({"population": 0.9985, "lower": 0.99, "train": 0.9985}, "undertrained"),
-        ({"population": 0.9909, "lower": 0.99, "train": 0.9909}, "converged"),
+        ({"population": 0.9909, "lower": 0.99, "train": 0.9909}, "within 0.1% of the energy"),
+        ({"population": 0.9900999, "lower": 0.99, "train": 0.9900999}, "converged"),
         ({"population": 0.26, "train": 0.26}, "undertrained"),
         ({"population": 0.26, "train": 0.231}, "undertrained"),
         ({"population": 0.26, "train": 0.229}, "sample-limited"),
         ({"population": 0.26, "train": 0.1}, "sample-limited"),
         ({"population": 0.26, "lower": 0.2, "upper": 0.26}, "between its bounds"),
-        ({"population": 0.2, "lower": 0.2, "upper": 0.26}, "converged, below the best known"),
+        ({"population": 0.2, "lower": 0.2, "upper": 0.26}, "converged, better than the best known chain"),
         ({"population": 0.2, "rank": 4}, "converged, saturated, larger than dense"),
         ({"population": 0.2, "rank": 3}, "converged, larger than dense"),
         ({"ending": DIVERGED}, None),
@@ -70,22 +76,34 @@ def test_advice_is_plain():
         make_row(ending=Ending(Status.INTERRUPTED)),
     ]
     sentences = advice(rows, "fixed")
-    assert sentences[0].startswith("rank 2: 30% above its floor, of which the training loss shows less than half")
-    assert "sample-limited" in sentences[0]
+    assert sentences[0].startswith("Rank 2 is sample-limited: its loss is 30% above the floor, and the training loss")
     assert "--sampling auto or more samples" in sentences[0]
     assert "--num_epochs" in sentences[1]
     assert "train.log" in sentences[2]
     assert "larger" not in sentences[0]
-    assert sentences[3] == "rank 3: more parameters than the dense weight"
+    assert sentences[3] == "Larger than the dense weight: rank 3."
     assert len(sentences) == 4
-    assert "use more samples" in advice(rows[:1], "fresh")[0]
+    assert "Use more samples." in advice(rows[:1], "fresh")[0]
 
 
 def test_advice_on_an_undertrained_rank_gives_the_number_that_decides():
     (sentence,) = advice([make_row(population=0.26, train=0.26, lower=0.2)])
-    assert "30% above its floor, 92.50% of the loss that this rank can remove is removed: undertrained" in sentence
+    assert sentence == (
+        "Rank 2 is undertrained: its loss is 30% above the floor (92.50% of the achievable reduction). Increase "
+        "--num_epochs."
+    )
     (without_gap,) = advice([make_row(population=0.26, train=0.26, lower=0.0)])
-    assert "26.00% of predicting 0 above its floor, 74.00% of the loss that this rank can remove" in without_gap
+    assert "its loss is 26.00% of the output energy above the floor (74.00% of the achievable" in without_gap
+
+
+def test_a_small_excess_over_a_tiny_floor_is_not_called_converged():
+    row = make_row(population=0.0007, train=0.0007, lower=0.0001, upper=0.000126)
+    assert row["optimality_gap"] > 4.5
+    assert "converged" not in str(row["verdict"])
+    assert advice([row]) == [
+        "Rank 2 is within 0.1% of the energy: its loss exceeds that of the best known chain by 0.057% of the output "
+        "energy. A larger --num_epochs gains little."
+    ]
 
 
 @pytest.mark.parametrize(

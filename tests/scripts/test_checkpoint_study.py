@@ -11,7 +11,9 @@ from conftest import QUICK, read_table, save_moments
 import ks
 import rank_sweep_study
 from ks.allocation.model_plan import ModelPlan
+from ks.files.lock import locked
 from ks.inputs.moments_file import InputMoments
+from ks.studies.checkpoint_study import CheckpointStudy
 
 LAYERS = ("block.0.up.weight", "block.0.down.weight", "block.1.up.weight", "block.1.down.weight")
 
@@ -89,6 +91,26 @@ def test_without_a_budget_every_layer_trains_the_given_ranks(checkpoint, tmp_pat
     rows = read_table(tmp_path / "out" / "rank_sweep_summary.csv")
     assert [(row["weight_key"], row["rank"]) for row in rows] == [(name, rank) for name in LAYERS[:2] for rank in "23"]
     assert {row["num_seeds"] for row in rows} == {"2"}
+
+
+def test_the_folder_of_every_layer_is_locked(checkpoint, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "out"
+    busy = folder / LAYERS[1]
+    busy.mkdir(parents=True)
+    with locked(busy / ".sweep.lock", "a test"):
+        study(checkpoint, folder, "--ranks", 2, keys=LAYERS[:2], code=2)
+    assert f"{busy} is in use by another sweep" in capsys.readouterr().err
+    assert not list(folder.rglob(".sweep.lock"))
+
+    def locks_of(study, files, ended, conclude=CheckpointStudy.conclude):
+        found.extend(sorted(path.parent.relative_to(folder).as_posix() for path in folder.rglob(".sweep.lock")))
+        return conclude(study, files, ended)
+
+    found = []
+    monkeypatch.setattr(CheckpointStudy, "conclude", locks_of)
+    study(checkpoint, folder, "--ranks", 2, keys=LAYERS[:2])
+    assert found == [".", *sorted(LAYERS[:2])]
+    assert not list(folder.rglob(".sweep.lock"))
 
 
 def test_layers_are_planned_for_the_inputs_that_they_see(checkpoint, tmp_path):

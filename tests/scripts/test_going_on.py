@@ -178,4 +178,4 @@ def test_chosen_ranks_stop_at_their_floors(sweep, tmp_path):
     two, four = read_table(tmp_path / "rank_sweep_results" / "rank_sweep_summary.csv")
     assert two["num_epochs"] == "10"
     assert int(four["num_epochs"]) < 10
-    assert float(four["excess"]) <= 0.001
+    assert four["verdict"].startswith("converged")

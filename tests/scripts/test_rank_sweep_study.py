@@ -94,7 +94,7 @@ def test_the_summary_measures_every_rank_against_its_floor(swept):
         assert float(row["excess"]) == pytest.approx((population - floor_of(weight, rank)) / predict_zero, rel=1e-3)
         assert row["saturated"] == str(rank >= 4)
         assert (row["optimality_gap"] == "") == (rank >= 4)
-    for words in ("floor", "gap", "verdict", "undertrained; use more --num_epochs"):
+    for words in ("floor", "gap", "verdict", "is undertrained: its loss is", "Increase --num_epochs."):
         assert words in swept[1].stdout
 
 

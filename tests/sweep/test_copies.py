@@ -54,7 +54,7 @@ def trained(tmp_path):
         source.files.config,
         {"settings": {"rank": 4, "weight": "w", "inputs": "isotropic"}, "files": ["rank_4_final.pth"]},
     )
-    write_json(source.files.training_log, {"status": "finished", "train_seconds": 2.0})
+    write_json(source.files.training_log, {"status": Status.FINISHED, "train_seconds": 2.0})
     return source, target
 
 

@@ -44,6 +44,18 @@ def test_outcomes_of_failures_and_of_the_rest(tmp_path):
     assert ended["hangs"].timed_out
 
 
+def test_a_task_that_cannot_start_is_an_outcome_and_the_rest_run(tmp_path):
+    missing = Task("missing", (str(tmp_path / "no_program"),), tmp_path / "missing.log")
+    (tmp_path / "file").touch()
+    no_folder = Task("no_folder", (sys.executable, "-c", "1"), tmp_path / "file" / "no.log")
+    ended = {
+        one.name: outcome for one, outcome in run_all([missing, no_folder, task(tmp_path, "last", "1")], [{}]).items()
+    }
+    assert "could not start: [Errno 2] No such file or directory" in ended["missing"].error
+    assert "could not start" in ended["no_folder"].error
+    assert (ended["last"].returncode, ended["last"].error) == (0, "")
+
+
 def test_no_more_run_at_a_time_than_there_are_slots_and_in_the_given_order(tmp_path):
     tasks = [task(tmp_path, f"task{number}", "import time; time.sleep(0.3)") for number in range(3)]
     seen = []

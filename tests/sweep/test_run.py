@@ -29,7 +29,7 @@ def finished(tmp_path):
     run.files.directory.mkdir()
     rows = [{"epoch": epoch, "train_loss": 1.0, "val_loss": 0.5, "rank": 2} for epoch in range(1, EPOCHS + 1)]
     write_curves(run.files, rows)
-    write_json(run.files.training_log, {"status": "finished", "train_seconds": 1.5})
+    write_json(run.files.training_log, {"status": Status.FINISHED, "train_seconds": 1.5})
     for path in (run.files.final, run.files.best):
         KSLinear(4, 4).save(path)
     return run
@@ -56,13 +56,14 @@ def test_every_rank_and_seed_has_a_command_that_the_trainer_takes(tmp_path):
 @pytest.mark.parametrize(
     ("outcome", "reported", "ending"),
     [
-        (None, "finished", OK),
+        (None, Status.FINISHED, OK),
         (None, "running", Ending(Status.INTERRUPTED)),
-        (Outcome(0, 1.0), "finished", OK),
+        (Outcome(0, 1.0), Status.FINISHED, OK),
         (Outcome(0, 1.0), "running", Ending(Status.FAILED, "exit 0")),
         (Outcome(1, 1.0), "diverged", Ending(Status.DIVERGED)),
         (Outcome(1, 1.0), "out of memory", Ending(Status.OUT_OF_MEMORY)),
         (Outcome(1, 1.0), "failed", FAILED),
+        (Outcome(1, 0.0, error="no memory"), "diverged", Ending(Status.FAILED, "no memory")),
         (Outcome(4, 1.0), "diverged", Ending(Status.FAILED, "exit 4")),
         (Outcome(-9, 1.0), "running", Ending(Status.FAILED, "exit -9")),
         (Outcome(-15, 1.0, timed_out=True), "interrupted", Ending(Status.TIMED_OUT)),

@@ -28,8 +28,8 @@ ASIDE = 0.2  # of the distance of two ranks: training to the left, validation to
 def final_losses(study: Study, *, log_scale: bool = False, title: str | None = None, figsize=None) -> Figure:
     """Draw the final training and validation loss of every rank, with a tick at its floor or a bracket of its bounds.
 
-    On a linear axis they are bars from 0; a logarithmic axis has no such foot and shows points. A rank without a loss
-    shows its status instead. Whiskers are standard errors over seeds.
+    On a linear axis they are bars from 0; a logarithmic axis has no such foot and shows points. For a rank
+    without a loss, its status is written there. Whiskers are standard errors over seeds.
 
     Args:
         study: with a summary.

@@ -5,7 +5,7 @@ import pandas as pd
 from ks.files.columns import FINAL
 from ks.report.figures.units import Units
 from ks.report.speed import listed, not_faster
-from ks.report.verdict import CONVERGED_EXCESS, Limit
+from ks.report.verdict import ROUNDING, SMALL_EXCESS, Limit
 
 
 def of_losses(losses: pd.DataFrame, summary: pd.DataFrame, units: Units) -> str:
@@ -79,8 +79,10 @@ def of_gaps(losses: pd.DataFrame, summary: pd.DataFrame) -> str:
         return "no rank has finished"
     goal = "its best known chain" if losses["bracketed"].any() else "its floor"
     worst, rank = excess.max(), losses["rank"][excess.idxmax()]
-    if worst <= CONVERGED_EXCESS:
-        return f"every rank ends at most {100 * max(worst, 0):.2g}% of the energy above {goal}"
+    if worst <= ROUNDING:
+        return f"no rank ends above {goal}"
+    if worst <= SMALL_EXCESS:
+        return f"every rank ends at most {100 * worst:.2g}% of the energy above {goal}"
     verdict = str(summary.set_index("rank")["verdict"].get(rank)).split(", ")[0]
     return f"rank {rank} ends furthest above {goal}, by {worst:.2%} of the energy: {verdict}"
 

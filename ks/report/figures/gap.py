@@ -16,7 +16,7 @@ from ks.report.figures.colors import rank_colors
 from ks.report.figures.findings import of_gaps
 from ks.report.figures.units import losses_of, units_of
 from ks.report.study import Study
-from ks.report.verdict import CONVERGED_EXCESS
+from ks.report.verdict import SMALL_EXCESS, Limit
 
 LEAST = 1e-6  # a gap this small, as a share of the output energy, is drawn at the foot of a logarithmic axis
 
@@ -49,10 +49,10 @@ def gap_by_epoch(study: Study, *, log_scale: bool = True, title: str | None = No
     gaps = gaps[gaps["rank"].isin(floors.index)]
     gaps = gaps.assign(gap=gaps["population_loss"] / units.train - gaps["rank"].map(floors))
     means = gaps.groupby(["rank", "epoch"])["gap"].mean().clip(lower=LEAST)
-    finish_loss_axis(axes, units, [*means, CONVERGED_EXCESS / 5], log_scale=True)
-    axes.axhspan(axes.get_ylim()[0], CONVERGED_EXCESS, color="0.93", linewidth=0, zorder=0)
+    finish_loss_axis(axes, units, [*means, SMALL_EXCESS / 5], log_scale=True)
+    axes.axhspan(axes.get_ylim()[0], SMALL_EXCESS, color="0.93", linewidth=0, zorder=0)
     place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "top"}
-    axes.annotate("converged", (0.01, CONVERGED_EXCESS), (0, -3), **place, **NOTE)
+    axes.annotate(str(Limit.SMALL), (0.01, SMALL_EXCESS), (0, -3), **place, **NOTE)
     ends = []
     for rank, line in means.groupby(level="rank"):
         line = line.droplevel("rank")

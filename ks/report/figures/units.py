@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 
 from ks.report.study import MEAN_SQUARED_ERROR, Study
@@ -61,6 +60,6 @@ def losses_of(study: Study, units: Units) -> pd.DataFrame:
     ):
         losses[name] = rows[column].astype(float) / unit if column in rows else nan
     losses["best"] = losses["exact"].fillna(losses["validation"])
-    losses["upper"] = losses["upper"].fillna(losses["lower"])
-    losses["bracketed"] = np.isfinite(losses["lower"]) & (losses["upper"] > losses["lower"])
+    losses["bracketed"] = rows["loss_floor_is_exact"].eq(False)
+    losses["upper"] = losses["upper"].where(losses["bracketed"], losses["lower"])
     return losses

@@ -31,6 +31,18 @@ def test_ranks_away_from_their_floors():
     assert headings(make_study([4]))["loss_curves"].endswith("; undertrained")
 
 
+def test_ranks_better_than_their_best_known_chains():
+    study = make_study([2, 4], level=0.9, num_epochs=3000, spread=1.3)
+    assert (study.summary["excess"] < 0).all()
+    assert headings(study)["gap"] == "No rank ends above its best known chain"
+
+
+def test_a_small_excess_is_named():
+    study = make_study([2, 4], level=1.0, num_epochs=3000)
+    study.summary["verdict"] = "within 0.1% of the energy, saturated"
+    assert headings(study)["loss_curves"].endswith("; every rank within 0.1% of the energy")
+
+
 def test_many_ranks_are_counted():
     study = make_study(range(1, 13))
     study.summary.loc[0, "verdict"] = "converged"
