@@ -111,6 +111,7 @@ class StudyRecord(Struct):
     ranks: list[Positive]
     seeds: Annotated[list[Seed], Meta(min_length=1)]
     arguments: dict[str, Any] = field(default_factory=dict)
+    loss: Text | None = None  # of earlier versions
 
 
 class CurveLists(Struct):

@@ -33,7 +33,7 @@ from ks.sweep.progress import SlowWork
 from ks.sweep.rejoin import study_in
 from ks.sweep.run import Result, Run, result_of, runs_of, seeds_of
 from ks.sweep.trainings import finished_before, train_all
-from ks.training.checkpoints import changes, settings_of
+from ks.training.checkpoints import changes, settings_in, settings_of
 from ks.training.edits import edits_of
 from ks.training.problem import Problem, resolve
 from ks.training.samples_file import samples_in_files
@@ -73,7 +73,7 @@ class WeightStudy:
             isotropic = floor_curve(problem.isotropic_weight(), problem.chain)
             self.plan = dataclasses.replace(self.plan, isotropic_curve=isotropic)
         study = study_in(config)
-        if study is not None and changes(study.settings, _identity(config, problem)):
+        if study is not None and changes(settings_in(study.settings, study.loss), _identity(config, problem)):
             study = None  # another study, which claiming the folder refuses
         self.chosen, self.ranks = ranks_of(config, self.plan, study)
         if floors is None or not ours:

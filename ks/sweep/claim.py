@@ -7,7 +7,7 @@ from ks.files.atomic import prepare_output_dir, read_json_object, write_json
 from ks.files.layout import RunFiles, SweepFiles, find_runs
 from ks.files.ownership import check_free, check_no_link, delete, recorded
 from ks.sweep.run import Run
-from ks.training.checkpoints import changes
+from ks.training.checkpoints import changes, settings_in
 
 REMEDY = "choose another --output_dir"
 
@@ -77,11 +77,12 @@ def _is_sweep(path: Path) -> bool:
 
 
 def _refuse_another_study(files: SweepFiles, others: list[Path], settings: dict, remedies: str) -> None:
-    before = read_json_object(files.config).get("settings")
+    config = read_json_object(files.config)
+    before = config.get("settings")
     if others:
         difference = f"the study of --save_prefix {others[0].name.removesuffix('_config.json')}"
     elif isinstance(before, dict):
-        changed = changes(before, settings)
+        changed = changes(settings_in(before, config.get("loss")), settings)
         difference = f"another study ({changed})" if changed else ""
     elif find_runs(files.directory) or files.config.exists() or files.summary_csv.exists():
         difference = f"results of something else (no readable {files.config.name})"

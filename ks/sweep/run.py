@@ -1,6 +1,5 @@
 """One training of a sweep: its rank, seed, files and process, and its result."""
 
-import dataclasses
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,8 +14,7 @@ from ks.files.layout import RunFiles, run_files
 from ks.files.schema import Latency, RunConfig, TrainingLog, read_json_as
 from ks.files.status import OK, Ending, Status, ended_well
 from ks.sweep.launcher import Outcome, Task
-from ks.training.checkpoints import is_finished
-from ks.training.edits import TOOLKIT
+from ks.training.checkpoints import is_finished, settings_in
 
 
 @dataclass(frozen=True)
@@ -109,10 +107,10 @@ def result_of(run: Run, num_epochs: int, outcome: Outcome | None = None, study: 
 def _replaced(files: RunFiles, study: dict) -> str:
     """Return what was another one when the run began than when the study did; empty if nothing was."""
     try:
-        trained = read_json_as(files.config, RunConfig).settings
+        config = read_json_as(files.config, RunConfig)
+        trained = settings_in(config.settings, config.loss and config.loss.name)
     except UsageError:
         trained = {}
-    trained = dataclasses.asdict(TOOLKIT) | trained
     for name in ("weight", "inputs", "criterion", "metrics"):
         if (seen := trained.get(name, "an unknown one")) != study.get(name, seen):
             return f"the {name} was replaced: the run has {seen}, the study {study[name]}"

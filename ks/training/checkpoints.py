@@ -22,7 +22,7 @@ from ks.files.status import Status
 from ks.files.torch_files import read_torch_file
 from ks.layer import load
 from ks.training.best_model import BestModel
-from ks.training.edits import TOOLKIT
+from ks.training.edits import TOOLKIT, Edits
 from ks.training.optimizer import Optimizer
 from ks.training.problem import Problem
 from ks.training.schedule import Schedule
@@ -52,15 +52,22 @@ def _identity(description: dict[str, Any]) -> str:
 
 
 def changes(before: dict, now: dict) -> str:
-    """Return the settings that differ, named one by one; empty if none does, or if there are only more epochs.
-
-    Files of version 0.1.0 name neither criterion nor metrics: those of the toolkit are assumed.
-    """
-    before = dataclasses.asdict(TOOLKIT) | before
+    """Return the settings that differ, named one by one; empty if none does, or if there are only more epochs."""
     differing = [name for name in now if name not in before or before[name] != now[name]]
     if "num_epochs" in differing and _number(before.get("num_epochs")) < _number(now["num_epochs"]):
         differing.remove("num_epochs")
     return ", ".join(f"{name} was {before.get(name)}, now {now[name]}" for name in differing)
+
+
+def settings_in(settings: dict, loss: str | None) -> dict:
+    """Return recorded settings; version 0.1.0 named no criterion, but recorded a label of its loss.
+
+    Args:
+        settings: of a run or a study.
+        loss: the label, if there is one.
+    """
+    ours = loss in (None, "mean squared error per output")
+    return dataclasses.asdict(TOOLKIT if ours else Edits(str(loss))) | settings
 
 
 def _number(value: object) -> float:
@@ -113,20 +120,18 @@ def is_resumable(files: RunFiles, settings: dict) -> bool:
         UsageError: they belong to a run with other settings; each of them is named.
     """
     try:
-        before = read_json_as(files.config, RunConfig).settings if files.config.exists() else None
-        diverged = (
-            files.training_log.exists() and read_json_as(files.training_log, TrainingLog).status == Status.DIVERGED
-        )
+        config = read_json_as(files.config, RunConfig) if files.config.exists() else None
+        log = read_json_as(files.training_log, TrainingLog) if files.training_log.exists() else None
     except UsageError as error:
         note(f"{error}; training starts anew")
         return False
-    if before is None:
+    if config is None:
         return False
-    if changed := changes(before, settings):
+    if changed := changes(settings_in(config.settings, config.loss and config.loss.name), settings):
         raise UsageError(
             f"{files.directory} holds a run with other settings ({changed}); leave out --resume to redo it"
         )
-    return not diverged
+    return log is None or log.status != Status.DIVERGED
 
 
 class Checkpoints:
@@ -160,7 +165,7 @@ class Checkpoints:
         except UsageError as error:
             note(f"{error}; training starts anew")
             return None
-        return None if changes(checkpoint.settings, self.settings) else checkpoint
+        return None if changes(settings_in(checkpoint.settings, None), self.settings) else checkpoint
 
     def offer(
         self, threads: int, curves: list[dict], optimizer: Optimizer, schedule: Schedule, best: BestModel
