@@ -106,9 +106,7 @@ def test_the_number_behind_a_verdict_is_in_file_table_and_advice(swept):
     assert float(row["removed_share"]) == pytest.approx(expected, rel=1e-6)
     share = f"{expected:.2%}"
     lines = printed_table(swept[1].stdout)
-    assert any(
-        line.startswith("rank 2: ") and f"{share} of the loss that this rank can remove" in line for line in lines
-    )
+    assert any(line.startswith("Rank 2 is ") and f"{share} of the achievable reduction" in line for line in lines)
 
 
 def test_seeds_add_runs_and_move_nothing(run, weight_path, tmp_path):
