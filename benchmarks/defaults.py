@@ -18,11 +18,11 @@ from minilm import WEIGHTS, checkpoint
 import ks
 from ks.bounds.floors import loss_floor
 from ks.bounds.population_loss import population_loss
+from ks.cli.flags import TrainerConfig
 from ks.files.make_weight import make_weight
 from ks.files.weights import load_weight
 from ks.layer import KSLinear
 from ks.training import optimizer
-from ks.training.epochs import Epochs
 from ks.training.samples import Samples, seeded_generator
 from ks.training.schedule import Schedule
 
@@ -66,7 +66,7 @@ def gap(
     target = weight * (rows**0.5 / weight.norm())
     patterns = chain.patterns(rank)
     passes = training_passes(patterns, 32)
-    samples = Samples(target, 8000, 32, 32, sampling=sampling, seed=0, output_rows=lambda _: passes.output_rows)
+    samples = Samples(target, 8000, 32, 32, sampling=sampling, seed=0, output_rows=passes.output_rows)
     model = KSLinear.from_patterns(patterns)
     model.reset_parameters(seeded_generator(0, "init"))
     if left_zero:
@@ -75,14 +75,15 @@ def gap(
     adamw = optimizer.Optimizer("adamw", factors)
     if flat_rate is not None:
         adamw.rate_factors = [flat_rate] * len(factors)
-    schedule = Schedule(scheduler, 1e-3, samples.steps_per_epoch, epochs)
-    run = Epochs(our_step(passes, factors, adamw), samples)
+    schedule = Schedule(TrainerConfig(scheduler=scheduler, num_epochs=epochs), samples.steps_per_epoch)
+    step = our_step(passes, factors, adamw)
     for epoch in range(1, epochs + 1):
         if reshuffle:
             shuffled = torch.randperm(8000, generator=torch.Generator().manual_seed(epoch))
             for batches in (samples.inputs, samples.targets):
                 batches.copy_(batches.flatten(0, 1)[shuffled].view_as(batches))
-        run.run(epoch, [schedule.rate(epoch, index) for index in range(samples.steps_per_epoch)])
+        for number, x, y in samples.epoch(epoch):
+            step(x, y, schedule.rate(number))
     (floor,) = loss_floor(target, chain, [rank])
     return population_loss(target, factors) / floor.lower - 1
 

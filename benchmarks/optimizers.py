@@ -58,23 +58,21 @@ def curve(weight, chain, rank: int, optimizer: str, epochs: int, num_samples: in
     patterns = chain.patterns(rank)
     passes = training_passes(patterns, BATCH)
     sampling = "whitened" if num_samples >= cols else "fresh"
-    settings = {"sampling": sampling, "seed": seed, "output_rows": lambda _: passes.output_rows}
+    settings = {"sampling": sampling, "seed": seed, "output_rows": passes.output_rows}
     samples = Samples(weight, num_samples, BATCH, BATCH, **settings)
     model = KSLinear.from_patterns(patterns)
     model.reset_parameters(seeded_generator(seed, "init"))
     torch.nn.init.zeros_(model.factors[0])
     factors = [factor.detach() for factor in model.factors]
-    optimizer = make_optimizer(optimizer, TrainerConfig(batch_size=BATCH), factors, UNIT_INPUTS, loss_scaling=False)
-    schedule = Schedule("cosine", 1e-3, samples.steps_per_epoch, epochs)
+    optimizer = make_optimizer(optimizer, TrainerConfig(batch_size=BATCH), factors, UNIT_INPUTS)
+    schedule = Schedule(TrainerConfig(num_epochs=epochs), samples.steps_per_epoch)
     step = our_step(passes, factors, optimizer)
     taken, seconds = 0, 0.0
     for epoch in range(1, epochs + 1):
-        order = samples.start_epoch(epoch).tolist()
-        rates = [schedule.rate(epoch, index) for index in range(samples.steps_per_epoch)]
         started = time.process_time()
-        for batch, rate in zip(order, rates, strict=True):
-            optimizer.prepare(taken)
-            step(samples.inputs[batch], samples.targets[batch], rate)
+        for number, x, y in samples.epoch(epoch):
+            optimizer.prepare(number)
+            step(x, y, schedule.rate(number))
             taken += 1
         seconds += time.process_time() - started
         if epoch % max(1, epochs // 10) == 0 or epoch == epochs:

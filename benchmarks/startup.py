@@ -19,10 +19,10 @@ import os, runpy, sys
 sys.argv = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-import ks.training.epochs
+import ks.training.samples
 def stop(self, *_):
     os._exit(0)
-ks.training.epochs.Epochs.run = stop
+ks.training.samples.Samples.epoch = stop
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 

@@ -98,7 +98,10 @@ def layer_inputs(config: TrainingFlags, weight: Weight, chain: Chain) -> LayerIn
 
 def _isotropic(std: float, weight: torch.Tensor) -> LayerInputs:
     predict_zero_loss = IsotropicInputs(std).output_energy(weight) / len(weight)
-    note = "inputs isotropic: a real layer sees others, under which floors and losses differ; give them by --inputs"
+    note = (
+        "Using isotropic random inputs. Floors and losses will differ on the layer's real inputs; pass those with "
+        "--inputs."
+    )
     coordinates, inputs = isotropic_coordinates(weight)
     description = {"kind": ISOTROPIC, "std": std}
     return LayerInputs(coordinates, inputs, predict_zero_loss, None, None, None, description, (note,))

@@ -167,4 +167,4 @@ def test_inputs_are_told_apart_by_their_values(tmp_path):
     assert one.description["sha256"] != other.description["sha256"]
     assert any("120 inputs and 120 held out, effective rank" in note for note in one.notes)
     [note] = problem_of(tmp_path)[1].layer_inputs.notes
-    assert note.startswith("inputs isotropic")
+    assert note.startswith("Using isotropic random inputs")
