@@ -12,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ks.files.provenance import provenance
-from ks.training.cuda_graph import _cuda_graph
+from ks.training.steps import cuda_graph
 
 
 def interleaved_medians(functions: dict, device: torch.device, rounds: int = 15, calls: int = 5) -> dict:
@@ -39,7 +39,7 @@ def interleaved_medians(functions: dict, device: torch.device, rounds: int = 15,
 
 def replayed(functions: dict, device: torch.device) -> dict:
     """Return functions that replay a CUDA graph of each function's calls; the functions themselves on a CPU."""
-    return {name: _cuda_graph(function) for name, function in functions.items()} if device.type == "cuda" else functions
+    return {name: cuda_graph(function) for name, function in functions.items()} if device.type == "cuda" else functions
 
 
 def rotated(function, operands: list):
