@@ -9,8 +9,8 @@ import torch
 
 from ks.patterns import Pattern, chainability
 from ks.product.bmm import float32_products
+from ks.product.chain import chain_product
 from ks.product.merge import merge_factors, merged_pattern
-from ks.product.operator import chain_product
 
 PIECE_VALUES = 2**18  # of W that are made at a time by blocks: they stay in a cache
 COLUMN_VALUES = 2**23  # of a unit matrix that are multiplied at a time: a wide W needs little more than its own memory
@@ -77,7 +77,9 @@ def _columns(out: torch.Tensor, values: list[torch.Tensor]) -> Iterator[tuple[to
         columns = out[:, start : start + step]
         unit = out.new_zeros(features, columns.shape[1])
         unit[start : start + step].fill_diagonal_(1.0)
-        yield columns, chain_product(unit, values, batch_last=True)
+        with float32_products(out, "ieee"):
+            product = chain_product(unit, values, batch_last=True)
+        yield columns, product
 
 
 def _merged(values: list[torch.Tensor]) -> torch.Tensor:
