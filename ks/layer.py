@@ -22,8 +22,8 @@ FILE_VERSION = 1
 class KSLinear(torch.nn.Module):
     """y = x Wᵀ (+ bias) with W = K_1 … K_L, each K_l Kronecker-sparse; a drop-in for nn.Linear.
 
-    The values of factor l are the parameter `block_l`, l from 0, of shape (a·d, c, b), as they multiply; `factors` shows
-    them in the shape (a, b, c, d). Precision and autocast are those of nn.Linear: torch's global settings decide.
+    The values of factor l are the parameter `block_l`, l from 0, of shape (a·d, c, b), as they multiply; `factors`
+    shows them in the shape (a, b, c, d). Precision and autocast are those of nn.Linear: torch's global settings decide.
 
     Args:
         in_features: n.
@@ -128,7 +128,7 @@ class KSLinear(torch.nn.Module):
     def weight(self) -> torch.Tensor:
         """What tells code that asks for the shape, dtype and device of nn.Linear.weight, with NaN for every value.
 
-        `to_dense` returns W. Writing into this tensor is an error of torch.
+        `to_dense` returns W. Every caller has a tensor of its own: what is written into it does not reach the layer.
         """
         shape = (self.out_features, self.in_features)
         nan = torch.full((), math.nan, dtype=self.block_0.dtype, device=self.block_0.device)
@@ -222,7 +222,9 @@ class KSLinear(torch.nn.Module):
         """
         first, last = self.patterns[0], consumer.patterns[-1]
         if (first.a, first.d, first.b, self.batch_last) != (last.d, last.a, last.c, consumer.batch_last):
-            raise UsageError(f"blocks of {first} cannot go to {last}: (1, b, c, d) and (d, b', b, 1) are needed, in one layout")
+            raise UsageError(
+                f"blocks of {first} cannot go to {last}: (1, b, c, d) and (d, b', b, 1) are needed, in one layout"
+            )
         self._set_blocks(self._layout.blocks_in, True)
         consumer._set_blocks(True, consumer._layout.blocks_out)
         return torch.arange(self.out_features).view(-1, first.d).t().flatten()
@@ -240,7 +242,7 @@ class KSLinear(torch.nn.Module):
         for index, name in enumerate(self._names):
             values = state_dict.pop(f"{prefix}factors.{index}", None)
             if values is not None:
-                state_dict[prefix + name] = blocks_of(values) if values.dim() == 4 else values
+                state_dict[prefix + name] = blocks_of(values).contiguous() if values.dim() == 4 else values
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     @torch.no_grad()

@@ -33,7 +33,7 @@ Record = TypeVar("Record", bound=Struct)
 
 
 class Latency(Struct):
-    """Median milliseconds of a forward pass of chain and dense, with the CPU threads, dtype and device of both."""
+    """Median milliseconds of a forward pass of chain, dense and low-rank, with CPU threads, dtype and device of all."""
 
     threads: Positive
     dtype: Text
@@ -44,6 +44,9 @@ class Latency(Struct):
     dense_latency_ms_batch_1: Milliseconds | None = None
     dense_latency_ms_batch_32: Milliseconds | None = None
     dense_latency_ms_batch_1024: Milliseconds | None = None
+    lowrank_latency_ms_batch_1: Milliseconds | None = None
+    lowrank_latency_ms_batch_32: Milliseconds | None = None
+    lowrank_latency_ms_batch_1024: Milliseconds | None = None
 
 
 class TrainingLog(Struct):
@@ -184,6 +187,9 @@ class SummaryRow(Struct):
     dense_latency_ms_batch_1: Milliseconds | None = None
     dense_latency_ms_batch_32: Milliseconds | None = None
     dense_latency_ms_batch_1024: Milliseconds | None = None
+    lowrank_latency_ms_batch_1: Milliseconds | None = None
+    lowrank_latency_ms_batch_32: Milliseconds | None = None
+    lowrank_latency_ms_batch_1024: Milliseconds | None = None
 
 
 class CurveRow(Struct):

@@ -148,7 +148,7 @@ def chain_layout(
 
 
 def _moves(source, target, batch_last: bool, *, x_is_plain=False, y_is_plain=False) -> tuple[Move, ...]:
-    """Return how features in the order of `source` = (a, b, d) come into that of `target` = (a, c, d), in one or two moves.
+    """Return how features ordered by `source` = (a, b, d) come into the order of `target` = (a, c, d).
 
     Products make and take them as (a·d, batch, b), or (a·d, b, batch) if batch_last; plain features are (batch, b).
     """
@@ -210,7 +210,7 @@ def multiply(
     batch = batch_shape[0] if flat else math.prod(batch_shape)
     if not flat:
         x = x.reshape(*x.shape[:split], batch) if batch_last else x.reshape(batch, *x.shape[-split:])
-    if layout.merged is not None and (batch >= MERGE_BATCH or not _is_eager()):
+    if layout.merged is not None and (not _is_eager() or batch >= MERGE_BATCH):
         blocks, layout = _merged(blocks, layout), layout.merged
     for moves, block in zip(layout.moves, reversed(blocks)):
         for move in moves:
@@ -227,7 +227,7 @@ def multiply(
 
 
 def _is_eager() -> bool:
-    """Return whether a decision by the size of the batch holds for this call alone, not for a program that is recorded."""
+    """Return whether a decision by the size of the batch holds for this call alone, not for a recorded program."""
     return not (torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
@@ -249,6 +249,8 @@ def _merged(blocks: Sequence[torch.Tensor], layout: ChainLayout) -> list[torch.T
 
 def check_input(x: torch.Tensor, blocks: Sequence[torch.Tensor], layout: ChainLayout) -> None:
     """Raise UsageError for an x of other features or another dtype than a chain."""
+    if torch.jit.is_tracing():  # sizes are tensors there
+        return
     a, _, c, d = layout.patterns[-1]
     wanted = (a, c) if layout.blocks_in else (a * c * d,)
     size = len(wanted)

@@ -31,7 +31,7 @@ def triton_product(
     batch_shape = x.shape[1:] if batch_last else x.shape[:-1]
     x = x.reshape(x.shape[0], -1).contiguous() if batch_last else x.reshape(batch_shape.numel(), x.shape[-1])
     values = [values_of(block, pattern) for block, pattern in zip(blocks, layout.patterns)]
-    y = _TritonChain.apply(x, batch_last, *values)
+    y = _TritonChain.apply(x, layout, *values)
     y = y.view(-1, *batch_shape) if batch_last else y.view(*batch_shape, -1)
     if bias is None:
         return y
@@ -43,8 +43,9 @@ class _TritonChain(torch.autograd.Function):
     """(batch, n) → (batch, m), or (n, batch) → (m, batch) if batch_last."""
 
     @staticmethod
-    def forward(ctx, x, batch_last, *values):
-        ctx.passes = _passes(tuple(map(tuple, (v.shape for v in values))), x.shape[batch_last], x.device, x.dtype, batch_last)
+    def forward(ctx, x, layout, *values):
+        batch = x.shape[layout.batch_last]
+        ctx.passes = _passes(layout.patterns, batch, x.device, x.dtype, layout.batch_last)
         y, *inner = ctx.passes.forward(x, values)
         ctx.save_for_backward(x, *values, *inner)
         return y

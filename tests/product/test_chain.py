@@ -1,4 +1,4 @@
-"""The chain product against the dense product of its factors: every family, layout, batch shape and dtype; derivatives."""
+"""The chain product against the dense product of its factors, and its derivatives."""
 
 import random
 

@@ -31,7 +31,7 @@ def pair(request):
     """A layer of one family and its dense twin, each with an activation behind it."""
     torch.manual_seed(0)
     torch._dynamo.reset()
-    layer = KSLinear(16, 32, 3, bias=True, chain=request.param)
+    layer = KSLinear(48, 96, 5, bias=True, chain=request.param)
     return network(layer), network(Dense(layer))
 
 
@@ -40,7 +40,7 @@ def test_compiled_without_graph_breaks(pair, dynamic):
     ours, dense = pair
     compiled = torch.compile(ours, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for batch in (2, 7, MERGE_BATCH + 1) if dynamic else (5,):
-        x = torch.randn(batch, 16, requires_grad=True)
+        x = torch.randn(batch, 48, requires_grad=True)
         y, expected = compiled(x), dense(x)
         torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-4)
         wanted = [x, ours[0].bias]
@@ -52,18 +52,18 @@ def test_compiled_without_graph_breaks(pair, dynamic):
 def test_exported_with_a_dynamic_batch_and_traced_at_another_one(pair, gradients):
     ours, dense = pair
     ours.requires_grad_(gradients)
-    x = torch.randn(4, 16)
+    x = torch.randn(4, 48)
     exported = torch.export.export(ours, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
     traced = torch.jit.trace(ours, x)
     for batch in (2, 7, 3 * MERGE_BATCH):
-        x = torch.randn(batch, 16)
+        x = torch.randn(batch, 48)
         for program in (exported, traced):
             torch.testing.assert_close(program(x), dense(x), atol=1e-5, rtol=1e-4)
 
 
 def test_transforms(pair):
     ours, dense = pair
-    x, tangent = torch.randn(4, 16), torch.randn(4, 16)
+    x, tangent = torch.randn(4, 48), torch.randn(4, 48)
     calls = [
         lambda model: vmap(model)(torch.stack([x, tangent])),
         lambda model: jvp(model, (x,), (tangent,))[1],
@@ -81,8 +81,8 @@ def test_transforms(pair):
 
 def test_on_meta_copied_pickled_and_parametrised(pair):
     ours, _ = pair
-    x = torch.randn(4, 16)
-    assert copy.deepcopy(ours).to("meta")(x.to("meta")).shape == (4, 32)
+    x = torch.randn(4, 48)
+    assert copy.deepcopy(ours).to("meta")(x.to("meta")).shape == (4, 96)
     for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
         assert torch.equal(twin(x), ours(x))
     doubled = copy.deepcopy(ours)
@@ -99,7 +99,7 @@ class Doubled(torch.nn.Module):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_autocast_gives_the_dtypes_of_nn_linear(pair, dtype):
     ours, dense = pair[0].to(dtype), pair[1].to(dtype)
-    x = torch.randn(3, 16, dtype=dtype)
+    x = torch.randn(3, 48, dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16):
         y, expected = ours(x), dense(x)
     assert y.dtype == expected.dtype
