@@ -27,7 +27,7 @@ from timing import Rows, interleaved_medians, place, replayed, rotated
 from ks.layer import KSLinear
 from ks.patterns import Pattern, make_chain
 from ks.product.backend import choose_impl
-from ks.product.operator import chain_product
+from ks.product.chain import chain_product
 from ks.product.passes import ChainPasses
 
 SHAPES = [(2048, 4096), (4096, 4096), (4096, 14336)]
@@ -105,7 +105,7 @@ def measure(cell, device, best, structured, rounds) -> dict:
     values = list(layer.factors)
     x = torch.randn(batch, n, device=device, dtype=dtype, requires_grad=True)
     gradient = torch.randn(batch, m, device=device, dtype=dtype)
-    picked, reason = choose_impl("auto", device, patterns, batch, dtype)
+    picked, reason = choose_impl("auto", device)
     impl = "triton" if device.type == "cuda" else "auto"
     detached = [value.detach() for value in values]
     row = {"picked": picked, "worst_error": check(detached, x.detach(), gradient, impl)}
