@@ -18,11 +18,10 @@ from pathlib import Path
 
 import torch
 from baselines import structured_weights, torch_structured_multiply
-from timing import Rows, interleaved_medians, place
+from timing import Rows, interleaved_medians, named_device, place
 
 from ks.cli import console
 from ks.layer import KSLinear
-from ks.training.problem import choose_device
 
 CASES = ((384, 1536, 8), (1536, 384, 16), (1024, 2048, 16), (4096, 4096, 16))
 BATCHES = (1, 8, 32, 256, 1024, 4096)
@@ -98,7 +97,7 @@ def main(argv=None) -> int:
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    device = options.device = choose_device(options.device)
+    device = options.device = named_device(options.device)
     structured, rows = torch_structured_multiply(), Rows(options.csv)
     if structured is None:
         print("torch-structured is not installed, so its columns stay empty", file=sys.stderr)

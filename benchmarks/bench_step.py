@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from baselines import PlainChain, our_step, plain_epochs, training_passes
-from timing import Rows, interleaved_medians, place
+from timing import Rows, interleaved_medians, named_device, place
 
 from ks.cli import console
 from ks.layer import KSLinear
@@ -24,7 +24,6 @@ from ks.patterns import make_chain
 from ks.training.cuda_graph import make_epochs
 from ks.training.losses import squared_error_and_gradient
 from ks.training.optimiser import Optimiser
-from ks.training.problem import choose_device
 from ks.training.samples import Samples
 
 STEPS = 50
@@ -136,7 +135,7 @@ def main(argv=None) -> int:
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    device = choose_device(options.device)
+    device = named_device(options.device)
     measure_steps(options, device, Rows(options.csv))
     return 0
 

@@ -64,6 +64,14 @@ def rotated(function, operands: list):
     return call_all
 
 
+def named_device(name: str) -> torch.device:
+    """Return the device of a --device flag; exit with a line if it is not there."""
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        sys.exit(f"no CUDA device is available for --device {name}")
+    return device
+
+
 def seconds(*command) -> float:
     """Run a Python program with these arguments by this interpreter; return its wall time."""
     started = time.perf_counter()

@@ -1,10 +1,11 @@
 """What only a CUDA device can show: bfloat16, tensor cores, CUDA graphs, a training on the card. `make test-gpu`."""
 
+import copy
+
 import pytest
 import torch
 from kernel_cases import FACTOR_CASES, GRADIENT_CASES, STUDY, check_factor, check_values_gradient, random_values
 
-from ks.files.curves import read_curves
 from ks.layer import KSLinear
 from ks.patterns import make_chain
 from ks.product import bmm
@@ -55,6 +56,28 @@ def test_tensor_float_precision(kernels, precision):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [0, 1, 33, 1024])
+def test_the_layer_on_the_card_is_that_of_the_cpu(dtype, batch):
+    """Under autocast and compiled too, from inputs that are not contiguous."""
+    layer = KSLinear(512, 256, 16, bias=True, dtype=torch.float64)
+    x = torch.randn(512, batch, dtype=torch.float64).t()
+    expected, card, z = layer(x), copy.deepcopy(layer).to("cuda", dtype), x.to("cuda", dtype)
+    tolerance = {"atol": 64 * torch.finfo(dtype).eps, "rtol": 0.0}
+    torch.testing.assert_close(card(z).double().cpu(), expected, **tolerance)
+    torch.testing.assert_close(torch.compile(card, dynamic=True)(z).double().cpu(), expected, **tolerance)
+    with torch.autocast("cuda", torch.bfloat16):
+        y = copy.deepcopy(layer).to("cuda", torch.float32)(z.float())
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double().cpu(), expected, atol=0.5, rtol=0.0)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+def test_kernels_run_on_the_device_of_their_operands(kernels):
+    check_factor(kernels, STUDY, torch.float32, False, False, device="cuda:1")
+    check_values_gradient(kernels, STUDY, torch.float32, False, False, device="cuda:1")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch", [32, 8192])
 def test_the_chain_in_a_cuda_graph(dtype, batch):
     layer = KSLinear(4096, 2048, 16, device="cuda", dtype=dtype)
@@ -89,7 +112,11 @@ def test_the_captured_step_equals_the_eager_one(dtype):
         epochs = make(step, samples, optimiser.state())
         return [epochs.run(number, [1e-3] * 100) for number in (1, 2)] + factors
 
-    eager = train(lambda step, samples, state: Epochs(step, samples))
+    def eager_epochs(step, samples, state):
+        """A captured step reads its rate as float32 from the card; in float64 it rounds another way."""
+        return Epochs(lambda inputs, targets, lr: step(inputs, targets, torch.tensor(lr, device="cuda")), samples)
+
+    eager = train(eager_epochs)
     captured = train(CapturedEpochs)
     for ours, theirs in zip(captured, eager):
         torch.testing.assert_close(ours, theirs)
@@ -97,6 +124,7 @@ def test_the_captured_step_equals_the_eager_one(dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_a_training_on_the_card(run, weight_path, tmp_path, dtype):
+    read_curves = pytest.importorskip("ks.files.curves").read_curves
     flags = ("--num_samples", 800, "--num_epochs", 30, "--rank", 2, "--dtype", dtype)
     done = run("train_with_random.py", "--weight_path", weight_path, "--device", "cuda", *flags)
     assert done.returncode == 0, done.stderr
@@ -106,6 +134,7 @@ def test_a_training_on_the_card(run, weight_path, tmp_path, dtype):
 
 
 def test_impl_triton_and_bmm_train_alike(run, weight_path, tmp_path):
+    read_curves = pytest.importorskip("ks.files.curves").read_curves
     losses = []
     for impl in ("triton", "bmm"):
         out = ("--output_dir", impl, "--impl", impl, "--device", "cuda")
