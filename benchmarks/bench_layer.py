@@ -7,13 +7,15 @@
 A row is a weight, a rank and a batch: milliseconds of `KSLinear`, of nn.Linear ("dense"), of two nn.Linear with at most
 as many parameters as the chain ("lowrank"), of the Monarch product of torch-structured, of ours under torch.compile
 (--compiled) and of the layer of another revision (--earlier, a folder with its `ks/`). The program compares outputs
-before it times anything; all functions of a row take turns, and a time is the median over the rounds.
+before it times anything; all functions of a row take turns, and a time is the median over the rounds: of CPU time on
+one thread of a CPU, else of wall time.
 """
 
 import argparse
 import copy
 import importlib
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -93,11 +95,13 @@ def main(argv=None) -> int:
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="(default: 1 8 32 256 1024 4096)")
     parser.add_argument("--compiled", action="store_true", help="time ours under torch.compile too")
     parser.add_argument("--earlier", type=Path, help="folder of another revision, to time its layer too")
-    parser.add_argument("--rounds", type=int, default=9, help="readings of each clock (default: 9)")
+    parser.add_argument("--rounds", type=int, default=15, help="readings of each clock (default: 15)")
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     device = options.device = named_device(options.device)
+    # On one thread, CPU time is the time on an idle machine.
+    clock = time.process_time if (device.type, options.threads) == ("cpu", 1) else time.perf_counter
     structured, rows = torch_structured_multiply(), Rows(options.csv)
     if structured is None:
         print("torch-structured is not installed, so its columns stay empty", file=sys.stderr)
@@ -117,7 +121,7 @@ def main(argv=None) -> int:
                     torch.testing.assert_close(layer(x), layers["ours"](x), rtol=1e-2, atol=1e-2)
             for backward in (False, True):
                 functions = {name: calls(layer, x, gradient, backward) for name, layer in layers.items()}
-                times = interleaved_medians(functions, device, options.rounds, seconds=2e-3)
+                times = interleaved_medians(functions, device, options.rounds, seconds=1e-3, clock=clock)
                 row = {"shape": f"{m}x{n}", "rank": rank, "share": layers["ours"].num_parameters / (m * n)}
                 row |= {"batch": batch, "passes": "both" if backward else "forward", "dtype": options.dtype}
                 row |= {"ours_ms": times["ours"]} | {f"{name}_ms": times.get(name, "") for name in PEERS}

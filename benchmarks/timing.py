@@ -16,7 +16,13 @@ from ks.training.cuda_graph import _cuda_graph
 
 
 def interleaved_medians(
-    functions: dict, device: torch.device, rounds: int = 15, calls: int = 5, seconds: float | None = None
+    functions: dict,
+    device: torch.device,
+    rounds: int = 15,
+    calls: int = 5,
+    *,
+    seconds: float | None = None,
+    clock=time.perf_counter,
 ) -> dict:
     """Return median milliseconds per call of each function; every round times all, so that noise meets them alike.
 
@@ -26,16 +32,17 @@ def interleaved_medians(
         rounds: readings of each function, after one that does not count.
         calls: calls per reading.
         seconds: instead of calls, the time of a reading, about.
+        clock: in seconds; time.process_time leaves out the time of other programs on the machine.
     """
     synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
     def reading(function, calls):
         synchronise()
-        started = time.perf_counter()
+        started = clock()
         for _ in range(calls):
             function()
         synchronise()
-        return (time.perf_counter() - started) * 1e3 / calls
+        return (clock() - started) * 1e3 / calls
 
     counts = dict.fromkeys(functions, calls)
     if seconds is not None:
