@@ -27,7 +27,7 @@ from timing import Rows, interleaved_medians, place, replayed, rotated
 from ks.layer import KSLinear
 from ks.patterns import Pattern, make_chain
 from ks.product.backend import choose_impl
-from ks.product.chain import chain_product
+from ks.product.operator import chain_product
 from ks.product.passes import ChainPasses
 
 SHAPES = [(2048, 4096), (4096, 4096), (4096, 14336)]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ks.inputs.moments_file import InputMoments
     from ks.layer import KSLinear, load
     from ks.patterns import Chain, Pattern, make_chain
-    from ks.product.chain import chain_product
+    from ks.product.operator import chain_product
 
 __version__ = "0.1.0"
 __all__ = [
@@ -43,7 +43,7 @@ _HOMES = {
     "InputMoments": "ks.inputs.moments_file",
     "KSLinear": "ks.layer",
     "Pattern": "ks.patterns",
-    "chain_product": "ks.product.chain",
+    "chain_product": "ks.product.operator",
     "collect_input_moments": "ks.inputs.collect",
     "compress": "ks.compression.apply",
     "compress_in_order": "ks.compression.in_order",

@@ -14,43 +14,7 @@ import torch
 
 from ks.errors import UsageError
 from ks.patterns import Pattern
-from ks.product.backend import check_impl
 from ks.product.merge import MERGE_BATCH, merge_factors, merge_runs, merged_pattern
-
-
-def chain_product(
-    x: torch.Tensor,
-    values: Sequence[torch.Tensor],
-    batch_last: bool = False,
-    *,
-    bias: torch.Tensor | None = None,
-    impl: str = "auto",
-) -> torch.Tensor:
-    """Return y = x Wᵀ + bias for W = K_1 … K_L, factor by factor from the right.
-
-    Per factor: y[n, i, j, t] = Σ_k v[i, j, k, t] · x[n, i, k, t], flattened to a·b·d features. Runs of small factors
-    are multiplied with each other before they meet a large batch, and always in compiled, exported or traced programs
-    (`ks.product.merge`). Precision and autocast are those of torch.bmm.
-
-    Args:
-        x: shape (..., n), or (n, ...) if batch_last; any leading (trailing) batch shape, the empty one included.
-        values: shapes (a_l, b_l, c_l, d_l), output side first; floating, the dtype and device of x.
-        batch_last: whether features come first and the batch last.
-        bias: shape (m,).
-        impl: 'auto' and 'bmm' for plain operations of torch, 'triton' for `ks.product.triton_chain`.
-    Returns:
-        contiguous tensor of shape (..., m), or (m, ...) if batch_last.
-    Raises:
-        UsageError: the features of x do not match the right-most factor, dtypes differ, or an impl that cannot run.
-    """
-    check_impl(impl, x.device)
-    layout = chain_layout(tuple(Pattern(*factor.shape) for factor in values), batch_last)
-    blocks = [blocks_of(factor) for factor in values]
-    if impl != "triton":
-        return multiply(x, blocks, layout, bias)
-    from ks.product.triton_chain import triton_product  # Triton is imported only where it is used
-
-    return triton_product(x, blocks, layout, bias)
 
 
 def empty_blocks(pattern: Pattern, device=None, dtype=None) -> torch.Tensor:
@@ -127,7 +91,7 @@ def chain_layout(
 ) -> ChainLayout:
     """Return the layout of a chain; the arguments are its fields."""
     end = (1, patterns[-1].cols, 1)  # (a, b, d) of the features so far
-    moves = []
+    moves: list[tuple[Move, ...]] = []
     for a, b, c, d in reversed(patterns):
         moves.append(_moves(end, (a, c, d), batch_last, x_is_plain=not moves))
         end = (a, b, d)
@@ -193,7 +157,7 @@ def _sizes(groups: list[int], width: int, batch_last: bool) -> tuple[tuple[int, 
 def multiply(
     x: torch.Tensor, blocks: Sequence[torch.Tensor], layout: ChainLayout, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return y = x Wᵀ + bias, as `chain_product` does.
+    """Return y = x Wᵀ + bias, as `ks.product.operator.chain_product` does.
 
     Args:
         x: as there; with blocks_in of shape (..., a, c), or (a, c, ...).
@@ -216,8 +180,8 @@ def multiply(
         for move in moves:
             x = move.apply(x, batch)
         x = torch.bmm(block.mT, x) if batch_last else torch.bmm(x, block)
-    *moves, last = layout.moves[-1]
-    for move in moves:
+    *first, last = layout.moves[-1]
+    for move in first:
         x = move.apply(x, batch)
     y = last.apply(x, batch, None if bias is None else _beside_outputs(bias.to(x.dtype), layout))
     if not flat:

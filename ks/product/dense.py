@@ -9,8 +9,8 @@ import torch
 
 from ks.patterns import Pattern, chainability
 from ks.product.bmm import float32_products
-from ks.product.chain import chain_product
 from ks.product.merge import merge_factors, merged_pattern
+from ks.product.operator import chain_product
 
 PIECE_VALUES = 2**18  # of W that are made at a time by blocks: they stay in a cache
 COLUMN_VALUES = 2**23  # of a unit matrix that are multiplied at a time: a wide W needs little more than its own memory

@@ -9,8 +9,9 @@ from kernel_cases import random_chain
 from ks.errors import UsageError
 from ks.layer import KSLinear
 from ks.patterns import Pattern, check_patterns, make_chain
-from ks.product.chain import blocks_of, chain_layout, chain_product, empty_blocks, multiply, values_of
+from ks.product.chain import blocks_of, chain_layout, empty_blocks, multiply, values_of
 from ks.product.merge import MERGE_BATCH
+from ks.product.operator import chain_product
 from ks.product.reference import chain_to_dense, factor_to_dense, support
 
 

@@ -23,7 +23,7 @@ from ks.layer import KSLinear
 from ks.patterns import make_chain
 from ks.product import bmm, tiles
 from ks.product.backend import choose_impl
-from ks.product.chain import chain_product
+from ks.product.operator import chain_product
 from ks.product.passes import ChainPasses, choose_working_impl
 from ks.product.reference import chain_to_dense
 
