@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-faults test-ray test-trackers test-cubins test-gpu gpu lint docs pictures inputs clean
+.PHONY: demo test test-faults test-ray test-trackers test-gpu gpu lint docs pictures inputs clean
 
 demo: $(VENV)/requirements
 	$(RUN) example_rank_sweep.py
@@ -29,16 +29,11 @@ build/trackers: requirements-trackers.txt
 	rm -rf $@
 	$(RUN) -m pip install --quiet --disable-pip-version-check --target $@ -r $<
 
-# Compiles every kernel that a layer of the usual sizes launches, for five architectures, and reads the machine code. It
-# needs no GPU. Takes three minutes; PYTHONPATH=FOLDER takes the Triton of that folder instead of the installed one.
-test-cubins: $(VENV)/requirements-dev
-	$(RUN) -m pytest -m cubins tests/product
-
 # Needs a GPU, and a torch for it; make test needs neither.
 test-gpu:
 	$(PYTHON) -m pytest -m gpu
 
-# Measures on a GPU, unattended, and makes its table and picture: correctness, step, layers and tuning in the first ten
+# Measures on a GPU, unattended, and makes its table and picture: a training, tests, layers and the step in the first ten
 # minutes. A rerun resumes with what is left; the long sweeps at the end need make gpu MINUTES=180.
 MINUTES ?= 10
 gpu:

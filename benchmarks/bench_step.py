@@ -1,44 +1,30 @@
-"""Time a training step against the plain loop, a dense layer and the bare matrix products; and time the layer.
+"""Time a training step against the plain loop, a dense layer and the bare matrix products.
 
     python benchmarks/bench_step.py                                # this machine's CPU, one thread
     python benchmarks/bench_step.py --device cuda --shape 2048 4096 --csv step.csv
-    pip install --no-deps torch-structured==1.3 einops opt_einsum  # to compare with the peer too
 
 Steps, on batches of 32 ready samples: "ours" is that of `train_with_random.py`; "plain" is the loop of `baselines.py`,
 and "compiled" the same with its chain under torch.compile(mode="reduce-overhead") (on a CPU by the backend aot_eager);
 "bare" calls only the matrix products and the fused optimizer of ours; "dense" trains a dense matrix with our optimizer.
-Layer: y = layer(x), without and with the backward pass for x and values, against torch-structured, einsum, bmm with
-permuted copies, a dense layer, and "bare": only the matrix products of ours, on operands in the best order. The program
-compares the outputs before it times anything, and interleaves the timings of a row.
+The program compares the outputs before it times anything, and interleaves the timings of a row.
 """
 
 import argparse
 import functools
-import statistics
 import sys
 from pathlib import Path
 
 import torch
-from baselines import (
-    PlainChain,
-    einsum_chain,
-    our_step,
-    plain_epochs,
-    structured_weights,
-    torch_structured_multiply,
-    training_passes,
-)
-from timing import Rows, interleaved_medians, place
+from baselines import PlainChain, our_step, plain_epochs, training_passes
+from timing import Rows, interleaved_medians, named_device, place
 
 from ks.cli import console
 from ks.layer import KSLinear
 from ks.patterns import make_chain
-from ks.training.cuda_graph import make_epochs
-from ks.training.fused_step import FusedStep
-from ks.training.losses import squared_error_and_gradient
+from ks.training.criterion import mean_squared_error, value_and_gradient
 from ks.training.optimizer import Optimizer
-from ks.training.problem import choose_device
 from ks.training.samples import Samples
+from ks.training.steps import runnable
 
 STEPS = 50
 
@@ -49,11 +35,10 @@ def our_epoch(layer, weight, samples, impl):
     optimizer = Optimizer("adamw", factors)
     passes = training_passes(layer.patterns, samples.batch_size, weight.device, impl)
     step = our_step(passes, factors, optimizer)
-    fused = FusedStep(passes, optimizer, samples) if impl == "triton" and weight.device.type == "cuda" else None
-    epochs, _, warning = make_epochs(step, samples, optimizer.state(), weight.device, whole_step=fused)
+    step, (_, _, warning) = runnable(step, *samples.first(), optimizer.state())
     if warning:
         print(f"WARNING: {warning}", file=sys.stderr)
-    return lambda: epochs.run(1, [1e-4] * samples.steps_per_epoch)[0].mean().item()
+    return lambda: torch.stack([step(x, y, 1e-4)[0] for _, x, y in samples.epoch(1)]).mean().item()
 
 
 def bare_epoch(layer, samples):
@@ -91,7 +76,7 @@ def dense_epoch(weight, samples):
 
     def epoch():
         for inputs, targets in zip(samples.inputs, samples.targets):
-            loss, gradient = squared_error_and_gradient(torch.nn.functional.linear(inputs, dense), targets)
+            loss, gradient = value_and_gradient(mean_squared_error, torch.nn.functional.linear(inputs, dense), targets)
             torch.mm(gradient.t(), inputs, out=optimizer.gradients[0][0, :, :, 0])
             optimizer.update(1e-4, loss)
 
@@ -135,86 +120,6 @@ def measure_steps(options, device, rows: Rows) -> None:
             rows.add(row | place(device))
 
 
-def forward(function, x, values):
-    return torch.no_grad()(lambda: function(x, values))
-
-
-def forward_and_backward(function, x, values, gradient):
-    return lambda: torch.autograd.grad(function(x, values), [x, *values], gradient)
-
-
-def without_values(layer):
-    return lambda x, values: layer(x)
-
-
-def bare_products(layer, batch: int, backward: bool):
-    """Return a function for the matrix products of a two-factor layer, on operands in the best order."""
-    left, right = layer.patterns
-    matrices = [torch.randn(p.a * p.d, p.b, p.c, device=layer.factors[0].device) for p in layer.patterns]
-    x, entered, y = (
-        torch.randn(blocks, size, batch, device=layer.factors[0].device)
-        for blocks, size in ((right.a, right.c), (left.d, left.c), (left.d, left.b))
-    )
-    between = torch.randn(right.a, right.b, batch, device=x.device)
-
-    def products():
-        torch.bmm(matrices[1], x)
-        torch.bmm(matrices[0], entered)
-        if backward:
-            torch.bmm(matrices[0].mT, y)
-            torch.bmm(matrices[1].mT, between)
-            torch.bmm(y, entered.mT)
-            torch.bmm(between, x.mT)
-
-    return products
-
-
-def measure_layer(options, device, rows: Rows) -> None:
-    m, n = options.shape
-    structured = torch_structured_multiply()
-    if structured is None:
-        print("torch-structured is not installed, so its columns are missing", file=sys.stderr)
-    ratios = []
-    for batch in (32, 1024):
-        for rank in (8, 64):
-            torch.manual_seed(0)
-            layer = KSLinear(n, m, rank, device=device, impl=options.impl)
-            x = torch.randn(batch, n, device=device, requires_grad=True)
-            gradient = torch.randn(batch, m, device=device)
-            values, plain = list(layer.factors), PlainChain(layer.factors).to(device)
-            candidates = {
-                "ours": (without_values(layer), values),
-                "einsum": (einsum_chain, values),
-                "plain": (without_values(plain), list(plain.weights)),
-                "dense": (
-                    lambda x, weights: torch.nn.functional.linear(x, *weights),
-                    [layer.to_dense().requires_grad_()],
-                ),
-            }
-            if structured is not None:
-                weights = [weight.requires_grad_() for weight in structured_weights(layer.factors)]
-                candidates["structured"] = (lambda x, weights: structured(x, *weights), weights)
-            for function, parameters in candidates.values():
-                torch.testing.assert_close(function(x, parameters), layer(x), rtol=1e-4, atol=1e-4)
-            for what in ("forward", "forward+backward"):
-                functions = {}
-                for name, (function, parameters) in candidates.items():
-                    if what == "forward":
-                        functions[name] = forward(function, x, parameters)
-                    else:
-                        functions[name] = forward_and_backward(function, x, parameters, gradient)
-                functions["bare"] = bare_products(layer, batch, backward=what != "forward")
-                found = interleaved_medians(functions, device, options.rounds, calls=20 if batch == 32 else 2)
-                row = {"what": what, "shape": f"{m}x{n}", "batch": batch, "rank": rank}
-                row |= {f"{name}_ms": value for name, value in found.items()}
-                row |= {f"{name}_over_ours": value / found["ours"] for name, value in found.items() if name != "ours"}
-                rows.add(row | place(device))
-                if structured is not None:
-                    ratios.append(found["structured"] / found["ours"])
-    if ratios:
-        print(f"torch-structured over ours: smallest {min(ratios):.2f}, median {statistics.median(ratios):.2f}")
-
-
 @console.script
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -227,15 +132,11 @@ def main(argv=None) -> int:
     parser.add_argument("--impl", default="auto", help="our backend (default: auto)")
     parser.add_argument("--compiled", action="store_true", help="time the plain loop under torch.compile too")
     parser.add_argument("--rounds", type=int, default=15, help="readings of each clock (default: 15)")
-    parser.add_argument("--only", choices=("steps", "layer"), help="(default: both)")
-    parser.add_argument("--csv", type=Path, help="path STEM.csv; writes STEM_steps.csv and STEM_layer.csv")
+    parser.add_argument("--csv", type=Path)
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    device = choose_device(options.device)
-    for what, measure in (("steps", measure_steps), ("layer", measure_layer)):
-        if options.only in (None, what):
-            path = options.csv and options.csv.with_name(f"{options.csv.stem}_{what}.csv")
-            measure(options, device, Rows(path))
+    device = named_device(options.device)
+    measure_steps(options, device, Rows(options.csv))
     return 0
 
 

@@ -4,11 +4,13 @@
     python benchmarks/card.py --output_dir build/gpu --minutes 9            # in pieces: the same command resumes
     python benchmarks/card.py --output_dir build/try --device cpu --tiny    # to try the program itself without a GPU
 
-Each step writes STEP.csv and STEP.log; steps.json says how each ended. A failed step does not stop the others, and a
-rerun skips the steps that ended well at this revision. Exit code: 1 if a step failed or ran out of time, else 0.
+Each step writes STEP.csv and STEP.log; steps.json says how each ended, and OUTPUT_DIR.tar.gz has all of it after each.
+A failed step does not stop the others, and a rerun skips the steps that ended well at this revision. Exit code: 1 if a
+step failed or ran out of time, else 0.
 """
 
 import argparse
+import shutil
 import subprocess
 import sys
 import time
@@ -23,43 +25,41 @@ from ks.files.atomic import prepare_output_dir, read_json_object, write_json
 FOLDER = Path(__file__).resolve().parent
 SMALL = "--shape 64 128 --ranks 2 4 --num_epochs 2 --num_samples 400"
 MANUAL = "--shape 2048 4096 --ranks 2 4 8 16 32 64 128 256 512 --num_epochs 100 --num_samples 10000"
-FEW = "--shape 64 128 --ranks 2 --rounds 2 --compiled"
-# Step, its program, its CSV, its arguments, and those for --tiny; the most telling steps come first, and the first four
-# are to fit into ten minutes.
+STEP, FEW = "--shape 2048 4096 --ranks 16 64 --rounds 7", "--shape 64 128 --ranks 2 --rounds 2"
+# Step, its program, its arguments, and those for --tiny; the most telling steps come first, and those before "peers"
+# are to fit into ten minutes. All but "training" and the sweeps need torch, numpy, pandas, matplotlib and pytest alone.
+BEFORE_TESTS = (("training", "first_training", "", "--tiny"),)
 MEASUREMENTS = (
-    (
-        "step",
-        "bench_step",
-        "step",
-        "--only steps --shape 2048 4096 --ranks 16 64 --rounds 7 --compiled",
-        f"--only steps {FEW}",
-    ),
-    ("layer", "gpu_check", "check", "--minutes 3", "--tiny"),
-    ("tuning", "tune", "tuning", "--minutes 2", "--tiny"),
-    ("waits", "synchronisations", "waits", "", "--shape 64 128"),
-    (
-        "fused",
-        "bench_step",
-        "fused",
-        "--only steps --shape 2048 4096 --ranks 16 64 --impl triton",
-        f"--only steps {FEW}",
-    ),
-    ("peers", "bench_step", "layer", "--only layer --shape 2048 4096", f"--only layer {FEW}"),
-    ("demo", "bench_sweep", "demo", "--runs_per_gpu 2 4", SMALL),
-    ("precision", "precision", "precision", "", SMALL),
-    ("manual", "bench_sweep", "manual", MANUAL, SMALL),
-    ("full", "gpu_check", "check", "--full", "--tiny"),
+    ("check", "gpu_check", "--minutes 3", "--tiny"),
+    ("step", "bench_step", f"{STEP} --compiled", f"{FEW} --compiled"),
+    ("peers", "bench_layer", "--dtype bfloat16 --compiled", "--batches 1 --rounds 1"),
+    ("waits", "synchronisations", "", "--shape 64 128"),
+    ("demo", "bench_sweep", "--runs_per_gpu 2 4", SMALL),
+    ("precision", "precision", "", SMALL),
+    ("manual", "bench_sweep", MANUAL, SMALL),
+    ("full", "gpu_check", "--full", "--tiny"),
 )
 
 
 def steps(folder: Path, device: str, tiny: bool) -> dict[str, list[str]]:
     """Return the arguments of Python for each step."""
-    found = {"tests": ["-m", "pytest", "-m", "gpu", "-n", "1" if tiny else "8", "tests/product/test_gpu.py"]}
-    for name, program, csv, real, small in MEASUREMENTS:
-        size = (small if tiny else real).split()
-        found[name] = [str(FOLDER / f"{program}.py"), "--device", device, *size, "--csv", str(folder / f"{csv}.csv")]
+
+    def measurement(name, program, real, small):
+        csv = folder / f"{'check' if program == 'gpu_check' else name}.csv"
+        return [
+            str(FOLDER / f"{program}.py"),
+            "--device",
+            device,
+            *(small if tiny else real).split(),
+            "--csv",
+            str(csv),
+        ]
+
+    found = {"environment": ["-m", "torch.utils.collect_env"]}
+    found |= {name: measurement(name, *rest) for name, *rest in BEFORE_TESTS}
+    found["tests"] = ["-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "tests/product/test_gpu.py"]
+    found |= {name: measurement(name, *rest) for name, *rest in MEASUREMENTS}
     outputs = ["--table", str(folder / "table.md"), "--picture", str(folder / "roofline.png")]
-    outputs += ["--wins", str(folder / "triton_wins.txt")]
     return found | {"roofline": [str(FOLDER / "roofline.py"), "--csv", str(folder / "check.csv"), *outputs]}
 
 
@@ -97,6 +97,7 @@ def main(argv=None) -> int:
         code = run(arguments, folder / f"{name}.log", 60 if drawing else max(0.0, deadline - started))
         ended[name] = {"exit": code, "seconds": time.monotonic() - started, "where": where}
         write_json(record, ended)
+        shutil.make_archive(str(folder), "gztar", folder.parent, folder.name)  # one file to take away at any time
         print(f"{name}: exit {code}, {ended[name]['seconds']:.0f} s", flush=True)
     return 0 if all(step["exit"] == 0 for step in ended.values()) else 1
 

@@ -105,7 +105,7 @@ def measure(cell, device, best, structured, rounds) -> dict:
     values = list(layer.factors)
     x = torch.randn(batch, n, device=device, dtype=dtype, requires_grad=True)
     gradient = torch.randn(batch, m, device=device, dtype=dtype)
-    picked, reason = choose_impl("auto", device, patterns, batch, dtype)
+    picked, reason = choose_impl("auto", device)
     impl = "triton" if device.type == "cuda" else "auto"
     detached = [value.detach() for value in values]
     row = {"picked": picked, "worst_error": check(detached, x.detach(), gradient, impl)}

@@ -53,26 +53,6 @@ def table(rows: pd.DataFrame) -> str:
     return "\n".join([head, "", *lines, "", "Farthest from the roof, forward:", "", *below]) + "\n"
 
 
-def wins(rows: pd.DataFrame) -> str:
-    """Return the entries of `ks.product.backend.TRITON_WINS` that the rows support, as Python.
-
-    An entry covers neighbouring ranks of one batch and dtype at which ours is faster than both orders of torch.bmm, its
-    copies and dense, forward and with the backward pass, on every shape and chain that was measured.
-    """
-    rows, lines = passed(rows), []
-    for (dtype, batch), group in rows.groupby(["dtype", "batch"], sort=False):
-        faster = pd.Series(True, index=group.index)
-        for what in ("forward", "both"):
-            for peer in ("bmm", "bmm_last", "plain", "dense"):
-                faster &= group[f"{what}_ours_ms"] < group[f"{what}_{peer}_ms"]
-        won = faster.groupby(group["rank"]).all().sort_index()
-        for _, run in won[won].groupby((~won).cumsum()[won]):
-            ranks, bits = (int(run.index.min()), int(run.index.max())), 32 if dtype == "float32" else 16
-            gpu, arch = group["hardware"].iloc[0], int(group["arch"].iloc[0])
-            lines.append(f'TritonWins({arch}, {bits}, "ieee", ({batch}, {batch}), {ranks}, "{gpu}"),  # {dtype}')
-    return "\n".join(lines) + "\n"
-
-
 def picture(rows: pd.DataFrame, path: Path) -> None:
     """Draw one panel per dtype: rate against intensity, both logarithmic, under the measured roof."""
     rows = passed(rows)
@@ -105,17 +85,14 @@ def main(argv=None) -> int:
     parser.add_argument("--csv", type=Path, required=True, help="file of gpu_check.py")
     parser.add_argument("--table", type=Path, help="Markdown file")
     parser.add_argument("--picture", type=Path, help="PNG file")
-    parser.add_argument("--wins", type=Path, help="file for the entries of TRITON_WINS in ks/product/backend.py")
     options = parser.parse_args(argv)
     rows = pd.read_csv(options.csv)
-    place = rows[["hardware", "revision"]]
+    place = rows[["hardware", "revision"]].fillna("")  # a copy of the repository without git has no revision
     rows = rows[(place == place.iloc[-1]).all(axis=1)]  # the latest ones
     text = table(rows)
     print(text)
     if options.table:
         options.table.write_text(text)
-    if options.wins:
-        options.wins.write_text(wins(rows))
     if options.picture:
         picture(rows, options.picture)
     return 0

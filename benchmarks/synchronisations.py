@@ -13,11 +13,10 @@ from pathlib import Path
 
 import torch
 from bench_step import STEPS, our_epoch
-from timing import Rows, place
+from timing import Rows, named_device, place
 
 from ks.cli import console
 from ks.layer import KSLinear
-from ks.training.problem import choose_device
 from ks.training.samples import Samples
 
 TELLING = ("Synchronize", "Memcpy", "GraphLaunch", "LaunchKernel", "_local_scalar_dense")
@@ -31,7 +30,7 @@ def main(argv=None) -> int:
     parser.add_argument("--rank", type=int, default=16, help="(default: 16)")
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args(argv)
-    (m, n), device, rows = options.shape, choose_device(options.device), Rows(options.csv)
+    (m, n), device, rows = options.shape, named_device(options.device), Rows(options.csv)
     weight = torch.randn(m, n, device=device) * n**-0.5
     layer = KSLinear(n, m, options.rank, device=device)
     samples = Samples(weight, STEPS * 32, 1, 32, sampling="fixed", seed=0)

@@ -15,7 +15,15 @@ from ks.files.provenance import provenance
 from ks.training.steps import cuda_graph
 
 
-def interleaved_medians(functions: dict, device: torch.device, rounds: int = 15, calls: int = 5) -> dict:
+def interleaved_medians(
+    functions: dict,
+    device: torch.device,
+    rounds: int = 15,
+    calls: int = 5,
+    *,
+    seconds: float | None = None,
+    clock=time.perf_counter,
+) -> dict:
     """Return median milliseconds per call of each function; every round times all, so that noise meets them alike.
 
     Args:
@@ -23,17 +31,28 @@ def interleaved_medians(functions: dict, device: torch.device, rounds: int = 15,
         device: synchronised before each reading of the clock.
         rounds: readings of each function, after one that does not count.
         calls: calls per reading.
+        seconds: instead of calls, the time of a reading, about.
+        clock: in seconds; time.process_time leaves out the time of other programs on the machine.
     """
     synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def reading(function, calls):
+        synchronise()
+        started = clock()
+        for _ in range(calls):
+            function()
+        synchronise()
+        return (clock() - started) * 1e3 / calls
+
+    counts = dict.fromkeys(functions, calls)
+    if seconds is not None:
+        for function in functions.values():
+            function()
+        counts = {name: max(1, min(500, int(1e3 * seconds / reading(f, 2)))) for name, f in functions.items()}
     readings = {name: [] for name in functions}
     for _ in range(rounds + 1):
         for name, function in functions.items():
-            synchronise()
-            started = time.perf_counter()
-            for _ in range(calls):
-                function()
-            synchronise()
-            readings[name].append((time.perf_counter() - started) * 1e3 / calls)
+            readings[name].append(reading(function, counts[name]))
     return {name: statistics.median(values[1:]) for name, values in readings.items()}
 
 
@@ -50,6 +69,14 @@ def rotated(function, operands: list):
             function(*each)
 
     return call_all
+
+
+def named_device(name: str) -> torch.device:
+    """Return the device of a --device flag; exit with a line if it is not there."""
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        sys.exit(f"no CUDA device is available for --device {name}")
+    return device
 
 
 def seconds(*command) -> float:

@@ -9,13 +9,11 @@ from ks.bounds.factorize import factorize
 from ks.bounds.moments import Inputs
 from ks.errors import UsageError
 from ks.files.memory import check_fits
-from ks.files.schema import SavedChain, convert
 from ks.files.torch_files import plain, read_torch_file
 from ks.patterns import Pattern, check_patterns, make_chain
 from ks.product.backend import check_impl
-from ks.product.bmm import empty_values
+from ks.product.chain import blocks_of, chain_layout, empty_blocks, multiply, values_of
 from ks.product.dense import dense_chain
-from ks.product.operator import chain_product
 
 FILE_FORMAT = "ks_chain"
 FILE_VERSION = 1
@@ -24,20 +22,24 @@ FILE_VERSION = 1
 class KSLinear(torch.nn.Module):
     """y = x Wᵀ (+ bias) with W = K_1 … K_L, each K_l Kronecker-sparse; a drop-in for nn.Linear.
 
+    The values of factor l are the parameter `block_l`, l from 0, of shape (a·d, c, b), as they multiply; `factors`
+    shows them in the shape (a, b, c, d). Precision and autocast are those of nn.Linear: torch's global settings decide.
+
     Args:
         in_features: n.
         out_features: m.
-        rank: r of the chain; see `ks.patterns.Chain`.
-        bias: whether to add a trained bias of shape (m,).
+        rank: r of the chain; see `ks.patterns.Chain`. It stands where nn.Linear has its bias.
+        bias: whether to add a trained bias of shape (m,); nn.Linear has one unless told, a chain only if asked.
         chain: 'monarch', 'lowrank', 'butterfly' or 'lowrank_butterfly'.
         blocks, num_factors, row_splits, col_splits: as in `ks.patterns.make_chain`.
-        impl: 'auto', 'triton' or 'bmm'.
+        impl: 'auto' and 'bmm' for plain operations of torch, 'triton' for the kernels of this package.
         batch_last: features first, (n, ...) → (m, ...), instead of (..., n) → (..., m).
         device, dtype: of the parameters.
     Raises:
         UsageError: a chain that does not fit the shape, or an impl that cannot run.
     """
 
+    block_0: torch.nn.Parameter
     stored_transposed = (
         False  # whether the weight that this layer replaced is (in, out) in its checkpoint, as of Conv1D
     )
@@ -59,6 +61,8 @@ class KSLinear(torch.nn.Module):
         device=None,
         dtype=None,
     ):
+        if isinstance(rank, bool):
+            raise UsageError(f"rank {rank}: the third argument of KSLinear is the rank; write bias={rank}")
         family = make_chain(
             out_features,
             in_features,
@@ -69,18 +73,19 @@ class KSLinear(torch.nn.Module):
             col_splits=col_splits,
         )
         self._build(family.patterns(rank), bias, impl, batch_last, device, dtype)
+        self.reset_parameters()
 
     def _build(self, patterns, bias, impl, batch_last, device, dtype):
         super().__init__()
         self.patterns = check_patterns(patterns)
         self.out_features, self.in_features = self.patterns[0].rows, self.patterns[-1].cols
         self.batch_last, self.impl = batch_last, impl
-        self.factors = torch.nn.ParameterList(
-            torch.nn.Parameter(empty_values(pattern, device, dtype)) for pattern in self.patterns
-        )
+        self._layout = chain_layout(self.patterns, batch_last)
+        self._names = tuple(f"block_{index}" for index in range(len(self.patterns)))
+        for name, pattern in zip(self._names, self.patterns):
+            self.register_parameter(name, torch.nn.Parameter(empty_blocks(pattern, device, dtype)))
         self.bias = torch.nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
-        check_impl(impl, self.factors[0].device)
-        self.reset_parameters()
+        check_impl(impl, self.block_0.device)
 
     @classmethod
     def from_patterns(
@@ -91,9 +96,43 @@ class KSLinear(torch.nn.Module):
         Raises:
             UsageError: patterns that do not chain.
         """
+        layer = cls.uninitialised(patterns, bias, impl=impl, batch_last=batch_last, device=device, dtype=dtype)
+        layer.reset_parameters()
+        return layer
+
+    @classmethod
+    def uninitialised(
+        cls, patterns, bias: bool = False, *, impl: str = "auto", batch_last: bool = False, device=None, dtype=None
+    ) -> "KSLinear":
+        """Build the layer that `from_patterns` builds, without drawing values: for whoever writes them next."""
         layer = cls.__new__(cls)
         layer._build(patterns, bias, impl, batch_last, device, dtype)
         return layer
+
+    @property
+    def blocks(self) -> list[torch.nn.Parameter]:
+        """The parameters of the factors, output side first, each of shape (a·d, c, b)."""
+        parameters = self._parameters
+        try:
+            return [parameters[name] for name in self._names]  # type: ignore[misc]  # getattr takes twice as long
+        except KeyError:  # parametrised or pruned
+            return [getattr(self, name) for name in self._names]
+
+    @property
+    def factors(self) -> list[torch.Tensor]:
+        """The values of the factors, output side first: views (a, b, c, d) of `blocks`, so that writing into them
+        changes the layer."""
+        return [values_of(block, pattern) for block, pattern in zip(self.blocks, self.patterns)]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """What tells code that asks for the shape, dtype and device of nn.Linear.weight, with NaN for every value.
+
+        `to_dense` returns W. Every caller has a tensor of its own: what is written into it does not reach the layer.
+        """
+        shape = (self.out_features, self.in_features)
+        nan = torch.full((), math.nan, dtype=self.block_0.dtype, device=self.block_0.device)
+        return nan.expand(shape[::-1] if self.stored_transposed else shape)
 
     @classmethod
     def from_dense(
@@ -132,7 +171,7 @@ class KSLinear(torch.nn.Module):
             patterns = make_chain(rows, cols, chain_options.pop("chain", "monarch"), **chain_options).patterns(rank)
         factors = factorize(weight, patterns, input_moments)
         place = {"device": weight.device, "dtype": weight.dtype}
-        layer = cls.from_patterns(patterns, bias is not None, impl=impl, batch_last=batch_last, **place)
+        layer = cls.uninitialised(patterns, bias is not None, impl=impl, batch_last=batch_last, **place)
         with torch.no_grad():
             for parameter, values in zip(layer.factors, factors):
                 parameter.copy_(values)
@@ -151,26 +190,66 @@ class KSLinear(torch.nn.Module):
         Every factor has variance 1/c, so that it keeps the variance of its input; the left-most one a third of that.
         """
         with torch.no_grad():
-            for index, (factor, pattern) in enumerate(zip(self.factors, self.patterns)):
+            for index, (block, pattern) in enumerate(zip(self.blocks, self.patterns)):
                 variance = (1 if index else 1 / 3) / pattern.c
-                factor.normal_(0.0, math.sqrt(variance), generator=generator)
+                block.normal_(0.0, math.sqrt(variance), generator=generator)
             if self.bias is not None:
                 bound = self.in_features**-0.5
                 self.bias.uniform_(-bound, bound, generator=generator)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., n) to (..., m), or (n, ...) to (m, ...) with `batch_last`."""
-        y = chain_product(x, list(self.factors), self.batch_last, impl=self.impl)
-        if self.bias is None:
-            return y
-        bias = self.bias.to(y.dtype)
-        return y + (bias.view(-1, *[1] * (y.ndim - 1)) if self.batch_last else bias)
+        if self.impl == "triton":
+            from ks.product.triton_chain import triton_product
+
+            return triton_product(x, self.blocks, self._layout, self.bias)
+        return multiply(x, self.blocks, self._layout, self.bias)
+
+    def leave_blocks_to(self, consumer: "KSLinear") -> torch.Tensor:
+        """Hand the outputs to another chain as this one makes them, which saves the permutation between the two.
+
+        From then on, this layer returns (..., d, m/d) instead of (..., m), which functions of single values keep, and
+        `consumer` takes that. Its inputs are then in another order: input i is output `rows[i]`, so that the weight to
+        compress for it, or its first layer for trained ones, is W[:, rows]. Nothing is copied between the layers.
+
+        Args:
+            consumer: the only one that reads the outputs, through functions of single values if any; the d blocks of
+                outputs are its groups of inputs, as of two grids with q = p.
+        Returns:
+            rows, the output of W behind each input of the consumer, shape (m,), int64 on the CPU.
+        Raises:
+            UsageError: the outputs lie in other blocks than the inputs, or another layout.
+        """
+        first, last = self.patterns[0], consumer.patterns[-1]
+        if (first.a, first.d, first.b, self.batch_last) != (last.d, last.a, last.c, consumer.batch_last):
+            raise UsageError(
+                f"blocks of {first} cannot go to {last}: (1, b, c, d) and (d, b', b, 1) are needed, in one layout"
+            )
+        self._set_blocks(self._layout.blocks_in, True)
+        consumer._set_blocks(True, consumer._layout.blocks_out)
+        return torch.arange(self.out_features).view(-1, first.d).t().flatten()
+
+    @property
+    def hands_over_blocks(self) -> bool:
+        """Whether `leave_blocks_to` has bound this layer to a neighbour."""
+        return self._layout.blocks_in or self._layout.blocks_out
+
+    def _set_blocks(self, blocks_in: bool, blocks_out: bool) -> None:
+        self._layout = chain_layout(self.patterns, self.batch_last, blocks_in, blocks_out)
+
+    def _load_from_state_dict(self, state_dict, prefix, *arguments):
+        """Load the factors of earlier files too, which hold values of shape (a, b, c, d) as factors.l."""
+        for index, name in enumerate(self._names):
+            values = state_dict.pop(f"{prefix}factors.{index}", None)
+            if values is not None:
+                state_dict[prefix + name] = blocks_of(values).contiguous() if values.dim() == 4 else values
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     @torch.no_grad()
     def to_dense(self) -> torch.Tensor:
         """Return W = K_1 … K_L as a tensor of shape (m, n), in the layer's dtype and on its device (bias left out)."""
-        with torch.autocast(self.factors[0].device.type, enabled=False):
-            return dense_chain(list(self.factors))
+        with torch.autocast(self.block_0.device.type, enabled=False):
+            return dense_chain(self.factors)
 
     @property
     def num_parameters(self) -> int:
@@ -182,13 +261,22 @@ class KSLinear(torch.nn.Module):
         torch.save(self.to_payload(), path)
 
     def to_payload(self) -> dict:
-        """Return the content of a saved file: plain values and tensors, readable with weights_only=True."""
+        """Return the content of a saved file: plain values and tensors, readable with weights_only=True.
+
+        Raises:
+            UsageError: the layer takes or leaves features in blocks, which belongs to its model, not to the file.
+        """
+        if self.hands_over_blocks:
+            raise UsageError("a chain that takes or leaves features in blocks is saved by the state_dict of its model")
+        tensors = {f"factors.{index}": factor for index, factor in enumerate(self.factors)}
+        if self.bias is not None:
+            tensors["bias"] = self.bias
         return {
             "format": FILE_FORMAT,
             "version": FILE_VERSION,
             "patterns": [list(pattern) for pattern in self.patterns],
             "batch_last": self.batch_last,
-            "state_dict": {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()},
+            "state_dict": {name: tensor.detach().cpu() for name, tensor in tensors.items()},
         }
 
     @classmethod
@@ -205,6 +293,8 @@ class KSLinear(torch.nn.Module):
         Raises:
             UsageError: not such a file, or of a newer version; or a bias of another shape, not floating or not finite.
         """
+        from ks.files.schema import SavedChain, convert  # it needs msgspec, which the layer itself does not
+
         payload = read_torch_file(path, "a saved chain")
         if not isinstance(payload, dict) or payload.get("format") != FILE_FORMAT:
             raise UsageError(f"{path} is not a saved chain; a file written by KSLinear.save is needed")
@@ -216,7 +306,7 @@ class KSLinear(torch.nn.Module):
         state = saved.state_dict
         if bias is not None:
             state = {**state, "bias": _added_bias(bias, state, patterns[0].rows)}
-        layer = cls.from_patterns(
+        layer = cls.uninitialised(
             patterns,
             bias="bias" in state,
             impl=impl,

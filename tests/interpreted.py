@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from ks.product import operator
+from ks.product import bmm, triton_chain
 
 
 @contextlib.contextmanager
@@ -26,16 +26,16 @@ def interpreter(*names):
         found = [name for name in sys.modules if name in names or name.split(".")[0] == "triton"]
         for name in names:  # else `from package import module` finds it there
             package, _, module = name.rpartition(".")
-            vars(sys.modules.get(package, operator)).pop(module, None)
+            vars(sys.modules.get(package, bmm)).pop(module, None)
         return {name: sys.modules.pop(name) for name in found if not name.startswith("triton._C")}
 
     before = take_out()
-    operator._passes.cache_clear()
+    triton_chain._passes.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         mend_bfloat16(patch, importlib.import_module("triton.runtime.interpreter"))
         yield [importlib.import_module(name) for name in names]
-    operator._passes.cache_clear()
+    triton_chain._passes.cache_clear()
     take_out()
     sys.modules.update(before)
     for name in names:

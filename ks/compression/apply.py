@@ -156,11 +156,11 @@ def replacements_of(place: Place, chain_of: ChainOf) -> dict[nn.Module, KSLinear
     chain = chain_of(place)
     extra, parameter = chain.bias, place.linears[0].module.weight
     assert isinstance(parameter, nn.Parameter)
-    for factor in chain.factors:
-        factor.requires_grad_(parameter.requires_grad)
+    for block in chain.blocks:
+        block.requires_grad_(parameter.requires_grad)
     made: dict[nn.Module, KSLinear] = {}
     for linear in place.linears:
-        twin = copy.deepcopy(chain, {id(factor): factor for factor in chain.factors}) if made else chain
+        twin = copy.deepcopy(chain, {id(block): block for block in chain.blocks}) if made else chain
         twin.bias = _with_extra(linear.module._parameters.get("bias"), extra)
         twin.stored_transposed = linear.transposed
         twin.train(linear.module.training)
@@ -185,7 +185,7 @@ def check_count(plan: ModelPlan, places: list[Place], replacements: dict[nn.Modu
     count = 0
     for place in places:
         chains = [replacements[linear.module] for linear in place.linears if linear.module in replacements]
-        values = {factor for chain in chains for factor in chain.parameters() if factor is not chain.bias}
-        count += sum(factor.numel() for factor in values) if chains else place.weight.numel()
+        values = {block for chain in chains for block in chain.blocks}
+        count += sum(block.numel() for block in values) if chains else place.weight.numel()
     if count != plan.parameters:
         raise InternalError(f"the compressed layers have {count} parameters, the plan has {plan.parameters}")

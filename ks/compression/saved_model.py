@@ -21,9 +21,10 @@ from ks.files.schema import CompressedLayer, CompressedModel, read_json_as
 from ks.inputs.collect import checkpoint_name, linears_of, unwrapped
 from ks.layer import KSLinear
 from ks.patterns import check_patterns
+from ks.product.chain import blocks_of
 
 TENSORS, RECORD = "model.safetensors", "compressed.json"
-FORMAT, VERSION = "ks_compressed_model", 1
+FORMAT, VERSION = "ks_compressed_model", 2
 
 
 def save_compressed(model: nn.Module, folder, *, densify: bool = False) -> None:
@@ -82,6 +83,8 @@ def load_compressed(model: nn.Module, folder, *, impl: str = "auto") -> nn.Modul
     inside = unwrapped(model)
     replacements = _empty_chains(inside, record, folder, impl)
     tensors = _read_tensors(folder / TENSORS)
+    if record.version == 1:
+        tensors, record.aliases = _as_blocks(tensors, record)
     _check_keys(inside, replacements, tensors, record, folder)
     result = replace_modules(model, replacements)
     _fill(unwrapped(result), tensors, record.aliases)
@@ -102,6 +105,8 @@ def _state_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _described(chain: KSLinear) -> CompressedLayer:
+    if chain.hands_over_blocks:
+        raise UsageError("a chain that takes or leaves features in blocks is saved by the state_dict of its model")
     return CompressedLayer(list(chain.patterns), chain.batch_last, chain.bias is not None, chain.stored_transposed)
 
 
@@ -123,8 +128,8 @@ def _densified(state: Mapping[str, torch.Tensor], chains: Mapping[str, KSLinear]
     tensors = dict(state)
     for name, chain in chains.items():
         prefix = f"{name}." if name else ""
-        for index in range(len(chain.factors)):
-            del tensors[f"{prefix}factors.{index}"]
+        for index in range(len(chain.patterns)):
+            del tensors[f"{prefix}block_{index}"]
         dense = chain.to_dense()
         tensors[f"{prefix}weight"] = dense.t() if chain.stored_transposed else dense
     return tensors
@@ -195,7 +200,7 @@ def _empty_chains(model: nn.Module, record: CompressedModel, folder: Path, impl:
         if shape != (wanted[::-1] if linear.transposed else wanted):
             raise UsageError(f"{where}: {one_line(name)} has a weight of shape {shape}, {sizes} is needed")
         if linear.module not in chains:
-            chain = KSLinear.from_patterns(
+            chain = KSLinear.uninitialised(
                 patterns, layer.bias, impl=impl, batch_last=layer.batch_last, device=weight.device, dtype=weight.dtype
             )
             chain.stored_transposed = layer.stored_transposed
@@ -211,6 +216,18 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
     except (OSError, safetensors.SafetensorError) as error:
         raise UsageError(f"{path} cannot be read ({one_line(error, 200)})") from error
+
+
+def _as_blocks(tensors: dict[str, torch.Tensor], record: CompressedModel):
+    """Return tensors and aliases of version 1, whose factor l has values (a, b, c, d) as factors.l, as blocks."""
+    name_of = {
+        f"{name}.factors.{index}".removeprefix("."): f"{name}.block_{index}".removeprefix(".")
+        for name, layer in record.layers.items()
+        for index in range(len(layer.patterns))
+    }
+    aliases = {name_of.get(name, name): name_of.get(stored, stored) for name, stored in record.aliases.items()}
+    factors = {name: blocks_of(value) for name, value in tensors.items() if name in name_of and value.dim() == 4}
+    return {name_of.get(name, name): factors.get(name, value) for name, value in tensors.items()}, aliases
 
 
 def _check_keys(

@@ -70,6 +70,8 @@ CURVES = (
 LATENCIES = (
     *(Column(f"latency_ms_batch_{batch}", Duration, f"time of a forward pass of the chain on {batch} inputs, median of "
              "rounds after the training", "milliseconds") for batch in BATCHES),
+    *(Column(f"lowrank_latency_ms_batch_{batch}", Duration, f"time of plain low-rank of the chain's size on {batch} "
+             "inputs", "milliseconds") for batch in BATCHES),
     *(Column(f"dense_latency_ms_batch_{batch}", Duration, f"time of W x on {batch} inputs, measured in turn with the "
              "chain", "milliseconds") for batch in BATCHES),
 )  # fmt: skip

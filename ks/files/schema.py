@@ -28,7 +28,7 @@ _Latencies: Any = msgspec.defstruct("_", [(column.name, column.type | None, None
 
 
 class Latency(_Latencies, kw_only=True):  # type: ignore[call-arg]
-    """Median milliseconds of a forward pass of chain and dense, with the CPU threads, dtype and device of both."""
+    """Median milliseconds of a forward pass of chain, dense and low-rank, with CPU threads, dtype and device of all."""
 
     threads: Positive
     dtype: Text

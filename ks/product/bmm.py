@@ -11,9 +11,9 @@ import torch
 
 
 def empty_values(pattern: Sequence[int], device=None, dtype=None) -> torch.Tensor:
-    """Return uninitialised values of shape (a, b, c, d), in the memory order (a, d, b, c) that products read best."""
+    """Return uninitialised values of shape (a, b, c, d), in the memory order (a, d, c, b) of `ks.layer.KSLinear`."""
     a, b, c, d = pattern
-    return torch.empty(a, d, b, c, device=device, dtype=dtype).permute(0, 2, 3, 1)
+    return torch.empty(a, d, c, b, device=device, dtype=dtype).permute(0, 3, 2, 1)
 
 
 def apply_factor(
@@ -65,21 +65,19 @@ def values_gradient(
     Args:
         gradient: of K x, shape (a·b·d, batch), any strides, or its `readable_blocks`.
         x: shape (a·c·d, batch), any strides.
-        out: shape (a, b, c, d), from `empty_values`, overwritten; of the dtype of x, or float32.
+        out: shape (a, b, c, d), from `empty_values`, overwritten; of the dtype of x, or float32, into which the product
+            is converted.
         block_order: whether the features of `gradient` are ordered (a, d, f).
         precision: as in `apply_factor`.
     """
     a, b, c, d = out.shape
-    blocks = readable_blocks(gradient, a, d, block_order)
-    operands = (blocks, readable_blocks(x, a, d).transpose(1, 2))
-    place = out.permute(0, 3, 1, 2).view(a * d, b, c)
+    operands = (readable_blocks(x, a, d), readable_blocks(gradient, a, d, block_order).transpose(1, 2))
+    place = out.permute(0, 3, 2, 1).view(a * d, c, b)
     with float32_products(x, precision):
         if out.dtype == x.dtype:
             torch.bmm(*operands, out=place)
-        elif x.device.type == "cpu":  # which has no product of half-precision matrices in float32
-            place.copy_(torch.bmm(*operands))
         else:
-            torch.bmm(*operands, out_dtype=out.dtype, out=place)
+            place.copy_(torch.bmm(*operands))
 
 
 def _blocks(features: torch.Tensor, a: int, d: int, block_order: bool = False) -> torch.Tensor | None:

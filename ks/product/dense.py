@@ -77,7 +77,9 @@ def _columns(out: torch.Tensor, values: list[torch.Tensor]) -> Iterator[tuple[to
         columns = out[:, start : start + step]
         unit = out.new_zeros(features, columns.shape[1])
         unit[start : start + step].fill_diagonal_(1.0)
-        yield columns, chain_product(unit, values, batch_last=True)
+        with float32_products(out, "ieee"):
+            product = chain_product(unit, values, batch_last=True)
+        yield columns, product
 
 
 def _merged(values: list[torch.Tensor]) -> torch.Tensor:

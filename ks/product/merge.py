@@ -9,7 +9,7 @@ from ks.patterns import Pattern, chainability
 MERGE_BATCH = 256  # samples from which on merging pays
 
 
-def merge_runs(patterns: tuple[Pattern, ...], batch: int) -> list[tuple[int, int]]:
+def merge_runs(patterns: tuple[Pattern, ...], batch: int = MERGE_BATCH) -> list[tuple[int, int]]:
     """Return the runs of neighbouring factors to multiply with each other, as (start, stop) ranges.
 
     A pass over the activations costs as much as a product with 64 × 64 blocks. So runs of factors with b, c ≤ 16

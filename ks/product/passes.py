@@ -1,7 +1,7 @@
 """Forward and backward pass of a whole chain on one backend, without autograd.
 
 Inside, an activation is a logical (features, batch) matrix, whatever its strides; between factors it is contiguous
-along the batch. Values of shape (a, b, c, d) are multiplied in place where they lie in memory as (a, d, b, c), the
+along the batch. Values of shape (a, b, c, d) are multiplied in place where they lie in memory as (a, d, c, b), the
 order of `ks.product.bmm.empty_values`.
 """
 
@@ -16,7 +16,7 @@ from ks.patterns import Pattern
 from ks.product import bmm, tiles
 from ks.product.backend import backend_module, choose_impl
 from ks.product.merge import merge_runs, merged_pattern, partial_products, unmerge_gradient
-from ks.product.splits import SplitMatrices, is_chainable, scale_gradient, split_patterns
+from ks.product.splits import SplitMatrices, scale_gradient
 
 
 class ChainPasses:
@@ -51,11 +51,11 @@ class ChainPasses:
     ):
         self.batch, self.batch_last, self.block_order, self.precision = batch, batch_last, block_order, precision
         self.device, self.dtype = device, dtype
-        patterns = tuple(patterns)
+        self.given = patterns = tuple(patterns)
         runs = merge_runs(patterns, batch)
         self.runs = [slice(start, stop) for start, stop in runs]
         self.patterns = [functools.reduce(merged_pattern, patterns[run]) for run in self.runs]
-        chosen = backend_module(choose_impl(impl, device, self.patterns, batch, dtype, precision)[0])
+        chosen = backend_module(choose_impl(impl, device)[0])
         self._kernels = None if chosen is bmm else chosen
         pays = [(False, False) if chosen is bmm else self._kernels_pay(i, chosen) for i in range(len(self.runs))]
         self.forward_backends = [chosen if forward else bmm for forward, _ in pays]
@@ -116,7 +116,6 @@ class ChainPasses:
         needed: list[bool] | None = None,
         out: list[torch.Tensor] | None = None,
         scaling: SplitMatrices | None = None,
-        direct: bool = False,
     ) -> list[torch.Tensor]:
         """Return the gradients that are needed of (x, *values), by default those of the values.
 
@@ -128,7 +127,6 @@ class ChainPasses:
             out: places for the gradients of the values, in the memory order of `empty_values`, any float dtype.
             scaling: matrices that multiply the gradient of every factor; with them, products are at least as precise
                 as they are.
-            direct: let products of half-precision activations write into float32 places without rounding to half.
         """
         features, gradient = (x, gradient) if self.batch_last else (x.t(), gradient.t())
         precision = self.precision
@@ -158,7 +156,7 @@ class ChainPasses:
                 continue
             places = out[run] if out else [bmm.empty_values(f.shape, x.device, x.dtype) for f in values[run]]
             arrived, entered, rest = self._scaled(index, arriving[index], entering[index], scaling)
-            in_place = len(partials) == 1 and (direct or places[0].dtype == arrived.dtype)
+            in_place = len(partials) == 1 and places[0].dtype == arrived.dtype
             product = places[0] if in_place else bmm.empty_values(self.patterns[index], x.device, arrived.dtype)
             order = {"block_order": True} if self.block_order and index == 0 else {}
             self.backward_backends[index].values_gradient(arrived, entered, product, precision=precision, **order)
@@ -214,47 +212,55 @@ def _promoted(tensors: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Ten
     return converted
 
 
-def _zero_matrices(patterns: Sequence[Pattern], device: torch.device) -> SplitMatrices | None:
-    """Return matrices at the splits of a chain that is chainable and has splits."""
-    if len(patterns) == 1 or not is_chainable(patterns):
-        return None
-    sides = ([torch.zeros(*pattern, device=device) for pattern in split_patterns(patterns)] for _ in range(2))
-    return SplitMatrices(*sides)
-
-
 def choose_working_impl(
     impl: str, patterns: Sequence[Pattern], batch: int, device: torch.device, dtype: torch.dtype, **settings
 ) -> tuple[str, str, str | None]:
-    """Choose a backend as `choose_impl` does, and make sure that its kernels compile here.
+    """Choose a backend as `choose_impl` does, and try its kernels on random data against torch.bmm.
 
     Args:
         impl: 'auto', 'triton' or 'bmm'.
         patterns, batch, device, dtype: as in `ChainPasses`.
         settings: further arguments of `ChainPasses`.
     Returns:
-        (backend, reason, warning); the warning says that Triton failed and bmm takes its place, else it is None.
+        (backend, reason, warning); nothing warns of anything yet, so that the last is None.
     Raises:
         UsageError: 'triton' was asked for by name, and it fails.
     """
-    chosen, reason = choose_impl(impl, device, patterns, batch, dtype, settings.get("precision", "ieee"))
+    chosen, reason = choose_impl(impl, device)
     if chosen == "bmm":
         return chosen, reason, None
     from triton.errors import TritonError
 
     try:
         passes = ChainPasses(patterns, batch, device, dtype, impl=chosen, **settings)
-        values = [bmm.empty_values(pattern, device, dtype).zero_() for pattern in patterns]
-        x = torch.zeros((patterns[-1].cols, batch) if passes.batch_last else (batch, patterns[-1].cols), device=device)
-        y, *inner = passes.forward(x.to(dtype), values)
-        out = [bmm.empty_values(pattern, device, torch.float32) for pattern in patterns]
-        passes.backward(y, x.to(dtype), values, inner, out=out, scaling=_zero_matrices(patterns, device))
+        difference = _difference(passes, ChainPasses(patterns, batch, device, dtype, impl="bmm", **settings))
     except torch.OutOfMemoryError:
         raise
     except (TritonError, RuntimeError, CalledProcessError) as error:  # a missing C compiler is a RuntimeError
         failure = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if impl == "triton":
-            raise UsageError(f"impl 'triton': the kernels fail here ({failure}); use 'auto' or 'bmm'") from error
-        return "bmm", "Triton fails here", f"the Triton kernels fail here ({failure}); torch.bmm takes their place"
+        raise UsageError(f"impl 'triton': the kernels fail here ({failure}); use 'auto' or 'bmm'") from error
+    if not difference < 16 * max(torch.finfo(dtype).eps, 2**-11 if settings.get("precision", "ieee") == "tf32" else 0):
+        raise UsageError(f"impl 'triton': the kernels are wrong here, by {difference:.1g} of a product; use 'bmm'")
     if all(backend is bmm for backend in passes.forward_backends + passes.backward_backends):
         reason += "; torch.bmm takes every product here, because it copies nothing or moves fewer bytes"
     return chosen, reason, None
+
+
+def _difference(ours: ChainPasses, other: ChainPasses) -> float:
+    """Return by how much of its norm any result of two passes over random data differs."""
+    device, dtype = ours.device, ours.dtype
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    patterns = ours.given
+    values = [bmm.empty_values(p, device, dtype).copy_(normal(*p) * p.c**-0.5) for p in patterns]
+    shapes = [(patterns[0].rows, ours.batch), (patterns[-1].cols, ours.batch)]
+    gradient, x = (normal(*(shape if ours.batch_last else shape[::-1])) for shape in shapes)
+    results = []
+    for passes in (ours, other):
+        y, *inner = passes.forward(x, values)
+        results.append([y, *passes.backward(gradient, x, values, inner, needed=[True] * (1 + len(values)))])
+    pairs = [(mine.float(), theirs.float()) for mine, theirs in zip(*results)]
+    return max(((mine - theirs).norm() / theirs.norm()).item() for mine, theirs in pairs)

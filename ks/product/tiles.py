@@ -75,7 +75,7 @@ def _shared_bytes(arch: int) -> int:
 
 
 def _largest_operand(bits: int, arch: int) -> int:
-    """Return the largest tile of x, samples times features, for which no kernel spills registers (test_cubins.py).
+    """Return the largest tile of x, samples times features, for which no kernel spilled registers.
 
     Tensor cores of Hopper and Blackwell (wgmma, tcgen05) read operands from shared memory, others from registers.
     """

@@ -163,17 +163,19 @@ def apply_factor(
     tile = tiles.factor_tiles(pattern, batch, x.element_size() * 8, architecture(x.device))
     shares = triton.cdiv(b, tile.rows_of_share)
     groups_of_t = d // tiles.GROUP
-    factor_kernel[(triton.cdiv(batch, tile.batch) * a * groups_of_t * shares,)](
-        x,
-        factor,
-        out,
-        *(batch, b, c, a * groups_of_t, groups_of_t, shares, tile.rows_of_share),
-        *x.stride()[::-1],
-        *factor.stride(),
-        *out.stride()[::-1],
-        HELD=c <= tile.cols,
-        **_options(tile, precision),
-    )
+    grid = (triton.cdiv(batch, tile.batch) * a * groups_of_t * shares,)
+    with torch.cuda.device_of(x):
+        factor_kernel[grid](
+            x,
+            factor,
+            out,
+            *(batch, b, c, a * groups_of_t, groups_of_t, shares, tile.rows_of_share),
+            *x.stride()[::-1],
+            *factor.stride(),
+            *out.stride()[::-1],
+            HELD=c <= tile.cols,
+            **_options(tile, precision),
+        )
 
 
 def values_gradient(
@@ -197,15 +199,17 @@ def values_gradient(
         sums = torch.empty(parts, a, d, b, c, dtype=torch.float32, device=x.device).permute(0, 1, 3, 4, 2)
     groups_of_t = d // tiles.GROUP
     tiles_j, tiles_k = triton.cdiv(b, tile.rows), triton.cdiv(c, tile.cols)
-    values_gradient_kernel[(parts * a * groups_of_t * tiles_j * tiles_k,)](
-        gradient,
-        x,
-        sums,
-        *(batch, b, c, a * groups_of_t, groups_of_t, tiles_j, tiles_k, tile.samples_of_part),
-        *gradient.stride()[::-1],
-        *x.stride()[::-1],
-        *sums.stride(),
-        **_options(tile, precision),
-    )
+    grid = (parts * a * groups_of_t * tiles_j * tiles_k,)
+    with torch.cuda.device_of(x):
+        values_gradient_kernel[grid](
+            gradient,
+            x,
+            sums,
+            *(batch, b, c, a * groups_of_t, groups_of_t, tiles_j, tiles_k, tile.samples_of_part),
+            *gradient.stride()[::-1],
+            *x.stride()[::-1],
+            *sums.stride(),
+            **_options(tile, precision),
+        )
     if parts > 1:
         out.copy_(sums.sum(0))  # torch.sum(…, out=half) would round before it adds

@@ -37,7 +37,7 @@ class BestModel:
         """Return everything that changes, for a checkpoint."""
         assert self.row is not None
         assert self.kept is not None
-        return {"val_loss": self.val_loss, "epoch": self.row["epoch"], "factors": [*self.kept.state_dict().values()]}
+        return {"val_loss": self.val_loss, "epoch": self.row["epoch"], "factors": [factor.detach() for factor in self.kept.factors]}
 
     def restore(self, state: BestRecord, curves: list[dict]) -> None:
         """Put a state back; `curves` are those of the same checkpoint."""

@@ -1,4 +1,4 @@
-"""The latency of inference: the trained chain and the dense layer, measured in turn on the device of the training."""
+"""The latency of inference: the trained chain, the dense layer and plain low-rank of its size, measured in turn."""
 
 import functools
 import statistics
@@ -13,44 +13,65 @@ from ks.layer import KSLinear
 
 READING_SECONDS = 1e-3  # short calls are repeated for so long between two readings of the clock
 ROUNDS = (3, 25)  # at least and at most
+THREADS = 1  # of a CPU
 
 
 def measure_latency(
     model: KSLinear, weight: torch.Tensor, dtype: torch.dtype, impl: str, threads: int, seconds: float
 ) -> Latency:
-    """Return the median time of a forward pass of a chain and of W x, on batches of several sizes.
+    """Return the median time of a forward pass of a chain, of W x, and of two dense factors U V x of the chain's size.
 
-    A batch of which one round is expected to take more than half of `seconds` is left out, and so are larger ones.
+    They take turns on batches of several sizes, on one thread of a CPU whatever the training uses, so that all rows of
+    a table compare; on a GPU eagerly, launches included. A batch of which one round is expected to take more than half
+    of `seconds` is left out, and so are larger ones.
 
     Args:
         model: the chain; its values do not matter.
         weight: W, shape (m, n), on the device of the model.
         dtype: of inputs and values.
         impl: backend of the chain.
-        threads: of the CPU.
+        threads: of the training, set again afterwards.
         seconds: to spend, about; twice as long if a single round is slow.
     """
-    torch.set_num_threads(threads)
-    weight, device = weight.to(dtype), weight.device
-    chain = KSLinear.from_patterns(
-        model.patterns, impl=impl, batch_last=model.batch_last, device=device, dtype=dtype
-    ).requires_grad_(False)
-    found = Latency(threads=threads, dtype=str(dtype).removeprefix("torch."), device=str(device))
-    expected = 0.0
-    for batch, previous in zip(BATCHES, (1, *BATCHES)):
-        if expected * batch / previous > seconds / 2:
-            break
-        shape = (weight.shape[1], batch) if model.batch_last else (batch, weight.shape[1])
-        x = torch.randn(shape, device=device).to(dtype)
-        dense = functools.partial(torch.matmul, weight, x)
-        if not model.batch_last:
-            dense = functools.partial(torch.nn.functional.linear, x, weight)
-        with torch.inference_mode():
-            times = interleaved_medians((functools.partial(chain, x), dense), device, seconds / len(BATCHES))
-        for name, value in zip(("latency", "dense_latency"), times):
-            setattr(found, f"{name}_ms_batch_{batch}", 1e3 * value)
-        expected = sum(times)
+    generator = torch.Generator().manual_seed(0)  # whatever became of the global ones
+    weight, device, batch_last = weight.to(dtype), weight.device, model.batch_last
+    rows, cols = weight.shape
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    chain = KSLinear.uninitialised(model.patterns, impl=impl, batch_last=batch_last, device=device, dtype=dtype)
+    chain.requires_grad_(False)
+    for block in chain.blocks:
+        block.copy_(normal(*block.shape) * block.shape[1] ** -0.5)
+    rank = max(1, sum(block.numel() for block in chain.blocks) // (rows + cols))
+    left, right = normal(rows, rank), normal(rank, cols)
+    found = Latency(threads=THREADS, dtype=str(dtype).removeprefix("torch."), device=str(device))
+    torch.set_num_threads(THREADS)
+    try:
+        expected = 0.0
+        for batch, previous in zip(BATCHES, (1, *BATCHES)):
+            if expected * batch / previous > seconds / 2:
+                break
+            x = normal(cols, batch) if batch_last else normal(batch, cols)
+            product = torch.matmul if batch_last else _linear
+            functions = (
+                functools.partial(chain, x),
+                functools.partial(product, weight, x),
+                lambda x=x, product=product: product(left, product(right, x)),
+            )
+            with torch.inference_mode():
+                times = interleaved_medians(functions, device, seconds / len(BATCHES))
+            for name, value in zip(("latency", "dense_latency", "lowrank_latency"), times, strict=True):
+                setattr(found, f"{name}_ms_batch_{batch}", 1e3 * value)
+            expected = sum(times)
+    finally:
+        torch.set_num_threads(threads)
     return found
+
+
+def _linear(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.linear(x, weight)
 
 
 def interleaved_medians(
@@ -63,7 +84,10 @@ def interleaved_medians(
         device: synchronised before each reading of the clock.
         seconds: after which no further round begins.
     """
-    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def synchronise():
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
     def reading(function: Callable[[], torch.Tensor], calls: int) -> float:
         synchronise()

@@ -116,7 +116,7 @@ def test_tied_layers_and_dense_ones():
     dense = model.second.weight.detach()
     inputs = second_moment(seen_by(copy.deepcopy(model), "second"))
     ks.compress_in_order(model, ModelPlan(layers, "budget", 0.5), BATCHES, quiet=True)
-    assert model.first.factors[0] is model.second.factors[0]
+    assert model.first.block_0 is model.second.block_0
     assert isinstance(model.third, nn.Linear)
     expected = factorize(dense, model.second.patterns, inputs)
     torch.testing.assert_close(model.second.factors[0].detach(), expected[0], rtol=1e-3, atol=1e-4)

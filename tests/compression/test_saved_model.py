@@ -100,8 +100,8 @@ def test_tied_tensors_are_stored_once_and_tied_again(tmp_path):
     other.fourth = copy.deepcopy(other.third)
     for start in (Tied(), other):
         loaded = ks.load_compressed(zeros(start), tmp_path / "small")
-        assert loaded.first.factors[0] is loaded.second.factors[0]
-        assert loaded.third.factors[0] is loaded.fourth.factors[0]
+        assert loaded.first.block_0 is loaded.second.block_0
+        assert loaded.third.block_0 is loaded.fourth.block_0
         assert torch.equal(loaded(normal(3, 8)), model(normal(3, 8)))
 
 
@@ -183,7 +183,7 @@ def edited(folder, **changes):
 
 
 DAMAGE = {
-    "version": (lambda folder: edited(folder, version=2), "newest known"),
+    "version": (lambda folder: edited(folder, version=3), "newest known"),
     "format": (lambda folder: edited(folder, format="x"), "is no compressed model"),
     "patterns": (lambda folder: edited(folder, layers={"blocks.0.up": {"patterns": [[1, 2, 3]]}}), "is not valid"),
     "sizes": (lambda folder: edited(folder, layers={"blocks.0.up": {"patterns": [[1, 8, 3, 1]] * 2}}), "do not fit"),

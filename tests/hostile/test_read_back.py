@@ -345,7 +345,7 @@ CHAINS = {
 def test_load_refuses_what_is_no_saved_chain_in_one_line_with_its_path(trained, tmp_path, monkeypatch, damage):
     files = copied(trained / "out", tmp_path)
     CHAINS[damage](files.final)
-    monkeypatch.setattr(ks.layer, "empty_values", lambda *place: pytest.fail("allocated"))
+    monkeypatch.setattr(ks.layer, "empty_blocks", lambda *place: pytest.fail("allocated"))
     with pytest.raises(UsageError) as raised:
         ks.load(files.final)
     assert "\n" not in str(raised.value)

@@ -154,7 +154,7 @@ def test_a_saved_chain_of_expanded_tensors_is_refused_before_anything_is_allocat
     saved = torch.load(tmp_path / "chain.pth", weights_only=True)
     torch.save(saved | {"patterns": patterns, "state_dict": state}, tmp_path / "chain.pth")
     limit_memory(monkeypatch, 3 * GIB)
-    monkeypatch.setattr(ks.layer, "empty_values", lambda *place: pytest.fail("allocated"))
+    monkeypatch.setattr(ks.layer, "empty_blocks", lambda *place: pytest.fail("allocated"))
     with pytest.raises(UsageError, match="of memory, 3 GiB is available"):
         ks.load(tmp_path / "chain.pth")
 

@@ -1,19 +1,19 @@
 """What only a CUDA device can show: bfloat16, tensor cores, CUDA graphs, a training on the card. `make test-gpu`."""
 
+import copy
+
 import pytest
 import torch
 from kernel_cases import FACTOR_CASES, GRADIENT_CASES, STUDY, check_factor, check_values_gradient, random_values
-from ks.training.cuda_graph import CapturedEpochs
-from ks.training.epochs import Epochs
-from ks.training.losses import squared_error_and_gradient
 
-from ks.files.curves import read_curves
 from ks.layer import KSLinear
 from ks.patterns import make_chain
 from ks.product import bmm
 from ks.product.passes import ChainPasses
+from ks.training.criterion import mean_squared_error, value_and_gradient
 from ks.training.optimizer import Optimizer
 from ks.training.samples import Samples
+from ks.training.steps import CapturedStep
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,6 +55,28 @@ def test_tensor_float_precision(kernels, precision):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [0, 1, 33, 1024])
+def test_the_layer_on_the_card_is_that_of_the_cpu(dtype, batch):
+    """Under autocast and compiled too, from inputs that are not contiguous."""
+    layer = KSLinear(512, 256, 16, bias=True, dtype=torch.float64)
+    x = torch.randn(512, batch, dtype=torch.float64).t()
+    expected, card, z = layer(x), copy.deepcopy(layer).to("cuda", dtype), x.to("cuda", dtype)
+    tolerance = {"atol": 64 * torch.finfo(dtype).eps, "rtol": 0.0}
+    torch.testing.assert_close(card(z).double().cpu(), expected, **tolerance)
+    torch.testing.assert_close(torch.compile(card, dynamic=True)(z).double().cpu(), expected, **tolerance)
+    with torch.autocast("cuda", torch.bfloat16):
+        y = copy.deepcopy(layer).to("cuda", torch.float32)(z.float())
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double().cpu(), expected, atol=0.5, rtol=0.0)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+def test_kernels_run_on_the_device_of_their_operands(kernels):
+    check_factor(kernels, STUDY, torch.float32, False, False, device="cuda:1")
+    check_values_gradient(kernels, STUDY, torch.float32, False, False, device="cuda:1")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch", [32, 8192])
 def test_the_chain_in_a_cuda_graph(dtype, batch):
     layer = KSLinear(4096, 2048, 16, device="cuda", dtype=dtype)
@@ -82,21 +104,27 @@ def test_the_captured_step_equals_the_eager_one(dtype):
         def step(inputs, targets, lr):
             values = [factor.to(dtype) for factor in factors]
             y, *inner = passes.forward(inputs, values)
-            loss, gradient = squared_error_and_gradient(y, targets, optimizer.scale)
+            loss, gradient = value_and_gradient(mean_squared_error, y, targets, optimizer.scale)
             passes.backward(gradient, inputs, values, inner, out=optimizer.gradients)
             return loss, optimizer.update(lr, loss)
 
-        epochs = make(step, samples, optimizer.state())
-        return [epochs.run(number, [1e-3] * 100) for number in (1, 2)] + factors
+        take_step = make(step, samples, optimizer.state())
+        losses = [take_step(x, y, 1e-3)[0] for number in (1, 2) for _, x, y in samples.epoch(number)]
+        return [torch.stack(losses), *factors]
 
-    eager = train(lambda step, samples, state: Epochs(step, samples))
-    captured = train(CapturedEpochs)
+    def eager_step(step, samples, state):
+        """A captured step reads its rate as float32 from the card; in float64 it rounds another way."""
+        return lambda x, y, lr: step(x, y, torch.tensor(lr, device="cuda"))
+
+    eager = train(eager_step)
+    captured = train(lambda step, samples, state: CapturedStep(step, *samples.first(), state))
     for ours, theirs in zip(captured, eager):
         torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_a_training_on_the_card(run, weight_path, tmp_path, dtype):
+    read_curves = pytest.importorskip("ks.files.curves").read_curves
     flags = ("--num_samples", 800, "--num_epochs", 30, "--rank", 2, "--dtype", dtype)
     done = run("train_with_random.py", "--weight_path", weight_path, "--device", "cuda", *flags)
     assert done.returncode == 0, done.stderr
@@ -106,6 +134,7 @@ def test_a_training_on_the_card(run, weight_path, tmp_path, dtype):
 
 
 def test_impl_triton_and_bmm_train_alike(run, weight_path, tmp_path):
+    read_curves = pytest.importorskip("ks.files.curves").read_curves
     losses = []
     for impl in ("triton", "bmm"):
         out = ("--output_dir", impl, "--impl", impl, "--device", "cuda")

@@ -18,11 +18,13 @@ from kernel_cases import (
     random_values,
 )
 
-from ks.patterns import Pattern, make_chain
+from ks.errors import UsageError
+from ks.layer import KSLinear
+from ks.patterns import make_chain
 from ks.product import bmm, tiles
 from ks.product.backend import choose_impl
 from ks.product.operator import chain_product
-from ks.product.passes import ChainPasses
+from ks.product.passes import ChainPasses, choose_working_impl
 from ks.product.reference import chain_to_dense
 
 if importlib.util.find_spec("triton") is None:
@@ -202,9 +204,35 @@ def test_matrix_products_take_what_has_too_much_traffic():
 
 
 def test_the_interpreter_may_be_asked_for():
-    what = (torch.device("cpu"), (Pattern(1, 2, 2, 1),), 4, torch.float32)
-    assert choose_impl("triton", *what) == ("triton", "as asked")
-    assert choose_impl("auto", *what)[0] == "bmm"
+    assert choose_impl("triton", torch.device("cpu")) == ("triton", "as asked")
+    assert choose_impl("auto", torch.device("cpu"))[0] == "bmm"
+
+
+def test_what_cannot_see_through_the_kernels_is_refused(kernels):
+    layer, x = KSLinear(24, 36, 3, impl="triton"), torch.randn(5, 24, requires_grad=True)
+    (gradient,) = torch.autograd.grad(layer(x).square().sum(), x)
+    with pytest.raises(UsageError, match="no second derivatives; set layer.impl = 'auto'"):
+        torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(UsageError, match="cannot be compiled, exported or traced"):
+        torch.jit.trace(layer, x)
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.vmap(layer)(torch.randn(2, 5, 24))
+    layer.impl = "auto"
+    torch.testing.assert_close(torch.autograd.grad(layer(x).square().sum(), x)[0], gradient)
+
+
+def test_the_kernels_are_tried_on_random_data_before_a_training(kernels, monkeypatch):
+    sizes = (make_chain(64, 64).patterns(4), 32, torch.device("cpu"), torch.float32)
+    assert choose_working_impl("triton", *sizes) == ("triton", "as asked", None)
+    right = kernels.apply_factor
+
+    def wrong(factor, x, out, **options):
+        right(factor, x, out, **options)
+        out[0] *= 1.5
+
+    monkeypatch.setattr(kernels, "apply_factor", wrong)
+    with pytest.raises(UsageError, match="the kernels are wrong here"):
+        choose_working_impl("triton", *sizes)
 
 
 FAULTS = {

@@ -38,8 +38,8 @@ def test_chain_and_dense_are_measured_on_the_same_batches(readings, batch_last, 
     model = ks.KSLinear(24, 16, rank=2, batch_last=batch_last)
     found = measure_latency(model, torch.randn(16, 24).double(), dtype, "auto", torch.get_num_threads(), 1.0)
     shapes = [(16, batch) if batch_last else (batch, 16) for batch in BATCHES]
-    assert readings.seen == [[shape, shape] for shape in shapes]
-    assert (found.threads, found.dtype, found.device) == (torch.get_num_threads(), str(dtype)[6:], "cpu")
+    assert readings.seen == [[shape] * 3 for shape in shapes]
+    assert (found.threads, found.dtype, found.device) == (1, str(dtype)[6:], "cpu")
     assert all(getattr(found, name) > 0 for name in names(LATENCIES))
 
 
@@ -56,6 +56,16 @@ def test_the_functions_take_turns_and_the_first_call_does_not_count(monkeypatch)
     slow, fast = (lambda name=name: calls.append(name) for name in ("slow", "fast"))
     assert interleaved_medians((slow, fast), CPU, 0.0) == [1.0, 1.0]
     assert calls == ["slow", "fast"] * (2 + latency.ROUNDS[0])
+
+
+def test_one_thread_is_measured_and_no_global_random_number_drawn(readings, monkeypatch):
+    used = []
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    model, weight = ks.KSLinear(24, 16, rank=2, chain="butterfly"), torch.randn(16, 24)
+    before = torch.get_rng_state()
+    measure_latency(model, weight, torch.float32, "auto", 3, 1.0)
+    assert torch.equal(before, torch.get_rng_state())
+    assert used == [1, 3]
 
 
 def test_the_values_of_the_measured_chain_stay(readings):
