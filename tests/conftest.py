@@ -205,7 +205,7 @@ def pytest_terminal_summary(terminalreporter):
     }
     for marker, (name, reason) in reasons.items():
         ran, skipped = (
-            [report for report in terminalreporter.getreports(outcome) if marker in report.keywords]
+            [report for report in terminalreporter.getreports(outcome) if marker in getattr(report, "keywords", ())]
             for outcome in ("passed", "skipped")
         )
         if skipped and not ran:

@@ -11,9 +11,13 @@ import torch
 
 
 def empty_values(pattern: Sequence[int], device=None, dtype=None) -> torch.Tensor:
-    """Return uninitialised values of shape (a, b, c, d), in the memory order (a, d, c, b) of `ks.layer.KSLinear`."""
+    """Return uninitialised values of shape (a, b, c, d), in the memory order (a, d, b, c).
+
+    Products of features with the batch behind read and write it best: a training step at rank 64 takes 0.8 of its time
+    in the order of `ks.layer.KSLinear`, whose batch is in front.
+    """
     a, b, c, d = pattern
-    return torch.empty(a, d, c, b, device=device, dtype=dtype).permute(0, 3, 2, 1)
+    return torch.empty(a, d, b, c, device=device, dtype=dtype).permute(0, 2, 3, 1)
 
 
 def apply_factor(
@@ -71,8 +75,9 @@ def values_gradient(
         precision: as in `apply_factor`.
     """
     a, b, c, d = out.shape
-    operands = (readable_blocks(x, a, d), readable_blocks(gradient, a, d, block_order).transpose(1, 2))
-    place = out.permute(0, 3, 2, 1).view(a * d, c, b)
+    blocks = readable_blocks(gradient, a, d, block_order)
+    operands = (blocks, readable_blocks(x, a, d).transpose(1, 2))
+    place = out.permute(0, 3, 1, 2).view(a * d, b, c)
     with float32_products(x, precision):
         if out.dtype == x.dtype:
             torch.bmm(*operands, out=place)

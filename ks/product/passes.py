@@ -1,7 +1,7 @@
 """Forward and backward pass of a whole chain on one backend, without autograd.
 
 Inside, an activation is a logical (features, batch) matrix, whatever its strides; between factors it is contiguous
-along the batch. Values of shape (a, b, c, d) are multiplied in place where they lie in memory as (a, d, c, b), the
+along the batch. Values of shape (a, b, c, d) are multiplied in place where they lie in memory as (a, d, b, c), the
 order of `ks.product.bmm.empty_values`.
 """
 

@@ -9,21 +9,22 @@ from ks.bounds.moments import Inputs
 from ks.bounds.population_loss import population_loss
 from ks.files.schema import BestRecord
 from ks.layer import KSLinear
+from ks.training.trainable_chain import TrainableChain
 
 
 class BestModel:
     """The model with the lowest validation loss; with `keep_start`, the start unless its population loss was beaten.
 
     Args:
-        model: in training.
+        chain: in training.
         weight: W in internal units, float64.
         inputs: second moment of x in internal units.
         keep_start: whether the start is a result in its own right (a factorisation of W).
     """
 
-    def __init__(self, model: KSLinear, weight: torch.Tensor, inputs: Inputs, keep_start: bool):
-        self.model, self.weight, self.inputs = model, weight, inputs
-        self.start = copy.deepcopy(model) if keep_start else None
+    def __init__(self, chain: TrainableChain, weight: torch.Tensor, inputs: Inputs, keep_start: bool):
+        self.chain, self.weight, self.inputs = chain, weight, inputs
+        self.start = copy.deepcopy(chain.model) if keep_start else None
         self.val_loss = math.inf
         self.row: dict | None = None
         self.kept: KSLinear | None = None
@@ -31,13 +32,17 @@ class BestModel:
     def offer(self, val_loss: float, row: dict) -> None:
         """Keep the model as it is now if its validation loss is the lowest so far; `row` is its epoch's."""
         if val_loss < self.val_loss:
-            self.val_loss, self.row, self.kept = val_loss, row, copy.deepcopy(self.model)
+            self.val_loss, self.row, self.kept = val_loss, row, copy.deepcopy(self.chain.model)
 
     def state(self) -> dict:
         """Return everything that changes, for a checkpoint."""
         assert self.row is not None
         assert self.kept is not None
-        return {"val_loss": self.val_loss, "epoch": self.row["epoch"], "factors": [factor.detach() for factor in self.kept.factors]}
+        return {
+            "val_loss": self.val_loss,
+            "epoch": self.row["epoch"],
+            "factors": [factor.detach() for factor in self.kept.factors],
+        }
 
     def restore(self, state: BestRecord, curves: list[dict]) -> None:
         """Put a state back; `curves` are those of the same checkpoint."""

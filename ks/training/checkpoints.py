@@ -211,7 +211,7 @@ class Checkpoints:
 
     def _fits(self, found: CheckpointRecord, optimizer: Optimizer, best: BestModel) -> bool:
         """Return whether a checkpoint has the shapes, epochs and rank of this training."""
-        pairs = ((found.optimizer, optimizer.state()), (found.best.factors, list(best.model.factors)))
+        pairs = ((found.optimizer, optimizer.state()), (found.best.factors, best.chain.factors))
         shapes = all([value.shape for value in kept] == [tensor.shape for tensor in now] for kept, now in pairs)
         rows = [(row["epoch"], row["rank"]) for row in found.curves]
         whole = rows == [(epoch, self.files.rank) for epoch in range(1, len(rows) + 1)]

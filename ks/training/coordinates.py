@@ -75,10 +75,7 @@ class Coordinates:
         """
         outside = self.outside(model)
         if self.centre is not None:
-            mean = self.centre.unsqueeze(1)
-            wide = copy.deepcopy(outside).double().cpu()
-            wide.batch_last = True
-            bias = (weight.double().cpu() @ mean - wide(mean)).squeeze(1)
+            bias = weight.double().cpu() @ self.centre - copy.deepcopy(outside).double().cpu()(self.centre)
             outside.bias = torch.nn.Parameter(bias.to(outside.factors[0]))
         save_tensors(outside.to_payload(), path)
 

@@ -110,7 +110,7 @@ class Recorder:
         self._weight, self._chain, self._optimizer, self._schedule = weight, chain, optimizer, schedule
         torch.set_num_threads(useful_threads(self.problem.chain.parameters(self.config.rank) * self.config.batch_size))
         keep_start = self.problem.edits.criterion_is_ours and self.config.init == "hierarchical"
-        self._best = BestModel(chain.model, weight, self.problem.inputs, keep_start)
+        self._best = BestModel(chain, weight, self.problem.inputs, keep_start)
         if self.checkpoints.found:
             self.curves = self.checkpoints.restore(optimizer, schedule, self._best)
             write_curves(self.files, self.curves)

@@ -9,6 +9,7 @@ from ks.bounds.floors import no_floor_reason
 from ks.cli.flags import TrainerConfig
 from ks.files.weights import DTYPES
 from ks.layer import KSLinear
+from ks.product.bmm import empty_values
 from ks.product.passes import ChainPasses, choose_working_impl
 from ks.training.optimizer import Optimizer
 from ks.training.problem import Problem
@@ -23,21 +24,22 @@ class TrainableChain:
         problem: that the chain is to solve.
         weight: W in internal coordinates, float64.
 
-    `factors` share their memory with `model`. Training batches leave the outputs in the order `output_rows`: that in
+    `factors` are the values that train; `model` is the layer that has them. Training batches leave the outputs in the order `output_rows`: that in
     which the left-most product makes them, where the criterion is our own, since the mean squared error is the same in
     any order; that of W's rows for every other criterion. `impl` is the backend, its reason and a warning or None.
     """
 
     def __init__(self, config: TrainerConfig, problem: Problem, weight: torch.Tensor):
-        self.model = _initial_model(config, problem, weight)
-        self.factors = [factor.detach() for factor in self.model.factors]
+        self._model = _initial_model(config, problem, weight)
+        patterns, device = self._model.patterns, problem.device
+        self.factors = [empty_values(pattern, device) for pattern in patterns]
+        torch._foreach_copy_(self.factors, [factor.detach() for factor in self._model.factors])
         self.dtype, self.batch_last = DTYPES[config.dtype], config.bs_last
         settings: dict[str, Any] = {
             "batch_last": config.bs_last,
             "block_order": problem.edits.criterion_is_ours,
             "precision": config.float32_precision,
         }
-        patterns, device = self.model.patterns, problem.device
         self.impl = choose_working_impl(config.impl, patterns, config.batch_size, device, self.dtype, **settings)
 
         @functools.cache
@@ -47,6 +49,13 @@ class TrainableChain:
         self._passes = passes
         self._training = passes(config.batch_size)
         self.output_rows = self._training.output_rows
+
+    @property
+    def model(self) -> KSLinear:
+        """The layer, with the values as they are now; the same object every time."""
+        for place, factor in zip(self._model.factors, self.factors, strict=True):
+            place.detach().copy_(factor)
+        return self._model
 
     def _values(self) -> list[torch.Tensor]:
         return [factor.to(self.dtype) for factor in self.factors]
@@ -73,7 +82,8 @@ class TrainableChain:
             gradient: for the last prediction, shape (batch, m).
             optimizer: of the factors.
         """
-        self._training.backward(self._rows(gradient), *self._kept, out=optimizer.gradients, scaling=optimizer.scaling)
+        kept, self._kept = self._kept, ()  # memory that is free again stays in the cache for the next step
+        self._training.backward(self._rows(gradient), *kept, out=optimizer.gradients, scaling=optimizer.scaling)
 
     def predict(self, x: torch.Tensor) -> torch.Tensor:
         """Return x Ŵᵀ in the order of W's rows, shape (batch, m), float32; x is as in `__call__`, of any batch size."""

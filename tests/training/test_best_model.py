@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def model():
 
 
 def best_of(model, keep_start=False):
-    return BestModel(model, WEIGHT.double(), UNIT_INPUTS, keep_start)
+    return BestModel(SimpleNamespace(model=model), WEIGHT.double(), UNIT_INPUTS, keep_start)
 
 
 def test_the_model_of_the_lowest_loss_is_kept_as_it_was(model):

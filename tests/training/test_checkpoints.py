@@ -1,5 +1,7 @@
 """A checkpoint holds all that a training needs to go on as if it had not stopped, and nothing else is resumed from."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from steps import WEIGHT, schedule_of, update
@@ -7,6 +9,7 @@ from steps import WEIGHT, schedule_of, update
 from ks.bounds.moments import UNIT_INPUTS
 from ks.files.layout import RunFiles
 from ks.layer import KSLinear
+from ks.product.operator import chain_product
 from ks.training.best_model import BestModel
 from ks.training.checkpoints import Checkpoints, changes
 from ks.training.optimizer import Optimizer
@@ -20,14 +23,16 @@ class Training:
     def __init__(self, loss_scaling=False):
         torch.manual_seed(0)
         self.model = KSLinear(10, 6, rank=2)
-        self.optimizer = Optimizer("adamw", list(self.model.factors), loss_scaling=loss_scaling)
+        self.factors = [factor.detach().requires_grad_() for factor in self.model.factors]  # they share its memory
+        self.optimizer = Optimizer("adamw", self.factors, loss_scaling=loss_scaling)
         self.schedule = schedule_of("plateau", num_epochs=9, lr=0.01, scheduler_patience=0)
-        self.best = BestModel(self.model, WEIGHT.double(), UNIT_INPUTS, keep_start=False)
+        chain = SimpleNamespace(model=self.model, factors=self.factors)
+        self.best = BestModel(chain, WEIGHT.double(), UNIT_INPUTS, keep_start=False)
         self.curves = []
 
     def epoch(self):
         x = torch.randn(8, 10, generator=torch.Generator().manual_seed(len(self.curves)))
-        loss = torch.nn.functional.mse_loss(self.model(x), x @ WEIGHT.t())
+        loss = torch.nn.functional.mse_loss(chain_product(x, self.factors), x @ WEIGHT.t())
         update(self.optimizer, loss, self.schedule.rate(len(self.curves)))
         row = {"epoch": len(self.curves) + 1, "train_loss": loss.item(), "val_loss": loss.item(), "rank": 2}
         self.curves.append(row | {"lr": 0.01, "epoch_seconds": 0.5})
