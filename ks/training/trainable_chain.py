@@ -24,9 +24,10 @@ class TrainableChain:
         problem: that the chain is to solve.
         weight: W in internal coordinates, float64.
 
-    `factors` are the values that train; `model` is the layer that has them. Training batches leave the outputs in the order `output_rows`: that in
-    which the left-most product makes them, where the criterion is our own, since the mean squared error is the same in
-    any order; that of W's rows for every other criterion. `impl` is the backend, its reason and a warning or None.
+    `factors` are the values that train, `model` is the layer that has them. Training batches leave the outputs in the
+    order `output_rows`: that in which the left-most product makes them, where the criterion is our own, since the mean
+    squared error is the same in any order; that of W's rows for every other criterion. `impl` is the backend, its
+    reason and a warning or None.
     """
 
     def __init__(self, config: TrainerConfig, problem: Problem, weight: torch.Tensor):
@@ -47,6 +48,7 @@ class TrainableChain:
             return ChainPasses(patterns, batch, device, self.dtype, impl=self.impl[0], **settings)
 
         self._passes = passes
+        self._kept: tuple = ()
         self._training = passes(config.batch_size)
         self.output_rows = self._training.output_rows
 
