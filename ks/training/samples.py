@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from ks.bounds.moments import UNIT_INPUTS, Inputs
+from ks.product.bmm import float32_products
 from ks.product.gram import lower_gram
 from ks.product.pieces import in_pieces
 
@@ -107,7 +108,8 @@ class Samples:
         self._output_rows = None if output_rows is None else output_rows.to(weight.device)
         self.sampling, self.seed, self.batch_last, self.dtype = sampling, seed, batch_last, dtype
         self.steps_per_epoch = num_train // batch_size
-        self.sets = stored or self._draw_sets(num_validation, training, held_out)
+        with float32_products(weight, "ieee"):  # whatever the environment says of TF32
+            self.sets = stored or self._draw_sets(num_validation, training, held_out)
         (self.inputs, targets), *validation = self.sets
         self.targets = self._in_order(targets)
         self.validation = [(inputs[0], self._by_sample(targets[0])) for inputs, targets in validation]
@@ -176,7 +178,8 @@ class Samples:
         """
         if self.sampling == "fresh" and number > 1:
             drawn = self._draw(self.steps_per_epoch * self.batch_size, "train", number)
-            new = self._batches(*self._pair(drawn), self.batch_size)
+            with float32_products(drawn, "ieee"):
+                new = self._batches(*self._pair(drawn), self.batch_size)
             self.inputs.copy_(new.inputs)
             self.targets.copy_(self._in_order(new.targets))
         order = torch.arange(self.steps_per_epoch)

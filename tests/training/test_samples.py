@@ -1,10 +1,13 @@
 """Random inputs, their targets and their order."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from steps import WEIGHT, make_samples
 
 from ks.bounds.moments import IsotropicInputs
+from ks.training import samples as module
 from ks.training.samples import seeded_generator, whiten
 
 
@@ -100,3 +103,11 @@ def test_targets_come_in_the_order_of_the_outputs(sampling, batch_last):
     for inputs, targets, order in [*((*batch, rows) for batch in epoch(samples, 2)), *validation]:
         x = inputs.t() if batch_last else inputs
         torch.testing.assert_close(targets, x @ WEIGHT[order].t())
+
+
+@pytest.mark.parametrize("sampling", ["whitened", "fresh"])
+def test_samples_are_ieee_whatever_the_environment_says(sampling, monkeypatch):
+    seen = []
+    monkeypatch.setattr(module, "float32_products", lambda x, precision: seen.append(precision) or nullcontext())
+    list(make_samples(sampling=sampling).epoch(2))
+    assert seen == ["ieee"] * (2 if sampling == "fresh" else 1)
