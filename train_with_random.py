@@ -26,7 +26,7 @@ from ks.cli.flags import TrainerConfig
 from ks.cli.parser import Parser
 from ks.sweep.lifeline import stop_with_parent
 from ks.training.choose_optimizer import make_optimizer
-from ks.training.criterion import Measured, averages, check_edits, mean_squared_error, value, value_and_gradient
+from ks.training.criterion import GuardedMetrics, averages, check_edits, loss_and_gradient, loss_of, mean_squared_error
 from ks.training.edits import edits_of
 from ks.training.problem import Problem, resolve
 from ks.training.recorder import Recorder, run_recorded
@@ -44,8 +44,9 @@ criterion = mean_squared_error  # edit here
 
 
 def metrics(prediction: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return further numbers to follow, by name; edit here. They come on validation batches, as for the criterion.
+    """Return further numbers to follow, by name; edit here. Both tensors are as for the criterion.
 
+    What the files show is the mean over validation batches of at most 1,024 samples, weighted by their sizes.
     For example: return {"cosine": torch.nn.functional.cosine_similarity(prediction, target).mean()}
     """
     return {}
@@ -59,21 +60,21 @@ def train(config: TrainerConfig, problem: Problem, run: Recorder) -> None:
     """
     weight = problem.internal_weight()
     chain = TrainableChain(config, problem, weight)
-    samples = make_samples(config, problem, weight, chain.output_rows)
+    samples = make_samples(config, problem, weight, chain.output_rows)  # targets in the order of the chain's outputs
     optimizer = make_optimizer(problem.optimizer, config, chain.factors, problem.inputs)
     schedule = Schedule(config, samples.steps_per_epoch)
-    measured = Measured(metrics, lambda warning: run.warn("metrics", warning))
+    guarded = GuardedMetrics(metrics, lambda warning: run.warn("metrics", warning))
 
     def step(x, y, lr):
         prediction = chain(x)
-        loss, gradient = value_and_gradient(criterion, prediction, y, optimizer.scale)
-        chain.backward(gradient, optimizer)
+        loss, gradient = loss_and_gradient(criterion, prediction, y, optimizer.scale)
+        chain.backward(gradient, optimizer)  # writes the gradients of the factors to where the update reads them
         norm = optimizer.update(lr, loss)
         return loss, norm
 
     take_step, how = runnable(step, *samples.first(), optimizer.state())  # captured as a CUDA graph on a GPU
-    run.decide("impl", chain.impl)
-    run.decide("steps", how)
+    run.record_choice("impl", chain.impl)
+    run.record_choice("steps", how)
     run.begin(weight, chain, optimizer, schedule)
     for epoch in run.epochs():
         taken = []
@@ -81,20 +82,20 @@ def train(config: TrainerConfig, problem: Problem, run: Recorder) -> None:
             lr = schedule.rate(number)
             optimizer.prepare(number)  # Gauss–Newton measures the curvature anew if that is due
             taken.append(take_step(x, y, lr))
-        val_loss, values = validate(chain, samples, measured)
+        val_loss, values = validate(chain, samples, guarded)
         schedule.end_epoch(val_loss)
         run.record(taken, val_loss, values, lr)
     run.finish()
 
 
 @torch.no_grad()
-def validate(chain: TrainableChain, samples: Samples, measured: Measured) -> tuple[float, dict[str, float | None]]:
+def validate(chain: TrainableChain, samples: Samples, guarded: GuardedMetrics) -> tuple[float, dict[str, float | None]]:
     """Return the criterion and the metrics, averaged over the validation samples."""
     losses, values = [], []
     for x, y in samples.validation:
-        prediction = chain.predict(x)
-        losses.append(value(criterion, prediction, y))
-        values.append(measured(prediction, y))
+        prediction = chain.predict(x)  # in the order of W's rows, whatever the training uses
+        losses.append(loss_of(criterion, prediction, y))
+        values.append(guarded(prediction, y))
     shares = samples.validation_shares
     return (torch.stack(losses) @ shares).item(), averages(values, shares)
 
@@ -108,7 +109,11 @@ def main(argv=None) -> int:
     stop_with_parent()
     config = build_parser().parse(argv)
     problem = resolve(config, edits_of(__file__))
-    check_edits(criterion, metrics, problem)
+    names, warnings = check_edits(criterion, metrics, problem)
+    if config.check:
+        print("\n".join(names))
+        print("\n".join(warnings), end="", file=sys.stderr)
+        return console.EXIT_OK
     return run_recorded(train, config, problem)
 
 

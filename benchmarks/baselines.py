@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ks.patterns import Pattern
 from ks.product.passes import ChainPasses
-from ks.training.criterion import mean_squared_error, value_and_gradient
+from ks.training.criterion import loss_and_gradient, mean_squared_error
 
 
 def training_passes(patterns, batch: int, device="cpu", impl: str = "auto") -> ChainPasses:
@@ -23,7 +23,7 @@ def our_step(passes: ChainPasses, factors, optimizer):
 
     def step(inputs, targets, lr):
         prediction, *inner = passes.forward(inputs, factors)
-        loss, gradient = value_and_gradient(mean_squared_error, prediction, targets)
+        loss, gradient = loss_and_gradient(mean_squared_error, prediction, targets)
         passes.backward(gradient, inputs, factors, inner, out=optimizer.gradients, scaling=optimizer.scaling)
         return loss, optimizer.update(lr, loss)
 

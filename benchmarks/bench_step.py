@@ -21,7 +21,7 @@ from timing import Rows, interleaved_medians, named_device, place
 from ks.cli import console
 from ks.layer import KSLinear
 from ks.patterns import make_chain
-from ks.training.criterion import mean_squared_error, value_and_gradient
+from ks.training.criterion import loss_and_gradient, mean_squared_error
 from ks.training.optimizer import Optimizer
 from ks.training.samples import Samples
 from ks.training.steps import runnable
@@ -76,7 +76,7 @@ def dense_epoch(weight, samples):
 
     def epoch():
         for inputs, targets in zip(samples.inputs, samples.targets):
-            loss, gradient = value_and_gradient(mean_squared_error, torch.nn.functional.linear(inputs, dense), targets)
+            loss, gradient = loss_and_gradient(mean_squared_error, torch.nn.functional.linear(inputs, dense), targets)
             torch.mm(gradient.t(), inputs, out=optimizer.gradients[0][0, :, :, 0])
             optimizer.update(1e-4, loss)
 

@@ -263,6 +263,9 @@ class TrainerConfig(TrainingFlags, OutputFlags):
         False,
         "resume an earlier run of the same settings from its checkpoint; with more --num_epochs, a finished one too",
     )
+    check: bool = flag(
+        False, "try the criterion and the metrics on random batches and print the names of the metrics; train nothing"
+    )
     stop_below: float | None = flag(
         None, "end the training once its population loss is at most this share of predicting 0", convert=positive_float
     )

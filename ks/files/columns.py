@@ -123,6 +123,8 @@ SUMMARY = (
     Column("predict_zero_loss", Loss, "loss of predicting 0", LOSS, form="{:.4g}"),
     Column("target_relative_loss", Loss, "`--target_relative_loss`", SHARE),
     Column("reached_target", bool, "whether the rank is finished and `relative_loss` is at most the target"),
+    Column("criterion", Text, "what trained: `mean_squared_error`, or another criterion, whose losses are those of "
+           "outputs in units of the root mean square of W x"),
     Column("weight", Text, "name of the weight's file"),
     Column("weight_key", Text, "name of the weight in its file"),
     Column("weight_sha256", Text, "hash of shape, dtype and values of the weight"),

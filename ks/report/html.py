@@ -15,17 +15,21 @@ from ks.report.command import reproducing_command
 from ks.report.figures.draw import study_figures
 from ks.report.figures.svg import inline_svg
 from ks.report.speed import measured_batches
-from ks.report.study import Study
+from ks.report.study import MEAN_SQUARED_ERROR, Study
 
 FIGURE_SIZE = (5.2, 4.2)  # inches; in this width, text is legible on a phone
 CAPTIONS = {
-    "loss_curves": "Loss by epoch; dashed: the floor of each rank, below which no chain of it gets.",
-    "final_losses": "Where every rank ends, beside its floor.",
+    "loss_curves": "Loss by epoch; where there are floors, dashed: no chain of the rank gets below its own.",
+    "final_losses": "Where every rank ends, beside its floor if it has one.",
     "floor": "What each rank could reach at best, and what training reached.",
     "gap": "How much of the output energy more epochs could still save.",
     "front": "Loss against size: which family loses least with so many parameters.",
     "latency": "Loss against the measured time of a forward pass; right of the line, dense is faster.",
 }
+GLOSSARY = (
+    "Energy lost is E‖Wx − Ŵx‖² / E‖Wx‖² of the outputs: 0% is dense, 100% is predicting 0. The floor is the least "
+    "loss that any chain of the rank can have; where two numbers stand, it lies between them. "
+)
 SHARES_OF_ENERGY = (0.5, 0.9, 0.99)
 
 STYLE = """
@@ -120,9 +124,8 @@ def report_page(study: Study, figures: dict[str, str]) -> str:
 </header>
 {body}
 <footer>
-<p class="soft">Energy lost is E‖Wx − Ŵx‖² / E‖Wx‖² of the outputs: 0% is dense, 100% is predicting 0. The floor is
-the least loss that any chain of the rank can have; where two numbers stand, it lies between them. Latency is the median
-time of a forward pass.</p>
+<p class="soft">{GLOSSARY if study.loss_label == MEAN_SQUARED_ERROR else ""}Latency is the median time of a forward
+pass.</p>
 </footer>
 </body>
 </html>
@@ -158,9 +161,17 @@ def _weight(study: Study) -> dict[str, str | None]:
         "shape (out × in)": shape,
         "dtype": weight.dtype,
         "chain": study.chain,
+        "criterion": _criterion(study),
         "spectrum": _spectrum(study),
         "sha256": weight.sha256,
     }
+
+
+def _criterion(study: Study) -> str | None:
+    criterion = study.config and study.config.settings.get("criterion")
+    if criterion is None or study.loss_label == MEAN_SQUARED_ERROR:
+        return None
+    return f"{criterion}; losses are those of outputs in units of the root mean square of W x, and no floor holds"
 
 
 def _spectrum(study: Study) -> str | None:

@@ -42,6 +42,7 @@ def summarise(
         weight: name of the weight's file.
     """
     identity = {
+        "criterion": problem.edits.criterion,
         "weight": weight,
         "weight_key": problem.weight.key,
         "weight_sha256": problem.weight.sha256(),
@@ -66,6 +67,9 @@ def summarise(
         )
         for rank, floor in floors.items()
     ]
+    if not problem.edits.criterion_is_ours:  # whose losses have another unit
+        for row in rows:
+            row["predict_zero_loss"] = None
     return runs, rows
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from ks.errors import one_line
 from ks.files import columns
 from ks.files.schema import SweepConfig
 from ks.files.status import ended_well
@@ -24,8 +25,8 @@ def loss_label(config: SweepConfig | None) -> str:
         return (config and config.loss) or MEAN_SQUARED_ERROR
     if criterion == "mean_squared_error":
         return MEAN_SQUARED_ERROR
-    name = re.sub(r" sha256 [0-9a-f]+$", "", str(criterion))
-    return f"{name}, on outputs in units of the root mean square of W x"
+    name = re.sub(r" (of \S+ [\d.]+|sha256 [0-9a-f]+)$", "", str(criterion))
+    return f"loss, {one_line(name, 40)}"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import shlex
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from ks.bounds.plan import make_plan
 from ks.bounds.plan_notes import plan_notes
 from ks.cli import console
 from ks.cli.flags import SweepConfig
+from ks.cli.parser import to_arguments
 from ks.errors import UsageError
 from ks.files import columns
 from ks.files.atomic import delete_leftovers, write_csv
@@ -34,7 +37,7 @@ from ks.sweep.rejoin import study_in
 from ks.sweep.run import Result, Run, result_of, runs_of, seeds_of
 from ks.sweep.trainings import finished_before, train_all
 from ks.training.checkpoints import changes, settings_in, settings_of
-from ks.training.edits import edits_of
+from ks.training.edits import TOOLKIT, Edits, edits_of
 from ks.training.problem import Problem, resolve
 from ks.training.samples_file import samples_in_files
 
@@ -53,6 +56,7 @@ class WeightStudy:
     def __init__(self, config: SweepConfig, trainer: Path, floors: dict[int, Floor | None] | None = None):
         self.config, self.trainer = config, trainer
         self.problem = problem = resolve(config, edits_of(trainer))
+        _check_edits(config, trainer, problem.edits)
         ours = problem.edits.criterion_is_ours
         if not ours and (flag := _flag_that_needs_floors(config)):
             raise UsageError(
@@ -209,6 +213,25 @@ class WeightStudy:
 def _identity(config: SweepConfig, problem: Problem) -> dict:
     """Return the settings that identify a study."""
     return settings_of(config, problem) | {"seed": seeds_of(config)[0]}
+
+
+def _check_edits(config: SweepConfig, trainer: Path, edits: Edits) -> None:
+    """Let the training script try what a person has edited in it, before anything is computed or written.
+
+    Raises:
+        UsageError: it cannot train, or it has no metric that --metric names.
+    """
+    if edits == TOOLKIT:
+        return
+    arguments = to_arguments(config.training_settings() | {"check": True, "quiet": True})
+    done = subprocess.run([sys.executable, str(trainer), *arguments], capture_output=True, text=True)
+    names, said = done.stdout.split(), done.stderr.splitlines()
+    if done.returncode:
+        raise UsageError((said or ["it failed"])[-1].removeprefix(f"{trainer.name}: error: "))
+    for warning in said:
+        console.note(f"WARNING: {warning}")
+    if unknown := [name for name in config.metric if name not in names]:
+        raise UsageError(f"--metric {' '.join(unknown)}: {trainer.name} has the metrics {', '.join(names) or 'none'}")
 
 
 def _flag_that_needs_floors(config: SweepConfig) -> str | None:

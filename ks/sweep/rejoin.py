@@ -43,6 +43,8 @@ def parse(parser: Parser[SweepConfig], argv: list[str]) -> SweepConfig:
         return config
     taken = _values_of(study, given)
     merged = parser.parse([*to_arguments(taken), *argv])
+    if not given & {"ranks", "target_relative_loss"}:
+        merged = replace(merged, ranks=tuple(study.ranks))  # so that a refusal prints them
     shown = [f"--{name} {_text(value)}" for name, value in taken.items() if value != getattr(config, name)]
     if shown:
         console.note(f"taken from the study in {config.output_dir}: {', '.join(shown)}", config.quiet)

@@ -28,8 +28,10 @@ def check_finite(row: dict, losses: torch.Tensor, edits: Edits) -> None:
         return
     bad = (~torch.isfinite(losses)).nonzero()
     step = f"step {int(bad[0]) + 1} of {len(losses)}" if len(bad) else "validation"
-    name = "" if edits.criterion_is_ours else f" (criterion {edits.criterion})"
-    raise Diverged(f"the loss{name} is not finite at epoch {row['epoch']}, {step}; lower --lr or use --dtype float32")
+    name, advice = "", "lower --lr or use --dtype float32"
+    if not edits.criterion_is_ours:
+        name, advice = f" (criterion {edits.criterion})", "look for a root, logarithm or division in it, or lower --lr"
+    raise Diverged(f"the loss{name} is not finite at epoch {row['epoch']}, {step}; {advice}")
 
 
 def check_validation(

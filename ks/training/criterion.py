@@ -1,5 +1,6 @@
 """The criterion and the metrics of `train_with_random.py`: called, differentiated, averaged."""
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -22,7 +23,7 @@ def mean_squared_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.
     return torch.nn.functional.mse_loss(prediction, target)
 
 
-def value_and_gradient(criterion: Criterion, prediction: torch.Tensor, target: torch.Tensor, scale=1.0):
+def loss_and_gradient(criterion: Criterion, prediction: torch.Tensor, target: torch.Tensor, scale=1.0):
     """Return criterion(prediction, target) in float32, and `scale` times its gradient for the prediction.
 
     The gradient of the mean squared error is written out, 2 (prediction − target) / numel; autograd would cost more.
@@ -41,7 +42,7 @@ def value_and_gradient(criterion: Criterion, prediction: torch.Tensor, target: t
         return loss, difference.mul_(2.0 / difference.numel() * scale).to(prediction.dtype)
     leaf = prediction.detach().requires_grad_()
     with torch.enable_grad():
-        loss = value(criterion, leaf.float(), target)
+        loss = loss_of(criterion, leaf.float(), target)
     try:
         (gradient,) = torch.autograd.grad(loss * scale, leaf)
     except RuntimeError as error:
@@ -49,7 +50,7 @@ def value_and_gradient(criterion: Criterion, prediction: torch.Tensor, target: t
     return loss.detach(), gradient
 
 
-def value(criterion: Criterion, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def loss_of(criterion: Criterion, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Return criterion(prediction, target), a scalar tensor.
 
     Args:
@@ -73,7 +74,7 @@ def value(criterion: Criterion, prediction: torch.Tensor, target: torch.Tensor) 
     return loss
 
 
-class Measured:
+class GuardedMetrics:
     """The metrics, called so that no fault of theirs costs a run: one that fails is named once and left empty.
 
     Args:
@@ -89,7 +90,9 @@ class Measured:
         """Return the metrics of one batch that are scalars with a name of their own."""
         version = target._version
         try:
-            found = {**self.metrics(prediction, target)}
+            found = self.metrics(prediction, target)
+            if not isinstance(found, dict):
+                raise TypeError(f"it returned {type(found).__name__} instead of a dict of names and scalars")
         except Exception as error:
             self._warn("", f"metrics of {SCRIPT} failed and stay empty: {type(error).__name__}: {one_line(error)}")
             found = {}
@@ -99,7 +102,10 @@ class Measured:
         for name, metric in found.items():
             try:
                 check_metric_names([name])
-                values[name] = torch.as_tensor(metric, dtype=torch.float64, device="cpu").reshape(())
+                number = torch.as_tensor(metric, dtype=torch.float64, device="cpu")
+                if number.dim():
+                    raise UsageError(f"it has shape {tuple(number.shape)} instead of being a scalar")
+                values[name] = number
             except (UsageError, TypeError, ValueError, RuntimeError) as error:
                 self._warn(str(name), f"metric {name!r} of {SCRIPT} stays empty: {one_line(error)}")
         return values
@@ -126,12 +132,14 @@ def averages(batches: list[dict[str, torch.Tensor]], shares: torch.Tensor) -> di
     }
 
 
-def check_edits(criterion: Criterion, metrics: Metrics, problem: Problem) -> None:
+def check_edits(criterion: Criterion, metrics: Metrics, problem: Problem) -> tuple[list[str], list[str]]:
     """Try criterion and metrics on random batches, before anything is written; put a module on the device.
 
     Args:
         criterion, metrics: of the training script.
         problem: with the identity of both as it was read from the source of the script.
+    Returns:
+        (names of the metrics that work, warnings about the others).
     Raises:
         UsageError: the criterion fails or is not the one in the source, or a metric has a name that it cannot have.
     """
@@ -144,9 +152,10 @@ def check_edits(criterion: Criterion, metrics: Metrics, problem: Problem) -> Non
         criterion.to(problem.device)
     generator = torch.Generator().manual_seed(0)
     prediction, target = (torch.randn(2, problem.rows, generator=generator).to(problem.device) for _ in range(2))
-    value_and_gradient(criterion, prediction, target)
-    try:
+    loss_and_gradient(criterion, prediction, target)
+    names: list = []
+    with contextlib.suppress(Exception):  # which is a warning below
         names = [*metrics(prediction, target)]
-    except Exception:
-        return  # `Measured` says so, and the run goes on
     check_metric_names(names)
+    warnings: list[str] = []
+    return [*GuardedMetrics(metrics, warnings.append)(prediction, target)], warnings

@@ -60,7 +60,6 @@ class _Source:
     """The top-level statements of a script by the names that they bind."""
 
     def __init__(self, text: str):
-        self.text = text
         self.bindings: dict[str, list[ast.stmt]] = {}
         for statement in ast.parse(text).body:
             for name in _bound_by(statement):
@@ -80,7 +79,7 @@ class _Source:
         if expression and imported_alone and versioned and len(expression) <= LONGEST:
             libraries = ", ".join(f"{library} {version}" for library, version in sorted(origins.items()) if version)
             return f"{expression} of {libraries}" if libraries else expression
-        parts = [self._segment(statement) for statement in used]
+        parts = [ast.unparse(statement) for statement in used]  # without comments and layout
         content = "\n".join([*parts, *(f"{origin} {found}" for origin, found in sorted(origins.items()))])
         shown = one_line(expression or "user-defined", LONGEST)
         return f"{shown} sha256 {hashlib.sha256(content.encode()).hexdigest()[:16]}"
@@ -91,18 +90,10 @@ class _Source:
         while waiting:
             for statement in self.bindings[waiting.pop()]:
                 found[statement.lineno] = statement
-                new = (
-                    _used_names(symtable.symtable(self._segment(statement), "", "exec")) & self.bindings.keys() - names
-                )
+                new = _used_names(symtable.symtable(ast.unparse(statement), "", "exec")) & self.bindings.keys() - names
                 names |= new
                 waiting += new
         return [found[line] for line in sorted(found)]
-
-    def _segment(self, statement: ast.stmt) -> str:
-        """Return the source of a statement; Python leaves the decorators out."""
-        nodes = [*getattr(statement, "decorator_list", []), statement]
-        texts = [ast.get_source_segment(self.text, node) or "" for node in nodes]
-        return "".join(f"@{text}\n" for text in texts[:-1]) + texts[-1]
 
     def _expression(self, name: str) -> str:
         """Return the value that a name is bound to by one assignment or import, qualified; empty for anything else."""

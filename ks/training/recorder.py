@@ -85,7 +85,7 @@ class Recorder:
         write_json(files.config, self.config_file)
         write_json(files.training_log, self.log)
 
-    def decide(self, what: str, decision: tuple[str, str, str | None]) -> None:
+    def record_choice(self, what: str, decision: tuple[str, str, str | None]) -> None:
         """Record and print a choice of the program, (name, reason, warning); a warning is shown even with --quiet."""
         name, reason, warning = decision
         self.config_file[what] = {"name": name, "reason": reason} | ({"warning": warning} if warning else {})

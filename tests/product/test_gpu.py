@@ -10,7 +10,7 @@ from ks.layer import KSLinear
 from ks.patterns import make_chain
 from ks.product import bmm
 from ks.product.passes import ChainPasses
-from ks.training.criterion import mean_squared_error, value_and_gradient
+from ks.training.criterion import loss_and_gradient, mean_squared_error
 from ks.training.optimizer import Optimizer
 from ks.training.samples import Samples
 from ks.training.steps import CapturedStep
@@ -104,7 +104,7 @@ def test_the_captured_step_equals_the_eager_one(dtype):
         def step(inputs, targets, lr):
             values = [factor.to(dtype) for factor in factors]
             y, *inner = passes.forward(inputs, values)
-            loss, gradient = value_and_gradient(mean_squared_error, y, targets, optimizer.scale)
+            loss, gradient = loss_and_gradient(mean_squared_error, y, targets, optimizer.scale)
             passes.backward(gradient, inputs, values, inner, out=optimizer.gradients)
             return loss, optimizer.update(lr, loss)
 

@@ -265,6 +265,56 @@ def test_another_criterion_in_the_folder_of_a_study_is_another_study(edited_tool
     assert sweep("--ranks", 2, 4).returncode == 2
 
 
+@pytest.mark.parametrize(
+    ("edit", "flags", "message"),
+    [
+        ({"criterion": FAULTS["a vector"][0]}, (), r"the criterion of train_with_random.py returned shape \(16,\)"),
+        ({"metrics": "    return {'val_loss': prediction.mean()}"}, (), "'val_loss' cannot name a metric"),
+        ({"metrics": METRICS}, ("--metric", "cosin"), "--metric cosin: .* has the metrics cosine, worst_row"),
+    ],
+    ids=["criterion", "name of a metric", "metric that is not there"],
+)
+def test_a_mistake_in_an_edit_ends_a_sweep_before_it_costs_anything(
+    edited_toolkit, weight_path, tmp_path, edit, flags, message
+):
+    command = [sys.executable, "rank_sweep_study.py", "--weight_path", weight_path, *QUICK, "--ranks", 2]
+    edited_toolkit()
+    assert subprocess.run([*map(str, command)], cwd=tmp_path, capture_output=True).returncode == 0
+    study = tmp_path / "rank_sweep_results"
+    before = {path: path.stat().st_mtime_ns for path in study.rglob("*")}
+    edited_toolkit(**edit)
+    done = subprocess.run([*map(str, command), "--overwrite", *flags], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert re.search(message, line)
+    assert {path: path.stat().st_mtime_ns for path in study.rglob("*")} == before
+
+
+def test_the_sweep_names_a_metric_that_fails_before_it_trains(edited_toolkit, weight_path, tmp_path):
+    edited_toolkit(metrics="    return {'mean': prediction.mean(), 'rows': prediction.mean(1)}")
+    command = [sys.executable, "rank_sweep_study.py", "--weight_path", weight_path, *QUICK, "--ranks", 2]
+    done = subprocess.run([*map(str, command)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr.splitlines()[0] == (
+        "WARNING: metric 'rows' of train_with_random.py stays empty: it has shape (2,) instead of being a scalar"
+    )
+    (row,) = read_table(tmp_path / "rank_sweep_results" / "rank_sweep_summary.csv")
+    assert row["final_mean"] != ""
+
+
+def test_the_report_names_the_criterion_and_explains_no_floor(edited_toolkit, weight_path, tmp_path):
+    edited_toolkit(criterion=L1)
+    command = [sys.executable, "rank_sweep_study.py", "--weight_path", weight_path, *QUICK, "--ranks", 2]
+    assert subprocess.run([*map(str, command)], cwd=tmp_path, capture_output=True).returncode == 0
+    page = (tmp_path / "rank_sweep_results" / "rank_sweep_report.html").read_text()
+    assert "torch.nn.functional.l1_loss of torch" in page
+    assert "no floor holds" in page
+    assert "The floor is the least" not in page
+    (row,) = read_table(tmp_path / "rank_sweep_results" / "rank_sweep_summary.csv")
+    assert row["criterion"].startswith("torch.nn.functional.l1_loss of torch")
+    assert row["predict_zero_loss"] == ""
+
+
 @pytest.mark.parametrize("flags", [("--target_relative_loss", 0.3), ("--stop_at", "floor")], ids=str)
 def test_flags_of_floors_with_another_criterion_are_refused(edited_toolkit, weight_path, tmp_path, flags):
     edited_toolkit(criterion=L1)

@@ -10,7 +10,7 @@ from ks.cli.flags import TrainerConfig
 from ks.cli.parser import Parser
 from ks.errors import UsageError
 from ks.product.reference import chain_to_dense
-from ks.training.criterion import Measured, averages, check_edits, mean_squared_error, value, value_and_gradient
+from ks.training.criterion import GuardedMetrics, averages, check_edits, loss_and_gradient, loss_of, mean_squared_error
 from ks.training.edits import TOOLKIT, Edits
 from ks.training.optimizer import Optimizer
 from ks.training.problem import resolve
@@ -90,7 +90,7 @@ def test_the_gradient_of_a_step_is_that_of_the_dense_reference(problem_of, name,
     samples = make_samples(config, problem, weight, trained.output_rows)
     optimizer = Optimizer("sgd", trained.factors)
     _, x, y = next(iter(samples.epoch(1)))
-    loss, gradient = value_and_gradient(criterion, trained(x), y)
+    loss, gradient = loss_and_gradient(criterion, trained(x), y)
     trained.backward(gradient, optimizer)
 
     factors = [factor.double().requires_grad_() for factor in trained.factors]
@@ -120,8 +120,8 @@ def test_the_prediction_of_validation_batches_is_in_the_order_of_the_rows(proble
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_written_out_gradient_is_that_of_autograd(dtype):
     prediction, target = torch.randn(5, 7).to(dtype), torch.randn(5, 7)
-    ours = value_and_gradient(mean_squared_error, prediction, target, torch.tensor(4.0))
-    theirs = value_and_gradient(functional.mse_loss, prediction, target, 4.0)
+    ours = loss_and_gradient(mean_squared_error, prediction, target, torch.tensor(4.0))
+    theirs = loss_and_gradient(functional.mse_loss, prediction, target, 4.0)
     for mine, other in zip(ours, theirs):
         assert mine.dtype == other.dtype
         torch.testing.assert_close(mine, other)
@@ -154,7 +154,7 @@ BAD = {
 def test_a_criterion_that_fails_is_one_line_that_names_it(case):
     criterion, message = BAD[case]
     with pytest.raises(UsageError, match=f"^the criterion of train_with_random.py .*{message}") as raised:
-        value_and_gradient(criterion, torch.randn(5, 7), torch.randn(5, 7))
+        loss_and_gradient(criterion, torch.randn(5, 7), torch.randn(5, 7))
     assert "\n" not in str(raised.value)
 
 
@@ -163,7 +163,7 @@ def test_running_out_of_memory_is_no_fault_of_a_criterion():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(torch.OutOfMemoryError):
-        value(hungry, torch.ones(2, 3), torch.ones(2, 3))
+        loss_of(hungry, torch.ones(2, 3), torch.ones(2, 3))
 
 
 def test_a_module_is_put_on_the_device_and_another_function_than_the_source_has_is_refused(problem_of):
@@ -194,7 +194,7 @@ def test_a_metric_that_fails_is_named_once_and_left_empty():
     def metrics(prediction, target):
         return {"mean": prediction.mean(), "number": 2, "vector": prediction[0], "text": "x", "rank": target.mean()}
 
-    measured = Measured(metrics, warnings.append)
+    measured = GuardedMetrics(metrics, warnings.append)
     for _ in range(2):
         found = measured(torch.ones(2, 3), torch.ones(2, 3))
         assert {name: metric.item() for name, metric in found.items()} == {"mean": 1.0, "number": 2.0}
@@ -203,7 +203,7 @@ def test_a_metric_that_fails_is_named_once_and_left_empty():
         ["metric", "'text'"],
         ["metric", "'rank'"],
     ]
-    failed = Measured(failing, warnings.append)
+    failed = GuardedMetrics(failing, warnings.append)
     assert failed(torch.ones(2, 3), torch.ones(2, 3)) == failed(torch.ones(2, 3), torch.ones(2, 3)) == {}
     assert warnings[3:] == ["metrics of train_with_random.py failed and stay empty: ArithmeticError: no sums today"]
 

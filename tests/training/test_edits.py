@@ -71,6 +71,7 @@ def test_whatever_the_criterion_uses_changes_its_identity(criterion_of, case):
 
 def test_what_the_criterion_does_not_use_leaves_its_identity(criterion_of):
     before = criterion_of(SAME)
+    assert criterion_of(SAME.replace("    return helper", "    # all outputs\n    return  helper")) == before
     assert criterion_of(f"OTHER = 1\n{SAME}\ndef unused():\n    return criterion\n") == before
     assert criterion_of(SAME, metrics="    return {'a': prediction.mean()}") == before
 

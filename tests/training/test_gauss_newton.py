@@ -15,7 +15,7 @@ from ks.product.passes import ChainPasses
 from ks.product.reference import chain_to_dense, factor_to_dense, support
 from ks.product.splits import scale_gradient
 from ks.training import gauss_newton
-from ks.training.criterion import mean_squared_error, value_and_gradient
+from ks.training.criterion import loss_and_gradient, mean_squared_error
 from ks.training.gauss_newton import GaussNewton
 from ks.training.steps import CapturedStep
 
@@ -35,7 +35,7 @@ def step_of(patterns, factors, optimizer, batch, **layout):
 
     def step(inputs, targets, lr):
         prediction, *inner = passes.forward(inputs, factors)
-        loss, gradient = value_and_gradient(mean_squared_error, prediction, targets, optimizer.scale)
+        loss, gradient = loss_and_gradient(mean_squared_error, prediction, targets, optimizer.scale)
         passes.backward(gradient, inputs, factors, inner, out=optimizer.gradients, scaling=optimizer.scaling)
         return loss, optimizer.update(lr, loss)
 
