@@ -113,7 +113,9 @@ def _replaced(files: RunFiles, study: dict) -> str:
         trained = {}
     for name in ("weight", "inputs", "criterion", "metrics"):
         if (seen := trained.get(name, "an unknown one")) != study.get(name, seen):
-            return f"the {name} was replaced: the run has {seen}, the study {study[name]}"
+            if name in ("weight", "inputs"):
+                return f"the file of the {name} was replaced: trained on {seen}, the study is of {study[name]}"
+            return f"{name} edited since the study began: trained with {seen}, the study has {study[name]}"
     return ""
 
 

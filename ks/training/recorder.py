@@ -82,8 +82,11 @@ class Recorder:
         self._next_write = 0.0
         self._best: BestModel | None = None
         self._tracker = TrackerReport(config, files, settings) if config.log_to else None
-        write_json(files.config, self.config_file)
-        write_json(files.training_log, self.log)
+
+    def start(self) -> None:
+        """Write config and log, so that a killed run leaves them."""
+        write_json(self.files.config, self.config_file)
+        write_json(self.files.training_log, self.log)
 
     def record_choice(self, what: str, decision: tuple[str, str, str | None]) -> None:
         """Record and print a choice of the program, (name, reason, warning); a warning is shown even with --quiet."""
@@ -199,16 +202,22 @@ class Recorder:
             self._started += time.perf_counter() - began
 
     def close(self) -> None:
-        """Write what the finished epochs leave, however the run ended."""
-        self.checkpoints.write_latest()
-        if self._tracker:
-            self._tracker.close()
-        if self._best is not None and self._best.row is not None:
-            if self.problem.edits.criterion_is_ours:
-                self._best.row["population_loss"] = self._best.population_loss() * self.problem.unit_of_loss
-            self.problem.save(self._best.chosen(), self.files.best)
-        if self.curves:
+        """Write what the finished epochs leave, however the run ended; a file that fails costs no other one."""
+        with contextlib.ExitStack() as last:  # runs all of these, the lowest first
+            if self._best is not None and self._best.row is not None:
+                last.callback(self._save_best, self._best)
+            if self.curves:
+                last.callback(write_curves, self.files, self.curves)
+            if self._tracker:
+                last.callback(self._tracker.close)
+            last.callback(self.checkpoints.write_latest)
+
+    def _save_best(self, best: BestModel) -> None:
+        assert best.row is not None
+        if self.problem.edits.criterion_is_ours:
+            best.row["population_loss"] = best.population_loss() * self.problem.unit_of_loss
             write_curves(self.files, self.curves)
+        self.problem.save(best.chosen(), self.files.best)
 
     def end(self, error: BaseException | None) -> int:
         """Record how the run ended, and print it; return the exit code.
@@ -309,6 +318,7 @@ def run_recorded(train: Callable[[TrainerConfig, Problem, Recorder], None], conf
         error: BaseException | None = None
         try:
             try:
+                recorder.start()
                 train(config, problem, recorder)
             finally:
                 recorder.close()

@@ -230,7 +230,7 @@ def trained(tmp_path_factory) -> Path:
 def stopped(trained) -> Path:
     """Another training of the same weight, interrupted after two epochs; it left a checkpoint."""
     with pytest.MonkeyPatch.context() as patch:
-        interrupt_in_epoch(patch, 3)
+        interrupt_in_epoch(patch, 2)
         assert train(trained / "weight.pth", trained / "stopped", "--save_prefix", "rank_2") == 130
     assert (trained / "stopped" / "rank_2_resume.pth").exists()
     return trained / "stopped"
