@@ -9,6 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ks.patterns import Pattern
+from ks.product.bmm import empty_values
 from ks.product.passes import ChainPasses
 from ks.training.criterion import loss_and_gradient, mean_squared_error
 
@@ -16,6 +17,11 @@ from ks.training.criterion import loss_and_gradient, mean_squared_error
 def training_passes(patterns, batch: int, device="cpu", impl: str = "auto") -> ChainPasses:
     """Return the passes of `train_with_random.py` on (batch, features) inputs."""
     return ChainPasses(patterns, batch, torch.device(device), torch.float32, block_order=True, impl=impl)
+
+
+def training_factors(layer) -> list[torch.Tensor]:
+    """Return copies of the values of a layer in the memory order of `train_with_random.py`."""
+    return [empty_values(factor.shape, factor.device).copy_(factor.detach()) for factor in layer.factors]
 
 
 def our_step(passes: ChainPasses, factors, optimizer):

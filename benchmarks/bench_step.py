@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import torch
-from baselines import PlainChain, our_step, plain_epochs, training_passes
+from baselines import PlainChain, our_step, plain_epochs, training_factors, training_passes
 from timing import Rows, interleaved_medians, named_device, place
 
 from ks.cli import console
@@ -31,7 +31,7 @@ STEPS = 50
 
 def our_epoch(layer, weight, samples, impl):
     """Return a function that runs an epoch of our training step, captured on a GPU."""
-    factors = [factor.detach().clone() for factor in layer.factors]
+    factors = training_factors(layer)
     optimizer = Optimizer("adamw", factors)
     passes = training_passes(layer.patterns, samples.batch_size, weight.device, impl)
     step = our_step(passes, factors, optimizer)

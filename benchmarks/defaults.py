@@ -12,7 +12,7 @@ import argparse
 import sys
 
 import torch
-from baselines import our_step, training_passes
+from baselines import our_step, training_factors, training_passes
 from minilm import WEIGHTS, checkpoint
 
 import ks
@@ -71,7 +71,7 @@ def gap(
     model.reset_parameters(seeded_generator(0, "init"))
     if left_zero:
         torch.nn.init.zeros_(model.factors[0])
-    factors = [factor.detach() for factor in model.factors]
+    factors = training_factors(model)
     adamw = optimizer.Optimizer("adamw", factors)
     if flat_rate is not None:
         adamw.rate_factors = [flat_rate] * len(factors)

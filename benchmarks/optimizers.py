@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from baselines import our_step, training_passes
+from baselines import our_step, training_factors, training_passes
 from minilm import WEIGHTS, checkpoint
 from timing import Rows, place
 
@@ -63,7 +63,7 @@ def curve(weight, chain, rank: int, optimizer: str, epochs: int, num_samples: in
     model = KSLinear.from_patterns(patterns)
     model.reset_parameters(seeded_generator(seed, "init"))
     torch.nn.init.zeros_(model.factors[0])
-    factors = [factor.detach() for factor in model.factors]
+    factors = training_factors(model)
     optimizer = make_optimizer(optimizer, TrainerConfig(batch_size=BATCH), factors, UNIT_INPUTS)
     schedule = Schedule(TrainerConfig(num_epochs=epochs), samples.steps_per_epoch)
     step = our_step(passes, factors, optimizer)
