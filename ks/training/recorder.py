@@ -203,20 +203,18 @@ class Recorder:
 
     def close(self) -> None:
         """Write what the finished epochs leave, however the run ended; a file that fails costs no other one."""
-        with contextlib.ExitStack() as last:  # runs all of these, the lowest first
-            if self._best is not None and self._best.row is not None:
-                last.callback(self._save_best, self._best)
+        with contextlib.ExitStack() as last:  # runs all of these, the lowest first, though one raises
             if self.curves:
                 last.callback(write_curves, self.files, self.curves)
+            if self._best is not None and self._best.row is not None:
+                last.callback(self._save_best, self._best, self._best.row)
             if self._tracker:
                 last.callback(self._tracker.close)
             last.callback(self.checkpoints.write_latest)
 
-    def _save_best(self, best: BestModel) -> None:
-        assert best.row is not None
+    def _save_best(self, best: BestModel, row: dict) -> None:
         if self.problem.edits.criterion_is_ours:
-            best.row["population_loss"] = best.population_loss() * self.problem.unit_of_loss
-            write_curves(self.files, self.curves)
+            row["population_loss"] = best.population_loss() * self.problem.unit_of_loss
         self.problem.save(best.chosen(), self.files.best)
 
     def end(self, error: BaseException | None) -> int:
