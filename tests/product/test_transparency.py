@@ -5,10 +5,14 @@ import pickle
 
 import pytest
 import torch
+import torch._dynamo.trace_rules
 from torch.func import functional_call, grad, jacrev, jvp, vmap
 
 from ks.layer import KSLinear
 from ks.product.merge import MERGE_BATCH
+
+# The compiler notes the functions of torch once; another test of this process may have replaced one of them by then.
+torch._dynamo.trace_rules.get_torch_obj_rule_map()
 
 
 class Dense(torch.nn.Module):
