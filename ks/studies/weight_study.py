@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import shlex
 import subprocess
 import sys
@@ -215,6 +216,7 @@ def _identity(config: SweepConfig, problem: Problem) -> dict:
     return settings_of(config, problem) | {"seed": seeds_of(config)[0]}
 
 
+@functools.cache  # a layer of a checkpoint is prepared twice
 def _check_edits(config: SweepConfig, trainer: Path, edits: Edits) -> None:
     """Let the training script try what a person has edited in it, before anything is computed or written.
 

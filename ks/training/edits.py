@@ -89,11 +89,11 @@ class _Source:
         waiting, names, found = [name], {name}, {}
         while waiting:
             for statement in self.bindings[waiting.pop()]:
-                found[statement.lineno] = statement
+                found[statement.lineno, statement.col_offset] = statement
                 new = _used_names(symtable.symtable(ast.unparse(statement), "", "exec")) & self.bindings.keys() - names
                 names |= new
                 waiting += new
-        return [found[line] for line in sorted(found)]
+        return [found[place] for place in sorted(found)]
 
     def _expression(self, name: str) -> str:
         """Return the value that a name is bound to by one assignment or import, qualified; empty for anything else."""

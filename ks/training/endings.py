@@ -36,7 +36,7 @@ def end_of(error: BaseException | None, config: TrainerConfig, device: torch.dev
     if signals.came() or isinstance(error, KeyboardInterrupt):
         message = "interrupted; the finished epochs are kept, and --resume continues after them"
         return RunEnd(Status.INTERRUPTED, console.EXIT_INTERRUPTED, message)
-    if is_out_of_memory(error):
+    if _is_out_of_memory(error):
         smaller = max(1, config.batch_size // 2)
         advice = f"try --batch_size {smaller}, fewer --num_samples or --dtype bfloat16"
         return RunEnd(Status.OUT_OF_MEMORY, console.EXIT_FAILED, f"out of memory on {device}; {advice}")
@@ -49,6 +49,6 @@ def end_of(error: BaseException | None, config: TrainerConfig, device: torch.dev
     return RunEnd(Status.FAILED, console.EXIT_FAILED, f"{type(error).__name__}: {error}", is_fault=True)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory ran out; the CPU's allocator raises a plain RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

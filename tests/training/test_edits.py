@@ -69,6 +69,12 @@ def test_whatever_the_criterion_uses_changes_its_identity(criterion_of, case):
     assert criterion_of(OTHERS[case]) != "mean_squared_error"
 
 
+def test_two_statements_in_a_line_both_count(criterion_of):
+    text = "SHIFT = 1; LIMIT = 0.5\n\n\ndef criterion(p, t):\n    return (p - t - SHIFT).clamp(max=LIMIT).mean()\n"
+    found = {criterion_of(text.replace(*change)) for change in (("", ""), ("SHIFT = 1", "SHIFT = 2"), ("0.5", "0.6"))}
+    assert len(found) == 3
+
+
 def test_what_the_criterion_does_not_use_leaves_its_identity(criterion_of):
     before = criterion_of(SAME)
     assert criterion_of(SAME.replace("    return helper", "    # all outputs\n    return  helper")) == before

@@ -63,6 +63,21 @@ def test_the_captured_step_does_what_the_eager_one_does(optimizer, sampling, dty
         torch.testing.assert_close(ours, theirs)
 
 
+def run_on_a_card(monkeypatch, card, value, error):
+    """Make a step that adds 1 to `value` runnable where capturing it raises an error after one call."""
+
+    def capture(function):
+        function()
+        raise error
+
+    def step(x, y, lr):
+        value.add_(1)
+        return value[0], value[0]
+
+    monkeypatch.setattr(steps, "cuda_graph", capture)
+    return runnable(step, *card, [value])
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
@@ -74,17 +89,7 @@ def test_the_captured_step_does_what_the_eager_one_does(optimizer, sampling, dty
 )
 def test_a_capture_that_fails_leaves_no_trace_and_is_reported(monkeypatch, card, error, reason):
     value = torch.ones(1)
-
-    def capture(function):
-        function()
-        raise error
-
-    def step(x, y, lr):
-        value.add_(1)
-        return value[0], value[0]
-
-    monkeypatch.setattr(steps, "cuda_graph", capture)
-    _, (how, _, warning) = runnable(step, *card, [value])
+    _, (how, _, warning) = run_on_a_card(monkeypatch, card, value, error)
     assert value.item() == 1
     assert how == "one by one"
     assert warning.startswith(f"steps run one by one, which is slower: no CUDA graph ({reason}")
@@ -127,18 +132,8 @@ def test_a_card_replays_a_captured_step_and_a_cpu_takes_plain_ones(monkeypatch, 
 def test_what_is_no_failed_capture_ends_the_run(monkeypatch, card, error):
     """Plain steps would run out of memory too, later and with less to say about it."""
     value = torch.ones(1)
-
-    def capture(function):
-        function()
-        raise error
-
-    def step(x, y, lr):
-        value.add_(1)
-        return value[0], value[0]
-
-    monkeypatch.setattr(steps, "cuda_graph", capture)
     with pytest.raises(type(error)) as raised:
-        runnable(step, *card, [value])
+        run_on_a_card(monkeypatch, card, value, error)
     assert raised.value is error
     assert value.item() == 1
 
