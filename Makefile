@@ -13,8 +13,8 @@ test: $(VENV)/requirements-dev
 # Tests everything that must not be lost, believed or left running: twenty kills where make test has three, signals at
 # every moment; counts the cases by class.
 test-faults: $(VENV)/requirements-dev
-	KS_TEST_KILLS=20 $(RUN) -m pytest -n 2 --dist loadgroup tests/hostile tests/sweep/test_survival.py \
-	    tests/compression/test_saved_model.py
+	KS_TEST_KILLS=20 $(RUN) -m pytest -n 2 --dist loadgroup tests/hostile tests/study/test_survival.py \
+	    tests/model/test_saved_model.py
 
 # Starts a Ray cluster of two nodes on this machine, in a network of its own that has only loopback. Takes two minutes;
 # needs Linux with unshare (util-linux) and ip (iproute2).

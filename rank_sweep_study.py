@@ -30,10 +30,10 @@ from ks.cli.parser import Parser
 from ks.files.atomic import prepare_output_dir
 from ks.files.layout import SweepFiles
 from ks.files.status import Status
-from ks.studies.checkpoint_study import CheckpointStudy
-from ks.studies.weight_study import WeightStudy
-from ks.sweep.lifeline import stop_with_parent
-from ks.sweep.rejoin import parse
+from ks.study.checkpoint_study import CheckpointStudy
+from ks.study.lifeline import stop_with_parent
+from ks.study.rejoin import parse
+from ks.study.weight_study import WeightStudy
 
 TRAINER = Path(__file__).resolve().parent / "train_with_random.py"
 

@@ -8,9 +8,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ks.patterns import Pattern
-from ks.product.bmm import empty_values
-from ks.product.passes import ChainPasses
+from ks.chain.bmm import empty_values
+from ks.chain.passes import ChainPasses
+from ks.chain.patterns import Pattern
 from ks.training.criterion import loss_and_gradient, mean_squared_error
 
 

@@ -18,9 +18,9 @@ import torch
 from baselines import PlainChain, our_step, plain_epochs, training_factors, training_passes
 from timing import Rows, interleaved_medians, named_device, place
 
+from ks.chain.patterns import make_chain
 from ks.cli import console
 from ks.layer import KSLinear
-from ks.patterns import make_chain
 from ks.training.criterion import loss_and_gradient, mean_squared_error
 from ks.training.optimizer import Optimizer
 from ks.training.samples import Samples

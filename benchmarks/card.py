@@ -57,7 +57,7 @@ def steps(folder: Path, device: str, tiny: bool) -> dict[str, list[str]]:
 
     found = {"environment": ["-m", "torch.utils.collect_env"]}
     found |= {name: measurement(name, *rest) for name, *rest in BEFORE_TESTS}
-    found["tests"] = ["-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "tests/product/test_gpu.py"]
+    found["tests"] = ["-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "tests/chain/test_gpu.py"]
     found |= {name: measurement(name, *rest) for name, *rest in MEASUREMENTS}
     outputs = ["--table", str(folder / "table.md"), "--picture", str(folder / "roofline.png")]
     return found | {"roofline": [str(FOLDER / "roofline.py"), "--csv", str(folder / "check.csv"), *outputs]}

@@ -24,11 +24,11 @@ import torch
 from baselines import PlainChain, einsum_chain, structured_weights, torch_structured_multiply
 from timing import Rows, interleaved_medians, place, replayed, rotated
 
+from ks.chain.backend import choose_impl
+from ks.chain.operator import chain_product
+from ks.chain.passes import ChainPasses
+from ks.chain.patterns import Pattern, make_chain
 from ks.layer import KSLinear
-from ks.patterns import Pattern, make_chain
-from ks.product.backend import choose_impl
-from ks.product.operator import chain_product
-from ks.product.passes import ChainPasses
 
 SHAPES = [(2048, 4096), (4096, 4096), (4096, 14336)]
 CHAINS = [("monarch", rank) for rank in (2, 4, 8, 16, 32, 64, 128, 256, 512)] + [("butterfly", 4), ("butterfly", 16)]

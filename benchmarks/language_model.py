@@ -30,14 +30,14 @@ from timing import Rows, interleaved_medians, place
 from torch import nn
 
 import ks
-from ks.allocation.layer_floors import TOLERANCE
-from ks.allocation.model_plan import ModelPlan, Weighting
 from ks.bounds.factorize import factorize
+from ks.bounds.layer_floors import TOLERANCE
 from ks.cli import console
-from ks.compression.apply import apply_chains
-from ks.compression.places import Place
-from ks.inputs.moments_file import InputMoments
 from ks.layer import KSLinear
+from ks.model.apply import apply_chains
+from ks.model.model_plan import ModelPlan, Weighting
+from ks.model.places import Place
+from ks.moments.moments_file import InputMoments
 
 BUDGETS = (0.6, 0.8, 0.4)  # the middle one first, for those who end it early
 # The same share in every layer; by the plan with equal weights of the relative losses; with weights by output energy.

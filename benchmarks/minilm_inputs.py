@@ -25,7 +25,7 @@ from minilm_model import batch_of, load_minilm, split_text
 import ks
 from ks.cli import console
 from ks.files.provenance import cpu_name, peak_memory
-from ks.inputs.moments_file import InputMoments
+from ks.moments.moments_file import InputMoments
 
 SENTENCES = (
     "The cat sleeps on the sofa.",

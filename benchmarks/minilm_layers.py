@@ -25,12 +25,12 @@ from timing import place
 import ks
 from ks.bounds.factorize import factorize, tail_energies
 from ks.bounds.floors import chain_bounds
-from ks.bounds.moments import UNIT_INPUTS, Inputs, MeasuredInputs
 from ks.bounds.population_loss import population_loss
 from ks.cli import console
 from ks.files.atomic import write_csv
 from ks.files.weights import load_weight
-from ks.inputs.read import PartMoments, read_input_moments
+from ks.moments.read import PartMoments, read_input_moments
+from ks.moments.second_moment import UNIT_INPUTS, Inputs, MeasuredInputs
 
 LAYERS = ("0.output.dense", "3.output.dense", "3.intermediate.dense", "3.attention.output.dense")
 RANKS = (4, 16, 32, 48)

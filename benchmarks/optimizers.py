@@ -23,12 +23,12 @@ from timing import Rows, place
 
 import ks
 from ks.bounds.floors import loss_floor
-from ks.bounds.moments import UNIT_INPUTS
 from ks.bounds.population_loss import population_loss
 from ks.cli.flags import TrainerConfig
 from ks.files.make_weight import make_weight
 from ks.files.weights import load_weight
 from ks.layer import KSLinear
+from ks.moments.second_moment import UNIT_INPUTS
 from ks.training.choose_optimizer import make_optimizer
 from ks.training.samples import Samples, seeded_generator
 from ks.training.schedule import Schedule

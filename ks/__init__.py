@@ -7,17 +7,17 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ks.allocation.plan_model import plan_model
     from ks.bounds.factorize import factorize
     from ks.bounds.floors import loss_floor
-    from ks.compression.apply import compress
-    from ks.compression.in_order import compress_in_order
-    from ks.compression.saved_model import load_compressed, save_compressed
-    from ks.inputs.collect import collect_input_moments
-    from ks.inputs.moments_file import InputMoments
+    from ks.chain.operator import chain_product
+    from ks.chain.patterns import Chain, Pattern, make_chain
     from ks.layer import KSLinear, load
-    from ks.patterns import Chain, Pattern, make_chain
-    from ks.product.operator import chain_product
+    from ks.model.apply import compress
+    from ks.model.collect import collect_input_moments
+    from ks.model.in_order import compress_in_order
+    from ks.model.plan_model import plan_model
+    from ks.model.saved_model import load_compressed, save_compressed
+    from ks.moments.moments_file import InputMoments
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,21 +39,21 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Chain": "ks.patterns",
-    "InputMoments": "ks.inputs.moments_file",
+    "Chain": "ks.chain.patterns",
+    "InputMoments": "ks.moments.moments_file",
     "KSLinear": "ks.layer",
-    "Pattern": "ks.patterns",
-    "chain_product": "ks.product.operator",
-    "collect_input_moments": "ks.inputs.collect",
-    "compress": "ks.compression.apply",
-    "compress_in_order": "ks.compression.in_order",
+    "Pattern": "ks.chain.patterns",
+    "chain_product": "ks.chain.operator",
+    "collect_input_moments": "ks.model.collect",
+    "compress": "ks.model.apply",
+    "compress_in_order": "ks.model.in_order",
     "factorize": "ks.bounds.factorize",
     "load": "ks.layer",
-    "load_compressed": "ks.compression.saved_model",
+    "load_compressed": "ks.model.saved_model",
     "loss_floor": "ks.bounds.floors",
-    "make_chain": "ks.patterns",
-    "plan_model": "ks.allocation.plan_model",
-    "save_compressed": "ks.compression.saved_model",
+    "make_chain": "ks.chain.patterns",
+    "plan_model": "ks.model.plan_model",
+    "save_compressed": "ks.model.saved_model",
 }
 
 

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 import torch
 
 from ks.bounds.factorize import factorize
-from ks.bounds.moments import Inputs
+from ks.chain.backend import check_impl
+from ks.chain.dense import dense_chain
+from ks.chain.patterns import Pattern, check_patterns, make_chain
+from ks.chain.product import blocks_of, chain_layout, empty_blocks, multiply, values_of
 from ks.errors import UsageError
 from ks.files.memory import check_fits
 from ks.files.torch_files import plain, read_torch_file
-from ks.patterns import Pattern, check_patterns, make_chain
-from ks.product.backend import check_impl
-from ks.product.chain import blocks_of, chain_layout, empty_blocks, multiply, values_of
-from ks.product.dense import dense_chain
+from ks.moments.second_moment import Inputs
 
 FILE_FORMAT = "ks_chain"
 FILE_VERSION = 1
@@ -28,10 +28,10 @@ class KSLinear(torch.nn.Module):
     Args:
         in_features: n.
         out_features: m.
-        rank: r of the chain; see `ks.patterns.Chain`. It stands where nn.Linear has its bias.
+        rank: r of the chain; see `ks.chain.patterns.Chain`. It stands where nn.Linear has its bias.
         bias: whether to add a trained bias of shape (m,); nn.Linear has one unless told, a chain only if asked.
         chain: 'monarch', 'lowrank', 'butterfly' or 'lowrank_butterfly'.
-        blocks, num_factors, row_splits, col_splits: as in `ks.patterns.make_chain`.
+        blocks, num_factors, row_splits, col_splits: as in `ks.chain.patterns.make_chain`.
         impl: 'auto' and 'bmm' for plain operations of torch, 'triton' for the kernels of this package.
         batch_last: features first, (n, ...) → (m, ...), instead of (..., n) → (..., m).
         device, dtype: of the parameters.
@@ -158,7 +158,7 @@ class KSLinear(torch.nn.Module):
             patterns: instead of a rank, explicit patterns that `ks.bounds.factorize.factorize` takes.
             bias: shape (m,), copied.
             input_moments: the second moment C = E[x xᵀ] of the inputs, shape (n, n) or
-                `ks.bounds.moments.MeasuredInputs`.
+                `ks.moments.second_moment.MeasuredInputs`.
             impl, batch_last: as the class's.
         Raises:
             UsageError: neither or both of rank and patterns, chain options beside patterns, or a chain that cannot be
@@ -200,7 +200,7 @@ class KSLinear(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., n) to (..., m), or (n, ...) to (m, ...) with `batch_last`."""
         if self.impl == "triton":
-            from ks.product.triton_chain import triton_product
+            from ks.chain.triton_chain import triton_product
 
             return triton_product(x, self.blocks, self._layout, self.bias)
         return multiply(x, self.blocks, self._layout, self.bias)

@@ -15,7 +15,7 @@ import torch
 
 import ks
 from ks.files.layout import RunFiles, run_files
-from ks.inputs.sums import InputSums
+from ks.moments.sums import InputSums
 from ks.training.checkpoints import Checkpoints
 
 torch.set_num_threads(1)
@@ -161,7 +161,7 @@ def sums_of(rows: torch.Tensor) -> InputSums:
 
 def save_moments(path, rows: torch.Tensor, held_out: torch.Tensor | None = None, key: str = "layer.weight") -> Path:
     """Save the moments of the inputs of one weight; its key is needed nowhere."""
-    from ks.inputs.moments_file import InputMoments  # the tests of a borrowed card run without its msgspec
+    from ks.moments.moments_file import InputMoments  # the tests of a borrowed card run without its msgspec
 
     name = key.removesuffix(".weight")
     held = {} if held_out is None else {name: sums_of(held_out)}

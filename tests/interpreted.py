@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from ks.product import bmm, triton_chain
+from ks.chain import bmm, triton_chain
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "ks"
-# Every module but the empty ones that make folders packages, by its path below ks: patterns, product.passes, …
+# Every module but the empty ones that make folders packages, by its path below ks: layer, chain.passes, …
 FILES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(path.read_text())
     for path in PACKAGE.rglob("*.py")
@@ -19,13 +19,13 @@ FILES = {
 SCRIPTS = {path.stem: ast.parse(path.read_text()) for path in ROOT.glob("*.py")}
 # The rooms in the order of their imports: a module imports from its own room and from those before it.
 ROOMS = (
-    *("errors", "signals", "patterns", "product", "files", "inputs", "bounds", "allocation", "layer"),
-    *("compression", "cli", "training", "sweep", "report", "studies"),
+    *("errors", "signals", "chain", "files", "moments", "bounds", "layer", "model"),
+    *("cli", "training", "report", "study"),
 )
 
 
 def imported(tree) -> set[str]:
-    """Full names of what a file imports: ks.patterns, ks.product.passes.ChainPasses, torch, …"""
+    """Full names of what a file imports: ks.chain.patterns, ks.chain.passes.ChainPasses, torch, …"""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -80,12 +80,13 @@ def test_the_package_imports_no_script_and_no_script_another():
 
 HOMES = {
     "matplotlib": {name for name in FILES if name.startswith("report.figures.")},
-    "triton": {"product.triton_kernels", "product.passes"},
-    "tqdm": {"sweep.progress", "report.model_plan_table"},
-    "ray": {"sweep.ray_cluster"},
+    "triton": {"chain.triton_kernels", "chain.passes"},
+    "tqdm": {"study.progress", "report.model_plan_table"},
+    "ray": {"study.ray_cluster"},
     "wandb": {"training.trackers"},
     "trackio": {"training.trackers"},
-    "pandas": {name for name in FILES if room_of(name) == "report"},  # for tables that people see or plot
+    "pandas": {name for name in FILES if room_of(name) == "report"}
+    | {"study.outputs"},  # for tables that people see or plot
 }
 
 
@@ -103,8 +104,8 @@ def test_heavy_libraries_are_imported_only_where_they_belong(library):
 @pytest.mark.parametrize(
     ("name", "library"),
     [
-        ("product.passes", "triton"),
-        ("sweep.ray_cluster", "ray"),
+        ("chain.passes", "triton"),
+        ("study.ray_cluster", "ray"),
         ("training.trackers", "torch.utils.tensorboard"),
         ("training.trackers", "wandb"),
         ("training.trackers", "trackio"),
@@ -116,7 +117,7 @@ def test_optional_libraries_are_imported_only_when_needed(name, library):
 
 
 LIGHT = [
-    *("errors", "signals", "patterns", "cli.startup", "cli.streams"),
+    *("errors", "signals", "chain.patterns", "cli.startup", "cli.streams"),
     *("files.columns", "files.globs", "files.layout", "files.status"),
 ]
 
@@ -133,7 +134,7 @@ def test_importing_what_the_trainer_needs_is_light():
     assert "ks.training.recorder" in loaded
     assert not loaded & {"triton", "matplotlib", "pandas", "torch._dynamo", "ray", "tensorboard", "wandb", "trackio"}
     # torch itself loads tqdm where it is installed, so that here it is enough that nothing of ours does.
-    assert not loaded & {f"ks.{name}" for name in {"product.triton_kernels", "sweep.ray_cluster"} | HOMES["tqdm"]}
+    assert not loaded & {f"ks.{name}" for name in {"chain.triton_kernels", "study.ray_cluster"} | HOMES["tqdm"]}
 
 
 def test_every_room_is_installed():

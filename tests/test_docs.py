@@ -14,8 +14,8 @@ import torch
 from conftest import ROOT, read_table
 
 import ks
-from ks.inputs.moments_file import InputMoments
-from ks.inputs.sums import InputSums
+from ks.moments.moments_file import InputMoments
+from ks.moments.sums import InputSums
 
 SCRIPTS = [
     "train_with_random",

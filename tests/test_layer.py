@@ -5,11 +5,11 @@ import torch
 
 import ks
 from ks.bounds.floors import loss_floor
-from ks.bounds.moments import MeasuredInputs
 from ks.bounds.population_loss import population_loss
+from ks.chain.reference import chain_to_dense
 from ks.errors import UsageError
 from ks.layer import KSLinear
-from ks.product.reference import chain_to_dense
+from ks.moments.second_moment import MeasuredInputs
 
 
 def test_it_behaves_as_the_linear_layer_of_its_dense_weight():

@@ -8,7 +8,7 @@ raises the loss.
 
 import torch
 
-from ks.product.operator import chain_product
+from ks.chain.operator import chain_product
 
 MAX_SWEEPS = 50
 TOLERANCE = 1e-4  # relative progress of a sweep at which the descent ends

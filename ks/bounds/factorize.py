@@ -10,12 +10,12 @@ import torch
 
 from ks.bounds.factor_descent import refine_factors
 from ks.bounds.grid_descent import TOLERANCE, GridDescent
-from ks.bounds.moments import UNIT_INPUTS, Inputs, MeasuredInputs
+from ks.chain.bmm import empty_values
+from ks.chain.patterns import Chain, Pattern, chainability, check_patterns
 from ks.errors import UsageError
-from ks.patterns import Chain, Pattern, chainability, check_patterns
-from ks.product.bmm import empty_values
-from ks.product.gram import lower_gram
-from ks.product.pieces import one_thread_each
+from ks.moments.gram import lower_gram
+from ks.moments.pieces import one_thread_each
+from ks.moments.second_moment import UNIT_INPUTS, Inputs, MeasuredInputs
 
 Report = Callable[[float], None]
 
@@ -144,7 +144,7 @@ def factorize(
     Args:
         weight: W, shape (m, n), any float dtype, CPU or CUDA; the work is done in float64.
         patterns: (a, b, c, d) output side first, with a_1 = 1, d_L = 1, neighbours chainable.
-        input_moments: C, shape (n, n), or an object of `ks.bounds.moments`.
+        input_moments: C, shape (n, n), or an object of `ks.moments.second_moment`.
         tolerance: relative progress of a sweep at which the descent for coupled inputs ends.
     Returns:
         values of shape (a_l, b_l, c_l, d_l), output side first, dtype and device of the weight.

@@ -25,10 +25,10 @@ import torch
 from ks.bounds.factorize import HierarchicalLoss, check_shape, factorize, low_rank_energies, tail_energies
 from ks.bounds.grid_descent import TOLERANCE, GridDescent
 from ks.bounds.lower_bound import CoupledLowerBound, isotropic_joint_bound
-from ks.bounds.moments import UNIT_INPUTS, Inputs
 from ks.bounds.population_loss import population_loss
+from ks.chain.patterns import Chain
 from ks.errors import UsageError
-from ks.patterns import Chain
+from ks.moments.second_moment import UNIT_INPUTS, Inputs
 
 Progress = Callable[[str], None]
 

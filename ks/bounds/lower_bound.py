@@ -11,7 +11,7 @@ import torch
 from ks.bounds.frames import CONVERGED, LEAK, Splitting, factor_of, fair_splitting, grow, remainder
 from ks.bounds.lift_and_shift import Part, lift_and_shift
 from ks.bounds.simple_bounds import simple_bounds
-from ks.patterns import Chain
+from ks.chain.patterns import Chain
 
 ITERATIONS = 15  # of ADMM on one grid; the tight bound takes twice as many
 JOINT_ITERATIONS = 60  # on the parts of several splits

@@ -7,8 +7,8 @@ import torch
 
 from ks.bounds.factorize import low_rank_energies
 from ks.bounds.floors import ChainBounds, Floor, Progress, chain_bounds, floor_of, no_floor_reason
-from ks.bounds.moments import UNIT_INPUTS, Inputs
-from ks.patterns import Chain, make_chain
+from ks.chain.patterns import Chain, make_chain
+from ks.moments.second_moment import UNIT_INPUTS, Inputs
 
 
 @dataclass(frozen=True)

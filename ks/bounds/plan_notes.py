@@ -1,10 +1,10 @@
 """The plan in words: saturation, parity with dense, and the rank for a target."""
 
 from ks.bounds.floors import no_floor_reason
-from ks.bounds.moments import IsotropicInputs
 from ks.bounds.plan import Plan
 from ks.bounds.target_rank import smallest_ranks
-from ks.patterns import Chain
+from ks.chain.patterns import Chain
+from ks.moments.second_moment import IsotropicInputs
 
 
 def chain_notes(chain: Chain) -> list[str]:

@@ -2,9 +2,9 @@
 
 import torch
 
-from ks.bounds.moments import UNIT_INPUTS, Inputs
-from ks.product.dense import subtract_chain
-from ks.product.gram import lower_gram
+from ks.chain.dense import subtract_chain
+from ks.moments.gram import lower_gram
+from ks.moments.second_moment import UNIT_INPUTS, Inputs
 
 
 @torch.no_grad()

@@ -8,6 +8,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ks.chain.backend import IMPLS, PRECISIONS
+from ks.chain.patterns import FAMILIES
 from ks.cli.parser import (
     auto_or,
     file_prefix,
@@ -31,8 +33,6 @@ from ks.files.globs import is_glob
 from ks.files.layout import FIGURE_FORMATS
 from ks.files.make_weight import INIT_METHODS
 from ks.files.weights import DTYPES
-from ks.patterns import FAMILIES
-from ks.product.backend import IMPLS, PRECISIONS
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 

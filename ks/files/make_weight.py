@@ -2,10 +2,10 @@
 
 import torch
 
+from ks.chain.dense import dense_chain
+from ks.chain.patterns import Chain
 from ks.errors import UsageError
 from ks.files.memory import check_fits
-from ks.patterns import Chain
-from ks.product.dense import dense_chain
 
 INIT_METHODS = (
     "xavier_uniform",

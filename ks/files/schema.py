@@ -165,7 +165,7 @@ class CheckpointIndex(Struct):
 
 
 class InputMomentsRecord(Struct):
-    """Metadata of a file of input moments; `ks.inputs.moments_file.InputMoments` describes the fields."""
+    """Metadata of a file of input moments; `ks.moments.moments_file.InputMoments` describes the fields."""
 
     version: Positive
     aliases: Annotated[dict[Text, Text], Meta(min_length=1)]
@@ -186,7 +186,7 @@ class CompressedLayer(Struct):
 
 
 class CompressedModel(Struct):
-    """compressed.json beside the tensors of a compressed model; `ks.compression.saved_model` describes the fields."""
+    """compressed.json beside the tensors of a compressed model; `ks.model.saved_model` describes the fields."""
 
     format: Text
     version: Positive

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm import tqdm
 
-from ks.allocation.candidates import Candidates
-from ks.allocation.model_plan import LayerPlan, ModelPlan, Objective
 from ks.files.columns import PLAN
+from ks.model.candidates import Candidates
+from ks.model.model_plan import LayerPlan, ModelPlan, Objective
 from ks.report.text_table import text_table
 
 SHARES = (0.1, 0.25, 0.5, 0.75)  # of the dense parameters, at which the floors of a layer are printed

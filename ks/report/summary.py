@@ -11,13 +11,13 @@ import torch
 
 from ks.bounds.floors import Floor
 from ks.bounds.plan import Plan
+from ks.chain.patterns import Chain
 from ks.files import columns
 from ks.files.atomic import finite, write_csv, write_json
 from ks.files.columns import BEST, FINAL, ISOTROPIC, LATENCIES, metric_names, names, summary_metrics
 from ks.files.layout import SweepFiles
 from ks.files.schema import Latency
 from ks.files.status import OK, Ending, Status, ended_well
-from ks.patterns import Chain
 from ks.report.verdict import NEGLIGIBLE_FLOOR, ROUNDING, Verdict, is_calibration_limited, limit_of
 
 LOSSES = ("final_train_loss", "final_val_loss", "min_train_loss", "min_val_loss", "population_loss")

@@ -5,10 +5,10 @@ import math
 
 import torch
 
-from ks.bounds.moments import Inputs
 from ks.bounds.population_loss import population_loss
 from ks.files.schema import BestRecord
 from ks.layer import KSLinear
+from ks.moments.second_moment import Inputs
 from ks.training.trainable_chain import TrainableChain
 
 

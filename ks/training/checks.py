@@ -5,9 +5,9 @@ import math
 import torch
 
 from ks.bounds.population_loss import sampled_loss_range
+from ks.chain.operator import chain_product
 from ks.errors import InternalError
 from ks.layer import KSLinear
-from ks.product.operator import chain_product
 from ks.training.edits import Edits
 from ks.training.problem import Problem
 

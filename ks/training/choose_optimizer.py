@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 
-from ks.bounds.moments import Inputs
+from ks.chain.patterns import Chain
+from ks.chain.splits import is_chainable
 from ks.cli.flags import TrainingFlags
 from ks.errors import UsageError
-from ks.patterns import Chain
-from ks.product.splits import is_chainable
+from ks.moments.second_moment import Inputs
 from ks.training.edits import Edits
 from ks.training.gauss_newton import GaussNewton
 from ks.training.optimizer import Optimizer

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 
 from ks.bounds.grid_descent import root_and_inverse
-from ks.bounds.moments import ROUNDING, Inputs, IsotropicInputs, MeasuredInputs
+from ks.chain.patterns import Chain
 from ks.files.atomic import save_tensors
 from ks.layer import KSLinear
-from ks.patterns import Chain
-from ks.product.gram import is_semi_definite
-from ks.product.pieces import sum_of_squares
+from ks.moments.gram import is_semi_definite
+from ks.moments.pieces import sum_of_squares
+from ks.moments.second_moment import ROUNDING, Inputs, IsotropicInputs, MeasuredInputs
 
 # Values of a chain are saved in float64 where float32 would lose more than about 1e-7 of the loss: the whitening of a
 # column group multiplies rounding by its condition.

@@ -2,7 +2,7 @@
 
 Factor l has the prefix P = K_1 ⋯ K_{l-1} to its left, and z = K_{l+1} ⋯ K_L x enters it. The curvature of half the
 squared error in a block of its values is (PᵀP) ⊗ E[z zᵀ], so the step is G̃ = (PᵀP + λI)⁻¹ G (E[z zᵀ] + λI)⁻¹; both
-matrices are those of a split of the chain (`ks.product.splits`). Inputs whose second moment C couples the column groups
+matrices are those of a split of the chain (`ks.chain.splits`). Inputs whose second moment C couples the column groups
 of the right-most factor couple all features that enter a block: there E[z zᵀ] is a c × c matrix instead of r × r ones.
 
 Source: Tong, Ma, Chi, "Accelerating ill-conditioned low-rank matrix estimation via scaled gradient descent" (2021), for
@@ -11,10 +11,10 @@ two factors; Martens, Grosse, "Optimizing neural networks with Kronecker-factore
 
 import torch
 
-from ks.bounds.moments import Inputs
-from ks.patterns import Pattern
-from ks.product.bmm import empty_values
-from ks.product.splits import SplitMatrices, coupled_moments, prefix_grams, split_patterns, suffix_grams
+from ks.chain.bmm import empty_values
+from ks.chain.patterns import Pattern
+from ks.chain.splits import SplitMatrices, coupled_moments, prefix_grams, split_patterns, suffix_grams
+from ks.moments.second_moment import Inputs
 from ks.training.optimizer import Optimizer
 
 # The step at lr = 1e-3 is STEP_SIZE over the largest eigenvalue of the second moment of a batch, (1 + √(n/B))² for

@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 
-from ks.bounds.moments import Inputs, IsotropicInputs, MeasuredInputs
+from ks.chain.patterns import Chain
 from ks.cli.flags import TrainingFlags
 from ks.errors import UsageError, one_line
 from ks.files.columns import ISOTROPIC
 from ks.files.weights import Weight
-from ks.inputs.read import GivenInputs, PartMoments, read_input_moments
-from ks.patterns import Chain
+from ks.moments.read import GivenInputs, PartMoments, read_input_moments
+from ks.moments.second_moment import Inputs, IsotropicInputs, MeasuredInputs
 from ks.training.coordinates import Coordinates, isotropic_coordinates, measured_coordinates
 
 MEASURED = "measured"

@@ -5,15 +5,15 @@ from dataclasses import dataclass
 import torch
 
 from ks.bounds.floors import no_floor_reason
-from ks.bounds.moments import Inputs
 from ks.bounds.population_loss import population_loss
+from ks.chain.backend import check_impl
+from ks.chain.patterns import Chain, make_chain
 from ks.cli.flags import ChainFlags, TrainingFlags
 from ks.errors import UsageError
 from ks.files.memory import check_fits
 from ks.files.weights import Weight, load_weight
 from ks.layer import KSLinear
-from ks.patterns import Chain, make_chain
-from ks.product.backend import check_impl
+from ks.moments.second_moment import Inputs
 from ks.training.choose_optimizer import choose_optimizer
 from ks.training.coordinates import Coordinates, isotropic_coordinates
 from ks.training.edits import TOOLKIT, Edits

@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import torch
 
-from ks.bounds.moments import UNIT_INPUTS, Inputs
-from ks.product.bmm import float32_products
-from ks.product.gram import lower_gram
-from ks.product.pieces import in_pieces
+from ks.chain.bmm import float32_products
+from ks.moments.gram import lower_gram
+from ks.moments.pieces import in_pieces
+from ks.moments.second_moment import UNIT_INPUTS, Inputs
 
 _STREAMS = {"train": 0, "validation": 1, "shuffle": 2, "init": 3}
 

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 
 from ks.bounds.floors import no_floor_reason
+from ks.chain.bmm import empty_values
+from ks.chain.passes import ChainPasses, choose_working_impl
 from ks.cli.flags import TrainerConfig
 from ks.files.weights import DTYPES
 from ks.layer import KSLinear
-from ks.product.bmm import empty_values
-from ks.product.passes import ChainPasses, choose_working_impl
 from ks.training.optimizer import Optimizer
 from ks.training.problem import Problem
 from ks.training.samples import seeded_generator

@@ -5,8 +5,8 @@ from math import prod
 
 import torch
 
-from ks.patterns import Chain
-from ks.product.reference import chain_to_dense
+from ks.chain.patterns import Chain
+from ks.chain.reference import chain_to_dense
 
 SEEDS = range(40)
 

@@ -14,11 +14,11 @@ from ks.bounds.factorize import factorize
 from ks.bounds.floors import floor_curve, loss_floor
 from ks.bounds.lift_and_shift import Part, bound_of_shift
 from ks.bounds.lower_bound import CoupledLowerBound, isotropic_joint_bound
-from ks.bounds.moments import IsotropicInputs, MeasuredInputs
 from ks.bounds.plan import make_plan
 from ks.bounds.target_rank import smallest_ranks
-from ks.patterns import Chain
-from ks.product.reference import chain_to_dense
+from ks.chain.patterns import Chain
+from ks.chain.reference import chain_to_dense
+from ks.moments.second_moment import IsotropicInputs, MeasuredInputs
 
 
 def energy_of(weight, moment):

@@ -10,9 +10,9 @@ from ks.bounds.factor_descent import refine_factors
 from ks.bounds.factorize import factorize
 from ks.bounds.floors import loss_floor
 from ks.bounds.grid_descent import GridDescent, root_and_inverse
-from ks.bounds.moments import MeasuredInputs
+from ks.chain.reference import chain_to_dense
 from ks.errors import UsageError
-from ks.product.reference import chain_to_dense
+from ks.moments.second_moment import MeasuredInputs
 
 
 def dense_grid(left, right):

@@ -11,9 +11,9 @@ import ks
 from ks.bounds import factorize as factorize_module
 from ks.bounds.factorize import factorize, tail_energies
 from ks.bounds.floors import floor_curve, loss_floor
+from ks.chain.patterns import Chain, chainability, patterns_of_ranks
+from ks.chain.reference import chain_to_dense
 from ks.errors import UsageError
-from ks.patterns import Chain, chainability, patterns_of_ranks
-from ks.product.reference import chain_to_dense
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 7), (3, 7, 4), (1, 5, 5), (4, 1, 6)])

@@ -7,10 +7,10 @@ from chains import SEEDS, loss, random_chain, random_weight
 import ks
 from ks.bounds.factorize import factorize, tail_energies
 from ks.bounds.floors import floor_curve, loss_floor, split_blocks
-from ks.bounds.moments import IsotropicInputs
+from ks.chain.patterns import Chain
+from ks.chain.reference import chain_to_dense
 from ks.errors import UsageError
-from ks.patterns import Chain
-from ks.product.reference import chain_to_dense
+from ks.moments.second_moment import IsotropicInputs
 
 
 def test_split_blocks_are_those_of_the_definition():

@@ -1,9 +1,9 @@
 import torch
 
 import ks
-from ks.bounds.moments import MeasuredInputs
 from ks.bounds.plan import make_plan
 from ks.bounds.plan_notes import chain_notes, plan_notes
+from ks.moments.second_moment import MeasuredInputs
 
 WEIGHT = torch.randn(16, 24, generator=torch.Generator().manual_seed(1))
 WEIGHT *= 4 / WEIGHT.norm()  # predicting 0 costs 1

@@ -9,10 +9,10 @@ from chains import loss, random_weight
 from conftest import ROOT
 
 import ks
-from ks.bounds.moments import UNIT_INPUTS, IsotropicInputs
 from ks.bounds.population_loss import population_loss, sampled_loss_range
-from ks.patterns import Chain, make_chain
-from ks.product.reference import chain_to_dense
+from ks.chain.patterns import Chain, make_chain
+from ks.chain.reference import chain_to_dense
+from ks.moments.second_moment import UNIT_INPUTS, IsotropicInputs
 
 
 @pytest.mark.parametrize("rank", [None, 1])

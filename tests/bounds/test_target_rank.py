@@ -6,9 +6,9 @@ from chains import random_weight
 
 import ks
 from ks.bounds.floors import floor_curve, loss_floor
-from ks.bounds.moments import UNIT_INPUTS, IsotropicInputs
 from ks.bounds.plan import make_plan
 from ks.bounds.target_rank import ranks_around, smallest_ranks
+from ks.moments.second_moment import UNIT_INPUTS, IsotropicInputs
 
 CHAINS = [ks.make_chain(24, 36), ks.make_chain(32, 48, "butterfly"), ks.make_chain(24, 36, "lowrank")]
 TARGETS = [0.9, 0.5, 0.1, 1e-3]

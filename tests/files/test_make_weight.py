@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from ks.chain.patterns import make_chain
 from ks.errors import UsageError
 from ks.files.make_weight import INIT_METHODS, make_weight
-from ks.patterns import make_chain
 
 
 @pytest.mark.parametrize("method", INIT_METHODS)

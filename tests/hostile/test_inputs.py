@@ -17,7 +17,7 @@ from folders import GIB, QUICK, call, limit_memory, make_fifo, plan, refused, sn
 from safetensors.torch import save_file
 
 import train_with_random
-from ks.inputs.moments_file import HELD_OUT, METADATA
+from ks.moments.moments_file import HELD_OUT, METADATA
 
 pytestmark = pytest.mark.usefixtures("no_hang")
 KEY = "layer.weight"

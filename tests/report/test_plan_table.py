@@ -4,7 +4,7 @@ import torch
 from study_rows import CHAIN
 
 from ks.bounds.plan import make_plan
-from ks.patterns import make_chain
+from ks.chain.patterns import make_chain
 from ks.report.plan_table import plan_table
 
 

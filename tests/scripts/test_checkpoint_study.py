@@ -10,10 +10,10 @@ from conftest import QUICK, read_table, save_moments
 
 import ks
 import rank_sweep_study
-from ks.allocation.model_plan import ModelPlan
 from ks.files.lock import locked
-from ks.inputs.moments_file import InputMoments
-from ks.studies.checkpoint_study import CheckpointStudy
+from ks.model.model_plan import ModelPlan
+from ks.moments.moments_file import InputMoments
+from ks.study.checkpoint_study import CheckpointStudy
 
 LAYERS = ("block.0.up.weight", "block.0.down.weight", "block.1.up.weight", "block.1.down.weight")
 

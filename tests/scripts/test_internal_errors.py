@@ -9,14 +9,14 @@ from conftest import QUICK, read_table
 
 import example_rank_sweep
 import generate_test_weight
-import ks.studies.weight_study
+import ks.study.weight_study
 import ks.training.problem
 import ks.training.recorder
 import plot_rank_results
 import rank_sweep_study
 import train_with_random
 from ks.files.atomic import read_json
-from ks.studies import weight_study
+from ks.study import weight_study
 
 
 def broken(*arguments, **options):

@@ -13,8 +13,8 @@ import ks
 import rank_sweep_study
 import train_with_random
 from ks.files.curves import read_curves
-from ks.inputs.moments_file import InputMoments
-from ks.inputs.sums import InputSums
+from ks.moments.moments_file import InputMoments
+from ks.moments.sums import InputSums
 
 ROWS = 120
 

@@ -20,7 +20,7 @@ from ks.files.curves import read_curves
 from ks.files.layout import SweepFiles, find_runs
 from ks.report.read_results import read_study
 from ks.report.text_table import filled
-from ks.sweep.progress import Progress
+from ks.study.progress import Progress
 
 SUMMARY_START = (
     "rank,final_train_loss,final_val_loss,min_train_loss,min_val_loss,min_train_epoch,min_val_epoch,num_epochs"

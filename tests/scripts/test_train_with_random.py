@@ -14,10 +14,10 @@ from scipy.linalg import hadamard
 import ks
 import train_with_random
 from ks.bounds.population_loss import population_loss
+from ks.chain.passes import ChainPasses
 from ks.files.curves import read_curves
 from ks.files.make_weight import make_weight
 from ks.files.weights import load_weight
-from ks.product.passes import ChainPasses
 from ks.training import gauss_newton, recorder
 from ks.training.problem import resolve
 from ks.training.trainable_chain import TrainableChain

@@ -8,9 +8,9 @@ import pytest
 import torch
 from steps import WEIGHT
 
-from ks.bounds.moments import UNIT_INPUTS
 from ks.files.schema import BestRecord
 from ks.layer import KSLinear
+from ks.moments.second_moment import UNIT_INPUTS
 from ks.training.best_model import BestModel
 
 EPOCHS = [{"epoch": number} for number in (1, 2, 3)]

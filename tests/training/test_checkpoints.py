@@ -6,10 +6,10 @@ import pytest
 import torch
 from steps import WEIGHT, schedule_of, update
 
-from ks.bounds.moments import UNIT_INPUTS
+from ks.chain.operator import chain_product
 from ks.files.layout import RunFiles
 from ks.layer import KSLinear
-from ks.product.operator import chain_product
+from ks.moments.second_moment import UNIT_INPUTS
 from ks.training.best_model import BestModel
 from ks.training.checkpoints import Checkpoints, changes
 from ks.training.optimizer import Optimizer

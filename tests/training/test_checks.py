@@ -8,10 +8,10 @@ import pytest
 import torch
 from steps import WEIGHT
 
-from ks.bounds.moments import UNIT_INPUTS
 from ks.bounds.population_loss import population_loss
 from ks.errors import InternalError
 from ks.layer import KSLinear
+from ks.moments.second_moment import UNIT_INPUTS
 from ks.training.checks import Diverged, check_finite, check_validation
 from ks.training.edits import TOOLKIT, Edits
 

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
-from ks.bounds.moments import UNIT_INPUTS
+from ks.chain.patterns import make_chain
 from ks.cli.flags import TrainerConfig
 from ks.errors import UsageError
 from ks.layer import KSLinear
-from ks.patterns import make_chain
+from ks.moments.second_moment import UNIT_INPUTS
 from ks.training.choose_optimizer import choose_optimizer, make_optimizer
 from ks.training.edits import TOOLKIT, Edits
 from ks.training.gauss_newton import GaussNewton

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional
 
+from ks.chain.reference import chain_to_dense
 from ks.cli.flags import TrainerConfig
 from ks.cli.parser import Parser
 from ks.errors import UsageError
-from ks.product.reference import chain_to_dense
 from ks.training.criterion import GuardedMetrics, averages, check_edits, loss_and_gradient, loss_of, mean_squared_error
 from ks.training.edits import TOOLKIT, Edits
 from ks.training.optimizer import Optimizer

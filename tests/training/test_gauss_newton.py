@@ -8,12 +8,12 @@ import torch
 from steps import make_samples, run_epoch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ks.bounds.moments import UNIT_INPUTS, MeasuredInputs
+from ks.chain.passes import ChainPasses
+from ks.chain.patterns import make_chain
+from ks.chain.reference import chain_to_dense, factor_to_dense, support
+from ks.chain.splits import scale_gradient
 from ks.layer import KSLinear
-from ks.patterns import make_chain
-from ks.product.passes import ChainPasses
-from ks.product.reference import chain_to_dense, factor_to_dense, support
-from ks.product.splits import scale_gradient
+from ks.moments.second_moment import UNIT_INPUTS, MeasuredInputs
 from ks.training import gauss_newton
 from ks.training.criterion import loss_and_gradient, mean_squared_error
 from ks.training.gauss_newton import GaussNewton

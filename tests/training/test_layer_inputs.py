@@ -6,10 +6,10 @@ import torch
 from conftest import save_moments
 from layer_rows import KINDS, WEIGHT, layer_rows, problem_of, second_moment
 
-from ks.bounds.moments import MeasuredInputs
 from ks.bounds.population_loss import population_loss
 from ks.errors import UsageError
 from ks.layer import KSLinear
+from ks.moments.second_moment import MeasuredInputs
 from ks.training.samples_file import make_samples
 
 UNSEEN = layer_rows("regular", seed=1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from steps import WEIGHT, make_samples
 
-from ks.bounds.moments import IsotropicInputs
+from ks.moments.second_moment import IsotropicInputs
 from ks.training import samples as module
 from ks.training.samples import seeded_generator, whiten
 

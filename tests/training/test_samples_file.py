@@ -6,9 +6,9 @@ import pytest
 import torch
 from layer_rows import layer_rows
 
+from ks.chain.passes import ChainPasses
 from ks.cli.flags import TrainerConfig
 from ks.cli.parser import Parser
-from ks.product.passes import ChainPasses
 from ks.training.problem import resolve
 from ks.training.samples import Samples
 from ks.training.samples_file import FILES_OF_SEEDS, make_samples, samples_in_files

@@ -2,7 +2,7 @@
 
 import torch
 
-from ks.patterns import make_chain
+from ks.chain.patterns import make_chain
 from ks.training.trainable_chain import sketch_rows
 
 

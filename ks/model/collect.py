@@ -1,0 +1,331 @@
+"""Collecting the moments of a model's inputs: hooks on its linear layers while batches pass through it."""
+
+import contextlib
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from ks.errors import UsageError, one_line
+from ks.files.globs import matching, nearest
+from ks.files.memory import check_fits
+from ks.moments.moments_file import InputMoments
+from ks.moments.sums import InputSums
+
+# Components that torch puts into the names of modules; a checkpoint does not have them.
+WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+PARALLEL = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
+
+
+def collect_input_moments(
+    model: torch.nn.Module,
+    batches: Iterable[Any],
+    layers: str | Sequence[str],
+    *,
+    mask: Callable[[Any], torch.Tensor | None] | None = None,
+    held_out: float = 0.2,
+    moments: InputMoments | None = None,
+    model_name: str | None = None,
+    quiet: bool = False,
+) -> InputMoments:
+    """Sum x xᵀ, x and the number of inputs x of linear layers, in float64, while a model runs on batches.
+
+    The model runs in evaluation mode and without gradients on its own device. Afterwards no hook is left on it and
+    every module has its mode back, also after an exception. An input tensor of width n takes n² + n float64 numbers on
+    the layer's device, twice with a held-out part; layers that receive the same tensor (query, key and value; gate and
+    up) share them.
+
+    Args:
+        model: with nn.Linear layers, or Conv1D layers of transformers.
+        batches: a batch is a tensor (model(batch)), a list or tuple (model(*batch)) or a mapping (model(**batch)).
+        layers: globs over the names of the layers, as in `ks.files.globs.matches`: `encoder.layer.*.output.dense`.
+        mask: returns the tokens of a batch that count, boolean or integer of shape (batch, tokens), or None for all.
+            By default a mapping's `attention_mask` is used.
+        held_out: share of the batches that are held out; every fifth at 0.2.
+        moments: of earlier batches, to be continued; it stays as it is. With its number of batches the held-out
+            batches are those of an uninterrupted collection.
+        model_name: kept with the moments; the class of the model by default.
+        quiet: whether to omit the names of the layers on stderr.
+    Returns:
+        the moments, on the CPU.
+    Raises:
+        UsageError: no layer matches or none is called, an input is not finite, or a mask does not fit its layer.
+    """
+    if not 0 <= held_out < 1:
+        raise UsageError(f"a held-out share of {held_out}: at least 0 and less than 1 is needed")
+    model = unwrapped(model)
+    linears = find_linears(model, layers)
+    collection = _Collection(linears, moments, model_name or (moments.model if moments else type(model).__name__))
+    if not quiet:
+        lines = [f"{one_line(name)}: {linear.width} wide" for name, linear in linears.items()]
+        print(f"inputs of {len(linears)} layers:", *lines, sep="\n", file=sys.stderr)
+    with _observed(model, linears, collection.take):
+        for batch in batches:
+            number = collection.first_batch + collection.passes
+            # 1e-9, because 100 · 0.29 falls below 29
+            is_held_out = math.floor((number + 1) * held_out + 1e-9) > math.floor(number * held_out + 1e-9)
+            collection.start_pass(is_held_out, _mask_of(batch, mask))
+            _run(model, batch)
+            collection.end_pass()
+        found = collection.result()
+        whole = found if moments is None else moments.merge(found)
+    if not quiet:
+        _report(found, linears)
+    return whole
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer of a model: its width n, the key of its weight in a checkpoint, and how that is stored."""
+
+    module: torch.nn.Module
+    width: int
+    key: str
+    transposed: bool
+
+
+def checkpoint_name(path: str) -> str:
+    """Return the name of a module or tensor without the components that torch.compile, FSDP and such add."""
+    return ".".join(part for part in path.split(".") if part not in WRAPPERS)
+
+
+def linears_of(model: torch.nn.Module) -> dict[str, Linear]:
+    """Return all nn.Linear and Conv1D layers by the names that a checkpoint uses; the weight's key is `NAME.weight`."""
+    linears = {}
+    for path, module in unwrapped(model).named_modules(remove_duplicate=False):
+        name = checkpoint_name(path)
+        if isinstance(module, torch.nn.Linear):
+            linears[name] = Linear(module, module.in_features, f"{name}.weight".lstrip("."), False)
+        elif _is_conv1d(module):
+            linears[name] = Linear(module, len(module.weight), f"{name}.weight".lstrip("."), True)
+    return linears
+
+
+def find_linears(model: torch.nn.Module, layers: str | Sequence[str]) -> dict[str, Linear]:
+    """Return the layers of `linears_of` whose names match.
+
+    Raises:
+        UsageError: no layer matches.
+    """
+    linears = linears_of(model)
+    matched = matching(linears, layers)
+    if not matched:
+        wanted = layers if isinstance(layers, str) else ", ".join(layers)
+        raise UsageError(
+            f"no nn.Linear or Conv1D of the model matches {one_line(wanted)!r}; {nearest(wanted, linears)}"
+        )
+    return {name: linears[name] for name in matched}
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """Return the model inside torch.compile and data parallelism."""
+    if isinstance(model, PARALLEL):
+        return unwrapped(model.module)
+    compiled = getattr(model, "_orig_mod", None)
+    return model if compiled is None else unwrapped(compiled)
+
+
+def _is_conv1d(module: torch.nn.Module) -> bool:
+    """Recognise the Conv1D of transformers, a linear layer with a weight (in, out), without importing transformers."""
+    return any(kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.") for kind in type(module).mro())
+
+
+class _Collection:
+    """The sums of a collection, filled pass by pass; a pass is one forward call of the model.
+
+    Args:
+        linears: the layers, by name.
+        earlier: moments that are continued; their sharing of inputs is kept.
+        model_name: kept with the moments.
+    """
+
+    def __init__(self, linears: dict[str, Linear], earlier: InputMoments | None, model_name: str):
+        self.linears, self.model_name = linears, model_name
+        self.sums: dict[bool, dict[str, InputSums]] = {False: {}, True: {}}  # by whether it is held out
+        self.group: dict[str, str] = {}  # layer → NAME of its input tensor
+        self.first_batch = self.passes = 0
+        if earlier:
+            self._continue(earlier)
+
+    def _continue(self, earlier: InputMoments) -> None:
+        if earlier.model != self.model_name:
+            names = f"{one_line(earlier.model)!r}, not {one_line(self.model_name)!r}"
+            raise UsageError(f"earlier moments are of model {names}; start anew")
+        layer_of = {linear.key: name for name, linear in self.linears.items()}
+        for key, name in earlier.aliases.items():
+            if key not in layer_of or name not in self.linears:
+                raise UsageError(
+                    f"earlier moments have {one_line(key)!r}, which layers does not match; add it to layers"
+                )
+            widths = earlier.train[name].width, self.linears[layer_of[key]].width
+            if widths[0] != widths[1]:
+                raise UsageError(f"inputs of {one_line(key)!r} were {widths[0]} wide and are {widths[1]}; start anew")
+            self.group[layer_of[key]] = name
+        self.first_batch = max(earlier.batches.values())
+
+    def start_pass(self, is_held_out: bool, mask: torch.Tensor | None) -> None:
+        self.is_held_out, self.mask = is_held_out, mask
+        self._kept: dict[torch.device, torch.Tensor] = {}
+        self._met: dict[tuple, str] = {}  # input tensor → NAME
+        self._alive: list[StorageWeakRef] = []  # so that no storage of this pass is taken for a later one
+        self._received: dict[str, set[tuple]] = {name: set() for name in self.linears}
+        self._new: set[str] = set()
+        self._added: set[tuple] = set()
+
+    def take(self, name: str, inputs: torch.Tensor) -> None:
+        """Add the inputs of a layer, unless another layer of its group has received the same tensor in this pass."""
+        storage = StorageWeakRef(inputs.untyped_storage())
+        self._alive.append(storage)
+        version = 0 if inputs.is_inference() else inputs._version  # changes when a tensor is modified in place
+        tensor = (storage.cdata, inputs.storage_offset(), inputs.shape, inputs.stride(), inputs.dtype, version)
+        self._received[name].add(tensor)
+        if name not in self.group:
+            # A group from an earlier pass has sums that this layer has not seen.
+            shared = self._met.get(tensor)
+            self.group[name] = shared if shared in self._new else name
+            self._new.add(self.group[name])
+        group = self.group[name]
+        self._met.setdefault(tensor, group)
+        if (group, tensor) not in self._added:
+            self._added.add((group, tensor))
+            self._add(group, name, inputs)
+
+    def _add(self, group: str, name: str, inputs: torch.Tensor) -> None:
+        part, width = self.sums[self.is_held_out], self.linears[name].width
+        if group not in part:
+            device = inputs.device if inputs.device.type != "mps" else torch.device("cpu")  # MPS has no float64
+            if device.type == "cpu":
+                check_fits(f"the sums of {one_line(name)}", 4 * width * width * 8, "collect fewer layers at a time")
+            part[group] = InputSums.zeros(width, device)
+        part[group].add(self._tokens(name, inputs))
+
+    def _tokens(self, name: str, inputs: torch.Tensor) -> torch.Tensor:
+        """Return the inputs that count, shape (N, n)."""
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        if self.mask is None:
+            return rows
+        flattened = inputs.ndim == 2 and len(inputs) == self.mask.numel()
+        if inputs.shape[:-1] != self.mask.shape and not flattened:
+            raise UsageError(
+                f"layer {one_line(name)} receives inputs of shape {tuple(inputs.shape)}, the mask has shape "
+                f"{tuple(self.mask.shape)}; it must have one entry per input: give another mask, or leave the layer out"
+            )
+        if inputs.device not in self._kept:
+            self._kept[inputs.device] = self.mask.flatten().nonzero().squeeze(1).to(inputs.device)
+        kept = self._kept[inputs.device]
+        return rows if len(kept) == len(rows) else rows[kept]
+
+    def end_pass(self) -> None:
+        """Check that layers with one input tensor have still shared it, and that all inputs were finite."""
+        for name, group in self.group.items():
+            if self._received[name] != self._received[group]:
+                raise UsageError(
+                    f"layers {one_line(name)} and {one_line(group)} shared their input at first, but not in batch "
+                    f"{self.first_batch + self.passes + 1}; collect them one at a time, and merge the moments"
+                )
+        for name, sums in self.sums[self.is_held_out].items():
+            if not sums.sum_x.isfinite().all():
+                raise UsageError(
+                    f"the inputs of layer {one_line(name)} hold NaN or infinite values in batch "
+                    f"{self.first_batch + self.passes + 1}; run the model in bfloat16 or float32"
+                )
+        self.passes += 1
+
+    def result(self) -> InputMoments:
+        """Return what was collected, on the CPU."""
+        if not self.passes:
+            raise UsageError("no batch was given; at least one is needed")
+        train, held_out = (
+            {name: sums.finished() for name, sums in self.sums[is_held_out].items()} for is_held_out in (False, True)
+        )
+        if not train and not held_out:
+            raise UsageError(
+                f"no layer of {one_line(', '.join(self.linears), 300)} was called as a module, so that nothing was "
+                "seen (nn.MultiheadAttention uses the weight of its out_proj only)"
+            )
+        for name, sums in held_out.items():  # all its batches were held out
+            train.setdefault(name, InputSums.zeros(sums.width))
+        called = {name: group for name, group in self.group.items() if group in train}
+        return InputMoments(
+            train,
+            held_out,
+            {self.linears[name].key: group for name, group in called.items()},
+            dict.fromkeys(train, self.passes),
+            tuple(sorted(self.linears[name].key for name in called if self.linears[name].transposed)),
+            self.model_name,
+        )
+
+
+@contextlib.contextmanager
+def _observed(
+    model: torch.nn.Module, linears: dict[str, Linear], take: Callable[[str, torch.Tensor], None]
+) -> Iterator[None]:
+    """Hook the layers and put the model into evaluation mode without gradients; undo all of it at the end."""
+    modes = {module: module.training for module in model.modules()}
+
+    def hook_of(name: str):
+        def hook(module, positional, named):
+            inputs = positional[0] if positional else next(iter(named.values()))
+            take(name, inputs.detach())
+
+        return hook
+
+    with contextlib.ExitStack() as undo:
+        for module, mode in modes.items():
+            undo.callback(setattr, module, "training", mode)
+        for name, linear in linears.items():
+            undo.callback(linear.module.register_forward_pre_hook(hook_of(name), with_kwargs=True).remove)
+        model.eval()
+        if "torch._dynamo" in sys.modules:  # a compiled part runs without the hooks that came after its compilation
+            undo.enter_context(torch.compiler.set_stance("force_eager"))
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+
+
+def _run(model: torch.nn.Module, batch: Any) -> None:
+    """Call the model on a batch, whose tensors are moved to the model's device."""
+    parameter = next(model.parameters(), None)
+
+    def place(value: Any) -> Any:
+        return value.to(parameter.device) if isinstance(value, torch.Tensor) and parameter is not None else value
+
+    if isinstance(batch, Mapping):
+        model(**{name: place(value) for name, value in batch.items()})
+    elif isinstance(batch, (list, tuple)):
+        model(*map(place, batch))
+    elif isinstance(batch, torch.Tensor):
+        model(place(batch))
+    else:
+        raise UsageError(f"a batch of type {type(batch).__name__}: a tensor, list, tuple or mapping is needed")
+
+
+def _mask_of(batch: Any, mask: Callable[[Any], torch.Tensor | None] | None) -> torch.Tensor | None:
+    """Return the mask of a batch, checked."""
+    of_batch = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    found = mask(batch) if mask is not None else of_batch
+    if found is None:
+        return None
+    if found.is_floating_point() or found.is_complex():
+        raise UsageError(
+            f"a mask of dtype {found.dtype}: a boolean or integer one is needed, true where a token counts"
+        )
+    if mask is None and found.ndim != 2:
+        raise UsageError(f"attention_mask has shape {tuple(found.shape)}; give mask=, which returns (batch, tokens)")
+    return found
+
+
+def _report(found: InputMoments, linears: dict[str, Linear]) -> None:
+    """Print how many inputs were summed, and the layers that were not called."""
+    counts = [max([sums.count for sums in part.values()], default=0) for part in (found.train, found.held_out)]
+    print(
+        f"{len(found.train)} input tensors of {len(found.aliases)} layers, {max(found.batches.values())} batches: "
+        f"{counts[0]} inputs for training, {counts[1]} held out",
+        file=sys.stderr,
+    )
+    for name, linear in linears.items():
+        if linear.key not in found.aliases:
+            print(f"{one_line(name)}: left out, because no batch called it", file=sys.stderr)

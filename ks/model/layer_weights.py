@@ -1,0 +1,125 @@
+"""The weights of a checkpoint or of a model that globs name, read one at a time."""
+
+import functools
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ks.errors import UsageError, one_line
+from ks.files.globs import matches, nearest
+from ks.files.weights import Weight, entries_of, is_matrix, load_entry
+
+SHOWN = 3  # of the names that a remark lists
+
+
+@dataclass(frozen=True)
+class LayerWeight:
+    """One weight W of shape (m, n) = (out_features, in_features), which is read when it is needed.
+
+    Args:
+        name: in its checkpoint.
+        read: returns the weight.
+        place: of its values, equal for weights that are tied.
+    """
+
+    name: str
+    read: Callable[[], Weight]
+    place: Hashable
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The weights that globs name, in the order of the checkpoint.
+
+    Args:
+        weights: 2-D weights.
+        source: name of the checkpoint's file, without folders; empty for weights in memory.
+        notes: remarks on what was left out, a line each.
+    """
+
+    weights: tuple[LayerWeight, ...]
+    source: str
+    notes: tuple[str, ...]
+
+
+def select_weights(
+    source: str | Path | Mapping[str, torch.Tensor] | torch.nn.Module,
+    layers: str | Sequence[str] = "**",
+    transpose: bool = False,
+) -> Selection:
+    """Find the weights that globs name.
+
+    Globs match the names of weights (`encoder.layer.*.output.dense.weight`) or those names without `.weight`. Tensors
+    that are not 2-D weights are skipped, and so are embeddings, which no product with activations reads, unless a name
+    without wildcards asks for them; a note lists what was skipped.
+
+    Args:
+        source: a file of weights or the .index.json of a sharded checkpoint; tensors by name; or a model, whose
+            nn.Linear layers are meant (and the Conv1D layers of transformers, which are transposed).
+        layers: globs, as in `ks.files.globs.matches`.
+        transpose: weights of a file or mapping are stored as (in, out).
+    Raises:
+        UsageError: the file cannot be read, or a glob matches no 2-D weight.
+    """
+    globs = [layers] if isinstance(layers, str) else list(layers)
+    if isinstance(source, torch.nn.Module):
+        # Here, because the package of inputs need not load for a file.
+        from ks.model.collect import find_linears
+
+        linears = find_linears(source, "**").values()
+        entries = {linear.key: linear.module.weight for linear in linears}
+        turned = {linear.key for linear in linears if linear.transposed}
+        where, file = "the model", ""
+    elif isinstance(source, Mapping):
+        entries, turned, where, file = dict(source), set(source) if transpose else set(), "the mapping", ""
+    else:
+        entries = entries_of(Path(source))
+        turned, where, file = set(entries) if transpose else set(), str(source), Path(source).name
+    weights, left_out, embeddings = [], [], []
+    for name in _matching(entries, globs, where):
+        if not is_matrix(entries[name]):
+            left_out.append(name)
+        elif _is_embedding(name) and name not in globs:
+            embeddings.append(name)
+        else:
+            read = functools.partial(load_entry, entries[name], name, f"{where}, key {name!r}", name in turned)
+            weights.append(LayerWeight(name, read, (_place(entries[name], name), name in turned)))
+    notes = [
+        f"left out, {reason}: {_listed(names)}"
+        for reason, names in (("no 2-D weights", left_out), ("embeddings; name them in full to plan them", embeddings))
+        if names
+    ]
+    if not weights:
+        raise UsageError(f"{where}: {' '.join(globs)} names no 2-D weight that a chain can replace; {'; '.join(notes)}")
+    return Selection(tuple(weights), file, tuple(notes))
+
+
+def _place(entry, name: str) -> Hashable:
+    """Return where the values of an entry are in memory; those that are read later have a place of their own."""
+    if not isinstance(entry, torch.Tensor) or entry.layout is not torch.strided:
+        return name
+    return entry.device, entry.data_ptr(), entry.shape, entry.stride()
+
+
+def _matching(entries: Iterable[str], globs: list[str], where: str) -> list[str]:
+    """Return the names that match, and check that every glob matches one."""
+    names = list(entries)
+    for glob in globs:
+        if not any(_matches(name, glob) for name in names):
+            raise UsageError(f"{where}: nothing matches {one_line(glob)!r}; {nearest(glob, names)}")
+    return [name for name in names if any(_matches(name, glob) for glob in globs)]
+
+
+def _matches(name: str, glob: str) -> bool:
+    return matches(name, glob) or matches(name.removesuffix(".weight"), glob)
+
+
+def _is_embedding(name: str) -> bool:
+    return any("embed" in part or part in ("wte", "wpe") for part in name.lower().split("."))
+
+
+def _listed(names: list[str]) -> str:
+    more = f", … ({len(names)} in all)" if len(names) > SHOWN else ""
+    return one_line(", ".join(names[:SHOWN]) + more)

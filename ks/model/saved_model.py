@@ -1,0 +1,290 @@
+"""Compressed models in folders: all tensors as .safetensors, the chains as JSON, no pickle."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+import safetensors
+import torch
+from torch import nn
+
+from ks import signals
+from ks.chain.patterns import check_patterns
+from ks.chain.product import blocks_of
+from ks.errors import UsageError, one_line
+from ks.files.atomic import write_json, write_safetensors
+from ks.files.globs import nearest
+from ks.files.memory import check_fits
+from ks.files.provenance import now
+from ks.files.schema import CompressedLayer, CompressedModel, read_json_as
+from ks.layer import KSLinear
+from ks.model.collect import checkpoint_name, linears_of, unwrapped
+from ks.model.places import replace_modules
+
+TENSORS, RECORD = "model.safetensors", "compressed.json"
+FORMAT, VERSION = "ks_compressed_model", 2
+
+
+def save_compressed(model: nn.Module, folder, *, densify: bool = False) -> None:
+    """Write a model with chains to a folder: model.safetensors with all its tensors, compressed.json with its chains.
+
+    The folder is written beside its place and then renamed, so that it is complete or absent. One that this function
+    wrote earlier is replaced.
+
+    Args:
+        model: with `KSLinear` layers; `ks.compress` makes one. Tensors that are tied are stored once.
+        folder: new, empty, or of an earlier call.
+        densify: write an ordinary checkpoint instead, for programs that know no chains: every chain is multiplied out
+            into a dense weight under the name that it had, and tied tensors are stored under each of their names.
+    Raises:
+        UsageError: the folder holds something else or cannot be written, or the model has state that is no tensor.
+    """
+    folder = Path(folder).absolute()
+    _check_folder(folder)
+    model = unwrapped(model)
+    chains = {checkpoint_name(path): module for path, module in model.named_modules(remove_duplicate=False)}
+    chains = {name: module for name, module in chains.items() if isinstance(module, KSLinear)}
+    state = _state_of(model)
+    aliases = {} if densify else _ties(state)
+    tensors = _densified(state, chains) if densify else {name: state[name] for name in state if name not in aliases}
+    layers = {name: _described(chain) for name, chain in chains.items()}
+    record = CompressedModel(FORMAT, VERSION, type(model).__name__, layers, aliases, densify)
+    _write_folder(
+        folder,
+        {name: _stored(value) for name, value in tensors.items()},
+        msgspec.to_builtins(record) | {"created": now()},
+    )
+
+
+def load_compressed(model: nn.Module, folder, *, impl: str = "auto") -> nn.Module:
+    """Give a model the chains and all values that `save_compressed` wrote; its outputs are then the same to the bit.
+
+    Args:
+        model: of the same architecture, with dense layers and any values; changed in place. It takes the dtypes of the
+            file and keeps its devices. Buffers that are not part of the state_dict stay as they are.
+        folder: that `save_compressed` wrote.
+        impl: backend of the chains, 'auto', 'triton' or 'bmm'.
+    Returns:
+        the model; the new layer, if the model is itself a chain.
+    Raises:
+        UsageError: the folder is damaged or holds a densified model, or the model has another architecture. The model
+            is then unchanged.
+    """
+    folder = Path(folder)
+    record = read_json_as(folder / RECORD, CompressedModel, "a compressed model")
+    if record.format != FORMAT:
+        raise UsageError(f"{folder / RECORD} is no compressed model; a folder of ks.save_compressed is needed")
+    if record.version > VERSION:
+        raise UsageError(f"{folder} has version {record.version}; {VERSION} is the newest known, update ks")
+    if record.densified:
+        raise UsageError(f"{folder} holds an ordinary checkpoint (densify=True); load {TENSORS} into the model itself")
+    inside = unwrapped(model)
+    replacements = _empty_chains(inside, record, folder, impl)
+    tensors = _read_tensors(folder / TENSORS)
+    if record.version == 1:
+        tensors, record.aliases = _as_blocks(tensors, record)
+    _check_keys(inside, replacements, tensors, record, folder)
+    result = replace_modules(model, replacements)
+    _fill(unwrapped(result), tensors, record.aliases)
+    return result
+
+
+def _state_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the state_dict under the names of an unwrapped model."""
+    state = {checkpoint_name(name): value for name, value in model.state_dict().items()}
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            raise UsageError(
+                f"state {one_line(name)!r} of the model is {type(value).__name__}, no tensor; only tensors are saved"
+            )
+        if value.is_meta:
+            raise UsageError(f"{one_line(name)!r} of the model is a meta tensor without values; give it some first")
+    return state
+
+
+def _described(chain: KSLinear) -> CompressedLayer:
+    if chain.hands_over_blocks:
+        raise UsageError("a chain that takes or leaves features in blocks is saved by the state_dict of its model")
+    return CompressedLayer(list(chain.patterns), chain.batch_last, chain.bias is not None, chain.stored_transposed)
+
+
+def _ties(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Return the first name of every tensor that has several, by its other names."""
+    first: dict[tuple, str] = {}
+    for name, value in state.items():
+        if value.numel():
+            first.setdefault(_memory(value), name)
+    return {name: first[_memory(value)] for name, value in state.items() if first.get(_memory(value), name) != name}
+
+
+def _memory(value: torch.Tensor) -> tuple:
+    return value.device, value.data_ptr(), value.shape, value.stride(), value.dtype
+
+
+def _densified(state: Mapping[str, torch.Tensor], chains: Mapping[str, KSLinear]) -> dict[str, torch.Tensor]:
+    """Return a state_dict with one dense weight in the place of the factors of each chain."""
+    tensors = dict(state)
+    for name, chain in chains.items():
+        prefix = f"{name}." if name else ""
+        for index in range(len(chain.patterns)):
+            del tensors[f"{prefix}block_{index}"]
+        dense = chain.to_dense()
+        tensors[f"{prefix}weight"] = dense.t() if chain.stored_transposed else dense
+    return tensors
+
+
+def _stored(value: torch.Tensor) -> torch.Tensor:
+    """Return a tensor on the CPU in memory of its own, as the file needs it."""
+    return value.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
+
+
+def _check_folder(folder: Path) -> None:
+    """Check that a folder is new, empty, or one of ours."""
+    if folder.is_symlink():
+        raise UsageError(f"{folder} is a symbolic link, and nothing is written through one; choose another folder")
+    if not folder.exists():
+        return
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    ours = names == {TENSORS, RECORD} and read_json_as(folder / RECORD, CompressedModel).format == FORMAT
+    if not folder.is_dir() or (names and not ours):
+        found = f"holds {one_line(', '.join(sorted(names)[:3]))}" if names else "is no folder"
+        raise UsageError(f"{folder} {found}; choose a new or an empty folder, or one that ks.save_compressed wrote")
+
+
+def _write_folder(folder: Path, tensors: dict[str, torch.Tensor], record: dict) -> None:
+    """Write both files into a folder beside, which then takes the place of `folder`."""
+    temporary, before = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("tmp", "old"))
+    try:
+        with signals.deferred():
+            try:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                temporary.mkdir()
+                write_safetensors(temporary / TENSORS, tensors, {"format": "pt"})
+                write_json(temporary / RECORD, record)
+                if folder.exists():
+                    folder.rename(before)
+                temporary.rename(folder)
+            except OSError:
+                if before.exists():
+                    before.rename(folder)
+                raise
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(before, ignore_errors=True)
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written ({one_line(error, 200)})") from error
+
+
+def _empty_chains(model: nn.Module, record: CompressedModel, folder: Path, impl: str) -> dict[nn.Module, KSLinear]:
+    """Return the chains of a record, without values, by the layers that they replace."""
+    chains: dict[nn.Module, KSLinear] = {}
+    present = {checkpoint_name(path): module for path, module in model.named_modules(remove_duplicate=False)}
+    linears = linears_of(model)
+    for name, layer in record.layers.items():
+        patterns = check_patterns(layer.patterns)
+        old = present.get(name)
+        if isinstance(old, KSLinear) and (old.patterns, old.batch_last) == (patterns, layer.batch_last):
+            continue
+        linear = linears.get(name)
+        sizes = f"{patterns[0].rows} × {patterns[-1].cols}"
+        where = f"{folder} is for another architecture ({one_line(record.model)})"
+        if linear is None:
+            kind = f"is a {type(old).__name__}" if old is not None else f"is missing ({nearest(name, present)})"
+            raise UsageError(f"{where}: {one_line(name)} {kind}, a linear layer {sizes} is needed")
+        weight = linear.module.weight
+        assert isinstance(weight, nn.Parameter)
+        shape = tuple(weight.shape)
+        wanted = (patterns[0].rows, patterns[-1].cols)
+        if shape != (wanted[::-1] if linear.transposed else wanted):
+            raise UsageError(f"{where}: {one_line(name)} has a weight of shape {shape}, {sizes} is needed")
+        if linear.module not in chains:
+            chain = KSLinear.uninitialised(
+                patterns, layer.bias, impl=impl, batch_last=layer.batch_last, device=weight.device, dtype=weight.dtype
+            )
+            chain.stored_transposed = layer.stored_transposed
+            chain.requires_grad_(weight.requires_grad)
+            chains[linear.module] = chain.train(linear.module.training)
+    return chains
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        check_fits(str(path), path.stat().st_size, "use a machine with more memory")
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UsageError(f"{path} cannot be read ({one_line(error, 200)})") from error
+
+
+def _as_blocks(tensors: dict[str, torch.Tensor], record: CompressedModel):
+    """Return tensors and aliases of version 1, whose factor l has values (a, b, c, d) as factors.l, as blocks."""
+    name_of = {
+        f"{name}.factors.{index}".removeprefix("."): f"{name}.block_{index}".removeprefix(".")
+        for name, layer in record.layers.items()
+        for index in range(len(layer.patterns))
+    }
+    aliases = {name_of.get(name, name): name_of.get(stored, stored) for name, stored in record.aliases.items()}
+    factors = {name: blocks_of(value) for name, value in tensors.items() if name in name_of and value.dim() == 4}
+    return {name_of.get(name, name): factors.get(name, value) for name, value in tensors.items()}, aliases
+
+
+def _check_keys(
+    model: nn.Module,
+    replacements: Mapping[nn.Module, KSLinear],
+    tensors: Mapping[str, torch.Tensor],
+    record: CompressedModel,
+    folder: Path,
+) -> None:
+    """Compare names and shapes of the tensors of a file with those that the model will have."""
+    state = _state_of(model)
+    expected = {name: tuple(value.shape) for name, value in state.items()}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if module in replacements:
+            prefix = f"{checkpoint_name(path)}." if path else ""
+            for name in module.state_dict():
+                expected.pop(f"{prefix}{name}", None)
+            expected |= {f"{prefix}{name}": tuple(v.shape) for name, v in replacements[module].state_dict().items()}
+    if not set(record.aliases.values()) <= tensors.keys():
+        raise UsageError(f"{folder / RECORD} is not valid: it ties tensors to one that {TENSORS} lacks")
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    found |= {name: found[stored] for name, stored in record.aliases.items()}
+    for name in dict.fromkeys((*expected, *found)):
+        if expected.get(name) != found.get(name):
+            sizes = [str(shapes[name]) if name in shapes else "absent" for shapes in (found, expected)]
+            raise UsageError(
+                f"{folder} is for another architecture ({one_line(record.model)}): {one_line(name)} is {sizes[0]} in "
+                f"the file and {sizes[1]} in the model"
+            )
+    stored = {name: record.aliases.get(name, name) for name in found}
+    for name, first in _ties({name: value for name, value in state.items() if name in stored}).items():
+        if stored[name] != stored[first]:
+            raise UsageError(
+                f"{folder} is for another architecture ({one_line(record.model)}): the model ties {one_line(name)} to "
+                f"{one_line(first)}, the file does not"
+            )
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, tensors: Mapping[str, torch.Tensor], aliases: Mapping[str, str]) -> None:
+    """Copy values, so that chains keep the memory order of their factors, and tie what was tied."""
+    places = _owners(model)
+    for name, value in tensors.items():
+        module, attribute = places[name]
+        target = getattr(module, attribute)
+        if target.dtype != value.dtype:
+            target.data = target.data.to(value.dtype)
+        target.copy_(value)
+    for name, stored in aliases.items():
+        (module, attribute), (first, stored_attribute) = places[name], places[stored]
+        setattr(module, attribute, getattr(first, stored_attribute))
+
+
+def _owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Return module and attribute of every entry of the state_dict."""
+    owners = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name in (*module._parameters, *module._buffers):
+            owners[checkpoint_name(f"{path}.{name}" if path else name)] = (module, name)
+    return owners

@@ -1,0 +1,103 @@
+"""The files of a concluded sweep: runs, curves, summary and figures, all from results in memory."""
+
+from pathlib import Path
+from typing import Any
+
+from ks.bounds.floors import Floor
+from ks.bounds.plan import Plan
+from ks.cli.console import note
+from ks.cli.flags import PlotFlags
+from ks.files import columns
+from ks.files.atomic import write_csv, write_json
+from ks.files.curves import long_form
+from ks.files.layout import SweepFiles
+from ks.files.status import ended_well
+from ks.report.figures.draw import save_figures, study_figures
+from ks.report.html import write_report
+from ks.report.read_results import read_study
+from ks.report.summary import Reference, rank_row, run_row, write_summary
+from ks.study.run import Result
+from ks.training.problem import Problem
+
+
+def summarise(
+    results: list[Result],
+    floors: dict[int, Floor | None],
+    problem: Problem,
+    plan: Plan,
+    *,
+    target: float | None = None,
+    weight: str | None = None,
+) -> tuple[list[dict], list[dict]]:
+    """Return the rows of the runs, and the row of every rank.
+
+    Floors are left out if a finished run has no population loss, because the criterion is not the mean squared error.
+
+    Args:
+        results: of all runs.
+        floors: of every rank, relative to predicting 0.
+        problem: that the runs solve.
+        plan: of the sweep.
+        target: share of the output energy that may be lost, or None.
+        weight: name of the weight's file.
+    """
+    identity = {
+        "criterion": problem.edits.criterion,
+        "weight": weight,
+        "weight_key": problem.weight.key,
+        "weight_sha256": problem.weight.sha256(),
+        "chain": problem.chain.describe(),
+        "inputs": " ".join(problem.layer_inputs.description.get(name, "") for name in ("kind", "sha256")).strip(),
+    }
+    held_out = problem.layer_inputs.held_out_predict_zero_loss
+    count = problem.layer_inputs.description.get("held_out_count", 0)
+    isotropic = plan.isotropic_curve
+    reference = Reference(problem.predict_zero_loss, held_out, count, isotropic, target, identity)
+    runs = [
+        run_row(result.run.rank, result.curves, result.ending, result.run.seed, result.train_seconds, result.latency)
+        for result in results
+    ]
+    measured = all(row["population_loss"] is not None for row in runs if ended_well(row["status"]))
+    rows = [
+        rank_row(
+            [row for row in runs if row["rank"] == rank],
+            problem.chain,
+            floor if measured else None,
+            reference,
+        )
+        for rank, floor in floors.items()
+    ]
+    if not problem.edits.criterion_is_ours:  # whose losses have another unit
+        for row in rows:
+            row["predict_zero_loss"] = None
+    return runs, rows
+
+
+def write_outputs(
+    config: PlotFlags, files: SweepFiles, record: dict, results: list[Result], runs: list[dict], rows: list[dict]
+) -> list[Path]:
+    """Write the tables of a sweep and, from the files alone as a later plot would, its figures and its report.
+
+    Args:
+        config: how the figures look.
+        files: to write; the table of the floors is there.
+        record: content of the sweep's config file, with the answer.
+        results: of all runs.
+        runs, rows: as `summarise` returns them.
+    Returns:
+        the paths of the summary, the figures and the report.
+    """
+    write_json(files.config, record)
+    write_csv(files.runs_csv, [*columns.names(columns.RUNS), *columns.summary_metrics(runs)], runs)
+    curves = [row for result in results for row in long_form(result.run.rank, result.run.seed, result.curves)]
+    metrics = columns.metric_names(curves, columns.ALL_CURVES)
+    write_csv(files.all_curves_csv, [*columns.names(columns.ALL_CURVES), *metrics], curves)
+    write_summary(files, rows)
+    study = read_study(files)
+    look: dict[str, Any] = {"log_scale": config.log_scale, "title": config.title}
+    drawn = study_figures(study, figsize=config.figsize, metrics=config.metric, **look)
+    written = save_figures(drawn, files, config.formats, config.dpi)
+    write_report(study, files, **look)
+    if unknown := study.unknown_metrics(config.metric):
+        note(f"WARNING: {unknown}")
+    return [files.summary_csv, *written, files.report]

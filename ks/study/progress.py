@@ -1,0 +1,137 @@
+"""Progress of a sweep on stderr: one bar on a terminal, a line for each run elsewhere, nothing with --quiet."""
+
+import sys
+import time
+from collections.abc import Mapping
+
+from tqdm import tqdm
+
+from ks.cli.console import note
+from ks.errors import UsageError, one_line
+from ks.files.curves import CurvesTail
+from ks.files.schema import TrainingLog, read_json_as
+from ks.files.status import ended_well
+from ks.study.launcher import Outcome, Task
+from ks.study.run import Result, Run
+
+CLOCK_SECONDS = 1.0  # a file system's time may lag behind the clock's
+BAR = "{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} epochs, {remaining} left{postfix}"
+
+
+class Progress:
+    """Counts epochs over all runs.
+
+    Args:
+        runs: that are trained.
+        num_epochs: epochs of each.
+        quiet: show nothing.
+        floors: the best known loss of each rank, in the unit of the curves.
+    """
+
+    def __init__(self, runs: list[Run], num_epochs: int, quiet: bool, floors: Mapping[int, float] | None = None):
+        self.num_runs, self.num_epochs, self.quiet, self.floors = len(runs), num_epochs, quiet, floors or {}
+        self.run_of = {run.task: run for run in runs}
+        self.tails = {run.task: CurvesTail(run.files.curves_csv) for run in runs}
+        self.ended = 0
+        self.started: set[Task] = set()
+        self.resuming: dict[Task, float] = {}
+        self.bar = None
+        if sys.stderr.isatty() and not quiet:
+            total = len(runs) * num_epochs
+            self.bar = tqdm(total=total, bar_format=BAR, dynamic_ncols=True, smoothing=0.05)
+
+    def say(self, message: str) -> None:
+        """Print a line, above the bar if there is one."""
+        if self.bar is None:
+            note(message, self.quiet)
+        else:
+            self.bar.write(message, file=sys.stderr)
+            self.bar.refresh()
+
+    def poll(self, running: list[Task]) -> None:
+        """Show how far the running tasks are; called several times a second."""
+        for task in running:
+            self.tails[task].update()
+            if task not in self.started:
+                self._start(task)
+            self._tell_resumed(task)
+        if self.bar is not None:
+            self.bar.set_postfix_str("; ".join(map(self._state, running)), refresh=False)
+            epochs = self.ended * self.num_epochs + sum(self.tails[task].epochs for task in running)
+            self.bar.update(epochs - self.bar.n)
+
+    def _start(self, task: Task) -> None:
+        self.started.add(task)
+        if self.run_of[task].files.resume.exists():
+            self.resuming[task] = time.time()
+        if self.bar is None:
+            self.say(f"{task.name}: training ({len(self.started)} of {self.num_runs})")
+        else:  # epochs of an earlier sweep say nothing about the time that is left
+            for count in ("initial", "n", "last_print_n"):
+                setattr(self.bar, count, getattr(self.bar, count) + self.tails[task].epochs)
+
+    def _tell_resumed(self, task: Task) -> None:
+        """Say from where a task resumes, as soon as its log knows."""
+        path = self.run_of[task].files.training_log
+        try:
+            if task not in self.resuming or path.stat().st_mtime < self.resuming[task] - CLOCK_SECONDS:
+                return
+            after = read_json_as(path, TrainingLog).resumed_after
+        except (OSError, UsageError):  # the training replaces it right now
+            return
+        if after is not None:
+            del self.resuming[task]
+            self.say(f"{task.name}: resumes after epoch {after}")
+
+    def _state(self, task: Task) -> str:
+        """Return the epochs of a task, its loss, and its gap to the best known chain if that is known."""
+        tail, floor = self.tails[task], self.floors.get(self.run_of[task].rank, 0.0)
+        text = f"{task.name}: {tail.epochs}/{self.num_epochs}"
+        if tail.val_loss is not None:
+            text += f", loss {tail.val_loss:.4g}"
+        if tail.population_loss is not None and floor > 0:
+            text += f", gap {tail.population_loss / floor - 1:.2%}"
+        return text
+
+    def end(self, result: Result, outcome: Outcome) -> None:
+        """Show how one run ended; after a failure, with the end of its log."""
+        task, curves = result.run.task, result.curves
+        self._tell_resumed(task)
+        loss = f", validation loss {curves[-1]['val_loss']:.6g}" if curves else ""
+        message = f"{task.name}: {result.ending}{loss}, {outcome.seconds:.1f} s"
+        if not ended_well(result.ending):
+            message = "\n  ".join([f"{message}; end of {task.log}:", *_tail(task)])
+        self.ended += 1
+        self.say(message)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _tail(task: Task) -> list[str]:
+    """Return the last lines of a task's log."""
+    try:
+        return [one_line(line) for line in task.log.read_text(errors="replace").splitlines()[-15:]]
+    except OSError as error:
+        return [f"({error.strerror})"]
+
+
+class SlowWork:
+    """Tells on stderr what a long computation is at, at most every two seconds.
+
+    Args:
+        quiet: show nothing.
+    """
+
+    SECONDS = 2.0
+
+    def __init__(self, quiet: bool):
+        self.quiet, self.last = quiet, time.monotonic()
+
+    def __call__(self, step: str) -> None:
+        """Show a step of the computation, in a few words."""
+        if time.monotonic() - self.last >= self.SECONDS:
+            self.last = time.monotonic()
+            note(step, self.quiet)

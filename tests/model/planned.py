@@ -1,0 +1,82 @@
+"""Tiny models with plans for them, made without the optimisation."""
+
+import torch
+from networks import normal
+from torch import nn
+
+from ks.chain.patterns import make_chain
+from ks.files.weights import Weight
+from ks.model.model_plan import LayerPlan, ModelPlan
+from ks.moments.read import inputs_of
+
+
+def sha256(weight):
+    return Weight(weight.detach().contiguous(), None).sha256()
+
+
+def layer_plan(name, weight, family="lowrank", rank=2, moments=None, **more):
+    """The plan of a weight (m, n): a chain of a rank, or dense without a family."""
+    rows, cols = weight.shape
+    chain = make_chain(rows, cols, family) if family else None
+    given = inputs_of(moments, cols, name) if moments and chain else None
+    loss = 0.5 if chain else 0.0
+    return LayerPlan(
+        name,
+        rows,
+        cols,
+        sha256(weight),
+        chain,
+        rank if chain else None,
+        loss,
+        loss,
+        weight.element_size(),
+        inputs_sha256=given.sha256 if given else None,
+        **more,
+    )
+
+
+def plan_of(model, families=None, moments=None, **ranks):
+    """A plan for nn.Linear layers of a model: all of them low-rank, or those of `families`, name → family or None."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    families = dict.fromkeys(names, "lowrank") if families is None else families
+    layers = [
+        layer_plan(f"{name}.weight", model.get_submodule(name).weight, family, ranks.get(name, 2), moments)
+        for name, family in families.items()
+    ]
+    return ModelPlan(tuple(layers), "budget", 0.5, checkpoint="model.safetensors")
+
+
+class Network(nn.Module):
+    """Two blocks; the second layer of each block has no bias. `normal` makes the values the same in every process."""
+
+    def __init__(self, width=8, inner=12):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"up": nn.Linear(width, inner), "down": nn.Linear(inner, width, bias=False)})
+            for _ in range(2)
+        )
+        self.norm = nn.BatchNorm1d(width)
+        with torch.no_grad():
+            for index, parameter in enumerate(self.parameters()):
+                parameter.copy_(normal(*parameter.shape, seed=index))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block["down"](torch.relu(block["up"](x)))
+        return self.norm(x)
+
+
+class Tied(nn.Module):
+    """Two layers with one weight and biases of their own, and one module under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.second.weight = self.first.weight
+        self.third = self.fourth = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.fourth(torch.relu(self.third(self.second(torch.relu(self.first(x))))))
+
+
+FAMILIES = {"blocks.0.up": "lowrank", "blocks.0.down": "monarch", "blocks.1.up": None}

@@ -1,0 +1,140 @@
+"""The plan of a model: never worse than uniform shares, within its budget or target, and exact."""
+
+import itertools
+
+import pytest
+import torch
+
+import ks
+from ks.chain.patterns import make_chain
+from ks.errors import UsageError
+from ks.model.allocate import allocate
+from ks.model.candidates import find_candidates
+from ks.model.layer_weights import select_weights
+from ks.model.model_plan import ModelPlan
+
+
+def weight(rows, cols, decay, seed):
+    """Return a weight whose singular values fall like k^-decay."""
+    left, _, right = torch.linalg.svd(torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed)))
+    values = torch.arange(1, min(rows, cols) + 1, dtype=torch.float32) ** -decay
+    return left[:, : len(values)] * values @ right[: len(values)]
+
+
+WEIGHTS = {
+    "hard.weight": weight(24, 32, 0.1, 0),
+    "easy.weight": 3 * weight(32, 24, 2.0, 1),
+    "middling.weight": weight(16, 16, 0.7, 2),
+}
+
+
+@pytest.fixture(scope="module")
+def candidates():
+    return find_candidates(select_weights(WEIGHTS).weights, make_chain, ["monarch", "lowrank"])
+
+
+@pytest.mark.parametrize("importance", ["equal", "energy", {"easy.weight": 0.1, "m*.weight": 3.0}])
+@pytest.mark.parametrize("budget", [0.15, 0.4, 0.5, 0.8, 1.0])
+def test_a_budget_is_kept_and_beats_the_same_share_everywhere(candidates, budget, importance):
+    plan = allocate(candidates, budget=budget, importance=importance)
+    assert plan.exact
+    assert plan.share <= budget
+    assert plan.mean_relative_loss <= plan.as_uniform().mean_relative_loss + 1e-12
+    if budget == 1:
+        assert {layer.family for layer in plan.layers} == {"dense"}
+
+
+@pytest.mark.parametrize("target", [0.5, 0.2, 0.05, 0.001])
+def test_a_target_is_met_with_no_more_parameters_than_the_same_share_everywhere(candidates, target):
+    plan = allocate(candidates, target_relative_loss=target)
+    assert plan.exact
+    assert plan.mean_relative_loss <= target * (1 + 1e-9)
+    assert plan.as_uniform().mean_relative_loss <= target * (1 + 1e-9)
+    assert plan.parameters <= plan.as_uniform().parameters
+
+
+def test_the_plan_is_that_of_brute_force(candidates):
+    budget = 0.45
+    options = []
+    for entry in candidates:
+        chains = [
+            (floors.chain, rank, loss) for floors in entry.floors for rank, loss in enumerate(floors.upper) if rank
+        ]
+        options.append(
+            [(chain.parameters(rank), loss) for chain, rank, loss in chains] + [(entry.rows * entry.cols, 0.0)]
+        )
+    dense = sum(entry.rows * entry.cols for entry in candidates)
+    best = min(
+        sum(loss for _, loss in picks)
+        for picks in itertools.product(*options)
+        if sum(cost for cost, _ in picks) <= budget * dense
+    )
+    plan = allocate(candidates, budget=budget)
+    assert 3 * plan.mean_relative_loss == pytest.approx(best, rel=1e-12)
+
+
+def test_planned_losses_are_those_of_the_factorised_weights(candidates):
+    for layer in allocate(candidates, budget=0.5).layers:
+        dense = WEIGHTS[layer.layer]
+        if layer.chain is not None:
+            chain = ks.KSLinear.from_dense(dense, patterns=layer.chain.patterns(layer.rank))
+            assert chain.num_parameters == layer.parameters
+            loss = (dense - chain.to_dense()).square().sum() / dense.square().sum()
+            assert loss.item() == pytest.approx(layer.relative_loss, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("multiple", [2, 4, 8])
+def test_ranks_are_multiples(candidates, multiple):
+    plan = allocate(candidates, budget=0.7, rank_multiple=multiple)
+    assert any(layer.rank for layer in plan.layers)
+    assert all(layer.rank is None or layer.rank % multiple == 0 for layer in plan.layers)
+
+
+def test_energy_weights_prefer_large_outputs(candidates):
+    equal, energy = (allocate(candidates, budget=0.4, importance=kind) for kind in ("equal", "energy"))
+    lost = [
+        sum(layer.relative_loss * entry.energy for layer, entry in zip(plan.layers, candidates))
+        for plan in (equal, energy)
+    ]
+    assert lost[1] <= lost[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"budget": 0.01},
+            r"the smallest chains have .*% of the dense parameters; give at least 0.0",
+        ),
+        ({}, "either a budget or a target"),
+        ({"budget": 0.5, "target_relative_loss": 0.5}, "either a budget or a target"),
+        ({"budget": 0.5, "importance": {"other": 1.0}}, "importance of 'other': no layer matches; nearest of 3"),
+        ({"budget": 0.5, "importance": {"hard.weight": -1.0}}, "a finite number from 0 on is needed"),
+        ({"budget": 0.5, "importance": {"*.weight": 0.0}}, "add up to 0"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_in_a_line(candidates, arguments, message):
+    with pytest.raises(UsageError, match=message):
+        allocate(candidates, **arguments)
+
+
+def test_the_least_budget_that_a_message_names_is_enough(candidates):
+    with pytest.raises(UsageError) as error:
+        allocate(candidates, budget=0.01)
+    least = float(str(error.value).rpartition("at least ")[2])
+    assert allocate(candidates, budget=least).share <= least
+
+
+def test_one_call_plans_a_file_and_a_model(tmp_path):
+    path = tmp_path / "model.pth"
+    torch.save(WEIGHTS, path)
+    plan = ks.plan_model(path, "*.weight", budget=0.5, floors_path=tmp_path / "floors.npz", quiet=True)
+    assert plan.checkpoint == "model.pth"
+    plan.save(tmp_path / "plan.json")
+    assert ModelPlan.load(tmp_path / "plan.json") == plan
+    model = torch.nn.ModuleDict({"hard": torch.nn.Linear(32, 24), "easy": torch.nn.Linear(24, 32)})
+    with torch.no_grad():
+        model["hard"].weight.copy_(WEIGHTS["hard.weight"])
+        model["easy"].weight.copy_(WEIGHTS["easy.weight"])
+    same = ks.plan_model(model, "*", budget=0.5, quiet=True)
+    assert {layer.weight_sha256 for layer in same.layers} < {layer.weight_sha256 for layer in plan.layers}

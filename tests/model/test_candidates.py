@@ -1,0 +1,180 @@
+"""Floors of many layers: those of one layer, kept in a file, in any family, under isotropic and measured inputs."""
+
+import time
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from ks.bounds.floors import loss_floor
+from ks.bounds.floors_file import FloorsFile
+from ks.bounds.layer_floors import layer_floors
+from ks.chain.patterns import make_chain
+from ks.errors import UsageError
+from ks.model.candidates import find_candidates
+from ks.model.layer_weights import select_weights
+from ks.moments.moments_file import InputMoments
+from ks.moments.second_moment import UNIT_INPUTS, MeasuredInputs
+from ks.moments.sums import InputSums
+
+FAMILIES = ("monarch", "lowrank", "butterfly")
+
+
+def moment_of(width, seed=0):
+    samples = torch.randn(4 * width, width, generator=torch.Generator().manual_seed(seed)).double()
+    samples[:, width // 2 :] += samples[:, : width - width // 2]
+    return samples
+
+
+@pytest.fixture
+def weights():
+    generator = torch.Generator().manual_seed(0)
+    return {f"layer.{index}.weight": torch.randn(24, 16, generator=generator) for index in range(3)}
+
+
+@pytest.fixture
+def moments(weights):
+    train = {}
+    for index, name in enumerate(weights):
+        train[name] = InputSums.zeros(16)
+        train[name].add(moment_of(16, index))
+        train[name] = train[name].finished()
+    return InputMoments(train, {}, {name: name for name in weights}, dict.fromkeys(weights, 1))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("measured", [False, True])
+def test_floors_are_those_of_loss_floor(family, measured):
+    weight = torch.randn(24, 16, generator=torch.Generator().manual_seed(1))
+    samples = moment_of(16)
+    inputs = MeasuredInputs(samples.mT @ samples / len(samples)) if measured else UNIT_INPUTS
+    chain = make_chain(24, 16, family)
+    floors = layer_floors(weight, chain, inputs)
+    assert floors.upper[0] == floors.lower[0] == 1
+    assert (np.diff(floors.upper) <= 1e-12).all()
+    assert chain.parameters(len(floors.upper) - 1) < 24 * 16
+    for floor in loss_floor(weight, chain, list(map(int, floors.ranks)), inputs):
+        predict_zero = inputs.output_energy(weight) / 24
+        assert floors.lower[floor.rank] <= floor.lower / predict_zero + 1e-12
+        if not floors.is_interpolated(floor.rank):
+            assert floors.upper[floor.rank] == pytest.approx(floor.upper / predict_zero, rel=0.02)
+        if floor.exact and family != "butterfly":
+            assert floors.upper[floor.rank] == pytest.approx(floor.lower / predict_zero, rel=1e-6, abs=1e-12)
+
+
+def test_between_known_ranks_the_loss_is_interpolated():
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
+    samples = moment_of(64)
+    floors = layer_floors(weight, make_chain(64, 64, blocks=2), MeasuredInputs(samples.mT @ samples))
+    assert 0 < len(floors.known) <= 9 < len(floors.upper)
+    between = next(rank for rank in floors.ranks if floors.is_interpolated(rank))
+    assert floors.upper[between - 1] > floors.upper[between] > floors.upper[between + 1]
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_a_file_keeps_the_floors(weights, moments, tmp_path, measured):
+    selected, reports = select_weights(weights).weights, []
+    inputs = moments if measured else None
+    find = partial(find_candidates, selected, make_chain, moments=inputs, floors_path=tmp_path / "floors.npz")
+    first = find(FAMILIES[:2], report=reports.append)
+    assert [entry.layer for entry in first] == list(weights)
+    assert all(report.endswith(" s") for report in reports)
+
+    reports.clear()
+    again = find(FAMILIES[:2], report=reports.append)
+    assert reports == ["floors of 3 layers were computed before"]
+    for old, new in zip(first, again):
+        assert (old.layer, old.energy, old.inputs_sha256) == (new.layer, new.energy, new.inputs_sha256)
+        for known, read in zip(old.floors, new.floors):
+            assert known.chain == read.chain
+            assert np.array_equal(known.upper, read.upper)
+    more = find(FAMILIES, report=reports.append)
+    assert [floors.chain.family for floors in more[0].floors] == list(FAMILIES)
+
+
+def test_other_inputs_and_other_values_are_other_floors(weights, moments, tmp_path):
+    path = tmp_path / "floors.npz"
+    [entry] = find_candidates(select_weights(weights, "layer.0").weights, make_chain, ["lowrank"], None, path)
+    file = FloorsFile(path)
+    chain = entry.floors[0].chain
+    assert file.find(entry.weight_sha256, None, chain) is not None
+    assert file.find(entry.weight_sha256, "other", chain) is None
+    assert file.find("other", None, chain) is None
+    assert file.find(entry.weight_sha256, None, make_chain(24, 16)) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 broken"])
+def test_a_damaged_file_counts_as_empty(weights, tmp_path, content):
+    path = tmp_path / "floors.npz"
+    path.write_bytes(content)
+    selected = select_weights(weights, "layer.0").weights
+    [entry] = find_candidates(selected, make_chain, ["lowrank"], None, path)
+    assert FloorsFile(path).find(entry.weight_sha256, None, entry.floors[0].chain) is not None
+
+
+def test_invalid_floors_are_not_believed(weights, tmp_path):
+    path = tmp_path / "floors.npz"
+    [entry] = find_candidates(select_weights(weights, "layer.0").weights, make_chain, ["lowrank"], None, path)
+    with np.load(path) as stored:
+        arrays = {name: stored[name] for name in stored.files}
+    lower = next(name for name in arrays if name.endswith("lower"))
+    for broken in (arrays[lower][:-1], -arrays[lower], arrays[lower] * np.nan, arrays[lower].astype(np.float32)):
+        np.savez(path, **(arrays | {lower: broken}))
+        assert FloorsFile(path).find(entry.weight_sha256, None, entry.floors[0].chain) is None
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_tied_weights_count_once_and_copies_twice(weights, tmp_path, stored):
+    reports = []
+    weights |= {"tied.weight": weights["layer.1.weight"], "copy.weight": weights["layer.1.weight"].clone()}
+    torch.save(weights, tmp_path / "model.pth")
+    selected = select_weights(tmp_path / "model.pth" if stored else weights).weights
+    found = find_candidates(selected, make_chain, ["lowrank"], report=reports.append)
+    assert {entry.layer: entry.shared_with for entry in found} == {
+        **{"layer.0.weight": (), "layer.1.weight": ("tied.weight",), "layer.2.weight": (), "copy.weight": ()},
+    }
+    assert "tied.weight: tied to layer.1.weight; counted once, with its inputs" in reports
+
+
+def test_a_file_that_takes_long_to_write_is_not_written_after_every_layer(tmp_path, monkeypatch):
+    generator, writes = torch.Generator().manual_seed(0), []
+    weights = {f"layer.{index}.weight": torch.randn(24, 16, generator=generator) for index in range(12)}
+    write = np.savez_compressed
+
+    def slow(*arguments, **named):
+        writes.append(len(named))
+        time.sleep(0.2)
+        write(*arguments, **named)
+
+    def report(text):
+        if text.startswith("8 of 12"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "savez_compressed", slow)
+    find = partial(find_candidates, select_weights(weights).weights, make_chain, ["lowrank"])
+    with pytest.raises(KeyboardInterrupt):
+        find(floors_path=tmp_path / "floors.npz", report=report)
+    assert len(writes) == 2  # after the first layer, and at the end
+    reports = []
+    find(floors_path=tmp_path / "floors.npz", report=reports.append)
+    assert reports[-1] == "floors of 8 layers were computed before"
+
+
+def test_layers_without_inputs_are_counted(weights, moments):
+    weights |= {"block.7.weight": weights["layer.0.weight"] + 1, "block.8.weight": weights["layer.0.weight"] + 2}
+    with pytest.raises(UsageError, match=r"no inputs for key 'block.7.weight'.*\(2 layers lack them\); collect them"):
+        find_candidates(select_weights(weights).weights, make_chain, ["lowrank"], moments)
+
+
+def test_a_family_without_floors_is_refused(weights):
+    with pytest.raises(UsageError, match="no floor"):
+        find_candidates(select_weights(weights).weights, make_chain, ["lowrank_butterfly"])
+
+
+def test_a_stop_ends_the_work(weights, moments):
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        find_candidates(select_weights(weights).weights, make_chain, ["monarch"], moments, check_stop=stop)

@@ -1,0 +1,418 @@
+import subprocess
+import sys
+from collections import UserDict
+
+import pytest
+import torch
+from conftest import ROOT
+from networks import Attention, Conv1D, hand_computed, normal
+
+import ks
+from ks.errors import UsageError
+from ks.model.collect import find_linears
+
+LAYER = "encoder.layer.0"
+ALL = "encoder.**"
+
+
+def collect(model, batches, layers=ALL, **options):
+    return ks.collect_input_moments(model, batches, layers, quiet=True, **options)
+
+
+def agrees(sums, rows):
+    square, total = hand_computed(rows)
+    torch.testing.assert_close(sums.sum_xx, square, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(sums.sum_x, total, rtol=1e-12, atol=1e-12)
+    assert sums.count == rows.numel() // rows.shape[-1]
+
+
+def equal(one, other):
+    """Whether two moments hold the same sums, up to the order of the additions."""
+    assert one.aliases == other.aliases
+    assert one.batches == other.batches
+    for part, counterpart in ((one.train, other.train), (one.held_out, other.held_out)):
+        assert part.keys() == counterpart.keys()
+        for name, sums in part.items():
+            assert sums.count == counterpart[name].count
+            torch.testing.assert_close(sums.sum_xx, counterpart[name].sum_xx, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(sums.sum_x, counterpart[name].sum_x, rtol=1e-12, atol=1e-12)
+
+
+def test_the_sums_are_those_computed_by_hand():
+    model, x = Attention().eval(), normal(4, 3, 6)
+    found = collect(model, [x[:2], x[2:]], held_out=0)
+    layer = model.encoder["layer"][0]
+    agrees(found.train[f"{LAYER}.query"], x)
+    with torch.no_grad():
+        mixed = layer["query"](x) + layer["key"](x) * layer["value"](x)
+        agrees(found.train[f"{LAYER}.output"], mixed)
+        agrees(found.train[f"{LAYER}.up"], layer["output"](mixed))
+    assert found.held_out == {}
+    torch.testing.assert_close(found.second_moment(f"{LAYER}.query.weight"), hand_computed(x)[0] / 12)
+
+
+def test_layers_that_share_their_input_share_its_sums():
+    found = collect(Attention(), [normal(4, 6)], held_out=0)
+    shared = {f"{LAYER}.{name}.weight": f"{LAYER}.query" for name in ("query", "key", "value")}
+    own = {f"{LAYER}.{name}.weight": f"{LAYER}.{name}" for name in ("output", "up")}
+    assert found.aliases == shared | own
+    assert list(found.train) == [f"{LAYER}.{name}" for name in ("query", "output", "up")]
+
+
+class Calls(torch.nn.Module):
+    """Two layers with what a test does to them."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.first, self.second, self.call = torch.nn.Linear(5, 5), torch.nn.Linear(5, 5), call
+
+    def forward(self, x):
+        return self.call(self, x)
+
+
+def test_views_of_one_tensor_are_shared_and_copies_are_not():
+    same = Calls(lambda layers, x: layers.first(x.view(-1, 5)) + layers.second(x.view(-1, 5)))
+    assert set(collect(same, [normal(4, 5)], "**", held_out=0).train) == {"first"}
+    copied = Calls(lambda layers, x: layers.first(x) + layers.second(x.clone()))
+    assert set(collect(copied, [normal(4, 5)], "**", held_out=0).train) == {"first", "second"}
+    other_rows = Calls(lambda layers, x: layers.first(x[:2]) + layers.second(x[2:]))
+    assert set(collect(other_rows, [normal(4, 5)], "**", held_out=0).train) == {"first", "second"}
+
+
+def test_a_tensor_that_is_modified_in_place_is_another_one():
+    model = Calls(lambda layers, x: layers.first(x) + layers.second(x.add_(1)))
+    found = collect(model, [normal(4, 5)], "**", held_out=0)
+    agrees(found.train["first"], normal(4, 5))
+    agrees(found.train["second"], normal(4, 5) + 1)
+
+
+def test_memory_that_is_used_again_is_not_taken_for_a_shared_input():
+    def call(layers, x):
+        for factor in (1, 2, 3):
+            layers.first(x * factor)  # freed before the next one is made, which may have its address
+            layers.second(x * -factor)
+
+    found = collect(Calls(call), [normal(400, 5)], "**", held_out=0)
+    rows = torch.cat([normal(400, 5) * factor for factor in (1, 2, 3)])
+    agrees(found.train["first"], rows)
+    agrees(found.train["second"], -rows)
+
+
+@pytest.mark.parametrize("changed", ["other tensor", "not called", "another call"])
+def test_layers_that_stop_sharing_are_refused(changed):
+    def call(layers, x):
+        layers.first(x)
+        if len(x) == 2 or changed == "another call":
+            layers.second(x)
+        elif changed == "other tensor":
+            layers.second(x + 1)
+        if len(x) == 3 and changed == "another call":
+            layers.second(x + 1)
+
+    with pytest.raises(UsageError, match="second and first shared their input at first, but not in batch 2; collect"):
+        collect(Calls(call), [normal(2, 5), normal(3, 5)], "**")
+
+
+def test_a_layer_that_is_first_called_later_has_sums_of_its_own():
+    def call(layers, x):
+        layers.first(x)
+        if len(x) == 3:
+            layers.second(x)
+
+    found = collect(Calls(call), [normal(2, 5), normal(3, 5)], "**", held_out=0)
+    assert found.train["first"].count == 5
+    agrees(found.train["second"], normal(3, 5))
+
+
+def test_the_order_of_the_calls_may_change():
+    def call(layers, x):
+        for layer in (layers.first, layers.second)[:: 1 if len(x) == 2 else -1]:
+            layer(x)
+
+    found = collect(Calls(call), [normal(2, 5), normal(3, 5)], "**", held_out=0)
+    assert set(found.train) == {"first"}
+    assert found.train["first"].count == 5
+
+
+def test_whole_batches_are_held_out_every_fifth():
+    batches = [normal(number, 6, seed=number) for number in range(1, 12)]
+    found = collect(Attention(), batches)
+    agrees(found.held_out[f"{LAYER}.key".replace("key", "query")], torch.cat([batches[4], batches[9]]))
+    agrees(found.train[f"{LAYER}.query"], torch.cat([batch for at, batch in enumerate(batches) if at not in (4, 9)]))
+    assert found.batches[f"{LAYER}.query"] == 11
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.2, 0.25, 0.29, 0.3, 0.5, 0.7])
+def test_the_held_out_share_is_kept_exactly(share):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    found = collect(model, [torch.ones(1, 2)] * 100, "**", held_out=share)
+    assert found.train["0"].count == round(100 * (1 - share))
+    assert sum(sums.count for sums in found.held_out.values()) == round(100 * share)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_model_has_float64_sums(dtype):
+    model, x = Attention().to(dtype), (100 * normal(40, 6)).to(dtype)
+    found = collect(model, [x], f"{LAYER}.query", held_out=0)
+    agrees(found.train[f"{LAYER}.query"], x)
+    assert found.train[f"{LAYER}.query"].sum_xx.dtype == torch.float64
+
+
+def test_autocast_does_not_round_the_sums():
+    x = normal(40, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = collect(Attention(), [x], f"{LAYER}.query", held_out=0)
+    agrees(found.train[f"{LAYER}.query"], x)
+
+
+MASK = torch.tensor([[1, 1, 0], [1, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"x": normal(2, 3, 6), "attention_mask": MASK},
+        UserDict({"x": normal(2, 3, 6), "attention_mask": MASK.bool()}),
+    ],
+    ids=["dict", "mapping"],
+)
+def test_padding_is_left_out(batch):
+    batch["x"][0, 2] = float("nan")  # what padding holds does not matter
+    found = collect(Attention(), [batch], f"{LAYER}.query", held_out=0)
+    agrees(found.train[f"{LAYER}.query"], batch["x"][MASK.bool()])
+
+
+def test_a_mask_may_be_computed_from_the_batch():
+    x = normal(2, 3, 6)
+    x[0, 2:] = 0
+    x[1, 1:] = 0
+    found = collect(Attention(), [x], f"{LAYER}.query", held_out=0, mask=lambda batch: batch.abs().sum(-1) > 0)
+    agrees(found.train[f"{LAYER}.query"], x[MASK.bool()])
+    assert (
+        collect(Attention(), [x], f"{LAYER}.query", held_out=0, mask=lambda x: None).train[f"{LAYER}.query"].count == 6
+    )
+
+
+def test_a_mask_fits_tokens_that_a_model_has_flattened():
+    model = Calls(lambda layers, x: layers.first(x.view(-1, 5)))
+    found = collect(model, [normal(2, 3, 5)], "first", held_out=0, mask=lambda batch: MASK)
+    agrees(found.train["first"], normal(2, 3, 5)[MASK.bool()])
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (MASK.t(), r"first receives inputs of shape \(2, 3, 5\), the mask has shape \(3, 2\)"),
+        (MASK[:1], r"the mask has shape \(1, 3\)"),
+        (MASK.float(), "a mask of dtype torch.float32"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_refused(mask, message):
+    with pytest.raises(UsageError, match=message):
+        collect(Calls(lambda layers, x: layers.first(x)), [normal(2, 3, 5)], "first", mask=lambda batch: mask)
+
+
+def test_an_attention_mask_of_four_dimensions_is_refused():
+    batch = {"x": normal(2, 3, 6), "attention_mask": torch.ones(2, 1, 3, 3, dtype=torch.bool)}
+    with pytest.raises(UsageError, match="give mask=, which returns"):
+        collect(Attention(), [batch])
+
+
+@pytest.mark.parametrize("batch", [(normal(3, 6), None), [normal(3, 6)], normal(3, 6), {"x": normal(3, 6)}])
+def test_every_kind_of_batch(batch):
+    agrees(collect(Attention(), [batch], held_out=0).train[f"{LAYER}.query"], normal(3, 6))
+
+
+def test_inputs_given_by_keyword():
+    model = Calls(lambda layers, x: layers.first(input=x))
+    agrees(collect(model, [normal(3, 5)], "first", held_out=0).train["first"], normal(3, 5))
+
+
+def test_conv1d_of_transformers_is_recognised_by_its_name():
+    model = torch.nn.ModuleDict({"c_fc": Conv1D(8, 6)})
+    model.forward = lambda x: model["c_fc"](x)
+    found = collect(model, [normal(3, 6)], "c_fc", held_out=0)
+    agrees(found.train["c_fc"], normal(3, 6))
+    assert found.transposed == ("c_fc.weight",)
+    other = type("Conv1D", (torch.nn.Module,), {"__module__": "elsewhere"})
+    with pytest.raises(UsageError, match="no nn.Linear or Conv1D"):
+        find_linears(torch.nn.Sequential(other()), "**")
+
+
+def test_names_are_those_of_the_checkpoint():
+    model = Attention()
+    assert set(find_linears(torch.nn.DataParallel(model), ALL)) == set(find_linears(model, ALL))
+    wrapped = Attention()
+    wrapped.encoder["layer"][0] = torch.nn.ModuleDict({"_orig_mod": wrapped.encoder["layer"][0]})
+    assert set(find_linears(wrapped, ALL)) == set(find_linears(model, ALL))
+    assert {linear.key for linear in find_linears(wrapped, ALL).values()} <= model.state_dict().keys()
+    tied = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2)})
+    tied["b"] = tied["a"]
+    assert list(find_linears(tied, "*")) == ["a", "b"]
+
+
+def test_compiled_models_are_observed():
+    code = (
+        "import torch, ks\n"
+        "def make():\n"
+        "    return torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.ReLU()))\n"
+        "whole, part = torch.compile(make(), backend='eager'), make()\n"
+        "part[0] = torch.compile(part[0], backend='eager')\n"
+        "for model in (whole, torch.nn.DataParallel(whole), part):\n"
+        "    with torch.no_grad():\n"
+        "        model.eval()(torch.ones(4, 3))\n"
+        "    found = ks.collect_input_moments(model, [torch.ones(4, 3)], '0.0', held_out=0, quiet=True)\n"
+        "    assert found.train['0.0'].count == 4, found\n"
+        "    assert found.model == 'Sequential'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def hooks_of(model):
+    return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_is_left_on_the_model(fails):
+    model = Attention().train()
+    model.encoder["layer"][0]["key"].eval()
+    modes = [module.training for module in model.modules()]
+    seen = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append((module.training, torch.is_grad_enabled())))
+    batches = [normal(3, 6), normal(3, 7)] if fails else [normal(3, 6)]
+    if fails:
+        with pytest.raises(RuntimeError, match="must match"):
+            collect(model, batches)
+    else:
+        collect(model, batches)
+    assert seen == [(False, False)] * len(batches)
+    assert hooks_of(model) == 1
+    assert [module.training for module in model.modules()] == modes
+    assert torch.is_grad_enabled()
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+def test_nothing_is_left_after_a_fault_of_the_batches_or_of_a_hook():
+    def faulty():
+        yield normal(3, 6)
+        raise OSError("no more")
+
+    model = Attention().train()
+    with pytest.raises(OSError, match="no more"):
+        collect(model, faulty())
+    with pytest.raises(UsageError, match="one entry per input"):
+        collect(model, [normal(3, 6)], mask=lambda batch: torch.ones(4, dtype=torch.bool))
+    assert hooks_of(model) == 0
+    assert model.training
+
+
+def test_it_works_inside_inference_mode():
+    with torch.inference_mode():
+        found = collect(Attention(), [normal(3, 6)], held_out=0)
+    agrees(found.train[f"{LAYER}.query"], normal(3, 6))
+    found.train[f"{LAYER}.query"].sum_xx.add_(1)  # no inference tensor
+    assert found.merge(found).train[f"{LAYER}.query"].count == 6
+
+
+def test_a_collection_in_parts_is_that_of_the_whole():
+    model = Attention()
+    batches = [normal(2, 6, seed=number) for number in range(13)]
+    whole = collect(model, batches)
+    parts = None
+    for start in (0, 3, 8):
+        parts = collect(model, batches[start : {0: 3, 3: 8, 8: 13}[start]], moments=parts)
+    equal(parts, whole)
+
+
+def test_merged_moments_are_those_of_the_whole():
+    model = Attention()
+    batches = [normal(2, 6, seed=number) for number in range(15)]
+    equal(collect(model, batches[:5]).merge(collect(model, batches[5:])), collect(model, batches))
+
+
+def test_an_earlier_part_stays_as_it_is():
+    model = Attention()
+    first = collect(model, [normal(3, 6)])
+    before = first.train[f"{LAYER}.query"].sum_xx.clone()
+    with pytest.raises(RuntimeError):
+        collect(model, [normal(3, 6), normal(3, 7)], moments=first)
+    collect(model, [normal(3, 6)], moments=first)
+    assert torch.equal(first.train[f"{LAYER}.query"].sum_xx, before)
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "message"),
+    [
+        (
+            Attention(),
+            f"{LAYER}.output",
+            "earlier moments have 'encoder.layer.0.query.weight', which layers does not match",
+        ),
+        (Attention(7), ALL, "were 6 wide and are 7"),
+        (torch.nn.Sequential(torch.nn.Linear(6, 6)), "0", "of model 'Attention', not 'Sequential'"),
+    ],
+)
+def test_a_collection_that_does_not_fit_the_earlier_one_is_refused(model, layers, message):
+    earlier = collect(Attention(), [normal(3, 6)])
+    with pytest.raises(UsageError, match=message):
+        collect(model, [normal(3, 6)], layers, moments=earlier, model_name=type(model).__name__)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ("encoder.layer.*.outputs", "matches 'encoder.layer.*.outputs'; nearest of 5: encoder.layer.0.output"),
+        (["a", "b\nc"], "matches 'a, b c'"),
+        ([], "matches ''"),
+        ("encoder.layer.0", "no nn.Linear or Conv1D of the model matches"),
+    ],
+)
+def test_layers_that_match_nothing_are_refused(layers, message):
+    with pytest.raises(UsageError) as raised:
+        collect(Attention(), [normal(3, 6)], layers)
+    assert message in str(raised.value)
+
+
+def test_what_cannot_be_collected_is_refused():
+    with pytest.raises(UsageError, match="no batch"):
+        collect(Attention(), [])
+    with pytest.raises(UsageError, match="a held-out share of 1"):
+        collect(Attention(), [normal(3, 6)], held_out=1)
+    with pytest.raises(UsageError, match="a batch of type int"):
+        collect(Attention(), [3])
+    with pytest.raises(UsageError, match="no layer of first was called"):
+        collect(Calls(lambda layers, x: x), [normal(3, 5)], "first")
+    with pytest.raises(
+        UsageError, match=r"inputs of layer encoder\.layer\.0\.query hold NaN or infinite values in batch 2"
+    ):
+        collect(Attention(), [normal(3, 6), normal(3, 6) / 0])
+
+
+def test_sums_that_exceed_the_memory_are_refused(monkeypatch):
+    monkeypatch.setattr("ks.files.memory.available_bytes", lambda: 1000)
+    with pytest.raises(UsageError, match="collect fewer layers at a time"):
+        collect(Attention(), [normal(3, 6)])
+
+
+def test_the_matched_names_are_printed(capsys):
+    model = Calls(lambda layers, x: layers.first(x))
+    ks.collect_input_moments(model, [normal(3, 5)] * 5, "*")
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.splitlines() == [
+        "inputs of 2 layers:",
+        "first: 5 wide",
+        "second: 5 wide",
+        "1 input tensors of 1 layers, 5 batches: 12 inputs for training, 3 held out",
+        "second: left out, because no batch called it",
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_sums_on_a_gpu_are_those_of_the_cpu():
+    model, x = Attention().cuda(), normal(4, 3, 6)
+    found = collect(model, [x], held_out=0)  # the batch is moved to the model
+    agrees(found.train[f"{LAYER}.query"], x)
+    assert found.train[f"{LAYER}.query"].sum_xx.device.type == "cpu"

@@ -1,0 +1,162 @@
+"""Sequential calibration: each layer is made for the inputs that the chains before it cause."""
+
+import copy
+
+import pytest
+import torch
+from networks import normal
+from planned import Network, Tied, layer_plan, plan_of
+from torch import nn
+
+import ks
+from ks.bounds.factorize import factorize
+from ks.errors import UsageError
+from ks.model.model_plan import ModelPlan
+
+NAMES = ("blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down")
+X = normal(60, 8) * torch.linspace(0.2, 2, 8)
+BATCHES = [X[:30], X[30:]]
+
+
+def plan_for(model, names=NAMES):
+    return plan_of(model, dict.fromkeys(names, "lowrank"))
+
+
+def seen_by(model, name):
+    """The inputs of a layer, by a hook."""
+    seen = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda module, given: seen.append(given[0].detach()))
+    with torch.no_grad():
+        for batch in BATCHES:
+            model.eval()(batch)
+    handle.remove()
+    return torch.cat(seen)
+
+
+def second_moment(rows):
+    return rows.double().t() @ rows.double() / len(rows)
+
+
+def test_every_layer_is_made_for_the_inputs_that_the_chains_before_it_cause():
+    model, dense = Network(), Network()
+    ks.compress_in_order(model, plan_for(model), BATCHES, quiet=True)
+    for name in NAMES:
+        chain = model.get_submodule(name)
+        assert isinstance(chain, ks.KSLinear)
+        weight = dense.get_submodule(name).weight.detach()
+        expected = factorize(weight, chain.patterns, second_moment(seen_by(model, name)))
+        product = (expected[0].reshape(len(weight), -1) @ expected[1].reshape(-1, weight.shape[1])).double()
+        torch.testing.assert_close(chain.to_dense().double(), product, rtol=1e-3, atol=1e-4)
+    moved = second_moment(seen_by(model, NAMES[2])) - second_moment(seen_by(dense, NAMES[2]))
+    assert moved.norm() > 0.1
+
+
+def test_one_pass_is_the_plan_for_the_dense_model():
+    one, other = Network(), Network()
+    plan = plan_for(one)
+    ks.compress_in_order(one, plan, BATCHES, max_passes=1, quiet=True)
+    moments = ks.collect_input_moments(other, BATCHES, NAMES, held_out=0, quiet=True)
+    ks.compress(other, plan_of(other, dict.fromkeys(NAMES, "lowrank"), moments), moments=moments, quiet=True)
+    for name in NAMES:
+        for factor, values in zip(one.get_submodule(name).factors, other.get_submodule(name).factors):
+            torch.testing.assert_close(factor, values)
+
+
+def loss(model, target):
+    with torch.no_grad():
+        return (model.eval()(X) - target).square().mean().item()
+
+
+def test_more_passes_lose_less_on_this_network():
+    with torch.no_grad():
+        target = Network().eval()(X)
+    losses = []
+    for passes in (1, 2, None):
+        model = Network()
+        ks.compress_in_order(model, plan_for(model), BATCHES, max_passes=passes, quiet=True)
+        losses.append(loss(model, target))
+    assert losses[2] < losses[0]
+
+
+@pytest.mark.parametrize(("max_passes", "calls"), [(None, 2 * 4 + 1), (2, 2 * 2 + 1), (1, 2 + 1), (99, 2 * 4 + 1)])
+def test_the_number_of_passes(max_passes, calls):
+    """The first batch alone tells the order."""
+    model = Network()
+    count = []
+    model.register_forward_hook(lambda *_: count.append(1))
+    ks.compress_in_order(model, plan_for(model), iter(BATCHES), max_passes=max_passes, quiet=True)
+    assert len(count) == calls
+
+
+def test_layers_with_one_input_are_one_group_in_the_order_of_the_calls(capsys):
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down, self.up, self.gate = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.down(torch.relu(self.gate(x)) * self.up(x))
+
+    model = Gated()
+    count = []
+    model.register_forward_hook(lambda *_: count.append(1))
+    ks.compress_in_order(model, plan_of(model), BATCHES)
+    names = [line.split(": ")[1] for line in capsys.readouterr().err.splitlines()]
+    assert sorted(names[:2]) == ["gate", "up"]
+    assert names[2:] == ["down"]
+    assert len(count) == 2 * 2 + 1
+
+
+def test_tied_layers_and_dense_ones():
+    model = Tied()
+    layers = (
+        layer_plan("second.weight", model.second.weight, shared_with=("first.weight",)),
+        layer_plan("third.weight", model.third.weight, None),
+    )
+    dense = model.second.weight.detach()
+    inputs = second_moment(seen_by(copy.deepcopy(model), "second"))
+    ks.compress_in_order(model, ModelPlan(layers, "budget", 0.5), BATCHES, quiet=True)
+    assert model.first.block_0 is model.second.block_0
+    assert isinstance(model.third, nn.Linear)
+    expected = factorize(dense, model.second.patterns, inputs)
+    torch.testing.assert_close(model.second.factors[0].detach(), expected[0], rtol=1e-3, atol=1e-4)
+
+
+class Unlucky(Network):
+    """Its fifth call fails, after the first layer was replaced."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls > 4:
+            raise RuntimeError("out of memory")
+        return super().forward(x)
+
+
+def test_an_error_leaves_the_model_as_it_was():
+    model = Unlucky()
+    modules = list(model.modules())
+    with pytest.raises(RuntimeError, match="out of memory"):
+        ks.compress_in_order(model, plan_for(model), BATCHES, quiet=True)
+    assert list(model.modules()) == modules
+
+
+def test_what_is_refused():
+    model = Network()
+    with pytest.raises(UsageError, match="max_passes 0: at least 1"):
+        ks.compress_in_order(model, plan_for(model), BATCHES, max_passes=0)
+    with pytest.raises(UsageError, match="no batch was given"):
+        ks.compress_in_order(model, plan_for(model), [], quiet=True)
+    unused = nn.ModuleDict({"used": nn.Linear(8, 8), "unused": nn.Linear(8, 8)})
+    unused.forward = lambda x: unused["used"](x)
+    with pytest.raises(UsageError, match="the first batch does not call unused"):
+        ks.compress_in_order(unused, plan_of(unused), BATCHES, quiet=True)
+    assert isinstance(unused["used"], nn.Linear)
+
+
+def test_a_file_of_a_plan(tmp_path):
+    model = Network()
+    plan_for(model).save(tmp_path / "x_plan.json")
+    ks.compress_in_order(model, tmp_path / "x_plan.json", BATCHES, quiet=True)
+    assert isinstance(model.blocks[1]["down"], ks.KSLinear)

@@ -1,0 +1,115 @@
+"""Weights by globs: from files, shards, models and mappings; everything else is left out, and named."""
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+
+from ks.errors import UsageError
+from ks.model.layer_weights import select_weights
+
+
+@pytest.fixture
+def tensors():
+    shapes = {
+        "embeddings.word.weight": (20, 8),
+        "layer.0.dense.weight": (6, 8),
+        "layer.0.dense.bias": (6,),
+        "layer.0.conv.weight": (4, 4, 3),
+        "layer.1.dense.weight": (6, 8),
+        "layer.1.norm.weight": (8,),
+    }
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def names(selection):
+    return [weight.name for weight in selection.weights]
+
+
+DENSE = ["layer.0.dense.weight", "layer.1.dense.weight"]
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_globs_name_the_weights_of_a_file(tensors, tmp_path, suffix):
+    path = tmp_path / f"model{suffix}"
+    if suffix == ".pth":
+        torch.save(tensors, path)
+    else:
+        safetensors.torch.save_file(tensors, path)
+    selection = select_weights(path, "layer.*.dense.weight")
+    assert names(selection) == DENSE
+    assert (selection.source, selection.notes) == (path.name, ())
+    assert torch.equal(selection.weights[1].read().tensor, tensors[DENSE[1]])
+
+
+def test_a_sharded_checkpoint_is_one(tensors, tmp_path):
+    file_of = {}
+    for number, name in enumerate(tensors):
+        file_of[name] = f"model-{number % 2}.safetensors"
+    for file in set(file_of.values()):
+        safetensors.torch.save_file({name: tensors[name] for name in tensors if file_of[name] == file}, tmp_path / file)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": file_of}))
+    selection = select_weights(index, "layer.*.dense.weight")
+    assert names(selection) == DENSE
+    for weight in selection.weights:
+        assert torch.equal(weight.read().tensor, tensors[weight.name])
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ({"a": "../other.safetensors"}, "in the same folder"),
+        ({"a": "pytorch_model.bin"}, ".safetensors files in the same folder are needed"),
+        ({"a": "missing.safetensors"}, "no such file"),
+        ({"b": "one.safetensors"}, "which is not in one.safetensors"),
+    ],
+)
+def test_an_index_that_does_not_fit_is_refused(tmp_path, weight_map, message):
+    safetensors.torch.save_file({"a": torch.ones(2, 2)}, tmp_path / "one.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(UsageError, match=message):
+        select_weights(index)
+
+
+def test_what_is_no_matrix_and_embeddings_are_left_out(tensors):
+    selection = select_weights(tensors)
+    assert names(selection) == DENSE
+    assert selection.notes == (
+        "left out, no 2-D weights: layer.0.dense.bias, layer.0.conv.weight, layer.1.norm.weight",
+        "left out, embeddings; name them in full to plan them: embeddings.word.weight",
+    )
+    assert names(select_weights(tensors, ["embeddings.word.weight"])) == ["embeddings.word.weight"]
+
+
+def test_a_glob_that_matches_nothing_names_the_nearest(tensors):
+    with pytest.raises(UsageError, match=r"nothing matches 'layer.\*.dens.weight'; nearest of 6: layer.1.dense.weight"):
+        select_weights(tensors, ["layer.0.dense.weight", "layer.*.dens.weight"])
+    with pytest.raises(UsageError, match="names no 2-D weight that a chain can replace; left out, no 2-D weights"):
+        select_weights(tensors, "**.bias")
+
+
+def test_weights_of_a_model_are_those_of_its_linear_layers():
+    class Conv1D(torch.nn.Module):
+        """As in transformers, where a weight is stored as (in, out)."""
+
+        def __init__(self):
+            super().__init__()
+            self.nf, self.weight = 5, torch.nn.Parameter(torch.randn(3, 5))
+
+    Conv1D.__module__ = "transformers.pytorch_utils"
+    model = torch.nn.ModuleDict(
+        {"embedding": torch.nn.Embedding(9, 4), "first": torch.nn.Linear(4, 3), "second": Conv1D()}
+    )
+    first, second = select_weights(model).weights
+    assert (first.name, second.name) == ("first.weight", "second.weight")
+    assert torch.equal(first.read().tensor, model["first"].weight)
+    assert torch.equal(second.read().tensor, model["second"].weight.t())
+
+
+def test_a_mapping_may_be_transposed(tensors):
+    [weight] = select_weights(tensors, "layer.0.dense", transpose=True).weights
+    assert torch.equal(weight.read().tensor, tensors["layer.0.dense.weight"].t())

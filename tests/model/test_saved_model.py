@@ -1,0 +1,295 @@
+"""Compressed models in folders: the same bits in a fresh process, nothing half-written, other architectures refused."""
+
+import copy
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import ROOT
+from networks import Conv1D, normal
+from planned import FAMILIES, Network, Tied, layer_plan, plan_of
+from test_apply import tied_plan
+from torch import nn
+
+import ks
+from ks.errors import UsageError
+from ks.model.model_plan import ModelPlan
+
+FILES = {"model.safetensors", "compressed.json"}
+
+
+def compressed(model=None, families=FAMILIES):
+    model = model or Network()
+    return ks.compress(model, plan_of(model, families), quiet=True).eval()
+
+
+def zeros(model):
+    """The architecture with other values."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    return model.eval()
+
+
+def bits(model):
+    return {name: (value.dtype, value.clone()) for name, value in model.state_dict().items()}
+
+
+def same_bits(one, other):
+    return one.keys() == other.keys() and all(
+        dtype == other[name][0] and torch.equal(value, other[name][1]) for name, (dtype, value) in one.items()
+    )
+
+
+FRESH = """
+import sys, torch
+sys.path[:0] = {paths!r}
+from planned import Network
+import ks
+torch.set_num_threads(1)
+model = Network().to(torch.{start}).eval()
+ks.load_compressed(model, sys.argv[1])
+torch.save(model(torch.load(sys.argv[2])), sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_fresh_process_gives_the_same_outputs_to_the_bit(tmp_path, dtype):
+    torch.manual_seed(1)
+    model = compressed(Network().to(getattr(torch, dtype)))
+    ks.save_compressed(model, tmp_path / "small")
+    assert {path.name for path in tmp_path.iterdir()} == {"small"}
+    assert {path.name for path in (tmp_path / "small").iterdir()} == FILES
+    x = normal(50, 8).to(getattr(torch, dtype))
+    torch.save(x, tmp_path / "x.pt")
+    paths = [str(ROOT), *(str(ROOT / "tests" / name) for name in ("", "model"))]
+    code = FRESH.format(paths=paths, start="float32")
+    names = (tmp_path / name for name in ("small", "x.pt", "y.pt"))
+    done = subprocess.run([sys.executable, "-c", code, *map(str, names)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded = torch.load(tmp_path / "y.pt")
+    assert loaded.dtype == x.dtype
+    assert torch.equal(loaded, model(x))
+
+
+def test_the_loaded_chains_have_the_memory_order_of_the_saved_ones(tmp_path):
+    model = compressed()
+    ks.save_compressed(model, tmp_path / "small")
+    loaded = ks.load_compressed(zeros(Network()), tmp_path / "small")
+    assert same_bits(bits(loaded), bits(model))
+    for name in ("blocks.0.up", "blocks.0.down"):
+        pairs = zip(loaded.get_submodule(name).factors, model.get_submodule(name).factors)
+        assert all(one.stride() == other.stride() for one, other in pairs)
+    again = ks.load_compressed(loaded, tmp_path / "small")  # it has the chains already
+    assert same_bits(bits(again), bits(model))
+
+
+def test_tied_tensors_are_stored_once_and_tied_again(tmp_path):
+    model = Tied()
+    ks.compress(model, tied_plan(model), quiet=True)
+    ks.save_compressed(model, tmp_path / "small")
+    stored = safetensors.torch.load_file(tmp_path / "small" / "model.safetensors")
+    assert sum(tensor.numel() for tensor in stored.values()) == sum(p.numel() for p in model.parameters())
+    other = Tied()
+    other.second.weight = nn.Parameter(other.second.weight.detach().clone())
+    other.fourth = copy.deepcopy(other.third)
+    for start in (Tied(), other):
+        loaded = ks.load_compressed(zeros(start), tmp_path / "small")
+        assert loaded.first.block_0 is loaded.second.block_0
+        assert loaded.third.block_0 is loaded.fourth.block_0
+        assert torch.equal(loaded(normal(3, 8)), model(normal(3, 8)))
+
+
+def test_a_tie_that_the_file_lacks_is_refused(tmp_path):
+    model = Tied()
+    model.second.weight = nn.Parameter(model.first.weight.detach() + 1)
+    ks.compress(model, ModelPlan((layer_plan("third.weight", model.third.weight),), "budget", 0.5), quiet=True)
+    ks.save_compressed(model, tmp_path / "small")
+    with pytest.raises(UsageError, match="the model ties second.weight to first.weight, the file does not"):
+        ks.load_compressed(Tied(), tmp_path / "small")
+
+
+def test_conv1d_and_a_lone_layer(tmp_path):
+    for index, model in enumerate((nn.Sequential(Conv1D(6, 8)), nn.Linear(8, 6))):
+        weight = model[0].weight.detach().t() if index == 0 else model.weight
+        key = "0.weight" if index == 0 else "weight"
+        fresh = copy.deepcopy(model)
+        small = ks.compress(model, ModelPlan((layer_plan(key, weight),), "budget", 0.5), quiet=True)
+        ks.save_compressed(small, tmp_path / str(index))
+        loaded = ks.load_compressed(zeros(fresh), tmp_path / str(index))
+        assert torch.equal(loaded(normal(3, 8)), small(normal(3, 8)))
+        ks.save_compressed(loaded, tmp_path / f"dense_{index}", densify=True)
+        dense = safetensors.torch.load_file(tmp_path / f"dense_{index}" / "model.safetensors")
+        assert dense[key].shape == ((8, 6) if index == 0 else (6, 8))
+        product = (loaded[0] if index == 0 else loaded).to_dense()
+        assert torch.equal(dense[key], product.t() if index == 0 else product)
+
+
+def test_a_densified_model_is_an_ordinary_checkpoint(tmp_path):
+    model = Tied()
+    ks.compress(model, tied_plan(model), quiet=True)
+    ks.save_compressed(model, tmp_path / "dense", densify=True)
+    dense = zeros(Tied())
+    dense.load_state_dict(safetensors.torch.load_file(tmp_path / "dense" / "model.safetensors"))
+    x = normal(3, 8)
+    torch.testing.assert_close(dense(x), model(x))
+    with pytest.raises(UsageError, match="holds an ordinary checkpoint"):
+        ks.load_compressed(Tied(), tmp_path / "dense")
+
+
+class Renamed(Network):
+    def __init__(self):
+        super().__init__()
+        self.extra = nn.Linear(2, 2)
+
+
+def other_kind():
+    model = Network()
+    model.blocks[0]["up"] = nn.Embedding(12, 8)
+    return model
+
+
+OTHERS = {
+    "width": (lambda: Network(inner=16), r"blocks.0.up has a weight of shape \(16, 8\), 12 × 8 is needed"),
+    "missing": (lambda: nn.Sequential(nn.Linear(8, 12)), "blocks.0.up is missing .nearest of 2"),
+    "kind": (other_kind, "blocks.0.up is a Embedding, a linear layer 12 × 8 is needed"),
+    "more": (Renamed, r"extra.weight is absent in the file and \(2, 2\) in the model"),
+    "bias": (lambda: compressed(families={"blocks.0.up": "monarch"}), "blocks.0.up is a KSLinear"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_another_architecture_is_one_line_and_stays_as_it_is(tmp_path, kind):
+    ks.save_compressed(compressed(), tmp_path / "small")
+    make, message = OTHERS[kind]
+    other = make()
+    before, modules = bits(other), list(other.modules())
+    with pytest.raises(UsageError, match=message) as caught:
+        ks.load_compressed(other, tmp_path / "small")
+    assert "is for another architecture (Network)" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert list(other.modules()) == modules
+    assert same_bits(bits(other), before)
+
+
+def edited(folder, **changes):
+    path = folder / "compressed.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+DAMAGE = {
+    "version": (lambda folder: edited(folder, version=3), "newest known"),
+    "format": (lambda folder: edited(folder, format="x"), "is no compressed model"),
+    "patterns": (lambda folder: edited(folder, layers={"blocks.0.up": {"patterns": [[1, 2, 3]]}}), "is not valid"),
+    "sizes": (lambda folder: edited(folder, layers={"blocks.0.up": {"patterns": [[1, 8, 3, 1]] * 2}}), "do not fit"),
+    "alias": (lambda folder: edited(folder, aliases={"norm.weight": "y"}), "ties tensors to one"),
+    "no record": (lambda folder: (folder / "compressed.json").unlink(), "no such file"),
+    "no tensors": (lambda folder: (folder / "model.safetensors").unlink(), "cannot be read"),
+    "cut": (lambda folder: (folder / "model.safetensors").write_bytes(b"12"), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_folder_is_one_line(tmp_path, damage):
+    ks.save_compressed(compressed(), tmp_path / "small")
+    change, message = DAMAGE[damage]
+    change(tmp_path / "small")
+    model = Network()
+    before = bits(model)
+    with pytest.raises(UsageError, match=message) as caught:
+        ks.load_compressed(model, tmp_path / "small")
+    assert "\n" not in str(caught.value)
+    assert same_bits(bits(model), before)
+
+
+def test_only_its_own_folder_is_replaced(tmp_path):
+    first, second = compressed(), compressed(families={"blocks.1.down": "lowrank"})
+    folder = tmp_path / "a" / "small"
+    ks.save_compressed(first, folder)
+    ks.save_compressed(second, folder)
+    assert same_bits(bits(ks.load_compressed(Network(), folder)), bits(second))
+    assert [*folder.parent.iterdir()] == [folder]
+    (folder / "notes.txt").touch()
+    with pytest.raises(UsageError, match="small holds .*; choose a new or an empty folder"):
+        ks.save_compressed(first, folder)
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="is no folder"):
+        ks.save_compressed(first, tmp_path / "file")
+    (tmp_path / "link").symlink_to(folder)
+    with pytest.raises(UsageError, match="symbolic link"):
+        ks.save_compressed(first, tmp_path / "link")
+    (tmp_path / "empty").mkdir()
+    ks.save_compressed(first, tmp_path / "empty")
+    assert {path.name for path in (tmp_path / "empty").iterdir()} == FILES
+
+
+def test_state_that_is_no_tensor_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="no tensor"):
+        ks.save_compressed(WithState(), tmp_path / "small")
+    assert list(tmp_path.iterdir()) == []
+
+
+class WithState(nn.Module):
+    def get_extra_state(self):
+        return {"x": 1}
+
+
+FULL = """
+import sys, torch
+sys.path[:0] = {paths!r}
+from test_saved_model import compressed
+import ks
+from ks.errors import UsageError
+model = compressed()
+try:
+    ks.save_compressed(model, sys.argv[1], densify={densify})
+except UsageError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize("size", [0, 1000])
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, earlier, size):
+    """A limit on the size of files stands in for a full disk."""
+    folder = tmp_path / "small"
+    model = compressed(families={"blocks.1.down": "lowrank"})
+    if earlier:
+        ks.save_compressed(model, folder)
+    paths = [str(ROOT), *(str(ROOT / "tests" / name) for name in ("", "model"))]
+    code = FULL.format(paths=paths, densify=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY)),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "small cannot be written" in done.stdout
+    assert len(done.stdout.splitlines()) == 1
+    assert [*tmp_path.iterdir()] == ([folder] if earlier else [])
+    if earlier:
+        assert same_bits(bits(ks.load_compressed(Network(), folder)), bits(model))
+
+
+def test_a_failed_rename_puts_the_earlier_folder_back(tmp_path, monkeypatch):
+    folder, model = tmp_path / "small", compressed()
+    ks.save_compressed(model, folder)
+    rename = Path.rename
+
+    def fail(path, target):
+        if str(path).endswith(".tmp"):
+            raise OSError(28, "No space left on device")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(UsageError, match="cannot be written .*No space left"):
+        ks.save_compressed(compressed(families={"blocks.1.down": "lowrank"}), folder)
+    monkeypatch.undo()
+    assert [*tmp_path.iterdir()] == [folder]
+    assert same_bits(bits(ks.load_compressed(Network(), folder)), bits(model))

@@ -1,0 +1,254 @@
+import json
+
+import pytest
+import safetensors
+import torch
+from networks import hand_computed, normal
+from safetensors.torch import load_file, save_file
+
+import ks
+from ks.errors import UsageError
+from ks.moments.moments_file import InputMoments, MomentsFile, find_weight
+from ks.moments.sums import InputSums
+
+
+def sums(rows):
+    found = InputSums.zeros(rows.shape[1])
+    found.add(rows)
+    return found.finished()
+
+
+def moments(rows=40, width=6, model="MiniLM", **changed):
+    """Moments of two input tensors; the first is that of three weights."""
+    aliases = {"a.q.weight": "a.q", "a.k.weight": "a.q", "a.v.weight": "a.q", "a.up.weight": "a.up"}
+    values = {
+        "train": {"a.q": sums(normal(rows, width)), "a.up": sums(normal(rows, 4))},
+        "held_out": {"a.q": sums(normal(9, width, seed=1))},
+        "aliases": aliases,
+        "batches": {"a.q": 5, "a.up": 5},
+        "transposed": ("a.up.weight",),
+        "model": model,
+    }
+    return InputMoments(**values | changed)
+
+
+def same(one, other):
+    assert one.aliases == other.aliases
+    assert one.batches == other.batches
+    assert one.transposed == other.transposed
+    assert one.model == other.model
+    for part, counterpart in ((one.train, other.train), (one.held_out, other.held_out)):
+        assert part.keys() == counterpart.keys()
+        for name in part:
+            assert part[name].count == counterpart[name].count
+            assert torch.equal(part[name].sum_xx, counterpart[name].sum_xx)
+            assert torch.equal(part[name].sum_x, counterpart[name].sum_x)
+
+
+def test_saved_moments_are_loaded_to_the_bit(tmp_path):
+    moments().save(tmp_path / "m.safetensors")
+    same(InputMoments.load(tmp_path / "m.safetensors"), moments())
+
+
+def test_the_format_of_the_file(tmp_path):
+    moments().save(tmp_path / "m.safetensors")
+    tensors = load_file(tmp_path / "m.safetensors")
+    labels = ("sum_xx", "sum_x", "count")
+    assert set(tensors) == {f"{name}/{label}" for name in ("a.q", "a.up", "a.q/held_out") for label in labels}
+    assert tensors["a.q/sum_xx"].dtype == tensors["a.q/sum_x"].dtype == torch.float64
+    assert tensors["a.q/held_out/count"].item() == 9
+    torch.testing.assert_close(tensors["a.q/sum_xx"], hand_computed(normal(40, 6))[0])
+    with safetensors.safe_open(tmp_path / "m.safetensors", "pt") as file:
+        record = json.loads(file.metadata()["ks_input_moments"])
+    assert record["aliases"] == moments().aliases
+    assert record["version"] == 1
+    assert record["model"] == "MiniLM"
+    assert record["created"].startswith("20")
+    assert record["libraries"]["torch"] == torch.__version__
+    assert record["libraries"]["ks"] == ks.__version__
+    assert list(tmp_path.iterdir()) == [tmp_path / "m.safetensors"]
+
+
+def test_a_file_can_be_read_by_whom_the_user_lets(tmp_path):
+    (tmp_path / "other").touch()
+    moments().save(tmp_path / "m.safetensors")
+    assert (tmp_path / "m.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "m.safetensors"
+    moments().save(path)
+
+    def no_space(tensors, temporary, metadata):
+        temporary.write_bytes(b"half of it")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", no_space)
+    with pytest.raises(UsageError, match="cannot be written .*No space left"):
+        moments(rows=3).save(path)
+    monkeypatch.undo()
+    same(InputMoments.load(path), moments())
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
+    with pytest.raises(UsageError, match="give it that suffix"):
+        moments().save(tmp_path / "m.pt")
+    with pytest.raises(UsageError, match="cannot be written"):
+        moments().save(tmp_path / "absent" / "m.safetensors")
+
+
+def test_the_second_moment_of_a_weight():
+    torch.testing.assert_close(moments().second_moment("a.k.weight"), hand_computed(normal(40, 6))[0] / 40)
+    held_out = moments().second_moment("a.q.weight", held_out=True)
+    torch.testing.assert_close(held_out, hand_computed(normal(9, 6, seed=1))[0] / 9)
+    with pytest.raises(UsageError, match=r"inputs 'a\.up' have no held-out part"):
+        moments().second_moment("a.up.weight", held_out=True)
+
+
+def test_merged_moments_add_up_and_keep_what_one_has():
+    other = moments(rows=7)
+    del other.held_out["a.q"]
+    other.train["b"], other.aliases["b.weight"], other.batches["b"] = sums(normal(3, 2)), "b", 1
+    merged = moments().merge(other)
+    torch.testing.assert_close(
+        merged.train["a.q"].sum_xx, hand_computed(torch.cat([normal(40, 6), normal(7, 6)]))[0], rtol=1e-13, atol=1e-13
+    )
+    assert merged.train["a.q"].count == 47
+    assert merged.held_out["a.q"].count == 9
+    assert merged.train["b"].count == 3
+    assert merged.batches == {"a.q": 10, "a.up": 10, "b": 1}
+    assert merged.aliases == moments().aliases | {"b.weight": "b"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"model": "GPT"}, "of model 'MiniLM' and of 'GPT'"),
+        ({"width": 5}, r"'a\.q' are 6 wide in one of the moments and 5"),
+        ({"aliases": {"a.k.weight": "a.up"}}, r"'a\.k\.weight' has inputs 'a\.q' in one .* 'a\.up' in the other"),
+    ],
+)
+def test_moments_that_do_not_belong_together_are_not_merged(changed, message):
+    with pytest.raises(UsageError, match=message):
+        moments().merge(moments(**changed))
+
+
+ALIASES = dict.fromkeys(
+    ["encoder.layer.0.output.dense.weight", "decoder.layer.0.output.dense.weight", "bert.pooler.dense.weight"], "x"
+)
+
+
+@pytest.mark.parametrize(
+    ("key", "found"),
+    [
+        ("encoder.layer.0.output.dense.weight", "encoder.layer.0.output.dense.weight"),
+        ("encoder.layer.0.output.dense", "encoder.layer.0.output.dense.weight"),
+        ("bert.encoder.layer.0.output.dense.weight", "encoder.layer.0.output.dense.weight"),
+        ("model.bert.encoder.layer.0.output.dense.weight", "encoder.layer.0.output.dense.weight"),
+        ("pooler.dense.weight", "bert.pooler.dense.weight"),
+    ],
+)
+def test_keys_of_a_checkpoint_may_differ_by_a_prefix(key, found):
+    assert find_weight(ALIASES, key, "m") == found
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("a.b.c.encoder.layer.0.output.dense.weight", "m: no inputs for key"),
+        ("xencoder.layer.0.output.dense.weight", "no inputs for key"),
+        ("layer.0.output.dense.weight", r"fits encoder\.layer.*, decoder\.layer.*; give one of them in full"),
+        ("encoder.layer.0.output.dense.bias", r"nearest of 3: encoder\.layer\.0\.output\.dense\.weight"),
+        ("weight", "no inputs for key"),
+        ("dense.weight\nx", r"'dense\.weight x'"),
+    ],
+)
+def test_a_key_that_fits_none_or_several_is_refused(key, message):
+    with pytest.raises(UsageError, match=message):
+        find_weight(ALIASES, key, "m")
+
+
+def test_the_name_of_a_lone_layer_is_no_prefix_of_all():
+    with pytest.raises(UsageError, match="no inputs"):
+        find_weight({"weight": ""}, "encoder.dense.weight", "m")
+
+
+def write(path, tensors=None, metadata=None, **changed):
+    """A moments file with changed tensors (None removes one) or metadata."""
+    moments().save(path)
+    kept = load_file(path) | (tensors or {})
+    with safetensors.safe_open(path, "pt") as file:
+        record = json.loads(file.metadata()["ks_input_moments"]) | changed
+    text = json.dumps(record) if metadata is None else metadata
+    save_file({name: value for name, value in kept.items() if value is not None}, path, {"ks_input_moments": text})
+
+
+TENSORS = {
+    "NaN": ({"a.q/sum_xx": torch.full((6, 6), float("nan"), dtype=torch.float64)}, "NaN or infinite"),
+    "infinite mean": ({"a.q/sum_x": torch.full((6,), float("inf"))}, "NaN or infinite"),
+    "not square": ({"a.q/sum_xx": torch.ones(6, 5)}, r"shape \(6, 5\)"),
+    "one dimension": ({"a.q/sum_xx": torch.ones(6)}, r"shape \(6,\)"),
+    "empty": ({"a.q/sum_xx": torch.ones(0, 0)}, r"shape \(0, 0\)"),
+    "width of the mean": ({"a.q/sum_x": torch.ones(5)}, r"sum_x has shape \(5,\); \(6,\)"),
+    "integers": ({"a.q/sum_xx": torch.ones(6, 6, dtype=torch.int64)}, "dtype torch.int64"),
+    "two counts": ({"a.q/count": torch.tensor([1, 2])}, "count must be one integer"),
+    "negative count": ({"a.q/count": torch.tensor(-1)}, "count must be one integer"),
+    "floating count": ({"a.q/count": torch.tensor(40.0)}, "count must be one integer"),
+    "no mean": ({"a.q/sum_x": None}, "sum_x missing"),
+    "no held-out count": ({"a.q/held_out/count": None}, "'a.q/held_out': count missing"),
+    "nothing": ({"a.q/sum_x": None, "a.q/sum_xx": None, "a.q/count": None}, "sum_xx, sum_x, count missing"),
+}
+
+
+@pytest.mark.parametrize("case", TENSORS)
+def test_invalid_sums_are_refused(tmp_path, case):
+    tensors, message = TENSORS[case]
+    write(tmp_path / "m.safetensors", tensors)
+    with pytest.raises(UsageError, match=message):
+        InputMoments.load(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"version": 2}, "has version 2; 1 is the newest known"),
+        ({"version": "1"}, "invalid metadata: Expected `int`"),
+        ({"aliases": {}}, "invalid metadata"),
+        ({"aliases": {"a": 3}}, "invalid metadata: Expected `str`"),
+        ({"batches": {"a.q": -1}}, "invalid metadata"),
+        ({"created": None}, "invalid metadata"),
+        ({"metadata": "{"}, "invalid metadata"),
+        ({"metadata": "[" * 100_000}, "invalid metadata"),
+    ],
+)
+def test_invalid_metadata_is_refused(tmp_path, changed, message):
+    write(tmp_path / "m.safetensors", **changed)
+    with pytest.raises(UsageError, match=message) as raised:
+        MomentsFile(tmp_path / "m.safetensors")
+    assert "\n" not in str(raised.value)
+
+
+def test_other_files_are_refused(tmp_path):
+    save_file({"w": torch.ones(2, 2)}, tmp_path / "weights.safetensors")
+    (tmp_path / "damaged.safetensors").write_bytes(b"nonsense")
+    moments().save(tmp_path / "cut.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "cut.safetensors").read_bytes()[:-50])
+    messages = {
+        "absent.safetensors": "no such file",
+        ".": "not a regular file",
+        "weights.safetensors": "holds no moments of inputs; ks.collect_input_moments",
+        "damaged.safetensors": "cannot be read as moments of inputs",
+        "cut.safetensors": "cannot be read as moments of inputs",
+    }
+    for name, message in messages.items():
+        with pytest.raises(UsageError, match=message) as raised:
+            InputMoments.load(tmp_path / name)
+        assert "\n" not in str(raised.value)
+
+
+def test_sums_that_exceed_the_memory_are_not_read(tmp_path, monkeypatch):
+    moments().save(tmp_path / "m.safetensors")
+    monkeypatch.setattr("ks.files.memory.available_bytes", lambda: 1000)
+    with pytest.raises(UsageError, match=r"'a\.q' needs .* of memory"):
+        InputMoments.load(tmp_path / "m.safetensors")

@@ -1,0 +1,90 @@
+"""The files of a sweep, from results in memory."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import read_table
+
+import rank_sweep_study
+from ks.bounds.plan import make_plan
+from ks.files import columns
+from ks.files.atomic import read_json, write_csv
+from ks.files.curves import write_curves
+from ks.files.layout import SweepFiles
+from ks.files.status import OK, Ending, Status
+from ks.report.read_results import read_study
+from ks.report.summary import floor_rows
+from ks.study.outputs import summarise, write_outputs
+from ks.study.run import Result, runs_of
+from ks.study.weight_study import record_of
+from ks.training.problem import resolve
+
+
+@pytest.fixture
+def write(weight_path, tmp_path):
+    """Write the outputs of a sweep of ranks 2 and 4, of which rank 2 was interrupted before it began."""
+
+    def write_study(added, criterion="mean_squared_error"):
+        arguments = ["--weight_path", str(weight_path), "--formats", "svg", "--output_dir", str(tmp_path)]
+        arguments += ["--metric", "r2"]
+        config = rank_sweep_study.build_parser().parse(arguments)
+        problem = resolve(config)
+        plan = make_plan(problem.internal_weight(), problem.chain, problem.inputs)
+        runs = runs_of(config, [2, 4], tmp_path, Path("trainer.py"))
+        row = {"epoch": 1, "train_loss": 9.0, "val_loss": 9.5, "rank": 4} | added
+        for run in runs:
+            run.files.directory.mkdir()
+        write_curves(runs[1].files, [row])
+        results = [Result(runs[0], Ending(Status.INTERRUPTED), [], None), Result(runs[1], OK, [row], 1.5)]
+        run_rows, rows = summarise(results, dict(zip([2, 4], plan.floors([2, 4]))), problem, plan)
+        record = record_of(config, problem, [2, 4])
+        record["settings"]["criterion"] = criterion
+        files = SweepFiles(tmp_path, "p")
+        write_csv(files.floor_csv, columns.names(columns.FLOOR), floor_rows(plan, problem.predict_zero_loss))
+        return files, write_outputs(config, files, record, results, run_rows, rows)
+
+    return write_study
+
+
+def test_all_is_written_and_reads_back(write):
+    files, written = write({"population_loss": 9.2})
+    figures = [files.figure(name, "svg") for name in ("loss_curves", "final_losses", "floor", "gap", "front")]
+    assert written == [files.summary_csv, *figures, files.report]
+    assert all(path.stat().st_size > 0 for path in written)
+    assert files.summary_csv.read_text().splitlines()[0].split(",") == columns.names(columns.SUMMARY)
+    first, second = json.loads(files.summary_json.read_text())
+    assert (first["status"], second["status"]) == ("interrupted", "ok")
+    assert second["verdict"].startswith("undertrained, saturated")
+    assert list(read_study(files).curves["rank"]) == [4]
+
+
+def test_figures_are_labelled_with_another_criterion(write):
+    files, _ = write({}, "l1_loss of torch 2.13.0")
+    assert "<!-- loss, l1_loss -->" in files.figure("loss_curves", "svg").read_text()
+
+
+def test_a_metric_is_a_column_of_every_table(write):
+    files, written = write({"population_loss": 9.2, "r2": 0.5})
+    for path in (files.summary_csv, files.runs_csv):
+        (empty, full) = read_table(path)
+        assert (empty["final_r2"], full["final_r2"], full["best_r2"]) == ("", "0.5", "0.5")
+    assert [row["final_r2"] for row in read_json(files.summary_json)] == [None, 0.5]
+    assert {row["split"]: row["r2"] for row in read_table(files.all_curves_csv)}["validation"] == "0.5"
+    assert files.figure("metric_r2", "svg") in written
+    assert "metric_r2-" in files.report.read_text()
+
+
+def test_a_metric_without_values_is_a_warning_and_the_results_are_written(write, capsys):
+    files, written = write({"population_loss": 9.2})
+    assert capsys.readouterr().err.splitlines()[-1].startswith("WARNING: --metric r2: no run of ")
+    assert files.report in written
+    assert files.figure("metric_r2", "svg") not in written
+
+
+def test_floors_are_left_out_without_population_losses(write):
+    files, written = write({}, "l1_loss of torch 2.13.0")
+    rows = read_json(files.summary_json)
+    assert {row[name] for row in rows for name in ("loss_floor", "relative_loss", "removed_share")} == {None}
+    assert [row["verdict"] for row in rows] == [None, "saturated, larger than dense"]
+    assert files.figure("floor", "svg") not in written

@@ -1,0 +1,131 @@
+"""Progress: lines elsewhere, a bar on a terminal, nothing when quiet."""
+
+import os
+import sys
+import time
+
+import pytest
+
+from ks.files.atomic import write_json
+from ks.files.curves import write_curves
+from ks.files.layout import run_files
+from ks.files.status import OK, Ending, Status
+from ks.study.launcher import Outcome, Task
+from ks.study.progress import Progress, SlowWork
+from ks.study.run import Result, Run
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Runs of ranks 1 and 2 with empty folders."""
+    made = []
+    for rank in (1, 2):
+        files = run_files(tmp_path, rank, 0, 0)
+        files.directory.mkdir()
+        made.append(Run(rank, 0, files, Task(f"rank {rank}", ("true",), files.log)))
+    return made
+
+
+def train(run, epochs):
+    rows = [{"epoch": epoch, "train_loss": 1.0, "val_loss": 1.0, "rank": run.rank} for epoch in range(1, epochs + 1)]
+    write_curves(run.files, rows)
+
+
+def ended(run, ending, val_loss=None):
+    """Return a run's result and outcome after 1.5 seconds."""
+    curves = [] if val_loss is None else [{"val_loss": val_loss}]
+    return Result(run, ending, curves, 1.0), Outcome(0, 1.5)
+
+
+def test_elsewhere_there_is_a_line_for_every_start_and_end(runs, capsys):
+    progress = Progress(runs, 10, quiet=False)
+    first, second = (run.task for run in runs)
+    progress.poll([first])
+    progress.poll([first, second])
+    progress.end(*ended(runs[0], OK, val_loss=0.25))
+    progress.poll([second])
+    progress.close()
+    expected = ["rank 1: training (1 of 2)", "rank 2: training (2 of 2)", "rank 1: ok, validation loss 0.25, 1.5 s"]
+    assert capsys.readouterr().err.splitlines() == expected
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_quiet_is_quiet(runs, monkeypatch, capsys, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    progress = Progress(runs, 10, quiet=True)
+    progress.poll([run.task for run in runs])
+    progress.end(*ended(runs[0], OK))
+    progress.close()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_has_a_bar_of_all_epochs(runs, monkeypatch, capsys):
+    """An ended run counts as all its epochs, so that the bar is full at the end also if one has failed."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    progress = Progress(runs, 10, quiet=False)
+    first, second = runs
+    progress.poll([first.task, second.task])
+    assert (progress.bar.n, progress.bar.total) == (0, 20)
+    train(first, 3)
+    train(second, 4)
+    progress.poll([first.task, second.task])
+    assert progress.bar.n == 7
+    first.task.log.write_text("".join(f"line {number}\n" for number in range(40)))
+    progress.end(*ended(first, Ending(Status.FAILED, "exit 1")))
+    progress.poll([second.task])
+    assert progress.bar.n == 14
+    progress.close()
+    said = capsys.readouterr().err
+    assert f"rank 1: failed (exit 1), 1.5 s; end of {first.task.log}:\n  line 25\n" in said
+    assert "line 39" in said
+    assert "line 24" not in said
+    assert "7/20 epochs, " in said
+    assert "rank 1: 3/10, loss 1; rank 2: 4/10, loss 1" in said
+    assert "training (" not in said
+
+
+def test_the_bar_shows_the_gap_to_the_best_known_chain(runs, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    progress = Progress(runs, 10, quiet=False, floors={1: 0.8})
+    write_curves(runs[0].files, [{"epoch": 1, "train_loss": 1.0, "val_loss": 1.0, "rank": 1, "population_loss": 0.9}])
+    progress.poll([runs[0].task])
+    progress.say("stopping")
+    progress.close()
+    said = capsys.readouterr().err
+    assert "rank 1: 1/10, loss 1, gap 12.50%" in said
+    assert "\rstopping\n" in said.replace(" ", "")
+
+
+def test_a_resumed_run_says_from_where_and_its_old_epochs_take_no_time(runs, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    run, other = runs
+    train(run, 4)
+    run.files.resume.touch()
+    write_json(run.files.training_log, {"status": "interrupted", "resumed_after": 1})
+    hour_ago = time.time() - 3600
+    os.utime(run.files.training_log, (hour_ago, hour_ago))
+    progress = Progress(runs, 10, quiet=False)
+    progress.poll([run.task, other.task])
+    assert (progress.bar.n, progress.bar.initial) == (4, 4)
+    write_json(run.files.training_log, {"status": "running"})
+    progress.poll([run.task])
+    write_json(run.files.training_log, {"status": "running", "resumed_after": 3})
+    progress.poll([run.task])
+    progress.poll([run.task])
+    progress.close()
+    said = capsys.readouterr().err
+    assert said.count("resumes after") == said.count("rank 1: resumes after epoch 3\n") == 1
+
+
+def test_slow_work_tells_how_far_it_is_after_two_seconds(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr("ks.study.progress.time.monotonic", lambda: now[0])
+    work = SlowWork(quiet=False)
+    for second, step in ((1.0, "10%"), (2.1, "20%"), (3.0, "30%"), (4.5, "55%")):
+        now[0] = second
+        work(step)
+    assert capsys.readouterr().err == "20%\n55%\n"
+    quiet = SlowWork(quiet=True)
+    now[0] = 99.0
+    quiet("60%")
+    assert capsys.readouterr().err == ""
