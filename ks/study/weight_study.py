@@ -166,13 +166,14 @@ class WeightStudy(Study):
 
     def _all_results(self) -> list[Result]:
         """Return the results of all runs of the study; those above saturation have that of the trained rank."""
-        trained = [run for run in self.runs if self.trained[run.rank] == run.rank]
-        result_of_run = {(run.rank, run.seed): self.results.get(run) or self.read_result(run) for run in trained}
-        results = []
-        for run in self.runs:
-            result = result_of_run[self.trained[run.rank], run.seed]
-            results.append(result if result.run == run else as_rank(result, run))
-        return results
+        results: dict[tuple[int, int], Result] = {}
+        for run in sorted(self.runs, key=lambda run: self.trained[run.rank] != run.rank):  # trained ones first
+            trained = self.trained[run.rank]
+            if trained == run.rank:
+                results[run.rank, run.seed] = self.results.get(run) or self.read_result(run)
+            else:
+                results[run.rank, run.seed] = as_rank(results[trained, run.seed], run)
+        return [results[run.rank, run.seed] for run in self.runs]
 
     def conclude(self) -> list[str]:
         from ks.report.summary_table import summary_table
