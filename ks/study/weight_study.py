@@ -176,6 +176,7 @@ class WeightStudy(Study):
         return [results[run.rank, run.seed] for run in self.runs]
 
     def conclude(self) -> list[str]:
+        """Write summary and figures; return the lines to print."""
         from ks.report.summary_table import summary_table
         from ks.report.text_table import filled
         from ks.study.outputs import summarise, write_outputs
@@ -201,9 +202,11 @@ class WeightStudy(Study):
         ]
 
     def statuses(self) -> set[Status]:
+        """Return how the chosen runs ended, once the study is concluded."""
         return {row["status"].status for row in self.rows_of_runs if row["rank"] in self.chosen}
 
     def check_floors(self) -> None:
+        """Raise InternalError if a finished run is below its floor."""
         for row in self.rows_of_runs:
             check_above_floor(row["population_loss"], self.floors[row["rank"]], self.problem.predict_zero_loss)
 
