@@ -16,7 +16,7 @@ Source: Le, Zheng, Riccietti, Gribonval, "Butterfly factorization with error gua
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from math import isclose
 from typing import Protocol
 
@@ -24,7 +24,8 @@ import torch
 
 from ks.bounds.factorize import HierarchicalLoss, check_shape, factorize, low_rank_energies, tail_energies
 from ks.bounds.grid_descent import TOLERANCE, GridDescent
-from ks.bounds.lower_bound import CoupledLowerBound, isotropic_joint_bound
+from ks.bounds.lift_and_shift import never
+from ks.bounds.lower_bound import CoupledLowerBound, Expired, isotropic_joint_bound
 from ks.bounds.population_loss import population_loss
 from ks.chain.patterns import Chain
 from ks.errors import UsageError
@@ -46,6 +47,12 @@ class Floor:
     lower: float
     upper: float
     exact: bool
+
+    @classmethod
+    def between(cls, rank: int, lower: float, upper: float, predict_zero_loss: float) -> "Floor":
+        """Return the floor that two bounds make; the losses are in the unit of `predict_zero_loss`."""
+        exact = isclose(lower, upper, rel_tol=1e-6, abs_tol=1e-14 * predict_zero_loss)
+        return cls(rank, min(lower, upper), upper, exact)
 
 
 def no_floor_reason(chain: Chain) -> str | None:
@@ -80,8 +87,14 @@ class ChainBounds(Protocol):
     def curve_is_exact(self) -> bool:
         """Return whether `curve` holds the optimum of every rank."""
 
-    def lower(self, rank: int) -> float:
-        """Return a loss that no chain of a rank can go below, in squared error per output; at least `curve[rank]`."""
+    def lower(self, rank: int, tight: bool = False, expired: Expired = never) -> float:
+        """Return a loss that no chain of a rank can go below, in squared error per output; at least `curve[rank]`.
+
+        Args:
+            rank: r.
+            tight: as in `loss_floor`.
+            expired: asked now and then; once it is true, the best bound so far is returned.
+        """
 
     def upper(self, rank: int) -> float:
         """Return the loss of the best chain of a rank that is known."""
@@ -90,11 +103,8 @@ class ChainBounds(Protocol):
 class UncoupledBounds:
     """Bounds for inputs that couple none of the column groups of the right-most factor."""
 
-    def __init__(
-        self, weight: torch.Tensor, chain: Chain, moment: SecondMoment, tight: bool, progress: Progress | None
-    ):
-        self.given, self.chain, self.moment, self.tight, self.progress = weight, chain, moment, tight, progress
-        self.lower = cache(self._lower)
+    def __init__(self, weight: torch.Tensor, chain: Chain, moment: SecondMoment, progress: Progress):
+        self.given, self.chain, self.moment, self.progress = weight, chain, moment, progress
         self._hierarchical: HierarchicalLoss | None = None
 
     @cached_property
@@ -111,9 +121,8 @@ class UncoupledBounds:
         splits = self.chain.num_splits
         for split in range(1, splits + 1):
 
-            def report(share: float, done: int = split - 1) -> None:
-                if self.progress is not None:
-                    self.progress(f"floors of every rank: {(done + share) / splits:.0%}")
+            def report(fraction: float, done: int = split - 1) -> None:
+                self.progress(f"floors of every rank: {(done + fraction) / splits:.0%}")
 
             tail = tail_energies(split_blocks(self.weight, self.chain, split), report).cpu()
             curve[: len(tail)] = torch.maximum(curve[: len(tail)], tail)
@@ -124,65 +133,63 @@ class UncoupledBounds:
         """Whether the chain has two factors."""
         return self.chain.num_splits == 1
 
-    def _lower(self, rank: int) -> float:
+    def lower(self, rank: int, tight: bool = False, expired: Expired = never) -> float:
+        """Return the bound of one split, or that of all splits together if it is larger."""
         lower = self.curve[min(rank, self.chain.saturation_rank)].item()
         if self.chain.num_splits > 1 and lower > 0:
-            joint = isotropic_joint_bound(self.weight, self.chain, rank, self.tight)
+            joint = isotropic_joint_bound(self.weight, self.chain, rank, tight, expired)
             lower = max(lower, joint / self.chain.rows)
         return lower
 
     def upper(self, rank: int) -> float:
         """Return the loss of the hierarchical factorisation, the optimum for two factors."""
+        lower = self.curve[min(rank, self.chain.saturation_rank)].item()
         if self.curve_is_exact:
-            return self.lower(rank)
+            return lower
         if self._hierarchical is None:
             self._hierarchical = HierarchicalLoss(self.weight, self.chain)
-        return max(self.lower(rank), self._hierarchical(rank))
+        return max(lower, self._hierarchical(rank))
 
 
 class CoupledBounds:
     """Bounds for inputs whose second moment C couples column groups of the right-most factor."""
+
+    curve_is_exact = False
 
     def __init__(
         self,
         weight: torch.Tensor,
         chain: Chain,
         moment: SecondMoment,
-        matrix: torch.Tensor,
-        tight: bool,
         tolerance: float,
-        progress: Progress | None,
+        progress: Progress,
     ):
-        self.weight, self.chain, self.moment, self.matrix = weight.double(), chain, moment, matrix
-        self.tight, self.tolerance, self.progress = tight, tolerance, progress
-        self.lower, self.upper = cache(self._lower), cache(self._upper)
+        self.weight, self.chain, self.moment = weight.double(), chain, moment
+        self.tolerance, self.progress = tolerance, progress
 
     @cached_property
     def curve(self) -> torch.Tensor:
         """The largest simple bound for every rank."""
-        self._tell("simple lower bounds of every rank")
+        self.progress("simple lower bounds of every rank")
         return self._lower_bound.simple / self.chain.rows
-
-    @property
-    def curve_is_exact(self) -> bool:
-        """False: the simple bounds are below the optimum."""
-        return False
 
     @cached_property
     def _lower_bound(self) -> CoupledLowerBound:
-        return CoupledLowerBound(self.weight, self.chain, self.matrix, self.tight)
+        return CoupledLowerBound(self.weight, self.chain, self.moment.matrix)
 
     @cached_property
     def _descent(self) -> GridDescent:
         _, q, p, _ = self.chain.block_shape(1)
-        return GridDescent(self.weight, self.matrix, q, p)
+        return GridDescent(self.weight, self.moment.matrix, q, p)
 
-    def _lower(self, rank: int) -> float:
-        self._tell(f"lower bound of rank {rank}")
-        return self._lower_bound(rank) / self.chain.rows
+    def lower(self, rank: int, tight: bool = False, expired: Expired = never) -> float:
+        """Return the largest of the simple bound and the certificates."""
+        self.progress(f"lower bound of rank {rank}")
+        return self._lower_bound(rank, tight, expired) / self.chain.rows
 
-    def _upper(self, rank: int) -> float:
-        self._tell(f"upper bound of rank {rank}")
+    def upper(self, rank: int) -> float:
+        """Return the loss of the best chain that a descent finds."""
+        self.progress(f"upper bound of rank {rank}")
         if self.chain.num_splits == 1:
             left, right = self._descent.factors(rank, tolerance=self.tolerance)
             # q p M k -> (M q) (p k)
@@ -194,17 +201,12 @@ class CoupledBounds:
         # Both are exact up to rounding where they meet.
         return max(upper, self.curve[min(rank, self.chain.saturation_rank)].item())
 
-    def _tell(self, what: str) -> None:
-        if self.progress is not None:
-            self.progress(what)
-
 
 def chain_bounds(
     weight: torch.Tensor,
     chain: Chain,
     moment: MomentLike = None,
     *,
-    tight: bool = False,
     tolerance: float = TOLERANCE,
     progress: Progress | None = None,
 ) -> ChainBounds:
@@ -214,7 +216,6 @@ def chain_bounds(
         weight: W, shape (m, n), any float dtype, CPU or CUDA.
         chain: with a floor (`no_floor_reason`).
         moment: C = E[x xᵀ], a tensor of shape (n, n) or a `SecondMoment`; None means I.
-        tight: as in `loss_floor`.
         tolerance: relative progress of a sweep at which the descent to the upper bound of a grid ends.
         progress: called with a few words before every longer computation.
     Raises:
@@ -225,10 +226,10 @@ def chain_bounds(
         raise UsageError(f"no floor: {reason}")
     moment = SecondMoment.of(moment)
     moment.check_features(chain.cols)
-    matrix = moment.coupling(chain.block_shape(chain.num_splits)[2])
-    if matrix is None:
-        return UncoupledBounds(weight, chain, moment, tight, progress)
-    return CoupledBounds(weight, chain, moment, matrix, tight, tolerance, progress)
+    progress = progress or (lambda text: None)
+    if moment.coupling(chain.block_shape(chain.num_splits)[2]) is None:
+        return UncoupledBounds(weight, chain, moment, progress)
+    return CoupledBounds(weight, chain, moment, tolerance, progress)
 
 
 def floor_curve(weight: torch.Tensor, chain: Chain, moment: MomentLike = None) -> torch.Tensor:
@@ -278,17 +279,8 @@ def loss_floor(
     Raises:
         UsageError: as `floor_curve`, or a rank that is not a positive integer.
     """
-    bounds = chain_bounds(weight, chain, moment, tight=tight, progress=progress)
-    return [floor_of(bounds, chain, rank) for rank in ranks]
-
-
-def floor_of(bounds: ChainBounds, chain: Chain, rank: int) -> Floor:
-    """Return the bounds for one rank.
-
-    Raises:
-        UsageError: a rank that is not a positive integer.
-    """
-    chain.patterns(rank)  # checks the rank
-    upper, lower = bounds.upper(rank), bounds.lower(rank)
-    exact = isclose(lower, upper, rel_tol=1e-6, abs_tol=1e-14 * bounds.curve[0].item())
-    return Floor(rank, min(lower, upper), upper, exact)
+    bounds = chain_bounds(weight, chain, moment, progress=progress)
+    for rank in ranks:
+        chain.patterns(rank)  # checks the rank
+    zero = bounds.curve[0].item()
+    return [Floor.between(rank, bounds.lower(rank, tight), bounds.upper(rank), zero) for rank in ranks]

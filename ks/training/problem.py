@@ -171,6 +171,16 @@ def _note_on_criterion(edits: Edits, optimizer: str) -> str:
     )
 
 
+def chain_notes(chain: Chain) -> list[str]:
+    """Return saturation, parity with dense, and why a chain family has no floor, one sentence each."""
+    notes = [f"saturation: from rank {chain.saturation_rank} on, more rank changes nothing"]
+    if parity := chain.parity_rank():
+        notes.append(f"parity: from rank {parity} on, the chain has as many parameters as the dense weight")
+    if reason := no_floor_reason(chain):
+        notes.append(f"no floor: {reason}")
+    return notes
+
+
 def chain_of(config: ChainFlags, rows: int, cols: int) -> Chain:
     """Return the chain family that the flags name, for an m × n weight.
 

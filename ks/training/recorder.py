@@ -11,7 +11,6 @@ import msgspec
 import torch
 
 from ks import signals
-from ks.bounds.plan_notes import chain_notes
 from ks.bounds.population_loss import population_loss
 from ks.cli import console
 from ks.cli.flags import TrainerConfig
@@ -29,7 +28,7 @@ from ks.training.checks import check_finite, check_validation
 from ks.training.endings import end_of
 from ks.training.latency import measure_latency
 from ks.training.optimizer import Optimizer
-from ks.training.problem import Problem
+from ks.training.problem import Problem, chain_notes
 from ks.training.schedule import Schedule
 from ks.training.steps import useful_threads
 from ks.training.trackers import TrackerReport
