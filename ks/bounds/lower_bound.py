@@ -159,9 +159,7 @@ class CoupledLowerBound:
         return joint_bound(self.lifted, parts, rank, tight, expired)
 
 
-def joint_bound(
-    lifted: torch.Tensor, parts: list[Part], rank: int, tight: bool, expired: Expired = never
-) -> float:
+def joint_bound(lifted: torch.Tensor, parts: list[Part], rank: int, tight: bool, expired: Expired = never) -> float:
     """Return the bound of parts from several splits; 0 without `tight` if an iteration is not `AFFORDABLE`."""
     parts = [part for part in parts if part.frame.shape[1]]
     width = sum(part.frame.shape[1] for part in parts)

@@ -4,16 +4,17 @@ Three kinds of bounds, by price: one curve of lower bounds for all ranks, a few 
 rank, seconds each; a certified lower bound of one rank, often minutes. Only `certify` computes the last kind.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import inf
 
 import torch
 
 from ks.bounds.factorize import low_rank_energies
 from ks.bounds.floors import ChainBounds, Floor, Progress, chain_bounds, floor_curve, no_floor_reason
+from ks.bounds.lift_and_shift import never
 from ks.chain.patterns import Chain, make_chain
 from ks.moments.second_moment import MomentLike, SecondMoment
 
@@ -169,7 +170,9 @@ class RankFloors:
         """Return the floor of each rank; None for each if the family has no floor."""
         return {rank: self.floor(rank) if self.has_floors else None for rank in ranks}
 
-    def certify(self, ranks: Sequence[int], seconds: float, tight: bool = False) -> None:
+    def certify(
+        self, ranks: Sequence[int], seconds: float, tight: bool = False, stop: Callable[[], bool] = never
+    ) -> None:
         """Raise the lower bounds of some ranks, in this order, for about this many seconds; none is ever lowered.
 
         A bound that runs out of time is valid, and is tried again only with a larger budget.
@@ -178,11 +181,12 @@ class RankFloors:
             ranks: positive integers.
             seconds: the budget for all of them.
             tight: go through the ranks a second time, spending several times as long on each.
+            stop: asked now and then, and ends the work before its time.
         """
         end = time.monotonic() + seconds
 
         def expired() -> bool:
-            return time.monotonic() >= end
+            return time.monotonic() >= end or stop()
 
         for passes in (1, 2) if tight else (1,):
             for rank in self.uncertified(ranks, passes):
@@ -190,6 +194,8 @@ class RankFloors:
                 if expired() or before.seconds >= seconds:
                     continue
                 lower = max(before.lower, self._bounds.lower(rank, passes == 2, expired))
+                if stop():
+                    return
                 done = (before.passes, seconds) if expired() else (passes, 0.0)
                 self.known.certified[rank] = Certified(lower, *done)
 
@@ -199,11 +205,7 @@ class RankFloors:
         if not self.has_floors:
             return []
         known = self.known.certified
-        return [
-            rank
-            for rank in clipped
-            if known.get(rank, Certified()).passes < passes and not self.floor(rank).exact
-        ]
+        return [rank for rank in clipped if known.get(rank, Certified()).passes < passes and not self.floor(rank).exact]
 
     def target_ranks(self, target: float) -> TargetRanks:
         """Return the ranks around a target, by the bounds that are known and the best known chains.
@@ -241,14 +243,26 @@ class RankFloors:
         return (floor.lower if floor.exact else floor.upper) <= target
 
     def _guess(self, target: float, low: int, high: int) -> int:
-        """Return the rank in low … high − 1 at which the curve, scaled as at the nearest known rank, is the target."""
-        known = [rank for rank in self.known.upper if self.curve[rank] > 0]
-        nearest = min(known, key=lambda rank: min(abs(rank - low), abs(rank - high)), default=None)
-        ratio = 1.0 if self.curve_is_exact else USUAL_RATIO
-        if nearest is not None:
-            ratio = self.known.upper[nearest] / self.curve[nearest].item()
-        reached = (self.curve * ratio <= target).nonzero()
-        return min(max(int(reached[0]), low), high - 1)
+        """Return a rank in low … high − 1: where the best known chain is expected to reach the target.
+
+        Between two known ranks the logarithm of the loss is about linear; elsewhere it is as far above the curve as at
+        the nearest known rank.
+        """
+        known = {rank: loss for rank, loss in self.known.upper.items() if min(loss, self.curve[rank].item()) > 0}
+        below, above = (
+            max((r for r in known if r < low), default=None),
+            min((r for r in known if r >= high), default=None),
+        )
+        if below is not None and above is not None and known[above] < known[below]:
+            fraction = math.log(known[below] / target) / math.log(known[below] / known[above])
+            expected = below + math.ceil(fraction * (above - below))
+        else:
+            nearest = above if below is None else below
+            ratio = 1.0 if self.curve_is_exact else USUAL_RATIO
+            if nearest is not None:
+                ratio = known[nearest] / self.curve[nearest].item()
+            expected = int((self.curve * ratio <= target).nonzero()[0])
+        return min(max(expected, low), high - 1)
 
     def ranks_around(self, target: float) -> list[int]:
         """Return a quarter, half, once and twice the smallest rank that may reach a target, and the one that does."""

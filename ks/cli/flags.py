@@ -333,8 +333,8 @@ class SweepConfig(LayersFlags, TargetFlags, TrainingFlags, OutputFlags, PlotFlag
     )
     tight_bounds: float = flag(
         30.0,
-        "seconds for lower bounds that are not exact (grids with --inputs, three or more factors): the first 30 for the "
-        "ranks that the answer names, the others for tighter bounds of every rank; without a number, 3600",
+        "seconds for lower bounds that are not exact (grids with --inputs, three or more factors): the first 30 for "
+        "the ranks that the answer names, the others for tighter bounds of every rank; without a number, 3600",
         convert=non_negative_float,
         nargs="?",
         const=3600.0,
@@ -356,7 +356,12 @@ class SweepConfig(LayersFlags, TargetFlags, TrainingFlags, OutputFlags, PlotFlag
         "trainings at a time; auto is one per CPU core, or --runs_per_gpu per GPU",
         convert=auto_or(positive_int),
     )
-    launcher: str = flag("local", "train on this machine or on a Ray cluster", choices=("local", "ray"))
+    launcher: str = flag(
+        "local",
+        "where to run: in processes of this machine, inline (one run after the other in this process, for a debugger), "
+        "or on a Ray cluster",
+        choices=("local", "inline", "ray"),
+    )
     ray_address: str = flag(
         "auto", "head of the Ray cluster; auto is the one that this machine has joined", metavar="HOST:PORT"
     )

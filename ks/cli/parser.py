@@ -20,8 +20,8 @@ Config = TypeVar("Config")
 class Flag:
     """Everything about a flag but its name and default, which are those of its field.
 
-    help: without the default. convert: text to value. choices, nargs, const, metavar: as argparse has them. required: no
-    default. aliases: other spellings. shown_default: text for a default that is not a plain value.
+    help: without the default. convert: text to value. choices, nargs, const, metavar: as argparse has them. required:
+    no default. aliases: other spellings. shown_default: text for a default that is not a plain value.
     """
 
     help: str

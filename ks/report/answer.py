@@ -118,7 +118,9 @@ def _smaller_ranks(found: TargetRanks, rank: int) -> str:
     """Return whether a rank below this one can reach the target."""
     if found.none_below >= rank:
         return "No smaller rank can reach it."
-    open_ranks = f"rank {rank - 1} can" if found.none_below == rank - 1 else f"ranks {found.none_below} to {rank - 1} can"
+    open_ranks = (
+        f"rank {rank - 1} can" if found.none_below == rank - 1 else f"ranks {found.none_below} to {rank - 1} can"
+    )
     if found.none_below == 1:
         return f"Whether {open_ranks} reach it is not known."
     return f"No rank below {found.none_below} can reach it; whether {open_ranks} is not known."
@@ -236,7 +238,9 @@ def _uncertified(facts: Facts) -> list[str]:
     if not facts.uncertified:
         return []
     ranks = " and ".join(map(str, sorted(facts.uncertified)))
-    start = f"The lower bound of rank {ranks} was" if len(facts.uncertified) == 1 else f"The lower bounds of {ranks} were"
+    start = (
+        f"The lower bound of rank {ranks} was" if len(facts.uncertified) == 1 else f"The lower bounds of {ranks} were"
+    )
     return [f"{start} not finished in {facts.seconds:g} s; --tight_bounds SECONDS allows more time."]
 
 

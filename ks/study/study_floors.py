@@ -1,9 +1,60 @@
-"""What the bounds say about the rank that a study names: certified within a time, and recorded for the answer."""
+"""The floors of a study of one weight: kept in its folder, certified within a time, and as facts for the answer."""
 
+from pathlib import Path
+
+from ks import signals
+from ks.bounds.floors_file import FloorsFile
 from ks.bounds.rank_floors import RankFloors
+from ks.chain.patterns import Chain
+from ks.cli import console
+from ks.cli.flags import SweepConfig
 from ks.report.answer import Facts, named_row
+from ks.study.progress import SlowWork
+from ks.training.problem import Problem
 
-DEFAULT_SECONDS = 30.0  # for the lower bounds of the ranks that the answer names
+DEFAULT_SECONDS = 30.0  # of --tight_bounds, for the lower bounds of the ranks that the answer names
+LARGE_WEIGHT = 2**22  # entries from which on the floors for isotropic inputs take seconds
+
+
+def plan_floors(config: SweepConfig, problem: Problem, path: Path) -> RankFloors:
+    """Return the floors of the study's chain family, with all bounds that its folder holds.
+
+    Args:
+        config: of the sweep.
+        problem: that its runs solve.
+        path: of the file that `keep_floors` writes; it need not exist.
+    """
+    ours = problem.edits.criterion_is_ours
+    known = FloorsFile(path).find_bounds(*_identity(problem)) if ours else None
+    if known is not None and known.curve is None and (problem.rows * problem.cols > LARGE_WEIGHT or config.inputs):
+        console.note(f"computing the floors of {problem.rows} × {problem.cols}", config.quiet)
+    floors = RankFloors(
+        problem.internal_weight(),
+        problem.chain,
+        problem.moment,
+        known=known,
+        progress=SlowWork(config.quiet),
+        reason=None if ours else "floors hold for mean_squared_error alone",
+    )
+    if config.inputs:
+        floors.compare_with_isotropic(problem.isotropic_weight)
+    return floors
+
+
+def keep_floors(floors: RankFloors, problem: Problem, path: Path) -> None:
+    """Write all bounds that are known into the folder of the study, so that no rerun computes them again."""
+    if floors.has_floors:
+        file = FloorsFile(path)
+        file.add_bounds(*_identity(problem), floors.known)
+        file.save()
+
+
+def _identity(problem: Problem) -> tuple[str, str | None, Chain]:
+    """Return the hashes of weight and inputs, and the chain; the scale of isotropic inputs changes no relative loss."""
+    inputs = problem.layer_inputs.description
+    names = ("sha256", "count", "held_out_count", "centred")
+    measured = " ".join(str(inputs[name]) for name in names) if "sha256" in inputs else None
+    return problem.weight.sha256(), measured, problem.chain
 
 
 def spoken_of(rows: list[dict], floors: RankFloors, target: float | None) -> list[int]:
@@ -33,9 +84,9 @@ def certify(floors: RankFloors, spoken: list[int], ranks: list[int], seconds: fl
         ranks: of the study.
         seconds: of --tight_bounds.
     """
-    floors.certify(spoken, min(seconds, DEFAULT_SECONDS))
+    floors.certify(spoken, min(seconds, DEFAULT_SECONDS), stop=signals.came)
     if seconds > DEFAULT_SECONDS:
-        floors.certify([*spoken, *ranks], seconds - DEFAULT_SECONDS, tight=True)
+        floors.certify([*spoken, *ranks], seconds - DEFAULT_SECONDS, tight=True, stop=signals.came)
 
 
 def find_facts(rows: list[dict], floors: RankFloors, target: float | None, seconds: float) -> Facts:
