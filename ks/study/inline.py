@@ -53,11 +53,11 @@ def _call(task: Task) -> tuple[int, str]:
         return 1, f"it could not start: {error}"
     try:
         return main(arguments), ""
-    except UsageError as error:
-        print(one_line(error), file=sys.stderr)
-        return EXIT_USAGE, ""
-    except bdb.BdbQuit as error:
-        raise KeyboardInterrupt from error  # leaving the debugger ends the sweep
-    except Exception:  # a bug of one run leaves the others
+    except Exception as error:  # of one run; it leaves the others
+        if bdb.BdbQuit in (type(error), type(error.__cause__)):
+            raise KeyboardInterrupt from error  # leaving the debugger ends the sweep
+        if isinstance(error, UsageError):
+            print(one_line(error), file=sys.stderr)
+            return EXIT_USAGE, ""
         traceback.print_exc()
         return EXIT_INTERNAL, ""
