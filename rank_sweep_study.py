@@ -61,6 +61,12 @@ def main(argv=None) -> int:
     config = parse(build_parser(), sys.argv[1:] if argv is None else argv)
     if config.gpus == "none" and config.device == "auto":
         config = dataclasses.replace(config, device="cpu")
+    if config.dry_run and config.chains:
+        from ks.study.family_comparison import compare_families, compares_families  # loads parts of ks.model
+
+        if compares_families(config):
+            print(compare_families(config))
+            return console.EXIT_OK
     try:
         with study_of(config) as study:
             study.load()
