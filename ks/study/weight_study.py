@@ -64,12 +64,6 @@ class WeightStudy(Study):
         study = study_in(config)
         self.before = study if study is not None and is_same_study(study, self.record) else None
 
-    def check_folder(self) -> None:
-        if self.files.directory.is_dir():
-            with held(self.files):
-                if not self.config.overwrite:
-                    refuse_another_study(self.files, self.record["settings"], remedies_of(self.config))
-
     def plan(self, floors: dict[int, Floor | None] | None = None) -> None:
         """Compute the floors, and choose the ranks and when a run may stop; write nothing.
 
@@ -113,6 +107,12 @@ class WeightStudy(Study):
 
     def remarks(self) -> list[str]:
         return plan_notes(self.planned, self.config.target_relative_loss)
+
+    def check_folder(self) -> None:
+        if self.files.directory.is_dir():
+            with held(self.files):
+                if not self.config.overwrite:
+                    refuse_another_study(self.files, self.record["settings"], remedies_of(self.config))
 
     def make_launcher(self) -> Launcher:
         config, files = self.config, {}
@@ -180,7 +180,6 @@ class WeightStudy(Study):
         return [results[run.rank, run.seed] for run in self.runs]
 
     def conclude(self) -> list[str]:
-        """Write summary and figures; return the lines to print."""
         from ks.report.summary_table import summary_table
         from ks.report.text_table import filled
         from ks.study.outputs import summarise, write_outputs
