@@ -70,6 +70,8 @@ def main(argv=None) -> int:
     try:
         with study_of(config) as study:
             study.load()
+            if not config.dry_run:
+                study.check_folder()
             study.plan()
             if config.dry_run:
                 print(study.plan_text())

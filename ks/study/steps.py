@@ -36,6 +36,9 @@ class Study:
         with self.locks:
             self.places.close()
 
+    def check_folder(self) -> None:
+        """Raise UsageError if the results folder is in use or holds another study, before floors are computed."""
+
     def make_launcher(self) -> Launcher:
         """Return the launcher that the flags name, with the files that runs elsewhere read."""
         raise NotImplementedError

@@ -47,7 +47,7 @@ class WeightStudy(Study):
         """Read the weight, its inputs and the record of the study that the folder holds; write nothing.
 
         Raises:
-            UsageError: a weight, inputs or an edited training script that cannot be studied, or another study's folder.
+            UsageError: a weight, inputs or an edited training script that cannot be studied.
         """
         config = self.config
         self.problem = problem = resolve(config, edits_of(self.trainer))
@@ -58,8 +58,6 @@ class WeightStudy(Study):
                 f"{problem.edits.criterion}; leave it out"
             )
         self.record = record_of(config, problem, [])
-        if not config.dry_run and not config.overwrite:
-            refuse_another_study(self.files, self.record["settings"], remedies_of(config))
         study = study_in(config)
         self.before = study if study is not None and is_same_study(study, self.record) else None
 
@@ -95,6 +93,12 @@ class WeightStudy(Study):
         if target is None or not self.planned.has_floors:
             return notes
         return [*notes, target_note(self.planned.target_ranks(target), self.planned.moment.is_isotropic)]
+
+    def check_folder(self) -> None:
+        if self.files.directory.is_dir():
+            with held(self.files):
+                if not self.config.overwrite:
+                    refuse_another_study(self.files, self.record["settings"], remedies_of(self.config))
 
     def make_launcher(self) -> Launcher:
         config, files = self.config, {}
