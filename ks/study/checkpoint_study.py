@@ -63,8 +63,8 @@ class CheckpointStudy:
 
     def plan_text(self) -> str:
         """Plan, and return the plan as text, for --dry_run; the floors are kept in the results folder."""
+        from ks.files.table import filled
         from ks.report.model_plan_table import floors_lines, plan_lines, totals
-        from ks.report.text_table import filled
 
         files = SweepFiles(prepare_output_dir(self.config.output_dir), self.config.save_prefix)
         with locked(files.lock, "another sweep"):
@@ -164,8 +164,8 @@ class CheckpointStudy:
 
     def conclude(self, files: SweepFiles, ended: dict[Run, Result]) -> list[str]:
         """Write summary and figures of every layer, and one summary over all; return the lines to print."""
-        from ks.report.layers_table import layers_table
         from ks.report.summary import write_summary
+        from ks.report.tables import layers_table
 
         rows = []
         for layer in self.layers:

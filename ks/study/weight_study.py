@@ -12,6 +12,7 @@ from pathlib import Path
 from ks.bounds.floors import Floor, floor_curve
 from ks.bounds.plan import make_plan
 from ks.bounds.plan_notes import plan_notes
+from ks.bounds.plan_rows import floor_rows, plan_rows
 from ks.cli import console
 from ks.cli.flags import SweepConfig
 from ks.cli.parser import to_arguments
@@ -25,8 +26,7 @@ from ks.files.status import Status, ended_well
 from ks.files.weights import packed
 from ks.moments.read import packed_inputs
 from ks.report.answer import answer
-from ks.report.plan_table import plan_table
-from ks.report.summary import floor_rows
+from ks.report.tables import plan_table
 from ks.report.verdict import advice, check_above_floor
 from ks.study.choices import ranks_of, remedies_of, stop_losses
 from ks.study.claim import claim_folder
@@ -94,7 +94,7 @@ class WeightStudy:
         """Return the plan, for --dry_run; with --verbose, the commands of the trainings too."""
         for text in self.problem.notes:
             console.note(text, self.config.quiet)
-        table = plan_table(self.plan, self.floors, self.config.verbose)
+        table = plan_table(plan_rows(self.plan, self.floors), self.config.verbose)
         lines = [self.record["title"], *self.remarks(), "", table, ""]
         if not self.config.verbose:
             return "\n".join([*lines, "Nothing was trained or written; --verbose shows patterns and commands."])
@@ -171,8 +171,8 @@ class WeightStudy:
 
     def conclude(self, files: SweepFiles, ended: dict[Run, Result]) -> list[str]:
         """Write summary and figures; return the lines to print."""
-        from ks.report.summary_table import summary_table
-        from ks.report.text_table import filled
+        from ks.files.table import filled
+        from ks.report.tables import summary_table
         from ks.study.outputs import summarise, write_outputs
 
         results = [ended.get(run) or self.read_result(run) for run in self.runs]
