@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
 from ks.errors import one_line
@@ -60,6 +61,19 @@ class Study:
         """Names of the metrics that have a value in any epoch."""
         known = {*columns.names(columns.CURVES), "seed"}
         return [name for name in self.curves if name not in known and self.curves[name].notna().any()]
+
+    def lowrank_beside(self, parameters: pd.Series) -> pd.DataFrame:
+        """Return the largest rank of low-rank with at most so many parameters each, and its floor.
+
+        Args:
+            parameters: of chains.
+        Returns:
+            columns rank and relative_loss, with the index of `parameters`; rank 0, the zero predictor, where none fits.
+        """
+        lowrank = self.floor[self.floor["chain"] == "lowrank"].sort_values("parameters")
+        found = np.searchsorted(lowrank["parameters"], parameters.astype(float), side="right")
+        columns = {"rank": [0, *lowrank["rank"]], "relative_loss": [1.0, *lowrank["relative_loss"]]}
+        return pd.DataFrame(columns).iloc[found].set_index(parameters.index)
 
     def unknown_metrics(self, asked: Iterable[str]) -> str:
         """Return a line that lists the metrics that were asked for but have no values; empty if there are none."""

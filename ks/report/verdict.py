@@ -5,7 +5,6 @@ from enum import StrEnum
 
 from ks.bounds.floors import Floor
 from ks.errors import InternalError
-from ks.report.speed import not_faster
 
 # A loss below this share of predicting 0 is zero for practical purposes: no ratio to it is reported.
 NEGLIGIBLE_FLOOR = 1e-6
@@ -111,54 +110,3 @@ def check_above_floor(population_loss: float | None, floor: Floor | None, predic
             f"rank {floor.rank}: the population loss, {relative!r} of predicting 0, is below its floor, "
             f"{floor.lower!r}; one of them is computed wrongly"
         )
-
-
-def advice(rows: list[dict], sampling: str | None = None) -> list[str]:
-    """Return what to do about each rank that is not at its floor, one line each.
-
-    Args:
-        rows: of the summary, as `ks.report.summary.rank_row` returns them.
-        sampling: of the study.
-    """
-    sentences = []
-    for row in rows:
-        rank, verdict = row["rank"], row["verdict"]
-        if row["failed"]:
-            sentences.append(f"Rank {rank}: {row['status']}; see its train.log.")
-        elif verdict is not None and verdict.limit is Limit.SAMPLES:
-            remedy = "--sampling auto or more samples" if sampling == "fixed" else "more samples"
-            sentences.append(
-                f"Rank {rank} is sample-limited: its loss is {_above(row)}, and the training loss shows less than half "
-                f"of this gap. Use {remedy}."
-            )
-        elif verdict is not None and verdict.limit is Limit.TRAINING:
-            sentences.append(
-                f"Rank {rank} is undertrained: its loss is {_above(row)} ({row['removed_share']:.2%} of the achievable "
-                "reduction). Increase --num_epochs."
-            )
-        elif verdict is not None and verdict.limit is Limit.SMALL:
-            sentences.append(
-                f"Rank {rank} is {Limit.SMALL}: its loss exceeds {_reference(row)} by {100 * row['excess']:.2g}% of "
-                "the output energy. A larger --num_epochs gains little."
-            )
-        if verdict is not None and verdict.calibration_limited:
-            sentences.append(
-                f"Rank {rank} is calibration-limited: it loses {row['held_out_relative_loss']:.2%} on held-out inputs, "
-                f"{row['relative_loss']:.2%} on the measured ones. Measure more inputs."
-            )
-    larger = [str(row["rank"]) for row in rows if row["verdict"] is not None and row["verdict"].larger_than_dense]
-    if larger:
-        sentences.append(f"Larger than the dense weight: rank {', '.join(larger)}.")
-    slow = not_faster(rows)
-    return [*sentences, f"{slow[0].upper()}{slow[1:]}."] if slow else sentences
-
-
-def _reference(row: dict) -> str:
-    return "the floor" if row.get("loss_floor_is_exact") else "that of the best known chain"
-
-
-def _above(row: dict) -> str:
-    if row.get("optimality_gap") is None:
-        return f"{row['excess']:.2%} of the output energy above {_reference(row)}"
-    gap = 100 * row["optimality_gap"]
-    return f"{gap:.0f}% above {_reference(row)}" if gap >= 10 else f"{gap:.2g}% above {_reference(row)}"

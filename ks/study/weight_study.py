@@ -27,7 +27,7 @@ from ks.files.weights import packed
 from ks.moments.read import packed_inputs
 from ks.report.answer import answer
 from ks.report.tables import plan_table
-from ks.report.verdict import advice, check_above_floor
+from ks.report.verdict import check_above_floor
 from ks.study.choices import ranks_of, remedies_of, stop_losses
 from ks.study.claim import claim_folder
 from ks.study.copies import copies_of, copy_results
@@ -172,6 +172,7 @@ class WeightStudy:
     def conclude(self, files: SweepFiles, ended: dict[Run, Result]) -> list[str]:
         """Write summary and figures; return the lines to print."""
         from ks.files.table import filled
+        from ks.report.sentences import advice
         from ks.report.tables import summary_table
         from ks.study.outputs import summarise, write_outputs
 

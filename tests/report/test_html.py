@@ -10,9 +10,9 @@ from drawn_study import make_study
 
 from ks.files.layout import FIGURES, SweepFiles
 from ks.files.schema import SweepConfig, convert
-from ks.report.figures.units import losses_of, units_of
 from ks.report.html import write_report
 from ks.report.study import Study
+from ks.report.units import losses_of, units_of
 
 HASH = "c2f246c6ae7821dc" * 4
 CONFIG = {

@@ -9,7 +9,6 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from ks.report.figures.axes import (
-    GREY,
     add_squared_axis,
     finish_loss_axis,
     literal,
@@ -17,10 +16,10 @@ from ks.report.figures.axes import (
     write_heading,
     write_legend,
 )
-from ks.report.figures.colors import rank_colors
-from ks.report.figures.findings import of_range
-from ks.report.figures.units import losses_of, units_of
+from ks.report.figures.colors import GREY, ink, paper, rank_colors
+from ks.report.sentences import of_range
 from ks.report.study import Study
+from ks.report.units import losses_of, units_of
 
 ASIDE = 0.2  # of the distance of two ranks: training to the left, validation to the right
 
@@ -52,11 +51,11 @@ def final_losses(study: Study, *, log_scale: bool = False, title: str | None = N
         if np.isfinite(errors).any():
             axes.errorbar(positions + shift, losses[name], yerr=errors, **whiskers)
         if log_scale:
-            inside = fills if whole else "white"
+            inside = fills if whole else paper()
             axes.scatter(positions + shift, losses[name], 55, color=inside, edgecolors=fills, linewidths=1.8, zorder=3)
         else:
             axes.bar(positions + shift, losses[name], 2 * ASIDE - 0.02, color=fills, alpha=1.0 if whole else 0.45)
-    ends: dict[str, Any] = {"colors": "black", "linewidth": 1.8, "zorder": 5}
+    ends: dict[str, Any] = {"colors": ink(), "linewidth": 1.8, "zorder": 5}
     for bound in ("lower", "upper"):
         axes.hlines(losses[bound], positions - 0.42, positions + 0.42, **ends)
     between = losses["bracketed"].to_numpy()
@@ -65,19 +64,19 @@ def final_losses(study: Study, *, log_scale: bool = False, title: str | None = N
     for position, row in enumerate(losses.itertuples()):
         top = np.nanmax([row.train, row.validation, row.upper, 0.0])
         if np.isfinite(row.best) and top > 0:
-            place: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "ha": "center"}
+            place: dict[str, Any] = {"textcoords": "offset points", "fontsize": "small", "ha": "center"}
             text = units.show(row.best)
             axes.annotate(text, (position, top), (0, 5), rotation=90 if close else 0, va="bottom", zorder=6, **place)
         elif not np.isfinite(row.best):
-            place = {"xycoords": ("data", "axes fraction"), "fontsize": 9, "ha": "center", "va": "bottom"}
+            place = {"xycoords": ("data", "axes fraction"), "fontsize": "small", "ha": "center", "va": "bottom"}
             axes.annotate(literal(row.status), (position, 0.06), rotation=90, color="firebrick", **place)
     axes.set_xticks(positions, [str(rank) for rank in losses["rank"]])
     axes.set_xlim(-0.7, len(losses) - 0.3)
     axes.grid(visible=False, axis="x")
     axes.set_xlabel("rank")
-    axes.set_ylabel(literal(f"final {units.label}" if not units.shares else units.label))
+    axes.set_ylabel(literal(f"final {units.label}" if not units.relative else units.label))
     add_squared_axis(axes, units)
-    if units.shares:
+    if units.relative:
         note_references(axes, log_scale=log_scale)
     write_legend(figure, _legend(study, losses, log_scale))
     write_heading(figure, of_range(losses, units), title)
@@ -91,10 +90,10 @@ def _legend(study: Study, losses, log_scale: bool) -> list[Artist]:
     for text, light in (("training", True), (f"{unseen} ({number})", False)):
         if log_scale:
             point: dict[str, Any] = {"marker": "o", "linestyle": "", "markeredgecolor": GREY, "markersize": 7}
-            handles.append(Line2D([], [], color="white" if light else GREY, label=text, **point))
+            handles.append(Line2D([], [], color=paper() if light else GREY, label=text, **point))
         else:
             handles.append(Patch(color=GREY, alpha=0.45 if light else 1.0, label=text))
     if losses["lower"].notna().any():
         text = "bounds of the floor" if losses["bracketed"].any() else "floor"
-        handles.append(Line2D([], [], color="black", linewidth=1.8, label=text))
+        handles.append(Line2D([], [], color=ink(), linewidth=1.8, label=text))
     return handles

@@ -6,9 +6,7 @@ from matplotlib.figure import Figure
 
 from ks.files.columns import ISOTROPIC
 from ks.report.figures.axes import (
-    GREY,
     NOTE,
-    above_zero,
     add_squared_axis,
     count,
     finish_loss_axis,
@@ -19,16 +17,16 @@ from ks.report.figures.axes import (
     write_heading,
     write_legend,
 )
-from ks.report.figures.colors import rank_colors
-from ks.report.figures.findings import of_floors
-from ks.report.figures.units import losses_of, units_of
+from ks.report.figures.colors import GREY, ink, paper, rank_colors
+from ks.report.sentences import of_floors
 from ks.report.study import Study
+from ks.report.units import losses_of, units_of
 
 
 def has_floors(study: Study) -> bool:
     """Return whether a rank of the study has a floor, a loss and parameters."""
     needed = study.summary[["relative_loss", "parameters", "loss_floor"]]
-    return len(study.floor) > 0 and units_of(study).shares and bool(needed.notna().all(axis=1).any())
+    return len(study.floor) > 0 and units_of(study).relative and bool(needed.notna().all(axis=1).any())
 
 
 def family_of(study: Study) -> str:
@@ -62,17 +60,16 @@ def floor_by_rank(study: Study, *, log_scale: bool = False, title: str | None = 
     bounds = losses[["lower", "upper"]].to_numpy().ravel()
     finish_loss_axis(axes, units, losses["exact"], bounds, log_scale=log_scale)
     label = literal(f"{family}: quick lower bound of every rank" if bracketed else f"{family}: floor of every rank")
-    axes.plot(own["rank"], above_zero(own["relative_loss"], log_scale), color="black", linewidth=1.5, label=label)
+    axes.plot(own["rank"], own["relative_loss"], color=ink(), linewidth=1.5, label=label)
     if len(isotropic):
         look: dict[str, Any] = {"color": GREY, "linestyle": (0, (1, 2)), "label": "floor if inputs were isotropic"}
-        axes.plot(isotropic["rank"], above_zero(isotropic["relative_loss"], log_scale), **look)
+        axes.plot(isotropic["rank"], isotropic["relative_loss"], **look)
     mark_ranks(axes, losses["rank"], losses["rank"], losses["exact"], colors)
     between = losses[losses["bracketed"]]
     if len(between):
-        lower = above_zero(between["lower"], log_scale)
-        axes.vlines(between["rank"], lower, between["upper"], color="black", linewidth=1.2, zorder=3)
-        caps: dict[str, Any] = {"color": "black", "linestyle": "", "markersize": 9, "markeredgewidth": 1.4, "zorder": 3}
-        axes.plot(between["rank"], lower, marker="_", **caps)
+        axes.vlines(between["rank"], between["lower"], between["upper"], color=ink(), linewidth=1.2, zorder=3)
+        caps: dict[str, Any] = {"color": ink(), "linestyle": "", "markersize": 9, "markeredgewidth": 1.4, "zorder": 3}
+        axes.plot(between["rank"], between["lower"], marker="_", **caps)
         label = "bounds of a trained rank"
         axes.plot(between["rank"], between["upper"], marker="_", label=label, **caps)
     if study.target is not None:
@@ -80,9 +77,9 @@ def floor_by_rank(study: Study, *, log_scale: bool = False, title: str | None = 
     set_log_axis(axes.xaxis, 1, max(own["rank"].max(), losses["rank"].max()), count)
     dense = own["rank"][own["parameters"] >= dense_parameters(study)]
     if len(dense):
-        axes.axvline(dense.min(), color="0.6", linewidth=1.0, zorder=1)
+        axes.axvline(dense.min(), color=GREY, linewidth=1.0, zorder=1)
         place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", **NOTE}
-        place |= {"ha": "right", "bbox": {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1}}
+        place |= {"ha": "right", "bbox": {"facecolor": paper(), "alpha": 0.8, "edgecolor": "none", "pad": 1}}
         axes.annotate("as many parameters\nas dense", (dense.min(), 0.72), (-4, 0), va="top", **place)
     axes.set_xlabel("rank")
     axes.set_ylabel(units.label)

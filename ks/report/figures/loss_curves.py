@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ks.report.figures.axes import (
-    GREY,
     finish_epoch_axis,
     finish_loss_axis,
     label_ends,
@@ -19,10 +18,10 @@ from ks.report.figures.axes import (
     write_heading,
     write_legend,
 )
-from ks.report.figures.colors import rank_colors
-from ks.report.figures.findings import of_losses
-from ks.report.figures.units import losses_of, units_of
+from ks.report.figures.colors import GREY, rank_colors
+from ks.report.sentences import of_losses
 from ks.report.study import Study
+from ks.report.units import losses_of, units_of
 
 FLOOR_LINE: dict[str, Any] = {"linestyle": (0, (4, 3)), "linewidth": 1.0}
 
@@ -74,8 +73,8 @@ def loss_curves(study: Study, *, log_scale: bool = False, title: str | None = No
     names = ("Training", "Held-out inputs" if held_out else "Validation")
     for axes, column, name in zip(panels, ("train_loss", "val_loss"), names):
         ends[axes] = draw_ranks(axes, curves, column, summary)
-        axes.set_title(name, fontsize=10)
-        finish_epoch_axis(axes, curves["epoch"])
+        axes.set_title(name, fontsize="medium")
+        finish_epoch_axis(axes)
     floored = losses[losses["lower"].notna()]
     drawn = panels[:1] if held_out else panels  # no floor holds for the inputs that are held out
     for axes in panels:
@@ -100,7 +99,7 @@ def loss_curves(study: Study, *, log_scale: bool = False, title: str | None = No
         label_ends(axes, ends[axes], "rank")
         axes.set_ylabel(literal(units.label))
         axes.tick_params(labelleft=True)
-        if units.shares:
+        if units.relative:
             note_references(axes, log_scale=log_scale)
     write_heading(figure, of_losses(losses, summary, units), title)
     return figure
