@@ -104,7 +104,7 @@ SUMMARY = (
     Column("relative_loss", Loss, "`population_loss` / loss of the zero predictor, the fraction of the output energy "
            "that is lost under the given inputs: 0 is dense, 1 is useless", FRACTION, "{:.2%}",
            "the fraction of the output energy that is lost, 100% for the zero predictor"),
-    Column("parameters", Positive, "free values of the chain", form="{:.0f}"),
+    Column("parameters", Positive, "free values of the chain", form="{:,.0f}"),
     Column("compression_ratio", Loss, "parameters of the dense weight over those of the chain", "ratio", "{:.2f}"),
     Column("saturated", bool, "whether the rank is so large that a larger one changes nothing"),
     Column("verdict", Text, "limit of this rank: converged, between its bounds, within 0.1% of the energy, "
@@ -212,7 +212,8 @@ PLAN = (
     Column("cols", Positive, "n, input features"),
     Column("chain", Text, "family of the chain, or `dense` if the weight stays as it is"),
     Column("rank", Positive, "rank of the chain; empty for dense", form="{:.0f}"),
-    Column("parameters", Positive, "values of the chain, or m·n for dense; biases are not counted"),
+    Column("parameters", Positive, "values of the chain, or m·n for dense; biases are not counted",
+           form="{:,.0f}"),
     Column("dense_parameters", Positive, "m·n"),
     Column("share", Loss, "`parameters` / `dense_parameters`", "ratio", "{:.1%}"),
     Column("relative_loss", Loss, "relative loss of the best known chain", FRACTION, "{:.2%}"),

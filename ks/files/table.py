@@ -23,7 +23,7 @@ def table(columns: Iterable[Column], rows: Iterable[Mapping[str, Any]], width: i
     """
     rows = list(rows)
     first, *others = (column for column in columns if any(not is_missing(row.get(column.name)) for row in rows))
-    cells = {column.name: [_cell(column, row.get(column.name)) for row in rows] for column in (first, *others)}
+    cells = {column.name: [cell(column, row.get(column.name)) for row in rows] for column in (first, *others)}
     widths = {name: max(map(len, [*_header(name), *texts])) for name, texts in cells.items()}
     blocks, left = [[first]], width - widths[first.name]
     for column in others:
@@ -53,13 +53,14 @@ def _block(columns: list[Column], cells: Mapping[str, list[str]], widths: Mappin
     lines = []
     for entry in entries:
         for number in range(max(1, *map(len, entry))):
-            line = [cell[number] if number < len(cell) else "" for cell in entry]
+            line = [lines_of[number] if number < len(lines_of) else "" for lines_of in entry]
             padded = (f"{text:{'<' if c.type is Text else '>'}{widths[c.name]}}" for c, text in zip(columns, line))
             lines.append(" ".join(padded).rstrip())
     return "\n".join(lines)
 
 
-def _cell(column: Column, value: Any) -> str:
+def cell(column: Column, value: Any) -> str:
+    """Return a value in the form of its column; a string as it is, and "-" where there is none."""
     if is_missing(value):
         return "-"
     return value if isinstance(value, str) else column.form.format(value)

@@ -1,10 +1,13 @@
 """The sentences of a study on each rank and above each figure, by stated rules, from the rows of the summary."""
 
+import re
+
 import pandas as pd
 
 from ks.files.columns import FINAL
 from ks.report.speed import AS_FAST, measured_batches, times_of
-from ks.report.units import Units
+from ks.report.study import Study, family_of
+from ks.report.units import Units, units_of
 from ks.report.verdict import ROUNDING, SMALL_EXCESS, Limit
 
 NONE_FINISHED = "no rank has finished"
@@ -77,6 +80,28 @@ def advice(rows: list[dict], sampling: str | None = None) -> list[str]:
         sentences.append(f"Larger than the dense weight: rank {', '.join(larger)}.")
     slow = not_faster(rows)
     return [*sentences, f"{slow[0].upper()}{slow[1:]}."] if slow else sentences
+
+
+def recommendation(study: Study) -> list[str]:
+    """Return the sentences that open a report: the answer of the study, after low-rank where that is the better choice.
+
+    Low-rank is better if it can lose less than the rank that the answer names, with no more parameters.
+    """
+    answer = list(study.answer)
+    named = re.search(r"\brank (\d+)", answer[0], re.IGNORECASE) if answer else None
+    rows = study.summary[study.summary["rank"] == int(named[1])] if named else study.summary.iloc[:0]
+    rows = rows[["parameters", "relative_loss"]].astype(float).dropna()
+    if named is None or rows.empty or study.floor.empty or family_of(study) == "lowrank" or "low-rank" in answer[0]:
+        return answer
+    beside, ours = study.lowrank_beside(rows["parameters"]).iloc[0], rows["relative_loss"].iloc[0]
+    if beside["relative_loss"] >= ours:
+        return answer
+    texts = [units_of(study).show(loss) for loss in (beside["relative_loss"], ours)]
+    first = (
+        f"Prefer a low-rank factorisation: at rank {beside['rank']:.0f} it gets down to {texts[0]}, with no more "
+        f"parameters than this chain at rank {named[1]}, which loses {texts[1]}."
+    )
+    return [first, *answer]
 
 
 def of_losses(losses: pd.DataFrame, summary: pd.DataFrame, units: Units) -> str:

@@ -84,6 +84,17 @@ class Study:
         return f"--metric {' '.join(unknown)}: no run of {self.name} has values of that name; {known}"
 
 
+def family_of(study: Study) -> str:
+    """Return the chain of the floors, as it is called in their table."""
+    others = [name for name in study.floor["chain"].unique() if name not in ("lowrank", columns.ISOTROPIC)]
+    return others[0] if others else "lowrank"
+
+
+def dense_parameters(study: Study) -> float:
+    product = study.summary["parameters"].astype(float) * study.summary["compression_ratio"].astype(float)
+    return float(product.dropna().iloc[0])
+
+
 def curves_table(runs: Iterable[tuple[dict, list[dict]]]) -> pd.DataFrame:
     """Return the curves to draw: failed runs only for ranks of which no seed finished.
 

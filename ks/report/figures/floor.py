@@ -19,7 +19,7 @@ from ks.report.figures.axes import (
 )
 from ks.report.figures.colors import GREY, ink, paper, rank_colors
 from ks.report.sentences import of_floors
-from ks.report.study import Study
+from ks.report.study import Study, dense_parameters, family_of
 from ks.report.units import losses_of, units_of
 
 
@@ -27,17 +27,6 @@ def has_floors(study: Study) -> bool:
     """Return whether a rank of the study has a floor, a loss and parameters."""
     needed = study.summary[["relative_loss", "parameters", "loss_floor"]]
     return len(study.floor) > 0 and units_of(study).relative and bool(needed.notna().all(axis=1).any())
-
-
-def family_of(study: Study) -> str:
-    """Return the chain of the floors, as it is called in their table."""
-    others = [name for name in study.floor["chain"].unique() if name not in ("lowrank", ISOTROPIC)]
-    return others[0] if others else "lowrank"
-
-
-def dense_parameters(study: Study) -> float:
-    product = study.summary["parameters"].astype(float) * study.summary["compression_ratio"].astype(float)
-    return float(product.dropna().iloc[0])
 
 
 def floor_by_rank(study: Study, *, log_scale: bool = False, title: str | None = None, figsize=None) -> Figure:

@@ -20,9 +20,8 @@ from ks.report.figures.axes import (
     write_legend,
 )
 from ks.report.figures.colors import FAMILY_COLORS, GREY, MARKERS, paper
-from ks.report.figures.floor import dense_parameters, family_of
 from ks.report.sentences import of_front
-from ks.report.study import Study
+from ks.report.study import Study, dense_parameters, family_of
 from ks.report.units import Units, losses_of, units_of
 
 
