@@ -1,5 +1,8 @@
 """Figures drawn again from files, as users do it."""
 
+import html
+import re
+import shlex
 import shutil
 
 from conftest import QUICK, files_of, read_table
@@ -48,13 +51,30 @@ def test_chains_side_by_side(run, weight_path, tmp_path):
     assert "lowrank: lowrank (rows" in done.stdout
 
 
-def test_the_title_has_its_old_name_too(run, swept, tmp_path):
+def test_the_old_name_of_the_title_and_the_style_of_matplotlibrc_are_honoured(run, swept, tmp_path):
     study = swept[0] / "rank_sweep_results"
+    (tmp_path / "style").write_text("figure.facecolor: 123456\nsavefig.facecolor: auto\nsvg.fonttype: none\n")
     flags = ("--output_dir", "figures", "--formats", "svg", "--plot_title", "An old title")
-    done = run("plot_rank_results.py", "--results_dir", study, *flags)
+    environment = {"MATPLOTLIBRC": str(tmp_path / "style")}
+    done = run("plot_rank_results.py", "--results_dir", study, *flags, env=environment)
     assert done.returncode == 0, done.stderr
     for path in (tmp_path / "figures").glob("*.svg"):
-        assert "<!-- An old title -->" in path.read_text()
+        assert "An old title" in path.read_text()
+        assert "fill: #123456" in path.read_text()
+
+
+def test_the_command_in_the_report_reproduces_the_study(run, swept, tmp_path):
+    page = (swept[0] / "rank_sweep_results" / "rank_sweep_report.html").read_text()
+    _, script, *arguments = shlex.split(html.unescape(re.search(r"<code>(.*?)</code>", page)[1]))
+    shutil.copy(swept[0] / "weight.pth", tmp_path)
+    done = run(script, *arguments)
+    assert done.returncode == 0, done.stderr
+    for name in ("rank", "final_val_loss", "population_loss", "verdict"):
+        again, before = (
+            [row[name] for row in read_table(folder / "rank_sweep_results" / "rank_sweep_summary.csv")]
+            for folder in (tmp_path, swept[0])
+        )
+        assert again == before
 
 
 def test_a_metric_is_drawn_by_sweep_and_plot_and_its_figure_is_theirs(run, swept, tmp_path):
