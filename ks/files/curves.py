@@ -8,7 +8,7 @@ from ks.errors import UsageError
 from ks.files import columns
 from ks.files.atomic import finite, write_csv, write_json
 from ks.files.layout import RunFiles
-from ks.files.schema import read_table
+from ks.files.rows import read_table
 
 
 def write_curves(files: RunFiles, rows: list[dict]) -> None:

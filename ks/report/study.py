@@ -37,8 +37,8 @@ class Study:
     curves: one row for each run and epoch (columns of the curves file, and seed). summary: one row for each rank
     (columns of the summary; for a 2025 folder only the losses are filled). floor: columns of the floor file, empty if
     there is no floor. title: weight and chain, None if not known. answer: sentences of `ks.report.answer`.
-    predict_zero_loss, held_out_predict_zero_loss: loss of predicting 0, in the unit of the losses, on the inputs of the
-    training and on those held out. target: the share of the output energy that may be lost. config: the config file;
+    predict_zero_loss, held_out_predict_zero_loss: loss of the zero predictor, in the unit of the losses, on the inputs
+    of the runs and on those held out. target: relative loss that is asked for. config: the config file;
     None for a 2025 folder.
     """
 

@@ -18,7 +18,7 @@ def whole_row():
     """A row with two bounds, measured inputs, several seeds and a known duration, so that no column is left out."""
     curves = [[CURVES[1] | {"population_loss": loss}] for loss in (0.26, 0.36)]
     runs = [run_row(2, rows, seed=seed, train_seconds=1.25) for seed, rows in enumerate(curves)]
-    measured = Reference(1.0, held_out_predict_zero_loss=1.1, held_out_count=100, isotropic_floors=torch.ones(9))
+    measured = Reference(1.0, held_out_predict_zero_loss=1.1, held_out_count=100, isotropic_floors=[1.0] * 9)
     return rank_row(runs, CHAIN, Floor(2, 0.1, 0.2, False), measured) | {"status": "ok (copy of rank 1)"}
 
 

@@ -84,10 +84,10 @@ def final_losses(study: Study, *, log_scale: bool = False, title: str | None = N
 
 
 def _legend(study: Study, losses, log_scale: bool) -> list[Artist]:
-    unseen = "held out" if study.held_out_predict_zero_loss is not None else "validation"
-    number = "number: exact" if losses["exact"].notna().any() else f"number: {unseen}"
+    checked = "held out" if study.held_out_predict_zero_loss is not None else "validation"
+    number = "number: exact" if losses["exact"].notna().any() else f"number: {checked}"
     handles: list[Artist] = []
-    for text, light in (("training", True), (f"{unseen} ({number})", False)):
+    for text, light in (("training", True), (f"{checked} ({number})", False)):
         if log_scale:
             point: dict[str, Any] = {"marker": "o", "linestyle": "", "markeredgecolor": GREY, "markersize": 7}
             handles.append(Line2D([], [], color=paper() if light else GREY, label=text, **point))
