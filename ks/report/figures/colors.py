@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib import colormaps, rcParams
 from matplotlib.colors import to_rgb
 
-GREY = "0.45"  # legible on white and on black
+GREY = "0.5"  # legible on white and on black
 # Okabe and Ito, without yellow and black, which white and black paper swallow.
 FAMILY_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = "osD^vP"
