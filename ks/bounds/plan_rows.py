@@ -1,13 +1,13 @@
-"""The floors of a plan as rows of the tables that a file and a terminal show."""
+"""Floors as rows of the tables that a file and a terminal show."""
 
 from typing import Any
 
 from ks.bounds.floors import Floor
-from ks.bounds.plan import Plan
+from ks.bounds.rank_floors import RankFloors
 from ks.files.columns import ISOTROPIC
 
 
-def floor_rows(plan: Plan, predict_zero_loss: float) -> list[dict]:
+def floor_rows(plan: RankFloors, predict_zero_loss: float) -> list[dict]:
     """Return the floors of every rank, of the chain and for comparison, as rows of `ks.files.columns.FLOOR`.
 
     Args:
@@ -31,7 +31,7 @@ def floor_rows(plan: Plan, predict_zero_loss: float) -> list[dict]:
     ]
 
 
-def plan_rows(plan: Plan, floors: dict[int, Floor | None]) -> list[dict]:
+def plan_rows(plan: RankFloors, floors: dict[int, Floor | None]) -> list[dict]:
     """Return the cost of every rank and the loss it can reach, as rows of `ks.files.columns.PLANNED_RANKS`.
 
     Args:
@@ -47,8 +47,8 @@ def plan_rows(plan: Plan, floors: dict[int, Floor | None]) -> list[dict]:
         row |= {"remarks": ", ".join(marks), "patterns": " ".join(map(str, chain.patterns(rank)))}
         if floor is not None:
             row |= {"relative_floor": floor.lower, "relative_floor_upper": None if floor.exact else floor.upper}
-        if plan.bounds is not None and chain.family != "lowrank":
-            ((row["lowrank_rank"], row["lowrank_floor"]),) = plan.lowrank_floors([parameters])
+        if plan.has_floors and chain.family != "lowrank":
+            row["lowrank_rank"], row["lowrank_floor"] = plan.lowrank_beside(parameters)
         if plan.isotropic_curve is not None:
             row["isotropic_floor"] = plan.isotropic_curve[rank:][:1].sum().item()
         rows.append(row)

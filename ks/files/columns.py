@@ -192,6 +192,12 @@ PLANNED_RANKS = (
     *chosen(SUMMARY, ("isotropic_floor", "parameters", "share_of_dense")),
     Column("remarks", Text, "saturated, larger than dense"),
 )  # fmt: skip
+FAMILIES = (
+    Column("chain", Text, "family of chains"),
+    *chosen(SUMMARY, ("rank", "parameters", "share_of_dense", "relative_loss")),
+    Column("none_below", Positive, "rank below which none can reach the target", legend="no smaller rank can reach the "
+           "target"),
+)  # fmt: skip
 PATTERNS = (PLANNED_RANKS[0], Column("patterns", Text, "patterns (a, b, c, d) of the factors of each rank"))
 
 LAYER_FLOORS = (

@@ -24,7 +24,7 @@ def test_ranks_at_their_floors():
     first, last = study.summary["relative_loss"]
     assert found["loss_curves"] == f"Rank 4 loses {last:.2%} of the output energy; every rank is at its floor"
     assert found["final_losses"] == f"From rank 2 to rank 4, the relative loss falls from {first:.2%} to {last:.2%}"
-    assert found["floor"] == f"No chain of rank 4 loses less than {floors[1].lower:.2%}"
+    assert found["floor"] == f"No chain of rank 4 loses less than {floors[4].lower:.2%}"
     worst = study.summary["excess"].max()
     assert found["gap"] == f"Every rank ends at most {100 * worst:.2g}% of the output energy above its floor"
 

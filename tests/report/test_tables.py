@@ -1,12 +1,10 @@
-import dataclasses
-
 import torch
 from study_rows import CHAIN, CURVES, make_row
 
 import ks
 from ks.bounds.floors import Floor
-from ks.bounds.plan import make_plan
 from ks.bounds.plan_rows import plan_rows
+from ks.bounds.rank_floors import RankFloors
 from ks.files import columns
 from ks.files.atomic import read_json, write_json
 from ks.files.status import Ending, Status
@@ -56,8 +54,8 @@ def test_a_summary_read_from_its_file_is_printed_as_the_one_in_memory(tmp_path):
 
 def test_the_plan_as_a_table():
     weight = torch.randn(16, 24, generator=torch.Generator().manual_seed(0))
-    plan = make_plan(weight * (16**0.5 / weight.norm()), CHAIN)  # the zero predictor costs 1
-    floors = dict(zip((2, 9), plan.floors([2, 9])))
+    plan = RankFloors(weight * (16**0.5 / weight.norm()), CHAIN)  # the zero predictor costs 1
+    floors = plan.floors([2, 9])
     above, header, two, nine, *legend = plan_table(plan_rows(plan, floors)).splitlines()
     assert header.split() == ["rank", "floor", "floor", "rank", "parameters", "of_dense", "remarks"]
     assert above.split() == ["relative_", "lowrank_", "lowrank_", "share_"]
@@ -66,14 +64,14 @@ def test_the_plan_as_a_table():
     assert nine.endswith("saturated, larger than dense")
     assert legend[1].startswith("lowrank_floor: the same for a low-rank factorisation")
     assert "(1, 4, 8, 4) (4, 8, 6, 1)" in plan_table(plan_rows(plan, floors), verbose=True)
-    measured = dataclasses.replace(plan, isotropic_curve=torch.linspace(1, 0, 9))
-    assert "isotropic_" in plan_table(plan_rows(measured, floors))
+    plan.isotropic_weight = lambda: weight
+    assert "isotropic_" in plan_table(plan_rows(plan, floors))
 
 
 def test_the_plan_of_low_rank_or_of_a_chain_without_a_floor_has_fewer_columns():
     weight = torch.randn(16, 24, generator=torch.Generator().manual_seed(0))
     weight *= 16**0.5 / weight.norm()
-    lowrank = make_plan(weight, ks.make_chain(16, 24, "lowrank"))
-    assert "lowrank_" not in plan_table(plan_rows(lowrank, {2: lowrank.floors([2])[0]}))
-    none = make_plan(weight, ks.make_chain(16, 24, "lowrank_butterfly"))
+    lowrank = RankFloors(weight, ks.make_chain(16, 24, "lowrank"))
+    assert "lowrank_" not in plan_table(plan_rows(lowrank, lowrank.floors([2])))
+    none = RankFloors(weight, ks.make_chain(16, 24, "lowrank_butterfly"))
     assert "floor" not in plan_table(plan_rows(none, {2: None}))
