@@ -8,14 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from ks.report.figures.axes import (
-    add_squared_axis,
-    finish_loss_axis,
-    literal,
-    note_references,
-    write_heading,
-    write_legend,
-)
+from ks.report.figures import parts
 from ks.report.figures.colors import GREY, ink, paper, rank_colors
 from ks.report.sentences import of_range
 from ks.report.study import Study
@@ -43,7 +36,9 @@ def final_losses(study: Study, *, log_scale: bool = False, title: str | None = N
     positions = np.arange(len(losses))
     fills = [colors[rank] for rank in losses["rank"]]
     values = losses[["train", "validation", "exact"]].to_numpy(float)
-    finish_loss_axis(axes, units, values.ravel(), losses[["lower", "upper"]].to_numpy().ravel(), log_scale=log_scale)
+    parts.finish_loss_axis(
+        axes, units, values.ravel(), losses[["lower", "upper"]].to_numpy().ravel(), log_scale=log_scale
+    )
     for name, shift in (("train", -ASIDE), ("validation", ASIDE)):
         whole = name == "validation"
         errors = losses[f"{name}_se"].to_numpy(float)
@@ -69,17 +64,17 @@ def final_losses(study: Study, *, log_scale: bool = False, title: str | None = N
             axes.annotate(text, (position, top), (0, 5), rotation=90 if close else 0, va="bottom", zorder=6, **place)
         elif not np.isfinite(row.best):
             place = {"xycoords": ("data", "axes fraction"), "fontsize": "small", "ha": "center", "va": "bottom"}
-            axes.annotate(literal(row.status), (position, 0.06), rotation=90, color="firebrick", **place)
+            axes.annotate(parts.literal(row.status), (position, 0.06), rotation=90, color="firebrick", **place)
     axes.set_xticks(positions, [str(rank) for rank in losses["rank"]])
     axes.set_xlim(-0.7, len(losses) - 0.3)
     axes.grid(visible=False, axis="x")
     axes.set_xlabel("rank")
-    axes.set_ylabel(literal(f"final {units.label}" if not units.relative else units.label))
-    add_squared_axis(axes, units)
+    axes.set_ylabel(parts.literal(f"final {units.label}" if not units.relative else units.label))
+    parts.add_squared_axis(axes, units)
     if units.relative:
-        note_references(axes, log_scale=log_scale)
-    write_legend(figure, _legend(study, losses, log_scale))
-    write_heading(figure, of_range(losses, units), title)
+        parts.note_references(axes, log_scale=log_scale)
+    parts.write_legend(figure, _legend(study, losses, log_scale))
+    parts.write_heading(figure, of_range(losses, units), title)
     return figure
 
 

@@ -9,16 +9,7 @@ from matplotlib.figure import Figure
 
 from ks.errors import UsageError
 from ks.files.columns import ISOTROPIC
-from ks.report.figures.axes import (
-    NOTE,
-    count,
-    finish_loss_axis,
-    literal,
-    note_references,
-    set_log_axis,
-    write_heading,
-    write_legend,
-)
+from ks.report.figures import parts
 from ks.report.figures.colors import FAMILY_COLORS, GREY, MARKERS, paper
 from ks.report.sentences import of_front
 from ks.report.study import Study, dense_parameters, family_of
@@ -60,7 +51,7 @@ def loss_by_parameters(study: Study, *, log_scale: bool = False, title: str | No
     units, front = units_of(study), front_of(study)
     losses = losses_of(study, units)
     losses = losses[losses["exact"].notna() & losses["parameters"].notna()]
-    finish_loss_axis(axes, units, losses["exact"], losses["lower"].dropna(), log_scale=log_scale)
+    parts.finish_loss_axis(axes, units, losses["exact"], losses["lower"].dropna(), log_scale=log_scale)
     look: dict[str, Any] = {"color": "#F0C800", "linewidth": 7, "alpha": 0.45, "solid_capstyle": "butt"}
     axes.plot(
         front["parameters"],
@@ -84,8 +75,10 @@ def loss_by_parameters(study: Study, *, log_scale: bool = False, title: str | No
     axes.plot(
         [], [], "o", color=paper(), markeredgecolor=color, markeredgewidth=1.8, label="trained, and off the front"
     )
-    write_legend(figure, axes.get_legend_handles_labels()[0])
-    write_heading(figure, of_front(losses, study.lowrank_beside(losses["parameters"])["relative_loss"], family), title)
+    parts.write_legend(figure, axes.get_legend_handles_labels()[0])
+    parts.write_heading(
+        figure, of_front(losses, study.lowrank_beside(losses["parameters"])["relative_loss"], family), title
+    )
     return figure
 
 
@@ -113,7 +106,7 @@ def chains(studies: list[Study], *, log_scale: bool = False, title: str | None =
             )
         tables.append(losses)
     together = pd.concat(tables, keys=range(len(tables)), names=["study", None])
-    finish_loss_axis(axes, units, together["exact"], together["lower"].dropna(), log_scale=log_scale)
+    parts.finish_loss_axis(axes, units, together["exact"], together["lower"].dropna(), log_scale=log_scale)
     for index, (study, losses) in enumerate(zip(studies, tables)):
         color = FAMILY_COLORS[index % len(FAMILY_COLORS)]
         own = curves_of(study).get(family_of(study)) if len(study.floor) else None
@@ -121,14 +114,18 @@ def chains(studies: list[Study], *, log_scale: bool = False, title: str | None =
             axes.plot(own["parameters"], own["relative_loss"], color=color, linewidth=1.2, alpha=0.7)
         look: dict[str, Any] = {"color": color, "marker": MARKERS[index % len(MARKERS)], "linestyle": ""}
         axes.plot(
-            losses["parameters"], losses["exact"], markersize=8, label=literal(f"{study.name}: {study.chain}"), **look
+            losses["parameters"],
+            losses["exact"],
+            markersize=8,
+            label=parts.literal(f"{study.name}: {study.chain}"),
+            **look,
         )
         _label_points(axes, losses, color)
     _finish(axes, units, studies, together["parameters"], log_scale)
-    write_legend(figure, axes.get_legend_handles_labels()[0])
+    parts.write_legend(figure, axes.get_legend_handles_labels()[0])
     place, rank = together["exact"].idxmin(), together["rank"][together["exact"].idxmin()]
     best = f"the least loss is {units.show(together['exact'].min())}: {studies[place[0]].name}, rank {rank}"
-    write_heading(figure, best, title or "points: trained (number: rank); lines: floors")
+    parts.write_heading(figure, best, title or "points: trained (number: rank); lines: floors")
     return figure
 
 
@@ -137,7 +134,7 @@ def _draw_families(axes: Axes, study: Study, labels: dict[str, str]) -> None:
     lines = iter(((0, (4, 2)), (0, (1, 1)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1))) * 3)
     for index, (name, rows) in enumerate(curves_of(study).items()):
         look: dict[str, Any] = {"color": FAMILY_COLORS[index % len(FAMILY_COLORS)], "linewidth": 1.4}
-        label = literal(labels.get(name, f"{name}: floor of every rank"))
+        label = parts.literal(labels.get(name, f"{name}: floor of every rank"))
         line = "-" if name == own else next(lines)
         axes.plot(rows["parameters"], rows["relative_loss"], linestyle=line, label=label, **look)
 
@@ -150,15 +147,15 @@ def _label_points(axes: Axes, losses: pd.DataFrame, color: str) -> None:
 
 def _finish(axes: Axes, units: Units, studies: list[Study], parameters: pd.Series, log_scale: bool) -> None:
     dense = dense_parameters(studies[0])
-    set_log_axis(axes.xaxis, parameters.min() / 1.3, max(dense * 1.2, parameters.max()), count)
+    parts.set_log_axis(axes.xaxis, parameters.min() / 1.3, max(dense * 1.2, parameters.max()), parts.count)
     axes.axvline(dense, color=GREY, linewidth=1.0, zorder=1)
     place: dict[str, Any] = {
         "xycoords": ("data", "axes fraction"),
         "textcoords": "offset points",
         "ha": "right",
-        **NOTE,
+        **parts.NOTE,
     }
-    axes.annotate(f"dense: {count(float(f'{dense:.3g}'))}", (dense, 0.8), (-4, 0), **place)
+    axes.annotate(f"dense: {parts.count(float(f'{dense:.3g}'))}", (dense, 0.8), (-4, 0), **place)
     axes.set_xlabel("parameters")
     axes.set_ylabel(units.label)
-    note_references(axes, log_scale=log_scale)
+    parts.note_references(axes, log_scale=log_scale)

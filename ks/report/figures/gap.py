@@ -2,14 +2,7 @@
 
 from matplotlib.figure import Figure
 
-from ks.report.figures.axes import (
-    NOTE,
-    finish_epoch_axis,
-    finish_loss_axis,
-    label_ends,
-    note_references,
-    write_heading,
-)
+from ks.report.figures import parts
 from ks.report.figures.colors import GREY, rank_colors
 from ks.report.sentences import of_gaps
 from ks.report.study import Study
@@ -47,18 +40,18 @@ def gap_by_epoch(study: Study, *, log_scale: bool = True, title: str | None = No
     gaps = gaps[gaps["rank"].isin(floors.index)]
     gaps = gaps.assign(gap=gaps["population_loss"] / units.train - gaps["rank"].map(floors))
     means = gaps.groupby(["rank", "epoch"])["gap"].mean().clip(lower=LEAST)
-    finish_loss_axis(axes, units, [*means, SMALL_EXCESS / 5], log_scale=True)
+    parts.finish_loss_axis(axes, units, [*means, SMALL_EXCESS / 5], log_scale=True)
     axes.axhspan(axes.get_ylim()[0], SMALL_EXCESS, color=GREY, alpha=0.12, linewidth=0, zorder=0)
-    axes.annotate(f"shaded: {Limit.SMALL}", (0.01, 0.02), xycoords="axes fraction", **NOTE)
+    axes.annotate(f"shaded: {Limit.SMALL}", (0.01, 0.02), xycoords="axes fraction", **parts.NOTE)
     ends = []
     for rank, line in means.groupby(level="rank"):
         line = line.droplevel("rank")
         axes.plot(line.index, line, "o-", color=colors[rank], linewidth=1.6, markersize=4)
         ends.append((line.index[-1], line.iloc[-1], str(rank), colors[rank]))
-    finish_epoch_axis(axes)
-    label_ends(axes, ends, "rank")
+    parts.finish_epoch_axis(axes)
+    parts.label_ends(axes, ends, "rank")
     bracketed = bool(losses["bracketed"].any())
     axes.set_ylabel(f"{units.label}, above\n{'the best known chain' if bracketed else 'the floor'} of the rank")
-    note_references(axes, log_scale=True)
-    write_heading(figure, of_gaps(losses, summary), title)
+    parts.note_references(axes, log_scale=True)
+    parts.write_heading(figure, of_gaps(losses, summary), title)
     return figure

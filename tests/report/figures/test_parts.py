@@ -7,9 +7,9 @@ from drawn_study import make_study, texts
 from matplotlib import colors as mpl_colors
 from matplotlib.figure import Figure
 
-from ks.report.figures.axes import label_ends, set_log_axis, write_heading
 from ks.report.figures.colors import rank_colors
 from ks.report.figures.draw import study_figures
+from ks.report.figures.parts import label_ends, set_log_axis, write_heading
 from ks.report.study import MEAN_SQUARED_ERROR
 from ks.report.units import units_of
 
