@@ -67,6 +67,17 @@ def test_imports_go_one_way_between_the_rooms():
     assert backwards == []
 
 
+def test_the_report_takes_bounds_as_data_and_computes_none():
+    found = {name for module, tree in FILES.items() if room_of(module) == "report" for name in imported(tree)}
+    allowed = {
+        "ks.bounds.floors",
+        "ks.bounds.floors.Floor",
+        "ks.bounds.rank_floors",
+        "ks.bounds.rank_floors.TargetRanks",
+    }
+    assert {name for name in found if name.startswith("ks.bounds")} <= allowed
+
+
 def test_rooms_have_no_code_of_their_own():
     """An import of a room imports none of its modules, so that importing one module stays light."""
     for room in PACKAGE.rglob("*/__init__.py"):

@@ -1,14 +1,13 @@
 """The loss curves of a run: written as CSV and JSON while it trains, read back, watched from elsewhere."""
 
 import math
-import stat
 from pathlib import Path
 
 from ks.errors import UsageError
 from ks.files import columns
 from ks.files.atomic import finite, write_csv, write_json
 from ks.files.layout import RunFiles
-from ks.files.schema import read_table
+from ks.files.rows import read_table
 
 
 def write_curves(files: RunFiles, rows: list[dict]) -> None:
@@ -89,27 +88,15 @@ class CurvesTail:
         self._stamp: tuple[int, int] | None = None
 
     def update(self) -> None:
-        """Read the file again if it has changed."""
+        """Read the file again if it has changed; a file that cannot be read changes nothing."""
         try:
             status = self.path.stat()
-            if not stat.S_ISREG(status.st_mode):  # a FIFO would block
-                return
-            stamp = (status.st_mtime_ns, status.st_size)
-            if stamp != self._stamp:
-                self._stamp = stamp
-                header, *rows = self.path.read_text().splitlines() or [""]
-                self.epochs = len(rows)
-                self.val_loss = _last(header, rows[-1:], "val_loss")
-                self.population_loss = _last(header, rows, "population_loss")
-        except (OSError, ValueError):
+        except OSError:
             return
-
-
-def _last(header: str, rows: list[str], name: str) -> float | None:
-    """Return the last value of a column that is not empty."""
-    names = header.split(",")
-    if name not in names:
-        return None
-    place = names.index(name)
-    found = (cells[place] for row in reversed(rows) if len(cells := row.split(",")) > place and cells[place])
-    return next(map(float, found), None)
+        stamp = (status.st_mtime_ns, status.st_size)
+        if stamp == self._stamp or not (rows := curves_if_any(self.path)):
+            return
+        self._stamp, self.epochs = stamp, len(rows)
+        self.val_loss = finite(rows[-1]["val_loss"])
+        known = (finite(row.get("population_loss")) for row in reversed(rows))
+        self.population_loss = next((loss for loss in known if loss is not None), None)

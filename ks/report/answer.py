@@ -274,3 +274,18 @@ def _warnings(row: dict, target: float | None) -> list[str]:
 
 def _size(row: dict) -> str:
     return f"{percents(row['share_of_dense'])[0]} of the parameters of the dense weight"
+
+
+def target_note(found: TargetRanks, isotropic: bool) -> str:
+    """Return the ranks around a target as a sentence, before any run.
+
+    Args:
+        found: by the bounds that are known.
+        isotropic: whether the inputs are.
+    """
+    reaching = f"rank {found.reaching} is the smallest"
+    if found.exact or found.none_below == found.reaching:
+        text = f"{reaching} that reaches it"
+    else:
+        text = f"{reaching} whose best known chain reaches it; no rank below {found.none_below} can"
+    return f"target {found.target:g}, for {'isotropic' if isotropic else 'the measured'} inputs: {text}"

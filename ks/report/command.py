@@ -7,14 +7,18 @@ from typing import Any
 
 from ks.cli.flags import SweepConfig
 from ks.cli.parser import path, to_arguments
+from ks.files.schema import StudyRecord
 
 
-def reproducing_command(arguments: dict[str, Any]) -> str:
+def reproducing_command(record: StudyRecord) -> str:
     """Return the command of a sweep with the flags that are not at their defaults; of files, the names alone.
 
     Args:
-        arguments: as the config file of the sweep holds them.
+        record: of the sweep, whose ranks and seeds may have come from several commands.
     """
+    arguments = record.arguments | {"ranks": record.ranks, "max_rank": None, "overwrite": False}
+    if record.seeds != [arguments.get("seed", 0)]:
+        arguments["seeds"] = record.seeds
     settings: dict[str, Any] = {}
     for field in dataclasses.fields(SweepConfig):
         value: Any = arguments.get(field.name, field.default)

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from ks.bounds.rank_floors import TargetRanks
 from ks.chain.patterns import Chain
+from ks.files.columns import FAMILIES, Column, Text
+from ks.files.table import filled, table
 from ks.report.percent import percents
-from ks.report.text_table import filled, text_table
 
 
 @dataclass(frozen=True)
@@ -35,18 +36,18 @@ def families_at_target(found: Sequence[tuple[Chain, TargetRanks]]) -> str:
                 f"Whether {other.family} needs fewer is not known: no rank below {its.none_below} can reach the "
                 f"target, and the best known chain does at rank {its.reaching}."
             )
-    lines = [
+    rows = [
         {
             "chain": family.family,
-            "rank": str(its.reaching),
-            "parameters": str(family.parameters(its.reaching)),
-            "of dense": f"{family.parameters(its.reaching) / dense:.2%}",
-            "loses": f"{its.loss:.2%}",
-            "no rank below": str(its.none_below),
+            "rank": its.reaching,
+            "parameters": family.parameters(its.reaching),
+            "share_of_dense": family.parameters(its.reaching) / dense,
+            "relative_loss": its.loss,
+            "none_below": its.none_below,
         }
         for family, its in found
     ]
-    return "\n".join([*filled(sentences), "", _table(lines)])
+    return "\n".join([*filled(sentences), "", table(FAMILIES, rows)])
 
 
 def families_by_size(found: Sequence[tuple[Chain, Sequence[AtSize]]]) -> str:
@@ -58,20 +59,18 @@ def families_by_size(found: Sequence[tuple[Chain, Sequence[AtSize]]]) -> str:
             best.setdefault(found[winner][0].family, []).append(f"{at[0].fraction:.0%}")
     texts = [f"{family} loses least with {_listed(sizes)}" for family, sizes in best.items()]
     sentence = f"{'; '.join(texts)} of the parameters of the dense weight."
-    lines = [
+    names = [f"{one.fraction:.0%} of dense" for one in found[0][1]]
+    rows = [
         {"chain": chain.family}
         | {
-            f"{one.fraction:.0%} of dense": f"{one.loss:.2%} (rank {one.rank})" if one.rank else "no rank so small"
-            for one in sizes
+            name: f"{one.loss:.2%} (rank {one.rank})" if one.rank else "no rank so small"
+            for name, one in zip(names, sizes)
         }
         for chain, sizes in found
     ]
-    return "\n".join([*filled([sentence[0].upper() + sentence[1:]]), "", _table(lines)])
+    shown = table([FAMILIES[0], *(Column(name, Text, "loss and rank at this size") for name in names)], rows)
+    return "\n".join([*filled([sentence[0].upper() + sentence[1:]]), "", shown])
 
 
 def _listed(texts: list[str]) -> str:
     return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}"
-
-
-def _table(lines: list[dict[str, str]]) -> str:
-    return text_table({name: [line[name] for line in lines] for name in lines[0]})

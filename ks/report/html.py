@@ -1,6 +1,6 @@
 """The report of a study: one page in one file, with its figures inside, that needs neither network nor scripts."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import PurePath
 from typing import Any
@@ -9,28 +9,45 @@ import pandas as pd
 
 from ks.files import columns
 from ks.files.atomic import atomic_path
+from ks.files.columns import LATENCIES, SUMMARY, Column, chosen
 from ks.files.layout import SweepFiles
-from ks.files.status import Status
+from ks.files.table import cell, is_missing
 from ks.report.command import reproducing_command
-from ks.report.figures.draw import study_figures
+from ks.report.figures.draw import DRAWN, study_figures
 from ks.report.figures.svg import inline_svg
-from ks.report.speed import measured_batches
+from ks.report.sentences import recommendation
 from ks.report.study import MEAN_SQUARED_ERROR, Study
+from ks.report.tables import summary_columns
+from ks.report.units import losses_of, units_of
 
 FIGURE_SIZE = (5.2, 4.2)  # inches; in this width, text is legible on a phone
+ON_BOTH_AXES = ("loss_curves", "final_losses")
+SQUASHED = 10  # losses that differ by this factor, or are so far below the zero predictor, need a logarithmic axis too
 CAPTIONS = {
-    "loss_curves": "Loss by epoch; where there are floors, dashed: no chain of the rank gets below its own.",
-    "final_losses": "Where every rank ends, beside its floor if it has one.",
-    "floor": "What each rank could reach at best, and what training reached.",
-    "gap": "How much of the output energy more epochs could still save.",
-    "front": "Loss against size: which family loses least with so many parameters.",
+    "loss_curves": "Loss by epoch. Where a rank has a floor, it is dashed: no chain of the rank gets below it.",
+    "final_losses": "Final loss of every rank, beside its floor if it has one.",
+    "floor": "The loss that each rank could reach at best, and the loss that its run reached.",
+    "gap": "The output energy that more epochs could still save.",
+    "front": "Loss against size: the family that loses least with so many parameters.",
     "latency": "Loss against the measured time of a forward pass; right of the line, dense is faster.",
+    "metric": "A metric by epoch, on the validation samples.",
 }
-GLOSSARY = (
-    "Energy lost is E‖Wx − Ŵx‖² / E‖Wx‖² of the outputs: 0% is dense, 100% is predicting 0. The floor is the least "
-    "loss that any chain of the rank can have; where two numbers stand, it lies between them. "
-)
-SHARES_OF_ENERGY = (0.5, 0.9, 0.99)
+GLOSSARY = {
+    "rank": "inner dimension of the blocks of the chain; a larger rank has more parameters and never a worse optimum",
+    "chain": "a product of sparse factors that takes the place of the dense weight",
+    "saturated": "a rank so large that a larger one changes nothing",
+    "held out": "inputs that were measured and kept back from the runs",
+}
+GLOSSARY_OF_LOSSES = {
+    "zero predictor": "outputs that are all 0; its loss is the energy of the dense outputs",
+    "relative loss": "E‖Wx − Ŵx‖² / E‖Wx‖², the fraction of the output energy that is lost: 0% is dense, 100% is the "
+    "zero predictor",
+    "floor": "the least loss that any chain of the rank can have; where two bounds stand, it lies between them",
+    "best known chain": "the chain whose loss is the upper bound of the floor; a run may beat it",
+    "optimality gap": "how far the loss is above that of the best known chain, as a fraction of it",
+    "front": "the least loss with at most so many parameters, over all families",
+}
+FRACTIONS_OF_ENERGY = (0.5, 0.9, 0.99)
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --soft: #5a5a5a; --line: #d8d8d8; --page: #fff; --card: #f6f6f4; }
@@ -52,7 +69,7 @@ dd { margin: 0; overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.92rem; }
 th, td { padding: 0.25rem 0.7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { font-weight: 600; vertical-align: bottom; white-space: normal; min-width: 3.6rem; }
-th.verdict, td.verdict { text-align: left; white-space: normal; min-width: 11rem; }
+th.text, td.text { text-align: left; white-space: normal; min-width: 6rem; }
 .figures { columns: 26rem; column-gap: 1.4rem; }
 figure { margin: 0 0 1.4rem; break-inside: avoid; }
 figure svg { display: block; width: 100%; height: auto; }
@@ -66,46 +83,67 @@ pre { background: var(--card); padding: 0.7rem; white-space: pre-wrap; overflow-
   h1 { font-size: 15pt; } h2 { break-after: avoid; }
   figure, tr, pre, dl { break-inside: avoid; }
   .wide { overflow: visible; } table { font-size: 8.5pt; } th, td { padding: 0.15rem 0.3rem; }
-  th.verdict, td.verdict { min-width: 0; }
+  th.text, td.text { min-width: 0; }
   .figures { columns: 2; }
 }
 """
 
 
 def write_report(study: Study, files: SweepFiles, *, log_scale: bool = False, title: str | None = None) -> None:
-    """Write the report of a study atomically.
+    """Write the report of a study, and figures of its own into it.
+
+    Where a linear axis squashes the losses, the curves and the final losses are there on both kinds of axes, and the
+    other figures on logarithmic ones.
 
     Args:
-        study: with its answer and its config, as far as they are known.
-        files: of the sweep.
-        log_scale: logarithmic loss axes.
-        title: instead of the name of the study in the figures.
+        study: read from its files.
+        files: of the study.
+        log_scale: logarithmic loss axes alone.
+        title: instead of the name of the study, below the finding of each figure.
     """
-    look: dict[str, Any] = {"log_scale": log_scale, "title": title or "", "figsize": FIGURE_SIZE}
-    drawn = study_figures(study, metrics=study.metrics, **look)
-    figures = {name: inline_svg(figure, name) for name, figure in drawn.items()}
+    squashed = _is_squashed(study)
+    look: dict[str, Any] = {"title": title or "", "figsize": FIGURE_SIZE}
+    drawn = study_figures(study, metrics=study.metrics, log_scale=log_scale or squashed, **look)
+    figures = []
+    for name, figure in drawn.items():
+        if name in ON_BOTH_AXES and squashed and not log_scale:
+            figures.append((name, inline_svg(DRAWN[name][0](study, **look), f"{name}_linear")))
+        figures.append((name, inline_svg(figure, name)))
     with atomic_path(files.report) as temporary:
         temporary.write_text(report_page(study, figures), encoding="utf-8")
 
 
-def report_page(study: Study, figures: dict[str, str]) -> str:
+def _is_squashed(study: Study) -> bool:
+    """Return whether losses, with the zero predictor, are too far apart for a linear axis."""
+    units = units_of(study)
+    losses = losses_of(study, units)["best"].dropna()
+    return len(losses) > 0 and max(losses.max(), 1.0 if units.relative else 0.0) > SQUASHED * losses.min()
+
+
+def report_page(study: Study, figures: Iterable[tuple[str, str]]) -> str:
     """Return the page as HTML.
 
     Args:
         study: with its answer and its config, as far as they are known.
-        figures: <svg> elements, by the name of the figure.
+        figures: name and <svg> element of each figure.
     """
     name = study.title or study.name
-    first, *others = study.answer or (name,)
+    first, *others = recommendation(study) or [name]
     remarks = study.config.advice if study.config else []
+    rows = study.summary.to_dict("records")
+    metrics = [f"{columns.FINAL}{metric}" for metric in study.metrics]
+    shown = [*summary_columns(rows), *chosen(SUMMARY, ["parameters"]), *columns.metric_columns(metrics)]
+    glossary = GLOSSARY | (GLOSSARY_OF_LOSSES if study.loss_label == MEAN_SQUARED_ERROR else {})
     sections = [
+        ("Ranks", _table(shown, rows)),
+        ("Figures", '<div class="figures">' + "".join(_figure(*drawn) for drawn in figures) + "</div>"),
+        ("Remarks", _items(remarks)),
+        ("Latency: median milliseconds of a forward pass", _latencies(rows)),
         ("Weight", _definitions(_weight(study))),
         ("Inputs", _definitions(_inputs(study))),
-        ("Ranks", _table(study)),
-        ("Figures", '<div class="figures">' + "".join(_figure(*drawn) for drawn in figures.items()) + "</div>"),
-        ("Remarks", _items(remarks)),
+        ("Glossary", _definitions(glossary)),
+        ("Command that reproduces this study", _command(study)),
         ("Provenance", _definitions(_provenance(study))),
-        ("Command", _command(study)),
     ]
     body = "\n".join(f"<section>\n<h2>{title}</h2>\n{content}\n</section>" for title, content in sections if content)
     return f"""<!doctype html>
@@ -123,10 +161,6 @@ def report_page(study: Study, figures: dict[str, str]) -> str:
 {_items(others)}
 </header>
 {body}
-<footer>
-<p class="soft">{GLOSSARY if study.loss_label == MEAN_SQUARED_ERROR else ""}Latency is the median time of a forward
-pass.</p>
-</footer>
 </body>
 </html>
 """
@@ -137,14 +171,14 @@ def _items(sentences: Iterable[str]) -> str:
     return f"<ul>{items}</ul>" if items else ""
 
 
-def _definitions(pairs: dict[str, str | None]) -> str:
+def _definitions(pairs: Mapping[str, str | None]) -> str:
     known = {term: text for term, text in pairs.items() if text}
     items = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in known.items())
     return f"<dl>{items}</dl>" if items else ""
 
 
 def _figure(name: str, svg: str) -> str:
-    caption = CAPTIONS.get(name, "A metric by epoch, on the validation samples.")
+    caption = CAPTIONS[name if name in DRAWN else "metric"]
     return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
@@ -179,11 +213,13 @@ def _spectrum(study: Study) -> str | None:
     lost = study.floor[study.floor["chain"] == "lowrank"].set_index("rank")["relative_loss"]
     if lost.empty:
         return None
-    ranks = [lost.index[lost <= 1 - share + 1e-12].min() for share in SHARES_OF_ENERGY]
+    ranks = [lost.index[lost <= 1 - fraction + 1e-12].min() for fraction in FRACTIONS_OF_ENERGY]
     if any(map(pd.isna, ranks)):
         return None
-    shares = " / ".join(f"{share:.0%}" for share in SHARES_OF_ENERGY)
-    return f"{shares} of the output energy in the first {' / '.join(map(str, ranks))} of {lost.index.max()} directions"
+    fractions = " / ".join(f"{fraction:.0%}" for fraction in FRACTIONS_OF_ENERGY)
+    return (
+        f"{fractions} of the output energy in the first {' / '.join(map(str, ranks))} of {lost.index.max()} directions"
+    )
 
 
 def _inputs(study: Study) -> dict[str, str | None]:
@@ -192,7 +228,7 @@ def _inputs(study: Study) -> dict[str, str | None]:
     inputs = study.config.problem.inputs
     if inputs.kind == columns.ISOTROPIC:
         std = f", standard deviation {inputs.std:g}" if inputs.std is not None else ""
-        return {"kind": f"isotropic{std}; those of a real layer differ"}
+        return {"kind": f"isotropic{std}; the inputs of a real layer differ"}
     path, count, held_out = study.config.arguments.get("inputs"), inputs.count or 0, inputs.held_out_count or 0
     return {
         "kind": f"measured{', around their mean' if inputs.centred else ''}",
@@ -204,54 +240,26 @@ def _inputs(study: Study) -> dict[str, str | None]:
     }
 
 
-def _table(study: Study) -> str:
-    """Return the ranks as a table, without columns that are empty."""
-    rows = study.summary.to_dict("records")
-    cells: dict[str, list[str]] = {
-        "rank": [f"{row['rank']}" for row in rows],
-        "energy lost": [_text(row["relative_loss"], "{:.2%}") for row in rows],
-        "floor": [_floor(row, study.predict_zero_loss) for row in rows],
-        "verdict": [_verdict(row) for row in rows],
-        "held out": [_text(row["held_out_relative_loss"], "{:.2%}") for row in rows],
-        "gap to the floor": [_text(row["optimality_gap"], "{:.2%}") for row in rows],
-        "validation loss": [_text(row["final_val_loss"], "{:.4g}") for row in rows],
-        "parameters": [_text(row["parameters"], "{:,.0f}") for row in rows],
-        "share of dense": [_text(row["compression_ratio"], "{:.1%}", lambda ratio: 1 / ratio) for row in rows],
-    }
-    for batch in measured_batches(rows):
-        times = [[_text(row[f"{kind}latency_ms_batch_{batch}"], "{:.3g}") for kind in ("", "dense_")] for row in rows]
-        cells[f"ms at batch {batch} (dense)"] = [f"{chain} ({dense})" if chain else "" for chain, dense in times]
-    for metric in study.metrics:
-        cells[f"final {metric}"] = [_text(row.get(f"{columns.FINAL}{metric}"), "{:.4g}") for row in rows]
-    shown = {header: column for header, column in cells.items() if any(column)}
-    if "energy lost" in shown:
-        shown.pop("validation loss", None)
-    classes = [' class="verdict"' if header == "verdict" else "" for header in shown]
-    head = "".join(f'<th scope="col"{kind}>{escape(header)}</th>' for kind, header in zip(classes, shown))
-    lines = (
-        "".join(f"<td{kind}>{escape(cell or '–')}</td>" for kind, cell in zip(classes, line))
-        for line in zip(*shown.values())
+def _table(shown: Sequence[Column], rows: list[dict]) -> str:
+    """Return rows as a table with the columns that have a value; a column's description is its tooltip."""
+    shown = [column for column in shown if any(not is_missing(row.get(column.name)) for row in rows)]
+    classes = [' class="text"' if column.type is columns.Text else "" for column in shown]
+    heads = "".join(
+        f'<th scope="col"{kind} title="{escape(column.description)}">{escape(column.name.replace("_", " "))}</th>'
+        for kind, column in zip(classes, shown)
     )
-    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
-    return f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
+    body = "\n".join(
+        "<tr>"
+        + "".join(f"<td{kind}>{escape(cell(c, row.get(c.name)))}</td>" for kind, c in zip(classes, shown))
+        + "</tr>"
+        for row in rows
+    )
+    return f'<div class="wide"><table>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
 
 
-def _text(value, form: str, change=lambda value: value) -> str:
-    return "" if pd.isna(value) else form.format(change(value))
-
-
-def _verdict(row: dict) -> str:
-    """Return the verdict of a rank, after its status if that is not plainly ok."""
-    known = [str(row[name]) for name in ("status", "verdict") if not pd.isna(row[name])]
-    return ", ".join(known[1:] if known[0:1] == [Status.OK] and len(known) > 1 else known)
-
-
-def _floor(row: dict, predict_zero_loss: float | None) -> str:
-    if pd.isna(row["loss_floor"]) or predict_zero_loss is None:
-        return ""
-    lower, upper = (row[name] / predict_zero_loss for name in ("loss_floor", "loss_floor_upper"))
-    exact = row["loss_floor_is_exact"]
-    return f"{lower:.2%}" if pd.isna(exact) or exact else f"{lower:.2%} to {upper:.2%}"
+def _latencies(rows: list[dict]) -> str:
+    known = [row for row in rows if any(not is_missing(row.get(column.name)) for column in LATENCIES)]
+    return _table([SUMMARY[0], *LATENCIES], known) if known else ""
 
 
 def _provenance(study: Study) -> dict[str, str | None]:
@@ -273,4 +281,4 @@ def _provenance(study: Study) -> dict[str, str | None]:
 def _command(study: Study) -> str:
     if study.config is None or not study.config.arguments:
         return ""
-    return f"<pre><code>{escape(reproducing_command(study.config.arguments))}</code></pre>"
+    return f"<pre><code>{escape(reproducing_command(study.config))}</code></pre>"

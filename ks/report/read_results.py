@@ -9,7 +9,8 @@ from ks.errors import UsageError
 from ks.files import columns
 from ks.files.curves import read_curves
 from ks.files.layout import RunFiles, SweepFiles, find_runs
-from ks.files.schema import StudyRecord, convert, read_json_as, read_summary, read_table
+from ks.files.rows import read_summary, read_table
+from ks.files.schema import StudyRecord, convert, read_json_as
 from ks.files.status import OK
 from ks.report.study import Study, curves_table, loss_label, summary_frame
 from ks.report.summary import rank_row, run_row

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
 from ks.errors import one_line
@@ -36,8 +37,8 @@ class Study:
     curves: one row for each run and epoch (columns of the curves file, and seed). summary: one row for each rank
     (columns of the summary; for a 2025 folder only the losses are filled). floor: columns of the floor file, empty if
     there is no floor. title: weight and chain, None if not known. answer: sentences of `ks.report.answer`.
-    predict_zero_loss, held_out_predict_zero_loss: loss of predicting 0, in the unit of the losses, on the inputs of the
-    training and on those held out. target: the share of the output energy that may be lost. config: the config file;
+    predict_zero_loss, held_out_predict_zero_loss: loss of the zero predictor, in the unit of the losses, on the inputs
+    of the runs and on those held out. target: relative loss that is asked for. config: the config file;
     None for a 2025 folder.
     """
 
@@ -61,6 +62,19 @@ class Study:
         known = {*columns.names(columns.CURVES), "seed"}
         return [name for name in self.curves if name not in known and self.curves[name].notna().any()]
 
+    def lowrank_beside(self, parameters: pd.Series) -> pd.DataFrame:
+        """Return the largest rank of low-rank with at most so many parameters each, and its floor.
+
+        Args:
+            parameters: of chains.
+        Returns:
+            columns rank and relative_loss, with the index of `parameters`; rank 0, the zero predictor, where none fits.
+        """
+        lowrank = self.floor[self.floor["chain"] == "lowrank"].sort_values("parameters")
+        found = np.searchsorted(lowrank["parameters"], parameters.astype(float), side="right")
+        columns = {"rank": [0, *lowrank["rank"]], "relative_loss": [1.0, *lowrank["relative_loss"]]}
+        return pd.DataFrame(columns).iloc[found].set_index(parameters.index)
+
     def unknown_metrics(self, asked: Iterable[str]) -> str:
         """Return a line that lists the metrics that were asked for but have no values; empty if there are none."""
         unknown = [name for name in asked if name not in self.metrics]
@@ -68,6 +82,17 @@ class Study:
             return ""
         known = f"it has {', '.join(self.metrics)}" if self.metrics else "it has no metrics at all"
         return f"--metric {' '.join(unknown)}: no run of {self.name} has values of that name; {known}"
+
+
+def family_of(study: Study) -> str:
+    """Return the chain of the floors, as it is called in their table."""
+    others = [name for name in study.floor["chain"].unique() if name not in ("lowrank", columns.ISOTROPIC)]
+    return others[0] if others else "lowrank"
+
+
+def dense_parameters(study: Study) -> float:
+    product = study.summary["parameters"].astype(float) * study.summary["compression_ratio"].astype(float)
+    return float(product.dropna().iloc[0])
 
 
 def curves_table(runs: Iterable[tuple[dict, list[dict]]]) -> pd.DataFrame:

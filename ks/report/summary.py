@@ -1,20 +1,17 @@
-"""The rows of the summary and of the floors: losses of a rank over its seeds, distance to the floor, verdict."""
+"""The rows of the summary: losses of a rank over its seeds, distance to the floor, verdict."""
 
 import math
 import statistics
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from ks.bounds.floors import Floor
-from ks.bounds.rank_floors import RankFloors
 from ks.chain.patterns import Chain
 from ks.files import columns
 from ks.files.atomic import finite, write_csv, write_json
-from ks.files.columns import BEST, FINAL, ISOTROPIC, LATENCIES, metric_names, names, summary_metrics
+from ks.files.columns import BEST, FINAL, LATENCIES, metric_names, names, summary_metrics
 from ks.files.layout import SweepFiles
 from ks.files.schema import Latency
 from ks.files.status import OK, Ending, Status, ended_well
@@ -68,18 +65,18 @@ def run_row(
 
 @dataclass(frozen=True)
 class Reference:
-    """What the losses of a study are compared with.
+    """Reference values for the losses of a study.
 
-    predict_zero_loss: loss of predicting 0 in the unit of the losses. held_out_predict_zero_loss, held_out_count: that
-    of held-out inputs, and their number; None and 0 if there are none. isotropic_floors: of every rank from 0 on,
-    relative to predicting 0, if the inputs were measured. target: share of the output energy that may be lost, or None.
+    predict_zero_loss: loss of the zero predictor in the unit of the losses. held_out_predict_zero_loss,
+    held_out_count: that of held-out inputs, and their number; None and 0 if there are none. isotropic_floors: of every
+    rank from 0 on, relative, if the inputs were measured. target: relative loss that is asked for, or None.
     identity: the columns that are the same in every row and keep studies apart.
     """
 
     predict_zero_loss: float = 1.0
     held_out_predict_zero_loss: float | None = None
     held_out_count: int = 0
-    isotropic_floors: torch.Tensor | None = None
+    isotropic_floors: Sequence[float] | None = None
     target: float | None = None
     identity: Mapping[str, str | None] = field(default_factory=dict)
 
@@ -98,7 +95,7 @@ def rank_row(
     Args:
         runs: rows of `run_row` for one rank, one for each seed.
         chain: for parameters and saturation; None if it is not known.
-        floor: of that rank, relative to predicting 0; None if there is none.
+        floor: of that rank, relative to the zero predictor; None if there is none.
         reference: of the study.
     Returns:
         a dict with the keys of `ks.files.columns.SUMMARY` and the means of the metrics, None where nothing is known;
@@ -136,7 +133,7 @@ def rank_row(
         if floor is not None:
             row |= _distance(relative, floor)
             if reference.isotropic_floors is not None:
-                row["isotropic_floor"] = reference.isotropic_floors[row["rank"] :][:1].sum().item()
+                row["isotropic_floor"] = float(sum(reference.isotropic_floors[row["rank"] :][:1]))
             limit = limit_of(relative, row["final_train_loss"] / predict_zero, floor)
             better = not floor.exact and row["excess"] < -ROUNDING
         if reference.held_out_predict_zero_loss and row["final_val_loss"] is not None:
@@ -182,22 +179,3 @@ def write_summary(files: SweepFiles, rows: list[dict]) -> None:
     written = [*names(columns.SUMMARY), *summary_metrics(rows)]
     write_csv(files.summary_csv, written, rows)
     write_json(files.summary_json, [{name: row.get(name) for name in written} for row in rows])
-
-
-def floor_rows(plan: RankFloors, predict_zero_loss: float) -> list[dict]:
-    """Return the floors of every rank, of the chain and for comparison, as rows of `ks.files.columns.FLOOR`."""
-    curves = [(chain.family, chain, curve) for chain, curve in plan.family_curves()]
-    if plan.isotropic_curve is not None:
-        curves.append((ISOTROPIC, plan.chain, plan.isotropic_curve))
-    return [
-        {
-            "chain": name,
-            "rank": rank,
-            "parameters": chain.parameters(rank),
-            "loss_floor": relative * predict_zero_loss,
-            "relative_loss": relative,
-        }
-        for name, chain, curve in curves
-        for rank, relative in enumerate(curve.tolist())
-        if rank > 0
-    ]

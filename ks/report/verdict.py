@@ -1,25 +1,24 @@
-"""The verdict on a rank: whether it has converged to its floor, else what limits it, and the advice from it."""
+"""The verdict on a rank: whether it has converged to its floor, else what limits it. All rules are here."""
 
 from dataclasses import dataclass
 from enum import StrEnum
 
 from ks.bounds.floors import Floor
 from ks.errors import InternalError
-from ks.report.speed import not_faster
 
-# A loss below this share of predicting 0 is zero for practical purposes: no ratio to it is reported.
+# A relative loss below this is zero for practical purposes: no ratio to it is reported.
 NEGLIGIBLE_FLOOR = 1e-6
-# Rounding of float32 factors and of the floor, as a share of predicting 0 and of the floor.
+# Rounding of float32 factors and of the floor, relative to the zero predictor and to the floor.
 ROUNDING = 1e-9
 # A rank has converged if its excess is at most 1% of the smaller of its floor and of the loss that its rank can remove
 # (1 − floor): to be within 1% of a floor near 1 means nothing.
-CONVERGED_SHARE = 0.01
-# A larger excess that is at most this share of predicting 0 may be many times a small floor, but little can be gained.
+CONVERGED_FRACTION = 0.01
+# A larger excess of the relative loss that is at most this may be many times a small floor, but little can be gained.
 SMALL_EXCESS = 0.001
-# Unseen inputs that lose this much more, relatively, say that too few were measured.
-CALIBRATION_SHARE = 0.05
+# If the loss on held-out inputs is larger by this fraction, too few inputs were measured.
+CALIBRATION_EXCESS = 0.05
 # Samples are the limit if the training loss shows less than half of the gap to the floor.
-SEEN_SHARE = 0.5
+SEEN_FRACTION = 0.5
 
 
 class Limit(StrEnum):
@@ -54,11 +53,11 @@ class Verdict:
 
 
 def limit_of(population_loss: float, train_loss: float, floor: Floor) -> Limit:
-    """Return the limit of a rank; all losses are relative to predicting 0.
+    """Return the limit of a rank; all losses are relative.
 
     converged: above the floor by at most 1% of the smaller of the floor and of the loss that the rank can remove.
     between its bounds: the same holds for the upper bound of the floor, but not for the lower one.
-    within 0.1% of the energy: neither, and above the upper bound by at most 0.1% of predicting 0.
+    within 0.1% of the energy: neither, and above the upper bound by at most 0.1% of the output energy.
     sample-limited: none of these, and the training loss shows less than half of the gap to the upper bound.
     undertrained: none of these.
     """
@@ -69,28 +68,28 @@ def limit_of(population_loss: float, train_loss: float, floor: Floor) -> Limit:
     gap = population_loss - floor.upper
     if gap <= SMALL_EXCESS:
         return Limit.SMALL
-    return Limit.SAMPLES if train_loss - floor.upper < SEEN_SHARE * gap else Limit.TRAINING
+    return Limit.SAMPLES if train_loss - floor.upper < SEEN_FRACTION * gap else Limit.TRAINING
 
 
 def converged_loss(floor: float) -> float:
-    """Return the largest loss that counts as at a floor; both are relative to predicting 0."""
-    return floor + max(CONVERGED_SHARE * min(floor, 1 - floor), NEGLIGIBLE_FLOOR)
+    """Return the largest loss that counts as at a floor; both are relative."""
+    return floor + max(CONVERGED_FRACTION * min(floor, 1 - floor), NEGLIGIBLE_FLOOR)
 
 
 def is_calibration_limited(relative: float, held_out_relative: float, held_out_count: int) -> bool:
-    """Return whether unseen inputs lose so much more than those that the chain was made for that more would help.
+    """Return whether the loss on held-out inputs is so much larger that more measured inputs would help.
 
     The held-out loss must exceed the other by more than 5%, and by more than two standard errors. These are at most
     √(2 / N) of the loss over N independent Gaussian inputs; tokens of one text depend on each other, so that the true
     ones may be larger.
 
     Args:
-        relative: share of the output energy of the training inputs that is lost.
+        relative: relative loss on the inputs of the runs.
         held_out_relative: the same of the held-out inputs.
         held_out_count: number N of held-out inputs.
     """
     more = held_out_relative - relative
-    return more > CALIBRATION_SHARE * relative and more > 2 * held_out_relative * (2 / held_out_count) ** 0.5
+    return more > CALIBRATION_EXCESS * relative and more > 2 * held_out_relative * (2 / held_out_count) ** 0.5
 
 
 def check_above_floor(population_loss: float | None, floor: Floor | None, predict_zero_loss: float = 1.0) -> None:
@@ -98,8 +97,8 @@ def check_above_floor(population_loss: float | None, floor: Floor | None, predic
 
     Args:
         population_loss: of a chain.
-        floor: of its rank, relative to predicting 0.
-        predict_zero_loss: loss of predicting 0, in the unit of `population_loss`.
+        floor: of its rank, relative to the zero predictor.
+        predict_zero_loss: loss of the zero predictor, in the unit of `population_loss`.
     Raises:
         InternalError: it is, by more than rounding, so that the floor or the loss is computed wrongly.
     """
@@ -108,57 +107,6 @@ def check_above_floor(population_loss: float | None, floor: Floor | None, predic
     relative = population_loss / predict_zero_loss
     if relative < floor.lower * (1 - ROUNDING) - ROUNDING:
         raise InternalError(
-            f"rank {floor.rank}: the population loss, {relative!r} of predicting 0, is below its floor, "
+            f"rank {floor.rank}: the population loss, {relative!r} of the zero predictor's, is below its floor, "
             f"{floor.lower!r}; one of them is computed wrongly"
         )
-
-
-def advice(rows: list[dict], sampling: str | None = None) -> list[str]:
-    """Return what to do about each rank that is not at its floor, one line each.
-
-    Args:
-        rows: of the summary, as `ks.report.summary.rank_row` returns them.
-        sampling: of the study.
-    """
-    sentences = []
-    for row in rows:
-        rank, verdict = row["rank"], row["verdict"]
-        if row["failed"]:
-            sentences.append(f"Rank {rank}: {row['status']}; see its train.log.")
-        elif verdict is not None and verdict.limit is Limit.SAMPLES:
-            remedy = "--sampling auto or more samples" if sampling == "fixed" else "more samples"
-            sentences.append(
-                f"Rank {rank} is sample-limited: its loss is {_above(row)}, and the training loss shows less than half "
-                f"of this gap. Use {remedy}."
-            )
-        elif verdict is not None and verdict.limit is Limit.TRAINING:
-            sentences.append(
-                f"Rank {rank} is undertrained: its loss is {_above(row)} ({row['removed_share']:.2%} of the achievable "
-                "reduction). Increase --num_epochs."
-            )
-        elif verdict is not None and verdict.limit is Limit.SMALL:
-            sentences.append(
-                f"Rank {rank} is {Limit.SMALL}: its loss exceeds {_reference(row)} by {100 * row['excess']:.2g}% of "
-                "the output energy. A larger --num_epochs gains little."
-            )
-        if verdict is not None and verdict.calibration_limited:
-            sentences.append(
-                f"Rank {rank} is calibration-limited: it loses {row['held_out_relative_loss']:.2%} on held-out inputs, "
-                f"{row['relative_loss']:.2%} on the measured ones. Measure more inputs."
-            )
-    larger = [str(row["rank"]) for row in rows if row["verdict"] is not None and row["verdict"].larger_than_dense]
-    if larger:
-        sentences.append(f"Larger than the dense weight: rank {', '.join(larger)}.")
-    slow = not_faster(rows)
-    return [*sentences, f"{slow[0].upper()}{slow[1:]}."] if slow else sentences
-
-
-def _reference(row: dict) -> str:
-    return "the floor" if row.get("loss_floor_is_exact") else "that of the best known chain"
-
-
-def _above(row: dict) -> str:
-    if row.get("optimality_gap") is None:
-        return f"{row['excess']:.2%} of the output energy above {_reference(row)}"
-    gap = 100 * row["optimality_gap"]
-    return f"{gap:.0f}% above {_reference(row)}" if gap >= 10 else f"{gap:.2g}% above {_reference(row)}"

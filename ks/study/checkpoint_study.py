@@ -70,8 +70,8 @@ class CheckpointStudy(Study):
         self.candidates, self.planned = plan_checkpoint(config, self.selection, self.importance, files)
 
     def plan_text(self) -> str:
+        from ks.files.table import filled
         from ks.report.model_plan_table import floors_lines, plan_lines, totals
-        from ks.report.text_table import filled
 
         files, plan = self.files, self.planned
         if plan is None:
@@ -151,8 +151,8 @@ class CheckpointStudy(Study):
 
     def conclude(self) -> list[str]:
         """Write summary and figures of every layer, and one summary over all; return the lines to print."""
-        from ks.report.layers_table import layers_table
         from ks.report.summary import write_summary
+        from ks.report.tables import layers_table
 
         rows = []
         for layer in self.layers:

@@ -35,10 +35,10 @@ def summarise(
 
     Args:
         results: of all runs.
-        floors: of every rank, relative to predicting 0.
+        floors: of every rank, relative to the zero predictor.
         problem: that the runs solve.
         plan: of the sweep.
-        target: share of the output energy that may be lost, or None.
+        target: relative loss that is asked for, or None.
         weight: name of the weight's file.
     """
     identity = {
@@ -51,7 +51,7 @@ def summarise(
     }
     held_out = problem.layer_inputs.held_out_predict_zero_loss
     count = problem.layer_inputs.description.get("held_out_count", 0)
-    isotropic = plan.isotropic_curve
+    isotropic = None if plan.isotropic_curve is None else plan.isotropic_curve.tolist()
     reference = Reference(problem.predict_zero_loss, held_out, count, isotropic, target, identity)
     runs = [
         run_row(result.run.rank, result.curves, result.ending, result.run.seed, result.train_seconds, result.latency)

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from ks.bounds.plan_rows import floor_rows, plan_rows
 from ks.cli import console
 from ks.cli.flags import SweepConfig
 from ks.cli.parser import to_arguments
@@ -18,10 +19,9 @@ from ks.files.atomic import delete_leftovers, write_csv
 from ks.files.status import Status
 from ks.files.weights import packed
 from ks.moments.read import packed_inputs
-from ks.report.answer import answer
-from ks.report.plan_table import plan_table, target_note
-from ks.report.summary import floor_rows
-from ks.report.verdict import advice, check_above_floor
+from ks.report.answer import answer, target_note
+from ks.report.tables import plan_table
+from ks.report.verdict import check_above_floor
 from ks.study.folder import claim_folder, held, refuse_another_study
 from ks.study.identity import is_same_study, record_of, remedies_of, study_in
 from ks.study.launcher import launcher_of
@@ -81,7 +81,7 @@ class WeightStudy(Study):
         """Return the plan, for --dry_run; with --verbose, the commands of the runs too."""
         for text in self.problem.notes:
             console.note(text, self.config.quiet)
-        table = plan_table(self.planned, self.floors, self.config.verbose)
+        table = plan_table(plan_rows(self.planned, self.floors), self.config.verbose)
         lines = [self.record["title"], *self.remarks(), "", table, ""]
         if not self.config.verbose:
             return "\n".join([*lines, "Nothing was trained or written; --verbose shows patterns and commands."])
@@ -168,8 +168,9 @@ class WeightStudy(Study):
 
     def conclude(self) -> list[str]:
         """Certify the bounds that the answer needs, write summary and figures; return the lines to print."""
-        from ks.report.summary_table import summary_table
-        from ks.report.text_table import filled
+        from ks.files.table import filled
+        from ks.report.sentences import advice
+        from ks.report.tables import summary_table
         from ks.study.outputs import write_outputs
 
         target, seconds = self.config.target_relative_loss, self.config.tight_bounds

@@ -1,12 +1,10 @@
 import json
 import math
-import os
-from pathlib import Path
 
 import pytest
 
 from ks.errors import UsageError
-from ks.files import columns
+from ks.files import columns, curves
 from ks.files.curves import CurvesTail, curves_if_any, long_form, read_curves, write_curves
 from ks.files.layout import RunFiles
 
@@ -122,42 +120,21 @@ def test_the_long_form_has_the_metrics_in_the_rows_of_the_validation():
     assert not [row for row in rows if row["split"] != "validation" and "r2" in row]
 
 
-def test_a_tail_follows_the_file(tmp_path):
+def test_a_tail_follows_the_file_and_reads_it_only_when_it_has_changed(tmp_path, monkeypatch):
     files = RunFiles(tmp_path, "p", 4)
     tail = CurvesTail(files.curves_csv)
     tail.update()
     assert (tail.epochs, tail.val_loss, tail.population_loss) == (0, None, None)
-    for epochs in (0, 1, 2):
-        write_curves(files, ROWS[:epochs])
+    read, read_text = [], curves.curves_if_any
+    monkeypatch.setattr(curves, "curves_if_any", lambda path: read.append(path) or read_text(path))
+    for epochs in (1, 2, 2):
+        if epochs != tail.epochs:
+            write_curves(files, [ROWS[0], ROWS[1] | {"population_loss": math.nan}][:epochs])
         tail.update()
         assert tail.epochs == epochs
-    assert (tail.val_loss, tail.population_loss) == (ROWS[1]["val_loss"], ROWS[1]["population_loss"])
+    assert (tail.val_loss, tail.population_loss, len(read)) == (ROWS[1]["val_loss"], ROWS[0]["population_loss"], 2)
+    files.curves_csv.write_bytes(b"neither a header\nnor a \xff number")
+    tail.update()
     files.curves_csv.unlink()
     tail.update()
-    assert tail.epochs == 2
-
-
-def test_an_unchanged_file_is_not_read_again(tmp_path, monkeypatch):
-    files = RunFiles(tmp_path, "p", 4)
-    write_curves(files, ROWS)
-    read, read_text = [], Path.read_text
-    monkeypatch.setattr(Path, "read_text", lambda path: read.append(path) or read_text(path))
-    tail = CurvesTail(files.curves_csv)
-    for _ in range(3):
-        tail.update()
-    assert (tail.epochs, read) == (2, [files.curves_csv])
-    status = files.curves_csv.stat()
-    os.utime(files.curves_csv, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    tail.update()
-    assert len(read) == 2
-
-
-@pytest.mark.parametrize(
-    "content", [b"neither a header\nnor a \xff number", b"epoch,val_loss\n1,x\n", b"val_loss\n\n", b""]
-)
-def test_a_file_that_holds_no_curves_has_no_loss(tmp_path, content):
-    path = tmp_path / "c.csv"
-    path.write_bytes(content)
-    tail = CurvesTail(path)
-    tail.update()
-    assert tail.val_loss is None
+    assert (tail.epochs, tail.val_loss) == (2, ROWS[1]["val_loss"])

@@ -8,7 +8,7 @@ from study_rows import make_row
 import ks
 from ks.bounds.rank_floors import RankFloors, TargetRanks
 from ks.files.status import Ending, Status
-from ks.report.answer import Facts, answer, knee, named_row
+from ks.report.answer import Facts, answer, knee, named_row, target_note
 from ks.report.percent import percents
 from ks.study.study_floors import find_facts, spoken_of
 
@@ -187,3 +187,13 @@ def test_the_bounds_that_the_answer_depends_on_are_those_of_few_ranks():
     floors.certify([5, 8], 1000.0)
     assert find_facts(rows, floors, target, 30.0).uncertified == ()
     assert spoken_of(rows, floors, target) == ([8] if floors.lower(5) > target else [8, 5])
+
+
+def test_the_note_on_a_target_has_one_rank_where_bounds_meet_and_two_where_they_do_not():
+    assert target_note(TargetRanks(0.3, 4, 4, 0.29, True), True) == (
+        "target 0.3, for isotropic inputs: rank 4 is the smallest that reaches it"
+    )
+    assert target_note(TargetRanks(0.3, 2, 4, 0.29, False), False) == (
+        "target 0.3, for the measured inputs: rank 4 is the smallest whose best known chain reaches it; "
+        "no rank below 2 can"
+    )

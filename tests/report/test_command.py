@@ -2,6 +2,7 @@ import json
 import shlex
 
 import rank_sweep_study
+from ks.files.schema import StudyRecord
 from ks.report.command import reproducing_command
 
 ARGUMENTS = [
@@ -10,17 +11,23 @@ ARGUMENTS = [
 ]
 
 
+def record_of(arguments, ranks, seeds=(0,)):
+    """Return the record of a study and the arguments in it, as they are read back."""
+    recorded = json.loads(json.dumps(vars(rank_sweep_study.build_parser().parse(arguments))))
+    return StudyRecord({}, list(ranks), list(seeds), arguments=recorded), recorded
+
+
 def test_the_command_parses_to_the_same_study_and_names_files_without_their_folders():
-    parser = rank_sweep_study.build_parser()
-    recorded = json.loads(json.dumps(vars(parser.parse(ARGUMENTS))))
-    command = reproducing_command(recorded)
+    record, recorded = record_of(ARGUMENTS, [2, 4])
+    command = reproducing_command(record)
     program, script, *arguments = shlex.split(command)
     assert (program, script) == ("python", "rank_sweep_study.py")
-    again = json.loads(json.dumps(vars(parser.parse(arguments))))
+    again = json.loads(json.dumps(vars(rank_sweep_study.build_parser().parse(arguments))))
     names = {"weight_path": "w.pth", "inputs": "e.safetensors", "output_dir": "results"}
     assert again == recorded | names
 
 
-def test_flags_at_their_defaults_are_left_out():
-    recorded = vars(rank_sweep_study.build_parser().parse(["--weight_path", "w.pth"]))
-    assert reproducing_command(recorded) == "python rank_sweep_study.py --weight_path w.pth"
+def test_ranks_and_seeds_that_joined_later_are_in_the_command_and_other_defaults_are_left_out():
+    record, _ = record_of(["--weight_path", "w.pth", "--max_rank", "8", "--overwrite"], [2, 4, 16], [0, 1])
+    expected = "python rank_sweep_study.py --weight_path w.pth --ranks 2 4 16 --seeds 0 1"
+    assert reproducing_command(record) == expected

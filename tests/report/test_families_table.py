@@ -16,7 +16,7 @@ def test_the_smallest_chain_for_a_target_is_the_answer():
     proven = TargetRanks(0.1, 3, 3, 0.09, False)
     text = families_at_target([(MONARCH, proven), (LOWRANK, lowrank)])
     assert "not known" not in text
-    assert text.splitlines()[-1].split() == ["lowrank", "9", "1440", "23.44%", "9.50%", "9"]
+    assert text.splitlines()[-3].split() == ["lowrank", "9", "1,440", "23.44%", "9.50%", "9"]
 
 
 def test_a_target_that_needs_more_than_the_dense_weight_names_no_chain():

@@ -1,7 +1,6 @@
 import math
 
 import pytest
-import torch
 from study_rows import CHAIN, CURVES, make_row
 
 from ks.bounds.floors import Floor
@@ -72,7 +71,7 @@ def test_the_gap_refers_to_the_best_known_chain_and_may_be_negative():
 
 
 def test_measured_inputs_have_columns_of_their_own():
-    measured = Reference(2.0, held_out_predict_zero_loss=1.0, held_out_count=10_000, isotropic_floors=torch.arange(9.0))
+    measured = Reference(2.0, held_out_predict_zero_loss=1.0, held_out_count=10_000, isotropic_floors=[*range(9)])
     row = rank_row([run_row(2, CURVES)], CHAIN, Floor(2, 0.13, 0.13, True), measured)
     assert (row["held_out_relative_loss"], row["isotropic_floor"]) == (0.35, 2.0)
     assert str(row["verdict"]) == "converged, calibration-limited"

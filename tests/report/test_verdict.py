@@ -5,7 +5,7 @@ from ks.bounds.floors import Floor
 from ks.errors import InternalError
 from ks.files.status import Ending, Status
 from ks.report.summary import Reference, rank_row, run_row
-from ks.report.verdict import Limit, Verdict, advice, check_above_floor, is_calibration_limited
+from ks.report.verdict import Limit, Verdict, check_above_floor, is_calibration_limited
 
 DIVERGED = Ending(Status.DIVERGED)
 
@@ -66,44 +66,6 @@ def test_below_the_floor_is_an_error_beyond_rounding(predict_zero):
 def test_an_unknown_loss_or_floor_is_not_checked():
     check_above_floor(None, Floor(2, 0.2, 0.2, True))
     check_above_floor(0.1, None)
-
-
-def test_advice_is_plain():
-    rows = [
-        make_row(population=0.26, train=0.1),
-        make_row(population=0.26, train=0.26, rank=3),
-        make_row(ending=DIVERGED),
-        make_row(ending=Ending(Status.INTERRUPTED)),
-    ]
-    sentences = advice(rows, "fixed")
-    assert sentences[0].startswith("Rank 2 is sample-limited: its loss is 30% above the floor, and the training loss")
-    assert "--sampling auto or more samples" in sentences[0]
-    assert "--num_epochs" in sentences[1]
-    assert "train.log" in sentences[2]
-    assert "larger" not in sentences[0]
-    assert sentences[3] == "Larger than the dense weight: rank 3."
-    assert len(sentences) == 4
-    assert "Use more samples." in advice(rows[:1], "fresh")[0]
-
-
-def test_advice_on_an_undertrained_rank_gives_the_number_that_decides():
-    (sentence,) = advice([make_row(population=0.26, train=0.26, lower=0.2)])
-    assert sentence == (
-        "Rank 2 is undertrained: its loss is 30% above the floor (92.50% of the achievable reduction). Increase "
-        "--num_epochs."
-    )
-    (without_gap,) = advice([make_row(population=0.26, train=0.26, lower=0.0)])
-    assert "its loss is 26.00% of the output energy above the floor (74.00% of the achievable" in without_gap
-
-
-def test_a_small_excess_over_a_tiny_floor_is_not_called_converged():
-    row = make_row(population=0.0007, train=0.0007, lower=0.0001, upper=0.000126)
-    assert row["optimality_gap"] > 4.5
-    assert "converged" not in str(row["verdict"])
-    assert advice([row]) == [
-        "Rank 2 is within 0.1% of the energy: its loss exceeds that of the best known chain by 0.057% of the output "
-        "energy. A larger --num_epochs gains little."
-    ]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,14 @@
 """Figures drawn again from files, as users do it."""
 
+import html
+import os
+import re
+import shlex
 import shutil
+import subprocess
+import sys
 
-from conftest import QUICK, files_of, read_table
+from conftest import QUICK, ROOT, files_of, read_table
 
 from ks.files.curves import read_curves, write_curves
 from ks.files.layout import SweepFiles
@@ -48,13 +54,45 @@ def test_chains_side_by_side(run, weight_path, tmp_path):
     assert "lowrank: lowrank (rows" in done.stdout
 
 
-def test_the_title_has_its_old_name_too(run, swept, tmp_path):
+def blocks_about_style() -> list[str]:
+    """The fenced blocks of docs/files.md on the style of figures: a matplotlibrc file, a command, a snippet."""
+    page = (ROOT / "docs" / "files.md").read_text().partition("## The style of figures\n")[2].partition("\n## ")[0]
+    return re.findall(r"^```\w*\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+
+
+def test_the_old_name_of_the_title_and_the_documented_style_are_honoured(run, swept, tmp_path):
     study = swept[0] / "rank_sweep_results"
+    (tmp_path / "style").write_text(blocks_about_style()[0] + "svg.fonttype: none\n")
     flags = ("--output_dir", "figures", "--formats", "svg", "--plot_title", "An old title")
-    done = run("plot_rank_results.py", "--results_dir", study, *flags)
-    assert done.returncode == 0, done.stderr
+    environment = {"MATPLOTLIBRC": str(tmp_path / "style")}
+    done = run("plot_rank_results.py", "--results_dir", study, *flags, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
     for path in (tmp_path / "figures").glob("*.svg"):
-        assert "<!-- An old title -->" in path.read_text()
+        assert "An old title" in path.read_text()
+        assert "fill: #222222" in path.read_text()
+        assert "serif" in path.read_text()
+
+
+def test_the_snippet_on_figures_runs_as_written(swept, tmp_path):
+    shutil.copytree(swept[0], tmp_path, dirs_exist_ok=True)
+    command = [sys.executable, "-c", blocks_about_style()[2]]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "mine.png").exists()
+
+
+def test_the_command_in_the_report_reproduces_the_study(run, swept, tmp_path):
+    page = (swept[0] / "rank_sweep_results" / "rank_sweep_report.html").read_text()
+    _, script, *arguments = shlex.split(html.unescape(re.search(r"<code>(.*?)</code>", page)[1]))
+    shutil.copy(swept[0] / "weight.pth", tmp_path)
+    done = run(script, *arguments)
+    assert done.returncode == 0, done.stderr
+    for name in ("rank", "final_val_loss", "population_loss", "verdict"):
+        again, before = (
+            [row[name] for row in read_table(folder / "rank_sweep_results" / "rank_sweep_summary.csv")]
+            for folder in (tmp_path, swept[0])
+        )
+        assert again == before
 
 
 def test_a_metric_is_drawn_by_sweep_and_plot_and_its_figure_is_theirs(run, swept, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from conftest import read_table
 
 import rank_sweep_study
+from ks.bounds.plan_rows import floor_rows
 from ks.bounds.rank_floors import RankFloors
 from ks.files import columns
 from ks.files.atomic import read_json, write_csv
@@ -14,7 +15,6 @@ from ks.files.curves import write_curves
 from ks.files.layout import SweepFiles
 from ks.files.status import OK, Ending, Status
 from ks.report.read_results import read_study
-from ks.report.summary import floor_rows
 from ks.study.identity import record_of
 from ks.study.outputs import summarise, write_outputs
 from ks.study.runs import Result, runs_of

@@ -8,19 +8,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from ks.report.figures.axes import (
-    GREY,
-    add_squared_axis,
-    finish_loss_axis,
-    literal,
-    note_references,
-    write_heading,
-    write_legend,
-)
-from ks.report.figures.colors import rank_colors
-from ks.report.figures.findings import of_range
-from ks.report.figures.units import losses_of, units_of
+from ks.report.figures import parts
+from ks.report.figures.colors import GREY, ink, paper, rank_colors
+from ks.report.sentences import of_range
 from ks.report.study import Study
+from ks.report.units import losses_of, units_of
 
 ASIDE = 0.2  # of the distance of two ranks: training to the left, validation to the right
 
@@ -44,7 +36,9 @@ def final_losses(study: Study, *, log_scale: bool = False, title: str | None = N
     positions = np.arange(len(losses))
     fills = [colors[rank] for rank in losses["rank"]]
     values = losses[["train", "validation", "exact"]].to_numpy(float)
-    finish_loss_axis(axes, units, values.ravel(), losses[["lower", "upper"]].to_numpy().ravel(), log_scale=log_scale)
+    parts.finish_loss_axis(
+        axes, units, values.ravel(), losses[["lower", "upper"]].to_numpy().ravel(), log_scale=log_scale
+    )
     for name, shift in (("train", -ASIDE), ("validation", ASIDE)):
         whole = name == "validation"
         errors = losses[f"{name}_se"].to_numpy(float)
@@ -52,11 +46,11 @@ def final_losses(study: Study, *, log_scale: bool = False, title: str | None = N
         if np.isfinite(errors).any():
             axes.errorbar(positions + shift, losses[name], yerr=errors, **whiskers)
         if log_scale:
-            inside = fills if whole else "white"
+            inside = fills if whole else paper()
             axes.scatter(positions + shift, losses[name], 55, color=inside, edgecolors=fills, linewidths=1.8, zorder=3)
         else:
             axes.bar(positions + shift, losses[name], 2 * ASIDE - 0.02, color=fills, alpha=1.0 if whole else 0.45)
-    ends: dict[str, Any] = {"colors": "black", "linewidth": 1.8, "zorder": 5}
+    ends: dict[str, Any] = {"colors": ink(), "linewidth": 1.8, "zorder": 5}
     for bound in ("lower", "upper"):
         axes.hlines(losses[bound], positions - 0.42, positions + 0.42, **ends)
     between = losses["bracketed"].to_numpy()
@@ -65,36 +59,36 @@ def final_losses(study: Study, *, log_scale: bool = False, title: str | None = N
     for position, row in enumerate(losses.itertuples()):
         top = np.nanmax([row.train, row.validation, row.upper, 0.0])
         if np.isfinite(row.best) and top > 0:
-            place: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "ha": "center"}
+            place: dict[str, Any] = {"textcoords": "offset points", "fontsize": "small", "ha": "center"}
             text = units.show(row.best)
             axes.annotate(text, (position, top), (0, 5), rotation=90 if close else 0, va="bottom", zorder=6, **place)
         elif not np.isfinite(row.best):
-            place = {"xycoords": ("data", "axes fraction"), "fontsize": 9, "ha": "center", "va": "bottom"}
-            axes.annotate(literal(row.status), (position, 0.06), rotation=90, color="firebrick", **place)
+            place = {"xycoords": ("data", "axes fraction"), "fontsize": "small", "ha": "center", "va": "bottom"}
+            axes.annotate(parts.literal(row.status), (position, 0.06), rotation=90, color="firebrick", **place)
     axes.set_xticks(positions, [str(rank) for rank in losses["rank"]])
     axes.set_xlim(-0.7, len(losses) - 0.3)
     axes.grid(visible=False, axis="x")
     axes.set_xlabel("rank")
-    axes.set_ylabel(literal(f"final {units.label}" if not units.shares else units.label))
-    add_squared_axis(axes, units)
-    if units.shares:
-        note_references(axes, log_scale=log_scale)
-    write_legend(figure, _legend(study, losses, log_scale))
-    write_heading(figure, of_range(losses, units), title)
+    axes.set_ylabel(parts.literal(f"final {units.label}" if not units.relative else units.label))
+    parts.add_squared_axis(axes, units)
+    if units.relative:
+        parts.note_references(axes, log_scale=log_scale)
+    parts.write_legend(figure, _legend(study, losses, log_scale))
+    parts.write_heading(figure, of_range(losses, units), title)
     return figure
 
 
 def _legend(study: Study, losses, log_scale: bool) -> list[Artist]:
-    unseen = "held out" if study.held_out_predict_zero_loss is not None else "validation"
-    number = "number: exact" if losses["exact"].notna().any() else f"number: {unseen}"
+    checked = "held out" if study.held_out_predict_zero_loss is not None else "validation"
+    number = "number: exact" if losses["exact"].notna().any() else f"number: {checked}"
     handles: list[Artist] = []
-    for text, light in (("training", True), (f"{unseen} ({number})", False)):
+    for text, light in (("training", True), (f"{checked} ({number})", False)):
         if log_scale:
             point: dict[str, Any] = {"marker": "o", "linestyle": "", "markeredgecolor": GREY, "markersize": 7}
-            handles.append(Line2D([], [], color="white" if light else GREY, label=text, **point))
+            handles.append(Line2D([], [], color=paper() if light else GREY, label=text, **point))
         else:
             handles.append(Patch(color=GREY, alpha=0.45 if light else 1.0, label=text))
     if losses["lower"].notna().any():
         text = "bounds of the floor" if losses["bracketed"].any() else "floor"
-        handles.append(Line2D([], [], color="black", linewidth=1.8, label=text))
+        handles.append(Line2D([], [], color=ink(), linewidth=1.8, label=text))
     return handles

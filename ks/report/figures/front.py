@@ -9,23 +9,11 @@ from matplotlib.figure import Figure
 
 from ks.errors import UsageError
 from ks.files.columns import ISOTROPIC
-from ks.report.figures.axes import (
-    GREY,
-    NOTE,
-    above_zero,
-    count,
-    finish_loss_axis,
-    literal,
-    note_references,
-    set_log_axis,
-    write_heading,
-    write_legend,
-)
-from ks.report.figures.colors import FAMILY_COLORS, MARKERS
-from ks.report.figures.findings import of_front
-from ks.report.figures.floor import dense_parameters, family_of
-from ks.report.figures.units import Units, losses_of, units_of
-from ks.report.study import Study
+from ks.report.figures import parts
+from ks.report.figures.colors import FAMILY_COLORS, GREY, MARKERS, paper
+from ks.report.sentences import of_front
+from ks.report.study import Study, dense_parameters, family_of
+from ks.report.units import Units, losses_of, units_of
 
 
 def curves_of(study: Study) -> dict[str, pd.DataFrame]:
@@ -63,29 +51,34 @@ def loss_by_parameters(study: Study, *, log_scale: bool = False, title: str | No
     units, front = units_of(study), front_of(study)
     losses = losses_of(study, units)
     losses = losses[losses["exact"].notna() & losses["parameters"].notna()]
-    finish_loss_axis(axes, units, losses["exact"], losses["lower"].dropna(), log_scale=log_scale)
-    band = above_zero(front["relative_loss"], log_scale)
+    parts.finish_loss_axis(axes, units, losses["exact"], losses["lower"].dropna(), log_scale=log_scale)
     look: dict[str, Any] = {"color": "#F0C800", "linewidth": 7, "alpha": 0.45, "solid_capstyle": "butt"}
-    axes.plot(front["parameters"], band, label="front: the least loss of all", drawstyle="steps-post", **look)
+    axes.plot(
+        front["parameters"],
+        front["relative_loss"],
+        label="front: the least loss of all",
+        drawstyle="steps-post",
+        **look,
+    )
     family = family_of(study)
     bracketed = bool(losses["bracketed"].any())
-    _draw_families(axes, study, log_scale, {family: f"{family}: quick lower bound of every rank"} if bracketed else {})
+    _draw_families(axes, study, {family: f"{family}: quick lower bound of every rank"} if bracketed else {})
     color = FAMILY_COLORS[0]
     at_front = np.interp(losses["parameters"], front["parameters"], front["relative_loss"])
     for row, least in zip(losses.itertuples(), at_front):
         dominated = least < 0.99 * row.exact
-        look = {"color": "white" if dominated else color, "markeredgecolor": color}
+        look = {"color": paper() if dominated else color, "markeredgecolor": color}
         axes.plot(row.parameters, row.exact, "o", markersize=8, clip_on=False, markeredgewidth=1.8, zorder=4, **look)
     _label_points(axes, losses, color)
     _finish(axes, units, [study], losses["parameters"], log_scale)
     axes.plot([], [], "o", color=color, label="trained (number: rank)")
     axes.plot(
-        [], [], "o", color="white", markeredgecolor=color, markeredgewidth=1.8, label="trained, and off the front"
+        [], [], "o", color=paper(), markeredgecolor=color, markeredgewidth=1.8, label="trained, and off the front"
     )
-    write_legend(figure, axes.get_legend_handles_labels()[0])
-    lowrank = curves_of(study).get("lowrank", front)
-    at_lowrank = np.interp(losses["parameters"], lowrank["parameters"], lowrank["relative_loss"], left=1.0)
-    write_heading(figure, of_front(losses, pd.Series(at_lowrank, losses.index), family), title)
+    parts.write_legend(figure, axes.get_legend_handles_labels()[0])
+    parts.write_heading(
+        figure, of_front(losses, study.lowrank_beside(losses["parameters"])["relative_loss"], family), title
+    )
     return figure
 
 
@@ -107,59 +100,62 @@ def chains(studies: list[Study], *, log_scale: bool = False, title: str | None =
     for study in studies:
         losses = losses_of(study, units_of(study))
         losses = losses[losses["exact"].notna() & losses["parameters"].notna()].sort_values("parameters")
-        if losses.empty or not units_of(study).shares:
+        if losses.empty or not units_of(study).relative:
             raise UsageError(
                 f"{study.name} has no relative losses and parameters; only studies of this toolkit compare"
             )
         tables.append(losses)
     together = pd.concat(tables, keys=range(len(tables)), names=["study", None])
-    finish_loss_axis(axes, units, together["exact"], together["lower"].dropna(), log_scale=log_scale)
+    parts.finish_loss_axis(axes, units, together["exact"], together["lower"].dropna(), log_scale=log_scale)
     for index, (study, losses) in enumerate(zip(studies, tables)):
         color = FAMILY_COLORS[index % len(FAMILY_COLORS)]
         own = curves_of(study).get(family_of(study)) if len(study.floor) else None
         if own is not None:
-            line = above_zero(own["relative_loss"], log_scale)
-            axes.plot(own["parameters"], line, color=color, linewidth=1.2, alpha=0.7)
+            axes.plot(own["parameters"], own["relative_loss"], color=color, linewidth=1.2, alpha=0.7)
         look: dict[str, Any] = {"color": color, "marker": MARKERS[index % len(MARKERS)], "linestyle": ""}
         axes.plot(
-            losses["parameters"], losses["exact"], markersize=8, label=literal(f"{study.name}: {study.chain}"), **look
+            losses["parameters"],
+            losses["exact"],
+            markersize=8,
+            label=parts.literal(f"{study.name}: {study.chain}"),
+            **look,
         )
         _label_points(axes, losses, color)
     _finish(axes, units, studies, together["parameters"], log_scale)
-    write_legend(figure, axes.get_legend_handles_labels()[0])
+    parts.write_legend(figure, axes.get_legend_handles_labels()[0])
     place, rank = together["exact"].idxmin(), together["rank"][together["exact"].idxmin()]
     best = f"the least loss is {units.show(together['exact'].min())}: {studies[place[0]].name}, rank {rank}"
-    write_heading(figure, best, title or "points: trained (number: rank); lines: floors")
+    parts.write_heading(figure, best, title or "points: trained (number: rank); lines: floors")
     return figure
 
 
-def _draw_families(axes: Axes, study: Study, log_scale: bool, labels: dict[str, str]) -> None:
+def _draw_families(axes: Axes, study: Study, labels: dict[str, str]) -> None:
     own = family_of(study)
     lines = iter(((0, (4, 2)), (0, (1, 1)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1))) * 3)
     for index, (name, rows) in enumerate(curves_of(study).items()):
         look: dict[str, Any] = {"color": FAMILY_COLORS[index % len(FAMILY_COLORS)], "linewidth": 1.4}
-        label = literal(labels.get(name, f"{name}: floor of every rank"))
+        label = parts.literal(labels.get(name, f"{name}: floor of every rank"))
         line = "-" if name == own else next(lines)
-        axes.plot(rows["parameters"], above_zero(rows["relative_loss"], log_scale), linestyle=line, label=label, **look)
+        axes.plot(rows["parameters"], rows["relative_loss"], linestyle=line, label=label, **look)
 
 
 def _label_points(axes: Axes, losses: pd.DataFrame, color: str) -> None:
-    place: dict[str, Any] = {"textcoords": "offset points", "fontsize": 9, "fontweight": "bold", "color": color}
+    place: dict[str, Any] = {"textcoords": "offset points", "fontsize": "small", "fontweight": "bold", "color": color}
     for parameters, group in losses.groupby("parameters"):  # ranks above saturation are one point
         axes.annotate(", ".join(map(str, group["rank"])), (parameters, group["exact"].max()), (6, 6), **place)
 
 
 def _finish(axes: Axes, units: Units, studies: list[Study], parameters: pd.Series, log_scale: bool) -> None:
     dense = dense_parameters(studies[0])
-    set_log_axis(axes.xaxis, parameters.min() / 1.3, max(dense * 1.2, parameters.max()), count)
+    parts.set_log_axis(axes.xaxis, parameters.min() / 1.3, max(dense * 1.2, parameters.max()), parts.count)
     axes.axvline(dense, color=GREY, linewidth=1.0, zorder=1)
     place: dict[str, Any] = {
         "xycoords": ("data", "axes fraction"),
         "textcoords": "offset points",
         "ha": "right",
-        **NOTE,
+        **parts.NOTE,
     }
-    axes.annotate(f"dense: {count(float(f'{dense:.3g}'))}", (dense, 0.8), (-4, 0), **place)
+    axes.annotate(f"dense: {parts.count(float(f'{dense:.3g}'))}", (dense, 0.8), (-4, 0), **place)
     axes.set_xlabel("parameters")
     axes.set_ylabel(units.label)
-    note_references(axes, log_scale=log_scale)
+    parts.note_references(axes, log_scale=log_scale)

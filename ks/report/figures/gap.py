@@ -1,29 +1,20 @@
 """Distance to the floor by epoch: what more epochs can still gain."""
 
-from typing import Any
-
 from matplotlib.figure import Figure
 
-from ks.report.figures.axes import (
-    NOTE,
-    finish_epoch_axis,
-    finish_loss_axis,
-    label_ends,
-    note_references,
-    write_heading,
-)
-from ks.report.figures.colors import rank_colors
-from ks.report.figures.findings import of_gaps
-from ks.report.figures.units import losses_of, units_of
+from ks.report.figures import parts
+from ks.report.figures.colors import GREY, rank_colors
+from ks.report.sentences import of_gaps
 from ks.report.study import Study
+from ks.report.units import losses_of, units_of
 from ks.report.verdict import SMALL_EXCESS, Limit
 
-LEAST = 1e-6  # a gap this small, as a share of the output energy, is drawn at the foot of a logarithmic axis
+LEAST = 1e-6  # a gap this small, as a fraction of the output energy, is drawn at the foot of a logarithmic axis
 
 
 def has_gaps(study: Study) -> bool:
     """Return whether a rank has both a floor and population losses by epoch."""
-    known = {"population_loss", "rank"} <= {*study.curves.columns} and units_of(study).shares
+    known = {"population_loss", "rank"} <= {*study.curves.columns} and units_of(study).relative
     floored = study.summary["rank"][study.summary["loss_floor_upper"].notna()]
     return known and bool(study.curves["population_loss"][study.curves["rank"].isin(floored)].notna().any())
 
@@ -49,19 +40,18 @@ def gap_by_epoch(study: Study, *, log_scale: bool = True, title: str | None = No
     gaps = gaps[gaps["rank"].isin(floors.index)]
     gaps = gaps.assign(gap=gaps["population_loss"] / units.train - gaps["rank"].map(floors))
     means = gaps.groupby(["rank", "epoch"])["gap"].mean().clip(lower=LEAST)
-    finish_loss_axis(axes, units, [*means, SMALL_EXCESS / 5], log_scale=True)
-    axes.axhspan(axes.get_ylim()[0], SMALL_EXCESS, color="0.93", linewidth=0, zorder=0)
-    place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "top"}
-    axes.annotate(str(Limit.SMALL), (0.01, SMALL_EXCESS), (0, -3), **place, **NOTE)
+    parts.finish_loss_axis(axes, units, [*means, SMALL_EXCESS / 5], log_scale=True)
+    axes.axhspan(axes.get_ylim()[0], SMALL_EXCESS, color=GREY, alpha=0.12, linewidth=0, zorder=0)
+    axes.annotate(f"shaded: {Limit.SMALL}", (0.01, 0.02), xycoords="axes fraction", **parts.NOTE)
     ends = []
     for rank, line in means.groupby(level="rank"):
         line = line.droplevel("rank")
         axes.plot(line.index, line, "o-", color=colors[rank], linewidth=1.6, markersize=4)
         ends.append((line.index[-1], line.iloc[-1], str(rank), colors[rank]))
-    finish_epoch_axis(axes, study.curves["epoch"])
-    label_ends(axes, ends, "rank")
+    parts.finish_epoch_axis(axes)
+    parts.label_ends(axes, ends, "rank")
     bracketed = bool(losses["bracketed"].any())
     axes.set_ylabel(f"{units.label}, above\n{'the best known chain' if bracketed else 'the floor'} of the rank")
-    note_references(axes, log_scale=True)
-    write_heading(figure, of_gaps(losses, summary), title)
+    parts.note_references(axes, log_scale=True)
+    parts.write_heading(figure, of_gaps(losses, summary), title)
     return figure

@@ -8,27 +8,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ks.report.figures.axes import (
-    GREY,
-    finish_epoch_axis,
-    finish_loss_axis,
-    label_ends,
-    literal,
-    make_panels,
-    note_references,
-    write_heading,
-    write_legend,
-)
-from ks.report.figures.colors import rank_colors
-from ks.report.figures.findings import of_losses
-from ks.report.figures.units import losses_of, units_of
+from ks.report.figures import parts
+from ks.report.figures.colors import GREY, rank_colors
+from ks.report.sentences import of_losses
 from ks.report.study import Study
+from ks.report.units import losses_of, units_of
 
 FLOOR_LINE: dict[str, Any] = {"linestyle": (0, (4, 3)), "linewidth": 1.0}
 
 
 def draw_ranks(axes: Axes, curves: pd.DataFrame, column: str, summary: pd.DataFrame) -> list[tuple]:
-    """Draw a column of the curves by epoch, a line for each rank with a value; return what `label_ends` writes.
+    """Draw a column of the curves by epoch, a line for each rank with a value; return what `parts.label_ends` writes.
 
     A rank with several seeds has a band of one standard error to each side of its mean. The line of a rank that did
     not finish is dotted and marked.
@@ -63,7 +53,7 @@ def loss_curves(study: Study, *, log_scale: bool = False, title: str | None = No
             becomes as high as they need.
     """
     figure = Figure(figsize=figsize or (12, 5), layout="constrained")
-    panels = make_panels(figure, 2)
+    panels = parts.make_panels(figure, 2)
     units, summary = units_of(study), study.summary
     losses, colors = losses_of(study, units), rank_colors(summary["rank"])
     curves = study.curves.assign(
@@ -74,14 +64,14 @@ def loss_curves(study: Study, *, log_scale: bool = False, title: str | None = No
     names = ("Training", "Held-out inputs" if held_out else "Validation")
     for axes, column, name in zip(panels, ("train_loss", "val_loss"), names):
         ends[axes] = draw_ranks(axes, curves, column, summary)
-        axes.set_title(name, fontsize=10)
-        finish_epoch_axis(axes, curves["epoch"])
+        axes.set_title(name, fontsize="medium")
+        parts.finish_epoch_axis(axes)
     floored = losses[losses["lower"].notna()]
     drawn = panels[:1] if held_out else panels  # no floor holds for the inputs that are held out
     for axes in panels:
         values = curves[["train_loss", "val_loss"]].to_numpy().ravel()
         floors = floored[["lower", "upper"]].to_numpy().ravel()
-        finish_loss_axis(axes, units, values, floors, log_scale=log_scale)
+        parts.finish_loss_axis(axes, units, values, floors, log_scale=log_scale)
     low = panels[0].get_ylim()[0] if log_scale else -1.0
     for axes in drawn:
         for row in floored.itertuples():
@@ -95,12 +85,12 @@ def loss_curves(study: Study, *, log_scale: bool = False, title: str | None = No
         label = "floor of each rank" + (": both bounds" if floored["bracketed"].any() else "")
         label += f" (below the axis: rank {', '.join(hidden)})" if hidden else ""
         line = Line2D([], [], color=GREY, label=label, **FLOOR_LINE)
-        write_legend(figure, [line])
+        parts.write_legend(figure, [line])
     for axes in panels:
-        label_ends(axes, ends[axes], "rank")
-        axes.set_ylabel(literal(units.label))
+        parts.label_ends(axes, ends[axes], "rank")
+        axes.set_ylabel(parts.literal(units.label))
         axes.tick_params(labelleft=True)
-        if units.shares:
-            note_references(axes, log_scale=log_scale)
-    write_heading(figure, of_losses(losses, summary, units), title)
+        if units.relative:
+            parts.note_references(axes, log_scale=log_scale)
+    parts.write_heading(figure, of_losses(losses, summary, units), title)
     return figure

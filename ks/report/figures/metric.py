@@ -3,9 +3,9 @@
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from ks.report.figures.axes import draw_grid, finish_epoch_axis, label_ends, padded, set_log_axis, write_heading
-from ks.report.figures.findings import of_metric
+from ks.report.figures import parts
 from ks.report.figures.loss_curves import draw_ranks
+from ks.report.sentences import of_metric
 from ks.report.study import Study
 
 
@@ -25,15 +25,14 @@ def metric_by_epoch(
     axes = figure.subplots()
     values = study.curves[metric].dropna()
     ends = draw_ranks(axes, study.curves, metric, study.summary)
-    draw_grid(axes)
+    parts.draw_grid(axes)
     if log_scale and values.max() >= 10 * values.min() > 0:  # an axis within a decade would have few ticks
-        set_log_axis(axes.yaxis, values.min(), values.max(), "{:g}".format)
+        parts.set_log_axis(axes.yaxis, values.min(), values.max(), "{:g}".format)
     else:
-        axes.set_ylim(padded(values.min(), values.max()))
         axes.yaxis.set_major_locator(MaxNLocator(6))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
-    finish_epoch_axis(axes, study.curves["epoch"])
-    label_ends(axes, ends, "rank")
+    parts.finish_epoch_axis(axes)
+    parts.label_ends(axes, ends, "rank")
     axes.set_ylabel(metric)
-    write_heading(figure, of_metric(metric, study.summary), title)
+    parts.write_heading(figure, of_metric(metric, study.summary), title)
     return figure

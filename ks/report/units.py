@@ -1,4 +1,4 @@
-"""The unit of the losses in the figures of a study: the share of the output energy lost, where it is known."""
+"""The unit of the losses in the figures of a study: the relative loss, where it is known."""
 
 from dataclasses import dataclass
 
@@ -6,37 +6,37 @@ import pandas as pd
 
 from ks.report.study import MEAN_SQUARED_ERROR, Study
 
-SHARE_LABEL = "share of the output energy lost"
+RELATIVE_LABEL = "relative loss (output energy lost)"
 
 
 @dataclass(frozen=True)
 class Units:
-    """What the losses of a study are divided by, and how the result is called.
+    """Divisors of the losses of a study, and the name of the result.
 
-    train, validation: loss of predicting 0 on the inputs that each kind of loss is measured on, in the unit of the
-    losses; 1 where the losses stay as they are. shares: whether they become shares of the output energy. label: of an
-    axis. squared_label: of the unit on disk.
+    train, validation: loss of the zero predictor on the inputs that each kind of loss is measured on, in the unit of
+    the losses; 1 where the losses stay as they are. relative: whether they become fractions of the output energy.
+    label: of an axis. squared_label: of the unit on disk.
     """
 
     train: float
     validation: float
-    shares: bool
+    relative: bool
     label: str
     squared_label: str
 
     def show(self, loss: float) -> str:
         """Return a loss of these units as text."""
-        if not self.shares:
+        if not self.relative:
             return f"{loss:.3g}"
         return f"{loss:.2%}" if loss >= 0.001 else f"{100 * loss:.2g}%"
 
 
 def units_of(study: Study) -> Units:
-    """Return the units of a study; only mean squared errors beside a known zero predictor are shares."""
+    """Return the units of a study; only mean squared errors with a known zero predictor are relative."""
     if study.loss_label != MEAN_SQUARED_ERROR or study.predict_zero_loss is None:
         return Units(1.0, 1.0, False, study.loss_label, study.loss_label)
     held_out = study.held_out_predict_zero_loss or study.predict_zero_loss
-    return Units(study.predict_zero_loss, held_out, True, SHARE_LABEL, study.loss_label)
+    return Units(study.predict_zero_loss, held_out, True, RELATIVE_LABEL, study.loss_label)
 
 
 def losses_of(study: Study, units: Units) -> pd.DataFrame:

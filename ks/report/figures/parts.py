@@ -1,0 +1,201 @@
+"""Axes that a reader can read: ticks, limits, percent, reference lines, headings, labels of lines."""
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.axis import XAxis, YAxis
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from ks.errors import one_line
+from ks.report.figures.colors import GREY, paper
+from ks.report.units import Units
+
+NOTE: dict[str, Any] = {"color": GREY, "fontsize": "small"}
+PANEL_WIDTH, PANEL_HEIGHT = 3.0, 2.7  # least inches of a panel among several
+LETTER = 0.62  # width of a letter of a heading, as a fraction of the size of its font
+# Matplotlib's arithmetic on logarithmic axes overflows near the ends of float64.
+SMALLEST, LARGEST = 1e-200, 1e200
+
+count = EngFormatter(sep="")  # 12000 → 12k
+
+
+def percent(value: float, _position=None) -> str:
+    """Format a fraction: 0.005 → 0.5%."""
+    return f"{100 * value:.6g}%"
+
+
+def literal(text: object) -> str:
+    """Return a text for matplotlib that is drawn as it is, in one line: a `$` starts no formula."""
+    return one_line(text, 300).replace("$", r"\$")
+
+
+def write_heading(figure: Figure, finding: str, name: str | None) -> None:
+    """Write the finding of a figure in bold and the name of the study below it, above everything else in the figure."""
+    width, height = figure.get_size_inches()
+    top = height - 0.08
+    lines: tuple[tuple[str | None, float, dict[str, Any]], ...] = (
+        (finding[:1].upper() + finding[1:], 1.1, {"weight": "bold"}),
+        (name, 0.9, {"color": GREY}),
+    )
+    for text, scale, look in lines:
+        size = scale * matplotlib.rcParams["font.size"]
+        wrapped = textwrap.wrap(one_line(text or "", 300), int((width - 0.2) * 72 / (LETTER * size)))
+        if wrapped:
+            place: dict[str, Any] = {"va": "top", "ha": "left", "linespacing": 1.2}
+            shown = "\n".join(wrapped).replace("$", r"\$")
+            figure.text(0.1 / width, top / height, shown, fontsize=size, **place, **look)
+            top -= len(wrapped) * 1.35 * size / 72
+    engine: Any = figure.get_layout_engine()
+    engine.set(rect=(0, 0, 1, max(0.3, (top - 0.04) / height)))
+
+
+def make_panels(figure: Figure, count: int) -> list[Axes]:
+    """Return panels with one loss axis, side by side, or one above the other in a figure that is made high enough.
+
+    Args:
+        figure: without axes.
+        count: of panels.
+    """
+    beside = figure.get_figwidth() >= PANEL_WIDTH * count
+    if not beside:
+        figure.set_figheight(max(figure.get_figheight(), PANEL_HEIGHT * count + 1.0))
+    return [*figure.subplots(*((1, count) if beside else (count, 1)), sharey=True, squeeze=False).ravel()]
+
+
+def write_legend(figure: Figure, handles: Sequence[Artist]) -> None:
+    """Write the legend below everything else in a figure, where it hides nothing."""
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    columns = max(1, int(figure.get_figwidth() / (0.6 + 0.068 * longest)))  # inches beside a label, and of a letter
+    figure.legend(handles=handles, loc="outside lower center", frameon=False, fontsize="small", ncols=columns)
+
+
+def set_log_axis(axis: XAxis | YAxis, low: float, high: float, form) -> None:
+    """Make an axis logarithmic, with ticks at 1, 2 and 5 times powers of ten, or at these alone over many decades.
+
+    Args:
+        axis: x or y.
+        low, high: its ends, positive.
+        form: value → label.
+    """
+    low = max(low, SMALLEST)
+    high = min(max(high, 1.2 * low), LARGEST)
+    set_scale, set_limits = (getattr(axis.axes, f"set_{axis.axis_name}{name}") for name in ("scale", "lim"))
+    set_scale("log")
+    set_limits(low, high)
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 2000 * low else (1,)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
+
+
+def draw_grid(axes: Axes) -> None:
+    """Draw a light grid behind the data, and no frame above it and on its right."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, alpha=0.4)
+    axes.set_axisbelow(True)
+
+
+def finish_loss_axis(
+    axes: Axes, units: Units, losses: Iterable[float], floors: Iterable[float] = (), *, log_scale: bool
+) -> None:
+    """Set limits, ticks and grid of a loss axis that holds all losses, the zero predictor, and dense where it can.
+
+    Floors more than 100 times below every loss are left out of a logarithmic axis: one near zero would stretch it.
+
+    Args:
+        axes: with the loss upwards.
+        units: of the losses.
+        losses, floors: that are drawn.
+        log_scale: logarithmic axis.
+    """
+    draw_grid(axes)
+    values = np.array([*losses, *([1.0] if units.relative else [])], float)
+    values = values[np.isfinite(values)]
+    form = percent if units.relative else "{:g}".format
+    if not log_scale:
+        axes.set_ylim(0, 1.05 * max(values.max(initial=0.0), *floors, 1e-300))
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
+    else:
+        positive = values[values > 0] if (values > 0).any() else np.array([1.0])
+        low = positive.min()
+        least = min([low, *(floor for floor in floors if floor > low / 100)])
+        set_log_axis(axes.yaxis, least / 1.5, 1.02 * positive.max(), form)  # with room for a note below the least one
+    if units.relative:
+        axes.axhline(1.0, color=GREY, linewidth=1.0, zorder=1)
+
+
+def note_references(axes: Axes, *, log_scale: bool) -> None:
+    """Mark the zero predictor, at its loss, and dense, which loses nothing, beside the axis of the loss."""
+    place: dict[str, Any] = {"textcoords": "offset points", "ha": "right", **NOTE}
+    axes.annotate("zero predictor", (0.99, 1.0), (0, 2), xycoords=("axes fraction", "data"), **place)
+    text, offset = ("dense ↓", (-16, -13)) if log_scale else ("dense", (-10, 8))
+    axes.annotate(text, (0.0, 0.0), offset, xycoords="axes fraction", **place)
+
+
+def add_squared_axis(axes: Axes, units: Units) -> None:
+    """Add an axis on the right with the losses in squared units of the outputs, if the other one has fractions."""
+    if not units.relative:
+        return
+
+    def squared(value: Any) -> Any:
+        return value * units.train
+
+    def relative(value: Any) -> Any:
+        return value / units.train
+
+    right = axes.secondary_yaxis("right", functions=(squared, relative))
+    if axes.get_yscale() == "log":
+        right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        right.yaxis.set_minor_locator(NullLocator())
+    right.yaxis.set_major_formatter("{x:.2g}")
+    right.spines[["right"]].set_visible(False)
+    right.tick_params(labelsize="small", colors=GREY)
+    right.set_ylabel(literal(units.squared_label), **NOTE)
+
+
+def mark_ranks(axes: Axes, ranks: pd.Series, at: pd.Series, losses: pd.Series, colors: dict[int, tuple]) -> None:
+    """Draw a point with its rank beside it for every rank."""
+    place: dict[str, Any] = {"textcoords": "offset points", "fontsize": "small", "fontweight": "bold", "zorder": 5}
+    look: dict[str, Any] = {"markersize": 8, "markeredgecolor": paper(), "clip_on": False, "zorder": 4}
+    for rank, x, y in zip(ranks, at, losses):
+        axes.plot(x, y, "o", color=colors[rank], **look)
+        axes.annotate(f"{rank}", (x, y), (6, 5), color=colors[rank], **place)
+
+
+def finish_epoch_axis(axes: Axes) -> None:
+    axes.set_xlabel("epoch")
+    axes.margins(x=0.02)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def label_ends(axes: Axes, ends: list, heading: str) -> None:
+    """Write each label at the end of its line; labels of lines that end close together are moved apart.
+
+    Args:
+        axes: with final limits.
+        ends: x, y, label and color of the end of each line.
+        heading: above the labels.
+    """
+    if not ends:
+        return
+    points = axes.transData.transform([(x, max(y, SMALLEST)) for x, y, *_ in ends])
+    heights = np.clip(axes.transAxes.inverted().transform(points)[:, 1], 0, 1)
+    order = np.argsort(heights, kind="stable")
+    steps = np.arange(len(ends)) * min(0.13 / (axes.bbox.height / axes.figure.dpi), 1 / len(ends))  # inches of a line
+    apart = np.maximum.accumulate(heights[order] - steps) + steps
+    apart = np.minimum(apart, 1 - steps[::-1])
+    for index, height in zip(order, apart):
+        x, y, label, color = ends[index]
+        line = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 0, "relpos": (0, 0.5)}
+        place: dict[str, Any] = {"textcoords": "axes fraction", "va": "center", "annotation_clip": False}
+        look: dict[str, Any] = {"color": color, "fontsize": "small", "fontweight": "bold"}
+        axes.annotate(label, (x, y), (1.02, height), arrowprops=line, **place, **look)
+    place = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "bottom"}
+    axes.annotate(heading, (1.02, apart[-1]), (0, 7), **place, **NOTE)

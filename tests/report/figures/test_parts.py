@@ -1,0 +1,131 @@
+from itertools import pairwise
+
+import matplotlib
+import numpy as np
+import pytest
+from drawn_study import make_study, texts
+from matplotlib import colors as mpl_colors
+from matplotlib.figure import Figure
+
+from ks.report.figures.colors import rank_colors
+from ks.report.figures.draw import study_figures
+from ks.report.figures.parts import label_ends, set_log_axis, write_heading
+from ks.report.study import MEAN_SQUARED_ERROR
+from ks.report.units import units_of
+
+TIMES = {2: (1.0, 2.0), 4: (3.0, 2.0)}
+
+
+def luminance(color):
+    """Return the relative luminance of the contrast ratio of the Web Content Accessibility Guidelines."""
+    channels = np.array(mpl_colors.to_rgb(color))
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return linear @ (0.2126, 0.7152, 0.0722)
+
+
+@pytest.mark.parametrize("paper", ["white", "black"])
+@pytest.mark.parametrize("count", [1, 2, 6, 12])
+def test_colours_of_ranks_are_legible_and_ordered_in_lightness(count, paper):
+    with matplotlib.rc_context({"axes.facecolor": paper}):
+        shades = [luminance(color) for color in rank_colors([2**k for k in range(count)]).values()]
+    assert all(later > earlier for earlier, later in pairwise(shades))
+    behind = luminance(paper)
+    assert all((max(shade, behind) + 0.05) / (min(shade, behind) + 0.05) >= 2.4 for shade in shades)
+
+
+def test_a_style_of_the_user_is_honoured_in_every_figure():
+    """Colours, fonts and sizes come from matplotlib's settings, as MATPLOTLIBRC or a matplotlibrc file sets them."""
+    style = {"figure.facecolor": "#101010", "axes.facecolor": "#202020", "text.color": "#eeeeee", "font.size": 7}
+    with matplotlib.rc_context(style | {"font.family": "monospace"}):
+        drawn = study_figures(make_study([2, 4], spread=1.2, times=TIMES), log_scale=True)
+    for name, figure in drawn.items():
+        assert mpl_colors.to_hex(figure.get_facecolor()) == "#101010", name
+        written = [*figure.texts, *(text for axes in figure.axes for text in axes.texts)]
+        assert {text.get_fontfamily()[0] for text in written} == {"monospace"}, name
+        assert max(text.get_fontsize() for text in written) < 8, name
+        assert mpl_colors.to_hex(figure.texts[0].get_color()) == "#eeeeee", name
+        for axes in figure.axes:
+            assert mpl_colors.to_hex(axes.get_facecolor()) == "#202020", name
+            assert "#000000" not in {mpl_colors.to_hex(line.get_color()) for line in axes.lines}, name
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.3, 0.31), (0.006, 1.0), (3e-9, 1.0), (1e-300, 1e300), (7.0, 7.0), (1.0, 512.0), (0.0, 1.0)]
+)
+def test_a_log_axis_has_a_few_ticks_whatever_its_range(low, high):
+    axes = Figure().subplots()
+    set_log_axis(axes.yaxis, low, high, "{:g}".format)
+    bottom, top = axes.get_ylim()
+    assert 2 <= sum(bottom <= tick <= top for tick in axes.get_yticks()) <= 12
+
+
+@pytest.mark.parametrize("width", [3.0, 5.2, 12.0])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors encoder.layer.0.output.dense.weight, 384 × 1536: monarch", "$five dollars " * 12,
+             "encoder.layer.0.output.dense.weight." * 6],
+)  # fmt: skip
+def test_a_long_heading_wraps_and_is_never_cut(width, name):
+    figure = Figure(figsize=(width, 6), layout="constrained")
+    axes = figure.subplots()
+    write_heading(figure, name, name)
+    figure.draw_without_rendering()
+    for text in figure.texts:
+        extent = text.get_window_extent()
+        assert extent.x0 >= 0
+        assert extent.x1 <= figure.bbox.x1
+        assert extent.y1 <= figure.bbox.y1
+    first, second = (text.get_window_extent() for text in figure.texts)
+    assert first.y0 > second.y0
+    assert axes.get_tightbbox().y1 <= second.y0
+    shown = "".join(figure.texts[1].get_text().replace("\\$", "$").split())
+    assert shown == "".join(name.split())
+
+
+@pytest.mark.parametrize("figsize", [None, (5.2, 4.2)])
+@pytest.mark.parametrize("ranks", [[8], list(range(1, 13))])
+def test_nothing_in_a_figure_is_cut(figsize, ranks):
+    study = make_study(ranks, spread=1.3, times=dict.fromkeys(ranks, (1.0, 2.0)), title="a long name " * 12)
+    for name, figure in study_figures(study, log_scale=True, figsize=figsize).items():
+        figure.draw_without_rendering()
+        box = figure.get_tightbbox()
+        width, height = figure.get_size_inches()
+        assert box.x0 >= -0.02, name
+        assert box.y0 >= -0.02, name
+        assert box.x1 <= width + 0.02, name
+        assert box.y1 <= height + 0.02, name
+
+
+@pytest.mark.parametrize("at", [np.full(12, 0.0), np.full(12, 1.0), np.linspace(0.5, 0.51, 12)])
+def test_labels_of_lines_that_end_together_are_moved_apart_and_stay_beside_the_axes(at):
+    axes = Figure().subplots()
+    label_ends(axes, [(1.0, y, str(number), "black") for number, y in enumerate(at)], "rank")
+    heights = [text.xyann[1] for text in axes.texts[:-1]]
+    assert sorted(heights) == heights
+    assert min(np.diff(heights)) > 0.02
+    assert 0 <= heights[0] < heights[-1] <= 1
+
+
+@pytest.mark.parametrize("loss_label", [MEAN_SQUARED_ERROR, "l1_loss"])
+def test_the_unit_is_the_relative_loss_wherever_it_is_known(loss_label):
+    drawn = study_figures(make_study([2, 4], loss_label=loss_label))
+    labels = {name: figure.axes[0].get_ylabel() for name, figure in drawn.items()}
+    if loss_label == MEAN_SQUARED_ERROR:
+        assert all(label.startswith("relative loss (output energy lost)") for label in labels.values())
+        assert set(labels) == {"loss_curves", "final_losses", "floor", "gap", "front"}
+    else:
+        assert labels == {"loss_curves": "l1_loss", "final_losses": "final l1_loss"}
+        assert "zero predictor" not in texts(drawn["loss_curves"])
+
+
+def test_without_a_zero_predictor_losses_stay_as_they_are():
+    assert not units_of(make_study([2], predict_zero_loss=None)).relative
+    assert study_figures(make_study([2], predict_zero_loss=None))["loss_curves"].axes[0].get_ylabel() == (
+        "mean squared error per output"
+    )
+
+
+def test_losses_on_held_out_inputs_are_relative_to_their_own_zero_predictor():
+    study = make_study([2], held_out_predict_zero_loss=4.0)
+    lines = [axes.lines[0].get_ydata()[-1] for axes in study_figures(study)["loss_curves"].axes]
+    last = study.curves.iloc[-1]
+    assert lines == [last["train_loss"] / 2.0, last["val_loss"] / 4.0]

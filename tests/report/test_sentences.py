@@ -1,0 +1,172 @@
+"""Sentences on ranks and above figures say no more than the rows of the summary do."""
+
+import math
+
+import pytest
+from drawn_study import DIVERGED, PLAN, make_study, texts
+from study_rows import make_row
+
+from ks.files.status import Ending, Status
+from ks.report.figures.draw import study_figures
+from ks.report.sentences import advice, listed, not_faster
+from ks.report.speed import measured_batches
+
+TIMES = {2: (1.0, 2.0), 4: (3.0, 2.0)}
+
+
+def headings(study):
+    return {name: texts(figure)[0].replace("\n", " ") for name, figure in study_figures(study).items()}
+
+
+def test_ranks_at_their_floors():
+    study = make_study([2, 4], level=1.0, num_epochs=3000)
+    found, floors = headings(study), PLAN.floors([2, 4])
+    first, last = study.summary["relative_loss"]
+    assert found["loss_curves"] == f"Rank 4 loses {last:.2%} of the output energy; every rank is at its floor"
+    assert found["final_losses"] == f"From rank 2 to rank 4, the relative loss falls from {first:.2%} to {last:.2%}"
+    assert found["floor"] == f"No chain of rank 4 loses less than {floors[4].lower:.2%}"
+    worst = study.summary["excess"].max()
+    assert found["gap"] == f"Every rank ends at most {100 * worst:.2g}% of the output energy above its floor"
+
+
+def test_ranks_away_from_their_floors():
+    study = make_study([2, 4])
+    found, worst = headings(study), study.summary["excess"].max()
+    assert found["loss_curves"].endswith("; every rank is undertrained")
+    assert (
+        found["gap"] == f"Rank 2 ends furthest above its floor, by {worst:.2%} of the output energy; it is undertrained"
+    )
+    assert headings(make_study([4]))["loss_curves"].endswith("; it is undertrained")
+
+
+def test_ranks_better_than_their_best_known_chains():
+    study = make_study([2, 4], level=0.9, num_epochs=3000, spread=1.3)
+    assert (study.summary["excess"] < 0).all()
+    assert headings(study)["gap"] == "No rank ends above its best known chain"
+
+
+def test_a_small_excess_is_named():
+    study = make_study([2, 4], level=1.0, num_epochs=3000)
+    study.summary["verdict"] = "within 0.1% of the energy, saturated"
+    assert headings(study)["loss_curves"].endswith("; every rank is within 0.1% of the energy")
+
+
+def test_many_ranks_are_counted():
+    study = make_study(range(1, 13))
+    study.summary.loc[0, "verdict"] = "converged"
+    assert headings(study)["loss_curves"].endswith("; 11 of 12 ranks are undertrained")
+
+
+def test_a_failed_rank_is_not_the_best():
+    assert headings(make_study([2, 4], endings={4: DIVERGED}))["loss_curves"].startswith("Rank 2 loses ")
+
+
+@pytest.mark.parametrize(
+    ("target", "spread", "expected"),
+    [
+        (0.5, 1.0, "Rank {least} is the smallest that can reach the target of 50%"),
+        (0.5, 1.01, "Rank 4 is the smallest trained rank that is known to reach the target of 50%"),
+        (0.5, 2.0, "No trained rank is known to reach the target of 50%"),
+        (1e-9, 1.0, "Rank {saturation} is the smallest that can reach the target of 1e-07%"),
+    ],
+)
+def test_a_target_is_answered_by_the_floors(target, spread, expected):
+    curve = PLAN.curve.tolist()
+    ranks = {"least": next(rank for rank, loss in enumerate(curve) if loss <= target), "saturation": len(curve) - 1}
+    assert headings(make_study([2, 4], target=target, spread=spread))["floor"] == expected.format(**ranks)
+
+
+def test_two_bounds_are_both_in_the_sentence():
+    study = make_study([2, 4], spread=1.2)
+    bounds = study.summary["loss_floor"].iloc[1] / 2, study.summary["loss_floor_upper"].iloc[1] / 2
+    assert headings(study)["floor"] == (
+        f"At rank 4, the best known chain loses {bounds[1]:.2%}, and no chain loses less than {bounds[0]:.2%}"
+    )
+    assert "above its best known chain" in headings(study)["gap"]
+
+
+def test_the_front_compares_with_low_rank_at_equal_parameters():
+    assert headings(make_study([2, 4], level=1.3))["front"] == (
+        "At equal size, low-rank can lose less than every trained monarch chain"
+    )
+    assert headings(make_study([2, 4], level=0.1, num_epochs=1000))["front"] == (
+        "Every trained monarch chain loses less than low-rank can at equal size"
+    )
+
+
+def test_a_chain_slower_than_dense_says_so():
+    found = headings(make_study([2, 4], times=TIMES))["latency"]
+    assert found == "Not faster than dense: rank 4 at batch 1; rank 4 at batch 32; rank 4 at batch 1024"
+    both = {2: (1.0, 2.0), 4: (1.0, 2.0)}
+    assert headings(make_study([2, 4], times=both))["latency"] == (
+        "Every chain is faster than dense at every batch size"
+    )
+
+
+def row(rank, **times):
+    """Return a row with (chain, dense) milliseconds at batch_1, batch_32 or batch_1024."""
+    found = {"rank": rank}
+    for name, (chain, dense) in times.items():
+        found |= {f"latency_ms_{name}": chain, f"dense_latency_ms_{name}": dense}
+    return found
+
+
+def test_a_chain_is_faster_only_by_more_than_the_noise():
+    rows = [row(2, batch_1=(0.9, 1.0), batch_32=(0.96, 1.0)), row(4, batch_1=(0.9, 1.0), batch_32=(0.1, 1.0))]
+    assert not_faster(rows) == "not faster than dense: rank 2 at batch 32"
+
+
+def test_what_is_not_measured_is_not_slow():
+    rows = [row(2), row(4, batch_1=(math.nan, math.nan), batch_32=(None, None))]
+    assert measured_batches(rows) == []
+    assert not_faster(rows) == ""
+
+
+def test_chains_slower_than_dense_say_so_by_batch_size():
+    rows = [row(2, batch_1=(2.0, 1.0)), row(64, batch_1=(0.1051, 0.099), batch_1024=(2.0, 1.0))]
+    assert not_faster(rows) == "not faster than dense: every rank at batch 1; rank 64 at batch 1024"
+
+
+def test_lists_of_ranks():
+    assert listed([2], 6) == "rank 2"
+    assert listed([2, 4, 8], 6) == "ranks 2, 4 and 8"
+    assert listed([1, 2, 3, 4, 5], 6) == "5 of 6 ranks"
+    assert listed([1, 2], 2) == "every rank"
+
+
+def test_advice_is_plain():
+    rows = [
+        make_row(population=0.26, train=0.1),
+        make_row(population=0.26, train=0.26, rank=3),
+        make_row(ending=DIVERGED),
+        make_row(ending=Ending(Status.INTERRUPTED)),
+    ]
+    sentences = advice(rows, "fixed")
+    assert sentences[0].startswith("Rank 2 is sample-limited: its loss is 30% above the floor, and the training loss")
+    assert "--sampling auto or more samples" in sentences[0]
+    assert "--num_epochs" in sentences[1]
+    assert "train.log" in sentences[2]
+    assert "larger" not in sentences[0]
+    assert sentences[3] == "Larger than the dense weight: rank 3."
+    assert len(sentences) == 4
+    assert "Use more samples." in advice(rows[:1], "fresh")[0]
+
+
+def test_advice_on_an_undertrained_rank_gives_the_number_that_decides():
+    (sentence,) = advice([make_row(population=0.26, train=0.26, lower=0.2)])
+    assert sentence == (
+        "Rank 2 is undertrained: its loss is 30% above the floor (92.50% of the achievable reduction). Increase "
+        "--num_epochs."
+    )
+    (without_gap,) = advice([make_row(population=0.26, train=0.26, lower=0.0)])
+    assert "its loss is 26.00% of the output energy above the floor (74.00% of the achievable" in without_gap
+
+
+def test_a_small_excess_over_a_tiny_floor_is_not_called_converged():
+    row = make_row(population=0.0007, train=0.0007, lower=0.0001, upper=0.000126)
+    assert row["optimality_gap"] > 4.5
+    assert "converged" not in str(row["verdict"])
+    assert advice([row]) == [
+        "Rank 2 is within 0.1% of the energy: its loss exceeds that of the best known chain by 0.057% of the output "
+        "energy. A larger --num_epochs gains little."
+    ]
