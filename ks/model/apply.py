@@ -12,8 +12,8 @@ from ks.files.layout import layer_folder, run_files
 from ks.layer import KSLinear
 from ks.model.model_plan import ModelPlan
 from ks.model.places import Place, find_places, replace_modules
-from ks.moments.moments_file import InputMoments
-from ks.moments.read import inputs_of, read_input_moments
+from ks.moments.moments_file import InputMoments, as_moments
+from ks.moments.read import inputs_of
 from ks.moments.second_moment import MeasuredInputs
 
 ChainOf = Callable[[Place], KSLinear]
@@ -57,9 +57,10 @@ def compress(
         raise UsageError(f"trained chains of {folder} need no moments; leave them out")
     if folder is None:
         _check_moments(plan, moments)
+    given = as_moments(moments)
 
     def chain_of(place: Place) -> KSLinear:
-        return factorised(place, _inputs(place, moments), impl) if folder is None else _trained(place, folder, impl)
+        return factorised(place, _inputs(place, given), impl) if folder is None else _trained(place, folder, impl)
 
     return apply_chains(model, plan, chain_of, quiet)
 
@@ -98,15 +99,12 @@ def _check_moments(plan: ModelPlan, moments) -> None:
         raise UsageError("the plan is for isotropic inputs and needs no moments; leave them out, or plan with them")
 
 
-def _inputs(place: Place, moments) -> MeasuredInputs | None:
+def _inputs(place: Place, moments: InputMoments | None) -> MeasuredInputs | None:
     """Return the inputs that a layer was planned for, None if they are isotropic."""
     layer = place.plan
-    if layer.inputs_sha256 is None:
+    if layer.inputs_sha256 is None or moments is None:
         return None
-    if isinstance(moments, InputMoments):
-        given = inputs_of(moments, layer.cols, layer.layer)
-    else:
-        given = read_input_moments(moments, layer.cols, weight_key=layer.layer)
+    given = inputs_of(moments, layer.cols, layer.layer)
     if given.sha256 != layer.inputs_sha256:
         raise UsageError(
             f"the moments of the inputs of {one_line(layer.layer)} (hash {given.sha256[:12]}…) are not those of the "

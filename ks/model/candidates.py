@@ -1,7 +1,7 @@
 """Compute the floors of all families on all weights, many layers at a time."""
 
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +13,10 @@ from ks.bounds.layer_floors import LayerFloors, layer_floors
 from ks.chain.patterns import Chain
 from ks.errors import UsageError, one_line
 from ks.model.layer_weights import LayerWeight
-from ks.moments.moments_file import InputMoments, MomentsFile, find_weight
+from ks.moments.moments_file import InputMoments, as_moments
 from ks.moments.pieces import one_thread_each
 from ks.moments.read import inputs_of, inputs_sha256
-from ks.moments.second_moment import UNIT_INPUTS, Inputs, MeasuredInputs
+from ks.moments.second_moment import UNIT_INPUTS, MeasuredInputs
 
 MakeChain = Callable[[int, int, str], Chain]
 Report = Callable[[str], None]
@@ -80,8 +80,8 @@ def find_candidates(
     Raises:
         UsageError: a family without floors, a layer without moments, or moments that do not fit.
     """
+    moments = as_moments(moments)
     check_inputs(weights, moments)
-    inputs = _InputsOfLayers(moments)
     file = FloorsFile(floors_path)
     tied: dict[Hashable, list[str]] = {}
     for weight in weights:
@@ -100,11 +100,13 @@ def find_candidates(
         for family in families:
             if reason := no_floor_reason(family):
                 raise UsageError(f"{one_line(weight.name)}: no floor: {reason}")
-        sha256, inputs_sha256 = loaded.sha256(), inputs.sha256(weight.name)
-        known = {family: file.find(sha256, inputs_sha256, family) for family in families}
+        given = None if moments is None else moments.only(weight.name)
+        sha256, given_sha256 = loaded.sha256(), None if given is None else inputs_sha256(given, weight.name)
+        known = {family: file.find(sha256, given_sha256, family) for family in families}
         new = {}
         if not all(known.values()):
-            moment, tensor = inputs.second_moment(weight.name, cols), loaded.tensor.to(device)
+            moment = MeasuredInputs(inputs_of(given, cols, weight.name).train.second_moment) if given else UNIT_INPUTS
+            tensor = loaded.tensor.to(device)
             new = {
                 family: layer_floors(tensor, family, moment, lambda text: check_stop())
                 for family, floors in known.items()
@@ -112,7 +114,7 @@ def find_candidates(
             }
         complete = tuple(floors for floors in (known | new).values() if floors is not None)
         itemsize, others = loaded.tensor.element_size(), tuple(tied[weight.place][1:])
-        entry = Candidates(weight.name, rows, cols, sha256, inputs_sha256, itemsize, complete, others)
+        entry = Candidates(weight.name, rows, cols, sha256, given_sha256, itemsize, complete, others)
         return entry, [*new.values()], time.monotonic() - started
 
     try:
@@ -134,15 +136,14 @@ def find_candidates(
     return found
 
 
-def check_inputs(weights: Iterable[LayerWeight], moments: InputMoments | str | Path | None) -> None:
+def check_inputs(weights: Iterable[LayerWeight], moments: InputMoments | None) -> None:
     """Raise UsageError unless moments hold the inputs of every weight; the message counts those that lack them."""
-    inputs = _InputsOfLayers(moments)
     if moments is None:
         return
     reasons = []
     for weight in weights:
         try:
-            find_weight(inputs.aliases(), weight.name, inputs.where)
+            moments.key_of(weight.name)
         except UsageError as error:
             reasons.append(str(error))
     if reasons:
@@ -153,34 +154,3 @@ def check_inputs(weights: Iterable[LayerWeight], moments: InputMoments | str | P
 def _each(compute, weights: Iterable[LayerWeight], device) -> Iterator:
     """Yield compute(weight) for each weight, in order; one at a time on a GPU."""
     return one_thread_each(compute, weights) if torch.device(device).type == "cpu" else map(compute, weights)
-
-
-class _InputsOfLayers:
-    """The inputs of every layer, from moments in memory or a file of them; isotropic without either."""
-
-    def __init__(self, moments: InputMoments | str | Path | None):
-        self.moments = moments if moments is None or isinstance(moments, InputMoments) else MomentsFile(moments)
-        self.where = "these moments" if isinstance(moments, InputMoments) else str(moments)
-
-    def sha256(self, name: str) -> str | None:
-        """Return the hash of the moments of a layer; None for isotropic inputs."""
-        return None if self.moments is None else inputs_sha256(self._of(name), name)
-
-    def second_moment(self, name: str, width: int) -> Inputs:
-        """Return the second moment of the inputs of a layer of n = `width` input features, checked."""
-        if self.moments is None:
-            return UNIT_INPUTS
-        return MeasuredInputs(inputs_of(self._of(name), width, name).train.second_moment)
-
-    def aliases(self) -> Mapping[str, str]:
-        """Return the NAME of the input of every weight that has moments."""
-        assert self.moments is not None
-        return self.moments.aliases if isinstance(self.moments, InputMoments) else self.moments.record.aliases
-
-    def _of(self, name: str) -> InputMoments:
-        """Return moments with at least those of one layer."""
-        assert self.moments is not None
-        if isinstance(self.moments, InputMoments):
-            return self.moments
-        found = find_weight(self.aliases(), name, self.where)
-        return self.moments.moments({found: self.aliases()[found]})

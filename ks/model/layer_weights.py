@@ -66,7 +66,7 @@ def select_weights(
     globs = [layers] if isinstance(layers, str) else list(layers)
     if isinstance(source, torch.nn.Module):
         # Here, because the package of inputs need not load for a file.
-        from ks.model.collect import find_linears
+        from ks.model.linears import find_linears
 
         linears = find_linears(source, "**").values()
         entries = {linear.key: linear.module.weight for linear in linears}

@@ -1,7 +1,6 @@
 """The plan of a model: the chain and the rank of every matched weight, or that it stays dense; and its JSON file."""
 
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -24,14 +23,6 @@ class Objective(StrEnum):
 
     BUDGET = "budget"
     TARGET = "target"
-
-
-class Weighting(StrEnum):
-    """Where the importance of each layer comes from."""
-
-    EQUAL = "equal"
-    ENERGY = "energy"
-    GIVEN = "given"
 
 
 @dataclass(frozen=True)
@@ -122,27 +113,21 @@ class ModelPlan:
 
     Args:
         layers: one plan for each weight; of tied weights the first.
-        objective: 'budget', the least loss with at most the share `value` of the dense parameters; or 'target', the
+        objective: 'budget', the least loss with at most the fraction `value` of the dense parameters; or 'target', the
             fewest parameters with a mean relative loss of at most `value`.
         value: of the objective.
-        weighting: of the losses: 'equal'; 'energy', by the output energy of the dense weights; or 'given'.
-        weights: importance of each layer, in their order.
-        exact: whether no other choice is better, by the upper bounds of the losses.
-        gap: how much better another choice could be at most, in loss for a budget, for a target as a share of the
-            dense parameters; 0 if exact.
-        uniform: for comparison, the plans of the same layers with the same share in every layer.
+        gap: the fraction of the loss (of the parameters, for a target) that another choice could save at most, by the
+            upper bounds of the losses.
+        uniform: for comparison, the plans of the same layers with the same fraction in every layer.
         rank_multiple: every rank is a multiple of it.
         checkpoint: name of its file, without folders; empty for a model in memory.
     Raises:
-        UsageError: no layers, two with one name, or weights or a uniform plan of another number of layers.
+        UsageError: no layers, two with one name, or a uniform plan of another number of layers.
     """
 
     layers: Annotated[tuple[LayerPlan, ...], Meta(min_length=1)]
     objective: Objective
     value: Loss
-    weighting: Weighting = Weighting.EQUAL
-    weights: tuple[Loss, ...] = ()
-    exact: bool = True
     gap: Loss = 0.0
     uniform: tuple[LayerPlan, ...] = ()
     rank_multiple: Positive = 1
@@ -152,9 +137,8 @@ class ModelPlan:
         names = [name for layer in self.layers for name in (layer.layer, *layer.shared_with)]
         if len(set(names)) != len(names):
             raise UsageError("a plan with two entries for one weight")
-        for what, entries in (("weights", self.weights), ("layers of the uniform plan", self.uniform)):
-            if entries and len(entries) != len(self.layers):
-                raise UsageError(f"a plan of {len(self.layers)} layers with {len(entries)} {what}")
+        if self.uniform and len(self.uniform) != len(self.layers):
+            raise UsageError(f"a plan of {len(self.layers)} layers with {len(self.uniform)} layers of the uniform plan")
 
     @property
     def parameters(self) -> int:
@@ -183,17 +167,13 @@ class ModelPlan:
 
     @property
     def mean_relative_loss(self) -> float:
-        """Mean of the relative losses of the best known chains, weighted by `weights`: Σ w·loss / Σ w."""
-        return self._mean(layer.relative_loss for layer in self.layers)
+        """Mean of the relative losses of the best known chains over the layers."""
+        return sum(layer.relative_loss for layer in self.layers) / len(self.layers)
 
     @property
     def mean_relative_loss_lower(self) -> float:
-        """The same mean of the lower bounds of these chains."""
-        return self._mean(layer.relative_loss_lower for layer in self.layers)
-
-    def _mean(self, losses: Iterable[float]) -> float:
-        weights = self.weights or (1.0,) * len(self.layers)
-        return sum(weight * loss for weight, loss in zip(weights, losses)) / sum(weights)
+        """Mean of the lower bounds of these chains."""
+        return sum(layer.relative_loss_lower for layer in self.layers) / len(self.layers)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return a row for each layer, with the columns of `ks.files.columns.PLAN`."""
@@ -207,7 +187,7 @@ class ModelPlan:
         """
         if not self.uniform:
             raise UsageError("this plan has no uniform one beside it")
-        return dataclasses.replace(self, layers=self.uniform, exact=False, gap=0.0)
+        return dataclasses.replace(self, layers=self.uniform, uniform=())
 
     def save(self, path) -> None:
         """Write the plan as JSON, atomically; totals and shares are in the file for its readers, `load` ignores them.

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from ks.errors import UsageError, one_line
+from ks.files.globs import find_weight
 from ks.files.weights import DTYPES, Weight
 from ks.layer import KSLinear
-from ks.model.collect import Linear, linears_of, unwrapped
+from ks.model.linears import Linear, linears_of, unwrapped
 from ks.model.model_plan import LayerPlan, ModelPlan
-from ks.moments.moments_file import find_weight
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from ks.files.memory import check_fits
 from ks.files.provenance import now
 from ks.files.schema import CompressedLayer, CompressedModel, read_json_as
 from ks.layer import KSLinear
-from ks.model.collect import checkpoint_name, linears_of, unwrapped
+from ks.model.linears import checkpoint_name, linears_of, unwrapped
 from ks.model.places import replace_modules
 
 TENSORS, RECORD = "model.safetensors", "compressed.json"

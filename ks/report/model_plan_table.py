@@ -25,8 +25,9 @@ def totals(plan: ModelPlan) -> list[str]:
         f"The layers lose {upper:.2%} of their output energy on average{at_least}. With the same share in every layer, "
         f"{uniform.share:.2%} of the parameters lose {uniform.mean_relative_loss:.2%}.",
     ]
-    if not plan.exact:
-        sentences.append(f"The plan is not proven to be the best one, which {_better(plan)} by at most {plan.gap:.2%}.")
+    if plan.gap >= 1e-4:
+        saved = "loss" if plan.objective is Objective.BUDGET else "parameters"
+        sentences.append(f"Another choice of these chains could save at most {plan.gap:.2%} of the {saved}.")
     if any(layer.interpolated for layer in plan.layers):
         sentences.append("Losses marked ~ are interpolated between ranks for which a chain is known.")
     if kept:
@@ -35,10 +36,6 @@ def totals(plan: ModelPlan) -> list[str]:
             "parameters for its loss."
         )
     return sentences
-
-
-def _better(plan: ModelPlan) -> str:
-    return "loses less" if plan.objective is Objective.BUDGET else "is smaller"
 
 
 def plan_lines(plan: ModelPlan) -> str:

@@ -17,7 +17,7 @@ from ks.files.provenance import provenance
 from ks.files.status import Status
 from ks.files.weights import packed
 from ks.model.model_plan import LayerPlan, ModelPlan
-from ks.study.checkpoint_plan import check_flags, importance_of, plan_checkpoint, select
+from ks.study.checkpoint_plan import check_flags, plan_checkpoint, select
 from ks.study.choices import remedies_of
 from ks.study.claim import claim_folder
 from ks.study.launcher import Launcher, Outcome
@@ -55,7 +55,6 @@ class CheckpointStudy:
     def __init__(self, config: SweepConfig, trainer: Path):
         check_flags(config)
         self.config, self.trainer = config, trainer
-        self.importance = importance_of(config)
         self.selection = select(config)
         self.layers: list[_Layer] = []
         self.locks = contextlib.ExitStack()
@@ -68,7 +67,7 @@ class CheckpointStudy:
 
         files = SweepFiles(prepare_output_dir(self.config.output_dir), self.config.save_prefix)
         with locked(files.lock, "another sweep"):
-            candidates, plan = plan_checkpoint(self.config, self.selection, self.importance, files)
+            candidates, plan = plan_checkpoint(self.config, self.selection, files)
         if plan is None:
             return "\n".join([floors_lines(candidates), str(files.layer_floors_csv)])
         return "\n".join([*filled(totals(plan)), "", plan_lines(plan), str(files.plan_json), str(files.plan_csv)])
@@ -114,7 +113,7 @@ class CheckpointStudy:
         claim_folder(files, [], record, config.files_read(), config.overwrite, remedies_of(config))
         from ks.report.model_plan_table import totals  # pandas loads late
 
-        _, plan = plan_checkpoint(config, self.selection, self.importance, files)
+        _, plan = plan_checkpoint(config, self.selection, files)
         for text in totals(plan) if plan is not None else ():
             console.note(text, config.quiet)
         for layer in self._configs(plan, files):

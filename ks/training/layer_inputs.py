@@ -10,8 +10,9 @@ from ks.cli.flags import TrainingFlags
 from ks.errors import UsageError, one_line
 from ks.files.columns import ISOTROPIC
 from ks.files.weights import Weight
-from ks.moments.read import GivenInputs, PartMoments, read_input_moments
+from ks.moments.read import Calibration, read_input_moments
 from ks.moments.second_moment import Inputs, IsotropicInputs, MeasuredInputs
+from ks.moments.sums import InputSums
 from ks.training.coordinates import Coordinates, isotropic_coordinates, measured_coordinates
 
 MEASURED = "measured"
@@ -38,7 +39,7 @@ class LayerInputs:
     predict_zero_loss: float
     held_out: MeasuredInputs | None
     held_out_predict_zero_loss: float | None
-    given: GivenInputs | None
+    given: Calibration | None
     description: dict[str, Any]
     notes: tuple[str, ...]
 
@@ -107,7 +108,7 @@ def _isotropic(std: float, weight: torch.Tensor) -> LayerInputs:
     return LayerInputs(coordinates, inputs, predict_zero_loss, None, None, None, description, (note,))
 
 
-def _measured(given: GivenInputs, weight: torch.Tensor, chain: Chain, config: TrainingFlags) -> LayerInputs:
+def _measured(given: Calibration, weight: torch.Tensor, chain: Chain, config: TrainingFlags) -> LayerInputs:
     moment = MeasuredInputs(given.train.second_moment)
     centre = given.train.mean if config.fit_bias else None
     energy = moment.output_energy(weight)
@@ -140,7 +141,7 @@ def _measured(given: GivenInputs, weight: torch.Tensor, chain: Chain, config: Tr
     )
 
 
-def _centred(given: GivenInputs, path: str | None) -> MeasuredInputs:
+def _centred(given: Calibration, path: str | None) -> MeasuredInputs:
     """Return the second moment of the training inputs around their mean.
 
     Raises:
@@ -156,7 +157,7 @@ def _centred(given: GivenInputs, path: str | None) -> MeasuredInputs:
         raise UsageError(f"{trouble} ({error}); leave it out") from error
 
 
-def _around(part: PartMoments, centre: torch.Tensor) -> torch.Tensor:
+def _around(part: InputSums, centre: torch.Tensor) -> torch.Tensor:
     """Return the second moment of x − μ: C − m μᵀ − μ mᵀ + μ μᵀ with m the mean of x; C − μ μᵀ if m is μ."""
     cross = part.mean.outer(centre)
     moment = part.second_moment - cross - cross.t() + centre.outer(centre)

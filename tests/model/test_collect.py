@@ -9,7 +9,7 @@ from networks import Attention, Conv1D, hand_computed, normal
 
 import ks
 from ks.errors import UsageError
-from ks.model.collect import find_linears
+from ks.model.linears import find_linears
 
 LAYER = "encoder.layer.0"
 ALL = "encoder.**"
@@ -142,12 +142,12 @@ def test_whole_batches_are_held_out_every_fifth():
     assert found.batches[f"{LAYER}.query"] == 11
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.2, 0.25, 0.29, 0.3, 0.5, 0.7])
-def test_the_held_out_share_is_kept_exactly(share):
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.2, 0.25, 0.29, 0.3, 0.5, 0.7])
+def test_the_held_out_fraction_is_kept_exactly(fraction):
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
-    found = collect(model, [torch.ones(1, 2)] * 100, "**", held_out=share)
-    assert found.train["0"].count == round(100 * (1 - share))
-    assert sum(sums.count for sums in found.held_out.values()) == round(100 * share)
+    found = collect(model, [torch.ones(1, 2)] * 100, "**", held_out=fraction)
+    assert found.train["0"].count == round(100 * (1 - fraction))
+    assert sum(sums.count for sums in found.held_out.values()) == round(100 * fraction)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -221,6 +221,25 @@ def test_an_attention_mask_of_four_dimensions_is_refused():
 @pytest.mark.parametrize("batch", [(normal(3, 6), None), [normal(3, 6)], normal(3, 6), {"x": normal(3, 6)}])
 def test_every_kind_of_batch(batch):
     agrees(collect(Attention(), [batch], held_out=0).train[f"{LAYER}.query"], normal(3, 6))
+
+
+class Offloaded(torch.nn.Module):
+    """A layer whose parameters are on meta, and come from elsewhere for each call, as with hooks of accelerate."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(6, 5)
+        self.stored = {name: value.detach().clone() for name, value in self.layer.named_parameters()}
+        self.layer.to("meta")
+
+    def forward(self, x):
+        return torch.func.functional_call(self.layer, self.stored, (x,))
+
+
+@pytest.mark.parametrize("behind", [torch.nn.Linear(5, 5), torch.nn.ReLU()], ids=["partly", "wholly"])
+def test_a_model_with_offloaded_parameters_is_observed(behind):
+    found = collect(torch.nn.Sequential(Offloaded(), behind), [normal(3, 6)], "**", held_out=0)
+    agrees(found.train["0.layer"], normal(3, 6))
 
 
 def test_inputs_given_by_keyword():
@@ -377,7 +396,7 @@ def test_layers_that_match_nothing_are_refused(layers, message):
 def test_what_cannot_be_collected_is_refused():
     with pytest.raises(UsageError, match="no batch"):
         collect(Attention(), [])
-    with pytest.raises(UsageError, match="a held-out share of 1"):
+    with pytest.raises(UsageError, match="a held-out fraction of 1"):
         collect(Attention(), [normal(3, 6)], held_out=1)
     with pytest.raises(UsageError, match="a batch of type int"):
         collect(Attention(), [3])

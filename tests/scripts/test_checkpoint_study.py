@@ -146,7 +146,6 @@ BAD = {
     "multiple": (("--rank_multiple", 8), LAYERS, "give --budget or --target_relative_loss too"),
     "splits": (("--row_splits", 4, 6, "--col_splits", 4, 4), LAYERS, "are for one weight"),
     "no floor": (("--chain", "lowrank_butterfly"), LAYERS, "has no floor, and a plan needs one"),
-    "importance": (("--importance", "absent.json", "--budget", 0.5), LAYERS, "absent.json"),
     "inputs": (("--inputs", "x.safetensors"), LAYERS, "(4 layers lack them); collect them, or name other layers"),
     "samples": (("--inputs", "x.npy"), LAYERS, "x.npy cannot be read as moments of inputs"),
     "bias": (("--fit_bias",), LAYERS, "--fit_bias is for one weight"),
