@@ -16,7 +16,7 @@ from ks.model.layer_weights import LayerWeight
 from ks.moments.moments_file import InputMoments, as_moments
 from ks.moments.pieces import one_thread_each
 from ks.moments.read import inputs_of, inputs_sha256
-from ks.moments.second_moment import UNIT_INPUTS, MeasuredInputs
+from ks.moments.second_moment import SecondMoment
 
 MakeChain = Callable[[int, int, str], Chain]
 Report = Callable[[str], None]
@@ -105,7 +105,7 @@ def find_candidates(
         known = {family: file.find(sha256, given_sha256, family) for family in families}
         new = {}
         if not all(known.values()):
-            moment = MeasuredInputs(inputs_of(given, cols, weight.name).train.second_moment) if given else UNIT_INPUTS
+            moment = SecondMoment.of(None if given is None else inputs_of(given, cols, weight.name).train.second_moment)
             tensor = loaded.tensor.to(device)
             new = {
                 family: layer_floors(tensor, family, moment, lambda text: check_stop())
