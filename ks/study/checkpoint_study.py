@@ -2,8 +2,8 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 from ks import signals
 from ks.bounds.floors import Floor
@@ -16,7 +16,7 @@ from ks.files.lock import locked
 from ks.files.provenance import provenance
 from ks.files.status import Status
 from ks.files.weights import packed
-from ks.model.model_plan import LayerPlan, ModelPlan
+from ks.model.model_plan import LayerPlan
 from ks.study.checkpoint_plan import check_flags, plan_checkpoint, select
 from ks.study.choices import remedies_of
 from ks.study.claim import claim_folder
@@ -45,35 +45,70 @@ class _Layer:
 class CheckpointStudy:
     """Several weights of a checkpoint, each with a results folder of its own in that of the study.
 
+    It has the steps of `ks.study.weight_study.WeightStudy`.
+
     Args:
         config: of the sweep.
         trainer: absolute path of the training script.
-    Raises:
-        UsageError: flags that do not go together, or no weight matches.
     """
 
     def __init__(self, config: SweepConfig, trainer: Path):
-        check_flags(config)
         self.config, self.trainer = config, trainer
-        self.selection = select(config)
+        self.files = SweepFiles(Path(config.output_dir).absolute(), config.save_prefix, config.metric)
         self.layers: list[_Layer] = []
-        self.locks = contextlib.ExitStack()
+        self.results: dict[Run, Result] = {}
         self.ended: list[Status] = []
+        self._launcher: Launcher | None = None
+        self._places = contextlib.ExitStack()  # the launcher, until all has run
+        self._folders = contextlib.ExitStack()  # their locks, until all is written
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        """Stop what still runs, then let other sweeps into the folders."""
+        with self._folders:
+            self._places.close()
+
+    def load(self) -> None:
+        """Find the weights that the flags name; write nothing.
+
+        Raises:
+            UsageError: flags that do not go together, or no weight matches.
+        """
+        check_flags(self.config)
+        self.selection = select(self.config)
+
+    def plan(self) -> None:
+        """Lock the results folder, compute the floors of the layers and choose a chain and a rank for each.
+
+        The floors and the plan are kept in the folder.
+
+        Raises:
+            UsageError: the folder is in use or holds another study, or the plan cannot be made.
+        """
+        prepare_output_dir(self.files.directory)
+        self._folders.enter_context(locked(self.files.lock, "another sweep"))
+        if not self.config.dry_run:
+            self._claim_folder()
+        self.candidates, self.planned = plan_checkpoint(self.config, self.selection, self.files)
 
     def plan_text(self) -> str:
-        """Plan, and return the plan as text, for --dry_run; the floors are kept in the results folder."""
+        """Return the plan as text, for --dry_run."""
         from ks.report.model_plan_table import floors_lines, plan_lines, totals
         from ks.report.text_table import filled
 
-        files = SweepFiles(prepare_output_dir(self.config.output_dir), self.config.save_prefix)
-        with locked(files.lock, "another sweep"):
-            candidates, plan = plan_checkpoint(self.config, self.selection, files)
+        files, plan = self.files, self.planned
         if plan is None:
-            return "\n".join([floors_lines(candidates), str(files.layer_floors_csv)])
+            return "\n".join([floors_lines(self.candidates), str(files.layer_floors_csv)])
         return "\n".join([*filled(totals(plan)), "", plan_lines(plan), str(files.plan_json), str(files.plan_csv)])
 
-    def launcher(self) -> Launcher:
-        """Return the launcher that the flags name, with the files that trainings elsewhere read."""
+    def open_launcher(self) -> None:
+        """Open the launcher that the flags name, with the files that runs elsewhere read; write nothing.
+
+        Raises:
+            UsageError: places that do not exist, or a cluster that cannot be joined.
+        """
         files = {}
         if self.config.launcher == "ray":
             path = Path(self.config.weight_path).absolute()
@@ -84,20 +119,10 @@ class CheckpointStudy:
                 files[str(inputs)] = (f"inputs_{inputs.name}", inputs.read_bytes())
         device = choose_device(self.config.device)
         ranks = len(self.config.ranks or [1]) * len(self.config.seeds or [1])
-        return launcher_of(self.config, device, len(self.selection.weights) * ranks, self.trainer, files)
+        launcher = launcher_of(self.config, device, len(self.selection.weights) * ranks, self.trainer, files)
+        self._launcher = self._places.enter_context(launcher)
 
-    @contextlib.contextmanager
-    def locked(self, files: SweepFiles) -> Iterator[None]:
-        """Hold a context in which no other sweep works in the results folder, nor in those of the claimed layers."""
-        with locked(files.lock, "another sweep"), self.locks:
-            yield
-
-    def claim(self, files: SweepFiles) -> None:
-        """Claim the results folder, plan, and claim a folder in it for every layer that a chain replaces.
-
-        Raises:
-            UsageError: a folder holds another study, or the plan cannot be made.
-        """
+    def _claim_folder(self) -> None:
         config = self.config
         settings = {name: value for name, value in config.training_settings().items() if name not in NOT_COMPARED}
         settings |= {"checkpoint": self.selection.source, "seed": seeds_of(config)[0]}
@@ -110,24 +135,32 @@ class CheckpointStudy:
             "arguments": vars(config),
             "provenance": provenance(),
         }
-        claim_folder(files, [], record, config.files_read(), config.overwrite, remedies_of(config))
+        claim_folder(self.files, [], record, config.files_read(), config.overwrite, remedies_of(config))
+
+    def claim(self) -> None:
+        """Claim a folder in that of the study for every layer that a chain replaces.
+
+        Raises:
+            UsageError: a folder is in use or holds another study.
+        """
         from ks.report.model_plan_table import totals  # pandas loads late
 
-        _, plan = plan_checkpoint(config, self.selection, files)
-        for text in totals(plan) if plan is not None else ():
-            console.note(text, config.quiet)
-        for layer in self._configs(plan, files):
+        for text in totals(self.planned) if self.planned is not None else ():
+            console.note(text, self.config.quiet)
+        for layer in self._configs():
             signals.check()
             study = WeightStudy(layer, self.trainer)
-            inside = SweepFiles(prepare_output_dir(layer.output_dir), layer.save_prefix, layer.metric)
-            self.locks.enter_context(locked(inside.lock, "another sweep"))
-            study.claim(inside)
+            study.load()
+            study.plan()
+            study.claim()
+            self._folders.push(study.folder.pop_all())
             name = str(layer.weight_key)
             runs = [_named(run, name) for run in study.runs]
-            self.layers.append(_Layer(name, layer, inside, runs, study.floors, study.record["settings"]))
+            self.layers.append(_Layer(name, layer, study.files, runs, study.floors, study.record["settings"]))
 
-    def _configs(self, plan: ModelPlan | None, files: SweepFiles) -> list[SweepConfig]:
+    def _configs(self) -> list[SweepConfig]:
         """Return the flags of every layer that is trained."""
+        plan = self.planned
         if plan is None:
             family = self.config.chains[0] if self.config.chains else self.config.chain or "monarch"
             chosen = [(weight.name, family, self.config.ranks) for weight in self.selection.weights]
@@ -145,23 +178,26 @@ class CheckpointStudy:
                 chain=family,
                 target_relative_loss=None if plan else self.config.target_relative_loss,
                 ranks=ranks,
-                output_dir=str(layer_folder(files.directory, name)),
+                output_dir=str(layer_folder(self.files.directory, name)),
             )
             for name, family, ranks in chosen
         ]
 
-    def train(self, launcher: Launcher) -> dict[Run, Result]:
-        """Train every run of every layer that is not finished yet; return the results of those that ended."""
+    def run(self) -> None:
+        """Train every run of every layer that is not finished yet."""
         runs = [run for layer in self.layers for run in layer.runs]
-        ended = finished_before(self.config, runs, self._read_result)
-        waiting = [run for run in runs if run not in ended]
-        return ended | train_all(self.config, waiting, launcher, self._read_result)
+        self.results = finished_before(self.config, runs, self._read_result)
+        waiting = [run for run in runs if run not in self.results]
+        launcher = self._launcher
+        assert launcher is not None
+        with self._places:
+            self.results |= train_all(self.config, waiting, launcher, self._read_result)
 
     def _read_result(self, run: Run, outcome: Outcome | None = None) -> Result:
         layer = next(layer for layer in self.layers if run in layer.runs)
         return result_of(run, self.config.num_epochs, outcome, layer.settings)
 
-    def conclude(self, files: SweepFiles, ended: dict[Run, Result]) -> list[str]:
+    def conclude(self) -> list[str]:
         """Write summary and figures of every layer, and one summary over all; return the lines to print."""
         from ks.report.layers_table import layers_table
         from ks.report.summary import write_summary
@@ -169,14 +205,17 @@ class CheckpointStudy:
         rows = []
         for layer in self.layers:
             console.note(f"{layer.name}: summary and figures", self.config.quiet)
-            study = WeightStudy(layer.config, self.trainer, layer.floors)
+            study = WeightStudy(layer.config, self.trainer)
+            study.load()
+            study.plan(layer.floors)
             named = zip(study.runs, layer.runs, strict=True)
-            study.conclude(layer.files, {run: ended[with_name] for run, with_name in named if with_name in ended})
+            study.results = {run: self.results[with_name] for run, with_name in named if with_name in self.results}
+            study.conclude()
             study.check_floors()
             self.ended += [row["status"].status for row in study.rows_of_runs]
             rows += study.rows
-        write_summary(files, rows)
-        return [layers_table(rows), str(files.summary_csv)]
+        write_summary(self.files, rows)
+        return [layers_table(rows), str(self.files.summary_csv)]
 
     def statuses(self) -> set[Status]:
         """Return how the runs ended, once the study is concluded."""

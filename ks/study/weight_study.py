@@ -1,4 +1,4 @@
-"""A study of one weight: the plan of a chain family, one training for each rank, summary and figures."""
+"""A study of one weight: the floors of a chain family, one run for each rank, summary and figures."""
 
 import contextlib
 import dataclasses
@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Self
 
 from ks.bounds.floors import Floor, floor_curve
 from ks.bounds.plan import make_plan
@@ -17,7 +18,7 @@ from ks.cli.flags import SweepConfig
 from ks.cli.parser import to_arguments
 from ks.errors import UsageError
 from ks.files import columns
-from ks.files.atomic import delete_leftovers, write_csv
+from ks.files.atomic import delete_leftovers, prepare_output_dir, write_csv
 from ks.files.layout import SweepFiles
 from ks.files.lock import locked
 from ks.files.provenance import provenance
@@ -44,29 +45,63 @@ from ks.training.samples_file import samples_in_files
 
 
 class WeightStudy:
-    """The ranks of one chain family on one weight.
+    """The ranks of one chain family on one weight, in steps: load, plan, claim, run, conclude, in this order.
 
     Args:
         config: of the sweep.
         trainer: absolute path of the training script.
-        floors: of every rank that is trained, if they were computed before.
-    Raises:
-        UsageError: a weight, inputs or ranks that cannot be studied.
     """
 
-    def __init__(self, config: SweepConfig, trainer: Path, floors: dict[int, Floor | None] | None = None):
+    def __init__(self, config: SweepConfig, trainer: Path):
         self.config, self.trainer = config, trainer
-        self.problem = problem = resolve(config, edits_of(trainer))
-        _check_edits(config, trainer, problem.edits)
-        ours = problem.edits.criterion_is_ours
-        if not ours and (flag := _flag_that_needs_floors(config)):
+        self.files = SweepFiles(Path(config.output_dir).absolute(), config.save_prefix, config.metric)
+        self._launcher: Launcher | None = None
+        self.results: dict[Run, Result] = {}
+        self.rows_of_runs: list[dict] = []
+        self.rows: list[dict] = []
+        self._places = contextlib.ExitStack()  # the launcher, until all has run
+        self.folder = contextlib.ExitStack()  # its lock, until all is written
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        """Stop what still runs, then let other sweeps into the folder."""
+        with self.folder:
+            self._places.close()
+
+    def load(self) -> None:
+        """Read the weight, its inputs and the record of the study that the folder holds; write nothing.
+
+        Raises:
+            UsageError: a weight, inputs or an edited training script that cannot be studied.
+        """
+        config = self.config
+        self.problem = problem = resolve(config, edits_of(self.trainer))
+        _check_edits(config, self.trainer, problem.edits)
+        if not problem.edits.criterion_is_ours and (flag := _flag_that_needs_floors(config)):
             raise UsageError(
-                f"{flag} needs the criterion mean_squared_error, and that of {trainer.name} is "
+                f"{flag} needs the criterion mean_squared_error, and that of {self.trainer.name} is "
                 f"{problem.edits.criterion}; leave it out"
             )
+        study = study_in(config)
+        if study is not None and changes(settings_in(study.settings, study.loss), _identity(config, problem)):
+            study = None  # another study, which claiming the folder refuses
+        self.before = study
+
+    def plan(self, floors: dict[int, Floor | None] | None = None) -> None:
+        """Compute the floors, and choose the ranks and when a run may stop; write nothing.
+
+        Args:
+            floors: of every rank that is trained, if they were computed before.
+        Raises:
+            UsageError: ranks that cannot be studied, or --stop_at without what it refers to.
+        """
+        config, problem = self.config, self.problem
+        ours = problem.edits.criterion_is_ours
         if ours and (problem.rows * problem.cols > 2**22 or config.inputs):
             console.note(f"computing the floors of {problem.rows} × {problem.cols}", config.quiet)
-        self.plan = make_plan(
+        self.planned = make_plan(
             problem.internal_weight(),
             problem.chain,
             problem.moment,
@@ -74,37 +109,35 @@ class WeightStudy:
             progress=SlowWork(config.quiet),
             reason=None if ours else "floors hold for mean_squared_error alone",
         )
-        if config.inputs and self.plan.bounds is not None:
+        if config.inputs and self.planned.bounds is not None:
             isotropic = floor_curve(problem.isotropic_weight(), problem.chain)
-            self.plan = dataclasses.replace(self.plan, isotropic_curve=isotropic)
-        study = study_in(config)
-        if study is not None and changes(settings_in(study.settings, study.loss), _identity(config, problem)):
-            study = None  # another study, which claiming the folder refuses
-        self.chosen, self.ranks = ranks_of(config, self.plan, study)
+            self.planned = dataclasses.replace(self.planned, isotropic_curve=isotropic)
+        self.chosen, self.ranks = ranks_of(config, self.planned, self.before)
         if floors is None or not ours:
-            floors = dict(zip(self.ranks, self.plan.floors(self.ranks), strict=True))
+            floors = dict(zip(self.ranks, self.planned.floors(self.ranks), strict=True))
         self.floors = floors
-        stop_below = stop_losses(config, self.floors)
-        self.runs = runs_of(config, self.ranks, Path(config.output_dir).absolute(), trainer, stop_below)
+        self.runs = runs_of(config, self.ranks, self.files.directory, self.trainer, stop_losses(config, floors))
         self.record = record_of(config, problem, self.ranks)
-        self.rows_of_runs: list[dict] = []
-        self.rows: list[dict] = []
 
     def plan_text(self) -> str:
-        """Return the plan, for --dry_run; with --verbose, the commands of the trainings too."""
+        """Return the plan, for --dry_run; with --verbose, the commands of the runs too."""
         for text in self.problem.notes:
             console.note(text, self.config.quiet)
-        table = plan_table(self.plan, self.floors, self.config.verbose)
+        table = plan_table(self.planned, self.floors, self.config.verbose)
         lines = [self.record["title"], *self.remarks(), "", table, ""]
         if not self.config.verbose:
             return "\n".join([*lines, "Nothing was trained or written; --verbose shows patterns and commands."])
         return "\n".join([*lines, *(shlex.join(run.task.command) for run in self.runs if run.rank in self.chosen)])
 
     def remarks(self) -> list[str]:
-        return plan_notes(self.plan, self.config.target_relative_loss)
+        return plan_notes(self.planned, self.config.target_relative_loss)
 
-    def launcher(self) -> Launcher:
-        """Return the launcher that the flags name, with the files that trainings elsewhere read."""
+    def open_launcher(self) -> None:
+        """Open the launcher that the flags name, with the files that runs elsewhere read; write nothing.
+
+        Raises:
+            UsageError: places that do not exist, or a cluster that cannot be joined.
+        """
         config, files = self.config, {}
         if config.launcher == "ray":
             weight_path = Path(config.weight_path).absolute()
@@ -113,41 +146,43 @@ class WeightStudy:
                 inputs = Path(config.inputs).absolute()
                 content = packed_inputs(inputs, config.inputs_key or self.problem.weight.key)
                 files[str(inputs)] = (f"inputs_{inputs.name}", content)
-        return launcher_of(config, self.problem.device, len(self.chosen) * len(seeds_of(config)), self.trainer, files)
+        runs = len(self.chosen) * len(seeds_of(config))
+        launcher = launcher_of(config, self.problem.device, runs, self.trainer, files)
+        self._launcher = self._places.enter_context(launcher)
 
-    def locked(self, files: SweepFiles) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which no other sweep works in the results folder."""
-        return locked(files.lock, "another sweep")
-
-    def claim(self, files: SweepFiles) -> None:
+    def claim(self) -> None:
         """Claim the results folder, and write the floors of every rank into it.
 
         Raises:
-            UsageError: the folder holds another study.
+            UsageError: the folder is in use, or it holds another study.
         """
-        config = self.config
+        config, files = self.config, self.files
+        prepare_output_dir(files.directory)
+        self.folder.enter_context(locked(files.lock, "another sweep"))
         delete_leftovers(files.all(seeds_of(config)))
         claim_folder(files, self.runs, self.record, config.files_read(), config.overwrite, remedies_of(config))
-        rows = floor_rows(self.plan, self.problem.predict_zero_loss)
+        rows = floor_rows(self.planned, self.problem.predict_zero_loss)
         write_csv(files.floor_csv, columns.names(columns.FLOOR), rows)
 
-    def train(self, launcher: Launcher) -> dict[Run, Result]:
-        """Train the chosen runs that are not finished, the largest rank first; return the results that are known."""
+    def run(self) -> None:
+        """Train the chosen runs that are not finished, the largest rank first."""
         for text in (*self.problem.notes, *self.remarks()):
             console.note(text, self.config.quiet)
         chosen = [run for run in self.runs if run.rank in self.chosen]
-        ended = {run: self.read_result(run) for run in self.runs if run.rank not in self.chosen}
+        ended = self.results
+        ended |= {run: self.read_result(run) for run in self.runs if run.rank not in self.chosen}
         ended |= finished_before(self.config, chosen, self.read_result)
         copies = self._copies(ended)
         waiting = [run for run in chosen if run not in ended and run not in copies]
         waiting.sort(key=lambda run: (-run.rank, run.seed))
-        with samples_in_files(self.config, self.problem, self._samples_of(waiting)):
+        launcher = self._launcher
+        assert launcher is not None
+        with self._places, samples_in_files(self.config, self.problem, self._samples_of(waiting)):
             ended |= train_all(self.config, waiting, launcher, self.read_result, _load_report, self._best_known())
         for run, source in copies.items():
             if source in ended and ended_well(ended[source].ending):
                 copy_results(source.files, run.files)
                 ended[run] = self.read_result(run)
-        return ended
 
     def _best_known(self) -> dict[int, float]:
         """Return the best known loss of each rank with a floor, in the unit of the curves."""
@@ -169,24 +204,24 @@ class WeightStudy:
         """Return the result of a run; one that was trained on another weight or other inputs has failed."""
         return result_of(run, self.config.num_epochs, outcome, self.record["settings"])
 
-    def conclude(self, files: SweepFiles, ended: dict[Run, Result]) -> list[str]:
+    def conclude(self) -> list[str]:
         """Write summary and figures; return the lines to print."""
         from ks.report.summary_table import summary_table
         from ks.report.text_table import filled
         from ks.study.outputs import summarise, write_outputs
 
-        results = [ended.get(run) or self.read_result(run) for run in self.runs]
+        results = [self.results.get(run) or self.read_result(run) for run in self.runs]
         self.rows_of_runs, self.rows = summarise(
             results,
             self.floors,
             self.problem,
-            self.plan,
+            self.planned,
             target=self.config.target_relative_loss,
             weight=Path(self.config.weight_path).name,
         )
-        self.record["answer"] = answer(self.rows, self.plan, self.config.target_relative_loss)
+        self.record["answer"] = answer(self.rows, self.planned, self.config.target_relative_loss)
         self.record["advice"] = advice(self.rows, self.problem.sampling)
-        written = write_outputs(self.config, files, self.record, results, self.rows_of_runs, self.rows)
+        written = write_outputs(self.config, self.files, self.record, results, self.rows_of_runs, self.rows)
         return [
             *filled(self.record["answer"]),
             "",
@@ -206,9 +241,8 @@ class WeightStudy:
 
     def _samples_of(self, runs: list[Run]) -> dict[int, Path]:
         """Return the file of samples of each seed that several runs on this machine have in common."""
-        files = SweepFiles(Path(self.config.output_dir).absolute(), self.config.save_prefix)
         seeds = Counter(run.seed for run in runs) if self.config.launcher == "local" else {}
-        return {seed: files.samples(seed) for seed, count in seeds.items() if count > 1}
+        return {seed: self.files.samples(seed) for seed, count in seeds.items() if count > 1}
 
 
 def _identity(config: SweepConfig, problem: Problem) -> dict:
