@@ -27,12 +27,12 @@ from ks.errors import UsageError
 from ks.files.atomic import prepare_output_dir, read_json_object, write_json
 from ks.files.layout import SweepFiles
 from ks.files.ownership import check_free, recorded
+from ks.files.table import filled
 from ks.report.figures import draw
 from ks.report.figures.front import chains
 from ks.report.html import write_report
 from ks.report.read_results import read_study
-from ks.report.summary_table import summary_table
-from ks.report.text_table import filled
+from ks.report.tables import summary_table
 
 
 def build_parser() -> Parser[PlotConfig]:

@@ -96,7 +96,7 @@ def column_tables() -> dict[str, str]:
         keys = any(column.plural for column in declared)
         rows = []
         for column in declared:
-            cells = [f"`{column.name}`", *([f"`{column.plural}`"] if keys else []), column.unit, column.meaning]
+            cells = [f"`{column.name}`", *([f"`{column.plural}`"] if keys else []), column.unit, column.description]
             rows.append(cells)
         tables[f"columns, {name}"] = markdown(("column", *(["key in JSON"] if keys else []), "unit", "meaning"), rows)
     return tables

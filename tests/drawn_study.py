@@ -6,10 +6,11 @@ import torch
 import ks
 from ks.bounds.floors import Floor
 from ks.bounds.plan import make_plan
+from ks.bounds.plan_rows import floor_rows
 from ks.files import columns
 from ks.files.status import OK, Ending, Status
 from ks.report.study import Study, summary_frame
-from ks.report.summary import Reference, floor_rows, rank_row, run_row
+from ks.report.summary import Reference, rank_row, run_row
 
 WEIGHT = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
 CHAIN = ks.make_chain(64, 96)

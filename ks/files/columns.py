@@ -1,7 +1,7 @@
-"""The columns of every table on disk, each declared once: name, type, meaning, unit, and how a terminal shows it.
+"""The columns of every table, each declared once: name, type, unit, form, description.
 
-CSV and JSON files, the checks when they are read back, the printed tables and the tables of docs/files.md are made from
-these declarations. A metric of train_with_random.py is a further column under its own name.
+CSV and JSON files, the checks when they are read back, the tables in a terminal and in the report, and those of
+docs/files.md are made from these declarations. A metric of train_with_random.py is a further column under its own name.
 """
 
 import re
@@ -24,19 +24,19 @@ Text = Annotated[str, Meta(max_length=10_000)]
 
 @dataclass(frozen=True)
 class Column:
-    """One column.
+    """One column of a table.
 
-    name: in CSV, JSON and printed tables. type: of a value, with its range. meaning: for the documentation. unit: of
-    the values, empty for counts and texts. header: another name in a printed table. form: format of a printed value.
+    name: in files and in printed tables. type: of a value, with its range. description: for the documentation. unit: of
+    the values, empty for counts and texts. form: format of a printed value. legend: the line below a printed table.
     plural: name of the column as a list in the JSON file of a run's curves. default: of a cell that is empty.
     """
 
     name: str
     type: Any
-    meaning: str
+    description: str
     unit: str = ""
-    header: str | None = None
     form: str = "{}"
+    legend: str = ""
     plural: str | None = None
     default: Any = None
 
@@ -45,10 +45,16 @@ def names(columns: Iterable[Column]) -> list[str]:
     return [column.name for column in columns]
 
 
+def chosen(columns: Iterable[Column], order: Iterable[str]) -> list[Column]:
+    """Return the columns of these names, in this order."""
+    by_name = {column.name: column for column in columns}
+    return [by_name[name] for name in order]
+
+
 ISOTROPIC = "isotropic"  # kind of inputs, and name of the floors for them
 BATCHES = (1, 32, 1024)  # batch sizes at which the latency of a chain is measured
 LOSS = "squared unit of the outputs"
-SHARE = "share of the loss of predicting 0"
+FRACTION = "fraction of the zero predictor's loss"
 
 CURVES = (
     Column("epoch", Positive, "number of the epoch, from 1", plural="epochs"),
@@ -56,74 +62,77 @@ CURVES = (
            "loss falls quickly", LOSS, plural="train_losses"),
     Column("val_loss", Loss, "loss on the validation samples at the end of the epoch", LOSS, plural="val_losses"),
     Column("rank", Positive, "rank of the chain", plural="rank"),
-    Column("population_loss", Loss, "exact expected loss at the end of the epoch; known about ten times a run, at the "
-           "last and at the best epoch", LOSS, plural="population_losses"),
+    Column("population_loss", Loss, "exact expected loss at the end of the epoch; computed about ten times a run, at "
+           "the last and at the best epoch", LOSS, plural="population_losses"),
     Column("lr", float, "learning rate of the epoch's last step", plural="lrs"),
     Column("epoch_seconds", Duration, "duration of the epoch", "seconds", plural="epoch_seconds"),
-    Column("segment", Positive, "number of the segment, from 1; more epochs for a finished training are a new one",
+    Column("segment", Positive, "number of the segment, from 1; more epochs for a finished run are a new segment",
            plural="segments", default=1),
     Column("grad_norm", float, "mean gradient norm over the steps, before clipping; only with `--log_grad_norm` or "
-           "`--log_to`",
-           plural="grad_norms"),
+           "`--log_to`", plural="grad_norms"),
 )  # fmt: skip
 
 LATENCIES = (
     *(Column(f"latency_ms_batch_{batch}", Duration, f"time of a forward pass of the chain on {batch} inputs, median of "
-             "rounds after the training", "milliseconds") for batch in BATCHES),
-    *(Column(f"lowrank_latency_ms_batch_{batch}", Duration, f"time of plain low-rank of the chain's size on {batch} "
-             "inputs", "milliseconds") for batch in BATCHES),
+             "rounds after the run", "milliseconds", "{:.3g}") for batch in BATCHES),
+    *(Column(f"lowrank_latency_ms_batch_{batch}", Duration, f"time of a low-rank factorisation of the chain's size on "
+             f"{batch} inputs", "milliseconds", "{:.3g}") for batch in BATCHES),
     *(Column(f"dense_latency_ms_batch_{batch}", Duration, f"time of W x on {batch} inputs, measured in turn with the "
-             "chain", "milliseconds") for batch in BATCHES),
+             "chain", "milliseconds", "{:.3g}") for batch in BATCHES),
 )  # fmt: skip
 
 SUMMARY = (
     Column("rank", Positive, "rank of the chain"),
-    Column("final_train_loss", Loss, "training loss of the last epoch", LOSS, form="{:.4g}"),
-    Column("final_val_loss", Loss, "validation loss of the last epoch", LOSS, form="{:.4g}"),
-    Column("min_train_loss", Loss, "lowest training loss of any epoch", LOSS),
-    Column("min_val_loss", Loss, "lowest validation loss of any epoch", LOSS),
-    Column("min_train_epoch", Count, "epoch of the lowest training loss"),
+    Column("final_train_loss", Loss, "training loss of the last epoch", LOSS, "{:.4g}"),
+    Column("final_val_loss", Loss, "validation loss of the last epoch", LOSS, "{:.4g}"),
+    Column("min_train_loss", Loss, "lowest training loss of any epoch", LOSS, "{:.4g}"),
+    Column("min_val_loss", Loss, "lowest validation loss of any epoch", LOSS, "{:.4g}"),
+    Column("min_train_epoch", Count, "epoch of the lowest training loss", form="{:.0f}"),
     Column("min_val_epoch", Count, "epoch of the lowest validation loss", form="{:.0f}"),
     Column("num_epochs", Count, "number of epochs trained", form="{:.0f}"),
-    Column("status", Text, "`ok`, or why the training failed; its final losses are then empty"),
-    Column("population_loss", Loss, "exact expected loss of the last epoch's chain", LOSS, form="{:.4g}"),
-    Column("loss_floor", Loss, "lower bound: no chain of this rank has a smaller loss", LOSS, form="{:.4g}"),
+    Column("status", Text, "`ok`, or why the run failed; its final losses are then empty"),
+    Column("population_loss", Loss, "exact expected loss of the last epoch's chain", LOSS, "{:.4g}"),
+    Column("loss_floor", Loss, "lower bound: no chain of this rank has a smaller loss", LOSS, "{:.4g}"),
     Column("loss_floor_upper", Loss, "upper bound: the best known chain of this rank has this loss; where the bounds "
-           "differ, training may beat it", LOSS, form="{:.4g}"),
-    Column("loss_floor_is_exact", bool, "whether the two bounds are equal, so that the floor is the optimum of the "
-           "rank"),
-    Column("optimality_gap", Number, "`population_loss` / `loss_floor_upper` − 1, negative below the best known chain; "
-           "empty if that is below 1e-6 of predicting 0", "ratio", form="{:.2%}"),
-    Column("excess", Number, "(`population_loss` − `loss_floor_upper`) / loss of predicting 0", SHARE, form="{:.3%}"),
-    Column("relative_loss", Loss, "share of the output energy lost, `population_loss` / loss of predicting 0, under "
-           "the given inputs; 1 is useless, 0 is exact", SHARE, form="{:.2%}"),
+           "differ, a run may beat it", LOSS, "{:.4g}"),
+    Column("loss_floor_is_exact", bool, "whether the two bounds are equal up to rounding, so that the floor is the "
+           "optimum of the rank"),
+    Column("optimality_gap", Number, "`population_loss` / `loss_floor_upper` − 1, negative for a loss below that of "
+           "the best known chain; empty if that is below 1e-6 of the zero predictor's", "ratio", "{:.2%}"),
+    Column("excess", Number, "(`population_loss` − `loss_floor_upper`) / loss of the zero predictor", FRACTION,
+           "{:.3%}"),
+    Column("relative_loss", Loss, "`population_loss` / loss of the zero predictor, the fraction of the output energy "
+           "that is lost under the given inputs: 0 is dense, 1 is useless", FRACTION, "{:.2%}",
+           "the fraction of the output energy that is lost, 100% for the zero predictor"),
     Column("parameters", Positive, "free values of the chain", form="{:.0f}"),
-    Column("compression_ratio", Loss, "parameters of the dense weight over those of the chain", "ratio", form="{:.2f}"),
+    Column("compression_ratio", Loss, "parameters of the dense weight over those of the chain", "ratio", "{:.2f}"),
     Column("saturated", bool, "whether the rank is so large that a larger one changes nothing"),
     Column("verdict", Text, "limit of this rank: converged, between its bounds, within 0.1% of the energy, "
            "sample-limited or undertrained; and the marks saturated, larger than dense, better than the best known "
-           "chain and calibration-limited (unseen inputs lose more)"),
-    Column("num_seeds", Count, "number of seeds that finished"),
-    Column("final_train_loss_se", Loss, "standard error of `final_train_loss` over the seeds", LOSS),
-    Column("final_val_loss_se", Loss, "standard error of `final_val_loss` over the seeds", LOSS),
-    Column("population_loss_se", Loss, "standard error of `population_loss` over the seeds", LOSS),
-    Column("train_seconds", Duration, "duration of the training without the start of its process; a resumed training "
-           "counts all its parts", "seconds", form="{:.1f}"),
-    Column("removed_share", Number, "(loss of predicting 0 − `population_loss`) / (loss of predicting 0 − "
-           "`loss_floor_upper`); above 1 if training beats the best known chain", "ratio", form="{:.2%}"),
-    Column("held_out_relative_loss", Loss, "with measured inputs: share of the output energy of the held-out inputs "
-           "that is lost", SHARE, form="{:.2%}"),
+           "chain and calibration-limited (the loss on held-out inputs is larger)"),
+    Column("num_seeds", Count, "number of seeds that finished", form="{:.0f}"),
+    Column("final_train_loss_se", Loss, "standard error of `final_train_loss` over the seeds", LOSS, "{:.2g}"),
+    Column("final_val_loss_se", Loss, "standard error of `final_val_loss` over the seeds", LOSS, "{:.2g}"),
+    Column("population_loss_se", Loss, "standard error of `population_loss` over the seeds", LOSS, "{:.2g}"),
+    Column("train_seconds", Duration, "duration of the run without the start of its process; a resumed run counts all "
+           "its parts", "seconds", "{:.1f}"),
+    Column("removed_share", Number, "(loss of the zero predictor − `population_loss`) / (loss of the zero predictor − "
+           "`loss_floor_upper`); above 1 if the run beats the best known chain", "ratio", "{:.2%}"),
+    Column("held_out_relative_loss", Loss, "with measured inputs: relative loss on the held-out inputs", FRACTION,
+           "{:.2%}"),
     Column("isotropic_floor", Loss, "floor for isotropic inputs, for comparison with the floor for the measured ones",
-           SHARE, form="{:.2%}"),
-    Column("segments", Text, "epochs of each segment of the training, joined by +"),
-    Column("relative_floor", Loss, "`loss_floor` / loss of predicting 0", SHARE, form="{:.2%}"),
-    Column("relative_floor_upper", Loss, "`loss_floor_upper` / loss of predicting 0", SHARE, form="{:.2%}"),
-    Column("relative_loss_se", Loss, "standard error of `relative_loss` over the seeds", SHARE, form="{:.3%}"),
-    Column("share_of_dense", Loss, "parameters of the chain over those of the dense weight", "ratio", form="{:.2%}"),
-    Column("predict_zero_loss", Loss, "loss of predicting 0", LOSS, form="{:.4g}"),
-    Column("target_relative_loss", Loss, "`--target_relative_loss`", SHARE),
+           FRACTION, "{:.2%}"),
+    Column("segments", Text, "epochs of each segment of the run, joined by +"),
+    Column("relative_floor", Loss, "`loss_floor` / loss of the zero predictor", FRACTION, "{:.2%}",
+           "the least that any chain of the rank can lose"),
+    Column("relative_floor_upper", Loss, "`loss_floor_upper` / loss of the zero predictor", FRACTION, "{:.2%}",
+           "the loss of the best chain known, where the floor lies between two bounds"),
+    Column("relative_loss_se", Loss, "standard error of `relative_loss` over the seeds", FRACTION, "{:.3%}"),
+    Column("share_of_dense", Loss, "parameters of the chain over those of the dense weight", "ratio", "{:.2%}"),
+    Column("predict_zero_loss", Loss, "loss of the zero predictor", LOSS, "{:.4g}"),
+    Column("target_relative_loss", Loss, "`--target_relative_loss`", FRACTION, "{:.2%}"),
     Column("reached_target", bool, "whether the rank is finished and `relative_loss` is at most the target"),
-    Column("criterion", Text, "what trained: `mean_squared_error`, or another criterion, whose losses are those of "
+    Column("criterion", Text, "criterion of the runs: `mean_squared_error`, or another one, whose losses are those of "
            "outputs in units of the root mean square of W x"),
     Column("weight", Text, "name of the weight's file"),
     Column("weight_key", Text, "name of the weight in its file"),
@@ -133,7 +142,7 @@ SUMMARY = (
     *LATENCIES,
 )  # fmt: skip
 
-# The printed table has its own order: what decides comes first, and the details follow with --verbose.
+# The order of the printed summary: the columns that decide come first, and --verbose adds the details.
 PRINTED = (
     *("rank", "relative_loss", "relative_loss_se", "held_out_relative_loss", "relative_floor", "relative_floor_upper"),
     *("optimality_gap", "share_of_dense", "status", "verdict"),
@@ -143,13 +152,15 @@ DETAILS = (
     *("loss_floor_upper", "excess", "removed_share", "isotropic_floor", "min_val_epoch", "num_epochs", "segments"),
     "train_seconds",
 )
+# The order of the results of several layers.
+PRINTED_LAYERS = ("weight_key", "rank", "relative_loss", "relative_floor_upper", "share_of_dense", "verdict")
 
 RUNS = (
     Column("rank", Positive, "rank of the chain"),
     Column("seed", Seed, "seed of samples and initial values"),
     *SUMMARY[1:10],
-    Column("train_seconds", Duration, "duration of the training without the start of its process", "seconds"),
-    Column("segments", Text, "epochs of each segment of the training, joined by +"),
+    Column("train_seconds", Duration, "duration of the run without the start of its process", "seconds"),
+    Column("segments", Text, "epochs of each segment of the run, joined by +"),
 )
 
 ALL_CURVES = (
@@ -163,17 +174,25 @@ ALL_CURVES = (
 )
 
 FLOOR = (
-    Column(
-        "chain",
-        Text,
-        "family of the chain; `lowrank` rows are for comparison, and so are `isotropic` ones, the floors of "
-        "the chain for isotropic inputs, if the inputs were measured",
-    ),
+    Column("chain", Text, "family of the chain; `lowrank` rows are for comparison, and so are `isotropic` rows, which "
+           "hold the floors for isotropic inputs if the inputs were measured"),
     Column("rank", Positive, "rank of the chain"),
     Column("parameters", Positive, "free values of the chain"),
     Column("loss_floor", Loss, "lower bound: no chain of this rank has a smaller loss", LOSS),
-    Column("relative_loss", Loss, "`loss_floor` / loss of predicting 0", SHARE),
-)
+    Column("relative_loss", Loss, "`loss_floor` / loss of the zero predictor", FRACTION),
+)  # fmt: skip
+
+# What --dry_run prints; no file holds it.
+PLANNED_RANKS = (
+    Column("rank", Positive, "rank of the chain"),
+    *chosen(SUMMARY, ("relative_floor", "relative_floor_upper")),
+    Column("lowrank_floor", Loss, "floor of low-rank with at most as many parameters", FRACTION, "{:.2%}",
+           "the same for a low-rank factorisation of at most that size, whose rank is lowrank_rank"),
+    Column("lowrank_rank", Count, "rank of that low-rank factorisation", form="{:.0f}"),
+    *chosen(SUMMARY, ("isotropic_floor", "parameters", "share_of_dense")),
+    Column("remarks", Text, "saturated, larger than dense"),
+)  # fmt: skip
+PATTERNS = (PLANNED_RANKS[0], Column("patterns", Text, "patterns (a, b, c, d) of the factors of each rank"))
 
 LAYER_FLOORS = (
     Column("layer", Text, "name of the weight in the checkpoint"),
@@ -183,23 +202,21 @@ LAYER_FLOORS = (
     Column("rank", Positive, "rank of the chain"),
     Column("parameters", Positive, "values of the chain"),
     Column("share", Loss, "`parameters` / (m·n)", "ratio"),
-    Column("relative_loss", Loss, "share of the output energy that the best known chain of this rank loses", SHARE),
-    Column("relative_loss_lower", Loss, "share that every chain of this rank loses at least", SHARE),
+    Column("relative_loss", Loss, "relative loss of the best known chain of this rank", FRACTION),
+    Column("relative_loss_lower", Loss, "lower bound on the relative loss of every chain of this rank", FRACTION),
     Column("interpolated", bool, "whether `relative_loss` was interpolated between ranks"),
 )  # fmt: skip
 PLAN = (
-    Column("layer", Text, "name of the weight in the checkpoint", header="layer"),
-    Column("rows", Positive, "m, output features", header="rows"),
-    Column("cols", Positive, "n, input features", header="columns"),
-    Column("chain", Text, "family of the chain, or `dense` if the weight stays as it is", header="chain"),
-    Column("rank", Positive, "rank of the chain; empty for dense", header="rank", form="{:.0f}"),
-    Column("parameters", Positive, "values of the chain, or m·n for dense; biases are not counted",
-           header="parameters"),
+    Column("layer", Text, "name of the weight in the checkpoint"),
+    Column("rows", Positive, "m, output features"),
+    Column("cols", Positive, "n, input features"),
+    Column("chain", Text, "family of the chain, or `dense` if the weight stays as it is"),
+    Column("rank", Positive, "rank of the chain; empty for dense", form="{:.0f}"),
+    Column("parameters", Positive, "values of the chain, or m·n for dense; biases are not counted"),
     Column("dense_parameters", Positive, "m·n"),
-    Column("share", Loss, "`parameters` / `dense_parameters`", "ratio", "share", "{:.1%}"),
-    Column("relative_loss", Loss, "share of the output energy that the best known chain loses", SHARE, "energy lost",
-           "{:.2%}"),
-    Column("relative_loss_lower", Loss, "share that every chain of this rank loses at least", SHARE, "at least",
+    Column("share", Loss, "`parameters` / `dense_parameters`", "ratio", "{:.1%}"),
+    Column("relative_loss", Loss, "relative loss of the best known chain", FRACTION, "{:.2%}"),
+    Column("relative_loss_lower", Loss, "lower bound on the relative loss of every chain of this rank", FRACTION,
            "{:.2%}"),
     Column("interpolated", bool, "whether `relative_loss` was interpolated between ranks"),
     Column("shared_with", Text, "names of weights that are tied to this one, separated by spaces; they count once"),
@@ -228,7 +245,7 @@ def summary_metrics(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def metric_columns(names: Iterable[str], type: Any = Number) -> tuple[Column, ...]:
     """Return a column for each name that is well-formed."""
-    return tuple(Column(name, type, "a metric", form="{:.4g}") for name in names if METRIC.fullmatch(name))
+    return tuple(Column(name, type, "metric", form="{:.4g}") for name in names if METRIC.fullmatch(name))
 
 
 def check_metric_names(metrics: Iterable[Any]) -> None:

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm import tqdm
 
-from ks.files.columns import PLAN
+from ks.files.columns import PLAN, Column, Loss, chosen
+from ks.files.table import table
 from ks.model.candidates import Candidates
-from ks.model.model_plan import LayerPlan, ModelPlan, Objective
-from ks.report.text_table import text_table
+from ks.model.model_plan import ModelPlan, Objective
 
 SHARES = (0.1, 0.25, 0.5, 0.75)  # of the dense parameters, at which the floors of a layer are printed
 
@@ -39,40 +39,23 @@ def totals(plan: ModelPlan) -> list[str]:
 
 
 def plan_lines(plan: ModelPlan) -> str:
-    """Return a table with one line for each layer."""
-    return _table([_line(layer) for layer in plan.layers])
-
-
-def _line(layer: LayerPlan) -> dict[str, str]:
-    mark = "~" if layer.interpolated else ""
-    values = layer.row() | {"relative_loss": layer.relative_loss}
-    line = {"layer": layer.layer, "shape": f"{layer.rows} × {layer.cols}"}
-    for column in PLAN:
-        if column.header and column.name in ("chain", "rank", "parameters", "share", "relative_loss"):
-            value = values[column.name]
-            line[column.header] = "-" if value is None else column.form.format(value)
-    header = next(column.header for column in PLAN if column.name == "relative_loss")
-    line[str(header)] = mark + line[str(header)]
-    return line
+    """Return a table with one line for each layer; ~ marks an interpolated loss."""
+    shown = chosen(PLAN, ("layer", "rows", "cols", "chain", "rank", "parameters", "share", "relative_loss"))
+    losses = [f"{'~' * layer.interpolated}{layer.relative_loss:.2%}" for layer in plan.layers]
+    return table(shown, [layer.row() | {"relative_loss": loss} for layer, loss in zip(plan.layers, losses)])
 
 
 def floors_lines(candidates: Sequence[Candidates]) -> str:
     """Return a table of the loss of the best known chains with a tenth, a quarter, … of the dense parameters."""
-    lines = []
+    sizes = [Column(f"at_{share:.0%}", Loss, f"loss with {share:.0%} of the dense parameters") for share in SHARES]
+    rows = []
     for entry in candidates:
         for floors in entry.floors:
-            line = {"layer": entry.layer, "shape": f"{entry.rows} × {entry.cols}", "chain": floors.chain.family}
-            for share in SHARES:
+            row = {"layer": entry.layer, "rows": entry.rows, "cols": entry.cols, "chain": floors.chain.family}
+            for share, column in zip(SHARES, sizes):
                 fitting = np.flatnonzero(floors.parameters <= share * entry.rows * entry.cols)
-                if len(fitting) == 0:
-                    line[f"at {share:.0%}"] = "-"
-                    continue
-                rank = int(floors.ranks[fitting[-1]])
-                mark = "~" if floors.is_interpolated(rank) else ""
-                line[f"at {share:.0%}"] = f"{mark}{floors.upper[rank]:.2%}"
-            lines.append(line)
-    return _table(lines)
-
-
-def _table(lines: list[dict[str, str]]) -> str:
-    return text_table({name: [line[name] for line in lines] for name in lines[0]})
+                if len(fitting):
+                    rank = int(floors.ranks[fitting[-1]])
+                    row[column.name] = f"{'~' * floors.is_interpolated(rank)}{floors.upper[rank]:.2%}"
+            rows.append(row)
+    return table([*chosen(PLAN, ("layer", "rows", "cols", "chain")), *sizes], rows)

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from ks.bounds.floors import Floor
-from ks.bounds.plan import Plan
 from ks.chain.patterns import Chain
 from ks.files import columns
 from ks.files.atomic import finite, write_csv, write_json
-from ks.files.columns import BEST, FINAL, ISOTROPIC, LATENCIES, metric_names, names, summary_metrics
+from ks.files.columns import BEST, FINAL, LATENCIES, metric_names, names, summary_metrics
 from ks.files.layout import SweepFiles
 from ks.files.schema import Latency
 from ks.files.status import OK, Ending, Status, ended_well
@@ -182,22 +181,3 @@ def write_summary(files: SweepFiles, rows: list[dict]) -> None:
     written = [*names(columns.SUMMARY), *summary_metrics(rows)]
     write_csv(files.summary_csv, written, rows)
     write_json(files.summary_json, [{name: row.get(name) for name in written} for row in rows])
-
-
-def floor_rows(plan: Plan, predict_zero_loss: float) -> list[dict]:
-    """Return the floors of every rank, of the chain and for comparison, as rows of `ks.files.columns.FLOOR`."""
-    curves = [(chain.family, chain, curve) for chain, curve in plan.family_curves()]
-    if plan.isotropic_curve is not None:
-        curves.append((ISOTROPIC, plan.chain, plan.isotropic_curve))
-    return [
-        {
-            "chain": name,
-            "rank": rank,
-            "parameters": chain.parameters(rank),
-            "loss_floor": relative * predict_zero_loss,
-            "relative_loss": relative,
-        }
-        for name, chain, curve in curves
-        for rank, relative in enumerate(curve.tolist())
-        if rank > 0
-    ]

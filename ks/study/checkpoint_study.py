@@ -95,8 +95,8 @@ class CheckpointStudy:
 
     def plan_text(self) -> str:
         """Return the plan as text, for --dry_run."""
+        from ks.files.table import filled
         from ks.report.model_plan_table import floors_lines, plan_lines, totals
-        from ks.report.text_table import filled
 
         files, plan = self.files, self.planned
         if plan is None:
@@ -199,8 +199,8 @@ class CheckpointStudy:
 
     def conclude(self) -> list[str]:
         """Write summary and figures of every layer, and one summary over all; return the lines to print."""
-        from ks.report.layers_table import layers_table
         from ks.report.summary import write_summary
+        from ks.report.tables import layers_table
 
         rows = []
         for layer in self.layers:

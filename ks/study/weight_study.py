@@ -13,6 +13,7 @@ from typing import Self
 from ks.bounds.floors import Floor, floor_curve
 from ks.bounds.plan import make_plan
 from ks.bounds.plan_notes import plan_notes
+from ks.bounds.plan_rows import floor_rows, plan_rows
 from ks.cli import console
 from ks.cli.flags import SweepConfig
 from ks.cli.parser import to_arguments
@@ -26,8 +27,7 @@ from ks.files.status import Status, ended_well
 from ks.files.weights import packed
 from ks.moments.read import packed_inputs
 from ks.report.answer import answer
-from ks.report.plan_table import plan_table
-from ks.report.summary import floor_rows
+from ks.report.tables import plan_table
 from ks.report.verdict import advice, check_above_floor
 from ks.study.choices import ranks_of, remedies_of, stop_losses
 from ks.study.claim import claim_folder
@@ -123,7 +123,7 @@ class WeightStudy:
         """Return the plan, for --dry_run; with --verbose, the commands of the runs too."""
         for text in self.problem.notes:
             console.note(text, self.config.quiet)
-        table = plan_table(self.planned, self.floors, self.config.verbose)
+        table = plan_table(plan_rows(self.planned, self.floors), self.config.verbose)
         lines = [self.record["title"], *self.remarks(), "", table, ""]
         if not self.config.verbose:
             return "\n".join([*lines, "Nothing was trained or written; --verbose shows patterns and commands."])
@@ -206,8 +206,8 @@ class WeightStudy:
 
     def conclude(self) -> list[str]:
         """Write summary and figures; return the lines to print."""
-        from ks.report.summary_table import summary_table
-        from ks.report.text_table import filled
+        from ks.files.table import filled
+        from ks.report.tables import summary_table
         from ks.study.outputs import summarise, write_outputs
 
         results = [self.results.get(run) or self.read_result(run) for run in self.runs]

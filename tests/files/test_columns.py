@@ -21,7 +21,7 @@ def test_the_first_columns_are_those_of_the_contract():
 def test_every_column_is_declared_once_and_explained(table):
     declared = getattr(columns, table)
     assert len(set(columns.names(declared))) == len(declared)
-    assert all(column.meaning for column in declared)
+    assert all(column.description for column in declared)
 
 
 def test_every_column_of_the_curves_has_a_key_of_its_own():

@@ -4,6 +4,7 @@ from study_rows import CHAIN, CURVES
 
 import ks
 from ks.bounds.plan import make_plan
+from ks.bounds.plan_rows import floor_rows
 from ks.errors import UsageError
 from ks.files import columns
 from ks.files.atomic import write_csv, write_json
@@ -12,7 +13,7 @@ from ks.files.layout import SweepFiles, run_files
 from ks.files.status import OK, Ending, Status
 from ks.report.read_results import read_study
 from ks.report.study import curves_table, summary_frame
-from ks.report.summary import floor_rows, rank_row, run_row, write_summary
+from ks.report.summary import rank_row, run_row, write_summary
 
 DIVERGED = Ending(Status.DIVERGED)
 

@@ -18,8 +18,8 @@ from ks.bounds.plan import Plan
 from ks.files import columns, curves
 from ks.files.curves import read_curves
 from ks.files.layout import SweepFiles, find_runs
+from ks.files.table import filled
 from ks.report.read_results import read_study
-from ks.report.text_table import filled
 from ks.study.progress import Progress
 
 SUMMARY_START = (

@@ -8,13 +8,13 @@ from conftest import read_table
 
 import rank_sweep_study
 from ks.bounds.plan import make_plan
+from ks.bounds.plan_rows import floor_rows
 from ks.files import columns
 from ks.files.atomic import read_json, write_csv
 from ks.files.curves import write_curves
 from ks.files.layout import SweepFiles
 from ks.files.status import OK, Ending, Status
 from ks.report.read_results import read_study
-from ks.report.summary import floor_rows
 from ks.study.outputs import summarise, write_outputs
 from ks.study.run import Result, runs_of
 from ks.study.weight_study import record_of
