@@ -5,6 +5,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ks.bounds.floors import no_floor_reason
@@ -12,11 +13,15 @@ from ks.bounds.floors_file import FloorsFile
 from ks.bounds.layer_floors import LayerFloors, layer_floors
 from ks.chain.patterns import Chain
 from ks.errors import UsageError, one_line
+from ks.files.columns import PLAN, Column, Loss, chosen
+from ks.files.table import table
 from ks.model.layer_weights import LayerWeight
 from ks.moments.moments_file import InputMoments, as_moments
 from ks.moments.pieces import one_thread_each
 from ks.moments.read import inputs_of, inputs_sha256
 from ks.moments.second_moment import SecondMoment
+
+FRACTIONS = (0.1, 0.25, 0.5, 0.75)  # of the dense parameters, at which floors are printed
 
 MakeChain = Callable[[int, int, str], Chain]
 Report = Callable[[str], None]
@@ -154,3 +159,22 @@ def check_inputs(weights: Iterable[LayerWeight], moments: InputMoments | None) -
 def _each(compute, weights: Iterable[LayerWeight], device) -> Iterator:
     """Yield compute(weight) for each weight, in order; one at a time on a GPU."""
     return one_thread_each(compute, weights) if torch.device(device).type == "cpu" else map(compute, weights)
+
+
+def floors_table(candidates: Sequence[Candidates]) -> str:
+    """Return a table of the loss of the best known chains with a tenth, a quarter, … of the dense parameters."""
+    sizes = [
+        Column(f"at_{fraction:.0%}", Loss, f"loss with {fraction:.0%} of the dense parameters")
+        for fraction in FRACTIONS
+    ]
+    rows = []
+    for entry in candidates:
+        for floors in entry.floors:
+            row = {"layer": entry.layer, "rows": entry.rows, "cols": entry.cols, "chain": floors.chain.family}
+            for fraction, column in zip(FRACTIONS, sizes):
+                fitting = np.flatnonzero(floors.parameters <= fraction * entry.rows * entry.cols)
+                if len(fitting):
+                    rank = int(floors.ranks[fitting[-1]])
+                    row[column.name] = f"{'~' * floors.is_interpolated(rank)}{floors.upper[rank]:.2%}"
+            rows.append(row)
+    return table([*chosen(PLAN, ("layer", "rows", "cols", "chain")), *sizes], rows)

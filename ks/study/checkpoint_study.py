@@ -16,6 +16,7 @@ from ks.files.lock import locked
 from ks.files.provenance import provenance
 from ks.files.status import Status
 from ks.files.weights import packed
+from ks.model.candidates import floors_table
 from ks.model.model_plan import LayerPlan
 from ks.study.checkpoint_plan import check_flags, plan_checkpoint, select
 from ks.study.choices import remedies_of
@@ -95,13 +96,10 @@ class CheckpointStudy:
 
     def plan_text(self) -> str:
         """Return the plan as text, for --dry_run."""
-        from ks.files.table import filled
-        from ks.report.model_plan_table import floors_lines, plan_lines, totals
-
         files, plan = self.files, self.planned
         if plan is None:
-            return "\n".join([floors_lines(self.candidates), str(files.layer_floors_csv)])
-        return "\n".join([*filled(totals(plan)), "", plan_lines(plan), str(files.plan_json), str(files.plan_csv)])
+            return "\n".join([floors_table(self.candidates), str(files.layer_floors_csv)])
+        return "\n".join([str(plan), str(files.plan_json), str(files.plan_csv)])
 
     def open_launcher(self) -> None:
         """Open the launcher that the flags name, with the files that runs elsewhere read; write nothing.
@@ -143,9 +141,7 @@ class CheckpointStudy:
         Raises:
             UsageError: a folder is in use or holds another study.
         """
-        from ks.report.model_plan_table import totals  # pandas loads late
-
-        for text in totals(self.planned) if self.planned is not None else ():
+        for text in self.planned.sentences() if self.planned is not None else ():
             console.note(text, self.config.quiet)
         for layer in self._configs():
             signals.check()
