@@ -1,4 +1,4 @@
-"""Applying a plan to a model: the planned linear layers become chains, factorised or trained."""
+"""Apply a plan to a model: replace the planned linear layers by chains, factorised or trained."""
 
 import copy
 import sys
@@ -136,10 +136,10 @@ def _trained(place: Place, folder: Path, impl: str) -> KSLinear:
 
 
 def described(place: Place) -> str:
-    """Return what becomes of a place, in one line."""
+    """Return the place and its chain in one line."""
     layer, others = place.plan, [one_line(name) for name in place.names[1:]]
-    what = "stays dense" if layer.chain is None else f"{layer.chain.describe()}, rank {layer.rank}"
-    return f"{one_line(place.names[0])}: {what}" + (f"; once for {', '.join(others)}, tied to it" if others else "")
+    change = "stays dense" if layer.chain is None else f"{layer.chain.describe()}, rank {layer.rank}"
+    return f"{one_line(place.names[0])}: {change}" + (f", shared with the tied {', '.join(others)}" if others else "")
 
 
 def replacements_of(place: Place, chain_of: ChainOf) -> dict[nn.Module, KSLinear]:

@@ -1,4 +1,4 @@
-"""Compute the floors of all families on all weights, many layers at a time."""
+"""Compute the floors of all chain families on all weights, several layers at a time."""
 
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -78,7 +78,7 @@ def find_candidates(
         moments: of the model's inputs, in memory or in a file; None for isotropic inputs.
         floors_path: .npz file in which floors are kept; None keeps none.
         device: on which floors are computed.
-        report: told in a line about each layer.
+        report: called with a line about each layer.
         check_stop: called before every longer computation; an exception from it ends the work.
     Returns:
         one entry for each weight in their order; of tied weights the first alone.
@@ -126,7 +126,9 @@ def find_candidates(
         for number, (entry, new, seconds) in enumerate(_each(compute, weights, device), start=1):
             found.append(entry)
             if entry.shared_with:
-                report(f"{', '.join(entry.shared_with)}: tied to {entry.layer}; counted once, with its inputs")
+                report(
+                    f"{', '.join(entry.shared_with)}: tied to {entry.layer}; counted once, with the inputs of {entry.layer}"
+                )
             for floors in new:
                 file.add(entry.weight_sha256, entry.inputs_sha256, floors)
             if new:

@@ -175,7 +175,7 @@ class _Collection:
         self.passes += 1
 
     def result(self) -> InputMoments:
-        """Return what was collected, on the CPU."""
+        """Return the collected moments, on the CPU."""
         if not self.passes:
             raise UsageError("no batch was given; at least one is needed")
         train, held_out = (

@@ -3,7 +3,7 @@
 Relaxed to fractions of options, the problem is solved by the lower convex hulls of all layers, whose edges are taken in
 the order of their slopes (Sinha, Zoltners, "The multiple-choice knapsack problem", Operations Research 1979). The slope
 λ at which the capacity is used up gives a lower bound Σ min_j (loss_j + λ cost_j) − λ capacity on every choice. With
-many layers the hulls come within a fraction of a percent of it, less than what losses are interpolated to.
+many layers the hulls come within a fraction of a percent of it, less than the error of interpolated losses.
 """
 
 import itertools
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-ROUNDING = 1e-12  # relative
+COST_ROUNDING = 1e-12  # relative
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Choice:
     @property
     def gap(self) -> float:
         """1 − bound / loss: the fraction of the loss that a better choice could save at most."""
-        return 1 - self.bound / self.loss if self.bound < self.loss * (1 - ROUNDING) else 0.0
+        return 1 - self.bound / self.loss if self.bound < self.loss * (1 - COST_ROUNDING) else 0.0
 
 
 def choose(
@@ -47,7 +47,7 @@ def choose(
         capacity: of the knapsack.
         known: options of each layer; if they fit, the choice is at least as good.
     """
-    capacity = capacity * (1 + ROUNDING)
+    capacity = capacity * (1 + COST_ROUNDING)
     hulls = [_lower_hull(cost, loss) for cost, loss in zip(costs, losses, strict=True)]
     cheapest = [hull[0] for hull in hulls]
     if _total(costs, cheapest) > capacity:

@@ -15,7 +15,7 @@ from ks.files.columns import PLAN, chosen
 from ks.files.schema import Loss, Positive, Text, read_json_as
 from ks.files.table import filled, table
 
-VERSION = 1
+PLAN_VERSION = 1
 
 Names = tuple[Text, ...]
 
@@ -223,13 +223,13 @@ class ModelPlan:
         return dataclasses.replace(self, layers=self.uniform, uniform=())
 
     def save(self, path) -> None:
-        """Write the plan as JSON, atomically; totals and shares are in the file for its readers, `load` ignores them.
+        """Write the plan as JSON, atomically; the totals in it are for other readers, `load` ignores them.
 
         Raises:
             OSError: the file cannot be written.
         """
         content = {
-            "version": VERSION,
+            "version": PLAN_VERSION,
             "parameters": self.parameters,
             "dense_parameters": self.dense_parameters,
             "share": self.share,
@@ -254,8 +254,8 @@ class ModelPlan:
             UsageError: the file is missing, damaged, of a newer version, or holds no valid plan.
         """
         version = read_json_as(path, _Version, "a plan of a model").version
-        if version > VERSION:
-            raise UsageError(f"{Path(path)} has version {version}; {VERSION} is the newest known, update ks")
+        if version > PLAN_VERSION:
+            raise UsageError(f"{Path(path)} has version {version}; {PLAN_VERSION} is the newest known, update ks")
         return read_json_as(path, cls, "a plan of a model")
 
 

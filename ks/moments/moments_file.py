@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import platform
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +21,9 @@ from ks.files.schema import Count, Positive, Text
 from ks.moments.sums import InputSums
 
 METADATA = "ks_input_moments"  # the entry of the file's metadata, as JSON
-VERSION = 1
+MOMENTS_VERSION = 1
 HELD_OUT = "held_out/"
-TENSORS = ("sum_xx", "sum_x", "count")
+SUM_LABELS = ("sum_xx", "sum_x", "count")
 
 
 class _Metadata(msgspec.Struct):
@@ -37,7 +35,6 @@ class _Metadata(msgspec.Struct):
     created: Text
     transposed: list[Text] = msgspec.field(default_factory=list)
     model: Text = ""
-    libraries: dict[Text, Text] = msgspec.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -173,8 +170,8 @@ class InputMoments:
         for prefix, part in (("", self.train), (HELD_OUT, self.held_out)):
             for name, sums in part.items():
                 values = (sums.sum_xx, sums.sum_x, torch.tensor(sums.count))
-                tensors |= {f"{name}/{prefix}{label}": value for label, value in zip(TENSORS, values)}
-        record = _Metadata(VERSION, self.aliases, self.batches, now(), list(self.transposed), self.model, _libraries())
+                tensors |= {f"{name}/{prefix}{label}": value for label, value in zip(SUM_LABELS, values)}
+        record = _Metadata(MOMENTS_VERSION, self.aliases, self.batches, now(), list(self.transposed), self.model)
         return tensors, {METADATA: json.dumps(msgspec.to_builtins(record))}
 
     @classmethod
@@ -201,11 +198,11 @@ class InputMoments:
             record = msgspec.json.decode(metadata[METADATA], type=_Metadata)
         except (msgspec.MsgspecError, RecursionError) as error:
             raise UsageError(f"{path} has invalid metadata: {one_line(error, 200)}") from error
-        if record.version > VERSION:
-            raise UsageError(f"{path} has version {record.version}; {VERSION} is the newest known, update ks")
+        if record.version > MOMENTS_VERSION:
+            raise UsageError(f"{path} has version {record.version}; {MOMENTS_VERSION} is the newest known, update ks")
         names = list(dict.fromkeys(record.aliases.values()))
         stored = set(file.keys())
-        with_held_out = [name for name in names if any(f"{name}/{HELD_OUT}{label}" in stored for label in TENSORS)]
+        with_held_out = [name for name in names if any(f"{name}/{HELD_OUT}{label}" in stored for label in SUM_LABELS)]
         return cls(
             _StoredSums(file, str(path), names, ""),
             _StoredSums(file, str(path), with_held_out, HELD_OUT),
@@ -247,7 +244,7 @@ class _StoredSums(Mapping[str, InputSums]):
         if name not in self._names:
             raise KeyError(name)
         stored = set(self._file.keys())
-        key_of = {label: f"{name}/{self._prefix}{label}" for label in TENSORS}
+        key_of = {label: f"{name}/{self._prefix}{label}" for label in SUM_LABELS}
         where = f"{self._path}, inputs {one_line(f'{name}/{self._prefix}').rstrip('/')!r}"
         if missing := [label for label, key in key_of.items() if key not in stored]:
             raise UsageError(f"{where}: the file lacks {', '.join(missing)}; collect the moments again")
@@ -255,7 +252,7 @@ class _StoredSums(Mapping[str, InputSums]):
         if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
             raise UsageError(f"{where}: sum_xx has shape {tuple(shape)}; a square one is needed")
         width = shape[0]
-        check_fits(where, 5 * width * width * 8, "use a machine with more memory")  # with what the checks need
+        check_fits(where, 5 * width * width * 8, "use a machine with more memory")  # the checks copy it
         try:
             square, sum_x, count = (self._file.get_tensor(key) for key in key_of.values())
         except Exception as error:  # SafetensorError, or torch has no such dtype
@@ -283,12 +280,6 @@ def _added(first: Mapping[str, InputSums], second: Mapping[str, InputSums]) -> d
             )
         added[name] = first[name].plus(second[name])
     return added
-
-
-def _libraries() -> dict[str, str]:
-    """Return the versions of what makes the inputs, as far as it is loaded."""
-    loaded = {name: getattr(sys.modules.get(name), "__version__", None) for name in ("ks", "torch", "transformers")}
-    return {"python": platform.python_version(), **{name: str(version) for name, version in loaded.items() if version}}
 
 
 def open_safetensors(path: Path, what: str) -> tuple[Any, dict[str, str]]:

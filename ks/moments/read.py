@@ -11,9 +11,9 @@ from ks.files.memory import check_fits
 from ks.files.weights import entries_of, read_entry, tensors_sha256
 from ks.moments.gram import is_semi_definite
 from ks.moments.moments_file import METADATA, InputMoments, open_safetensors
+from ks.moments.second_moment import FLOAT32_ROUNDING
 from ks.moments.sums import InputSums
 
-ROUNDING = 1e-6  # of the size of C: what float32 sums leave of symmetry and of eigenvalues that are zero
 ENOUGH_PER_FEATURE = 10  # inputs; in a trial with 13 per feature, a floor was still 30% too low
 
 
@@ -81,7 +81,7 @@ def _holds_moments(path: Path) -> bool:
 
 
 def inputs_of(moments: InputMoments, width: int, weight_key: str | None) -> Calibration:
-    """Return the inputs of a weight, after checks of what sums over real inputs fulfil.
+    """Return the inputs of a weight, checked for properties that all sums over real inputs have.
 
     Args:
         moments: of the model.
@@ -102,7 +102,7 @@ def inputs_of(moments: InputMoments, width: int, weight_key: str | None) -> Cali
     if held_out is not None and held_out.width != width:
         raise UsageError(f"{where}: the held-out part is {held_out.width} wide, not {width}; collect the moments again")
     same = weight_key is None or found in (weight_key, f"{weight_key}.weight")
-    renamed = [] if same else [f"inputs of {one_line(str(weight_key))}: {moments.source} names them {one_line(found)}"]
+    renamed = [] if same else [f"inputs of {one_line(str(weight_key))}: found in {moments.source} as {one_line(found)}"]
     return Calibration(
         _checked(train, where),
         _checked(held_out, f"{where}, held out") if held_out is not None and held_out.count else None,
@@ -177,7 +177,7 @@ def _samples_key(path: Path, entries: dict, key: str | None, weight_key: str | N
 
 
 def _checked(sums: InputSums, where: str) -> InputSums:
-    """Return sums with an exactly symmetric Σ x xᵀ, after checks of what all sums over real inputs fulfil.
+    """Return sums with an exactly symmetric Σ x xᵀ, checked for properties that all sums over real inputs have.
 
     C − μμᵀ, a covariance, is positive semi-definite, so that C is so too and Σ x belongs to it.
     """
@@ -188,12 +188,12 @@ def _checked(sums: InputSums, where: str) -> InputSums:
     if size == 0:
         raise UsageError(f"{where}: all inputs are zero, so that every output is; choose another layer")
     asymmetry = (second_moment - second_moment.t()).abs().max().item()
-    if asymmetry > ROUNDING * size:
+    if asymmetry > FLOAT32_ROUNDING * size:
         raise UsageError(f"{where}: sum_xx is not symmetric (by {asymmetry / size:.1e} of its norm); collect it again")
     symmetric = InputSums((sums.sum_xx + sums.sum_xx.t()) / 2, sums.sum_x, sums.count)
     second_moment = symmetric.second_moment
-    if not is_semi_definite(second_moment - mean.outer(mean), ROUNDING * size):
-        if is_semi_definite(second_moment, ROUNDING * size):
+    if not is_semi_definite(second_moment - mean.outer(mean), FLOAT32_ROUNDING * size):
+        if is_semi_definite(second_moment, FLOAT32_ROUNDING * size):
             raise UsageError(f"{where}: sum_x does not belong to sum_xx (the covariance is not positive semi-definite)")
         smallest = torch.linalg.eigvalsh(second_moment)[0].item()
         raise UsageError(

@@ -1,4 +1,4 @@
-"""The plan of a checkpoint from the flags: the floors of its layers, a chain and a rank for each, and their files."""
+"""Plan a checkpoint as the flags ask: floors of its layers, a chain and a rank for each, and the files of both."""
 
 import dataclasses
 
@@ -52,7 +52,7 @@ def families_of(config: SweepConfig) -> tuple[str, ...]:
 
 
 def select(config: SweepConfig) -> Selection:
-    """Return the weights that the flags name; those of a file without names are all of its 2-D weights.
+    """Return the weights that --weight_key matches; without it, all 2-D weights of the file.
 
     Raises:
         UsageError: nothing matches, or a weight has no inputs in the file of --inputs.

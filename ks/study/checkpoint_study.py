@@ -1,4 +1,4 @@
-"""A study of several layers of a checkpoint: one plan for all, trainings through one launcher, one summary."""
+"""A study of several layers of a checkpoint: one plan, one launcher and one summary for all."""
 
 import contextlib
 import dataclasses

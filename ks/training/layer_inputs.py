@@ -28,8 +28,8 @@ class LayerInputs:
         moment: second moment of x', around the centre.
         predict_zero_loss: tr(W C Wᵀ) / m, in the user's units.
         held_out: second moment of held-out x around the same centre, in the user's coordinates; None if there is none.
-        held_out_predict_zero_loss: the loss of predicting 0 on held-out inputs.
-        given: what the file holds; None for isotropic inputs.
+        held_out_predict_zero_loss: loss of the zero predictor on held-out inputs.
+        calibration: the measured inputs; None for isotropic ones.
         description: for config files; it identifies the inputs.
         notes: remarks for the user, a line each.
     """
@@ -39,14 +39,15 @@ class LayerInputs:
     predict_zero_loss: float
     held_out: SecondMoment | None
     held_out_predict_zero_loss: float | None
-    given: Calibration | None
+    calibration: Calibration | None
     description: dict[str, Any]
     notes: tuple[str, ...]
 
     @property
     def given_count(self) -> int | None:
         """Return the number of raw training samples; None if there are none."""
-        return self.given.train.count if self.given is not None and self.given.samples is not None else None
+        given = self.calibration
+        return given.train.count if given is not None and given.samples is not None else None
 
     def held_out_samples(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return n samples x' whose second moment is that of the held-out inputs, and their targets y', float64.
@@ -66,9 +67,10 @@ class LayerInputs:
         Args:
             weight: W, shape (m, n), in the user's units.
         """
-        if self.given is None or self.given.samples is None:
+        given = self.calibration
+        if given is None or given.samples is None:
             return None
-        samples = self.given.samples[: self.given.train.count].double()
+        samples = given.samples[: given.train.count].double()
         return self._inside(samples if self.coordinates.centre is None else samples - self.coordinates.centre, weight)
 
     def _inside(self, samples: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,12 +132,14 @@ def _measured(given: Calibration, weight: torch.Tensor, chain: Chain, config: Tr
     }
     name = f" {one_line(given.key)}" if given.key else ""
     note = (
-        f"inputs measured: {one_line(config.inputs)}{name}: {counts['count']} inputs and {counts['held_out_count']} "
-        f"held out, effective rank {moment.effective_rank:.1f} of {weight.shape[1]}"
+        f"Using the measured inputs of {one_line(config.inputs)}{name}: {counts['count']} inputs and "
+        f"{counts['held_out_count']} held out, effective rank {moment.effective_rank:.1f} of {weight.shape[1]}."
     )
     notes = [note, *given.notes]
     if given.transposed and not config.transpose:
-        notes.append(f"the model stores this weight as (in, out): give --transpose if {one_line(config.inputs)} is its")
+        notes.append(
+            "The model of these inputs stores this weight as (in, out): give --transpose if yours is stored so too."
+        )
     return LayerInputs(
         coordinates, inside, energy / len(weight), held_out, held_out_loss, given, description, tuple(notes)
     )

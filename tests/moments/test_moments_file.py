@@ -6,7 +6,6 @@ import torch
 from networks import hand_computed, normal
 from safetensors.torch import load_file, save_file
 
-import ks
 from ks.errors import UsageError
 from ks.moments.moments_file import InputMoments
 from ks.moments.sums import InputSums
@@ -64,34 +63,10 @@ def test_the_format_of_the_file(tmp_path):
     assert record["version"] == 1
     assert record["model"] == "MiniLM"
     assert record["created"].startswith("20")
-    assert record["libraries"]["torch"] == torch.__version__
-    assert record["libraries"]["ks"] == ks.__version__
     assert list(tmp_path.iterdir()) == [tmp_path / "m.safetensors"]
 
 
-def test_a_file_can_be_read_by_whom_the_user_lets(tmp_path):
-    (tmp_path / "other").touch()
-    moments().save(tmp_path / "m.safetensors")
-    assert (tmp_path / "m.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "m.safetensors"
-    moments().save(path)
-
-    def no_space(tensors, temporary, metadata):
-        temporary.write_bytes(b"half of it")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr("safetensors.torch.save_file", no_space)
-    with pytest.raises(UsageError, match="cannot be written .*No space left"):
-        moments(rows=3).save(path)
-    monkeypatch.undo()
-    same(InputMoments.load(path), moments())
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
+def test_a_path_that_cannot_be_written_is_one_line(tmp_path):
     with pytest.raises(UsageError, match="give it that suffix"):
         moments().save(tmp_path / "m.pt")
     with pytest.raises(UsageError, match="cannot be written"):

@@ -138,7 +138,7 @@ def test_a_failed_layer_stays_visible(checkpoint, tmp_path):
 
 BAD = {
     "glob": ((), ("block.*.upp.weight",), "nothing matches 'block.*.upp.weight'; nearest of 6: block.1.up.weight"),
-    "no matrix": ((), ("block.*.norm.weight",), "names no 2-D weight that a chain can replace"),
+    "no matrix": ((), ("block.*.norm.weight",), "matches no 2-D weight that a chain can replace"),
     "budget and target": (("--budget", 0.5, "--target_relative_loss", 0.1), LAYERS, "give one or the other"),
     "budget above 1": (("--budget", 1.5), LAYERS, "'1.5' is not a number above 0, at most 1"),
     "chain and chains": (("--chain", "lowrank", "--chains", "monarch"), LAYERS, "give one or the other"),

@@ -1,4 +1,4 @@
-"""Inputs that are measured: samples and moments in the coordinates of a training, and flags that go together."""
+"""Inputs that are measured: samples and moments in the coordinates of a run, and flags that go together."""
 
 import numpy as np
 import pytest
