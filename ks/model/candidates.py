@@ -126,9 +126,7 @@ def find_candidates(
         for number, (entry, new, seconds) in enumerate(_each(compute, weights, device), start=1):
             found.append(entry)
             if entry.shared_with:
-                report(
-                    f"{', '.join(entry.shared_with)}: tied to {entry.layer}; counted once, with the inputs of {entry.layer}"
-                )
+                report(f"{', '.join(entry.shared_with)}: tied to {entry.layer}, whose inputs count for both")
             for floors in new:
                 file.add(entry.weight_sha256, entry.inputs_sha256, floors)
             if new:

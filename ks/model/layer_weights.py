@@ -52,7 +52,7 @@ def select_weights(
     """Find the weights that match globs.
 
     Globs match the names of weights (`encoder.layer.*.output.dense.weight`) or those names without `.weight`. Tensors
-    that are not 2-D weights are skipped, and so are embeddings, which are not multiplied with activations, unless a name
+    that are not 2-D weights are skipped, and so are embeddings, which do not multiply activations, unless a name
     without wildcards asks for them; a note lists the skipped tensors.
 
     Args:
@@ -86,14 +86,11 @@ def select_weights(
         else:
             read = functools.partial(load_entry, entries[name], name, f"{where}, key {name!r}", name in turned)
             weights.append(LayerWeight(name, read, (_place(entries[name], name), name in turned)))
-    notes = [
-        f"skipped {reason}: {_listed(names)}"
-        for reason, names in (
-            ("tensors that are not 2-D weights", left_out),
-            ("embeddings (give their full names to plan them)", embeddings),
-        )
-        if names
-    ]
+    skipped = {
+        "tensors that are not 2-D weights": left_out,
+        "embeddings (give their full names to plan them)": embeddings,
+    }
+    notes = [f"skipped {kind}: {_listed(names)}" for kind, names in skipped.items() if names]
     if not weights:
         raise UsageError(
             f"{where}: {' '.join(globs)} matches no 2-D weight that a chain can replace; {'; '.join(notes)}"
