@@ -137,9 +137,7 @@ def _measured(given: Calibration, weight: torch.Tensor, chain: Chain, config: Tr
     )
     notes = [note, *given.notes]
     if given.transposed and not config.transpose:
-        notes.append(
-            "The model of these inputs stores this weight as (in, out): give --transpose if yours is stored so too."
-        )
+        notes.append("The model of these inputs stores the weight as (in, out): give --transpose if the file does too.")
     return LayerInputs(
         coordinates, inside, energy / len(weight), held_out, held_out_loss, given, description, tuple(notes)
     )
