@@ -50,11 +50,6 @@ class Candidates:
     floors: tuple[LayerFloors, ...]
     shared_with: tuple[str, ...] = ()
 
-    @property
-    def energy(self) -> float:
-        """tr(W C Wᵀ), the output energy, in the units of the checkpoint."""
-        return self.floors[0].energy
-
 
 def find_candidates(
     weights: Sequence[LayerWeight],

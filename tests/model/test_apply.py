@@ -11,7 +11,7 @@ from torch import nn
 
 import ks
 from ks.bounds.factorize import factorize
-from ks.errors import InternalError, UsageError
+from ks.errors import UsageError
 from ks.files.layout import layer_folder, run_files
 from ks.model.model_plan import ModelPlan
 
@@ -250,7 +250,7 @@ def test_a_compiled_model_runs_its_chains():
     assert isinstance(model.blocks[0]["up"], ks.KSLinear)
 
 
-def trained(folder, name, rank, chain, prefix="rank_sweep"):
+def trained(folder, name, rank, chain):
     files = run_files(layer_folder(folder, f"{name}.weight"), rank, None, None)
     files.directory.mkdir(parents=True)
     chain.save(files.best)
@@ -305,10 +305,3 @@ def test_results_that_do_not_belong_to_the_plan_are_refused(results):
         path.unlink()
     refused(Network(), folder, "it holds none")
     refused(Network(), folder / "absent.json", "no such file")
-
-
-def test_a_count_that_differs_is_an_internal_error(monkeypatch):
-    plan = plan_of(Network(), FAMILIES)
-    monkeypatch.setattr(ModelPlan, "parameters", property(lambda plan: 7))
-    with pytest.raises(InternalError, match="have 296 parameters, the plan has 7"):
-        ks.compress(Network(), plan, quiet=True)

@@ -85,9 +85,9 @@ def test_a_file_keeps_the_floors(weights, moments, tmp_path, measured):
     again = find(FAMILIES[:2], report=reports.append)
     assert reports == ["floors of 3 layers were computed before"]
     for old, new in zip(first, again):
-        assert (old.layer, old.energy, old.inputs_sha256) == (new.layer, new.energy, new.inputs_sha256)
+        assert (old.layer, old.inputs_sha256) == (new.layer, new.inputs_sha256)
         for known, read in zip(old.floors, new.floors):
-            assert known.chain == read.chain
+            assert (known.chain, known.energy) == (read.chain, read.energy)
             assert np.array_equal(known.upper, read.upper)
     more = find(FAMILIES, report=reports.append)
     assert [floors.chain.family for floors in more[0].floors] == list(FAMILIES)
