@@ -52,29 +52,30 @@ sys.path[:0] = {paths!r}
 from planned import Network
 import ks
 torch.set_num_threads(1)
-model = Network().to(torch.{start}).eval()
-ks.load_compressed(model, sys.argv[1])
-torch.save(model(torch.load(sys.argv[2])), sys.argv[3])
+for name in sys.argv[1:]:
+    model = ks.load_compressed(Network().eval(), f"{{name}}/small")
+    torch.save(model(torch.load(f"{{name}}/x.pt")), f"{{name}}/y.pt")
 """
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_fresh_process_gives_the_same_outputs_to_the_bit(tmp_path, dtype):
-    torch.manual_seed(1)
-    model = compressed(Network().to(getattr(torch, dtype)))
-    ks.save_compressed(model, tmp_path / "small")
-    assert {path.name for path in tmp_path.iterdir()} == {"small"}
-    assert {path.name for path in (tmp_path / "small").iterdir()} == FILES
-    x = normal(50, 8).to(getattr(torch, dtype))
-    torch.save(x, tmp_path / "x.pt")
-    paths = [str(ROOT), *(str(ROOT / "tests" / name) for name in ("", "model"))]
-    code = FRESH.format(paths=paths, start="float32")
-    names = (tmp_path / name for name in ("small", "x.pt", "y.pt"))
-    done = subprocess.run([sys.executable, "-c", code, *map(str, names)], capture_output=True, text=True)
+def test_a_fresh_process_gives_the_same_outputs_to_the_bit(tmp_path):
+    expected = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        folder = tmp_path / str(dtype)
+        folder.mkdir()
+        model, x = compressed(Network().to(dtype)), normal(50, 8).to(dtype)
+        ks.save_compressed(model, folder / "small")
+        assert {path.name for path in folder.iterdir()} == {"small"}
+        assert {path.name for path in (folder / "small").iterdir()} == FILES
+        torch.save(x, folder / "x.pt")
+        expected[folder] = model(x)
+    code = FRESH.format(paths=[str(ROOT), *(str(ROOT / "tests" / name) for name in ("", "model"))])
+    done = subprocess.run([sys.executable, "-c", code, *map(str, expected)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    loaded = torch.load(tmp_path / "y.pt")
-    assert loaded.dtype == x.dtype
-    assert torch.equal(loaded, model(x))
+    for folder, outputs in expected.items():
+        loaded = torch.load(folder / "y.pt")
+        assert loaded.dtype == outputs.dtype
+        assert torch.equal(loaded, outputs)
 
 
 def test_the_loaded_chains_have_the_memory_order_of_the_saved_ones(tmp_path):
@@ -254,7 +255,7 @@ except UsageError as error:
 """
 
 
-@pytest.mark.parametrize(("earlier", "size"), [(False, 1000), (True, 0), (True, 1000)])
+@pytest.mark.parametrize(("earlier", "size"), [(False, 1000), (True, 0)])
 def test_a_full_disk_leaves_nothing_half_written(tmp_path, earlier, size):
     """A limit on the size of files stands in for a full disk."""
     folder = tmp_path / "small"
