@@ -10,23 +10,19 @@ from ks.bounds.floors import Floor
 from ks.cli import console
 from ks.cli.flags import SweepConfig
 from ks.errors import UsageError
-from ks.files.atomic import prepare_output_dir
 from ks.files.layout import SweepFiles, layer_folder
-from ks.files.lock import locked
-from ks.files.provenance import provenance
 from ks.files.status import Status
 from ks.files.weights import packed
 from ks.model.candidates import floors_table
 from ks.model.model_plan import LayerPlan
 from ks.study.checkpoint_plan import check_flags, plan_checkpoint, select
-from ks.study.choices import remedies_of
-from ks.study.claim import claim_folder
-from ks.study.launcher import Launcher, Outcome
-from ks.study.launching import launcher_of
-from ks.study.run import Result, Run, result_of, seeds_of
-from ks.study.trainings import finished_before, train_all
+from ks.study.folder import claim_folder, held
+from ks.study.identity import checkpoint_record_of, remedies_of
+from ks.study.launcher import launcher_of
+from ks.study.run_all import finished_before, run_all
+from ks.study.runs import Result, Run, result_of
+from ks.study.task import Exit, Launcher
 from ks.study.weight_study import WeightStudy
-from ks.training.checkpoints import NOT_COMPARED
 from ks.training.edits import edits_of
 from ks.training.problem import choose_device
 
@@ -88,11 +84,13 @@ class CheckpointStudy:
         Raises:
             UsageError: the folder is in use or holds another study, or the plan cannot be made.
         """
-        prepare_output_dir(self.files.directory)
-        self._folders.enter_context(locked(self.files.lock, "another sweep"))
-        if not self.config.dry_run:
-            self._claim_folder()
-        self.candidates, self.planned = plan_checkpoint(self.config, self.selection, self.files)
+        config, files = self.config, self.files
+        self._folders.enter_context(held(files))
+        if not config.dry_run:
+            names = [weight.name for weight in self.selection.weights]
+            record = checkpoint_record_of(config, edits_of(self.trainer), self.selection.source, names)
+            claim_folder(files, [], record, config.files_read(), config.overwrite, remedies_of(config))
+        self.candidates, self.planned = plan_checkpoint(config, self.selection, files)
 
     def plan_text(self) -> str:
         """Return the plan as text, for --dry_run."""
@@ -120,21 +118,6 @@ class CheckpointStudy:
         launcher = launcher_of(self.config, device, len(self.selection.weights) * ranks, self.trainer, files)
         self._launcher = self._places.enter_context(launcher)
 
-    def _claim_folder(self) -> None:
-        config = self.config
-        settings = {name: value for name, value in config.training_settings().items() if name not in NOT_COMPARED}
-        settings |= {"checkpoint": self.selection.source, "seed": seeds_of(config)[0]}
-        settings |= dataclasses.asdict(edits_of(self.trainer))
-        record = {
-            "settings": settings,
-            "ranks": list(config.ranks or []),
-            "seeds": seeds_of(config),
-            "layers": [weight.name for weight in self.selection.weights],
-            "arguments": vars(config),
-            "provenance": provenance(),
-        }
-        claim_folder(self.files, [], record, config.files_read(), config.overwrite, remedies_of(config))
-
     def claim(self) -> None:
         """Claim a folder in that of the study for every layer that a chain replaces.
 
@@ -151,7 +134,7 @@ class CheckpointStudy:
             study.claim()
             self._folders.push(study.folder.pop_all())
             name = str(layer.weight_key)
-            runs = [_named(run, name) for run in study.runs]
+            runs = [_named(run, name) for run in study.chosen_runs()]
             self.layers.append(_Layer(name, layer, study.files, runs, study.floors, study.record["settings"]))
 
     def _configs(self) -> list[SweepConfig]:
@@ -187,11 +170,11 @@ class CheckpointStudy:
         launcher = self._launcher
         assert launcher is not None
         with self._places:
-            self.results |= train_all(self.config, waiting, launcher, self._read_result)
+            self.results |= run_all(self.config, waiting, launcher, self._read_result)
 
-    def _read_result(self, run: Run, outcome: Outcome | None = None) -> Result:
+    def _read_result(self, run: Run, exit: Exit | None = None) -> Result:
         layer = next(layer for layer in self.layers if run in layer.runs)
-        return result_of(run, self.config.num_epochs, outcome, layer.settings)
+        return result_of(run, self.config.num_epochs, exit, layer.settings)
 
     def conclude(self) -> list[str]:
         """Write summary and figures of every layer, and one summary over all; return the lines to print."""
@@ -204,7 +187,7 @@ class CheckpointStudy:
             study = WeightStudy(layer.config, self.trainer)
             study.load()
             study.plan(layer.floors)
-            named = zip(study.runs, layer.runs, strict=True)
+            named = zip(study.chosen_runs(), layer.runs, strict=True)
             study.results = {run: self.results[with_name] for run, with_name in named if with_name in self.results}
             study.conclude()
             study.check_floors()

@@ -11,8 +11,8 @@ from ks.errors import UsageError, one_line
 from ks.files.curves import CurvesTail
 from ks.files.schema import TrainingLog, read_json_as
 from ks.files.status import ended_well
-from ks.study.launcher import Outcome, Task
-from ks.study.run import Result, Run
+from ks.study.runs import Result, Run
+from ks.study.task import Exit, Task
 
 CLOCK_SECONDS = 1.0  # a file system's time may lag behind the clock's
 BAR = "{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} epochs, {remaining} left{postfix}"
@@ -93,12 +93,12 @@ class Progress:
             text += f", gap {tail.population_loss / floor - 1:.2%}"
         return text
 
-    def end(self, result: Result, outcome: Outcome) -> None:
+    def end(self, result: Result, exit: Exit) -> None:
         """Show how one run ended; after a failure, with the end of its log."""
         task, curves = result.run.task, result.curves
         self._tell_resumed(task)
         loss = f", validation loss {curves[-1]['val_loss']:.6g}" if curves else ""
-        message = f"{task.name}: {result.ending}{loss}, {outcome.seconds:.1f} s"
+        message = f"{task.name}: {result.ending}{loss}, {exit.seconds:.1f} s"
         if not ended_well(result.ending):
             message = "\n  ".join([f"{message}; end of {task.log}:", *_tail(task)])
         self.ended += 1

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import os
 import shlex
 import subprocess
 import sys
@@ -19,28 +20,23 @@ from ks.cli.flags import SweepConfig
 from ks.cli.parser import to_arguments
 from ks.errors import UsageError
 from ks.files import columns
-from ks.files.atomic import delete_leftovers, prepare_output_dir, write_csv
+from ks.files.atomic import delete_leftovers, write_csv
 from ks.files.layout import SweepFiles
-from ks.files.lock import locked
-from ks.files.provenance import provenance
-from ks.files.status import Status, ended_well
+from ks.files.status import Status
 from ks.files.weights import packed
 from ks.moments.read import packed_inputs
 from ks.report.answer import answer
 from ks.report.tables import plan_table
 from ks.report.verdict import advice, check_above_floor
-from ks.study.choices import ranks_of, remedies_of, stop_losses
-from ks.study.claim import claim_folder
-from ks.study.copies import copies_of, copy_results
-from ks.study.launcher import Launcher, Outcome
-from ks.study.launching import launcher_of
+from ks.study.folder import claim_folder, held, refuse_another_study
+from ks.study.identity import is_same_study, record_of, remedies_of, study_in
+from ks.study.launcher import launcher_of
 from ks.study.progress import SlowWork
-from ks.study.rejoin import study_in
-from ks.study.run import Result, Run, result_of, runs_of, seeds_of
-from ks.study.trainings import finished_before, train_all
-from ks.training.checkpoints import changes, settings_in, settings_of
+from ks.study.run_all import finished_before, run_all
+from ks.study.runs import Result, Run, as_rank, ranks_of, result_of, runs_of, seeds_of, stop_losses, trained_ranks
+from ks.study.task import Exit, Launcher
 from ks.training.edits import TOOLKIT, Edits, edits_of
-from ks.training.problem import Problem, resolve
+from ks.training.problem import resolve
 from ks.training.samples_file import samples_in_files
 
 
@@ -74,7 +70,7 @@ class WeightStudy:
         """Read the weight, its inputs and the record of the study that the folder holds; write nothing.
 
         Raises:
-            UsageError: a weight, inputs or an edited training script that cannot be studied.
+            UsageError: a weight, inputs or an edited training script that cannot be studied, or another study's folder.
         """
         config = self.config
         self.problem = problem = resolve(config, edits_of(self.trainer))
@@ -84,10 +80,11 @@ class WeightStudy:
                 f"{flag} needs the criterion mean_squared_error, and that of {self.trainer.name} is "
                 f"{problem.edits.criterion}; leave it out"
             )
+        self.record = record_of(config, problem, [])
+        if not config.dry_run and not config.overwrite:
+            refuse_another_study(self.files, self.record["settings"], remedies_of(config))
         study = study_in(config)
-        if study is not None and changes(settings_in(study.settings, study.loss), _identity(config, problem)):
-            study = None  # another study, which claiming the folder refuses
-        self.before = study
+        self.before = study if study is not None and is_same_study(study, self.record) else None
 
     def plan(self, floors: dict[int, Floor | None] | None = None) -> None:
         """Compute the floors, and choose the ranks and when a run may stop; write nothing.
@@ -117,7 +114,8 @@ class WeightStudy:
             floors = dict(zip(self.ranks, self.planned.floors(self.ranks), strict=True))
         self.floors = floors
         self.runs = runs_of(config, self.ranks, self.files.directory, self.trainer, stop_losses(config, floors))
-        self.record = record_of(config, problem, self.ranks)
+        self.record["ranks"] = self.ranks
+        self.trained = trained_ranks(self.ranks, problem.chain.saturation_rank, self.files.directory)
 
     def plan_text(self) -> str:
         """Return the plan, for --dry_run; with --verbose, the commands of the runs too."""
@@ -157,52 +155,56 @@ class WeightStudy:
             UsageError: the folder is in use, or it holds another study.
         """
         config, files = self.config, self.files
-        prepare_output_dir(files.directory)
-        self.folder.enter_context(locked(files.lock, "another sweep"))
+        self.folder.enter_context(held(files))
         delete_leftovers(files.all(seeds_of(config)))
         claim_folder(files, self.runs, self.record, config.files_read(), config.overwrite, remedies_of(config))
         rows = floor_rows(self.planned, self.problem.predict_zero_loss)
         write_csv(files.floor_csv, columns.names(columns.FLOOR), rows)
 
     def run(self) -> None:
-        """Train the chosen runs that are not finished, the largest rank first."""
-        for text in (*self.problem.notes, *self.remarks()):
+        """Train the chosen ranks that have not ended well before, the largest first."""
+        for text in (*self.problem.notes, *self.remarks(), *self._remarks_on_ranks()):
             console.note(text, self.config.quiet)
-        chosen = [run for run in self.runs if run.rank in self.chosen]
-        ended = self.results
-        ended |= {run: self.read_result(run) for run in self.runs if run.rank not in self.chosen}
-        ended |= finished_before(self.config, chosen, self.read_result)
-        copies = self._copies(ended)
-        waiting = [run for run in chosen if run not in ended and run not in copies]
+        chosen = self.chosen_runs()
+        results = self.results
+        results |= finished_before(self.config, chosen, self.read_result)
+        waiting = [run for run in chosen if run not in results]
         waiting.sort(key=lambda run: (-run.rank, run.seed))
         launcher = self._launcher
         assert launcher is not None
         with self._places, samples_in_files(self.config, self.problem, self._samples_of(waiting)):
-            ended |= train_all(self.config, waiting, launcher, self.read_result, _load_report, self._best_known())
-        for run, source in copies.items():
-            if source in ended and ended_well(ended[source].ending):
-                copy_results(source.files, run.files)
-                ended[run] = self.read_result(run)
+            results |= run_all(self.config, waiting, launcher, self.read_result, _load_report, self._best_known())
+
+    def chosen_runs(self) -> list[Run]:
+        """Return the runs that are to be trained, or were before, for the chosen ranks."""
+        ranks = {self.trained[rank] for rank in self.chosen}
+        return [run for run in self.runs if run.rank in ranks]
+
+    def _remarks_on_ranks(self) -> list[str]:
+        return [
+            f"rank {rank} has the same chain as rank {trained}: rank {trained} is trained for both"
+            for rank, trained in self.trained.items()
+            if rank != trained and rank in self.chosen
+        ]
 
     def _best_known(self) -> dict[int, float]:
         """Return the best known loss of each rank with a floor, in the unit of the curves."""
         unit = self.problem.predict_zero_loss
         return {rank: floor.upper * unit for rank, floor in self.floors.items() if floor is not None}
 
-    def _copies(self, ended: dict[Run, Result]) -> dict[Run, Run]:
-        """Return the runs above saturation that get a copy, each with its source; finished ones need none."""
-        saturation = self.problem.chain.saturation_rank
-        saturated = [run for run in self.runs if run.rank >= saturation]
-        copies = copies_of(saturated, saturation, {run: ended.get(run) or self.read_result(run) for run in saturated})
-        copies = {run: source for run, source in copies.items() if run not in ended}
-        for run, source in copies.items():
-            text = f"{run.task.name}: will be a copy of rank {source.rank}, because rank {saturation} is saturated"
-            console.note(text, self.config.quiet)
-        return copies
-
-    def read_result(self, run: Run, outcome: Outcome | None = None) -> Result:
+    def read_result(self, run: Run, exit: Exit | None = None) -> Result:
         """Return the result of a run; one that was trained on another weight or other inputs has failed."""
-        return result_of(run, self.config.num_epochs, outcome, self.record["settings"])
+        return result_of(run, self.config.num_epochs, exit, self.record["settings"])
+
+    def _all_results(self) -> list[Result]:
+        """Return the results of all runs of the study; those above saturation have that of the trained rank."""
+        trained = [run for run in self.runs if self.trained[run.rank] == run.rank]
+        result_of_run = {(run.rank, run.seed): self.results.get(run) or self.read_result(run) for run in trained}
+        results = []
+        for run in self.runs:
+            result = result_of_run[self.trained[run.rank], run.seed]
+            results.append(result if result.run == run else as_rank(result, run))
+        return results
 
     def conclude(self) -> list[str]:
         """Write summary and figures; return the lines to print."""
@@ -210,7 +212,7 @@ class WeightStudy:
         from ks.report.tables import summary_table
         from ks.study.outputs import summarise, write_outputs
 
-        results = [self.results.get(run) or self.read_result(run) for run in self.runs]
+        results = self._all_results()
         self.rows_of_runs, self.rows = summarise(
             results,
             self.floors,
@@ -245,11 +247,6 @@ class WeightStudy:
         return {seed: self.files.samples(seed) for seed, count in seeds.items() if count > 1}
 
 
-def _identity(config: SweepConfig, problem: Problem) -> dict:
-    """Return the settings that identify a study."""
-    return settings_of(config, problem) | {"seed": seeds_of(config)[0]}
-
-
 @functools.cache  # a layer of a checkpoint is prepared twice
 def _check_edits(config: SweepConfig, trainer: Path, edits: Edits) -> None:
     """Let the training script try what a person has edited in it, before anything is computed or written.
@@ -260,7 +257,13 @@ def _check_edits(config: SweepConfig, trainer: Path, edits: Edits) -> None:
     if edits == TOOLKIT:
         return
     arguments = to_arguments(config.training_settings() | {"check": True, "quiet": True})
-    done = subprocess.run([sys.executable, str(trainer), *arguments], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(trainer), *arguments],
+        stdin=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONBREAKPOINT": "0"},  # a breakpoint is for the runs
+        capture_output=True,
+        text=True,
+    )
     names, said = done.stdout.split(), done.stderr.splitlines()
     if done.returncode:
         raise UsageError((said or ["it failed"])[-1].removeprefix(f"{trainer.name}: error: "))
@@ -274,26 +277,6 @@ def _flag_that_needs_floors(config: SweepConfig) -> str | None:
     if config.target_relative_loss is not None:
         return "--target_relative_loss"
     return None if config.stop_at == "never" else "--stop_at"
-
-
-def record_of(config: SweepConfig, problem: Problem, ranks: list[int]) -> dict:
-    """Return the content of the sweep's config file."""
-    seeds = seeds_of(config)
-    return {
-        "settings": _identity(config, problem),
-        "ranks": ranks,
-        "seeds": seeds,
-        "title": _title_of(config, problem),
-        "arguments": vars(config),
-        "problem": problem.describe(),
-        "provenance": provenance(),
-    }
-
-
-def _title_of(config: SweepConfig, problem: Problem) -> str:
-    name = " ".join(filter(None, [Path(config.weight_path).name, problem.weight.key]))
-    inputs = problem.layer_inputs.description["kind"]
-    return f"{name}, {problem.rows} × {problem.cols}: {problem.chain.describe()}, {inputs} inputs"
 
 
 def _load_report() -> None:
