@@ -134,7 +134,7 @@ def test_tied_weights_count_once_and_copies_twice(weights, tmp_path, stored):
     assert {entry.layer: entry.shared_with for entry in found} == {
         **{"layer.0.weight": (), "layer.1.weight": ("tied.weight",), "layer.2.weight": (), "copy.weight": ()},
     }
-    assert "tied.weight: tied to layer.1.weight, whose inputs count for both" in reports
+    assert "tied.weight: tied to layer.1.weight; planned once, for the inputs of layer.1.weight" in reports
 
 
 def test_a_file_that_takes_long_to_write_is_not_written_after_every_layer(tmp_path, monkeypatch):
