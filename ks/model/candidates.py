@@ -121,9 +121,8 @@ def find_candidates(
         for number, (entry, new, seconds) in enumerate(_each(compute, weights, device), start=1):
             found.append(entry)
             if entry.shared_with:
-                report(
-                    f"{', '.join(entry.shared_with)}: tied to {entry.layer}; planned once, for the inputs of {entry.layer}"
-                )
+                others = ", ".join(entry.shared_with)
+                report(f"{others}: tied to {entry.layer}; planned once, for the inputs of {entry.layer}")
             for floors in new:
                 file.add(entry.weight_sha256, entry.inputs_sha256, floors)
             if new:
