@@ -1,4 +1,4 @@
-"""Sweep the rank of a Kronecker-sparse chain: one training per rank, each in a process of its own, then compare.
+"""Sweep the rank of a Kronecker-sparse chain: one run per rank, each in a process of its own, then compare.
 
     python rank_sweep_study.py --weight_path my_weight.pth --ranks 2 4 8 16 --log_scale
     python rank_sweep_study.py --weight_path my_weight.pth --target_relative_loss 0.1 --dry_run
@@ -29,6 +29,7 @@ from ks.cli.parser import Parser
 from ks.files.status import Status
 from ks.study.identity import parse
 from ks.study.lifeline import stop_with_parent
+from ks.study.steps import Study
 from ks.study.weight_study import WeightStudy
 
 TRAINER = Path(__file__).resolve().parent / "train_with_random.py"
@@ -46,7 +47,7 @@ def exit_code(statuses: set[Status]) -> int:
     return console.EXIT_OK if statuses == {Status.OK} else console.EXIT_SOME_FAILED
 
 
-def study_of(config: SweepConfig):
+def study_of(config: SweepConfig) -> Study:
     """Return the study that the flags ask for: of one weight, or of several layers of a checkpoint."""
     if config.is_of_several_layers():
         from ks.study.checkpoint_study import CheckpointStudy  # loads all of ks.model

@@ -1,9 +1,7 @@
 """A study of several layers of a checkpoint: one plan, one launcher and one summary for all."""
 
-import contextlib
 import dataclasses
 from pathlib import Path
-from typing import Self
 
 from ks import signals
 from ks.bounds.floors import Floor
@@ -21,6 +19,7 @@ from ks.study.identity import checkpoint_record_of, remedies_of
 from ks.study.launcher import launcher_of
 from ks.study.run_all import finished_before, run_all
 from ks.study.runs import Result, Run, result_of
+from ks.study.steps import Study
 from ks.study.task import Exit, Launcher
 from ks.study.weight_study import WeightStudy
 from ks.training.edits import edits_of
@@ -39,33 +38,13 @@ class _Layer:
     settings: dict
 
 
-class CheckpointStudy:
-    """Several weights of a checkpoint, each with a results folder of its own in that of the study.
-
-    It has the steps of `ks.study.weight_study.WeightStudy`.
-
-    Args:
-        config: of the sweep.
-        trainer: absolute path of the training script.
-    """
+class CheckpointStudy(Study):
+    """Several weights of a checkpoint, each with a results folder of its own in that of the study."""
 
     def __init__(self, config: SweepConfig, trainer: Path):
-        self.config, self.trainer = config, trainer
-        self.files = SweepFiles(Path(config.output_dir).absolute(), config.save_prefix, config.metric)
+        super().__init__(config, trainer)
         self.layers: list[_Layer] = []
-        self.results: dict[Run, Result] = {}
         self.ended: list[Status] = []
-        self._launcher: Launcher | None = None
-        self._places = contextlib.ExitStack()  # the launcher, until all has run
-        self._folders = contextlib.ExitStack()  # their locks, until all is written
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind, error, traceback) -> None:
-        """Stop what still runs, then let other sweeps into the folders."""
-        with self._folders:
-            self._places.close()
 
     def load(self) -> None:
         """Find the weights that the flags name; write nothing.
@@ -85,7 +64,7 @@ class CheckpointStudy:
             UsageError: the folder is in use or holds another study, or the plan cannot be made.
         """
         config, files = self.config, self.files
-        self._folders.enter_context(held(files))
+        self.locks.enter_context(held(files))
         if not config.dry_run:
             names = [weight.name for weight in self.selection.weights]
             record = checkpoint_record_of(config, edits_of(self.trainer), self.selection.source, names)
@@ -93,18 +72,12 @@ class CheckpointStudy:
         self.candidates, self.planned = plan_checkpoint(config, self.selection, files)
 
     def plan_text(self) -> str:
-        """Return the plan as text, for --dry_run."""
         files, plan = self.files, self.planned
         if plan is None:
             return "\n".join([floors_table(self.candidates), str(files.layer_floors_csv)])
         return "\n".join([str(plan), str(files.plan_json), str(files.plan_csv)])
 
-    def open_launcher(self) -> None:
-        """Open the launcher that the flags name, with the files that runs elsewhere read; write nothing.
-
-        Raises:
-            UsageError: places that do not exist, or a cluster that cannot be joined.
-        """
+    def make_launcher(self) -> Launcher:
         files = {}
         if self.config.launcher == "ray":
             path = Path(self.config.weight_path).absolute()
@@ -115,8 +88,7 @@ class CheckpointStudy:
                 files[str(inputs)] = (f"inputs_{inputs.name}", inputs.read_bytes())
         device = choose_device(self.config.device)
         ranks = len(self.config.ranks or [1]) * len(self.config.seeds or [1])
-        launcher = launcher_of(self.config, device, len(self.selection.weights) * ranks, self.trainer, files)
-        self._launcher = self._places.enter_context(launcher)
+        return launcher_of(self.config, device, len(self.selection.weights) * ranks, self.trainer, files)
 
     def claim(self) -> None:
         """Claim a folder in that of the study for every layer that a chain replaces.
@@ -132,7 +104,7 @@ class CheckpointStudy:
             study.load()
             study.plan()
             study.claim()
-            self._folders.push(study.folder.pop_all())
+            self.locks.push(study.locks.pop_all())
             name = str(layer.weight_key)
             runs = [_named(run, name) for run in study.chosen_runs()]
             self.layers.append(_Layer(name, layer, study.files, runs, study.floors, study.record["settings"]))
@@ -167,10 +139,8 @@ class CheckpointStudy:
         runs = [run for layer in self.layers for run in layer.runs]
         self.results = finished_before(self.config, runs, self._read_result)
         waiting = [run for run in runs if run not in self.results]
-        launcher = self._launcher
-        assert launcher is not None
-        with self._places:
-            self.results |= run_all(self.config, waiting, launcher, self._read_result)
+        with self.places:
+            self.results |= run_all(self.config, waiting, self.launcher, self._read_result)
 
     def _read_result(self, run: Run, exit: Exit | None = None) -> Result:
         layer = next(layer for layer in self.layers if run in layer.runs)
@@ -187,8 +157,8 @@ class CheckpointStudy:
             study = WeightStudy(layer.config, self.trainer)
             study.load()
             study.plan(layer.floors)
-            named = zip(study.chosen_runs(), layer.runs, strict=True)
-            study.results = {run: self.results[with_name] for run, with_name in named if with_name in self.results}
+            ended = {run.files: self.results[run] for run in layer.runs if run in self.results}
+            study.results = {run: ended[run.files] for run in study.runs if run.files in ended}
             study.conclude()
             study.check_floors()
             self.ended += [row["status"].status for row in study.rows_of_runs]
@@ -197,7 +167,6 @@ class CheckpointStudy:
         return [layers_table(rows), str(self.files.summary_csv)]
 
     def statuses(self) -> set[Status]:
-        """Return how the runs ended, once the study is concluded."""
         return set(self.ended)
 
     def check_floors(self) -> None:

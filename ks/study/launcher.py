@@ -6,10 +6,8 @@ import torch
 
 from ks.cli.flags import SweepConfig
 from ks.errors import UsageError
-from ks.study.inline import InlineLauncher
 from ks.study.local import LocalLauncher
 from ks.study.placement import slots_of
-from ks.study.ray_cluster import RayLauncher
 from ks.study.task import Launcher
 
 
@@ -32,9 +30,13 @@ def launcher_of(
     if config.launcher == "inline":
         if config.timeout_per_rank is not None:
             raise UsageError("--launcher inline stops no run: leave out --timeout_per_rank")
+        from ks.study.inline import InlineLauncher
+
         return InlineLauncher()
     if config.gpus not in ("auto", "none") or device.index is not None:
         raise UsageError("--launcher ray chooses GPUs itself: give no --gpus but none, and no number in --device")
+    from ks.study.ray_cluster import RayLauncher
+
     return RayLauncher(
         config.ray_address,
         trainer,

@@ -74,8 +74,8 @@ class RayLauncher:
         except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UsageError(
-                f"--ray_address {self.address}: this machine cannot join a cluster there ({reason}); start one as "
-                "docs/clusters.md says, with this machine a node of it"
+                f"--ray_address {self.address}: this machine cannot join a cluster there ({reason}); start one that "
+                "includes this machine (docs/clusters.md)"
             ) from error
         finally:
             signal.signal(signal.SIGTERM, on_terminate)  # Ray installs its own handler

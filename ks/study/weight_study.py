@@ -1,6 +1,5 @@
 """A study of one weight: the floors of a chain family, one run for each rank, summary and figures."""
 
-import contextlib
 import dataclasses
 import functools
 import os
@@ -9,7 +8,6 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Self
 
 from ks.bounds.floors import Floor, floor_curve
 from ks.bounds.plan import make_plan
@@ -21,7 +19,6 @@ from ks.cli.parser import to_arguments
 from ks.errors import UsageError
 from ks.files import columns
 from ks.files.atomic import delete_leftovers, write_csv
-from ks.files.layout import SweepFiles
 from ks.files.status import Status
 from ks.files.weights import packed
 from ks.moments.read import packed_inputs
@@ -34,37 +31,20 @@ from ks.study.launcher import launcher_of
 from ks.study.progress import SlowWork
 from ks.study.run_all import finished_before, run_all
 from ks.study.runs import Result, Run, as_rank, ranks_of, result_of, runs_of, seeds_of, stop_losses, trained_ranks
+from ks.study.steps import Study
 from ks.study.task import Exit, Launcher
 from ks.training.edits import TOOLKIT, Edits, edits_of
 from ks.training.problem import resolve
 from ks.training.samples_file import samples_in_files
 
 
-class WeightStudy:
-    """The ranks of one chain family on one weight, in steps: load, plan, claim, run, conclude, in this order.
-
-    Args:
-        config: of the sweep.
-        trainer: absolute path of the training script.
-    """
+class WeightStudy(Study):
+    """The ranks of one chain family on one weight."""
 
     def __init__(self, config: SweepConfig, trainer: Path):
-        self.config, self.trainer = config, trainer
-        self.files = SweepFiles(Path(config.output_dir).absolute(), config.save_prefix, config.metric)
-        self._launcher: Launcher | None = None
-        self.results: dict[Run, Result] = {}
+        super().__init__(config, trainer)
         self.rows_of_runs: list[dict] = []
         self.rows: list[dict] = []
-        self._places = contextlib.ExitStack()  # the launcher, until all has run
-        self.folder = contextlib.ExitStack()  # its lock, until all is written
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind, error, traceback) -> None:
-        """Stop what still runs, then let other sweeps into the folder."""
-        with self.folder:
-            self._places.close()
 
     def load(self) -> None:
         """Read the weight, its inputs and the record of the study that the folder holds; write nothing.
@@ -130,12 +110,7 @@ class WeightStudy:
     def remarks(self) -> list[str]:
         return plan_notes(self.planned, self.config.target_relative_loss)
 
-    def open_launcher(self) -> None:
-        """Open the launcher that the flags name, with the files that runs elsewhere read; write nothing.
-
-        Raises:
-            UsageError: places that do not exist, or a cluster that cannot be joined.
-        """
+    def make_launcher(self) -> Launcher:
         config, files = self.config, {}
         if config.launcher == "ray":
             weight_path = Path(config.weight_path).absolute()
@@ -145,17 +120,12 @@ class WeightStudy:
                 content = packed_inputs(inputs, config.inputs_key or self.problem.weight.key)
                 files[str(inputs)] = (f"inputs_{inputs.name}", content)
         runs = len(self.chosen) * len(seeds_of(config))
-        launcher = launcher_of(config, self.problem.device, runs, self.trainer, files)
-        self._launcher = self._places.enter_context(launcher)
+        return launcher_of(config, self.problem.device, runs, self.trainer, files)
 
     def claim(self) -> None:
-        """Claim the results folder, and write the floors of every rank into it.
-
-        Raises:
-            UsageError: the folder is in use, or it holds another study.
-        """
+        """Claim the results folder, and write the floors of every rank into it."""
         config, files = self.config, self.files
-        self.folder.enter_context(held(files))
+        self.locks.enter_context(held(files))
         delete_leftovers(files.all(seeds_of(config)))
         claim_folder(files, self.runs, self.record, config.files_read(), config.overwrite, remedies_of(config))
         rows = floor_rows(self.planned, self.problem.predict_zero_loss)
@@ -170,10 +140,8 @@ class WeightStudy:
         results |= finished_before(self.config, chosen, self.read_result)
         waiting = [run for run in chosen if run not in results]
         waiting.sort(key=lambda run: (-run.rank, run.seed))
-        launcher = self._launcher
-        assert launcher is not None
-        with self._places, samples_in_files(self.config, self.problem, self._samples_of(waiting)):
-            results |= run_all(self.config, waiting, launcher, self.read_result, _load_report, self._best_known())
+        with self.places, samples_in_files(self.config, self.problem, self._samples_of(waiting)):
+            results |= run_all(self.config, waiting, self.launcher, self.read_result, _load_report, self._best_known())
 
     def chosen_runs(self) -> list[Run]:
         """Return the runs that are to be trained, or were before, for the chosen ranks."""
@@ -207,7 +175,6 @@ class WeightStudy:
         return results
 
     def conclude(self) -> list[str]:
-        """Write summary and figures; return the lines to print."""
         from ks.files.table import filled
         from ks.report.tables import summary_table
         from ks.study.outputs import summarise, write_outputs
@@ -233,11 +200,9 @@ class WeightStudy:
         ]
 
     def statuses(self) -> set[Status]:
-        """Return how the chosen runs ended, once the study is concluded."""
         return {row["status"].status for row in self.rows_of_runs if row["rank"] in self.chosen}
 
     def check_floors(self) -> None:
-        """Raise InternalError if a finished run is below its floor."""
         for row in self.rows_of_runs:
             check_above_floor(row["population_loss"], self.floors[row["rank"]], self.problem.predict_zero_loss)
 
@@ -264,10 +229,10 @@ def _check_edits(config: SweepConfig, trainer: Path, edits: Edits) -> None:
         capture_output=True,
         text=True,
     )
-    names, said = done.stdout.split(), done.stderr.splitlines()
+    names, messages = done.stdout.split(), done.stderr.splitlines()
     if done.returncode:
-        raise UsageError((said or ["it failed"])[-1].removeprefix(f"{trainer.name}: error: "))
-    for warning in said:
+        raise UsageError((messages or ["it failed"])[-1].removeprefix(f"{trainer.name}: error: "))
+    for warning in messages:
         console.note(f"WARNING: {warning}")
     if unknown := [name for name in config.metric if name not in names]:
         raise UsageError(f"--metric {' '.join(unknown)}: {trainer.name} has the metrics {', '.join(names) or 'none'}")
@@ -280,4 +245,4 @@ def _flag_that_needs_floors(config: SweepConfig) -> str | None:
 
 
 def _load_report() -> None:
-    import ks.study.outputs  # noqa: F401 - pandas and matplotlib load while the last training runs
+    import ks.study.outputs  # noqa: F401 - pandas and matplotlib load during the last run
