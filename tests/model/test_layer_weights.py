@@ -110,6 +110,11 @@ def test_weights_of_a_model_are_those_of_its_linear_layers():
     assert torch.equal(second.read().tensor, model["second"].weight.t())
 
 
+def test_an_offloaded_model_is_planned_by_its_file():
+    with pytest.raises(UsageError, match="0.weight of the model has no values.*; plan the file of its checkpoint"):
+        select_weights(torch.nn.Sequential(torch.nn.Linear(4, 3, device="meta")))
+
+
 def test_a_mapping_may_be_transposed(tensors):
     [weight] = select_weights(tensors, "layer.0.dense", transpose=True).weights
     assert torch.equal(weight.read().tensor, tensors["layer.0.dense.weight"].t())
