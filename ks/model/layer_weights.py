@@ -81,8 +81,8 @@ def select_weights(
     for name in _matching(entries, globs, where):
         if isinstance(source, torch.nn.Module) and entries[name].is_meta:
             raise UsageError(
-                f"{one_line(name)} of the model has no values: it is offloaded, or on the meta device; plan the file of "
-                "its checkpoint instead"
+                f"{one_line(name)} of the model has no values: it is offloaded, or on the meta device; plan the file "
+                "of its checkpoint instead"
             )
         if not is_matrix(entries[name]):
             left_out.append(name)
