@@ -99,7 +99,7 @@ def test_ranks_are_multiples(candidates, multiple):
         ({"budget": 0.5, "target_relative_loss": 0.5}, "either a budget or a target"),
     ],
 )
-def test_what_cannot_be_planned_is_refused_in_a_line(candidates, arguments, message):
+def test_impossible_plans_are_refused_in_one_line(candidates, arguments, message):
     with pytest.raises(UsageError, match=message):
         allocate(candidates, **arguments)
 

@@ -160,7 +160,7 @@ def test_tied_weights_share_one_chain(capsys):
     assert model(x).shape == (3, 8)
 
 
-def test_layers_that_the_plan_does_not_name_follow_the_weight_they_share():
+def test_an_unplanned_layer_takes_the_chain_of_the_weight_that_it_shares():
     model = Tied()
     plan = ModelPlan((layer_plan("second.weight", model.second.weight),), "budget", 0.5)
     ks.compress(model, plan, quiet=True)

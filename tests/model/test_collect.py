@@ -1,3 +1,5 @@
+"""Collected moments against sums computed by hand, for models of every kind; nothing is left on a model."""
+
 import contextlib
 from collections import UserDict
 

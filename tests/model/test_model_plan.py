@@ -97,7 +97,7 @@ def test_a_damaged_file_is_one_line(tmp_path, damage):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "\x00"])
-def test_what_is_no_json_object_is_one_line(tmp_path, text):
+def test_a_file_without_a_json_object_is_one_line(tmp_path, text):
     (tmp_path / "x_plan.json").write_text(text)
     with pytest.raises(UsageError, match="x_plan.json is not valid"):
         ModelPlan.load(tmp_path / "x_plan.json")

@@ -1,3 +1,5 @@
+"""Moments of a model: their file, merging, and files that are refused."""
+
 import json
 
 import pytest
@@ -81,7 +83,7 @@ def test_the_second_moment_of_a_weight():
         moments().second_moment("a.up.weight", held_out=True)
 
 
-def test_merged_moments_add_up_and_keep_what_one_has():
+def test_merged_moments_add_up_and_keep_the_layers_of_each():
     other = moments(rows=7)
     del other.held_out["a.q"]
     other.train["b"], other.aliases["b.weight"], other.batches["b"] = sums(normal(3, 2)), "b", 1

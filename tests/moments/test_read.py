@@ -1,3 +1,5 @@
+"""The inputs of one weight from moments or raw samples, and the checks of them."""
+
 import warnings
 
 import numpy as np
