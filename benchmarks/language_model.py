@@ -6,8 +6,7 @@
 
 The program measures the inputs of gate, up and down of all 30 blocks on 20,000 tokens of English docstrings, plans them
 at budgets of 0.8, 0.6 and 0.4 of their parameters, compresses without training, and adds a CSV row for every cell:
-method × budget × allocation (the same share in every layer, by the plan, or by the plan with every loss weighted by the
-output energy of its layer). The methods are low-rank for isotropic
+method × budget × allocation (the same fraction in every layer, or by the plan). The methods are low-rank for isotropic
 inputs, low-rank for the measured ones (the optimum of SVD-LLM), the 4 × 4 grid for the measured ones, and the best of
 both families in every layer; two rows calibrate low-rank sequentially. The forward pass of every model is timed
 against the dense one, in turns. A rerun with the same --csv resumes; --minutes ends it early, after a cell. The dense
@@ -35,13 +34,12 @@ from ks.bounds.layer_floors import PLAN_TOLERANCE
 from ks.cli import console
 from ks.layer import KSLinear
 from ks.model.apply import apply_chains
-from ks.model.model_plan import ModelPlan, Weighting
+from ks.model.model_plan import ModelPlan
 from ks.model.places import Place
 from ks.moments.moments_file import InputMoments
 
 BUDGETS = (0.6, 0.8, 0.4)  # the middle one first, for those who end it early
-# The same share in every layer; by the plan with equal weights of the relative losses; with weights by output energy.
-ALLOCATIONS = ("uniform", "by the plan", "by energy")
+ALLOCATIONS = ("uniform", "by the plan")  # the same fraction in every layer, or the least total relative loss
 # Families, and whether they are made for the measured inputs.
 METHODS = {
     "low-rank, isotropic": (("lowrank",), False),
@@ -151,8 +149,7 @@ class Study:
         chains, measured = METHODS[method]
         given, path = moments if measured else None, self.folder / "floors.npz"
         options = {"moments": given, "chains": chains, "floors_path": path, "quiet": True}
-        weighting = Weighting.ENERGY if allocation == "by energy" else Weighting.EQUAL
-        plan = ks.plan_model(self.model, MLP, budget=budget, importance=weighting, **options)
+        plan = ks.plan_model(self.model, MLP, budget=budget, **options)
         return plan.as_uniform() if allocation == "uniform" else plan
 
     def known(self) -> list[dict]:
@@ -252,7 +249,7 @@ def table(rows: list[dict]) -> str:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Draw perplexity against the parameters of the MLPs: dashed uniform, solid by the plan, dotted by energy."""
+    """Draw perplexity against the parameters of the MLPs: dashed uniform, solid by the plan."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -260,7 +257,7 @@ def draw(rows: list[dict], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(8, 4), dpi=75, layout="constrained")
     for index, method in enumerate(METHODS):
-        for allocation, style in zip(ALLOCATIONS, ("--", "-", ":")):
+        for allocation, style in zip(ALLOCATIONS, ("--", "-")):
             cells = [row for row in rows if (row["method"], row["allocation"]) == (method, allocation)]
             points = sorted((float(row["parameters"]) / 1e6, float(row["perplexity"])) for row in cells)
             if points:
@@ -268,7 +265,7 @@ def draw(rows: list[dict], path: Path) -> None:
     for row in rows:
         point = float(row["parameters"]) / 1e6, float(row["perplexity"])
         if "passes" in row["method"]:
-            marker = "^v<"[ALLOCATIONS.index(row["allocation"])]
+            marker = "^v"[ALLOCATIONS.index(row["allocation"])]
             axes.plot(*point, marker, color="C1", label=f"{row['method']}, {row['allocation']}")
         if row["method"] == "dense":
             axes.plot(*point, "k*", markersize=10, label="dense, stored in four bits")

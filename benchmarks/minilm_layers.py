@@ -29,8 +29,9 @@ from ks.bounds.population_loss import population_loss
 from ks.cli import console
 from ks.files.atomic import write_csv
 from ks.files.weights import load_weight
-from ks.moments.read import PartMoments, read_input_moments
+from ks.moments.read import read_input_moments
 from ks.moments.second_moment import SecondMoment
+from ks.moments.sums import InputSums
 
 LAYERS = ("0.output.dense", "3.output.dense", "3.intermediate.dense", "3.attention.output.dense")
 RANKS = (4, 16, 32, 48)
@@ -65,11 +66,11 @@ class Measured:
 
     key: str
     weight: torch.Tensor
-    train: PartMoments
-    held_out: PartMoments
-    unseen: PartMoments
+    train: InputSums
+    held_out: InputSums
+    unseen: InputSums
 
-    def share(self, values, part: PartMoments, centre: torch.Tensor | None = None) -> float:
+    def share(self, values, part: InputSums, centre: torch.Tensor | None = None) -> float:
         """Return the loss of a chain on some inputs, relative to predicting 0 on them.
 
         Args:

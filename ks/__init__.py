@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from ks.chain.operator import chain_product
     from ks.chain.patterns import Chain, Pattern, make_chain
     from ks.layer import KSLinear, load
+    from ks.model.allocate import plan_model
     from ks.model.apply import compress
     from ks.model.collect import collect_input_moments
     from ks.model.in_order import compress_in_order
-    from ks.model.plan_model import plan_model
     from ks.model.saved_model import load_compressed, save_compressed
     from ks.moments.moments_file import InputMoments
 
@@ -52,7 +52,7 @@ _HOMES = {
     "load_compressed": "ks.model.saved_model",
     "loss_floor": "ks.bounds.floors",
     "make_chain": "ks.chain.patterns",
-    "plan_model": "ks.model.plan_model",
+    "plan_model": "ks.model.allocate",
     "save_compressed": "ks.model.saved_model",
 }
 

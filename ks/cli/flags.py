@@ -296,13 +296,6 @@ class LayersFlags:
         "(--target_relative_loss instead: the fewest parameters at this mean relative loss)",
         convert=share,
     )
-    importance: str = flag(
-        "equal",
-        "weight of each layer's relative loss in the sum: equal; energy, by its output energy; or a JSON file that "
-        "gives numbers by name or glob",
-        convert=path,
-        metavar="equal|energy|FILE",
-    )
     rank_multiple: int = flag(1, "choose ranks that are multiples of this number", convert=positive_int)
 
 
@@ -371,7 +364,7 @@ class SweepConfig(LayersFlags, TargetFlags, TrainingFlags, OutputFlags, PlotFlag
     def is_of_several_layers(self) -> bool:
         """Return whether the flags ask for the layers of a checkpoint instead of one weight."""
         names = self.weight_key or ()
-        asked = self.chains or self.budget or self.importance != "equal" or self.rank_multiple != 1
+        asked = self.chains or self.budget or self.rank_multiple != 1
         return len(names) > 1 or any(is_glob(name) for name in names) or bool(asked)
 
     def of_layer(self, name: str | None, **changes: Any) -> "SweepConfig":
@@ -381,7 +374,7 @@ class SweepConfig(LayersFlags, TargetFlags, TrainingFlags, OutputFlags, PlotFlag
             name: of the weight; None if the file holds one weight alone.
             changes: other flags.
         """
-        chosen = {"weight_key": name, "chains": None, "budget": None, "importance": "equal", "rank_multiple": 1}
+        chosen = {"weight_key": name, "chains": None, "budget": None, "rank_multiple": 1}
         return dataclasses.replace(self, **(chosen | changes))  # type: ignore[arg-type]
 
 

@@ -2,10 +2,10 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 
-from ks.errors import one_line
+from ks.errors import UsageError, one_line
 
 
 def is_glob(name: str) -> bool:
@@ -44,3 +44,35 @@ def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:
     known = list(known)
     found = difflib.get_close_matches(name, known, limit, cutoff=0.3) or known[:limit]
     return one_line(f"nearest of {len(known)}: {', '.join(found)}" if found else "it holds none")
+
+
+def find_weight(known_keys: Collection[str], key: str, where: str, what: str = "inputs") -> str:
+    """Return the key of a weight as a file, or a model, spells it.
+
+    Exact keys come first, then names of layers, then the one key that differs by a prefix of one or two components,
+    as `bert.encoder.layer.0.output.dense.weight` does from `encoder.layer.0.output.dense.weight`.
+
+    Args:
+        known_keys: keys of weights.
+        key: of the weight in its checkpoint, or the name of its layer.
+        where: the file or the model, for messages.
+        what: is looked for, for messages.
+    Raises:
+        UsageError: no key fits, or several do.
+    """
+    for spelling in (key, f"{key}.weight"):
+        if spelling in known_keys:
+            return spelling
+    behind_prefix = [known for known in known_keys if _differ_by_prefix(known, key)]
+    if len(behind_prefix) == 1:
+        return behind_prefix[0]
+    if behind_prefix:
+        fitting = one_line(", ".join(behind_prefix), 300)
+        raise UsageError(f"{where}: key {one_line(key)!r} fits {fitting}; give one of them in full")
+    raise UsageError(f"{where}: no {what} for key {one_line(key)!r}; {nearest(key, known_keys)}")
+
+
+def _differ_by_prefix(one: str, other: str) -> bool:
+    """Return whether one name is the other with one or two components before it."""
+    shorter, longer = sorted((one, other), key=len)
+    return "." in shorter and longer.endswith(f".{shorter}") and longer.removesuffix(f".{shorter}").count(".") < 2

@@ -150,18 +150,6 @@ class CheckpointIndex(Struct):
     weight_map: dict[Text, Text]
 
 
-class InputMomentsRecord(Struct):
-    """Metadata of a file of input moments; `ks.moments.moments_file.InputMoments` describes the fields."""
-
-    version: Positive
-    aliases: Annotated[dict[Text, Text], Meta(min_length=1)]
-    batches: dict[Text, Count]
-    created: Text
-    transposed: list[Text] = field(default_factory=list)
-    model: Text = ""
-    libraries: dict[Text, Text] = field(default_factory=dict)
-
-
 class CompressedLayer(Struct):
     """A chain of a compressed model."""
 

@@ -1,16 +1,81 @@
-"""The choice of a chain and a rank for every layer: the least loss at a budget, or the least size at a target."""
+"""Choose a chain and a rank for every layer: the least loss at a budget, or the fewest parameters at a target loss."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import torch
 
 from ks.bounds.layer_floors import LayerFloors
-from ks.errors import UsageError, one_line
-from ks.files.globs import matches, nearest
-from ks.model.candidates import Candidates
+from ks.chain.patterns import make_chain
+from ks.errors import UsageError
+from ks.model.candidates import Candidates, find_candidates
 from ks.model.knapsack import choose
-from ks.model.model_plan import LayerPlan, ModelPlan, Objective, Weighting
+from ks.model.layer_weights import select_weights
+from ks.model.model_plan import LayerPlan, ModelPlan, Objective
+from ks.moments.moments_file import InputMoments
+
+
+def plan_model(
+    weights: str | Path | Mapping[str, torch.Tensor] | torch.nn.Module,
+    layers: str | Sequence[str] = "**",
+    *,
+    budget: float | None = None,
+    target_relative_loss: float | None = None,
+    moments: InputMoments | str | Path | None = None,
+    chains: Sequence[str] = ("monarch", "lowrank"),
+    blocks: int = 4,
+    num_factors: int = 3,
+    rank_multiple: int = 1,
+    floors_path: str | Path | None = None,
+    transpose: bool = False,
+    device: torch.device | str = "cpu",
+    quiet: bool = False,
+) -> ModelPlan:
+    """Choose a chain and a rank for every weight that globs name, or leave it dense, without training.
+
+    Args:
+        weights: a file, the .index.json of a sharded checkpoint, tensors by name, or a model.
+        layers: globs over the names of the weights; `*` matches one component of a name, `**` any number of them.
+        budget: the largest fraction of the dense parameters, in (0, 1]; the plan loses as little as possible.
+        target_relative_loss: the largest mean relative loss, in (0, 1); the plan has as few parameters as possible.
+        moments: of the inputs of these layers (`ks.collect_input_moments`), or their file; None for isotropic inputs.
+        chains: families to choose from, best for each layer.
+        blocks, num_factors: of the families, as in `ks.make_chain`.
+        rank_multiple: of every rank; a multiple of 8 suits the matrix units of GPUs.
+        floors_path: .npz file in which floors are kept, so that the next plan takes seconds.
+        transpose: weights are stored as (in, out).
+        device: on which floors are computed.
+        quiet: whether to omit a line for each layer on stderr.
+    Raises:
+        UsageError: no weight matches, a weight without moments, a budget that no plan meets.
+    """
+
+    def say(text: str) -> None:
+        if not quiet:
+            print(text, file=sys.stderr)
+
+    selection = select_weights(weights, layers, transpose)
+    for note in selection.notes:
+        say(note)
+    candidates = find_candidates(
+        selection.weights,
+        lambda rows, cols, family: make_chain(rows, cols, family, blocks=blocks, num_factors=num_factors),
+        chains,
+        moments,
+        None if floors_path is None else Path(floors_path),
+        device,
+        say,
+    )
+    return allocate(
+        candidates,
+        budget=budget,
+        target_relative_loss=target_relative_loss,
+        rank_multiple=rank_multiple,
+        checkpoint=selection.source,
+    )
 
 
 def allocate(
@@ -18,59 +83,51 @@ def allocate(
     *,
     budget: float | None = None,
     target_relative_loss: float | None = None,
-    importance: str | Mapping[str, float] = Weighting.EQUAL,
     rank_multiple: int = 1,
     checkpoint: str = "",
 ) -> ModelPlan:
     """Choose a chain and a rank for every layer, or leave it dense.
 
-    With a budget, minimise Σ w · relative loss such that Σ parameters ≤ budget · Σ m n. With a target, minimise
-    Σ parameters such that Σ w · relative loss ≤ target · Σ w. Relative losses are upper bounds, those of the best known
-    chains; a dense layer loses nothing and has m n parameters. Either is a multiple-choice knapsack.
+    With a budget, minimise Σ relative loss such that Σ parameters ≤ budget · Σ m n. With a target, minimise
+    Σ parameters such that the mean relative loss is at most the target. Relative losses are upper bounds, those of the
+    best known chains; a dense layer loses nothing and has m n parameters. No plan is worse than the same fraction in
+    every layer.
 
     Args:
         candidates: of every layer.
-        budget: share of the dense parameters, in (0, 1].
-        target_relative_loss: mean share of the output energy that may be lost, in (0, 1).
-        importance: weights w of the layers: 'equal'; 'energy', their output energies, so that the sum is that of the
-            energies lost; or numbers by glob over the names of the layers, 1 where none matches.
+        budget: fraction of the dense parameters, in (0, 1].
+        target_relative_loss: mean relative loss, in (0, 1).
         rank_multiple: of every rank.
         checkpoint: name of the file of the weights.
     Raises:
-        UsageError: neither or both of budget and target, a budget below the smallest options, or an importance of no
-            layer.
+        UsageError: neither or both of budget and target, or a budget below the smallest options.
     """
     if (budget is None) == (target_relative_loss is None):
         raise UsageError("a plan needs either a budget or a target for the relative loss")
     layers = [_options(entry, rank_multiple) for entry in candidates]
-    weights = _weights(candidates, importance)
-    costs = [layer.parameters for layer in layers]
-    losses = [weight * layer.losses for weight, layer in zip(weights, layers)]
+    costs, losses = [layer.parameters for layer in layers], [layer.losses for layer in layers]
     dense = sum(entry.rows * entry.cols for entry in candidates)
     if budget is not None:
-        choice = choose(costs, losses, budget * dense)
+        objective, value = Objective.BUDGET, budget
+        uniform = [layer.best_within(budget) for layer in layers]
+        choice = choose(costs, losses, budget * dense, uniform)
         if choice is None:
             least = sum(cost.min() for cost in costs) / dense
             raise UsageError(
                 f"a budget of {budget:g}: the smallest chains have {least:.2%} of the dense parameters; give at least "
                 f"{np.ceil(least * 1e4) / 1e4:g}"
             )
-        uniform = [layer.best_within(budget) for layer in layers]
-        objective, value = Objective.BUDGET, budget
     else:
         assert target_relative_loss is not None
         objective, value = Objective.TARGET, target_relative_loss
-        limit = target_relative_loss * sum(weights)
-        choice = choose(losses, costs, limit)
+        limit = target_relative_loss * len(layers)
+        uniform = _smallest_uniform(layers, limit)
+        choice = choose(losses, costs, limit, uniform)
         assert choice is not None  # dense layers lose nothing
-        uniform = _smallest_uniform(layers, weights, limit)
     return ModelPlan(
         layers=tuple(layer.plan(option) for layer, option in zip(layers, choice.options)),
         objective=objective,
         value=value,
-        weighting=Weighting.GIVEN if isinstance(importance, Mapping) else Weighting(importance),
-        weights=tuple(weights),
-        exact=choice.exact,
         gap=choice.gap,
         uniform=tuple(layer.plan(option) for layer, option in zip(layers, uniform)),
         rank_multiple=rank_multiple,
@@ -87,13 +144,9 @@ class _Options:
     parameters: np.ndarray
     losses: np.ndarray
 
-    def best_within(self, share: float) -> int:
-        """Return the option with the least loss among those with this share of the dense parameters, or the smallest.
-
-        Args:
-            share: of m n.
-        """
-        fitting = np.flatnonzero(self.parameters <= share * self.parameters[-1])
+    def best_within(self, fraction: float) -> int:
+        """Return the option with the least loss and at most this fraction of the dense parameters, or the smallest."""
+        fitting = np.flatnonzero(self.parameters <= fraction * self.parameters[-1])
         return int(fitting[self.losses[fitting].argmin()] if len(fitting) else self.parameters.argmin())
 
     def plan(self, option: int) -> LayerPlan:
@@ -133,31 +186,12 @@ def _options(entry: Candidates, rank_multiple: int) -> _Options:
     )
 
 
-def _weights(candidates: Sequence[Candidates], importance: str | Mapping[str, float]) -> list[float]:
-    """Return the weight of every layer; those of 'energy' have a mean of 1."""
-    if isinstance(importance, Mapping):
-        names = [entry.layer for entry in candidates]
-        for glob, weight in importance.items():
-            if not any(matches(name, glob) for name in names):
-                raise UsageError(f"importance of {one_line(glob)!r}: no layer matches; {nearest(glob, names)}")
-            if not 0 <= weight < float("inf"):
-                raise UsageError(f"importance of {one_line(glob)!r} is {weight}: a finite number from 0 on is needed")
-        weights = [next((w for glob, w in importance.items() if matches(name, glob)), 1.0) for name in names]
-    else:
-        weights = [entry.energy if importance == Weighting.ENERGY else 1.0 for entry in candidates]
-    total = sum(weights)
-    if not 0 < total < float("inf"):
-        raise UsageError(f"the importances of the layers add up to {total:g}; a positive number is needed")
-    return [weight * len(weights) / total for weight in weights] if importance == Weighting.ENERGY else weights
-
-
-def _smallest_uniform(layers: Sequence[_Options], weights: Sequence[float], limit: float) -> list[int]:
-    """Return the options of the smallest share, the same in every layer, at which the total loss is within a limit."""
-    shares = np.unique(np.concatenate([layer.parameters / layer.parameters[-1] for layer in layers]))
-    low, high = 0, len(shares) - 1  # at a share of 1, all layers are dense
+def _smallest_uniform(layers: Sequence[_Options], limit: float) -> list[int]:
+    """Return the options of the smallest fraction, the same in every layer, at which the total loss is low enough."""
+    fractions = np.unique(np.concatenate([layer.parameters / layer.parameters[-1] for layer in layers]))
+    low, high = 0, len(fractions) - 1  # at a fraction of 1, all layers are dense
     while low < high:
         middle = (low + high) // 2
-        options = [layer.best_within(shares[middle]) for layer in layers]
-        loss = sum(weight * layer.losses[option] for weight, layer, option in zip(weights, layers, options))
+        loss = sum(layer.losses[layer.best_within(fractions[middle])] for layer in layers)
         low, high = (low, middle) if loss <= limit else (middle + 1, high)
-    return [layer.best_within(shares[low]) for layer in layers]
+    return [layer.best_within(fractions[low]) for layer in layers]

@@ -1,4 +1,4 @@
-"""Applying a plan to a model: the planned linear layers become chains, factorised or trained."""
+"""Apply a plan to a model: replace the planned linear layers by chains, factorised or trained."""
 
 import copy
 import sys
@@ -7,13 +7,13 @@ from pathlib import Path
 
 from torch import nn
 
-from ks.errors import InternalError, UsageError, one_line
+from ks.errors import UsageError, one_line
 from ks.files.layout import layer_folder, run_files
 from ks.layer import KSLinear
 from ks.model.model_plan import ModelPlan
 from ks.model.places import Place, find_places, replace_modules
-from ks.moments.moments_file import InputMoments
-from ks.moments.read import inputs_of, read_input_moments
+from ks.moments.moments_file import InputMoments, as_moments
+from ks.moments.read import inputs_of
 from ks.moments.second_moment import SecondMoment
 
 ChainOf = Callable[[Place], KSLinear]
@@ -57,9 +57,10 @@ def compress(
         raise UsageError(f"trained chains of {folder} need no moments; leave them out")
     if folder is None:
         _check_moments(plan, moments)
+    given = as_moments(moments)
 
     def chain_of(place: Place) -> KSLinear:
-        return factorised(place, _inputs(place, moments), impl) if folder is None else _trained(place, folder, impl)
+        return factorised(place, _inputs(place, given), impl) if folder is None else _trained(place, folder, impl)
 
     return apply_chains(model, plan, chain_of, quiet)
 
@@ -77,9 +78,7 @@ def apply_chains(model: nn.Module, plan: ModelPlan, chain_of: ChainOf, quiet: bo
         if not quiet:
             print(f"{number} of {len(places)}: {described(place)}", file=sys.stderr)
         replacements |= replacements_of(place, chain_of)
-    result = replace_modules(model, replacements)
-    check_count(plan, places, replacements)
-    return result
+    return replace_modules(model, replacements)
 
 
 def _plan_in(folder: Path) -> Path:
@@ -98,15 +97,12 @@ def _check_moments(plan: ModelPlan, moments) -> None:
         raise UsageError("the plan is for isotropic inputs and needs no moments; leave them out, or plan with them")
 
 
-def _inputs(place: Place, moments) -> SecondMoment | None:
+def _inputs(place: Place, moments: InputMoments | None) -> SecondMoment | None:
     """Return the inputs that a layer was planned for, None if they are isotropic."""
     layer = place.plan
-    if layer.inputs_sha256 is None:
+    if layer.inputs_sha256 is None or moments is None:
         return None
-    if isinstance(moments, InputMoments):
-        given = inputs_of(moments, layer.cols, layer.layer)
-    else:
-        given = read_input_moments(moments, layer.cols, weight_key=layer.layer)
+    given = inputs_of(moments, layer.cols, layer.layer)
     if given.sha256 != layer.inputs_sha256:
         raise UsageError(
             f"the moments of the inputs of {one_line(layer.layer)} (hash {given.sha256[:12]}…) are not those of the "
@@ -138,10 +134,10 @@ def _trained(place: Place, folder: Path, impl: str) -> KSLinear:
 
 
 def described(place: Place) -> str:
-    """Return what becomes of a place, in one line."""
+    """Return the place and its chain in one line."""
     layer, others = place.plan, [one_line(name) for name in place.names[1:]]
-    what = "stays dense" if layer.chain is None else f"{layer.chain.describe()}, rank {layer.rank}"
-    return f"{one_line(place.names[0])}: {what}" + (f"; once for {', '.join(others)}, tied to it" if others else "")
+    change = "stays dense" if layer.chain is None else f"{layer.chain.describe()}, rank {layer.rank}"
+    return f"{one_line(place.names[0])}: {change}" + (f", shared with the tied {', '.join(others)}" if others else "")
 
 
 def replacements_of(place: Place, chain_of: ChainOf) -> dict[nn.Module, KSLinear]:
@@ -174,18 +170,3 @@ def _with_extra(bias: nn.Parameter | None, extra: nn.Parameter | None) -> nn.Par
         return bias if extra is None else extra
     total = (bias.detach().double() + extra.detach().double()).to(bias.dtype)
     return nn.Parameter(total, bias.requires_grad)
-
-
-def check_count(plan: ModelPlan, places: list[Place], replacements: dict[nn.Module, KSLinear]) -> None:
-    """Count the values of all planned layers in the compressed model, tied ones once.
-
-    Raises:
-        InternalError: their number is not that of the plan.
-    """
-    count = 0
-    for place in places:
-        chains = [replacements[linear.module] for linear in place.linears if linear.module in replacements]
-        values = {block for chain in chains for block in chain.blocks}
-        count += sum(block.numel() for block in values) if chains else place.weight.numel()
-    if count != plan.parameters:
-        raise InternalError(f"the compressed layers have {count} parameters, the plan has {plan.parameters}")

@@ -1,10 +1,11 @@
-"""Compute the floors of all families on all weights, many layers at a time."""
+"""Compute the floors of all chain families on all weights, several layers at a time."""
 
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ks.bounds.floors import no_floor_reason
@@ -12,11 +13,15 @@ from ks.bounds.floors_file import FloorsFile
 from ks.bounds.layer_floors import LayerFloors, layer_floors
 from ks.chain.patterns import Chain
 from ks.errors import UsageError, one_line
+from ks.files.columns import PLAN, Column, Loss, chosen
+from ks.files.table import table
 from ks.model.layer_weights import LayerWeight
-from ks.moments.moments_file import InputMoments, MomentsFile, find_weight
+from ks.moments.moments_file import InputMoments, as_moments
 from ks.moments.pieces import one_thread_each
 from ks.moments.read import inputs_of, inputs_sha256
-from ks.moments.second_moment import UNIT_MOMENT, SecondMoment
+from ks.moments.second_moment import SecondMoment
+
+FRACTIONS = (0.1, 0.25, 0.5, 0.75)  # of the dense parameters, at which floors are printed
 
 MakeChain = Callable[[int, int, str], Chain]
 Report = Callable[[str], None]
@@ -45,11 +50,6 @@ class Candidates:
     floors: tuple[LayerFloors, ...]
     shared_with: tuple[str, ...] = ()
 
-    @property
-    def energy(self) -> float:
-        """tr(W C Wᵀ), the output energy, in the units of the checkpoint."""
-        return self.floors[0].energy
-
 
 def find_candidates(
     weights: Sequence[LayerWeight],
@@ -73,15 +73,15 @@ def find_candidates(
         moments: of the model's inputs, in memory or in a file; None for isotropic inputs.
         floors_path: .npz file in which floors are kept; None keeps none.
         device: on which floors are computed.
-        report: told in a line about each layer.
+        report: called with a line about each layer.
         check_stop: called before every longer computation; an exception from it ends the work.
     Returns:
         one entry for each weight in their order; of tied weights the first alone.
     Raises:
         UsageError: a family without floors, a layer without moments, or moments that do not fit.
     """
+    moments = as_moments(moments)
     check_inputs(weights, moments)
-    inputs = _InputsOfLayers(moments)
     file = FloorsFile(floors_path)
     tied: dict[Hashable, list[str]] = {}
     for weight in weights:
@@ -100,11 +100,13 @@ def find_candidates(
         for family in families:
             if reason := no_floor_reason(family):
                 raise UsageError(f"{one_line(weight.name)}: no floor: {reason}")
-        sha256, inputs_sha256 = loaded.sha256(), inputs.sha256(weight.name)
-        known = {family: file.find(sha256, inputs_sha256, family) for family in families}
+        given = None if moments is None else moments.only(weight.name)
+        sha256, given_sha256 = loaded.sha256(), None if given is None else inputs_sha256(given, weight.name)
+        known = {family: file.find(sha256, given_sha256, family) for family in families}
         new = {}
         if not all(known.values()):
-            moment, tensor = inputs.second_moment(weight.name, cols), loaded.tensor.to(device)
+            moment = SecondMoment.of(None if given is None else inputs_of(given, cols, weight.name).train.second_moment)
+            tensor = loaded.tensor.to(device)
             new = {
                 family: layer_floors(tensor, family, moment, lambda text: check_stop())
                 for family, floors in known.items()
@@ -112,14 +114,15 @@ def find_candidates(
             }
         complete = tuple(floors for floors in (known | new).values() if floors is not None)
         itemsize, others = loaded.tensor.element_size(), tuple(tied[weight.place][1:])
-        entry = Candidates(weight.name, rows, cols, sha256, inputs_sha256, itemsize, complete, others)
+        entry = Candidates(weight.name, rows, cols, sha256, given_sha256, itemsize, complete, others)
         return entry, [*new.values()], time.monotonic() - started
 
     try:
         for number, (entry, new, seconds) in enumerate(_each(compute, weights, device), start=1):
             found.append(entry)
             if entry.shared_with:
-                report(f"{', '.join(entry.shared_with)}: tied to {entry.layer}; counted once, with its inputs")
+                others = ", ".join(entry.shared_with)
+                report(f"{others}: tied to {entry.layer}; planned once, for the inputs of {entry.layer}")
             for floors in new:
                 file.add(entry.weight_sha256, entry.inputs_sha256, floors)
             if new:
@@ -134,15 +137,14 @@ def find_candidates(
     return found
 
 
-def check_inputs(weights: Iterable[LayerWeight], moments: InputMoments | str | Path | None) -> None:
+def check_inputs(weights: Iterable[LayerWeight], moments: InputMoments | None) -> None:
     """Raise UsageError unless moments hold the inputs of every weight; the message counts those that lack them."""
-    inputs = _InputsOfLayers(moments)
     if moments is None:
         return
     reasons = []
     for weight in weights:
         try:
-            find_weight(inputs.aliases(), weight.name, inputs.where)
+            moments.key_of(weight.name)
         except UsageError as error:
             reasons.append(str(error))
     if reasons:
@@ -155,32 +157,20 @@ def _each(compute, weights: Iterable[LayerWeight], device) -> Iterator:
     return one_thread_each(compute, weights) if torch.device(device).type == "cpu" else map(compute, weights)
 
 
-class _InputsOfLayers:
-    """The inputs of every layer, from moments in memory or a file of them; isotropic without either."""
-
-    def __init__(self, moments: InputMoments | str | Path | None):
-        self.moments = moments if moments is None or isinstance(moments, InputMoments) else MomentsFile(moments)
-        self.where = "these moments" if isinstance(moments, InputMoments) else str(moments)
-
-    def sha256(self, name: str) -> str | None:
-        """Return the hash of the moments of a layer; None for isotropic inputs."""
-        return None if self.moments is None else inputs_sha256(self._of(name), name)
-
-    def second_moment(self, name: str, width: int) -> SecondMoment:
-        """Return the second moment of the inputs of a layer of n = `width` input features, checked."""
-        if self.moments is None:
-            return UNIT_MOMENT
-        return SecondMoment(inputs_of(self._of(name), width, name).train.second_moment)
-
-    def aliases(self) -> Mapping[str, str]:
-        """Return the NAME of the input of every weight that has moments."""
-        assert self.moments is not None
-        return self.moments.aliases if isinstance(self.moments, InputMoments) else self.moments.record.aliases
-
-    def _of(self, name: str) -> InputMoments:
-        """Return moments with at least those of one layer."""
-        assert self.moments is not None
-        if isinstance(self.moments, InputMoments):
-            return self.moments
-        found = find_weight(self.aliases(), name, self.where)
-        return self.moments.moments({found: self.aliases()[found]})
+def floors_table(candidates: Sequence[Candidates]) -> str:
+    """Return a table of the loss of the best known chains with a tenth, a quarter, … of the dense parameters."""
+    sizes = [
+        Column(f"at_{fraction:.0%}", Loss, f"loss with {fraction:.0%} of the dense parameters")
+        for fraction in FRACTIONS
+    ]
+    rows = []
+    for entry in candidates:
+        for floors in entry.floors:
+            row = {"layer": entry.layer, "rows": entry.rows, "cols": entry.cols, "chain": floors.chain.family}
+            for fraction, column in zip(FRACTIONS, sizes):
+                fitting = np.flatnonzero(floors.parameters <= fraction * entry.rows * entry.cols)
+                if len(fitting):
+                    rank = int(floors.ranks[fitting[-1]])
+                    row[column.name] = f"{'~' * floors.is_interpolated(rank)}{floors.upper[rank]:.2%}"
+            rows.append(row)
+    return table([*chosen(PLAN, ("layer", "rows", "cols", "chain")), *sizes], rows)

@@ -1,24 +1,19 @@
-"""Collecting the moments of a model's inputs: hooks on its linear layers while batches pass through it."""
+"""Collect the moments of a model's inputs, by hooks on its linear layers while batches pass through it."""
 
 import contextlib
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ks.errors import UsageError, one_line
-from ks.files.globs import matching, nearest
 from ks.files.memory import check_fits
+from ks.model.linears import Linear, find_linears, unwrapped
 from ks.moments.moments_file import InputMoments
 from ks.moments.sums import InputSums
-
-# Components that torch puts into the names of modules; a checkpoint does not have them.
-WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-PARALLEL = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
 
 
 def collect_input_moments(
@@ -45,7 +40,7 @@ def collect_input_moments(
         layers: globs over the names of the layers, as in `ks.files.globs.matches`: `encoder.layer.*.output.dense`.
         mask: returns the tokens of a batch that count, boolean or integer of shape (batch, tokens), or None for all.
             By default a mapping's `attention_mask` is used.
-        held_out: share of the batches that are held out; every fifth at 0.2.
+        held_out: fraction of the batches that are held out; every fifth at 0.2.
         moments: of earlier batches, to be continued; it stays as it is. With its number of batches the held-out
             batches are those of an uninterrupted collection.
         model_name: kept with the moments; the class of the model by default.
@@ -56,7 +51,7 @@ def collect_input_moments(
         UsageError: no layer matches or none is called, an input is not finite, or a mask does not fit its layer.
     """
     if not 0 <= held_out < 1:
-        raise UsageError(f"a held-out share of {held_out}: at least 0 and less than 1 is needed")
+        raise UsageError(f"a held-out fraction of {held_out}: at least 0 and less than 1 is needed")
     model = unwrapped(model)
     linears = find_linears(model, layers)
     collection = _Collection(linears, moments, model_name or (moments.model if moments else type(model).__name__))
@@ -76,62 +71,6 @@ def collect_input_moments(
     if not quiet:
         _report(found, linears)
     return whole
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A linear layer of a model: its width n, the key of its weight in a checkpoint, and how that is stored."""
-
-    module: torch.nn.Module
-    width: int
-    key: str
-    transposed: bool
-
-
-def checkpoint_name(path: str) -> str:
-    """Return the name of a module or tensor without the components that torch.compile, FSDP and such add."""
-    return ".".join(part for part in path.split(".") if part not in WRAPPERS)
-
-
-def linears_of(model: torch.nn.Module) -> dict[str, Linear]:
-    """Return all nn.Linear and Conv1D layers by the names that a checkpoint uses; the weight's key is `NAME.weight`."""
-    linears = {}
-    for path, module in unwrapped(model).named_modules(remove_duplicate=False):
-        name = checkpoint_name(path)
-        if isinstance(module, torch.nn.Linear):
-            linears[name] = Linear(module, module.in_features, f"{name}.weight".lstrip("."), False)
-        elif _is_conv1d(module):
-            linears[name] = Linear(module, len(module.weight), f"{name}.weight".lstrip("."), True)
-    return linears
-
-
-def find_linears(model: torch.nn.Module, layers: str | Sequence[str]) -> dict[str, Linear]:
-    """Return the layers of `linears_of` whose names match.
-
-    Raises:
-        UsageError: no layer matches.
-    """
-    linears = linears_of(model)
-    matched = matching(linears, layers)
-    if not matched:
-        wanted = layers if isinstance(layers, str) else ", ".join(layers)
-        raise UsageError(
-            f"no nn.Linear or Conv1D of the model matches {one_line(wanted)!r}; {nearest(wanted, linears)}"
-        )
-    return {name: linears[name] for name in matched}
-
-
-def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """Return the model inside torch.compile and data parallelism."""
-    if isinstance(model, PARALLEL):
-        return unwrapped(model.module)
-    compiled = getattr(model, "_orig_mod", None)
-    return model if compiled is None else unwrapped(compiled)
-
-
-def _is_conv1d(module: torch.nn.Module) -> bool:
-    """Recognise the Conv1D of transformers, a linear layer with a weight (in, out), without importing transformers."""
-    return any(kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.") for kind in type(module).mro())
 
 
 class _Collection:
@@ -236,7 +175,7 @@ class _Collection:
         self.passes += 1
 
     def result(self) -> InputMoments:
-        """Return what was collected, on the CPU."""
+        """Return the collected moments, on the CPU."""
         if not self.passes:
             raise UsageError("no batch was given; at least one is needed")
         train, held_out = (
@@ -287,11 +226,14 @@ def _observed(
 
 
 def _run(model: torch.nn.Module, batch: Any) -> None:
-    """Call the model on a batch, whose tensors are moved to the model's device."""
-    parameter = next(model.parameters(), None)
+    """Call the model on a batch, whose tensors are moved to the model's device.
+
+    Parameters on meta are offloaded: a hook brings their values, and moves the inputs, when their module is called.
+    """
+    device = next((parameter.device for parameter in model.parameters() if not parameter.is_meta), None)
 
     def place(value: Any) -> Any:
-        return value.to(parameter.device) if isinstance(value, torch.Tensor) and parameter is not None else value
+        return value.to(device) if isinstance(value, torch.Tensor) else value
 
     if isinstance(batch, Mapping):
         model(**{name: place(value) for name, value in batch.items()})

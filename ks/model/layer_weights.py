@@ -1,4 +1,4 @@
-"""The weights of a checkpoint or of a model that globs name, read one at a time."""
+"""The weights of a checkpoint or of a model that match globs, read one at a time."""
 
 import functools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -11,7 +11,7 @@ from ks.errors import UsageError, one_line
 from ks.files.globs import matches, nearest
 from ks.files.weights import Weight, entries_of, is_matrix, load_entry
 
-SHOWN = 3  # of the names that a remark lists
+MAX_LISTED = 3  # of the names that a remark lists
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class LayerWeight:
 
 @dataclass(frozen=True)
 class Selection:
-    """The weights that globs name, in the order of the checkpoint.
+    """The weights that match globs, in the order of the checkpoint.
 
     Args:
         weights: 2-D weights.
         source: name of the checkpoint's file, without folders; empty for weights in memory.
-        notes: remarks on what was left out, a line each.
+        notes: the skipped tensors, a line for each reason.
     """
 
     weights: tuple[LayerWeight, ...]
@@ -49,11 +49,11 @@ def select_weights(
     layers: str | Sequence[str] = "**",
     transpose: bool = False,
 ) -> Selection:
-    """Find the weights that globs name.
+    """Find the weights that match globs.
 
     Globs match the names of weights (`encoder.layer.*.output.dense.weight`) or those names without `.weight`. Tensors
-    that are not 2-D weights are skipped, and so are embeddings, which no product with activations reads, unless a name
-    without wildcards asks for them; a note lists what was skipped.
+    that are not 2-D weights are skipped, and so are embeddings, which do not multiply activations, unless a name
+    without wildcards asks for them; a note lists the skipped tensors.
 
     Args:
         source: a file of weights or the .index.json of a sharded checkpoint; tensors by name; or a model, whose
@@ -66,7 +66,7 @@ def select_weights(
     globs = [layers] if isinstance(layers, str) else list(layers)
     if isinstance(source, torch.nn.Module):
         # Here, because the package of inputs need not load for a file.
-        from ks.model.collect import find_linears
+        from ks.model.linears import find_linears
 
         linears = find_linears(source, "**").values()
         entries = {linear.key: linear.module.weight for linear in linears}
@@ -79,6 +79,11 @@ def select_weights(
         turned, where, file = set(entries) if transpose else set(), str(source), Path(source).name
     weights, left_out, embeddings = [], [], []
     for name in _matching(entries, globs, where):
+        if isinstance(source, torch.nn.Module) and entries[name].is_meta:
+            raise UsageError(
+                f"{one_line(name)} of the model has no values: it is offloaded, or on the meta device; plan the file "
+                "of its checkpoint instead"
+            )
         if not is_matrix(entries[name]):
             left_out.append(name)
         elif _is_embedding(name) and name not in globs:
@@ -86,13 +91,15 @@ def select_weights(
         else:
             read = functools.partial(load_entry, entries[name], name, f"{where}, key {name!r}", name in turned)
             weights.append(LayerWeight(name, read, (_place(entries[name], name), name in turned)))
-    notes = [
-        f"left out, {reason}: {_listed(names)}"
-        for reason, names in (("no 2-D weights", left_out), ("embeddings; name them in full to plan them", embeddings))
-        if names
-    ]
+    skipped = {
+        "tensors that are not 2-D weights": left_out,
+        "embeddings (give their full names to plan them)": embeddings,
+    }
+    notes = [f"skipped {kind}: {_listed(names)}" for kind, names in skipped.items() if names]
     if not weights:
-        raise UsageError(f"{where}: {' '.join(globs)} names no 2-D weight that a chain can replace; {'; '.join(notes)}")
+        raise UsageError(
+            f"{where}: {' '.join(globs)} matches no 2-D weight that a chain can replace; {'; '.join(notes)}"
+        )
     return Selection(tuple(weights), file, tuple(notes))
 
 
@@ -121,5 +128,5 @@ def _is_embedding(name: str) -> bool:
 
 
 def _listed(names: list[str]) -> str:
-    more = f", … ({len(names)} in all)" if len(names) > SHOWN else ""
-    return one_line(", ".join(names[:SHOWN]) + more)
+    more = f", … ({len(names)} in all)" if len(names) > MAX_LISTED else ""
+    return one_line(", ".join(names[:MAX_LISTED]) + more)

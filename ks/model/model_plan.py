@@ -1,7 +1,6 @@
-"""The plan of a model: the chain and the rank of every matched weight, or that it stays dense; and its JSON file."""
+"""`ModelPlan`, a chain and a rank for every planned weight of a model, or that it stays dense; and its JSON file."""
 
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -12,31 +11,25 @@ from msgspec import Meta, Struct
 from ks.chain.patterns import Chain
 from ks.errors import UsageError
 from ks.files.atomic import write_json
+from ks.files.columns import PLAN, chosen
 from ks.files.schema import Loss, Positive, Text, read_json_as
+from ks.files.table import filled, table
 
-VERSION = 1
+PLAN_VERSION = 1
 
 Names = tuple[Text, ...]
 
 
 class Objective(StrEnum):
-    """What a plan minimises: the loss at a budget of parameters, or the parameters at a target loss."""
+    """The quantity that a plan minimises: the loss at a budget of parameters, or the parameters at a target loss."""
 
     BUDGET = "budget"
     TARGET = "target"
 
 
-class Weighting(StrEnum):
-    """Where the importance of each layer comes from."""
-
-    EQUAL = "equal"
-    ENERGY = "energy"
-    GIVEN = "given"
-
-
 @dataclass(frozen=True)
 class LayerPlan:
-    """What becomes of one weight W of shape (m, n), and of all weights that are tied to it.
+    """The plan of one weight W of shape (m, n), and of all weights that are tied to it.
 
     Args:
         layer: name of the weight in the checkpoint, such as `encoder.layer.0.output.dense.weight`.
@@ -45,12 +38,12 @@ class LayerPlan:
         weight_sha256: hash of W, `ks.files.weights.Weight.sha256`.
         chain: that takes the place of W; None if W stays dense.
         rank: of the chain, None without one.
-        relative_loss: share of the output energy that the best known chain of this rank loses; 0 for dense.
-        relative_loss_lower: share that every chain of this rank loses at least.
+        relative_loss: of the best known chain of this rank; 0 for dense.
+        relative_loss_lower: no chain of this rank has a smaller relative loss.
         itemsize: bytes of a value of W.
         interpolated: whether `relative_loss` was interpolated between the ranks for which it is known.
         shared_with: names of weights that are tied to W, whose values count once.
-        inputs_sha256: hash of the moments of its inputs, `ks.moments.read.GivenInputs.sha256`; None for isotropic ones.
+        inputs_sha256: hash of the moments of its inputs, `ks.moments.read.Calibration.sha256`; None for isotropic ones.
     Raises:
         UsageError: a chain without a rank or the other way round, or a chain of another shape.
     """
@@ -118,31 +111,25 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """Chain and rank of every matched weight of a checkpoint, the solution of one optimisation over all of them.
+    """Chain and rank of every planned weight of a checkpoint, from one optimisation over all of them; printable.
 
     Args:
         layers: one plan for each weight; of tied weights the first.
-        objective: 'budget', the least loss with at most the share `value` of the dense parameters; or 'target', the
+        objective: 'budget', the least loss with at most the fraction `value` of the dense parameters; or 'target', the
             fewest parameters with a mean relative loss of at most `value`.
         value: of the objective.
-        weighting: of the losses: 'equal'; 'energy', by the output energy of the dense weights; or 'given'.
-        weights: importance of each layer, in their order.
-        exact: whether no other choice is better, by the upper bounds of the losses.
-        gap: how much better another choice could be at most, in loss for a budget, for a target as a share of the
-            dense parameters; 0 if exact.
-        uniform: for comparison, the plans of the same layers with the same share in every layer.
+        gap: the fraction of the loss (of the parameters, for a target) that another choice could save at most, by the
+            upper bounds of the losses.
+        uniform: for comparison, the plans of the same layers with the same fraction in every layer.
         rank_multiple: every rank is a multiple of it.
         checkpoint: name of its file, without folders; empty for a model in memory.
     Raises:
-        UsageError: no layers, two with one name, or weights or a uniform plan of another number of layers.
+        UsageError: no layers, two with one name, or a uniform plan of another number of layers.
     """
 
     layers: Annotated[tuple[LayerPlan, ...], Meta(min_length=1)]
     objective: Objective
     value: Loss
-    weighting: Weighting = Weighting.EQUAL
-    weights: tuple[Loss, ...] = ()
-    exact: bool = True
     gap: Loss = 0.0
     uniform: tuple[LayerPlan, ...] = ()
     rank_multiple: Positive = 1
@@ -152,18 +139,17 @@ class ModelPlan:
         names = [name for layer in self.layers for name in (layer.layer, *layer.shared_with)]
         if len(set(names)) != len(names):
             raise UsageError("a plan with two entries for one weight")
-        for what, entries in (("weights", self.weights), ("layers of the uniform plan", self.uniform)):
-            if entries and len(entries) != len(self.layers):
-                raise UsageError(f"a plan of {len(self.layers)} layers with {len(entries)} {what}")
+        if self.uniform and len(self.uniform) != len(self.layers):
+            raise UsageError(f"a plan of {len(self.layers)} layers with {len(self.uniform)} layers of the uniform plan")
 
     @property
     def parameters(self) -> int:
-        """Values of all matched weights after compression; tied ones count once, biases not at all."""
+        """Values of all planned weights after compression; tied ones count once, biases not at all."""
         return sum(layer.parameters for layer in self.layers)
 
     @property
     def dense_parameters(self) -> int:
-        """Values of all matched weights before compression; tied ones count once."""
+        """Values of all planned weights before compression; tied ones count once."""
         return sum(layer.dense_parameters for layer in self.layers)
 
     @property
@@ -183,40 +169,67 @@ class ModelPlan:
 
     @property
     def mean_relative_loss(self) -> float:
-        """Mean of the relative losses of the best known chains, weighted by `weights`: Σ w·loss / Σ w."""
-        return self._mean(layer.relative_loss for layer in self.layers)
+        """Mean of the relative losses of the best known chains over the layers."""
+        return sum(layer.relative_loss for layer in self.layers) / len(self.layers)
 
     @property
     def mean_relative_loss_lower(self) -> float:
-        """The same mean of the lower bounds of these chains."""
-        return self._mean(layer.relative_loss_lower for layer in self.layers)
+        """Mean of the lower bounds of these chains."""
+        return sum(layer.relative_loss_lower for layer in self.layers) / len(self.layers)
 
-    def _mean(self, losses: Iterable[float]) -> float:
-        weights = self.weights or (1.0,) * len(self.layers)
-        return sum(weight * loss for weight, loss in zip(weights, losses)) / sum(weights)
+    def sentences(self) -> list[str]:
+        """Return the result of the plan in words: sizes and losses, and those of the same fraction in every layer."""
+        uniform, kept = self.uniform or self.layers, sum(layer.chain is None for layer in self.layers)
+        megabytes = f"{self.num_bytes / 1e6:,.2f} of {self.dense_bytes / 1e6:,.2f} MB"
+        lower, upper = self.mean_relative_loss_lower, self.mean_relative_loss
+        at_least = f" (at least {lower:.2%} at these ranks)" if lower < upper * (1 - 1e-6) else ""
+        same = ModelPlan(uniform, self.objective, self.value)
+        sentences = [
+            f"The plan keeps {self.share:.2%} of the parameters of {len(self.layers)} weights: {self.parameters:,} of "
+            f"{self.dense_parameters:,}, {megabytes}. Biases are not counted.",
+            f"The mean relative loss of the layers is {upper:.2%}{at_least}; with the same fraction of parameters in "
+            f"every layer, {same.share:.2%}, it is {same.mean_relative_loss:.2%}.",
+        ]
+        if self.gap >= 1e-4:
+            saved = "loss" if self.objective is Objective.BUDGET else "parameters"
+            sentences.append(f"Another choice of these chains could save at most {self.gap:.2%} of the {saved}.")
+        if any(layer.interpolated for layer in self.layers):
+            sentences.append("~ marks a loss that is interpolated between ranks for which a chain is known.")
+        if kept:
+            sentences.append(
+                f"{kept} of {len(self.layers)} layers stay dense because no chain saves enough parameters for its loss."
+            )
+        return sentences
+
+    def __str__(self) -> str:
+        """Return the sentences, and a table with one line for each layer."""
+        shown = chosen(PLAN, ("layer", "rows", "cols", "chain", "rank", "parameters", "share", "relative_loss"))
+        losses = [f"{'~' * layer.interpolated}{layer.relative_loss:.2%}" for layer in self.layers]
+        rows = [layer.row() | {"relative_loss": loss} for layer, loss in zip(self.layers, losses)]
+        return "\n".join([*filled(self.sentences()), "", table(shown, rows)])
 
     def rows(self) -> list[dict[str, Any]]:
         """Return a row for each layer, with the columns of `ks.files.columns.PLAN`."""
         return [layer.row() for layer in self.layers]
 
     def as_uniform(self) -> "ModelPlan":
-        """Return the plan with the same share in every layer, as a plan of its own.
+        """Return the plan with the same fraction in every layer, as a plan of its own.
 
         Raises:
             UsageError: this plan has none.
         """
         if not self.uniform:
             raise UsageError("this plan has no uniform one beside it")
-        return dataclasses.replace(self, layers=self.uniform, exact=False, gap=0.0)
+        return dataclasses.replace(self, layers=self.uniform, uniform=())
 
     def save(self, path) -> None:
-        """Write the plan as JSON, atomically; totals and shares are in the file for its readers, `load` ignores them.
+        """Write the plan as JSON, atomically; the totals in it are for other readers, `load` ignores them.
 
         Raises:
             OSError: the file cannot be written.
         """
         content = {
-            "version": VERSION,
+            "version": PLAN_VERSION,
             "parameters": self.parameters,
             "dense_parameters": self.dense_parameters,
             "share": self.share,
@@ -241,8 +254,8 @@ class ModelPlan:
             UsageError: the file is missing, damaged, of a newer version, or holds no valid plan.
         """
         version = read_json_as(path, _Version, "a plan of a model").version
-        if version > VERSION:
-            raise UsageError(f"{Path(path)} has version {version}; {VERSION} is the newest known, update ks")
+        if version > PLAN_VERSION:
+            raise UsageError(f"{Path(path)} has version {version}; {PLAN_VERSION} is the newest known, update ks")
         return read_json_as(path, cls, "a plan of a model")
 
 

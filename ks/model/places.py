@@ -1,4 +1,4 @@
-"""The linear layers of a model that a plan names: found, compared with the plan, and replaced."""
+"""The planned linear layers of a model: found, compared with the plan, and replaced."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from ks.errors import UsageError, one_line
+from ks.files.globs import find_weight
 from ks.files.weights import DTYPES, Weight
 from ks.layer import KSLinear
-from ks.model.collect import Linear, linears_of, unwrapped
+from ks.model.linears import Linear, linears_of, unwrapped
 from ks.model.model_plan import LayerPlan, ModelPlan
-from ks.moments.moments_file import find_weight
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
         model: changed in place, unless it is itself one of those that are replaced.
         replacements: new module, by the old one.
     Returns:
-        the model, or what takes its place.
+        the model, or its replacement.
     """
     for module in list(model.modules()):
         for name, child in list(module._modules.items()):

@@ -20,11 +20,11 @@ from ks.files.memory import check_fits
 from ks.files.provenance import now
 from ks.files.schema import CompressedLayer, CompressedModel, read_json_as
 from ks.layer import KSLinear
-from ks.model.collect import checkpoint_name, linears_of, unwrapped
+from ks.model.linears import checkpoint_name, linears_of, unwrapped
 from ks.model.places import replace_modules
 
-TENSORS, RECORD = "model.safetensors", "compressed.json"
-FORMAT, VERSION = "ks_compressed_model", 2
+TENSORS_FILE, RECORD_FILE = "model.safetensors", "compressed.json"
+MODEL_FORMAT, MODEL_VERSION = "ks_compressed_model", 2
 
 
 def save_compressed(model: nn.Module, folder, *, densify: bool = False) -> None:
@@ -50,7 +50,7 @@ def save_compressed(model: nn.Module, folder, *, densify: bool = False) -> None:
     aliases = {} if densify else _ties(state)
     tensors = _densified(state, chains) if densify else {name: state[name] for name in state if name not in aliases}
     layers = {name: _described(chain) for name, chain in chains.items()}
-    record = CompressedModel(FORMAT, VERSION, type(model).__name__, layers, aliases, densify)
+    record = CompressedModel(MODEL_FORMAT, MODEL_VERSION, type(model).__name__, layers, aliases, densify)
     _write_folder(
         folder,
         {name: _stored(value) for name, value in tensors.items()},
@@ -73,16 +73,18 @@ def load_compressed(model: nn.Module, folder, *, impl: str = "auto") -> nn.Modul
             is then unchanged.
     """
     folder = Path(folder)
-    record = read_json_as(folder / RECORD, CompressedModel, "a compressed model")
-    if record.format != FORMAT:
-        raise UsageError(f"{folder / RECORD} is no compressed model; a folder of ks.save_compressed is needed")
-    if record.version > VERSION:
-        raise UsageError(f"{folder} has version {record.version}; {VERSION} is the newest known, update ks")
+    record = read_json_as(folder / RECORD_FILE, CompressedModel, "a compressed model")
+    if record.format != MODEL_FORMAT:
+        raise UsageError(f"{folder / RECORD_FILE} is no compressed model; a folder of ks.save_compressed is needed")
+    if record.version > MODEL_VERSION:
+        raise UsageError(f"{folder} has version {record.version}; {MODEL_VERSION} is the newest known, update ks")
     if record.densified:
-        raise UsageError(f"{folder} holds an ordinary checkpoint (densify=True); load {TENSORS} into the model itself")
+        raise UsageError(
+            f"{folder} holds an ordinary checkpoint (densify=True); load {TENSORS_FILE} into the model itself"
+        )
     inside = unwrapped(model)
     replacements = _empty_chains(inside, record, folder, impl)
-    tensors = _read_tensors(folder / TENSORS)
+    tensors = _read_tensors(folder / TENSORS_FILE)
     if record.version == 1:
         tensors, record.aliases = _as_blocks(tensors, record)
     _check_keys(inside, replacements, tensors, record, folder)
@@ -147,7 +149,10 @@ def _check_folder(folder: Path) -> None:
     if not folder.exists():
         return
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    ours = names == {TENSORS, RECORD} and read_json_as(folder / RECORD, CompressedModel).format == FORMAT
+    ours = (
+        names == {TENSORS_FILE, RECORD_FILE}
+        and read_json_as(folder / RECORD_FILE, CompressedModel).format == MODEL_FORMAT
+    )
     if not folder.is_dir() or (names and not ours):
         found = f"holds {one_line(', '.join(sorted(names)[:3]))}" if names else "is no folder"
         raise UsageError(f"{folder} {found}; choose a new or an empty folder, or one that ks.save_compressed wrote")
@@ -155,14 +160,14 @@ def _check_folder(folder: Path) -> None:
 
 def _write_folder(folder: Path, tensors: dict[str, torch.Tensor], record: dict) -> None:
     """Write both files into a folder beside, which then takes the place of `folder`."""
-    temporary, before = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("tmp", "old"))
+    temporary, before = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     try:
         with signals.deferred():
             try:
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 temporary.mkdir()
-                write_safetensors(temporary / TENSORS, tensors, {"format": "pt"})
-                write_json(temporary / RECORD, record)
+                write_safetensors(temporary / TENSORS_FILE, tensors, {"format": "pt"})
+                write_json(temporary / RECORD_FILE, record)
                 if folder.exists():
                     folder.rename(before)
                 temporary.rename(folder)
@@ -247,7 +252,7 @@ def _check_keys(
                 expected.pop(f"{prefix}{name}", None)
             expected |= {f"{prefix}{name}": tuple(v.shape) for name, v in replacements[module].state_dict().items()}
     if not set(record.aliases.values()) <= tensors.keys():
-        raise UsageError(f"{folder / RECORD} is not valid: it ties tensors to one that {TENSORS} lacks")
+        raise UsageError(f"{folder / RECORD_FILE} is not valid: it ties tensors to one that {TENSORS_FILE} lacks")
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     found |= {name: found[stored] for name, stored in record.aliases.items()}
     for name in dict.fromkeys((*expected, *found)):
@@ -268,7 +273,7 @@ def _check_keys(
 
 @torch.no_grad()
 def _fill(model: nn.Module, tensors: Mapping[str, torch.Tensor], aliases: Mapping[str, str]) -> None:
-    """Copy values, so that chains keep the memory order of their factors, and tie what was tied."""
+    """Copy values, so that chains keep the memory order of their factors, and tie the tied tensors again."""
     places = _owners(model)
     for name, value in tensors.items():
         module, attribute = places[name]

@@ -1,12 +1,11 @@
-"""Moments of the inputs of a model's layers: merged, and kept in a .safetensors file."""
+"""Moments of the inputs of a model's layers: merged, saved and read."""
 
+import dataclasses
 import json
-import platform
-import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import safetensors
@@ -15,16 +14,27 @@ import torch
 
 from ks.errors import UsageError, one_line
 from ks.files.atomic import write_safetensors
-from ks.files.globs import nearest
+from ks.files.globs import find_weight, nearest
 from ks.files.memory import check_fits
 from ks.files.provenance import now
-from ks.files.schema import InputMomentsRecord
+from ks.files.schema import Count, Positive, Text
 from ks.moments.sums import InputSums
 
 METADATA = "ks_input_moments"  # the entry of the file's metadata, as JSON
-VERSION = 1
+MOMENTS_VERSION = 1
 HELD_OUT = "held_out/"
-TENSORS = ("sum_xx", "sum_x", "count")
+SUM_LABELS = ("sum_xx", "sum_x", "count")
+
+
+class _Metadata(msgspec.Struct):
+    """The JSON in the metadata of the file; `InputMoments` describes the fields."""
+
+    version: Positive
+    aliases: Annotated[dict[Text, Text], msgspec.Meta(min_length=1)]
+    batches: dict[Text, Count]
+    created: Text
+    transposed: list[Text] = msgspec.field(default_factory=list)
+    model: Text = ""
 
 
 @dataclass(frozen=True)
@@ -40,14 +50,51 @@ class InputMoments:
         batches: number of batches, by NAME.
         transposed: keys of the weights that are stored as (in, out).
         model: name of the model.
+        source: their file, for messages.
     """
 
-    train: dict[str, InputSums]
-    held_out: dict[str, InputSums]
+    train: Mapping[str, InputSums]
+    held_out: Mapping[str, InputSums]
     aliases: dict[str, str]
     batches: dict[str, int]
     transposed: tuple[str, ...] = ()
     model: str = ""
+    source: str = "these moments"
+
+    def key_of(self, key: str | None) -> str:
+        """Return the key of a weight as these moments spell it.
+
+        Args:
+            key: of the weight in its checkpoint, or the name of its layer; None if there is one weight alone.
+        Raises:
+            UsageError: no key fits, or several do.
+        """
+        if key is not None:
+            return find_weight(self.aliases, key, self.source)
+        if len(self.aliases) > 1:
+            count = len(self.aliases)
+            raise UsageError(
+                f"{self.source} holds the inputs of {count} weights; give a key, {nearest('', self.aliases)}"
+            )
+        return next(iter(self.aliases))
+
+    def only(self, key: str | None) -> "InputMoments":
+        """Return the moments of one weight alone, in memory.
+
+        Args:
+            key: as in `key_of`.
+        """
+        found = self.key_of(key)
+        name = self.aliases[found]
+        held_out = self.held_out.get(name)
+        return dataclasses.replace(
+            self,
+            train={name: self.train[name]},
+            held_out={} if held_out is None else {name: held_out},
+            aliases={found: name},
+            batches={name: self.batches.get(name, 0)},
+            transposed=tuple(key for key in self.transposed if key == found),
+        )
 
     def second_moment(self, key: str, held_out: bool = False) -> torch.Tensor:
         """Return C = Σ x xᵀ / N for a weight.
@@ -60,11 +107,11 @@ class InputMoments:
         Raises:
             UsageError: the key or the part is missing.
         """
-        name = self.aliases[find_weight(self.aliases, key, "these moments")]
+        name = self.aliases[self.key_of(key)]
         part = (self.held_out if held_out else self.train).get(name)
         if part is None or part.count == 0:
             raise UsageError(f"inputs {one_line(name)!r} have no {'held-out' if held_out else 'training'} part")
-        return part.sum_xx / part.count
+        return part.second_moment
 
     def merge(self, other: "InputMoments") -> "InputMoments":
         """Return the moments over the inputs of both; layers that only one of them has are kept.
@@ -123,10 +170,8 @@ class InputMoments:
         for prefix, part in (("", self.train), (HELD_OUT, self.held_out)):
             for name, sums in part.items():
                 values = (sums.sum_xx, sums.sum_x, torch.tensor(sums.count))
-                tensors |= {f"{name}/{prefix}{label}": value for label, value in zip(TENSORS, values)}
-        record = InputMomentsRecord(
-            VERSION, self.aliases, self.batches, now(), list(self.transposed), self.model, _libraries()
-        )
+                tensors |= {f"{name}/{prefix}{label}": value for label, value in zip(SUM_LABELS, values)}
+        record = _Metadata(MOMENTS_VERSION, self.aliases, self.batches, now(), list(self.transposed), self.model)
         return tensors, {METADATA: json.dumps(msgspec.to_builtins(record))}
 
     @classmethod
@@ -136,8 +181,92 @@ class InputMoments:
         Raises:
             UsageError: the file is missing, damaged, of a newer version, holds invalid sums or exceeds the memory.
         """
-        file = MomentsFile(path)
-        return file.moments(file.record.aliases)
+        stored = cls.open(path)
+        return dataclasses.replace(stored, train={**stored.train}, held_out={**stored.held_out})
+
+    @classmethod
+    def open(cls, path) -> "InputMoments":
+        """Return the moments of a file whose sums are read, and checked, each time that they are asked for.
+
+        Raises:
+            UsageError: it is no valid file of moments.
+        """
+        file, metadata = open_safetensors(Path(path), "moments of inputs")
+        if METADATA not in metadata:
+            raise UsageError(f"{path} holds no moments of inputs; ks.collect_input_moments(…).save(path) makes some")
+        try:
+            record = msgspec.json.decode(metadata[METADATA], type=_Metadata)
+        except (msgspec.MsgspecError, RecursionError) as error:
+            raise UsageError(f"{path} has invalid metadata: {one_line(error, 200)}") from error
+        if record.version > MOMENTS_VERSION:
+            raise UsageError(f"{path} has version {record.version}; {MOMENTS_VERSION} is the newest known, update ks")
+        names = list(dict.fromkeys(record.aliases.values()))
+        stored = set(file.keys())
+        with_held_out = [name for name in names if any(f"{name}/{HELD_OUT}{label}" in stored for label in SUM_LABELS)]
+        return cls(
+            _StoredSums(file, str(path), names, ""),
+            _StoredSums(file, str(path), with_held_out, HELD_OUT),
+            record.aliases,
+            {name: record.batches.get(name, 0) for name in names},
+            tuple(record.transposed),
+            record.model,
+            str(path),
+        )
+
+
+def as_moments(moments: InputMoments | str | Path | None) -> InputMoments | None:
+    """Return moments that are given in memory, in a file, or not at all."""
+    return moments if moments is None or isinstance(moments, InputMoments) else InputMoments.open(moments)
+
+
+class _StoredSums(Mapping[str, InputSums]):
+    """The sums of one part of an open file, by NAME; they are read and checked when one is asked for."""
+
+    def __init__(self, file, path: str, names: list[str], prefix: str):
+        self._file, self._path, self._names, self._prefix = file, path, names, prefix
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name) -> bool:
+        return name in self._names
+
+    def __getitem__(self, name: str) -> InputSums:
+        """Return the sums of an input tensor.
+
+        Raises:
+            UsageError: a tensor is missing, or has another shape or dtype; NaN or infinite values; or more than the
+                memory.
+        """
+        if name not in self._names:
+            raise KeyError(name)
+        stored = set(self._file.keys())
+        key_of = {label: f"{name}/{self._prefix}{label}" for label in SUM_LABELS}
+        where = f"{self._path}, inputs {one_line(f'{name}/{self._prefix}').rstrip('/')!r}"
+        if missing := [label for label, key in key_of.items() if key not in stored]:
+            raise UsageError(f"{where}: the file lacks {', '.join(missing)}; collect the moments again")
+        shape = self._file.get_slice(key_of["sum_xx"]).get_shape()
+        if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
+            raise UsageError(f"{where}: sum_xx has shape {tuple(shape)}; a square one is needed")
+        width = shape[0]
+        check_fits(where, 5 * width * width * 8, "use a machine with more memory")  # the checks copy it
+        try:
+            square, sum_x, count = (self._file.get_tensor(key) for key in key_of.values())
+        except Exception as error:  # SafetensorError, or torch has no such dtype
+            raise UsageError(f"{where} cannot be read ({one_line(error, 160)})") from error
+        if sum_x.shape != (width,):
+            raise UsageError(f"{where}: sum_x has shape {tuple(sum_x.shape)}; ({width},) is needed")
+        if not (square.is_floating_point() and sum_x.is_floating_point()):
+            raise UsageError(f"{where}: sums of dtype {square.dtype} and {sum_x.dtype}; floating ones are needed")
+        if count.numel() != 1 or count.dtype != torch.int64 or count.item() < 0:
+            raise UsageError(f"{where}: count must be one integer of at least 0, int64")
+        square, sum_x = square.double(), sum_x.double()
+        if not (square.isfinite().all() and sum_x.isfinite().all()):
+            raise UsageError(f"{where} holds NaN or infinite sums; collect the moments again")
+        return InputSums(square, sum_x, int(count.item()))
 
 
 def _added(first: Mapping[str, InputSums], second: Mapping[str, InputSums]) -> dict[str, InputSums]:
@@ -151,38 +280,6 @@ def _added(first: Mapping[str, InputSums], second: Mapping[str, InputSums]) -> d
             )
         added[name] = first[name].plus(second[name])
     return added
-
-
-def _libraries() -> dict[str, str]:
-    """Return the versions of what makes the inputs, as far as it is loaded."""
-    loaded = {name: getattr(sys.modules.get(name), "__version__", None) for name in ("ks", "torch", "transformers")}
-    return {"python": platform.python_version(), **{name: str(version) for name, version in loaded.items() if version}}
-
-
-def find_weight(known_keys: Collection[str], key: str, where: str, what: str = "inputs") -> str:
-    """Return the key of a weight as a file of moments, or a model, spells it.
-
-    Exact keys come first, then names of layers, then the one key that differs by a prefix of one or two components,
-    as `bert.encoder.layer.0.output.dense.weight` does from `encoder.layer.0.output.dense.weight`.
-
-    Args:
-        known_keys: keys of weights.
-        key: of the weight in its checkpoint, or the name of its layer.
-        where: the file or the model, for messages.
-        what: is looked for, for messages.
-    Raises:
-        UsageError: no key fits, or several do.
-    """
-    for spelling in (key, f"{key}.weight"):
-        if spelling in known_keys:
-            return spelling
-    behind_prefix = [known for known in known_keys if _differ_by_prefix(known, key)]
-    if len(behind_prefix) == 1:
-        return behind_prefix[0]
-    if behind_prefix:
-        fitting = one_line(", ".join(behind_prefix), 300)
-        raise UsageError(f"{where}: key {one_line(key)!r} fits {fitting}; give one of them in full")
-    raise UsageError(f"{where}: no {what} for key {one_line(key)!r}; {nearest(key, known_keys)}")
 
 
 def open_safetensors(path: Path, what: str) -> tuple[Any, dict[str, str]]:
@@ -201,106 +298,3 @@ def open_safetensors(path: Path, what: str) -> tuple[Any, dict[str, str]]:
         return file, file.metadata() or {}
     except Exception as error:  # a damaged file can raise nearly anything
         raise UsageError(f"{path} cannot be read as {what} ({one_line(error, 160)})") from error
-
-
-def _differ_by_prefix(one: str, other: str) -> bool:
-    """Return whether one name is the other with one or two components before it."""
-    shorter, longer = sorted((one, other), key=len)
-    return "." in shorter and longer.endswith(f".{shorter}") and longer.removesuffix(f".{shorter}").count(".") < 2
-
-
-class MomentsFile:
-    """A moments file: its metadata are read and checked at once, sums on request.
-
-    Args:
-        path: of the file.
-    Raises:
-        UsageError: it is no valid moments file.
-    """
-
-    def __init__(self, path):
-        self.path = Path(path)
-        self._file, metadata = open_safetensors(self.path, "moments of inputs")
-        if METADATA not in metadata:
-            raise UsageError(
-                f"{self.path} holds no moments of inputs; ks.collect_input_moments(…).save(path) makes some"
-            )
-        try:
-            self.record = msgspec.json.decode(metadata[METADATA], type=InputMomentsRecord)
-        except (msgspec.MsgspecError, RecursionError) as error:
-            raise UsageError(f"{self.path} has invalid metadata: {one_line(error, 200)}") from error
-        if self.record.version > VERSION:
-            raise UsageError(f"{self.path} has version {self.record.version}; {VERSION} is the newest known, update ks")
-        self._names = set(self._file.keys())
-
-    def width(self, name: str, prefix: str = "") -> int | None:
-        """Return n of an input tensor, or None if the file has no sums of it.
-
-        Args:
-            name: NAME of the input tensor.
-            prefix: '', or `HELD_OUT`.
-        Raises:
-            UsageError: some of sum_xx, sum_x and count are missing, or sum_xx is not square.
-        """
-        missing = [label for label in TENSORS if f"{name}/{prefix}{label}" not in self._names]
-        if len(missing) == len(TENSORS):
-            return None
-        if missing:
-            raise UsageError(f"{self._where(name, prefix)}: {', '.join(missing)} missing; collect the moments again")
-        shape = self._file.get_slice(f"{name}/{prefix}sum_xx").get_shape()
-        if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
-            raise UsageError(f"{self._where(name, prefix)}: sum_xx has shape {tuple(shape)}; a square one is needed")
-        return shape[0]
-
-    def sums(self, name: str, prefix: str = "") -> InputSums | None:
-        """Return the sums of an input tensor, or None if the file lacks all three.
-
-        Args:
-            name: NAME of the input tensor.
-            prefix: '', or `HELD_OUT`.
-        Raises:
-            UsageError: as `width`; another shape or dtype; NaN or infinite values; or more than the memory.
-        """
-        if (width := self.width(name, prefix)) is None:
-            return None
-        where = self._where(name, prefix)
-        check_fits(where, 5 * width * width * 8, "use a machine with more memory")  # with what the checks need
-        try:
-            square, sum_x, count = (self._file.get_tensor(f"{name}/{prefix}{label}") for label in TENSORS)
-        except Exception as error:  # SafetensorError, or torch has no such dtype
-            raise UsageError(f"{where} cannot be read ({one_line(error, 160)})") from error
-        if sum_x.shape != (width,):
-            raise UsageError(f"{where}: sum_x has shape {tuple(sum_x.shape)}; ({width},) is needed")
-        if not (square.is_floating_point() and sum_x.is_floating_point()):
-            raise UsageError(f"{where}: sums of dtype {square.dtype} and {sum_x.dtype}; floating ones are needed")
-        if count.numel() != 1 or count.dtype != torch.int64 or count.item() < 0:
-            raise UsageError(f"{where}: count must be one integer of at least 0, int64")
-        square, sum_x = square.double(), sum_x.double()
-        if not (square.isfinite().all() and sum_x.isfinite().all()):
-            raise UsageError(f"{where} holds NaN or infinite sums; collect the moments again")
-        return InputSums(square, sum_x, int(count.item()))
-
-    def moments(self, aliases: Mapping[str, str]) -> InputMoments:
-        """Return the moments of some weights.
-
-        Args:
-            aliases: those of the record, or some of them.
-        Raises:
-            UsageError: as `sums`, or the sums of a weight are missing.
-        """
-        names = list(dict.fromkeys(aliases.values()))
-        train, held_out = ({name: self.sums(name, prefix) for name in names} for prefix in ("", HELD_OUT))
-        for name, sums in train.items():
-            if sums is None:
-                raise UsageError(f"{self._where(name, '')}: {', '.join(TENSORS)} missing; collect the moments again")
-        return InputMoments(
-            {name: sums for name, sums in train.items() if sums is not None},
-            {name: sums for name, sums in held_out.items() if sums is not None},
-            dict(aliases),
-            {name: self.record.batches.get(name, 0) for name in names},
-            tuple(key for key in self.record.transposed if key in aliases),
-            self.record.model,
-        )
-
-    def _where(self, name: str, prefix: str) -> str:
-        return f"{self.path}, inputs {one_line(f'{name}/{prefix}').rstrip('/')!r}"

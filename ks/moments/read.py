@@ -10,36 +10,21 @@ from ks.files.globs import nearest
 from ks.files.memory import check_fits
 from ks.files.weights import entries_of, read_entry, tensors_sha256
 from ks.moments.gram import is_semi_definite
-from ks.moments.moments_file import HELD_OUT, METADATA, InputMoments, MomentsFile, find_weight, open_safetensors
+from ks.moments.moments_file import METADATA, InputMoments, open_safetensors
+from ks.moments.second_moment import FLOAT32_ROUNDING
 from ks.moments.sums import InputSums
 
-ROUNDING = 1e-6  # of the size of C: what float32 sums leave of symmetry and of eigenvalues that are zero
 ENOUGH_PER_FEATURE = 10  # inputs; in a trial with 13 per feature, a floor was still 30% too low
 
 
 @dataclass(frozen=True)
-class PartMoments:
-    """Moments over the inputs of one part, training or held out.
+class Calibration:
+    """The inputs that were measured for one weight, or their moments.
 
     Args:
-        second_moment: C = Σ x xᵀ / N, shape (n, n), float64, symmetric, positive semi-definite up to rounding.
-        mean: Σ x / N, shape (n,), float64.
-        count: N.
-    """
-
-    second_moment: torch.Tensor
-    mean: torch.Tensor
-    count: int
-
-
-@dataclass(frozen=True)
-class GivenInputs:
-    """The inputs of one weight, as a file gives them.
-
-    Args:
-        train: moments to work with.
-        held_out: moments to check with; None if the file has none.
-        key: of the inputs in the file; None for a lone array.
+        train: sums to work with; their second moment is symmetric, and positive semi-definite up to rounding.
+        held_out: sums to check with; None if there are none.
+        key: of the inputs in their file; None for a lone array.
         sha256: hash of the values, equal for the same values in another file.
         samples: the rows of a file of raw samples, shape (N, n), dtype as stored: first the `train.count` training
             rows, then those held out. None for a moments file.
@@ -47,8 +32,8 @@ class GivenInputs:
         notes: remarks for the user, a line each.
     """
 
-    train: PartMoments
-    held_out: PartMoments | None
+    train: InputSums
+    held_out: InputSums | None
     key: str | None
     sha256: str
     samples: torch.Tensor | None = None
@@ -58,14 +43,14 @@ class GivenInputs:
 
 def read_input_moments(
     path, width: int, key: str | None = None, val_split: float = 0.2, *, weight_key: str | None = None
-) -> GivenInputs:
+) -> Calibration:
     """Read the inputs of a weight of shape (m, n).
 
     Args:
         path: .safetensors file of `InputMoments.save`; or raw samples (N, n) as .npy, .pt, .pth or .safetensors.
         width: n, the number of input features.
         key: of the weight in the moments file, or of the samples in their file.
-        val_split: share of raw samples that is held out, the last rows; a moments file has its own held-out part.
+        val_split: fraction of raw samples that is held out, the last rows; a moments file has its own held-out part.
         weight_key: key of the weight in its checkpoint, used if `key` is None.
     Raises:
         UsageError: the file or the key is missing or damaged; the inputs have another width, are not finite, or are
@@ -73,8 +58,8 @@ def read_input_moments(
     """
     path = Path(path)
     try:
-        if path.suffix == ".safetensors" and METADATA in open_safetensors(path, "inputs")[1]:
-            return _read_moments(path, width, key or weight_key)
+        if _holds_moments(path):
+            return inputs_of(InputMoments.open(path), width, key or weight_key)
         return _read_samples(path, width, key, val_split, weight_key)
     except OSError as error:  # a folder above it is closed, or the name is too long
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
@@ -88,112 +73,58 @@ def packed_inputs(path, key: str | None) -> bytes:
         key: of the weight in the moments file.
     """
     path = Path(path)
-    if path.suffix != ".safetensors" or METADATA not in open_safetensors(path, "inputs")[1]:
-        return path.read_bytes()
-    file = MomentsFile(path)
-    found = _weight_of(file, key)
-    return file.moments({found: file.record.aliases[found]}).packed()
+    return InputMoments.open(path).only(key).packed() if _holds_moments(path) else path.read_bytes()
 
 
-def _weight_of(file: MomentsFile, key: str | None) -> str:
-    """Return the key of a weight as the file spells it; a lone one needs no key."""
-    aliases = file.record.aliases
-    if key is not None:
-        return find_weight(aliases, key, str(file.path))
-    if len(aliases) > 1:
-        raise UsageError(f"{file.path} holds the inputs of {len(aliases)} weights; give a key, {nearest('', aliases)}")
-    return next(iter(aliases))
+def _holds_moments(path: Path) -> bool:
+    return path.suffix == ".safetensors" and METADATA in open_safetensors(path, "inputs")[1]
 
 
-def inputs_of(moments: InputMoments, width: int, weight_key: str) -> GivenInputs:
-    """Return the inputs of a weight from moments in memory, as `read_input_moments` does from their file.
+def inputs_of(moments: InputMoments, width: int, weight_key: str | None) -> Calibration:
+    """Return the inputs of a weight, checked for properties that all sums over real inputs have.
 
     Args:
         moments: of the model.
         width: n, the number of input features.
-        weight_key: key of the weight in its checkpoint.
+        weight_key: key of the weight in its checkpoint; None if the moments are of one weight alone.
     Raises:
         UsageError: the key is missing; the inputs have another width, or are no moments of real inputs.
     """
-    found = find_weight(moments.aliases, weight_key, "the moments")
-    name = moments.aliases[found]
-    where, transposed = f"inputs {one_line(name)!r}", found in moments.transposed
-    train = moments.train[name]
-    _check_width(train.width, width, transposed, where)
-    return _given(
-        train, moments.held_out.get(name), found, transposed, where, _renamed(found, weight_key, "their model")
+    found = moments.key_of(weight_key)
+    name, transposed = moments.aliases[found], found in moments.transposed
+    where = f"{moments.source}, inputs {one_line(name)!r}"
+    train, held_out = moments.train[name], moments.held_out.get(name)
+    if train.width != width:
+        advice = "its model stores this weight as (in, out), so transpose it" if transposed else "choose their key"
+        raise UsageError(f"{where} are {train.width} wide, and the weight takes {width} inputs; {advice}")
+    if train.count == 0:
+        raise UsageError(f"{where}: count is 0, so no input was seen; collect the moments from more batches")
+    if held_out is not None and held_out.width != width:
+        raise UsageError(f"{where}: the held-out part is {held_out.width} wide, not {width}; collect the moments again")
+    same = weight_key is None or found in (weight_key, f"{weight_key}.weight")
+    renamed = [] if same else [f"inputs of {one_line(str(weight_key))}: found in {moments.source} as {one_line(found)}"]
+    return Calibration(
+        _checked(train, where),
+        _checked(held_out, f"{where}, held out") if held_out is not None and held_out.count else None,
+        found,
+        _sums_sha256(train, held_out),
+        transposed=transposed,
+        notes=(*renamed, *_few(where, train)),
     )
 
 
 def inputs_sha256(moments: InputMoments, weight_key: str) -> str:
-    """Return the hash of the inputs of a weight, `GivenInputs.sha256`, without the checks of `inputs_of`."""
-    name = moments.aliases[find_weight(moments.aliases, weight_key, "the moments")]
+    """Return the hash of the inputs of a weight, `Calibration.sha256`, without the checks of `inputs_of`."""
+    name = moments.aliases[moments.key_of(weight_key)]
     return _sums_sha256(moments.train[name], moments.held_out.get(name))
 
 
 def _sums_sha256(train: InputSums, held_out: InputSums | None) -> str:
     parts = [part for part in (train, held_out) if part is not None and part.count]
-    return tensors_sha256(*(tensor for part in parts for tensor in _tensors(part)))
+    return tensors_sha256(*(tensor for part in parts for tensor in (part.sum_xx, part.sum_x, torch.tensor(part.count))))
 
 
-def _read_moments(path: Path, width: int, key: str | None) -> GivenInputs:
-    file = MomentsFile(path)
-    found = _weight_of(file, key)
-    name = file.record.aliases[found]
-    where, transposed = f"{path}, inputs {one_line(name)!r}", found in file.record.transposed
-    if (size := file.width(name)) is None:
-        raise UsageError(f"{where}: sum_xx, sum_x and count are missing; collect the moments again")
-    _check_width(size, width, transposed, where)
-    train, held_out = file.sums(name), file.sums(name, HELD_OUT)
-    assert train is not None
-    return _given(train, held_out, found, transposed, where, _renamed(found, key, str(path)))
-
-
-def _renamed(found: str, key: str | None, where: str) -> list[str]:
-    """Return a remark where moments spell the key of a weight differently."""
-    same = key is None or found in (key, f"{key}.weight")
-    return [] if same else [f"inputs of {one_line(str(key))}: {where} names them {one_line(found)}"]
-
-
-def _check_width(size: int, width: int, transposed: bool, where: str) -> None:
-    if size != width:
-        stored = "; its model stores this weight as (in, out), so transpose it" if transposed else ""
-        raise UsageError(
-            f"{where} are {size} wide, and the weight takes {width} inputs{stored or '; choose their key'}"
-        )
-
-
-def _given(
-    train: InputSums, held_out: InputSums | None, key: str, transposed: bool, where: str, notes: list[str]
-) -> GivenInputs:
-    """Check the sums of an input tensor of the right width.
-
-    Args:
-        train, held_out: the sums.
-        key: of the weight in the moments.
-        transposed: whether the weight is stored as (in, out).
-        where: the inputs, for messages.
-        notes: remarks for the user.
-    """
-    if train.count == 0:
-        raise UsageError(f"{where}: count is 0, so no input was seen; collect the moments from more batches")
-    if held_out is not None and held_out.width != train.width:
-        raise UsageError(
-            f"{where}: the held-out part is {held_out.width} wide, not {train.width}; collect the moments again"
-        )
-    if held_out is not None and held_out.count == 0:
-        held_out = None
-    return GivenInputs(
-        _checked(train, where),
-        None if held_out is None else _checked(held_out, f"{where}, held out"),
-        key,
-        _sums_sha256(train, held_out),
-        transposed=transposed,
-        notes=(*notes, *_few(where, train)),
-    )
-
-
-def _read_samples(path: Path, width: int, key: str | None, val_split: float, weight_key: str | None) -> GivenInputs:
+def _read_samples(path: Path, width: int, key: str | None, val_split: float, weight_key: str | None) -> Calibration:
     entries = entries_of(path, "samples")
     name, notes = _samples_key(path, entries, key, weight_key)
     where = f"{path}, key {one_line(name)!r}" if name else f"{path}"
@@ -210,7 +141,9 @@ def _read_samples(path: Path, width: int, key: str | None, val_split: float, wei
         raise UsageError(f"{where} holds NaN or infinite values; finite samples are needed")
     num_train = len(samples) - round(len(samples) * val_split)
     if num_train < 1:
-        raise UsageError(f"{where}: {len(samples)} samples less a held-out share of {val_split} leave none; give more")
+        raise UsageError(
+            f"{where}: of {len(samples)} samples, holding out a fraction of {val_split} leaves none; give more"
+        )
     check_fits(f"the second moment of {where}", 6 * width * width * 8, "use a machine with more memory")
     parts = []
     for rows in (samples[:num_train], samples[num_train:]):
@@ -218,7 +151,7 @@ def _read_samples(path: Path, width: int, key: str | None, val_split: float, wei
         sums.add(rows)
         parts.append(sums.finished())
     train, held_out = parts
-    return GivenInputs(
+    return Calibration(
         _checked(train, where),
         _checked(held_out, f"{where}, held out") if held_out.count else None,
         name or None,
@@ -243,30 +176,31 @@ def _samples_key(path: Path, entries: dict, key: str | None, weight_key: str | N
     return name, [f"samples of {path}: its only tensor, {one_line(name)}"] if weight_key else []
 
 
-def _checked(sums: InputSums, where: str) -> PartMoments:
-    """Return moments, after checks of what every sum over real inputs fulfils.
+def _checked(sums: InputSums, where: str) -> InputSums:
+    """Return sums with an exactly symmetric Σ x xᵀ, checked for properties that all sums over real inputs have.
 
     C − μμᵀ, a covariance, is positive semi-definite, so that C is so too and Σ x belongs to it.
     """
-    second_moment, mean = sums.sum_xx / sums.count, sums.sum_x / sums.count
+    second_moment, mean = sums.second_moment, sums.mean
     size = second_moment.norm().item()
     if not size < float("inf"):
         raise UsageError(f"{where}: the second moment overflows; scale the inputs down")
     if size == 0:
         raise UsageError(f"{where}: all inputs are zero, so that every output is; choose another layer")
     asymmetry = (second_moment - second_moment.t()).abs().max().item()
-    if asymmetry > ROUNDING * size:
+    if asymmetry > FLOAT32_ROUNDING * size:
         raise UsageError(f"{where}: sum_xx is not symmetric (by {asymmetry / size:.1e} of its norm); collect it again")
-    second_moment = (second_moment + second_moment.t()) / 2
-    if not is_semi_definite(second_moment - mean.outer(mean), ROUNDING * size):
-        if is_semi_definite(second_moment, ROUNDING * size):
+    symmetric = InputSums((sums.sum_xx + sums.sum_xx.t()) / 2, sums.sum_x, sums.count)
+    second_moment = symmetric.second_moment
+    if not is_semi_definite(second_moment - mean.outer(mean), FLOAT32_ROUNDING * size):
+        if is_semi_definite(second_moment, FLOAT32_ROUNDING * size):
             raise UsageError(f"{where}: sum_x does not belong to sum_xx (the covariance is not positive semi-definite)")
         smallest = torch.linalg.eigvalsh(second_moment)[0].item()
         raise UsageError(
             f"{where}: sum_xx is not positive semi-definite (smallest eigenvalue {smallest / size:.1e} of its norm); "
             "collect it again"
         )
-    return PartMoments(second_moment, mean, sums.count)
+    return symmetric
 
 
 def _few(where: str, train: InputSums) -> list[str]:
@@ -279,7 +213,3 @@ def _few(where: str, train: InputSums) -> list[str]:
         f"{where}: only {count:,} samples for {width:,} features: {singular}floors are optimistic and held-out losses "
         f"higher. Collect at least {ENOUGH_PER_FEATURE * width:,}."
     ]
-
-
-def _tensors(sums: InputSums) -> tuple[torch.Tensor, ...]:
-    return sums.sum_xx, sums.sum_x, torch.tensor(sums.count)

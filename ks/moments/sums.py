@@ -35,7 +35,18 @@ class InputSums:
 
     @property
     def width(self) -> int:
+        """n."""
         return len(self.sum_x)
+
+    @property
+    def second_moment(self) -> torch.Tensor:
+        """C = Σ x xᵀ / N, shape (n, n), float64."""
+        return self.sum_xx / self.count
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Σ x / N, shape (n,), float64."""
+        return self.sum_x / self.count
 
     def add(self, rows: torch.Tensor) -> None:
         """Add inputs to the sums.

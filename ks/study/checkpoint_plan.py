@@ -1,11 +1,6 @@
-"""The plan of a checkpoint from the flags: the floors of its layers, a chain and a rank for each, and their files."""
+"""Plan a checkpoint as the flags ask: floors of its layers, a chain and a rank for each, and the files of both."""
 
 import dataclasses
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated
-
-from msgspec import Meta
 
 from ks import signals
 from ks.chain.patterns import Chain
@@ -17,15 +12,14 @@ from ks.files.atomic import delete_leftovers, write_csv, write_json
 from ks.files.layout import SweepFiles
 from ks.files.ownership import check_free, recorded
 from ks.files.provenance import provenance
-from ks.files.schema import read_json_as
 from ks.model.allocate import allocate
 from ks.model.candidates import Candidates, check_inputs, find_candidates
 from ks.model.layer_weights import Selection, select_weights
-from ks.model.model_plan import ModelPlan, Weighting
+from ks.model.model_plan import ModelPlan
+from ks.moments.moments_file import as_moments
 from ks.training.problem import chain_of, choose_device
 
 DEFAULT_CHAINS = ("monarch", "lowrank")
-Importances = dict[str, Annotated[float, Meta(ge=0.0, le=1e300)]]
 
 
 def check_flags(config: SweepConfig) -> None:
@@ -37,10 +31,8 @@ def check_flags(config: SweepConfig) -> None:
     if config.budget is not None and config.target_relative_loss is not None:
         raise UsageError("--budget together with --target_relative_loss: give one or the other")
     if config.budget is None and config.target_relative_loss is None:
-        if config.importance != Weighting.EQUAL or config.rank_multiple != 1:
-            raise UsageError(
-                "--importance and --rank_multiple are for a plan; give --budget or --target_relative_loss too"
-            )
+        if config.rank_multiple != 1:
+            raise UsageError("--rank_multiple is for a plan; give --budget or --target_relative_loss too")
         several = config.chains or ()
         if len(several) > 1 and not config.dry_run:
             raise UsageError(
@@ -59,26 +51,19 @@ def families_of(config: SweepConfig) -> tuple[str, ...]:
     return config.chains or (DEFAULT_CHAINS if config.chain is None else (config.chain,))
 
 
-def importance_of(config: SweepConfig) -> str | Mapping[str, float]:
-    """Return the importance of the layers as `ks.model.allocate.allocate` takes it."""
-    if config.importance in (Weighting.EQUAL, Weighting.ENERGY):
-        return config.importance
-    return read_json_as(config.importance, Importances, "importances by name of the layer")
-
-
 def select(config: SweepConfig) -> Selection:
-    """Return the weights that the flags name; those of a file without names are all of its 2-D weights.
+    """Return the weights that --weight_key matches; without it, all 2-D weights of the file.
 
     Raises:
         UsageError: nothing matches, or a weight has no inputs in the file of --inputs.
     """
     selection = select_weights(config.weight_path, config.weight_key or "**", config.transpose)
-    check_inputs(selection.weights, config.inputs)
+    check_inputs(selection.weights, as_moments(config.inputs))
     return selection
 
 
 def plan_checkpoint(
-    config: SweepConfig, selection: Selection, importance: str | Mapping[str, float], files: SweepFiles
+    config: SweepConfig, selection: Selection, files: SweepFiles
 ) -> tuple[list[Candidates], ModelPlan | None]:
     """Compute the floors of the layers and, with a budget or a target, choose a chain and a rank for each.
 
@@ -87,15 +72,13 @@ def plan_checkpoint(
     Args:
         config: of the sweep.
         selection: of the weights.
-        importance: as `importance_of` returns it.
         files: of the sweep; the folder exists and is locked.
     Raises:
         UsageError: a file of the user's is in the way, a layer without inputs, or a budget that no plan meets.
     """
     delete_leftovers(files.planned())
     owned = recorded(files.plan_record)
-    read = [*config.files_read(), *([Path(config.importance)] if isinstance(importance, Mapping) else [])]
-    check_free(files.planned(), owned, read, "choose another --output_dir or --save_prefix")
+    check_free(files.planned(), owned, config.files_read(), "choose another --output_dir or --save_prefix")
     names = [path.name for path in files.planned()]
     write_json(files.plan_record, {"files": names, "arguments": vars(config), "provenance": provenance()})
     for text in selection.notes:
@@ -121,7 +104,6 @@ def plan_checkpoint(
             candidates,
             budget=config.budget,
             target_relative_loss=config.target_relative_loss,
-            importance=importance,
             rank_multiple=config.rank_multiple,
             checkpoint=selection.source,
         )

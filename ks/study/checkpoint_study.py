@@ -1,4 +1,4 @@
-"""A study of several layers of a checkpoint: one plan for all, runs through one launcher, one summary."""
+"""A study of several layers of a checkpoint: one plan, one launcher and one summary for all."""
 
 import dataclasses
 from pathlib import Path
@@ -10,8 +10,9 @@ from ks.errors import UsageError
 from ks.files.layout import SweepFiles, layer_folder
 from ks.files.status import Status
 from ks.files.weights import packed
+from ks.model.candidates import floors_table
 from ks.model.model_plan import LayerPlan
-from ks.study.checkpoint_plan import check_flags, importance_of, plan_checkpoint, select
+from ks.study.checkpoint_plan import check_flags, plan_checkpoint, select
 from ks.study.folder import claim_folder, held
 from ks.study.identity import checkpoint_record_of, remedies_of
 from ks.study.launcher import launcher_of
@@ -50,7 +51,6 @@ class CheckpointStudy(Study):
             UsageError: flags that do not go together, or no weight matches.
         """
         check_flags(self.config)
-        self.importance = importance_of(self.config)
         self.selection = select(self.config)
 
     def plan(self) -> None:
@@ -67,16 +67,13 @@ class CheckpointStudy(Study):
             names = [weight.name for weight in self.selection.weights]
             record = checkpoint_record_of(config, edits_of(self.trainer), self.selection.source, names)
             claim_folder(files, [], record, config.files_read(), config.overwrite, remedies_of(config))
-        self.candidates, self.planned = plan_checkpoint(config, self.selection, self.importance, files)
+        self.candidates, self.planned = plan_checkpoint(config, self.selection, files)
 
     def plan_text(self) -> str:
-        from ks.files.table import filled
-        from ks.report.model_plan_table import floors_lines, plan_lines, totals
-
         files, plan = self.files, self.planned
         if plan is None:
-            return "\n".join([floors_lines(self.candidates), str(files.layer_floors_csv)])
-        return "\n".join([*filled(totals(plan)), "", plan_lines(plan), str(files.plan_json), str(files.plan_csv)])
+            return "\n".join([floors_table(self.candidates), str(files.layer_floors_csv)])
+        return "\n".join([str(plan), str(files.plan_json), str(files.plan_csv)])
 
     def make_launcher(self) -> Launcher:
         files = {}
@@ -97,9 +94,7 @@ class CheckpointStudy(Study):
         Raises:
             UsageError: a folder is in use or holds another study.
         """
-        from ks.report.model_plan_table import totals  # pandas loads late
-
-        for text in totals(self.planned) if self.planned is not None else ():
+        for text in self.planned.sentences() if self.planned is not None else ():
             console.note(text, self.config.quiet)
         for layer in self._configs():
             signals.check()

@@ -10,8 +10,9 @@ from ks.cli.flags import TrainingFlags
 from ks.errors import UsageError, one_line
 from ks.files.columns import ISOTROPIC
 from ks.files.weights import Weight
-from ks.moments.read import GivenInputs, PartMoments, read_input_moments
+from ks.moments.read import Calibration, read_input_moments
 from ks.moments.second_moment import SecondMoment
+from ks.moments.sums import InputSums
 from ks.training.coordinates import Coordinates, isotropic_coordinates, measured_coordinates
 
 MEASURED = "measured"
@@ -27,8 +28,8 @@ class LayerInputs:
         moment: second moment of x', around the centre.
         predict_zero_loss: tr(W C Wᵀ) / m, in the user's units.
         held_out: second moment of held-out x around the same centre, in the user's coordinates; None if there is none.
-        held_out_predict_zero_loss: the loss of predicting 0 on held-out inputs.
-        given: what the file holds; None for isotropic inputs.
+        held_out_predict_zero_loss: loss of the zero predictor on held-out inputs.
+        calibration: the measured inputs; None for isotropic ones.
         description: for config files; it identifies the inputs.
         notes: remarks for the user, a line each.
     """
@@ -38,14 +39,15 @@ class LayerInputs:
     predict_zero_loss: float
     held_out: SecondMoment | None
     held_out_predict_zero_loss: float | None
-    given: GivenInputs | None
+    calibration: Calibration | None
     description: dict[str, Any]
     notes: tuple[str, ...]
 
     @property
     def given_count(self) -> int | None:
         """Return the number of raw training samples; None if there are none."""
-        return self.given.train.count if self.given is not None and self.given.samples is not None else None
+        given = self.calibration
+        return given.train.count if given is not None and given.samples is not None else None
 
     def held_out_samples(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return n samples x' whose second moment is that of the held-out inputs, and their targets y', float64.
@@ -65,9 +67,10 @@ class LayerInputs:
         Args:
             weight: W, shape (m, n), in the user's units.
         """
-        if self.given is None or self.given.samples is None:
+        given = self.calibration
+        if given is None or given.samples is None:
             return None
-        samples = self.given.samples[: self.given.train.count].double()
+        samples = given.samples[: given.train.count].double()
         return self._inside(samples if self.coordinates.centre is None else samples - self.coordinates.centre, weight)
 
     def _inside(self, samples: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,7 +110,7 @@ def _isotropic(std: float, weight: torch.Tensor) -> LayerInputs:
     return LayerInputs(coordinates, inside, predict_zero_loss, None, None, None, description, (note,))
 
 
-def _measured(given: GivenInputs, weight: torch.Tensor, chain: Chain, config: TrainingFlags) -> LayerInputs:
+def _measured(given: Calibration, weight: torch.Tensor, chain: Chain, config: TrainingFlags) -> LayerInputs:
     moment = SecondMoment(given.train.second_moment)
     centre = given.train.mean if config.fit_bias else None
     energy = moment.output_energy(weight)
@@ -129,18 +132,18 @@ def _measured(given: GivenInputs, weight: torch.Tensor, chain: Chain, config: Tr
     }
     name = f" {one_line(given.key)}" if given.key else ""
     note = (
-        f"inputs measured: {one_line(config.inputs)}{name}: {counts['count']} inputs and {counts['held_out_count']} "
-        f"held out, effective rank {moment.effective_rank:.1f} of {weight.shape[1]}"
+        f"Using the measured inputs of {one_line(config.inputs)}{name}: {counts['count']} inputs and "
+        f"{counts['held_out_count']} held out, effective rank {moment.effective_rank:.1f} of {weight.shape[1]}."
     )
     notes = [note, *given.notes]
     if given.transposed and not config.transpose:
-        notes.append(f"the model stores this weight as (in, out): give --transpose if {one_line(config.inputs)} is its")
+        notes.append("The model of these inputs stores the weight as (in, out): give --transpose if the file does too.")
     return LayerInputs(
         coordinates, inside, energy / len(weight), held_out, held_out_loss, given, description, tuple(notes)
     )
 
 
-def _centred(given: GivenInputs, path: str | None) -> SecondMoment:
+def _centred(given: Calibration, path: str | None) -> SecondMoment:
     """Return the second moment of the training inputs around their mean.
 
     Raises:
@@ -156,7 +159,7 @@ def _centred(given: GivenInputs, path: str | None) -> SecondMoment:
         raise UsageError(f"{trouble} ({error}); leave it out") from error
 
 
-def _around(part: PartMoments, centre: torch.Tensor) -> torch.Tensor:
+def _around(part: InputSums, centre: torch.Tensor) -> torch.Tensor:
     """Return the second moment of x − μ: C − m μᵀ − μ mᵀ + μ μᵀ with m the mean of x; C − μ μᵀ if m is μ."""
     cross = part.mean.outer(centre)
     moment = part.second_moment - cross - cross.t() + centre.outer(centre)

@@ -1,6 +1,7 @@
 import pytest
 
-from ks.files.globs import matches, matching, nearest
+from ks.errors import UsageError
+from ks.files.globs import find_weight, matches, matching, nearest
 
 NAMES = [
     "encoder.layer.0.output.dense",
@@ -45,3 +46,43 @@ def test_the_nearest_names_are_named_in_one_line():
     assert nearest("encoder.layer.0.output", NAMES).startswith(f"nearest of 4: {NAMES[0]}, ")
     assert nearest("a", []) == "it holds none"
     assert "\n" not in nearest("a", ["a\nb"])
+
+
+ALIASES = dict.fromkeys(
+    ["encoder.layer.0.output.dense.weight", "decoder.layer.0.output.dense.weight", "bert.pooler.dense.weight"], "x"
+)
+
+
+@pytest.mark.parametrize(
+    ("key", "found"),
+    [
+        ("encoder.layer.0.output.dense.weight", "encoder.layer.0.output.dense.weight"),
+        ("encoder.layer.0.output.dense", "encoder.layer.0.output.dense.weight"),
+        ("bert.encoder.layer.0.output.dense.weight", "encoder.layer.0.output.dense.weight"),
+        ("model.bert.encoder.layer.0.output.dense.weight", "encoder.layer.0.output.dense.weight"),
+        ("pooler.dense.weight", "bert.pooler.dense.weight"),
+    ],
+)
+def test_keys_of_a_checkpoint_may_differ_by_a_prefix(key, found):
+    assert find_weight(ALIASES, key, "m") == found
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("a.b.c.encoder.layer.0.output.dense.weight", "m: no inputs for key"),
+        ("xencoder.layer.0.output.dense.weight", "no inputs for key"),
+        ("layer.0.output.dense.weight", r"fits encoder\.layer.*, decoder\.layer.*; give one of them in full"),
+        ("encoder.layer.0.output.dense.bias", r"nearest of 3: encoder\.layer\.0\.output\.dense\.weight"),
+        ("weight", "no inputs for key"),
+        ("dense.weight\nx", r"'dense\.weight x'"),
+    ],
+)
+def test_a_key_that_fits_none_or_several_is_refused(key, message):
+    with pytest.raises(UsageError, match=message):
+        find_weight(ALIASES, key, "m")
+
+
+def test_the_name_of_a_lone_layer_is_no_prefix_of_all():
+    with pytest.raises(UsageError, match="no inputs"):
+        find_weight({"weight": ""}, "encoder.dense.weight", "m")

@@ -1,4 +1,4 @@
-"""The plan of a model: never worse than uniform shares, within its budget or target, and exact."""
+"""The plan of a model: within its budget or target, and never worse than the same fraction in every layer."""
 
 import itertools
 
@@ -33,11 +33,9 @@ def candidates():
     return find_candidates(select_weights(WEIGHTS).weights, make_chain, ["monarch", "lowrank"])
 
 
-@pytest.mark.parametrize("importance", ["equal", "energy", {"easy.weight": 0.1, "m*.weight": 3.0}])
-@pytest.mark.parametrize("budget", [0.15, 0.4, 0.5, 0.8, 1.0])
-def test_a_budget_is_kept_and_beats_the_same_share_everywhere(candidates, budget, importance):
-    plan = allocate(candidates, budget=budget, importance=importance)
-    assert plan.exact
+@pytest.mark.parametrize("budget", [0.15, 0.4, 0.45, 0.5, 0.8, 1.0])
+def test_a_budget_is_kept_and_beats_the_same_fraction_everywhere(candidates, budget):
+    plan = allocate(candidates, budget=budget)
     assert plan.share <= budget
     assert plan.mean_relative_loss <= plan.as_uniform().mean_relative_loss + 1e-12
     if budget == 1:
@@ -45,15 +43,14 @@ def test_a_budget_is_kept_and_beats_the_same_share_everywhere(candidates, budget
 
 
 @pytest.mark.parametrize("target", [0.5, 0.2, 0.05, 0.001])
-def test_a_target_is_met_with_no_more_parameters_than_the_same_share_everywhere(candidates, target):
+def test_a_target_is_met_with_no_more_parameters_than_the_same_fraction_everywhere(candidates, target):
     plan = allocate(candidates, target_relative_loss=target)
-    assert plan.exact
     assert plan.mean_relative_loss <= target * (1 + 1e-9)
     assert plan.as_uniform().mean_relative_loss <= target * (1 + 1e-9)
     assert plan.parameters <= plan.as_uniform().parameters
 
 
-def test_the_plan_is_that_of_brute_force(candidates):
+def test_no_plan_saves_more_than_the_gap(candidates):
     budget = 0.45
     options = []
     for entry in candidates:
@@ -70,7 +67,8 @@ def test_the_plan_is_that_of_brute_force(candidates):
         if sum(cost for cost, _ in picks) <= budget * dense
     )
     plan = allocate(candidates, budget=budget)
-    assert 3 * plan.mean_relative_loss == pytest.approx(best, rel=1e-12)
+    assert plan.mean_relative_loss * (1 - plan.gap) <= best / 3 * (1 + 1e-9)
+    assert best / 3 <= plan.mean_relative_loss * (1 + 1e-9)
 
 
 def test_planned_losses_are_those_of_the_factorised_weights(candidates):
@@ -90,15 +88,6 @@ def test_ranks_are_multiples(candidates, multiple):
     assert all(layer.rank is None or layer.rank % multiple == 0 for layer in plan.layers)
 
 
-def test_energy_weights_prefer_large_outputs(candidates):
-    equal, energy = (allocate(candidates, budget=0.4, importance=kind) for kind in ("equal", "energy"))
-    lost = [
-        sum(layer.relative_loss * entry.energy for layer, entry in zip(plan.layers, candidates))
-        for plan in (equal, energy)
-    ]
-    assert lost[1] <= lost[0]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -108,12 +97,9 @@ def test_energy_weights_prefer_large_outputs(candidates):
         ),
         ({}, "either a budget or a target"),
         ({"budget": 0.5, "target_relative_loss": 0.5}, "either a budget or a target"),
-        ({"budget": 0.5, "importance": {"other": 1.0}}, "importance of 'other': no layer matches; nearest of 3"),
-        ({"budget": 0.5, "importance": {"hard.weight": -1.0}}, "a finite number from 0 on is needed"),
-        ({"budget": 0.5, "importance": {"*.weight": 0.0}}, "add up to 0"),
     ],
 )
-def test_what_cannot_be_planned_is_refused_in_a_line(candidates, arguments, message):
+def test_impossible_plans_are_refused_in_one_line(candidates, arguments, message):
     with pytest.raises(UsageError, match=message):
         allocate(candidates, **arguments)
 

@@ -142,7 +142,7 @@ def test_an_error_leaves_the_model_as_it_was():
     assert list(model.modules()) == modules
 
 
-def test_what_is_refused():
+def test_passes_batches_and_layers_that_cannot_be_used_are_refused():
     model = Network()
     with pytest.raises(UsageError, match="max_passes 0: at least 1"):
         ks.compress_in_order(model, plan_for(model), BATCHES, max_passes=0)

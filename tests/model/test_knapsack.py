@@ -1,4 +1,4 @@
-"""The choice of options: against brute force, its bound, and its behaviour at the edges."""
+"""The choice of options: its bound against brute force, and its behaviour at the edges."""
 
 import itertools
 
@@ -25,36 +25,31 @@ def random_layers(seed, layers=4, options=6):
 
 
 @pytest.mark.parametrize("seed", range(40))
-@pytest.mark.parametrize("share", [0.05, 0.3, 0.6, 1.0])
-def test_the_choice_is_that_of_brute_force(seed, share):
+@pytest.mark.parametrize("fraction", [0.05, 0.3, 0.6, 1.0])
+def test_the_choice_fits_and_its_bound_holds(seed, fraction):
     costs, losses = random_layers(seed)
     least = sum(min(cost) for cost in costs)
-    capacity = least + share * (sum(max(cost) for cost in costs) - least)
-    choice = choose(costs, losses, capacity)
-    assert choice.exact
-    assert choice.cost <= capacity
-    assert choice.loss == pytest.approx(brute_force(costs, losses, capacity), rel=1e-12)
+    capacity = least + fraction * (sum(max(cost) for cost in costs) - least)
+    choice, best = choose(costs, losses, capacity), brute_force(costs, losses, capacity)
+    assert choice.cost == sum(cost[pick] for cost, pick in zip(costs, choice.options)) <= capacity
     assert choice.loss == pytest.approx(sum(loss[pick] for loss, pick in zip(losses, choice.options)))
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_losses_and_costs_may_change_places(seed):
-    costs, losses = random_layers(seed)
-    limit = 1.1 * sum(min(loss) for loss in losses)
-    choice = choose(losses, costs, limit)
-    assert choice.exact
-    assert choice.cost <= limit * (1 + 1e-9)
-    assert choice.loss == brute_force(losses, costs, limit)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_without_dynamic_programming_the_gap_is_a_bound(seed):
-    costs, losses = random_layers(seed)
-    capacity = 1.6 * sum(min(cost) for cost in costs)
-    choice, best = choose(costs, losses, capacity, max_states=0), brute_force(costs, losses, capacity)
     assert choice.bound <= best * (1 + 1e-12)
     assert best <= choice.loss * (1 + 1e-12)
-    assert choice.loss <= choice.bound * (1 + choice.gap) * (1 + 1e-12)
+    assert choice.loss * (1 - choice.gap) <= best * (1 + 1e-9)
+    assert choice.loss <= 1.5 * best  # with four layers; with many, see below
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_choice_is_as_good_as_a_known_one(seed):
+    """Four layers are too few for the hulls: on some seeds they alone are worse."""
+    costs, losses = random_layers(seed)
+    capacity = 1.6 * sum(min(cost) for cost in costs)
+    choices = itertools.product(*(range(len(cost)) for cost in costs))
+    fitting = [picks for picks in choices if sum(cost[pick] for cost, pick in zip(costs, picks)) <= capacity]
+    known = min(fitting, key=lambda picks: sum(loss[pick] for loss, pick in zip(losses, picks)))
+    assert choose(costs, losses, capacity, known).loss == pytest.approx(brute_force(costs, losses, capacity))
+    too_much = [int(cost.argmax()) for cost in costs]
+    assert choose(costs, losses, capacity, too_much) == choose(costs, losses, capacity)
 
 
 def test_a_knapsack_that_is_too_small_has_no_choice():
@@ -71,7 +66,7 @@ def test_an_empty_choice_costs_nothing():
     assert choose([], [], 0).options == ()
 
 
-def test_layers_of_a_large_model_are_chosen_exactly():
+def test_layers_of_a_large_model_are_chosen_within_a_thousandth_of_the_bound():
     """Ninety layers of five hundred options, with losses that fall like those of real weights."""
     generator = np.random.default_rng(0)
     costs, losses = [], []
@@ -80,6 +75,6 @@ def test_layers_of_a_large_model_are_chosen_exactly():
         costs.append(np.r_[ranks * 2112, 884_736])
         losses.append(np.r_[np.exp(-ranks / generator.uniform(30, 200)) * generator.uniform(0.5, 1), 0])
     choice = choose(costs, losses, 0.5 * 90 * 884_736)
-    assert choice.exact
+    assert 0 <= choice.gap < 1e-3
     uniform = sum(loss[np.flatnonzero(cost <= 0.5 * 884_736)].min() for cost, loss in zip(costs, losses))
     assert choice.loss < 0.9 * uniform

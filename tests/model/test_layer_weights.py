@@ -1,4 +1,4 @@
-"""Weights by globs: from files, shards, models and mappings; everything else is left out, and named."""
+"""Weights by globs, from files, shards, models and mappings; everything else is skipped with a note."""
 
 import json
 
@@ -75,12 +75,12 @@ def test_an_index_that_does_not_fit_is_refused(tmp_path, weight_map, message):
         select_weights(index)
 
 
-def test_what_is_no_matrix_and_embeddings_are_left_out(tensors):
+def test_other_tensors_and_embeddings_are_skipped_with_a_note(tensors):
     selection = select_weights(tensors)
     assert names(selection) == DENSE
     assert selection.notes == (
-        "left out, no 2-D weights: layer.0.dense.bias, layer.0.conv.weight, layer.1.norm.weight",
-        "left out, embeddings; name them in full to plan them: embeddings.word.weight",
+        "skipped tensors that are not 2-D weights: layer.0.dense.bias, layer.0.conv.weight, layer.1.norm.weight",
+        "skipped embeddings (give their full names to plan them): embeddings.word.weight",
     )
     assert names(select_weights(tensors, ["embeddings.word.weight"])) == ["embeddings.word.weight"]
 
@@ -88,7 +88,7 @@ def test_what_is_no_matrix_and_embeddings_are_left_out(tensors):
 def test_a_glob_that_matches_nothing_names_the_nearest(tensors):
     with pytest.raises(UsageError, match=r"nothing matches 'layer.\*.dens.weight'; nearest of 6: layer.1.dense.weight"):
         select_weights(tensors, ["layer.0.dense.weight", "layer.*.dens.weight"])
-    with pytest.raises(UsageError, match="names no 2-D weight that a chain can replace; left out, no 2-D weights"):
+    with pytest.raises(UsageError, match="matches no 2-D weight that a chain can replace; skipped tensors"):
         select_weights(tensors, "**.bias")
 
 
@@ -108,6 +108,11 @@ def test_weights_of_a_model_are_those_of_its_linear_layers():
     assert (first.name, second.name) == ("first.weight", "second.weight")
     assert torch.equal(first.read().tensor, model["first"].weight)
     assert torch.equal(second.read().tensor, model["second"].weight.t())
+
+
+def test_an_offloaded_model_is_planned_by_its_file():
+    with pytest.raises(UsageError, match="0.weight of the model has no values.*; plan the file of its checkpoint"):
+        select_weights(torch.nn.Sequential(torch.nn.Linear(4, 3, device="meta")))
 
 
 def test_a_mapping_may_be_transposed(tensors):

@@ -1,3 +1,5 @@
+"""Streaming sums against sums computed by hand."""
+
 import pytest
 import torch
 from networks import hand_computed, normal

@@ -12,7 +12,7 @@ def test_all_cells_are_measured_once_and_kept(run, tmp_path):
     done = run(*command, "--figure", "cells.png")
     assert done.returncode == 0, done.stderr
     rows = read_table(tmp_path / "cells.csv")
-    assert len(rows) == 1 + 4 * 3 * 3 + 3
+    assert len(rows) == 1 + 4 * 3 * 2 + 2
     assert len({(row["method"], row["budget"], row["allocation"]) for row in rows}) == len(rows)
     for row in rows[1:]:
         assert float(row["share"]) <= float(row["budget"])

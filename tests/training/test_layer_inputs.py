@@ -1,4 +1,4 @@
-"""Inputs that are measured: samples and moments in the coordinates of a training, and flags that go together."""
+"""Inputs that are measured: samples and moments in the coordinates of a run, and flags that go together."""
 
 import numpy as np
 import pytest
@@ -150,7 +150,7 @@ def test_flags_that_do_not_go_together_are_refused(tmp_path, case):
     assert "\n" not in str(raised.value)
 
 
-def test_inputs_are_told_apart_by_their_values(tmp_path):
+def test_the_hash_of_inputs_depends_on_their_values(tmp_path):
     path = moments(tmp_path)
     one = problem_of(tmp_path, "--inputs", path)[1].layer_inputs
     assert (
