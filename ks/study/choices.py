@@ -49,15 +49,14 @@ def stop_losses(config: SweepConfig, floors: dict[int, Floor | None]) -> dict[in
     """
     if config.stop_at == "never":
         return {}
-    ranks = [rank for rank in floors if not config.stop_ranks or rank in config.stop_ranks]
     if config.stop_at == "target":
         if config.target_relative_loss is None:
             raise UsageError("--stop_at target needs --target_relative_loss")
-        return dict.fromkeys(ranks, config.target_relative_loss)
+        return dict.fromkeys(floors, config.target_relative_loss)
     known = {rank: floor for rank, floor in floors.items() if floor is not None}
     if not known:
         raise UsageError("--stop_at floor needs a floor, and this chain has none")
-    return {rank: converged_loss(known[rank].upper) for rank in ranks}
+    return {rank: converged_loss(floor.upper) for rank, floor in known.items()}
 
 
 def remedies_of(config: SweepConfig) -> str:

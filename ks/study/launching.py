@@ -26,9 +26,9 @@ def slots_of(config: SweepConfig, device: torch.device, runs: int) -> list[dict[
     if device.index is not None:  # the trainings are given --device as it is
         if config.gpus != "auto":
             raise UsageError(f"--gpus {config.gpus} together with --device {config.device}: give one or the other")
-        return placement.cpu_slots(min(jobs or runs, config.runs_per_gpu), runs, cores)
+        return placement.cpu_slots(1, runs, cores)
     gpus = placement.choose_gpus(config.gpus, torch.cuda.device_count())
-    return placement.gpu_slots(gpus, config.runs_per_gpu, jobs, runs, cores)
+    return placement.gpu_slots(gpus, jobs, runs, cores)
 
 
 def launcher_of(
@@ -54,7 +54,6 @@ def launcher_of(
         trainer,
         files,
         use_gpus=config.device != "cpu",
-        runs_per_gpu=config.runs_per_gpu,
         jobs=None if config.jobs == "auto" else int(config.jobs),
         timeout=config.timeout_per_rank,
     )

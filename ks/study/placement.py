@@ -25,16 +25,15 @@ def cpu_slots(jobs: int | None, runs: int, cores: int) -> list[dict[str, str]]:
     return [{"OMP_NUM_THREADS": str(max(1, cores // jobs))} for _ in range(jobs)]
 
 
-def gpu_slots(gpus: list[str], runs_per_gpu: int, jobs: int | None, runs: int, cores: int) -> list[dict[str, str]]:
+def gpu_slots(gpus: list[str], jobs: int | None, runs: int, cores: int) -> list[dict[str, str]]:
     """Return the environments of the runs that train at the same time on GPUs, each of which sees one GPU.
 
     Args:
         gpus: names for CUDA_VISIBLE_DEVICES.
-        runs_per_gpu: runs that share a GPU.
         jobs: largest number of runs at a time, or None.
         runs, cores: as in `cpu_slots`.
     """
-    places = [gpu for _ in range(runs_per_gpu) for gpu in gpus][: min(jobs or runs, runs)]
+    places = gpus[: min(jobs or runs, runs)]
     threads = str(max(1, cores // len(places)))
     return [{"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": threads} for gpu in places]
 

@@ -35,7 +35,6 @@ class RayLauncher:
         script: the program that tasks run; named without a path, since nodes have their own.
         inputs: the files that tasks read, by their path in the commands: name and content on a node.
         use_gpus: whether a task takes a GPU, if the cluster has any.
-        runs_per_gpu: tasks that share a GPU.
         jobs: largest number of tasks at a time, or None for as many as the cluster has resources for.
         timeout: seconds after which a task is stopped, or None.
     """
@@ -47,12 +46,11 @@ class RayLauncher:
         inputs: dict[str, tuple[str, bytes]],
         *,
         use_gpus: bool = True,
-        runs_per_gpu: int = 1,
         jobs: int | None = None,
         timeout: float | None = None,
     ):
         self.address, self.script, self.inputs = address, script, inputs
-        self.use_gpus, self.runs_per_gpu, self.jobs, self.timeout = use_gpus, runs_per_gpu, jobs, timeout
+        self.use_gpus, self.jobs, self.timeout = use_gpus, jobs, timeout
         self._stop: Callable[[], None] = lambda: None
 
     def __enter__(self) -> Self:
@@ -145,7 +143,7 @@ class RayLauncher:
     def _resources(self) -> dict[str, float]:
         """Return the resources of each task."""
         on_gpus = self.use_gpus and self._ray.cluster_resources().get("GPU", 0) > 0
-        return {"num_cpus": 1, "num_gpus": 1 / self.runs_per_gpu if on_gpus else 0}
+        return {"num_cpus": 1, "num_gpus": 1 if on_gpus else 0}
 
 
 def _cancel(submitted: dict, collect: Callable[[], None], ray) -> None:

@@ -12,11 +12,11 @@ from ks.files.layout import SweepFiles
 from ks.files.schema import StudyRecord, read_json_as
 
 # These say where the weight is, or change reports and files only.
-NOT_TAKEN = ("weight_path", "log_to", "log_interval", "verbose", "quiet", "save_interval", "resume_interval")
+NOT_TAKEN = ("weight_path", "log_to", "log_interval", "verbose", "quiet", "save_interval")
 TRAINING = tuple(field.name for _, fields in groups(TrainingFlags) for field in fields)
 TAKEN = (
     *(name for name in TRAINING if name not in NOT_TAKEN),
-    *("target_relative_loss", "tight_bounds", "stop_at", "stop_ranks"),
+    *("target_relative_loss", "tight_bounds", "stop_at"),
 )
 SPLITS = ("row_splits", "col_splits")
 

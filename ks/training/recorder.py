@@ -60,7 +60,7 @@ class Recorder:
         resume: bool,
     ):
         self.config, self.problem, self.files = config, problem, files
-        self.checkpoints = Checkpoints(files, settings, config.resume_interval, resume)
+        self.checkpoints = Checkpoints(files, settings, resume)
         found = self.checkpoints.found
         if found:
             torch.set_num_threads(found.threads)

@@ -84,7 +84,6 @@ FLAGS = {
     "--weight_decay": ("-1", "1e300", "nan"),
     "--gamma": ("0", "1e300", "1e-300"),
     "--max_grad_norm": ("-1", "1e300", "nan"),
-    "--resume_interval": ("-1", "1e300", "inf"),
     "--val_split": ("0", "1", "nan", "1e-400"),
     "--scheduler_factor": ("0", "1", "2"),
     "--num_epochs": ("0", "2147483648", "1e2", "2.0"),

@@ -237,11 +237,6 @@ def test_the_largest_rank_is_one_above_saturation(weight_path, capsys):
 
 
 FIGURES = {
-    "figsize 1000 1000": ["--figsize", 1000, 1000],
-    "figsize 1e300": ["--figsize", "1e300", "1e300"],
-    "figsize 1e-300": ["--figsize", "1e-300", "1e-300"],
-    "figsize 5 nan": ["--figsize", 5, "nan"],
-    "figsize inf 5": ["--figsize", "inf", 5],
     "dpi 1": ["--dpi", 1],
     "dpi 3000": ["--dpi", 3000],
     "dpi 100000": ["--dpi", 100000],

@@ -172,10 +172,9 @@ def test_a_rank_stops_at_the_target(sweep, tmp_path):
     )
 
 
-def test_chosen_ranks_stop_at_their_floors(sweep, tmp_path):
-    stop = ("--stop_at", "floor", "--stop_ranks", 4)
+def test_ranks_stop_at_their_floors(sweep, tmp_path):
+    stop = ("--stop_at", "floor")
     sweep("--ranks", 2, 4, "--num_samples", 800, "--batch_size", 16, "--num_epochs", 10, *stop)
-    two, four = read_table(tmp_path / "rank_sweep_results" / "rank_sweep_summary.csv")
-    assert two["num_epochs"] == "10"
-    assert int(four["num_epochs"]) < 10
-    assert four["verdict"].startswith("converged")
+    rows = read_table(tmp_path / "rank_sweep_results" / "rank_sweep_summary.csv")
+    assert any(int(row["num_epochs"]) < 10 for row in rows)
+    assert all(row["verdict"].startswith("converged") for row in rows if int(row["num_epochs"]) < 10)

@@ -30,7 +30,7 @@ def run_all(tasks, slots, timeout=None):
 
 
 def test_each_process_sees_its_place(tmp_path):
-    slots = gpu_slots(["3", "7"], runs_per_gpu=1, jobs=None, runs=4, cores=2)
+    slots = gpu_slots(["3", "7"], jobs=None, runs=4, cores=2)
     tasks = [task(tmp_path, f"task{number}", PRINT_PLACE) for number in range(4)]
     ended = run_all(tasks, slots)
     assert all(outcome.returncode == 0 for outcome in ended.values())

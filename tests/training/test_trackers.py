@@ -86,9 +86,9 @@ def test_a_resumed_training_logs_what_its_tracker_lacks(weight_path, tmp_path, s
     tracker = stand_in()
     with monkeypatch.context() as patched:
         interrupt_in_epoch(patched, 2)
-        train(weight_path, tmp_path / "out", "--resume_interval", 0, tracker=before, code=130)
+        train(weight_path, tmp_path / "out", tracker=before, code=130)
     assert [epoch for epoch, _ in tracker.rows] == ([1, 2] if before else [])
-    train(weight_path, tmp_path / "out", "--resume_interval", 0, "--resume")
+    train(weight_path, tmp_path / "out", "--resume")
     assert [epoch for epoch, _ in tracker.rows] == [1, 2, 3]
     assert tracker.opened[-1][2] == 1
     values = {epoch: values["val_loss"] for epoch, values in tracker.rows}
@@ -159,13 +159,13 @@ def wandb(monkeypatch):
 def test_a_run_of_wandb_is_offline_and_whole_when_resumed(weight_path, tmp_path, monkeypatch, wandb, how):
     with monkeypatch.context() as patched:
         interrupt_in_epoch(patched, 2)
-        train(weight_path, tmp_path / "out", "--resume_interval", 0, tracker="wandb", code=130)
+        train(weight_path, tmp_path / "out", tracker="wandb", code=130)
     state = tmp_path / "out" / "wandb" / "ks_chain_run.json"
     assert json.loads(state.read_text()) == {"id": wandb.runs[0]["id"], "logged": 2}
     if how == "killed":
         state.unlink()
     monkeypatch.setenv("WANDB_MODE", "online")
-    train(weight_path, tmp_path / "out", "--resume_interval", 0, "--resume", tracker="wandb")
+    train(weight_path, tmp_path / "out", "--resume", tracker="wandb")
     train(weight_path, tmp_path / "out", tracker="wandb")  # anew
     first, resumed, anew = wandb.runs
     assert (first["id"] == resumed["id"]) is (how == "interrupted")
@@ -250,7 +250,7 @@ READ = {"tensorboard": tensorboard_runs, "wandb": wandb_runs, "trackio": trackio
 def test_a_stopped_and_resumed_training_is_one_run_with_every_epoch_once(weight_path, tmp_path, tracker, how):
     def session(how, *flags):
         arguments = ["--weight_path", weight_path, *QUICK[:4], "--num_epochs", 5, "--output_dir", "out"]
-        arguments += ["--log_to", tracker, "--resume_interval", 0, *flags]
+        arguments += ["--log_to", tracker, *flags]
         command = [sys.executable, "-c", SESSION, how, *map(str, arguments)]
         environment = {name: value for name, value in os.environ.items() if name != "WANDB_MODE"}
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
