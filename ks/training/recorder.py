@@ -32,7 +32,7 @@ from ks.training.optimizer import Optimizer
 from ks.training.problem import Problem
 from ks.training.schedule import Schedule
 from ks.training.steps import useful_threads
-from ks.training.trackers import TrackerReport
+from ks.training.trackers import Tracker
 from ks.training.trainable_chain import TrainableChain
 
 
@@ -81,7 +81,7 @@ class Recorder:
         self._started = time.perf_counter()
         self._next_write = 0.0
         self._best: BestModel | None = None
-        self._tracker = TrackerReport(config, files, settings) if config.log_to else None
+        self._tracker = Tracker(config, files, settings) if config.log_to else None
 
     def start(self) -> None:
         """Write config and log, so that a killed run leaves them."""
