@@ -56,7 +56,7 @@ def train(config: TrainerConfig, problem: Problem, run: Recorder) -> None:
     """Train the chain of rank `config.rank` by the criterion, and record every epoch.
 
     Everything inside is in internal coordinates, in which predicting 0 has a mean squared error of 1
-    (`ks.training.coordinates`). A resumed run is bit-identical to one that was not interrupted.
+    (`ks.training.whitening`). A resumed run is bit-identical to one that was not interrupted.
     """
     weight = problem.internal_weight()
     chain = TrainableChain(config, problem, weight)

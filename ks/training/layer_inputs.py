@@ -12,7 +12,7 @@ from ks.files.columns import ISOTROPIC
 from ks.files.weights import Weight
 from ks.moments.read import GivenInputs, PartMoments, read_input_moments
 from ks.moments.second_moment import Inputs, IsotropicInputs, MeasuredInputs
-from ks.training.coordinates import Coordinates, isotropic_coordinates, measured_coordinates
+from ks.training.whitening import Coordinates, isotropic_coordinates, measured_coordinates
 
 MEASURED = "measured"
 SMALLEST_VARIANCE = 1e-12  # of the mean square of the inputs; float64 sums keep about three digits of it

@@ -15,17 +15,17 @@ from ks.files.weights import Weight, load_weight
 from ks.layer import KSLinear
 from ks.moments.second_moment import Inputs
 from ks.training.choose_optimizer import choose_optimizer
-from ks.training.coordinates import Coordinates, isotropic_coordinates
 from ks.training.edits import TOOLKIT, Edits
 from ks.training.layer_inputs import LayerInputs, layer_inputs
 from ks.training.trackers import check_installed
+from ks.training.whitening import Coordinates, isotropic_coordinates
 
 
 @dataclass(frozen=True)
 class Problem:
     """A dense weight W (m × n) that a family of chains learns from inputs of second moment C = E[x xᵀ].
 
-    Everything inside is in internal coordinates (`ks.training.coordinates`), in which predicting 0 has a loss of 1
+    Everything inside is in internal coordinates (`ks.training.whitening`), in which predicting 0 has a loss of 1
     whatever the scale of W and x: losses and floors are relative. Only results are converted, by the factor
     `predict_zero_loss` = tr(W C Wᵀ) / m.
     """
