@@ -330,7 +330,12 @@ class SweepConfig(LayersFlags, TargetFlags, TrainingFlags, OutputFlags, PlotFlag
         "runs at a time; auto is one per core or GPU",
         convert=auto_or(positive_int),
     )
-    launcher: str = flag("local", "where the runs train: on this machine or on a Ray cluster", choices=("local", "ray"))
+    launcher: str = flag(
+        "local",
+        "where to train: local, in processes of this machine; inline, one run after the other in this process, for a "
+        "debugger; on a Ray cluster",
+        choices=("local", "inline", "ray"),
+    )
     ray_address: str = flag(
         "auto", "head of the Ray cluster; auto is the cluster that this machine has joined", metavar="HOST:PORT"
     )

@@ -1,8 +1,29 @@
-"""Which CPU cores and GPUs each training may use, as environment variables of its process."""
+"""Which CPU cores and GPUs each run may use, as environment variables of its process."""
 
 import os
 
+import torch
+
+from ks.cli.flags import SweepConfig
 from ks.errors import UsageError
+
+
+def slots_of(config: SweepConfig, device: torch.device, runs: int) -> list[dict[str, str]]:
+    """Return the environments of the processes that run at the same time.
+
+    Raises:
+        UsageError: --gpus names a GPU that does not exist, or is given for another device.
+    """
+    jobs, cores = None if config.jobs == "auto" else int(config.jobs), cpu_cores()
+    if device.type == "cpu":
+        if config.gpus not in ("auto", "none"):
+            raise UsageError(f"--gpus {config.gpus}: the device is {device}; leave it out or use --device cuda")
+        return cpu_slots(jobs, runs, cores)
+    if device.index is not None:  # the runs are given --device as it is
+        if config.gpus != "auto":
+            raise UsageError(f"--gpus {config.gpus} together with --device {config.device}: give one or the other")
+        return cpu_slots(1, runs, cores)
+    return gpu_slots(choose_gpus(config.gpus, torch.cuda.device_count()), jobs, runs, cores)
 
 
 def cpu_cores() -> int:

@@ -1,4 +1,4 @@
-"""Places: which cores and GPUs each training is given."""
+"""Places: which cores and GPUs each run is given."""
 
 from types import SimpleNamespace
 
@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from ks.errors import UsageError
-from ks.study.launching import slots_of
-from ks.study.placement import choose_gpus, cpu_cores, cpu_slots, gpu_slots
+from ks.study.placement import choose_gpus, cpu_cores, cpu_slots, gpu_slots, slots_of
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +55,7 @@ def test_bad_gpus_are_refused(flag):
         ("cuda", {}, ["0", "1"]),
         ("cuda", {"gpus": "1"}, ["1"]),
         ("cuda", {"jobs": 1}, ["0"]),
-        ("cuda:1", {}, [None]),  # the trainings are given --device cuda:1
+        ("cuda:1", {}, [None]),  # the runs are given --device cuda:1
         ("cpu", {"jobs": 2}, [None, None]),
     ],
     ids=str,
