@@ -16,7 +16,7 @@ Source: Le, Zheng, Riccietti, Gribonval, "Butterfly factorization with error gua
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from math import isclose
 from typing import Protocol
 
@@ -24,11 +24,12 @@ import torch
 
 from ks.bounds.factorize import HierarchicalLoss, check_shape, factorize, low_rank_energies, tail_energies
 from ks.bounds.grid_descent import TOLERANCE, GridDescent
-from ks.bounds.lower_bound import CoupledLowerBound, isotropic_joint_bound
+from ks.bounds.lift_and_shift import never
+from ks.bounds.lower_bound import CoupledLowerBound, Expired, isotropic_joint_bound
 from ks.bounds.population_loss import population_loss
 from ks.chain.patterns import Chain
 from ks.errors import UsageError
-from ks.moments.second_moment import UNIT_INPUTS, Inputs
+from ks.moments.second_moment import MomentLike, SecondMoment
 
 Progress = Callable[[str], None]
 
@@ -46,6 +47,12 @@ class Floor:
     lower: float
     upper: float
     exact: bool
+
+    @classmethod
+    def between(cls, rank: int, lower: float, upper: float, predict_zero_loss: float) -> "Floor":
+        """Return the floor that two bounds make; the losses are in the unit of `predict_zero_loss`."""
+        exact = isclose(lower, upper, rel_tol=1e-6, abs_tol=1e-14 * predict_zero_loss)
+        return cls(rank, min(lower, upper), upper, exact)
 
 
 def no_floor_reason(chain: Chain) -> str | None:
@@ -80,8 +87,14 @@ class ChainBounds(Protocol):
     def curve_is_exact(self) -> bool:
         """Return whether `curve` holds the optimum of every rank."""
 
-    def lower(self, rank: int) -> float:
-        """Return a loss that no chain of a rank can go below, in squared error per output; at least `curve[rank]`."""
+    def lower(self, rank: int, tight: bool = False, expired: Expired = never) -> float:
+        """Return a loss that no chain of a rank can go below, in squared error per output; at least `curve[rank]`.
+
+        Args:
+            rank: r.
+            tight: as in `loss_floor`.
+            expired: asked now and then; once it is true, the best bound so far is returned.
+        """
 
     def upper(self, rank: int) -> float:
         """Return the loss of the best chain of a rank that is known."""
@@ -90,28 +103,26 @@ class ChainBounds(Protocol):
 class UncoupledBounds:
     """Bounds for inputs that couple none of the column groups of the right-most factor."""
 
-    def __init__(self, weight: torch.Tensor, chain: Chain, inputs: Inputs, tight: bool, progress: Progress | None):
-        self.given, self.chain, self.inputs, self.tight, self.progress = weight, chain, inputs, tight, progress
-        self.lower = cache(self._lower)
+    def __init__(self, weight: torch.Tensor, chain: Chain, moment: SecondMoment, progress: Progress):
+        self.given, self.chain, self.moment, self.progress = weight, chain, moment, progress
         self._hierarchical: HierarchicalLoss | None = None
 
     @cached_property
     def weight(self) -> torch.Tensor:
         """W C^{1/2}, which stands for W."""
-        return self.inputs.times_root(self.given)
+        return self.moment.times_root(self.given)
 
     @cached_property
     def curve(self) -> torch.Tensor:
         """max_l E_l(r)² / m for every rank r."""
         if self.chain.num_splits == 1 and self.chain.block_shape(1) == (self.chain.rows, 1, 1, self.chain.cols):
-            return low_rank_energies(self.given, self.inputs).cpu() / self.chain.rows
+            return low_rank_energies(self.given, self.moment).cpu() / self.chain.rows
         curve = torch.zeros(self.chain.saturation_rank + 1, dtype=torch.float64)
         splits = self.chain.num_splits
         for split in range(1, splits + 1):
 
-            def report(share: float, done: int = split - 1) -> None:
-                if self.progress is not None:
-                    self.progress(f"floors of every rank: {(done + share) / splits:.0%}")
+            def report(fraction: float, done: int = split - 1) -> None:
+                self.progress(f"floors of every rank: {(done + fraction) / splits:.0%}")
 
             tail = tail_energies(split_blocks(self.weight, self.chain, split), report).cpu()
             curve[: len(tail)] = torch.maximum(curve[: len(tail)], tail)
@@ -122,87 +133,80 @@ class UncoupledBounds:
         """Whether the chain has two factors."""
         return self.chain.num_splits == 1
 
-    def _lower(self, rank: int) -> float:
+    def lower(self, rank: int, tight: bool = False, expired: Expired = never) -> float:
+        """Return the bound of one split, or that of all splits together if it is larger."""
         lower = self.curve[min(rank, self.chain.saturation_rank)].item()
         if self.chain.num_splits > 1 and lower > 0:
-            joint = isotropic_joint_bound(self.weight, self.chain, rank, self.tight)
+            joint = isotropic_joint_bound(self.weight, self.chain, rank, tight, expired)
             lower = max(lower, joint / self.chain.rows)
         return lower
 
     def upper(self, rank: int) -> float:
         """Return the loss of the hierarchical factorisation, the optimum for two factors."""
+        lower = self.curve[min(rank, self.chain.saturation_rank)].item()
         if self.curve_is_exact:
-            return self.lower(rank)
+            return lower
         if self._hierarchical is None:
             self._hierarchical = HierarchicalLoss(self.weight, self.chain)
-        return max(self.lower(rank), self._hierarchical(rank))
+        return max(lower, self._hierarchical(rank))
 
 
 class CoupledBounds:
     """Bounds for inputs whose second moment C couples column groups of the right-most factor."""
 
+    curve_is_exact = False
+
     def __init__(
         self,
         weight: torch.Tensor,
         chain: Chain,
-        inputs: Inputs,
-        moment: torch.Tensor,
-        tight: bool,
+        moment: SecondMoment,
         tolerance: float,
-        progress: Progress | None,
+        progress: Progress,
     ):
-        self.weight, self.chain, self.inputs, self.moment = weight.double(), chain, inputs, moment
-        self.tight, self.tolerance, self.progress = tight, tolerance, progress
-        self.lower, self.upper = cache(self._lower), cache(self._upper)
+        self.weight, self.chain, self.moment = weight.double(), chain, moment
+        self.tolerance, self.progress = tolerance, progress
 
     @cached_property
     def curve(self) -> torch.Tensor:
         """The largest simple bound for every rank."""
-        self._tell("simple lower bounds of every rank")
+        self.progress("simple lower bounds of every rank")
         return self._lower_bound.simple / self.chain.rows
-
-    @property
-    def curve_is_exact(self) -> bool:
-        """False: the simple bounds are below the optimum."""
-        return False
 
     @cached_property
     def _lower_bound(self) -> CoupledLowerBound:
-        return CoupledLowerBound(self.weight, self.chain, self.moment, self.tight)
+        return CoupledLowerBound(self.weight, self.chain, self.moment.matrix)
 
     @cached_property
     def _descent(self) -> GridDescent:
         _, q, p, _ = self.chain.block_shape(1)
-        return GridDescent(self.weight, self.moment, q, p)
+        return GridDescent(self.weight, self.moment.matrix, q, p)
 
-    def _lower(self, rank: int) -> float:
-        self._tell(f"lower bound of rank {rank}")
-        return self._lower_bound(rank) / self.chain.rows
+    def lower(self, rank: int, tight: bool = False, expired: Expired = never) -> float:
+        """Return the largest of the simple bound and the certificates."""
+        self.progress(f"lower bound of rank {rank}")
+        return self._lower_bound(rank, tight, expired) / self.chain.rows
 
-    def _upper(self, rank: int) -> float:
-        self._tell(f"upper bound of rank {rank}")
+    def upper(self, rank: int) -> float:
+        """Return the loss of the best chain that a descent finds."""
+        self.progress(f"upper bound of rank {rank}")
         if self.chain.num_splits == 1:
             left, right = self._descent.factors(rank, tolerance=self.tolerance)
             # q p M k -> (M q) (p k)
             best = (left @ right.mT).permute(2, 0, 1, 3).reshape(self.weight.shape)
-            upper = self.inputs.output_energy(self.weight - best) / self.chain.rows
+            upper = self.moment.output_energy(self.weight - best) / self.chain.rows
         else:
-            values = factorize(self.weight, self.chain.patterns(rank), self.inputs)
-            upper = population_loss(self.weight, values, self.inputs)
+            values = factorize(self.weight, self.chain.patterns(rank), self.moment)
+            upper = population_loss(self.weight, values, self.moment)
         # Both are exact up to rounding where they meet.
         return max(upper, self.curve[min(rank, self.chain.saturation_rank)].item())
-
-    def _tell(self, what: str) -> None:
-        if self.progress is not None:
-            self.progress(what)
 
 
 def chain_bounds(
     weight: torch.Tensor,
     chain: Chain,
-    inputs: Inputs = UNIT_INPUTS,
+    moment: MomentLike = None,
     *,
-    tight: bool = False,
     tolerance: float = TOLERANCE,
     progress: Progress | None = None,
 ) -> ChainBounds:
@@ -211,8 +215,7 @@ def chain_bounds(
     Args:
         weight: W, shape (m, n), any float dtype, CPU or CUDA.
         chain: with a floor (`no_floor_reason`).
-        inputs: the second moment of x.
-        tight: as in `loss_floor`.
+        moment: C = E[x xᵀ], a tensor of shape (n, n) or a `SecondMoment`; None means I.
         tolerance: relative progress of a sweep at which the descent to the upper bound of a grid ends.
         progress: called with a few words before every longer computation.
     Raises:
@@ -221,13 +224,15 @@ def chain_bounds(
     check_shape(weight, (chain.rows, chain.cols))
     if reason := no_floor_reason(chain):
         raise UsageError(f"no floor: {reason}")
-    moment = inputs.coupling(chain.block_shape(chain.num_splits)[2])
-    if moment is None:
-        return UncoupledBounds(weight, chain, inputs, tight, progress)
-    return CoupledBounds(weight, chain, inputs, moment, tight, tolerance, progress)
+    moment = SecondMoment.of(moment)
+    moment.check_features(chain.cols)
+    progress = progress or (lambda text: None)
+    if moment.coupling(chain.block_shape(chain.num_splits)[2]) is None:
+        return UncoupledBounds(weight, chain, moment, progress)
+    return CoupledBounds(weight, chain, moment, tolerance, progress)
 
 
-def floor_curve(weight: torch.Tensor, chain: Chain, inputs: Inputs = UNIT_INPUTS) -> torch.Tensor:
+def floor_curve(weight: torch.Tensor, chain: Chain, moment: MomentLike = None) -> torch.Tensor:
     """Return a lower bound for every rank r = 0 … saturation; r = 0 is the zero predictor.
 
     It is max_l E_l(r)² / m where the inputs couple no column groups of the right-most factor: for C = σ²I, and for
@@ -237,20 +242,20 @@ def floor_curve(weight: torch.Tensor, chain: Chain, inputs: Inputs = UNIT_INPUTS
     Args:
         weight: W, shape (m, n).
         chain: with a floor (`no_floor_reason`).
-        inputs: the second moment of x.
+        moment: C = E[x xᵀ], a tensor of shape (n, n) or a `SecondMoment`; None means I.
     Returns:
         float64 tensor of shape (saturation rank + 1,), on the CPU.
     Raises:
         UsageError: the chain has no floor, or another shape.
     """
-    return chain_bounds(weight, chain, inputs).curve
+    return chain_bounds(weight, chain, moment).curve
 
 
 def loss_floor(
     weight: torch.Tensor,
     chain: Chain,
     ranks: Sequence[int],
-    inputs: Inputs = UNIT_INPUTS,
+    moment: MomentLike = None,
     *,
     tight: bool = False,
     progress: Progress | None = None,
@@ -266,7 +271,7 @@ def loss_floor(
         weight: W, shape (m, n), any float dtype, CPU or CUDA.
         chain: with a floor (`no_floor_reason`).
         ranks: positive integers; those above saturation have the bounds of saturation.
-        inputs: the second moment of x.
+        moment: C = E[x xᵀ], a tensor of shape (n, n) or a `SecondMoment`; None means I.
         tight: spend longer on the lower bounds of coupled inputs and of more than two factors.
         progress: called with a few words before every longer computation.
     Returns:
@@ -274,17 +279,8 @@ def loss_floor(
     Raises:
         UsageError: as `floor_curve`, or a rank that is not a positive integer.
     """
-    bounds = chain_bounds(weight, chain, inputs, tight=tight, progress=progress)
-    return [floor_of(bounds, chain, rank) for rank in ranks]
-
-
-def floor_of(bounds: ChainBounds, chain: Chain, rank: int) -> Floor:
-    """Return the bounds for one rank.
-
-    Raises:
-        UsageError: a rank that is not a positive integer.
-    """
-    chain.patterns(rank)  # checks the rank
-    upper, lower = bounds.upper(rank), bounds.lower(rank)
-    exact = isclose(lower, upper, rel_tol=1e-6, abs_tol=1e-14 * bounds.curve[0].item())
-    return Floor(rank, min(lower, upper), upper, exact)
+    bounds = chain_bounds(weight, chain, moment, progress=progress)
+    for rank in ranks:
+        chain.patterns(rank)  # checks the rank
+    zero = bounds.curve[0].item()
+    return [Floor.between(rank, bounds.lower(rank, tight), bounds.upper(rank), zero) for rank in ranks]

@@ -1,4 +1,4 @@
-"""Floors that were computed before, kept in a file, so that later questions about the same weights take seconds."""
+"""Bounds that were computed before, kept in a file, so that later questions about the same weights take seconds."""
 
 import dataclasses
 import time
@@ -6,18 +6,23 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ks.bounds.layer_floors import LayerFloors
+from ks.bounds.rank_floors import Certified, KnownBounds
 from ks.chain.patterns import Chain
 from ks.files.atomic import atomic_path
 
 METHOD = 1  # raised whenever floors are computed in another way, so that older ones are not believed
-SAVING_SHARE = 0.05  # of the time is spent on writing the whole file again while floors are added
-PARTS = ("lower", "upper", "known", "energy")
+SAVING_FRACTION = 0.05  # of the time is spent on writing the whole file again while floors are added
+LAYER_PARTS = ("lower", "upper", "known", "energy")
+CURVES = ("curve", "isotropic", "lowrank")
 
 
 class FloorsFile:
     """The floors in a file; an entry is found by hash of weight and inputs, and by the splits of the chain.
+
+    Whole models keep `LayerFloors` in it, a study of one weight keeps the `KnownBounds` of its ranks.
 
     Args:
         path: .npz file, which need not exist; one that is damaged counts as empty. None keeps floors in memory.
@@ -37,8 +42,8 @@ class FloorsFile:
     def find(self, weight_sha256: str, inputs_sha256: str | None, chain: Chain) -> LayerFloors | None:
         """Return the floors of a family on a weight; None if they are not in the file."""
         name = _name(weight_sha256, inputs_sha256, chain)
-        found = [self._arrays[f"{name} {part}"] for part in PARTS if f"{name} {part}" in self._arrays]
-        if len(found) < len(PARTS) or not _is_valid(*found):
+        found = [self._arrays[f"{name} {part}"] for part in LAYER_PARTS if f"{name} {part}" in self._arrays]
+        if len(found) < len(LAYER_PARTS) or not _is_valid(*found):
             return None
         lower, upper, known, energy = found
         return LayerFloors(chain, lower, upper, known, float(energy))
@@ -47,7 +52,38 @@ class FloorsFile:
         """Keep floors; `save` writes them."""
         self._changed = True
         name = _name(weight_sha256, inputs_sha256, floors.chain)
-        self._arrays |= {f"{name} {part}": np.asarray(getattr(floors, part)) for part in PARTS}
+        self._arrays |= {f"{name} {part}": np.asarray(getattr(floors, part)) for part in LAYER_PARTS}
+
+    def find_bounds(self, weight_sha256: str, inputs_sha256: str | None, chain: Chain) -> KnownBounds:
+        """Return the bounds that are known of the ranks of a family on a weight; empty ones if none are in the file."""
+        name = _name(weight_sha256, inputs_sha256, chain)
+        upper = self._arrays.get(f"{name} upper bounds", np.empty((0, 2)))
+        certified = self._arrays.get(f"{name} certified bounds", np.empty((0, 4)))
+        if not (_is_table(upper, 2, chain) and _is_table(certified, 4, chain)):
+            return KnownBounds()
+        known = KnownBounds(
+            upper={int(rank): loss for rank, loss in upper.tolist()},
+            certified={int(rank): Certified(lower, int(passes), s) for rank, lower, passes, s in certified.tolist()},
+        )
+        saturation, smaller_side = chain.saturation_rank, min(chain.rows, chain.cols)
+        for part, highest in zip(CURVES, (saturation, saturation, smaller_side), strict=True):
+            curve = self._arrays.get(f"{name} {part}")
+            if curve is not None and not _is_curve(curve, highest):
+                return KnownBounds()
+            setattr(known, part, None if curve is None else torch.from_numpy(curve))
+        return known
+
+    def add_bounds(self, weight_sha256: str, inputs_sha256: str | None, chain: Chain, known: KnownBounds) -> None:
+        """Keep the bounds that are known of the ranks of a family; `save` writes them."""
+        curves = {part: getattr(known, part) for part in CURVES}
+        arrays: dict[str, np.ndarray] = {part: curve.numpy() for part, curve in curves.items() if curve is not None}
+        arrays["upper bounds"] = np.array([*known.upper.items()], dtype=np.float64).reshape(-1, 2)
+        certified = [(rank, *dataclasses.astuple(bound)) for rank, bound in known.certified.items()]
+        arrays["certified bounds"] = np.array(certified, dtype=np.float64).reshape(-1, 4)
+        name = _name(weight_sha256, inputs_sha256, chain)
+        named = {f"{name} {part}": array for part, array in arrays.items()}
+        self._changed |= any(not np.array_equal(self._arrays.get(key, ()), array) for key, array in named.items())
+        self._arrays |= named
 
     def save(self) -> None:
         """Write the file atomically, if floors were added.
@@ -66,7 +102,7 @@ class FloorsFile:
         if started >= self._due:
             self.save()
             now = time.monotonic()
-            self._due = now + (now - started) / SAVING_SHARE
+            self._due = now + (now - started) / SAVING_FRACTION
 
 
 def _name(weight_sha256: str, inputs_sha256: str | None, chain: Chain) -> str:
@@ -80,3 +116,18 @@ def _is_valid(lower: np.ndarray, upper: np.ndarray, known: np.ndarray, energy: n
     if not shapes or not kinds or energy.shape != ():
         return False
     return bool(((lower >= 0) & (lower <= upper) & (upper <= 1)).all() and 0 < energy < np.inf)
+
+
+def _is_curve(curve: np.ndarray, highest_rank: int) -> bool:
+    """Return whether an array holds relative losses of ranks 0 … `highest_rank`."""
+    of_kind = curve.shape == (highest_rank + 1,) and curve.dtype == np.float64
+    return of_kind and bool(((curve >= 0) & (curve < np.inf)).all())
+
+
+def _is_table(table: np.ndarray, columns: int, chain: Chain) -> bool:
+    """Return whether an array has rows of a rank of the chain and numbers that go with it."""
+    if table.ndim != 2 or table.shape[1] != columns or table.dtype != np.float64:
+        return False
+    ranks = table[:, 0]
+    whole = (ranks == ranks.round()) & (ranks >= 1) & (ranks <= chain.saturation_rank)
+    return bool(whole.all() and ((table >= 0) & np.isfinite(table)).all())

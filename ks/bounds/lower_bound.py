@@ -4,21 +4,64 @@ A cut at split l leaves a grid of M_{>l} × N_{≤l} blocks of rank r_l, so ever
 more than two factors, one lift takes parts R = [√α_l R^(l)] from all splits, which binds all their ranks at once.
 """
 
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
 
 from ks.bounds.frames import CONVERGED, LEAK, Splitting, factor_of, fair_splitting, grow, remainder
-from ks.bounds.lift_and_shift import Part, lift_and_shift
-from ks.bounds.simple_bounds import simple_bounds
+from ks.bounds.lift_and_shift import Part, lift_and_shift, never
 from ks.chain.patterns import Chain
 
-ITERATIONS = 15  # of ADMM on one grid; the tight bound takes twice as many
+# Iterations of ADMM; any number gives a valid bound, and more of them a better one.
+ITERATIONS = 15  # on one grid; a tight bound takes twice as many
 JOINT_ITERATIONS = 60  # on the parts of several splits
 SEARCH_ITERATIONS = 8  # before the shares of the parts are changed
-LARGE = 2048  # features above which only the tight bound changes the shares of the parts
-ITERATIONS_LARGE = 10
-AFFORDABLE = 2**28  # m κ², the operations of an iteration on several splits that are spent without being asked for
+WIDE_ITERATIONS = 10  # on one grid of more than `WIDE` features
+WIDE = 2048  # features above which only a tight bound changes the shares of the parts, in n³ operations
+AFFORDABLE = 2**28  # m κ², the operations of an iteration on several splits that a bound spends unless it is tight
+
+Expired = Callable[[], bool]
+
+
+@torch.no_grad()
+def simple_bounds(lifted: torch.Tensor, splitting: Splitting, row_groups: int, length: int) -> torch.Tensor:
+    """Return lower bounds of the loss tr((W − Ŵ) C (W − Ŵ)ᵀ) of grids of blocks of rank r = 0 … length − 1.
+
+    The largest of three bounds for each row group t, with tail_k(A) = Σ_{j>k} σ_j(A)², p column groups i and the
+    notation of `ks.bounds.frames`:
+    - tail_{pr}(W_t F), as W_t − Ŵ_t differs from W_t by a matrix of rank at most p r;
+    - tail_r(W_t F N_i), the loss on what group i alone sees, of second moment the Schur complement of C on i;
+    - Σ_i tail_r(W_t F R_i) + tail_{pr}(W_t L), with L Lᵀ = I − Σ R_i R_iᵀ: the bound of ⊕D_i and of the remainder.
+
+    Args:
+        lifted: W F, shape (m, ρ), float64.
+        splitting: of F into p groups.
+        row_groups: q.
+        length: number of ranks.
+    Returns:
+        float64 tensor of shape (length,).
+    """
+    rows = lifted.reshape(-1, row_groups, lifted.shape[1]).transpose(0, 1)  # shape: (q, m/q, ρ)
+    single = torch.arange(length, device=lifted.device)
+    joint = single * len(splitting.frames)
+    best = _tails_at(rows, joint)
+    for frame in splitting.frames:
+        best = torch.maximum(best, _tails_at(rows @ frame, single))
+    parts = splitting.parts()
+    rest = remainder(parts, splitting.factor)
+    assert rest is not None
+    together = sum((_tails_at(rows @ part, single) for part in parts), _tails_at(rows @ rest, joint))
+    return torch.maximum(best, together).sum(0)
+
+
+def _tails_at(matrices: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:
+    """Return Σ_{j>r} σ_j² for every matrix of a batch and every r, shape (batch, len(ranks))."""
+    height, width = matrices.shape[-2:]
+    gram = matrices @ matrices.mT if height <= width else matrices.mT @ matrices
+    energies = torch.linalg.eigvalsh(gram).clamp(min=0)
+    tails = torch.cat([energies.new_zeros(len(energies), 1), energies.cumsum(1)], 1).flip(1)
+    return tails[:, ranks.clamp(max=tails.shape[1] - 1)]
 
 
 def rounding_allowance(weight: torch.Tensor, moment: torch.Tensor | None = None) -> float:
@@ -49,13 +92,11 @@ class CoupledLowerBound:
         weight: W, shape (m, n), float64.
         chain: with a floor.
         moment: C, shape (n, n), float64, may be singular.
-        tight: spend longer: the parts of a grid get shares for each row group, in more rounds, and splits are joined
-            at any cost.
     """
 
-    def __init__(self, weight: torch.Tensor, chain: Chain, moment: torch.Tensor, tight: bool = False):
+    def __init__(self, weight: torch.Tensor, chain: Chain, moment: torch.Tensor):
         moment = moment.to(weight.device)
-        self.chain, self.tight = chain, tight
+        self.chain = chain
         self.factor = factor_of(moment)
         self.lifted = weight @ self.factor
         self.allowance = rounding_allowance(weight, moment)
@@ -74,25 +115,36 @@ class CoupledLowerBound:
         curve[0] = max(curve[0].item(), self.lifted.square().sum().item())
         return curve
 
-    def __call__(self, rank: int) -> float:
-        """Return the best lower bound for one rank."""
+    def __call__(self, rank: int, tight: bool = False, expired: Expired = never) -> float:
+        """Return the best lower bound for one rank.
+
+        Args:
+            rank: r.
+            tight: spend longer: the parts of a grid get shares for each row group, in more rounds, and splits are
+                joined at any cost.
+            expired: asked now and then; once it is true, the best bound so far is returned, which may be a simple one.
+        """
         if rank >= self.chain.saturation_rank:
             return 0.0
         binding = binding_splits(self.chain, rank)
-        values = [self._grid(rank, split) for split in binding]
-        if len(binding) > 1:
-            values.append(self._joint(rank, binding))
+        values = [0.0]
+        for split in binding:
+            if not expired():
+                values.append(self._grid(rank, split, tight, expired))
+        if len(binding) > 1 and not expired():
+            values.append(self._joint(rank, binding, tight, expired))
         return max(self.simple[rank].item(), max(values) - self.allowance, 0.0)
 
-    def _grid(self, rank: int, split: int) -> float:
+    def _grid(self, rank: int, split: int, tight: bool, expired: Expired) -> float:
         splitting, row_groups = self.splittings[split - 1], self.grids[split - 1][0]
-        if not self.tight:
-            rounds, iterations = (2, ITERATIONS) if len(self.factor) <= LARGE else (0, ITERATIONS_LARGE)
-            return _grid_bound(self.lifted, splitting, rank, row_groups, rounds, iterations)
+        if not tight:
+            rounds, iterations = (2, ITERATIONS) if len(self.factor) <= WIDE else (0, WIDE_ITERATIONS)
+            return _grid_bound(self.lifted, splitting, rank, row_groups, rounds, iterations, expired)
         rows = (self.lifted[t::row_groups] for t in range(row_groups))
-        return sum(_grid_bound(each, splitting, rank, 1, 3, 2 * ITERATIONS) for each in rows)
+        # No loss is negative, so the sum over some of the row groups is a bound too.
+        return sum(_grid_bound(each, splitting, rank, 1, 3, 2 * ITERATIONS, expired) for each in rows if not expired())
 
-    def _joint(self, rank: int, binding: list[int]) -> float:
+    def _joint(self, rank: int, binding: list[int], tight: bool, expired: Expired) -> float:
         share = len(binding) ** -0.5
         parts = [
             Part(share * frame, 1, self.grids[split - 1][0])
@@ -104,19 +156,21 @@ class CoupledLowerBound:
         if limits and (rest := remainder([part.frame for part in parts], self.factor)) is not None:
             _, p, q = min(limits)
             parts.append(Part(rest, p, q))
-        return joint_bound(self.lifted, parts, rank, self.tight)
+        return joint_bound(self.lifted, parts, rank, tight, expired)
 
 
-def joint_bound(lifted: torch.Tensor, parts: list[Part], rank: int, tight: bool) -> float:
+def joint_bound(lifted: torch.Tensor, parts: list[Part], rank: int, tight: bool, expired: Expired = never) -> float:
     """Return the bound of parts from several splits; 0 without `tight` if an iteration is not `AFFORDABLE`."""
     parts = [part for part in parts if part.frame.shape[1]]
     width = sum(part.frame.shape[1] for part in parts)
     if not parts or not (tight or len(lifted) * width**2 <= AFFORDABLE):
         return 0.0
-    return lift_and_shift(lifted, parts, rank, JOINT_ITERATIONS, tolerance=1e-3).value
+    return lift_and_shift(lifted, parts, rank, JOINT_ITERATIONS, 1e-3, expired).value
 
 
-def isotropic_joint_bound(weight: torch.Tensor, chain: Chain, rank: int, tight: bool) -> float:
+def isotropic_joint_bound(
+    weight: torch.Tensor, chain: Chain, rank: int, tight: bool = False, expired: Expired = never
+) -> float:
     """Return a lower bound of ‖W − Ŵ‖_F² that binds the ranks of all splits of a chain at once, 0 if not affordable.
 
     Args:
@@ -124,6 +178,7 @@ def isotropic_joint_bound(weight: torch.Tensor, chain: Chain, rank: int, tight: 
         chain: with more than one split.
         rank: r.
         tight: whether to spend any number of operations.
+        expired: as in `CoupledLowerBound`.
     """
     binding = binding_splits(chain, rank)
     if len(binding) < 2:
@@ -131,11 +186,17 @@ def isotropic_joint_bound(weight: torch.Tensor, chain: Chain, rank: int, tight: 
     eye = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device) * len(binding) ** -0.5
     grids = [chain.block_shape(split)[1:3] for split in binding]
     parts = [Part(frame, 1, q) for q, p in grids for frame in eye.chunk(p, 1)]
-    return max(0.0, joint_bound(weight, parts, rank, tight) - rounding_allowance(weight))
+    return max(0.0, joint_bound(weight, parts, rank, tight, expired) - rounding_allowance(weight))
 
 
 def _grid_bound(
-    lifted: torch.Tensor, splitting: Splitting, rank: int, row_groups: int, rounds: int, iterations: int
+    lifted: torch.Tensor,
+    splitting: Splitting,
+    rank: int,
+    row_groups: int,
+    rounds: int,
+    iterations: int,
+    expired: Expired,
 ) -> float:
     """Return the largest of the bounds of a grid before and after each round that changes the shares of the parts."""
     groups, height = len(splitting.frames), len(lifted) // row_groups
@@ -149,9 +210,9 @@ def _grid_bound(
             assert rest is not None
             bound.append(Part(rest, groups, row_groups))
         last = step == rounds
-        certificate = lift_and_shift(lifted, bound, rank, iterations if last else SEARCH_ITERATIONS)
+        certificate = lift_and_shift(lifted, bound, rank, iterations if last else SEARCH_ITERATIONS, expired=expired)
         best = max(best, certificate.value)
-        if last or len(bound) == 1:
+        if last or len(bound) == 1 or expired():
             break
         kept = 0.8 if step < 2 else 0.9
         splitting = grow(splitting.scaled(kept), (0.6, 0.6, CONVERGED), [kept * x for x in certificate.slopes])

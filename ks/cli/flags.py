@@ -313,8 +313,15 @@ class SweepConfig(LayersFlags, TargetFlags, TrainingFlags, OutputFlags, PlotFlag
     seeds: tuple[int, ...] | None = flag(
         None, "train every rank with each of these seeds", convert=seed_number, nargs="+", shown_default="--seed"
     )
-    tight_bounds: bool = flag(
-        False, "spend longer on lower bounds that are not exact: of grids with --inputs, and of three or more factors"
+    tight_bounds: float = flag(
+        30.0,
+        "seconds for lower bounds that are not exact (grids with --inputs, three or more factors): the first 30 for "
+        "the ranks that the answer names, the others for tighter bounds of every rank; without a number, 3600",
+        convert=non_negative_float,
+        nargs="?",
+        const=3600.0,
+        metavar="SECONDS",
+        shown_default="30",
     )
     dry_run: bool = flag(False, "print the plan and train nothing")
     overwrite: bool = flag(

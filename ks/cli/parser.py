@@ -21,14 +21,15 @@ Config = TypeVar("Config")
 class Flag:
     """Everything about a flag but its name and default, which are those of its field.
 
-    help: without the default. convert: text to value. choices, nargs, metavar: as argparse has them. required: no
-    default. aliases: other spellings. shown_default: text for a default that is not a plain value.
+    help: without the default. convert: text to value. choices, nargs, const, metavar: as argparse has them. required:
+    no default. aliases: other spellings. shown_default: text for a default that is not a plain value.
     """
 
     help: str
     convert: Callable[[str], Any] = str
     choices: tuple[str, ...] | None = None
     nargs: int | str | None = None
+    const: Any = None
     metavar: str | tuple[str, ...] | None = None
     required: bool = False
     aliases: tuple[str, ...] = ()
@@ -104,7 +105,7 @@ class Parser(argparse.ArgumentParser, Generic[Config]):
             for field in fields:
                 _add(group, field)
                 described: Flag = field.metadata["flag"]
-                if described.nargs is not None and described.convert not in (path, key):
+                if described.nargs not in (None, "?") and described.convert not in (path, key):
                     self._lists |= {f"--{field.name}", *described.aliases}
 
     def error(self, message: str):
@@ -197,6 +198,7 @@ def _add(group, field: dataclasses.Field) -> None:
         type=described.convert,
         choices=described.choices,
         nargs=described.nargs,
+        const=described.const,
         metavar=_metavar(field),
         required=described.required,
         help=help_text.replace("%", "%%"),

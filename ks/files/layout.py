@@ -103,6 +103,7 @@ class SweepFiles:
     floor_csv = _file("{prefix}_floor.csv")
     config = _file("{prefix}_config.json")
     floors = _file("{prefix}_floors.npz")
+    bounds = _file("{prefix}_bounds.npz")
     layer_floors_csv = _file("{prefix}_layer_floors.csv")
     plan_json = _file("{prefix}_plan.json")
     plan_csv = _file("{prefix}_plan.csv")
@@ -138,4 +139,4 @@ class SweepFiles:
 
     def all(self, seeds: Iterable[int] = ()) -> list[Path]:
         """Return every file of the sweep of one weight, with the samples of some seeds, but its lock."""
-        return [*self.outputs(), self.floor_csv, self.config, *map(self.samples, seeds)]
+        return [*self.outputs(), self.floor_csv, self.bounds, self.config, *map(self.samples, seeds)]

@@ -1,104 +1,155 @@
-"""The answer of a study in sentences, the first one names a rank; docs/files.md states the rules."""
+"""The answer of a study in sentences, of which the first names a rank: a function of rows and of a record of facts.
 
+docs/files.md states the rules.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from math import log
 
-from ks.bounds.floors import floor_of
-from ks.bounds.plan import Plan
-from ks.bounds.shares import shares
-from ks.bounds.target_rank import smallest_ranks
+from ks.bounds.rank_floors import TargetRanks
 from ks.files.status import ended_well
+from ks.report.percent import percents
 from ks.report.speed import measured_batches, times_of
 from ks.report.verdict import NEGLIGIBLE_FLOOR, Limit
 
-# The share of the height and width of the front, in logarithms, by which a knee lies below the chord.
+# A knee lies below the chord of the front by this fraction of its height and width, in logarithms.
 KNEE_DEPTH = 0.05
 # More epochs are advised up to this many times those of the study; beyond, a larger rank is the remedy.
 MOST_EPOCHS = 10
-# A continuation that is shorter than the training restarts at a small rate and may gain less than 1 / epochs says.
+# A continuation that is shorter than the run restarts at a small rate and may gain less than 1 / epochs says.
 LEAST_EPOCHS = 2
 
 
-def answer(rows: list[dict], plan: Plan, target: float | None = None) -> list[str]:
+@dataclass(frozen=True)
+class Facts:
+    """What the bounds say, as far as the answer needs it; losses are relative to the zero predictor.
+
+    lowrank: for each rank of the study, the largest low-rank chain with at most as many parameters: its rank and its
+    least loss; empty if the family has no floor or is low-rank. target: the ranks around the target; None without a
+    target or a floor. remedy: if the target was missed, a rank whose best known chain reaches it with a margin as large
+    as the excess of the named rank, the loss of that chain, and whether it is larger than dense. uncertified: the ranks
+    that the answer speaks of whose lower bounds ran out of time, and `seconds`, the time for all of them.
+    """
+
+    lowrank: Mapping[int, tuple[int, float]] = field(default_factory=dict)
+    target: TargetRanks | None = None
+    remedy: tuple[int, float, bool] | None = None
+    uncertified: tuple[int, ...] = ()
+    seconds: float = 0.0
+
+
+def answer(rows: list[dict], facts: Facts, target: float | None = None) -> list[str]:
     """Return the answer of a study, most important sentence first.
 
     Args:
         rows: of the summary, as `ks.report.summary.rank_row` returns them.
-        plan: of the study.
-        target: share of the output energy that may be lost, or None.
+        facts: of the study.
+        target: fraction of the output energy that may be lost, or None.
     """
-    finished = [row for row in rows if ended_well(row["status"])]
-    known = [row for row in finished if row.get("relative_loss") is not None]
-    if not finished:
+    known = _with_losses(rows)
+    named = named_row(rows, target)
+    if not any(ended_well(row["status"]) for row in rows):
         return ["No rank has finished, so no rank can be named."]
-    if not known:
+    if named is None:
         return [
-            "The criterion is not the mean squared error, so the share of the output energy lost is not known: compare "
-            "final_val_loss."
+            "The criterion is not the mean squared error, so the fraction of the output energy lost is not known: "
+            "compare final_val_loss."
         ]
-    if target is not None:
-        named, sentences = _by_target(known, plan, target)
+    if target is None:
+        sentences = _on_front(named, known)
+    elif named["relative_loss"] <= target:
+        sentences = _reached(named, known, facts, target)
     else:
-        named, sentences = _by_front(known)
+        sentences = _not_reached(named, facts, target)
     sentences += _bounds_of(named)
-    sentences += _lowrank_beside(named, plan)
+    sentences += _uncertified(facts)
+    sentences += _lowrank_beside(named, facts)
     sentences += _warnings(named, target)
     return sentences + _dominated(known)
 
 
-def _by_target(rows: list[dict], plan: Plan, target: float) -> tuple[dict, list[str]]:
-    """Return the row that the answer names, and what it says of the target."""
-    reached = [row for row in rows if row["relative_loss"] <= target]
-    if not reached:
-        return _not_reached(rows, plan, target)
-    named = min(reached, key=lambda row: row["rank"])
-    loss, limit = shares(named["relative_loss"], target)
+def named_row(rows: list[dict], target: float | None = None) -> dict | None:
+    """Return the row that the answer names; None if no finished rank has a loss that can be compared.
+
+    With a target, it is the smallest rank that reached it, else the smallest that can, else the one that came closest.
+    Without one, it is the smallest exact rank, else the knee, else the one with the smallest loss.
+    """
+    known = _with_losses(rows)
+    if not known:
+        return None
+    closest = min(known, key=lambda row: row["relative_loss"])
+    if target is None:
+        exact = [row for row in known if row["relative_loss"] < NEGLIGIBLE_FLOOR]
+        return min(exact, key=lambda row: row["parameters"]) if exact else knee(known) or closest
+    reached = [row for row in known if row["relative_loss"] <= target]
+    able = [row for row in known if (bound := row.get("relative_floor_upper")) is not None and bound <= target]
+    return min(reached or able, key=lambda row: row["rank"], default=closest)
+
+
+def _with_losses(rows: list[dict]) -> list[dict]:
+    """Return the rows of finished ranks with a relative loss."""
+    return [row for row in rows if ended_well(row["status"]) and row.get("relative_loss") is not None]
+
+
+def _reached(named: dict, rows: list[dict], facts: Facts, target: float) -> list[str]:
+    rank = named["rank"]
+    loss, limit = percents(named["relative_loss"], target)
     sentences = [
-        f"Rank {named['rank']} is the smallest trained rank that loses at most {limit} of the output energy: it loses "
-        f"{loss}, with {_size(named)}."
+        f"Rank {rank} is the smallest trained rank that loses at most {limit} of the output energy: it loses {loss}, "
+        f"with {_size(named)}."
     ]
-    if plan.bounds is None:
-        return named, sentences
-    lower, upper = smallest_ranks(plan, target)
-    trained = {row["rank"]: row for row in rows}
-    least = _what_floor_is(plan, upper)
-    if upper < named["rank"] and upper in trained:
-        ends, floor, limit = shares(trained[upper]["relative_loss"], plan.bounds.upper(upper), target)
-        sentences.append(f"Rank {upper} can reach {limit} too, but ends at {ends}; {least} {floor}.")
-    elif upper < named["rank"]:
-        floor, limit = shares(plan.bounds.upper(upper), target)
-        sentences.append(f"Rank {upper}, which was not trained, can reach {limit} too: {least} {floor}.")
-    elif lower < named["rank"]:
-        sentences.append(f"No rank below {lower} can reach it; whether ranks {lower} to {upper - 1} can is not known.")
+    found = facts.target
+    if found is None:
+        return sentences
+    if found.reaching >= rank:
+        return [*sentences, _smaller_ranks(found, rank)]
+    ended = next((row["relative_loss"] for row in rows if row["rank"] == found.reaching), None)
+    best, limit, *end = percents(found.loss, target, *([] if ended is None else [ended]))
+    floor = f"{_floor_is(found.exact)} {best}"
+    if ended is None:
+        sentences.append(f"Rank {found.reaching}, which was not trained, can reach {limit} too: {floor}.")
     else:
-        sentences.append("No smaller rank can reach it.")
-    return named, sentences
+        sentences.append(f"Rank {found.reaching} can reach {limit} too, but ended at {end[0]}: {floor}.")
+    return [*sentences, _smaller_ranks(found, found.reaching)]
 
 
-def _not_reached(rows: list[dict], plan: Plan, target: float) -> tuple[dict, list[str]]:
-    """Return the row that comes closest with the fewest parameters, and the remedies."""
-    able = [row for row in rows if (row.get("relative_floor_upper") or 0.0) <= target] if plan.bounds else []
-    named = min(able, key=lambda row: row["rank"]) if able else min(rows, key=lambda row: row["relative_loss"])
-    floor = named.get("relative_floor_upper")
-    if plan.bounds is None or floor is None:
-        loss, limit = shares(named["relative_loss"], target)
-        text = f"{limit} of the output energy is not reached: rank {named['rank']} ends at {loss}; try a larger rank."
-        return named, [text]
-    loss, least, limit = shares(named["relative_loss"], floor, target)
-    what = _what_floor_is(plan, named["rank"])
-    start = f"{limit} of the output energy is not reached: rank {named['rank']} ends at {loss}, {what} {least}"
-    remedies = [*_more_epochs(named, floor, target), *_larger_rank(named, floor, plan, target)]
-    lower, upper = smallest_ranks(plan, target)
-    if not able:
-        start += f"; no rank below {lower} can reach it"
-    elif named["rank"] > upper:
-        start += f"; rank {upper} is the smallest that can reach it"
-    return named, [f"{start}. Use {' or '.join(remedies)}."]
+def _smaller_ranks(found: TargetRanks, rank: int) -> str:
+    """Return whether a rank below this one can reach the target."""
+    if found.none_below >= rank:
+        return "No smaller rank can reach it."
+    open_ranks = (
+        f"rank {rank - 1} can" if found.none_below == rank - 1 else f"ranks {found.none_below} to {rank - 1} can"
+    )
+    if found.none_below == 1:
+        return f"Whether {open_ranks} reach it is not known."
+    return f"No rank below {found.none_below} can reach it; whether {open_ranks} is not known."
 
 
-def _what_floor_is(plan: Plan, rank: int) -> str:
-    """Return how a sentence names the upper bound of a rank: only an exact floor is its floor."""
-    assert plan.bounds is not None
-    return "its floor is" if floor_of(plan.bounds, plan.chain, rank).exact else "the best known chain loses"
+def _not_reached(named: dict, facts: Facts, target: float) -> list[str]:
+    """Return how close the named row came, and the remedies."""
+    rank, floor, found = named["rank"], named.get("relative_floor_upper"), facts.target
+    if found is None or floor is None:
+        loss, limit = percents(named["relative_loss"], target)
+        return [f"{limit} of the output energy is not reached: rank {rank} ended at {loss}; try a larger rank."]
+    loss, best, limit = percents(named["relative_loss"], floor, target)
+    exact = named["loss_floor_is_exact"]
+    text = f"{limit} of the output energy is not reached: rank {rank} ended at {loss}, {_floor_is(exact)} {best}"
+    if floor > target:
+        text += f"; no rank below {found.none_below} can reach it"
+    elif rank > found.reaching:
+        text += f"; rank {found.reaching} is the smallest that can reach it"
+    remedies = _more_epochs(named, floor, target)
+    if facts.remedy is not None:
+        larger, loss_there, larger_than_dense = facts.remedy
+        dense = ", larger than dense" if larger_than_dense else ""
+        remedies.append(f"--ranks {larger} (where {percents(loss_there)[0]} is possible, a margin for training{dense})")
+    return [f"{text}. Use {' or '.join(remedies)}." if remedies else f"{text}."]
+
+
+def _floor_is(exact: bool) -> str:
+    """Return how a sentence begins that gives the upper bound of a rank: only an exact floor is its floor."""
+    return "its floor is" if exact else "the best known chain loses"
 
 
 def _more_epochs(row: dict, floor: float, target: float) -> list[str]:
@@ -116,31 +167,16 @@ def _more_epochs(row: dict, floor: float, target: float) -> list[str]:
     return [f"--num_epochs {int(total)}"]
 
 
-def _larger_rank(row: dict, floor: float, plan: Plan, target: float) -> list[str]:
-    """Return the smallest rank whose best known chain leaves room for the excess of this row, with its floor."""
-    assert plan.bounds is not None
-    wanted = target - max(row["relative_loss"] - floor, 0.0)
-    rank = smallest_ranks(plan, wanted)[1] if wanted > 0 else plan.chain.saturation_rank
-    large = ", larger than dense" if plan.chain.parameters(rank) > plan.chain.rows * plan.chain.cols else ""
-    return [f"--ranks {rank} (where {shares(plan.bounds.upper(rank))[0]} is possible, a margin for training{large})"]
-
-
-def _by_front(rows: list[dict]) -> tuple[dict, list[str]]:
-    """Return the row that the answer names without a target: an exact rank, else the knee, else the smallest loss."""
-    exact = [row for row in rows if row["relative_loss"] < NEGLIGIBLE_FLOOR]
-    if exact:
-        named = min(exact, key=lambda row: row["parameters"])
-        text = f"Rank {named['rank']} is the smallest trained rank that loses nothing: it has {_size(named)}."
-        return named, [text]
-    bend = knee(rows)
-    named = bend or min(rows, key=lambda row: row["relative_loss"])
-    if bend is None:
+def _on_front(named: dict, rows: list[dict]) -> list[str]:
+    if named["relative_loss"] < NEGLIGIBLE_FLOOR:
+        return [f"Rank {named['rank']} is the smallest trained rank that loses nothing: it has {_size(named)}."]
+    if knee(rows) is not None:
+        start, end = f"Rank {named['rank']} is the knee of loss against parameters", ""
+    else:
         start = f"Rank {named['rank']} loses least"
         end = "; loss against parameters has no knee, so choose with --target_relative_loss" if len(rows) > 1 else ""
-    else:
-        start, end = f"Rank {named['rank']} is the knee of loss against parameters", ""
-    loss = shares(named["relative_loss"])[0]
-    return named, [f"{start}: it loses {loss} of the output energy, with {_size(named)}{end}."]
+    loss = percents(named["relative_loss"])[0]
+    return [f"{start}: it loses {loss} of the output energy, with {_size(named)}{end}."]
 
 
 def knee(rows: list[dict]) -> dict | None:
@@ -183,7 +219,7 @@ def _dominators(row: dict, rows: list[dict]) -> list[dict]:
 
 
 def _dominated(rows: list[dict]) -> list[str]:
-    """Return a sentence for all ranks that another one makes useless."""
+    """Return a sentence that lists the ranks that another one makes useless."""
     beaten = {row["rank"]: found[0]["rank"] for row in rows if (found := _dominators(row, rows))}
     if not beaten:
         return []
@@ -194,16 +230,26 @@ def _dominated(rows: list[dict]) -> list[str]:
 def _bounds_of(row: dict) -> list[str]:
     if row.get("loss_floor_is_exact") in (True, None):
         return []
-    lower, upper = shares(row["relative_floor"], row["relative_floor_upper"])
+    lower, upper = percents(row["relative_floor"], row["relative_floor_upper"])
     return [f"No chain of rank {row['rank']} loses less than {lower}; the best known one loses {upper}."]
 
 
-def _lowrank_beside(row: dict, plan: Plan) -> list[str]:
-    """Return the loss that a low-rank factorisation with at most as many parameters can reach."""
-    if plan.chain.family == "lowrank" or plan.bounds is None:
+def _uncertified(facts: Facts) -> list[str]:
+    if not facts.uncertified:
         return []
-    ((rank, floor),) = plan.lowrank_floors([row["parameters"]])
-    loss, ours = shares(floor, row["relative_loss"])
+    ranks = " and ".join(map(str, sorted(facts.uncertified)))
+    start = (
+        f"The lower bound of rank {ranks} was" if len(facts.uncertified) == 1 else f"The lower bounds of {ranks} were"
+    )
+    return [f"{start} not finished in {facts.seconds:g} s; --tight_bounds SECONDS allows more time."]
+
+
+def _lowrank_beside(row: dict, facts: Facts) -> list[str]:
+    """Return the loss that a low-rank factorisation with at most as many parameters can reach."""
+    if row["rank"] not in facts.lowrank:
+        return []
+    rank, floor = facts.lowrank[row["rank"]]
+    loss, ours = percents(floor, row["relative_loss"])
     advice = "; sweep --chain lowrank as well" if floor < row["relative_loss"] else ""
     start = f"A low-rank factorisation of the same size (rank {rank}) gets down to {loss}"
     return [f"{start}, against {ours} here{advice}."]
@@ -223,10 +269,10 @@ def _warnings(row: dict, target: float | None) -> list[str]:
         sentences.append(f"{slower}Time of rank {rank} over that of the dense weight here: {', '.join(texts)}.")
     held_out = row.get("held_out_relative_loss")
     if target is not None and held_out is not None and row["relative_loss"] <= target < held_out:
-        loss, limit = shares(held_out, target)
+        loss, limit = percents(held_out, target)
         sentences.append(f"WARNING: on held-out inputs, rank {rank} loses {loss}, more than {limit}.")
     return sentences
 
 
 def _size(row: dict) -> str:
-    return f"{shares(row['share_of_dense'])[0]} of the parameters of the dense weight"
+    return f"{percents(row['share_of_dense'])[0]} of the parameters of the dense weight"

@@ -1,14 +1,14 @@
 """The plan as a table, for --dry_run: what each rank costs and can reach."""
 
 from ks.bounds.floors import Floor
-from ks.bounds.plan import Plan
+from ks.bounds.rank_floors import RankFloors, TargetRanks
 from ks.report.text_table import text_table
 
-LEGEND = "relative_floor: the least share of the output energy that a chain of the rank can lose."
+LEGEND = "relative_floor: the least fraction of the output energy that a chain of the rank can lose."
 LOWRANK = "lowrank_floor: the same for plain low-rank with at most as many parameters, of rank lowrank_rank."
 
 
-def plan_table(plan: Plan, floors: dict[int, Floor | None], verbose: bool = False) -> str:
+def plan_table(plan: RankFloors, floors: dict[int, Floor | None], verbose: bool = False) -> str:
     """Return what each rank can reach and costs, and plain low-rank with at most as many parameters beside it.
 
     Args:
@@ -18,10 +18,10 @@ def plan_table(plan: Plan, floors: dict[int, Floor | None], verbose: bool = Fals
     """
     chain, dense = plan.chain, plan.chain.rows * plan.chain.cols
     cells: dict[str, list[str]] = {"rank": list(map(str, floors))}
-    if plan.bounds is not None:
+    if plan.has_floors:
         cells["relative_floor"] = [_range(floor) for floor in floors.values() if floor is not None]
-    if plan.bounds is not None and chain.family != "lowrank":
-        lowrank = plan.lowrank_floors([chain.parameters(rank) for rank in floors])
+    if plan.has_floors and chain.family != "lowrank":
+        lowrank = [plan.lowrank_beside(chain.parameters(rank)) for rank in floors]
         cells["lowrank_floor"] = [f"{floor:.2%}" for _, floor in lowrank]
         cells["lowrank_rank"] = [str(rank) for rank, _ in lowrank]
     if plan.isotropic_curve is not None:
@@ -44,3 +44,18 @@ def plan_table(plan: Plan, floors: dict[int, Floor | None], verbose: bool = Fals
 
 def _range(floor: Floor) -> str:
     return f"{floor.lower:.2%}" if floor.exact else f"{floor.lower:.2%} to {floor.upper:.2%}"
+
+
+def target_note(found: TargetRanks, isotropic: bool) -> str:
+    """Return the ranks around a target as a sentence.
+
+    Args:
+        found: by the bounds that are known before any run.
+        isotropic: whether the inputs are.
+    """
+    reaching = f"rank {found.reaching} is the smallest"
+    if found.exact or found.none_below == found.reaching:
+        text = f"{reaching} that reaches it"
+    else:
+        text = f"{reaching} whose best known chain reaches it; no rank below {found.none_below} can"
+    return f"target {found.target:g}, for {'isotropic' if isotropic else 'the measured'} inputs: {text}"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ks.bounds.floors import Floor
-from ks.bounds.plan import Plan
+from ks.bounds.rank_floors import RankFloors
 from ks.chain.patterns import Chain
 from ks.files import columns
 from ks.files.atomic import finite, write_csv, write_json
@@ -184,7 +184,7 @@ def write_summary(files: SweepFiles, rows: list[dict]) -> None:
     write_json(files.summary_json, [{name: row.get(name) for name in written} for row in rows])
 
 
-def floor_rows(plan: Plan, predict_zero_loss: float) -> list[dict]:
+def floor_rows(plan: RankFloors, predict_zero_loss: float) -> list[dict]:
     """Return the floors of every rank, of the chain and for comparison, as rows of `ks.files.columns.FLOOR`."""
     curves = [(chain.family, chain, curve) for chain, curve in plan.family_curves()]
     if plan.isotropic_curve is not None:

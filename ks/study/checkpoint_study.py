@@ -4,7 +4,6 @@ import dataclasses
 from pathlib import Path
 
 from ks import signals
-from ks.bounds.floors import Floor
 from ks.cli import console
 from ks.cli.flags import SweepConfig
 from ks.errors import UsageError
@@ -27,13 +26,12 @@ from ks.training.problem import choose_device
 
 @dataclasses.dataclass(frozen=True)
 class _Layer:
-    """One layer of the study: its flags, runs, floors and settings; its weight and its inputs do not stay in memory."""
+    """One layer of the study: its flags, runs and settings; its weight and its inputs do not stay in memory."""
 
     name: str
     config: SweepConfig
     files: SweepFiles
     runs: list[Run]
-    floors: dict[int, Floor | None]
     settings: dict
 
 
@@ -112,7 +110,7 @@ class CheckpointStudy(Study):
             self.locks.push(study.locks.pop_all())
             name = str(layer.weight_key)
             runs = [_named(run, name) for run in study.chosen_runs()]
-            self.layers.append(_Layer(name, layer, study.files, runs, study.floors, study.record["settings"]))
+            self.layers.append(_Layer(name, layer, study.files, runs, study.record["settings"]))
 
     def _configs(self) -> list[SweepConfig]:
         """Return the flags of every layer that is trained."""
@@ -161,7 +159,7 @@ class CheckpointStudy(Study):
             console.note(f"{layer.name}: summary and figures", self.config.quiet)
             study = WeightStudy(layer.config, self.trainer)
             study.load()
-            study.plan(layer.floors)
+            study.plan()
             ended = {run.files: self.results[run] for run in layer.runs if run in self.results}
             study.results = {run: ended[run.files] for run in study.runs if run.files in ended}
             study.conclude()

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ks.bounds.floors import Floor
-from ks.bounds.plan import Plan
+from ks.bounds.rank_floors import RankFloors
 from ks.cli.console import note
 from ks.cli.flags import PlotFlags
 from ks.files import columns
@@ -24,7 +24,7 @@ def summarise(
     results: list[Result],
     floors: dict[int, Floor | None],
     problem: Problem,
-    plan: Plan,
+    plan: RankFloors,
     *,
     target: float | None = None,
     weight: str | None = None,

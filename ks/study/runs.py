@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ks.bounds.floors import Floor
-from ks.bounds.plan import Plan
-from ks.bounds.target_rank import ranks_around
+from ks.bounds.rank_floors import RankFloors
 from ks.cli.console import EXIT_FAILED, EXIT_OK
 from ks.cli.flags import SweepConfig
 from ks.cli.parser import to_arguments
@@ -49,7 +48,7 @@ class Result:
     latency: Latency | None = None
 
 
-def ranks_of(config: SweepConfig, plan: Plan, study: StudyRecord | None) -> tuple[set[int], list[int]]:
+def ranks_of(config: SweepConfig, plan: RankFloors, study: StudyRecord | None) -> tuple[set[int], list[int]]:
     """Return the ranks to train, none above --max_rank, and all ranks of the study, ascending.
 
     A rerun without --ranks trains those of the study; so does one with more epochs, beside its own.
@@ -63,8 +62,8 @@ def ranks_of(config: SweepConfig, plan: Plan, study: StudyRecord | None) -> tupl
     target = config.target_relative_loss
     given = set(config.ranks or ())
     new_target = study is None or study.arguments.get("target_relative_loss") != target
-    if not given and target is not None and new_target and plan.curve is not None:
-        given = set(ranks_around(plan, target))
+    if not given and target is not None and new_target and plan.has_floors:
+        given = set(plan.ranks_around(target))
     if not given or (study and study.settings.get("num_epochs") != config.num_epochs):
         given |= before
     given = given or set(DEFAULT_RANKS)

@@ -9,9 +9,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from ks.bounds.floors import Floor, floor_curve
-from ks.bounds.plan import make_plan
-from ks.bounds.plan_notes import plan_notes
 from ks.cli import console
 from ks.cli.flags import SweepConfig
 from ks.cli.parser import to_arguments
@@ -22,19 +19,19 @@ from ks.files.status import Status
 from ks.files.weights import packed
 from ks.moments.read import packed_inputs
 from ks.report.answer import answer
-from ks.report.plan_table import plan_table
+from ks.report.plan_table import plan_table, target_note
 from ks.report.summary import floor_rows
 from ks.report.verdict import advice, check_above_floor
 from ks.study.folder import claim_folder, held, refuse_another_study
 from ks.study.identity import is_same_study, record_of, remedies_of, study_in
 from ks.study.launcher import launcher_of
-from ks.study.progress import SlowWork
 from ks.study.run_all import finished_before, run_all
 from ks.study.runs import Result, Run, as_rank, ranks_of, result_of, runs_of, seeds_of, stop_losses, trained_ranks
 from ks.study.steps import Study
+from ks.study.study_floors import certify, find_facts, keep_floors, plan_floors, spoken_of
 from ks.study.task import Exit, Launcher
 from ks.training.edits import TOOLKIT, Edits, edits_of
-from ks.training.problem import resolve
+from ks.training.problem import chain_notes, resolve
 from ks.training.samples_file import samples_in_files
 
 
@@ -66,34 +63,19 @@ class WeightStudy(Study):
         study = study_in(config)
         self.before = study if study is not None and is_same_study(study, self.record) else None
 
-    def plan(self, floors: dict[int, Floor | None] | None = None) -> None:
-        """Compute the floors, and choose the ranks and when a run may stop; write nothing.
+    def plan(self) -> None:
+        """Compute the floors that are not known yet, and choose the ranks and when a run may stop; write nothing.
 
-        Args:
-            floors: of every rank that is trained, if they were computed before.
         Raises:
             UsageError: ranks that cannot be studied, or --stop_at without what it refers to.
         """
         config, problem = self.config, self.problem
-        ours = problem.edits.criterion_is_ours
-        if ours and (problem.rows * problem.cols > 2**22 or config.inputs):
-            console.note(f"computing the floors of {problem.rows} × {problem.cols}", config.quiet)
-        self.planned = make_plan(
-            problem.internal_weight(),
-            problem.chain,
-            problem.inputs,
-            tight=config.tight_bounds,
-            progress=SlowWork(config.quiet),
-            reason=None if ours else "floors hold for mean_squared_error alone",
-        )
-        if config.inputs and self.planned.bounds is not None:
-            isotropic = floor_curve(problem.isotropic_weight(), problem.chain)
-            self.planned = dataclasses.replace(self.planned, isotropic_curve=isotropic)
+        self.planned = plan_floors(config, problem, self.files.bounds)
         self.chosen, self.ranks = ranks_of(config, self.planned, self.before)
-        if floors is None or not ours:
-            floors = dict(zip(self.ranks, self.planned.floors(self.ranks), strict=True))
-        self.floors = floors
-        self.runs = runs_of(config, self.ranks, self.files.directory, self.trainer, stop_losses(config, floors))
+        if config.dry_run:
+            certify(self.planned, [], self.ranks, config.tight_bounds)
+        self.floors = self.planned.floors(self.ranks)
+        self.runs = runs_of(config, self.ranks, self.files.directory, self.trainer, stop_losses(config, self.floors))
         self.record["ranks"] = self.ranks
         self.trained = trained_ranks(self.ranks, problem.chain.saturation_rank, self.files.directory)
 
@@ -108,7 +90,11 @@ class WeightStudy(Study):
         return "\n".join([*lines, *(shlex.join(run.task.command) for run in self.runs if run.rank in self.chosen)])
 
     def remarks(self) -> list[str]:
-        return plan_notes(self.planned, self.config.target_relative_loss)
+        """Return notes on the chain family, and on the target as far as quick bounds tell."""
+        notes, target = chain_notes(self.problem.chain), self.config.target_relative_loss
+        if target is None or not self.planned.has_floors:
+            return notes
+        return [*notes, target_note(self.planned.target_ranks(target), self.planned.moment.is_isotropic)]
 
     def make_launcher(self) -> Launcher:
         config, files = self.config, {}
@@ -128,6 +114,7 @@ class WeightStudy(Study):
         self.locks.enter_context(held(files))
         delete_leftovers(files.all(seeds_of(config)))
         claim_folder(files, self.runs, self.record, config.files_read(), config.overwrite, remedies_of(config))
+        keep_floors(self.planned, self.problem, files.bounds)
         rows = floor_rows(self.planned, self.problem.predict_zero_loss)
         write_csv(files.floor_csv, columns.names(columns.FLOOR), rows)
 
@@ -175,20 +162,21 @@ class WeightStudy(Study):
         return results
 
     def conclude(self) -> list[str]:
+        """Certify the bounds that the answer needs, write summary and figures; return the lines to print."""
         from ks.report.summary_table import summary_table
         from ks.report.text_table import filled
-        from ks.study.outputs import summarise, write_outputs
+        from ks.study.outputs import write_outputs
 
+        target, seconds = self.config.target_relative_loss, self.config.tight_bounds
         results = self._all_results()
-        self.rows_of_runs, self.rows = summarise(
-            results,
-            self.floors,
-            self.problem,
-            self.planned,
-            target=self.config.target_relative_loss,
-            weight=Path(self.config.weight_path).name,
-        )
-        self.record["answer"] = answer(self.rows, self.planned, self.config.target_relative_loss)
+        self._summarise(results)
+        certify(self.planned, spoken_of(self.rows, self.planned, target), self.ranks, seconds)
+        self.floors = self.planned.floors(self.ranks)
+        self._summarise(results)
+        facts = find_facts(self.rows, self.planned, target, seconds)
+        keep_floors(self.planned, self.problem, self.files.bounds)
+        self.record["facts"] = dataclasses.asdict(facts)
+        self.record["answer"] = answer(self.rows, facts, target)
         self.record["advice"] = advice(self.rows, self.problem.sampling)
         written = write_outputs(self.config, self.files, self.record, results, self.rows_of_runs, self.rows)
         return [
@@ -198,6 +186,18 @@ class WeightStudy(Study):
             *filled(self.record["advice"]),
             *map(str, written),
         ]
+
+    def _summarise(self, results: list[Result]) -> None:
+        from ks.study.outputs import summarise
+
+        self.rows_of_runs, self.rows = summarise(
+            results,
+            self.floors,
+            self.problem,
+            self.planned,
+            target=self.config.target_relative_loss,
+            weight=Path(self.config.weight_path).name,
+        )
 
     def statuses(self) -> set[Status]:
         return {row["status"].status for row in self.rows_of_runs if row["rank"] in self.chosen}

@@ -13,7 +13,7 @@ from ks.errors import UsageError
 from ks.files.memory import check_fits
 from ks.files.weights import Weight, load_weight
 from ks.layer import KSLinear
-from ks.moments.second_moment import Inputs
+from ks.moments.second_moment import SecondMoment
 from ks.training.choose_optimizer import choose_optimizer
 from ks.training.edits import TOOLKIT, Edits
 from ks.training.layer_inputs import LayerInputs, layer_inputs
@@ -54,9 +54,9 @@ class Problem:
         return self.layer_inputs.coordinates
 
     @property
-    def inputs(self) -> Inputs:
+    def moment(self) -> SecondMoment:
         """Return the second moment of the inputs in internal coordinates."""
-        return self.layer_inputs.inputs
+        return self.layer_inputs.moment
 
     @property
     def predict_zero_loss(self) -> float:
@@ -87,7 +87,7 @@ class Problem:
     def held_out_energies(self) -> torch.Tensor:
         """Return E[x'_j²] of every feature of the held-out inputs in internal coordinates, shape (n,), float64."""
         assert self.layer_inputs.held_out is not None
-        return self.coordinates.energies(self.layer_inputs.held_out.second_moment())
+        return self.coordinates.energies(self.layer_inputs.held_out.matrix)
 
     def save(self, model: KSLinear, path) -> None:
         """Save a chain of internal coordinates as one that acts on x."""
@@ -169,6 +169,16 @@ def _note_on_criterion(edits: Edits, optimizer: str) -> str:
         f"criterion {edits.criterion}: {optimizer} trains; floors, exact losses and verdicts are left out, because "
         "they hold for mean_squared_error alone; outputs are in units of the root mean square of W x"
     )
+
+
+def chain_notes(chain: Chain) -> list[str]:
+    """Return saturation, parity with dense, and why a chain family has no floor, one sentence each."""
+    notes = [f"saturation: from rank {chain.saturation_rank} on, more rank changes nothing"]
+    if parity := chain.parity_rank():
+        notes.append(f"parity: from rank {parity} on, the chain has as many parameters as the dense weight")
+    if reason := no_floor_reason(chain):
+        notes.append(f"no floor: {reason}")
+    return notes
 
 
 def chain_of(config: ChainFlags, rows: int, cols: int) -> Chain:

@@ -11,7 +11,6 @@ import msgspec
 import torch
 
 from ks import signals
-from ks.bounds.plan_notes import chain_notes
 from ks.bounds.population_loss import population_loss
 from ks.cli import console
 from ks.cli.flags import TrainerConfig
@@ -29,7 +28,7 @@ from ks.training.checks import check_finite, check_validation
 from ks.training.endings import end_of
 from ks.training.latency import measure_latency
 from ks.training.optimizer import Optimizer
-from ks.training.problem import Problem
+from ks.training.problem import Problem, chain_notes
 from ks.training.run_state import is_resumable, read_state
 from ks.training.schedule import Schedule
 from ks.training.settings import settings_of
@@ -115,7 +114,7 @@ class Recorder:
         self._weight, self._chain, self._optimizer, self._schedule = weight, chain, optimizer, schedule
         torch.set_num_threads(useful_threads(self.problem.chain.parameters(self.config.rank) * self.config.batch_size))
         keep_start = self.problem.edits.criterion_is_ours and self.config.init == "hierarchical"
-        self._best = BestModel(chain, weight, self.problem.inputs, keep_start)
+        self._best = BestModel(chain, weight, self.problem.moment, keep_start)
         if self.checkpoints.found:
             self.curves = self.checkpoints.restore(optimizer, schedule, self._best)
             write_curves(self.files, self.curves)
@@ -163,7 +162,7 @@ class Recorder:
         }
         interval = math.ceil(config.num_epochs / 10) if config.stop_below is None else 1
         if problem.edits.criterion_is_ours and (epoch % interval == 0 or epoch == config.num_epochs):
-            row["population_loss"] = population_loss(self._weight, self._chain.factors, problem.inputs) * unit
+            row["population_loss"] = population_loss(self._weight, self._chain.factors, problem.moment) * unit
         if config.log_grad_norm or config.log_to:
             row["grad_norm"] = norms.mean().item()
         row |= metrics

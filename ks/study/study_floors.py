@@ -1,0 +1,117 @@
+"""The floors of a study of one weight: kept in its folder, certified within a time, and as facts for the answer."""
+
+from pathlib import Path
+
+from ks import signals
+from ks.bounds.floors_file import FloorsFile
+from ks.bounds.rank_floors import RankFloors
+from ks.chain.patterns import Chain
+from ks.cli import console
+from ks.cli.flags import SweepConfig
+from ks.report.answer import Facts, named_row
+from ks.study.progress import SlowWork
+from ks.training.problem import Problem
+
+DEFAULT_SECONDS = 30.0  # of --tight_bounds, for the lower bounds of the ranks that the answer names
+LARGE_WEIGHT = 2**22  # entries from which on the floors for isotropic inputs take seconds
+
+
+def plan_floors(config: SweepConfig, problem: Problem, path: Path) -> RankFloors:
+    """Return the floors of the study's chain family, with all bounds that its folder holds.
+
+    Args:
+        config: of the sweep.
+        problem: that its runs solve.
+        path: of the file that `keep_floors` writes; it need not exist.
+    """
+    ours = problem.edits.criterion_is_ours
+    known = FloorsFile(path).find_bounds(*_identity(problem)) if ours else None
+    if known is not None and known.curve is None and (problem.rows * problem.cols > LARGE_WEIGHT or config.inputs):
+        console.note(f"computing the floors of {problem.rows} × {problem.cols}", config.quiet)
+    floors = RankFloors(
+        problem.internal_weight(),
+        problem.chain,
+        problem.moment,
+        known=known,
+        progress=SlowWork(config.quiet),
+        reason=None if ours else "floors hold for mean_squared_error alone",
+    )
+    if config.inputs:
+        floors.compare_with_isotropic(problem.isotropic_weight)
+    return floors
+
+
+def keep_floors(floors: RankFloors, problem: Problem, path: Path) -> None:
+    """Write all bounds that are known into the folder of the study, so that no rerun computes them again."""
+    if floors.has_floors:
+        file = FloorsFile(path)
+        file.add_bounds(*_identity(problem), floors.known)
+        file.save()
+
+
+def _identity(problem: Problem) -> tuple[str, str | None, Chain]:
+    """Return the hashes of weight and inputs, and the chain; the scale of isotropic inputs changes no relative loss."""
+    inputs = problem.layer_inputs.description
+    names = ("sha256", "count", "held_out_count", "centred")
+    measured = " ".join(str(inputs[name]) for name in names) if "sha256" in inputs else None
+    return problem.weight.sha256(), measured, problem.chain
+
+
+def spoken_of(rows: list[dict], floors: RankFloors, target: float | None) -> list[int]:
+    """Return the ranks whose lower bounds the answer depends on, most important first.
+
+    They are the rank below the smallest one that is known to reach the target, for then no smaller rank can if its
+    bound is above the target, and the rank that the answer names, whose verdict is about the distance to its floor.
+    """
+    named = named_row(rows, target)
+    if named is None or not floors.has_floors:
+        return []
+    ranks = [named["rank"]]
+    if target is not None:
+        found = floors.target_ranks(target)
+        reaching = min(found.reaching, named["rank"]) if named["relative_loss"] <= target else found.reaching
+        if found.none_below < reaching:
+            ranks.insert(0, reaching - 1)
+    return ranks
+
+
+def certify(floors: RankFloors, spoken: list[int], ranks: list[int], seconds: float) -> None:
+    """Spend up to 30 seconds on the lower bounds of the ranks that are spoken of, and what is left on those of all.
+
+    Args:
+        floors: to improve.
+        spoken: as `spoken_of` returns them.
+        ranks: of the study.
+        seconds: of --tight_bounds.
+    """
+    floors.certify(spoken, min(seconds, DEFAULT_SECONDS), stop=signals.came)
+    if seconds > DEFAULT_SECONDS:
+        floors.certify([*spoken, *ranks], seconds - DEFAULT_SECONDS, tight=True, stop=signals.came)
+
+
+def find_facts(rows: list[dict], floors: RankFloors, target: float | None, seconds: float) -> Facts:
+    """Return the facts of a study; no lower bound is computed.
+
+    Args:
+        rows: of the summary, with the floors as they are known now.
+        floors: of the study.
+        target: fraction of the output energy that may be lost, or None.
+        seconds: of --tight_bounds.
+    """
+    named = named_row(rows, target)
+    if named is None or not floors.has_floors:
+        return Facts()
+    lowrank = {}
+    if floors.chain.family != "lowrank":
+        lowrank = {row["rank"]: floors.lowrank_beside(floors.chain.parameters(row["rank"])) for row in rows}
+    uncertified = tuple(floors.uncertified(spoken_of(rows, floors, target)))
+    if target is None:
+        return Facts(lowrank, uncertified=uncertified, seconds=seconds)
+    found, remedy = floors.target_ranks(target), None
+    if named["relative_loss"] > target and named["relative_floor_upper"] is not None:
+        # The best known chain of the remedy leaves room for an excess as large as that of the named rank.
+        wanted = target - max(named["relative_loss"] - named["relative_floor_upper"], 0.0)
+        rank = floors.target_ranks(wanted).reaching if wanted > 0 else floors.chain.saturation_rank
+        larger_than_dense = floors.chain.parameters(rank) > floors.chain.rows * floors.chain.cols
+        remedy = (rank, floors.upper(rank), larger_than_dense)
+    return Facts(lowrank, found, remedy, uncertified, seconds)
