@@ -36,7 +36,7 @@ def make_weight(
     exact_chain: a random chain of rank `rank`, so that its study falls to zero at that rank.
     lowrank_plus_noise: U Vᵀ of rank `rank` plus noise of `noise` times its Frobenius norm.
     power_law: U diag(k^-alpha) Vᵀ with random orthogonal U, V.
-    The structured kinds are scaled to ‖W‖_F² = m, so that predicting 0 has a loss of 1 on unit inputs.
+    The structured kinds are scaled to ‖W‖_F² = m, so that the zero predictor has a loss of 1 on unit inputs.
 
     Args:
         rows, cols: m and n.

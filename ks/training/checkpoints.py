@@ -84,9 +84,7 @@ class Checkpoints:
         if found is None:
             return []
         if not self._fits(found, optimizer, best):
-            note(
-                f"checkpoint {self.files.resume} is not valid: its tensors are those of another training; starting anew"
-            )
+            note(f"checkpoint {self.files.resume} is not valid: its tensors are those of another run; starting anew")
             return []
         for tensor, value in zip(optimizer.state(), found.optimizer, strict=True):
             tensor.copy_(value)

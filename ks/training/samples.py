@@ -47,7 +47,7 @@ class Samples:
         sampling: 'whitened' (one set, second moment exactly C), 'fresh' (a new set every epoch) or 'fixed'.
         seed: of inputs and shuffles.
         moment: C.
-        output_rows: the order of the training targets, as rows of W, int64 of shape (m,); the natural one unless told.
+        output_rows: the order of the training targets, as rows of W, int64 of shape (m,); None for the natural one.
         batch_last: batches of shape (n, batch) instead of (batch, n).
         dtype: of the inputs; targets stay float32.
         stored: the `sets` of samples with the same settings.

@@ -39,8 +39,8 @@ def make_samples(
         config: with batch size, layout, dtype and seed.
         problem: that the run solves.
         weight: W in internal units.
-        output_rows: the order of the training targets, as rows of W; the natural one unless told.
-        seed: of the samples; that of the config unless told.
+        output_rows: the order of the training targets, as rows of W; None for the natural one.
+        seed: of the samples; None for that of the config.
     """
     seed = config.seed if seed is None else seed
     stored, given = _read(seed, _settings(config, problem, seed)), problem.weight.tensor

@@ -29,7 +29,7 @@ class Training:
         self.optimizer = Optimizer("adamw", self.factors, loss_scaling=loss_scaling)
         self.schedule = schedule_of("plateau", num_epochs=9, lr=0.01, scheduler_patience=0)
         chain = SimpleNamespace(model=self.model, factors=self.factors)
-        self.best = BestModel(chain, WEIGHT.double(), UNIT_MOMENT, keep_start=False)
+        self.best = BestModel(chain, WEIGHT.double(), UNIT_MOMENT)
         self.curves = []
 
     def epoch(self):
@@ -88,7 +88,7 @@ def test_a_state_of_another_length_is_not_put_back(files, part, change, capsys):
     fresh, untouched = Training(), Training()
     assert checkpoints.restore(*fresh.parts()) == []
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == (f"checkpoint {files.resume} is not valid: its tensors are those of another training; starting anew")
+    assert line == (f"checkpoint {files.resume} is not valid: its tensors are those of another run; starting anew")
     assert (fresh.best.row, fresh.schedule.state()) == (None, untouched.schedule.state())
     for ours, theirs in zip(fresh.optimizer.state(), untouched.optimizer.state(), strict=True):
         assert torch.equal(ours, theirs)
