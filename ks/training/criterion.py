@@ -66,7 +66,7 @@ def loss_of(criterion: Criterion, prediction: torch.Tensor, target: torch.Tensor
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
-        raise UsageError(f"the criterion of {SCRIPT} failed{_described(error)}") from error
+        raise UsageError(f"the criterion of {SCRIPT} failed{_failure(error)}") from error
     if not isinstance(loss, torch.Tensor) or loss.dim():
         found = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
         raise UsageError(f"the criterion of {SCRIPT} returned {found} instead of a scalar tensor; end it with .mean()")
@@ -98,7 +98,7 @@ class GuardedMetrics:
             if not isinstance(found, dict):
                 raise TypeError(f"it returned {type(found).__name__} instead of a dict of names and scalars")
         except Exception as error:
-            self._warn("", f"metrics of {SCRIPT} stay empty, because they failed{_described(error)}")
+            self._warn("", f"metrics of {SCRIPT} stay empty, because they failed{_failure(error)}")
             found = {}
         self.names = [*found]
         if target._version != version:
@@ -165,7 +165,7 @@ def check_edits(criterion: Criterion, metrics: Metrics, problem: Problem) -> tup
     return [*working], warnings
 
 
-def _described(error: Exception) -> str:
+def _failure(error: Exception) -> str:
     """Return the place in the user's code that raised an exception, and the exception, in one line."""
     frames = traceback.extract_tb(error.__traceback__)[1:]  # the first one is our call
     own = [frame for frame in frames if "-packages" not in frame.filename]

@@ -46,12 +46,12 @@ class Coordinates:
             weight: W, shape (m, n), float64; overwritten.
         """
         if self.root is not None:
-            weight = _times_blocks(weight, self.root)
+            weight = _times_block_diagonal(weight, self.root)
         return weight.div_(self.unit)
 
     def samples(self, samples: torch.Tensor) -> torch.Tensor:
         """Return samples x' of centred samples x, shape (N, n), float64."""
-        return samples if self.inverse is None else _times_blocks(samples, self.inverse.mT)
+        return samples if self.inverse is None else _times_block_diagonal(samples, self.inverse.mT)
 
     def energies(self, moment: torch.Tensor) -> torch.Tensor:
         """Return E[x'_j²] of every feature, shape (n,), float64.
@@ -120,7 +120,7 @@ def measured_coordinates(
     groups = chain.patterns(1)[-1].a
     root, inverse = root_and_inverse(_diagonal_blocks(moment, groups))
     coordinates = Coordinates(predict_zero_loss**0.5, root, inverse, centre)
-    whitened = _times_blocks(_times_blocks(moment, inverse.mT).mT, inverse.mT)
+    whitened = _times_block_diagonal(_times_block_diagonal(moment, inverse.mT).mT, inverse.mT)
     whitened = (whitened + whitened.mT) / 2
     for place, own in zip(_diagonal_blocks(whitened, groups), inverse @ root, strict=True):
         place.copy_(own)  # the identity, or a projection
@@ -136,7 +136,7 @@ def _diagonal_blocks(matrix: torch.Tensor, groups: int) -> torch.Tensor:
     return matrix.unflatten(0, (groups, -1)).unflatten(2, (groups, -1)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
-def _times_blocks(matrix: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+def _times_block_diagonal(matrix: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
     """Return A ⊕B_i for A of shape (m, n) and B of shape (p, n/p, n/p)."""
     columns = matrix.view(len(matrix), len(blocks), -1).transpose(0, 1)  # m (p k) -> p m k
     return (columns @ blocks.to(matrix.device)).transpose(0, 1).reshape(matrix.shape)
