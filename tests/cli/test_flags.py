@@ -219,7 +219,7 @@ def test_lists_take_commas(name, given):
 
 
 def test_every_list_but_those_of_paths_and_names_takes_commas():
-    lists = {field.name for field in dataclasses.fields(SweepConfig) if field.metadata["flag"].nargs is not None}
+    lists = {field.name for field in dataclasses.fields(SweepConfig) if field.metadata["flag"].nargs == "+"}
     assert lists == {*LISTS, "weight_key"}
     assert Parser(flags.PlotConfig, "").parse(["--results_dir", "a,b", "c"]).results_dir == ("a,b", "c")
 
