@@ -50,6 +50,10 @@ def exit_code(statuses: set[Status]) -> int:
 def study_of(config: SweepConfig) -> Study:
     """Return the study that the flags ask for: of one weight, or of several layers of a checkpoint."""
     if config.is_of_several_layers():
+        from ks.study.family_comparison import FamilyComparison, compares_families
+
+        if compares_families(config):
+            return FamilyComparison(config)
         from ks.study.checkpoint_study import CheckpointStudy  # loads all of ks.model
 
         return CheckpointStudy(config, TRAINER)

@@ -9,6 +9,7 @@ The program prints a Markdown table in seconds, from one run each on all threads
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,8 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import ks
-from ks.bounds.plan import make_plan
-from ks.bounds.target_rank import smallest_ranks
+from ks.bounds.rank_floors import RankFloors
 from ks.files.make_weight import make_weight
 
 RANKS = [2, 4, 8, 16, 32, 64, 128, 256, 512]
@@ -28,9 +28,14 @@ def measure(size: int, family: str) -> list[float]:
     """Return seconds for: floor of every rank, bounds of `RANKS`, smallest rank for 0.1, low-rank reference."""
     weight = make_weight(size, size, "xavier_uniform")
     weight *= size**0.5 / weight.norm()
-    plan = make_plan(weight, ks.make_chain(size, size, family))
+    floors = RankFloors(weight, ks.make_chain(size, size, family))
     times = [time.perf_counter()]
-    works = (lambda: plan.curve, lambda: plan.floors(RANKS), lambda: smallest_ranks(plan, 0.1), plan.family_curves)
+    works: tuple[Callable[[], object], ...] = (
+        lambda: floors.curve,
+        lambda: floors.floors(RANKS),
+        lambda: floors.target_ranks(0.1),
+        floors.family_curves,
+    )
     for work in works:
         work()
         times.append(time.perf_counter())

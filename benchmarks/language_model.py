@@ -31,7 +31,7 @@ from torch import nn
 
 import ks
 from ks.bounds.factorize import factorize
-from ks.bounds.layer_floors import TOLERANCE
+from ks.bounds.layer_floors import PLAN_TOLERANCE
 from ks.cli import console
 from ks.layer import KSLinear
 from ks.model.apply import apply_chains
@@ -75,7 +75,7 @@ class Chains:
             left = self._leading(layer.layer, weight, moment)[:, : layer.rank]
             values = [left.reshape(patterns[0]), (left.t() @ weight).reshape(patterns[1])]
         else:
-            values = factorize(weight, patterns, moment, tolerance=TOLERANCE)
+            values = factorize(weight, patterns, moment, tolerance=PLAN_TOLERANCE)
         chain = KSLinear.from_patterns(patterns, dtype=weight.dtype)
         with torch.no_grad():
             for factor, value in zip(chain.factors, values):

@@ -5,7 +5,7 @@ import torch
 
 import ks
 from ks.bounds.floors import Floor
-from ks.bounds.plan import make_plan
+from ks.bounds.rank_floors import RankFloors
 from ks.files import columns
 from ks.files.status import OK, Ending, Status
 from ks.report.study import Study, summary_frame
@@ -13,7 +13,7 @@ from ks.report.summary import Reference, floor_rows, rank_row, run_row
 
 WEIGHT = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
 CHAIN = ks.make_chain(64, 96)
-PLAN = make_plan(WEIGHT * 8 / WEIGHT.norm(), CHAIN)
+PLAN = RankFloors(WEIGHT * 8 / WEIGHT.norm(), CHAIN)
 PREDICT_ZERO = 2.0
 DIVERGED = Ending(Status.DIVERGED)
 
@@ -26,7 +26,7 @@ def make_study(ranks, num_epochs=10, level=1.1, endings=None, seeds=(None,), spr
         times: milliseconds of chain and dense at every batch size, by rank.
     """
     epochs, rows = [], []
-    for rank, exact in zip(ranks, PLAN.floors(ranks)):
+    for rank, exact in PLAN.floors(ranks).items():
         floor = Floor(rank, exact.lower, exact.lower * spread, spread == 1.0)
         runs = []
         for index, seed in enumerate(seeds):

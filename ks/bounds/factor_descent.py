@@ -10,9 +10,9 @@ import torch
 
 from ks.chain.operator import chain_product
 
-MAX_SWEEPS = 50
-TOLERANCE = 1e-4  # relative progress of a sweep at which the descent ends
-SINGULAR = 1e-12  # of the largest eigenvalue, in pseudo-inverses
+MAX_FACTOR_SWEEPS = 50  # for the worst case; each costs 4 m n² operations and more
+FACTOR_TOLERANCE = 1e-4  # relative progress of a sweep at which the descent ends
+PINV_RTOL = 1e-12  # of the largest eigenvalue, in pseudo-inverses of curvatures in float64
 
 
 @torch.no_grad()
@@ -20,8 +20,8 @@ def refine_factors(
     weight: torch.Tensor,
     moment: torch.Tensor,
     values: list[torch.Tensor],
-    max_sweeps: int = MAX_SWEEPS,
-    tolerance: float = TOLERANCE,
+    max_sweeps: int = MAX_FACTOR_SWEEPS,
+    tolerance: float = FACTOR_TOLERANCE,
 ) -> tuple[list[torch.Tensor], list[float]]:
     """Improve a chain factor by factor, block by block.
 
@@ -68,8 +68,8 @@ def _step(outputs: torch.Tensor, moment: torch.Tensor, values: list[torch.Tensor
     change = torch.zeros_like(blocks)
     for i in range(a):
         own = slice(i * c, (i + 1) * c)
-        left = torch.linalg.pinv(before[:, i].mT @ before[:, i], rtol=SINGULAR, hermitian=True)
-        right = torch.linalg.pinv(gram[:, own, own], rtol=SINGULAR, hermitian=True)
+        left = torch.linalg.pinv(before[:, i].mT @ before[:, i], rtol=PINV_RTOL, hermitian=True)
+        right = torch.linalg.pinv(gram[:, own, own], rtol=PINV_RTOL, hermitian=True)
         change[:, i] = left @ (before[:, i].mT @ slope[:, :, own]) @ right
         slope = slope - before[:, i] @ (change[:, i] @ gram[:, own])
     return change.permute(1, 2, 3, 0)

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 
 from ks.bounds.factor_descent import refine_factors
-from ks.bounds.grid_descent import TOLERANCE, GridDescent
+from ks.bounds.grid_descent import GRID_TOLERANCE, GridDescent
 from ks.chain.bmm import empty_values
 from ks.chain.patterns import Chain, Pattern, chainability, check_patterns
 from ks.errors import UsageError
@@ -20,7 +20,7 @@ from ks.moments.second_moment import MomentLike, SecondMoment
 Report = Callable[[float], None]
 
 
-def do_not_report(share: float) -> None:
+def do_not_report(fraction: float) -> None:
     """Ignore how much of the work is done."""
 
 
@@ -36,7 +36,7 @@ def tail_energies(matrices: torch.Tensor, report: Report = do_not_report) -> tor
 
     Args:
         matrices: shape (..., height, width), any float dtype and strides; a large batch is not copied.
-        report: told the share of the work that is done.
+        report: called with the fraction of the work that is done.
     Returns:
         float64 tensor of shape (min(height, width) + 1,), not increasing, last entry 0.
     """
@@ -48,7 +48,7 @@ def tail_energies(matrices: torch.Tensor, report: Report = do_not_report) -> tor
         total += energies
         done += size
         report(done / matrices.numel())
-    return _tails(total)
+    return _tail_sums(total)
 
 
 @torch.no_grad()
@@ -65,10 +65,10 @@ def low_rank_energies(weight: torch.Tensor, moment: SecondMoment) -> torch.Tenso
     """
     if weight.shape[0] > weight.shape[1]:
         return tail_energies(moment.times_root(weight))
-    return _tails(torch.linalg.eigvalsh(moment.output_moment(weight)).clamp_(min=0))
+    return _tail_sums(torch.linalg.eigvalsh(moment.output_moment(weight)).clamp_(min=0))
 
 
-def _tails(energies: torch.Tensor) -> torch.Tensor:
+def _tail_sums(energies: torch.Tensor) -> torch.Tensor:
     """Return sums of all but the r largest of ascending energies of shape (count,), r = 0 … count."""
     return torch.cat([energies.new_zeros(1), energies.cumsum(0)]).flip(0)
 
@@ -111,12 +111,12 @@ class HierarchicalLoss:
     def __call__(self, rank: int) -> float:
         """Return the squared error per output on unit inputs, ‖W − K_1 … K_L‖_F² / m."""
         patterns, ranks = self.chain.patterns(rank), self.chain.ranks(rank)
-        _, remainder = _truncate(self.first, ranks[0])
+        _, remainder = _cut_svd(self.first, ranks[0])
         for pattern, split_rank in zip(patterns[1:-2], ranks[1:-1]):
-            _, remainder = _truncate(_split_svd(remainder, pattern, split_rank), split_rank)
+            _, remainder = _cut_svd(_split_svd(remainder, pattern, split_rank), split_rank)
         # Left factors are orthonormal per block, so lost energies add up; the last cut needs no singular vectors.
         lost = self.energy - remainder.square().sum().item()
-        lost += tail_energies(_split_blocks(remainder, patterns[-2], ranks[-1]))[ranks[-1] :][:1].sum().item()
+        lost += tail_energies(_remainder_blocks(remainder, patterns[-2], ranks[-1]))[ranks[-1] :][:1].sum().item()
         return max(0.0, lost) / self.chain.rows
 
 
@@ -126,7 +126,7 @@ def factorize(
     patterns,
     moment: MomentLike = None,
     *,
-    tolerance: float = TOLERANCE,
+    tolerance: float = GRID_TOLERANCE,
 ) -> list[torch.Tensor]:
     """Factorise W into a chainable chain for inputs of second moment C, so that tr((W − Ŵ) C (W − Ŵ)ᵀ) is small.
 
@@ -176,7 +176,7 @@ def _hierarchical(weight: torch.Tensor, rooted: torch.Tensor, patterns, ranks) -
     for pattern, rank in zip(patterns, ranks):
         left, singular, right = _split_svd(rooted, pattern, rank)
         left, rest = left[..., :rank], (singular.unsqueeze(-1) * right)[..., :rank, :]
-        projected = left.mT @ _split_blocks(remainder, pattern, rank)
+        projected = left.mT @ _remainder_blocks(remainder, pattern, rank)
         value, rooted = _placed(left, rest, rank)
         values.append(value)
         remainder = _placed(left, projected, rank)[1]
@@ -214,7 +214,7 @@ def _chain_ranks(patterns: tuple[Pattern, ...]) -> list[int]:
     return ranks
 
 
-def _split_blocks(remainder: torch.Tensor, pattern: Pattern, rank: int) -> torch.Tensor:
+def _remainder_blocks(remainder: torch.Tensor, pattern: Pattern, rank: int) -> torch.Tensor:
     """Return the blocks (a, d, c/r, b, width) that the cut behind one factor makes of a remainder (a, b·d, ·)."""
     a, b, c, d = pattern
     # a (b d) (c/r width) -> a d c/r b width
@@ -222,11 +222,11 @@ def _split_blocks(remainder: torch.Tensor, pattern: Pattern, rank: int) -> torch
 
 
 def _split_svd(remainder: torch.Tensor, pattern: Pattern, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    left, singular, right = torch.linalg.svd(_split_blocks(remainder, pattern, rank), full_matrices=False)
+    left, singular, right = torch.linalg.svd(_remainder_blocks(remainder, pattern, rank), full_matrices=False)
     return left, singular, right
 
 
-def _truncate(svd: tuple[torch.Tensor, torch.Tensor, torch.Tensor], rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _cut_svd(svd: tuple[torch.Tensor, torch.Tensor, torch.Tensor], rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cut an SVD of blocks at a rank; return the values of the left factor and the remainder for the next ones."""
     left, singular, right = svd
     return _placed(left[..., :rank], singular[..., :rank, None] * right[..., :rank, :], rank)

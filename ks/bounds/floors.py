@@ -23,7 +23,7 @@ from typing import Protocol
 import torch
 
 from ks.bounds.factorize import HierarchicalLoss, check_shape, factorize, low_rank_energies, tail_energies
-from ks.bounds.grid_descent import TOLERANCE, GridDescent
+from ks.bounds.grid_descent import GRID_TOLERANCE, GridDescent
 from ks.bounds.lift_and_shift import never
 from ks.bounds.lower_bound import CoupledLowerBound, Expired, isotropic_joint_bound
 from ks.bounds.population_loss import population_loss
@@ -207,7 +207,7 @@ def chain_bounds(
     chain: Chain,
     moment: MomentLike = None,
     *,
-    tolerance: float = TOLERANCE,
+    tolerance: float = GRID_TOLERANCE,
     progress: Progress | None = None,
 ) -> ChainBounds:
     """Prepare the bounds of a chain family; nothing is computed before it is asked for.

@@ -11,9 +11,10 @@ from itertools import pairwise
 
 import torch
 
-SINGULAR = 1e-11  # eigenvalues of the correlation matrix below this share of the largest are left out: C ⪰ F Fᵀ
+SINGULAR_CORRELATION = 1e-11  # eigenvalues below this fraction of the largest are left out, so that C ⪰ F Fᵀ
+TINY = 1e-300  # in place of 0 below a fraction
 LEAK = 1e-10  # largest norm of F N_i outside group i, rows of F scaled to norm 1; other frames are not used
-CONVERGED = 1 - 1e-4  # share of the largest admissible scale
+LARGEST_SCALE = 1 - 1e-4  # fraction of the largest admissible scale, which is known up to an eigenvalue estimate
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,10 @@ def factor_of(moment: torch.Tensor) -> torch.Tensor:
     inverse = torch.where(scale > 0, 1 / scale, 0.0)
     correlation = inverse[:, None] * moment * inverse
     cholesky, info = torch.linalg.cholesky_ex(correlation)
-    if not info.item() and cholesky.diagonal().square().min() > 100 * SINGULAR:
+    if not info.item() and cholesky.diagonal().square().min() > 100 * SINGULAR_CORRELATION:
         return scale[:, None] * cholesky
     eigenvalues, vectors = torch.linalg.eigh(correlation)
-    kept = eigenvalues > SINGULAR * eigenvalues[-1]
+    kept = eigenvalues > SINGULAR_CORRELATION * eigenvalues[-1]
     return scale[:, None] * vectors[:, kept] * eigenvalues[kept].sqrt()
 
 
@@ -85,7 +86,7 @@ def fair_splitting(factor: torch.Tensor, groups: int) -> Splitting:
         return splitting
     stacked = torch.cat(frames, 1)
     shares = _share(stacked.mT @ stacked, _cuts(frames), 0.9, None)
-    return grow(replace(splitting, shares=tuple(shares)), (0.9, CONVERGED))
+    return grow(replace(splitting, shares=tuple(shares)), (0.9, LARGEST_SCALE))
 
 
 def grow(splitting: Splitting, passes: tuple[float, ...], slopes: list[torch.Tensor] | None = None) -> Splitting:
@@ -109,7 +110,7 @@ def grow(splitting: Splitting, passes: tuple[float, ...], slopes: list[torch.Ten
         load = torch.cholesky_inverse(cholesky) - eye  # Rᵀ E⁻¹ R
         moves = [_root(_eye(len(extra), extra) + extra @ extra.mT) for extra in _share(load, cuts, fraction, slopes)]
         shares = [share @ move for share, move in zip(shares, moves)]
-        overlap = _times_blocks(_times_blocks(overlap, moves, cuts).mT, moves, cuts)
+        overlap = _times_diagonal(_times_diagonal(overlap, moves, cuts).mT, moves, cuts)
         overlap = (overlap + overlap.mT) / 2
         slopes = slopes and [move @ slope @ move for move, slope in zip(moves, slopes)]
     return replace(splitting, shares=tuple(shares))
@@ -137,12 +138,9 @@ def _share(load: torch.Tensor, cuts, fraction: float, slopes) -> list[torch.Tens
             values = values.clamp(min=0)
             mean = values.mean() if len(values) else 0.0
             shapes.append(root @ (vectors * (values / (values + 3 * mean).clamp(min=TINY)).sqrt()))
-    top = _largest_eigenvalue(_times_blocks(_times_blocks(load, shapes, cuts).mT, shapes, cuts))
+    top = _largest_eigenvalue(_times_diagonal(_times_diagonal(load, shapes, cuts).mT, shapes, cuts))
     scale = (fraction / top) ** 0.5 if top > 0 else 0.0
     return [scale * shape for shape in shapes]
-
-
-TINY = 1e-300
 
 
 def _frames(factor: torch.Tensor, groups: int) -> tuple[torch.Tensor, ...]:
@@ -175,7 +173,7 @@ def _cuts(frames) -> list[slice]:
     return [slice(start, end) for start, end in pairwise(ends)]
 
 
-def _times_blocks(matrix: torch.Tensor, blocks, cuts) -> torch.Tensor:
+def _times_diagonal(matrix: torch.Tensor, blocks, cuts) -> torch.Tensor:
     """Return matrix · ⊕ blocks."""
     return torch.cat([matrix[:, cut] @ block for cut, block in zip(cuts, blocks)], 1)
 

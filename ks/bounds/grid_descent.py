@@ -11,11 +11,11 @@ Blocks are kept as products left · rightᵀ, so that a sweep costs about 6 r q 
 
 import torch
 
-MAX_SWEEPS = 200
+MAX_GRID_SWEEPS = 200  # for the worst case; about thirty come close on layers of MiniLM
 TRIAL_SWEEPS = 6  # from each start
 RANDOM_STARTS = 2  # at least; small problems get up to 6, for they have worse local optima
-TOLERANCE = 3e-5  # relative progress of a sweep at which the descent ends
-SINGULAR = 1e-12  # eigenvalues of C_ii below this share of the largest count as zero
+GRID_TOLERANCE = 3e-5  # relative progress of a sweep at which the descent ends
+SINGULAR_GROUP = 1e-12  # eigenvalues of C_ii below this fraction of the largest count as zero
 
 
 class GridDescent:
@@ -32,19 +32,19 @@ class GridDescent:
         q, p = row_groups, column_groups
         moment = moment.to(weight.device)
         height, width = weight.shape[0] // q, weight.shape[1] // p
-        self.weight = _blocks(weight.double(), q, p)  # shape: (q, p, M, k)
+        self.weight = _grid_blocks(weight.double(), q, p)  # shape: (q, p, M, k)
         coupling = moment.reshape(p, width, p, width).transpose(1, 2)  # shape: (p, p, k, k)
         own = torch.stack([coupling[i, i] for i in range(p)])
         self.root, self.inverse = root_and_inverse(own)
         self.coupling = self.inverse[:, None] @ coupling @ self.inverse.mT
         outputs = weight.double() @ moment
         self.energy = (outputs * weight).reshape(height, q, -1).sum((0, 2))  # shape: (q,)
-        self.target = _blocks(outputs, q, p) @ self.inverse.mT  # H
+        self.target = _grid_blocks(outputs, q, p) @ self.inverse.mT  # H
         self.whitened = self.weight @ self.root
         self.history: list[float] = []  # the loss after each sweep of the last descent
 
     def factors(
-        self, rank: int, max_sweeps: int = MAX_SWEEPS, tolerance: float = TOLERANCE
+        self, rank: int, max_sweeps: int = MAX_GRID_SWEEPS, tolerance: float = GRID_TOLERANCE
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Descend; return Ŵ[t::q, group i] = left[t, i] right[t, i]ᵀ.
 
@@ -71,7 +71,7 @@ class GridDescent:
 
     def _starts(self, rank: int):
         """Yield the truncated SVD of every block, zero, and projections of every block on random subspaces."""
-        own = [_truncate(block, rank, None) for block in self.whitened.unbind(1)]
+        own = [_best_of_rank(block, rank, None) for block in self.whitened.unbind(1)]
         yield own
         yield [(left, torch.zeros_like(right)) for left, right in own]
         generator = torch.Generator().manual_seed(0)
@@ -116,7 +116,7 @@ class GridDescent:
             target = self.target[:, i]
             fixed = target - sum(_times(blocks[j], self.coupling[j, i]) for j in range(i)) if i else target
             free = fixed - sum(_times(blocks[j], self.coupling[j, i]) for j in range(i + 1, len(blocks)))
-            left, right = blocks[i] = _truncate(free, rank, (basis or start)[i][0])
+            left, right = blocks[i] = _best_of_rank(free, rank, (basis or start)[i][0])
             # ‖X̃_i‖² − 2⟨H_i − Σ_{j<i} X̃_j C̃_ji, X̃_i⟩, whose sum over i counts every pair of blocks once
             loss += right.square().sum((1, 2)) - 2 * ((fixed @ right) * left).sum((1, 2))
         return blocks, loss
@@ -135,13 +135,13 @@ def root_and_inverse(moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     scale = moments.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt().unsqueeze(-1)  # shape: (..., k, 1)
     unscale = torch.where(scale > 0, 1 / scale, 0.0)
     eigenvalues, vectors = torch.linalg.eigh(unscale * moments * unscale.mT)
-    kept = eigenvalues > SINGULAR * eigenvalues[..., -1:].clamp(min=0)
+    kept = eigenvalues > SINGULAR_GROUP * eigenvalues[..., -1:].clamp(min=0)
     root = torch.where(kept, eigenvalues, 0).sqrt()
     inverse = torch.where(kept, eigenvalues, 1).rsqrt() * kept
     return scale * vectors * root.unsqueeze(-2), (unscale * vectors * inverse.unsqueeze(-2)).mT
 
 
-def _blocks(matrix: torch.Tensor, row_groups: int, column_groups: int) -> torch.Tensor:
+def _grid_blocks(matrix: torch.Tensor, row_groups: int, column_groups: int) -> torch.Tensor:
     """Return the view of (m, n) of shape (q, p, m/q, n/p)."""
     # (M q) (p k) -> q p M k
     return matrix.reshape(-1, row_groups, column_groups, matrix.shape[1] // column_groups).permute(1, 2, 0, 3)
@@ -158,7 +158,7 @@ def _choose(better: torch.Tensor, new, old):
     return tuple(torch.where(better[:, None, None], ours, theirs) for ours, theirs in zip(new, old))
 
 
-def _truncate(matrices: torch.Tensor, rank: int, basis: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _best_of_rank(matrices: torch.Tensor, rank: int, basis: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return left · rightᵀ, with orthonormal left, the best approximation of rank r that a subspace holds.
 
     Where the rank is small and a basis is at hand, the subspace is that of [basis, T Tᵀ basis], which is never worse

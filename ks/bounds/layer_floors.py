@@ -11,7 +11,7 @@ from ks.chain.patterns import Chain
 from ks.moments.second_moment import MomentLike, SecondMoment
 
 KNOWN_RANKS = 8  # at which an upper bound is computed where it takes a descent
-TOLERANCE = 1e-3  # of that descent; ends within about 1% of the one that trainings are compared with
+PLAN_TOLERANCE = 1e-3  # of that descent, which ends within about 1% of the one that runs are compared with
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,12 @@ class LayerFloors:
 
     Args:
         chain: the family.
-        lower: no chain of rank r = 0 … R loses a smaller share of the output energy, float64 of shape (R + 1,). R is
+        lower: no chain of rank r = 0 … R loses a smaller fraction of the output energy, float64 of shape (R + 1,). R is
             the largest rank with fewer parameters than the dense weight, at most the rank of saturation.
         upper: what the best known chain loses, shape (R + 1,).
         known: the ranks for which such a chain is known; between them, `upper` is interpolated. All where the floors
             are exact.
-        energy: tr(W C Wᵀ), the output energy of which losses are shares.
+        energy: tr(W C Wᵀ), the output energy of which losses are fractions.
     """
 
     chain: Chain
@@ -64,7 +64,7 @@ def layer_floors(
         moment: C = E[x xᵀ], a tensor of shape (n, n) or a `SecondMoment`; None means I.
         progress: called with a few words before every longer computation; an exception from it ends the work.
     """
-    bounds = chain_bounds(weight, chain, moment, tolerance=TOLERANCE, progress=progress)
+    bounds = chain_bounds(weight, chain, moment, tolerance=PLAN_TOLERANCE, progress=progress)
     energy = SecondMoment.of(moment).output_energy(weight)
     predict_zero_loss = energy / chain.rows
     highest = _highest_rank(chain)

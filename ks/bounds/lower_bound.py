@@ -9,7 +9,7 @@ from functools import cached_property
 
 import torch
 
-from ks.bounds.frames import CONVERGED, LEAK, Splitting, factor_of, fair_splitting, grow, remainder
+from ks.bounds.frames import LARGEST_SCALE, LEAK, Splitting, factor_of, fair_splitting, grow, remainder
 from ks.bounds.lift_and_shift import Part, lift_and_shift, never
 from ks.chain.patterns import Chain
 
@@ -215,5 +215,5 @@ def _grid_bound(
         if last or len(bound) == 1 or expired():
             break
         kept = 0.8 if step < 2 else 0.9
-        splitting = grow(splitting.scaled(kept), (0.6, 0.6, CONVERGED), [kept * x for x in certificate.slopes])
+        splitting = grow(splitting.scaled(kept), (0.6, 0.6, LARGEST_SCALE), [kept * x for x in certificate.slopes])
     return best

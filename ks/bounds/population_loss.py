@@ -53,5 +53,5 @@ def sampled_loss_range(
     narrow = (residual if len(residual) <= residual.shape[1] else residual.t()).float()  # float32 is enough for a range
     gram = lower_gram(narrow).tril_()
     norm = (2 * gram.norm() ** 2 - gram.diagonal().norm() ** 2).item() ** 0.5 / len(weight)
-    share = 30 / num_samples
-    return expected - 2 * share**0.5 * norm, expected + 2 * (share**0.5 + share) * norm
+    ratio = 30 / num_samples
+    return expected - 2 * ratio**0.5 * norm, expected + 2 * (ratio**0.5 + ratio) * norm

@@ -74,6 +74,7 @@ class RankFloors:
         weight: W, shape (m, n), any float dtype, CPU or CUDA, scaled so that tr(W C Wᵀ) = m: predicting 0 costs 1.
         chain: the family, of the same shape.
         moment: C = E[x xᵀ], a tensor of shape (n, n) or a `SecondMoment`; None means I.
+        isotropic_weight: returns W, scaled so that predicting 0 costs 1 on inputs of second moment I, for comparison.
         known: bounds that were computed before.
         progress: called with a few words before every longer computation.
         reason: why there are no floors, if that is not the chain's doing.
@@ -85,13 +86,14 @@ class RankFloors:
         chain: Chain,
         moment: MomentLike = None,
         *,
+        isotropic_weight: Callable[[], torch.Tensor] | None = None,
         known: KnownBounds | None = None,
         progress: Progress | None = None,
         reason: str | None = None,
     ):
         self.weight, self.chain, self.moment = weight, chain, SecondMoment.of(moment)
         self.known = KnownBounds() if known is None else known
-        self.progress = progress
+        self.isotropic_weight, self.progress = isotropic_weight, progress
         self.reason = reason or no_floor_reason(chain)
 
     @property
@@ -122,24 +124,18 @@ class RankFloors:
     @property
     def lowrank_curve(self) -> torch.Tensor:
         """The least loss of low-rank chains of every rank 0 … min(m, n), float64 on the CPU."""
+        if self.chain.family == "lowrank":
+            return self.curve
         if self.known.lowrank is None:
-            energies = low_rank_energies(self.weight, self.moment).cpu() / self.chain.rows
-            self.known.lowrank = self.curve if self.chain.family == "lowrank" else energies
+            self.known.lowrank = low_rank_energies(self.weight, self.moment).cpu() / self.chain.rows
         return self.known.lowrank
 
     @property
     def isotropic_curve(self) -> torch.Tensor | None:
-        """The curve for isotropic inputs, if `compare_with_isotropic` was called."""
+        """The curve for isotropic inputs, for comparison; None without a weight for it."""
+        if self.known.isotropic is None and self.has_floors and self.isotropic_weight is not None:
+            self.known.isotropic = floor_curve(self.isotropic_weight(), self.chain)
         return self.known.isotropic
-
-    def compare_with_isotropic(self, weight: Callable[[], torch.Tensor]) -> None:
-        """Compute the curve for isotropic inputs.
-
-        Args:
-            weight: returns W, scaled so that predicting 0 costs 1 on inputs of second moment I.
-        """
-        if self.known.isotropic is None and self.has_floors:
-            self.known.isotropic = floor_curve(weight(), self.chain)
 
     def upper(self, rank: int) -> float:
         """Return the loss of the best known chain of a rank."""
@@ -191,9 +187,11 @@ class RankFloors:
         for passes in (1, 2) if tight else (1,):
             for rank in self.uncertified(ranks, passes):
                 before = self.known.certified.get(rank, Certified())
-                if expired() or before.seconds >= seconds:
+                if before.seconds >= seconds:
                     continue
-                lower = max(before.lower, self._bounds.lower(rank, passes == 2, expired))
+                lower = before.lower
+                if not expired():
+                    lower = max(lower, self._bounds.lower(rank, passes == 2, expired))
                 if stop():
                     return
                 done = (before.passes, seconds) if expired() else (passes, 0.0)
@@ -233,8 +231,8 @@ class RankFloors:
                 low = max(low, rank + 1)
         step = 0
         while low < high:
-            step += 1  # every third step halves the range, so that poor guesses cannot make the search long
-            rank = (low + high) // 2 if step % 3 == 0 else self._guess(target, low, high)
+            step += 1  # every third step halves the range or doubles the rank: poor guesses cannot make the search long
+            rank = min((low + high) // 2, 2 * low) if step % 3 == 0 else self._guess(target, low, high)
             low, high = (low, rank) if self._reaches(rank, target) else (rank + 1, high)
         return high
 

@@ -110,7 +110,7 @@ def _reached(named: dict, rows: list[dict], facts: Facts, target: float) -> list
     if ended is None:
         sentences.append(f"Rank {found.reaching}, which was not trained, can reach {limit} too: {floor}.")
     else:
-        sentences.append(f"Rank {found.reaching} can reach {limit} too, but ended at {end[0]}: {floor}.")
+        sentences.append(f"Rank {found.reaching} can reach {limit} too, but ends at {end[0]}: {floor}.")
     return [*sentences, _smaller_ranks(found, found.reaching)]
 
 
@@ -131,10 +131,10 @@ def _not_reached(named: dict, facts: Facts, target: float) -> list[str]:
     rank, floor, found = named["rank"], named.get("relative_floor_upper"), facts.target
     if found is None or floor is None:
         loss, limit = percents(named["relative_loss"], target)
-        return [f"{limit} of the output energy is not reached: rank {rank} ended at {loss}; try a larger rank."]
+        return [f"{limit} of the output energy is not reached: rank {rank} ends at {loss}; try a larger rank."]
     loss, best, limit = percents(named["relative_loss"], floor, target)
     exact = named["loss_floor_is_exact"]
-    text = f"{limit} of the output energy is not reached: rank {rank} ended at {loss}, {_floor_is(exact)} {best}"
+    text = f"{limit} of the output energy is not reached: rank {rank} ends at {loss}, {_floor_is(exact)} {best}"
     if floor > target:
         text += f"; no rank below {found.none_below} can reach it"
     elif rank > found.reaching:
@@ -238,10 +238,8 @@ def _uncertified(facts: Facts) -> list[str]:
     if not facts.uncertified:
         return []
     ranks = " and ".join(map(str, sorted(facts.uncertified)))
-    start = (
-        f"The lower bound of rank {ranks} was" if len(facts.uncertified) == 1 else f"The lower bounds of {ranks} were"
-    )
-    return [f"{start} not finished in {facts.seconds:g} s; --tight_bounds SECONDS allows more time."]
+    named = f"rank {ranks}" if len(facts.uncertified) == 1 else f"ranks {ranks}"
+    return [f"To certify the lower bound of {named} takes more than {facts.seconds:g} s: raise --tight_bounds."]
 
 
 def _lowrank_beside(row: dict, facts: Facts) -> list[str]:

@@ -28,17 +28,15 @@ def plan_floors(config: SweepConfig, problem: Problem, path: Path) -> RankFloors
     known = FloorsFile(path).find_bounds(*_identity(problem)) if ours else None
     if known is not None and known.curve is None and (problem.rows * problem.cols > LARGE_WEIGHT or config.inputs):
         console.note(f"computing the floors of {problem.rows} × {problem.cols}", config.quiet)
-    floors = RankFloors(
+    return RankFloors(
         problem.internal_weight(),
         problem.chain,
         problem.moment,
+        isotropic_weight=problem.isotropic_weight if config.inputs else None,
         known=known,
         progress=SlowWork(config.quiet),
         reason=None if ours else "floors hold for mean_squared_error alone",
     )
-    if config.inputs:
-        floors.compare_with_isotropic(problem.isotropic_weight)
-    return floors
 
 
 def keep_floors(floors: RankFloors, problem: Problem, path: Path) -> None:
@@ -60,8 +58,8 @@ def _identity(problem: Problem) -> tuple[str, str | None, Chain]:
 def spoken_of(rows: list[dict], floors: RankFloors, target: float | None) -> list[int]:
     """Return the ranks whose lower bounds the answer depends on, most important first.
 
-    They are the rank below the smallest one that is known to reach the target, for then no smaller rank can if its
-    bound is above the target, and the rank that the answer names, whose verdict is about the distance to its floor.
+    They are the rank that the answer names, whose verdict is about the distance to its floor, and the rank below the
+    smallest one that is known to reach the target: if its bound is above the target, no smaller rank can reach it.
     """
     named = named_row(rows, target)
     if named is None or not floors.has_floors:
@@ -71,7 +69,7 @@ def spoken_of(rows: list[dict], floors: RankFloors, target: float | None) -> lis
         found = floors.target_ranks(target)
         reaching = min(found.reaching, named["rank"]) if named["relative_loss"] <= target else found.reaching
         if found.none_below < reaching:
-            ranks.insert(0, reaching - 1)
+            ranks.append(reaching - 1)
     return ranks
 
 

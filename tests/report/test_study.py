@@ -3,7 +3,7 @@ import torch
 from study_rows import CHAIN, CURVES
 
 import ks
-from ks.bounds.plan import make_plan
+from ks.bounds.rank_floors import RankFloors
 from ks.errors import UsageError
 from ks.files import columns
 from ks.files.atomic import write_csv, write_json
@@ -21,19 +21,19 @@ def test_floors_on_disk_are_in_the_units_of_the_loss():
     weight = 100 * torch.randn(16, 24, generator=torch.Generator().manual_seed(0)).double()
     sigma = 3.0
     predict_zero = sigma**2 * weight.square().sum().item() / 16
-    plan = make_plan(sigma * weight / predict_zero**0.5, CHAIN)
+    plan = RankFloors(sigma * weight / predict_zero**0.5, CHAIN)
     values = ks.KSLinear.from_dense(weight, rank=2)
     expected = sigma**2 * (weight - values.to_dense()).square().sum().item() / 16
     (row,) = [row for row in floor_rows(plan, predict_zero) if (row["chain"], row["rank"]) == ("monarch", 2)]
     assert row["loss_floor"] == pytest.approx(expected, rel=1e-6)
     assert row["relative_loss"] == pytest.approx(expected / predict_zero, rel=1e-6)
-    assert plan.floors([2])[0].lower == row["relative_loss"]
+    assert plan.floor(2).lower == row["relative_loss"]
     assert plan.curve[0].item() == pytest.approx(1)
     assert list(row) == columns.names(columns.FLOOR)
 
 
 def test_a_family_without_floors_has_no_rows():
-    plan = make_plan(torch.eye(16, 24), ks.make_chain(16, 24, "lowrank_butterfly"))
+    plan = RankFloors(torch.eye(16, 24), ks.make_chain(16, 24, "lowrank_butterfly"))
     assert floor_rows(plan, 1.0) == []
 
 

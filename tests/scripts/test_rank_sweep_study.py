@@ -14,7 +14,7 @@ from conftest import QUICK, ROOT, dense_loss, files_of, floor_of, printed_table,
 import ks
 import rank_sweep_study
 from ks.bounds.floors import Floor
-from ks.bounds.plan import Plan
+from ks.bounds.rank_floors import RankFloors
 from ks.files import columns, curves
 from ks.files.curves import read_curves
 from ks.files.layout import SweepFiles, find_runs
@@ -261,7 +261,7 @@ def test_flags_of_old_command_lines_are_taken(run, weight_path):
 
 
 def test_a_loss_below_its_floor_is_an_internal_error_after_all_is_written(weight_path, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(Plan, "floors", lambda plan, ranks: [Floor(rank, 0.9999, 0.9999, True) for rank in ranks])
+    monkeypatch.setattr(RankFloors, "floor", lambda floors, rank: Floor(rank, 0.9999, 0.9999, True))
     arguments = ["--weight_path", str(weight_path), "--ranks", "2", "1", *QUICK, "--output_dir", str(tmp_path / "out")]
     assert rank_sweep_study.main(arguments) == 4
     said = capsys.readouterr()

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 from conftest import read_table
-from ks.bounds.plan import make_plan
 
 import rank_sweep_study
+from ks.bounds.rank_floors import RankFloors
 from ks.files import columns
 from ks.files.atomic import read_json, write_csv
 from ks.files.curves import write_curves
@@ -30,14 +30,14 @@ def write(weight_path, tmp_path):
         arguments += ["--metric", "r2"]
         config = rank_sweep_study.build_parser().parse(arguments)
         problem = resolve(config)
-        plan = make_plan(problem.internal_weight(), problem.chain, problem.moment)
+        plan = RankFloors(problem.internal_weight(), problem.chain, problem.moment)
         runs = runs_of(config, [2, 4], tmp_path, Path("trainer.py"))
         row = {"epoch": 1, "train_loss": 9.0, "val_loss": 9.5, "rank": 4} | added
         for run in runs:
             run.files.directory.mkdir()
         write_curves(runs[1].files, [row])
         results = [Result(runs[0], Ending(Status.INTERRUPTED), [], None), Result(runs[1], OK, [row], 1.5)]
-        run_rows, rows = summarise(results, dict(zip([2, 4], plan.floors([2, 4]))), problem, plan)
+        run_rows, rows = summarise(results, plan.floors([2, 4]), problem, plan)
         record = record_of(config, problem, [2, 4])
         record["settings"]["criterion"] = criterion
         files = SweepFiles(tmp_path, "p")

@@ -1,0 +1,95 @@
+"""The quickest answer about one weight: which family of chains and which rank, by bounds alone, without any run."""
+
+import dataclasses
+from pathlib import Path
+from typing import Self
+
+from ks.bounds.rank_floors import RankFloors
+from ks.chain.patterns import Chain
+from ks.cli import console
+from ks.cli.flags import SweepConfig
+from ks.cli.parser import command_line
+from ks.files.layout import SweepFiles
+from ks.model.layer_weights import select_weights
+from ks.report.families_table import AtSize, families_at_target, families_by_size
+from ks.study.checkpoint_plan import check_flags
+from ks.study.study_floors import plan_floors
+from ks.training.problem import resolve
+
+FRACTIONS = (0.05, 0.1, 0.25, 0.5)  # of the dense parameters, at which families are compared without a target
+
+
+def compares_families(config: SweepConfig) -> bool:
+    """Return whether a dry run asks for nothing but the best of several families for one weight."""
+    choice = config.of_layer(None, chains=config.chains, weight_key=config.weight_key)
+    if not config.dry_run or not config.chains or choice != config:
+        return False
+    return len(select_weights(config.weight_path, config.weight_key or "**", config.transpose).weights) == 1
+
+
+class FamilyComparison:
+    """A dry run with --chains on one weight, with the steps of `ks.study.weight_study.WeightStudy` that it needs.
+
+    Args:
+        config: of the sweep, with `chains`, of one weight.
+    """
+
+    def __init__(self, config: SweepConfig):
+        self.config = config
+        self.files = SweepFiles(Path(config.output_dir).absolute(), config.save_prefix)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        """Do nothing: nothing is open."""
+
+    def load(self) -> None:
+        """Choose the flags of every family.
+
+        Raises:
+            UsageError: flags that do not go together.
+        """
+        check_flags(self.config)
+        alone = self.config.of_layer(self.config.weight_key[0] if self.config.weight_key else None)
+        self.configs = [dataclasses.replace(alone, chain=family) for family in self.config.chains or ()]
+
+    def plan(self) -> None:
+        """Compute the bounds of every family that are not in the results folder; write nothing."""
+        self.floors: list[RankFloors] = []
+        for config in self.configs:
+            problem = resolve(config)
+            self.floors.append(plan_floors(config, problem, self.files.bounds))
+        for text in problem.layer_inputs.notes:
+            console.note(text, self.config.quiet)
+
+    def plan_text(self) -> str:
+        """Return the smallest chain for the target, else the family that loses least at a few sizes."""
+        target = self.config.target_relative_loss
+        if target is None:
+            text = families_by_size([(floors.chain, _by_size(floors)) for floors in self.floors])
+        else:
+            text = families_at_target([(floors.chain, floors.target_ranks(target)) for floors in self.floors])
+        command = command_line(
+            "rank_sweep_study.py", dataclasses.replace(self.configs[0], dry_run=False, chain="FAMILY")
+        )
+        return f"{text}\n\nNothing was trained or written. To train chains: {command}"
+
+
+def _by_size(floors: RankFloors) -> list[AtSize]:
+    return [_at_size(floors, fraction) for fraction in FRACTIONS]
+
+
+def _at_size(floors: RankFloors, fraction: float) -> AtSize:
+    """Return the loss of the largest rank that is small enough; parameters grow with the rank."""
+    chain = floors.chain
+    rank = _largest_rank(chain, fraction * chain.rows * chain.cols)
+    return AtSize(fraction, rank, floors.upper(rank) if rank else 1.0)
+
+
+def _largest_rank(chain: Chain, parameters: float) -> int:
+    low, high = 0, chain.saturation_rank
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if chain.parameters(middle) <= parameters else (low, middle - 1)
+    return low
