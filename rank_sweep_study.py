@@ -53,7 +53,7 @@ def study_of(config: SweepConfig) -> Study:
         from ks.study.family_comparison import FamilyComparison, compares_families
 
         if compares_families(config):
-            return FamilyComparison(config)
+            return FamilyComparison(config)  # type: ignore[return-value] # it has the steps of a dry run
         from ks.study.checkpoint_study import CheckpointStudy  # loads all of ks.model
 
         return CheckpointStudy(config, TRAINER)
