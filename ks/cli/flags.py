@@ -11,12 +11,11 @@ from typing import Any, ClassVar
 
 from ks.chain.backend import IMPLS, PRECISIONS
 from ks.chain.patterns import FAMILIES
-from ks.cli.parser import (
+from ks.cli.parser import flag, groups, redefault
+from ks.cli.values import (
     auto_or,
     file_prefix,
-    flag,
     fraction,
-    groups,
     integer,
     key,
     metric_name,
@@ -26,7 +25,6 @@ from ks.cli.parser import (
     path,
     positive_float,
     positive_int,
-    redefault,
     seed_number,
 )
 from ks.files.globs import is_glob
