@@ -50,10 +50,6 @@ def exit_code(statuses: set[Status]) -> int:
 def study_of(config: SweepConfig) -> Study:
     """Return the study that the flags ask for: of one weight, or of several layers of a checkpoint."""
     if config.is_of_several_layers():
-        from ks.study.family_comparison import FamilyComparison, compares_families
-
-        if compares_families(config):
-            return FamilyComparison(config)  # type: ignore[return-value] # it has the steps of a dry run
         from ks.study.checkpoint_study import CheckpointStudy  # loads all of ks.model
 
         return CheckpointStudy(config, TRAINER)
@@ -66,6 +62,12 @@ def main(argv=None) -> int:
     config = parse(build_parser(), sys.argv[1:] if argv is None else argv)
     if config.gpus == "none" and config.device == "auto":
         config = dataclasses.replace(config, device="cpu")
+    if config.dry_run and config.chains:
+        from ks.study.family_comparison import compare_families, compares_families  # loads parts of ks.model
+
+        if compares_families(config):
+            print(compare_families(config))
+            return console.EXIT_OK
     try:
         with study_of(config) as study:
             study.load()

@@ -2,17 +2,16 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Self
 
 from ks.bounds.rank_floors import RankFloors
 from ks.chain.patterns import Chain
 from ks.cli import console
 from ks.cli.flags import SweepConfig
 from ks.cli.parser import command_line
+from ks.errors import UsageError
 from ks.files.layout import SweepFiles
 from ks.model.layer_weights import select_weights
 from ks.report.families_table import AtSize, families_at_target, families_by_size
-from ks.study.checkpoint_plan import check_flags
 from ks.study.study_floors import plan_floors
 from ks.training.problem import resolve
 
@@ -27,53 +26,33 @@ def compares_families(config: SweepConfig) -> bool:
     return len(select_weights(config.weight_path, config.weight_key or "**", config.transpose).weights) == 1
 
 
-class FamilyComparison:
-    """A dry run with --chains on one weight, with the steps of `ks.study.weight_study.WeightStudy` that it needs.
+def compare_families(config: SweepConfig) -> str:
+    """Return which family has the smallest chain for the target, else which loses least at a few sizes.
+
+    Bounds that the results folder holds are not computed again; nothing is written.
 
     Args:
-        config: of the sweep, with `chains`, of one weight.
+        config: of a dry run that `compares_families`.
+    Raises:
+        UsageError: flags that do not go together, or a weight or inputs that cannot be studied.
     """
-
-    def __init__(self, config: SweepConfig):
-        self.config = config
-        self.files = SweepFiles(Path(config.output_dir).absolute(), config.save_prefix)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind, error, traceback) -> None:
-        """Do nothing: nothing is open."""
-
-    def load(self) -> None:
-        """Choose the flags of every family.
-
-        Raises:
-            UsageError: flags that do not go together.
-        """
-        check_flags(self.config)
-        alone = self.config.of_layer(self.config.weight_key[0] if self.config.weight_key else None)
-        self.configs = [dataclasses.replace(alone, chain=family) for family in self.config.chains or ()]
-
-    def plan(self) -> None:
-        """Compute the bounds of every family that are not in the results folder; write nothing."""
-        self.floors: list[RankFloors] = []
-        for config in self.configs:
-            problem = resolve(config)
-            self.floors.append(plan_floors(config, problem, self.files.bounds))
-        for text in problem.layer_inputs.notes:
-            console.note(text, self.config.quiet)
-
-    def plan_text(self) -> str:
-        """Return the smallest chain for the target, else the family that loses least at a few sizes."""
-        target = self.config.target_relative_loss
-        if target is None:
-            text = families_by_size([(floors.chain, _by_size(floors)) for floors in self.floors])
-        else:
-            text = families_at_target([(floors.chain, floors.target_ranks(target)) for floors in self.floors])
-        command = command_line(
-            "rank_sweep_study.py", dataclasses.replace(self.configs[0], dry_run=False, chain="FAMILY")
-        )
-        return f"{text}\n\nNothing was trained or written. To train chains: {command}"
+    if config.chain is not None:
+        raise UsageError(f"--chain {config.chain} together with --chains: give one or the other")
+    path = SweepFiles(Path(config.output_dir).absolute(), config.save_prefix).bounds
+    alone = config.of_layer(config.weight_key[0] if config.weight_key else None, dry_run=False)
+    found = []
+    for family in config.chains or ():
+        problem = resolve(dataclasses.replace(alone, chain=family))
+        found.append(plan_floors(config, problem, path))
+    for text in problem.layer_inputs.notes:
+        console.note(text, config.quiet)
+    target = config.target_relative_loss
+    if target is None:
+        text = families_by_size([(floors.chain, _by_size(floors)) for floors in found])
+    else:
+        text = families_at_target([(floors.chain, floors.target_ranks(target)) for floors in found])
+    command = command_line("rank_sweep_study.py", dataclasses.replace(alone, chain="FAMILY"))
+    return f"{text}\n\nNothing was trained or written. To train chains: {command}"
 
 
 def _by_size(floors: RankFloors) -> list[AtSize]:

@@ -98,6 +98,7 @@ def test_certified_bounds_rise_within_their_seconds_and_never_fall(monkeypatch):
     assert floors.floor(3).lower > once
     monkeypatch.setattr(floors, "_bounds", None)
     floors.certify([3, 2], 1000.0)  # nothing is left to do
+    monkeypatch.undo()
     before = dict(floors.known.certified)
     floors.certify([1], 1000.0, stop=lambda: True)
     assert floors.known.certified == before

@@ -42,6 +42,7 @@ def test_a_sweep_writes_the_files_of_the_contract(swept):
         "rank_2",
         "rank_4",
         "rank_sweep_all_curves.csv",
+        "rank_sweep_bounds.npz",
         "rank_sweep_config.json",
         "rank_sweep_final_losses.png",
         "rank_sweep_floor.csv",

@@ -1,0 +1,75 @@
+"""The floors of a study are computed once; a dry run over several families of one weight answers by them alone."""
+
+import pytest
+import torch
+from conftest import QUICK
+
+import rank_sweep_study
+from ks.bounds import rank_floors
+from ks.cli.parser import to_arguments
+from ks.files.atomic import read_json
+from ks.files.layout import SweepFiles
+
+
+@pytest.fixture
+def arguments(weight_path, tmp_path):
+    """Flags of a study of a 16 × 24 weight on raw samples that couple the column groups."""
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randn(400, 24, generator=generator) @ torch.randn(24, 24, generator=generator)
+    torch.save(samples, tmp_path / "samples.pt")
+    paths = ["--weight_path", str(weight_path), "--inputs", str(tmp_path / "samples.pt")]
+    return [*paths, "--output_dir", str(tmp_path / "out"), *QUICK]
+
+
+def forbid_bounds(monkeypatch):
+    for name in ("chain_bounds", "floor_curve", "low_rank_energies"):
+        monkeypatch.delattr(rank_floors, name)
+
+
+def test_a_rerun_computes_no_bound_and_says_the_same(arguments, tmp_path, monkeypatch, capsys):
+    arguments += ["--ranks", "1", "2", "--target_relative_loss", "0.5"]
+    files = SweepFiles(tmp_path / "out", "rank_sweep")
+    assert rank_sweep_study.main(arguments) == 0
+    first, facts = capsys.readouterr().out, read_json(files.config)["facts"]
+    assert facts["target"]["none_below"] <= facts["target"]["reaching"]
+    assert facts["uncertified"] == []
+    with monkeypatch.context() as patch:
+        forbid_bounds(patch)
+        assert rank_sweep_study.main(arguments) == 0
+    assert capsys.readouterr().out == first
+    assert read_json(files.config)["facts"] == facts
+    files.bounds.write_bytes(b"PK\x03\x04 broken")  # counts as empty
+    assert rank_sweep_study.main(arguments) == 0
+    assert capsys.readouterr().out == first
+    with monkeypatch.context() as patch:
+        forbid_bounds(patch)
+        assert rank_sweep_study.main([*arguments, "--dry_run"]) == 0
+
+
+def test_without_seconds_no_lower_bound_is_certified_and_the_answer_says_so(arguments, monkeypatch, capsys):
+    monkeypatch.delattr("ks.bounds.floors.CoupledBounds.lower")
+    assert rank_sweep_study.main([*arguments, "--ranks", "1", "2", "--num_epochs", "1", "--tight_bounds", "0"]) == 0
+    assert "takes more than 0 s: raise --tight_bounds." in " ".join(capsys.readouterr().out.split())
+
+
+def test_one_weight_and_several_families_are_answered_without_a_file(arguments, tmp_path, capsys):
+    arguments += ["--chains", "monarch", "lowrank", "--dry_run"]
+    assert rank_sweep_study.main([*arguments, "--target_relative_loss", "0.3"]) == 0
+    by_target = capsys.readouterr().out
+    assert by_target.startswith("To lose at most 30% of the output energy, ")
+    assert [line.split()[0] for line in by_target.splitlines() if line[:7] in ("monarch", "lowrank")]
+    assert "--chain FAMILY" in by_target
+    assert rank_sweep_study.main(arguments) == 0
+    assert "of the parameters of the dense weight." in " ".join(capsys.readouterr().out.split())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"), [([], 30.0), (["--tight_bounds"], 3600.0), (["--tight_bounds", "5"], 5.0)]
+)
+def test_the_seconds_for_bounds_may_be_left_out(given, seconds):
+    parser = rank_sweep_study.build_parser()
+    config = parser.parse(["--weight_path", "w", *given, "--ranks", "2"])
+    assert config.tight_bounds == seconds
+    earlier = to_arguments({"weight_path": "w", "tight_bounds": True})  # of an earlier version's study
+    assert parser.parse(earlier).tight_bounds == 3600.0
