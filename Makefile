@@ -33,7 +33,7 @@ build/trackers: requirements-trackers.txt
 test-gpu:
 	$(PYTHON) -m pytest -m gpu
 
-# Measures on a GPU, unattended, and makes its table and picture: a training, tests, layers and the step in the first ten
+# Measures on a GPU, unattended, and makes its table and picture: a run, tests, layers and the step in the first ten
 # minutes. A rerun resumes with what is left; the long sweeps at the end need make gpu MINUTES=180.
 MINUTES ?= 10
 gpu:
@@ -61,7 +61,7 @@ pictures: demo inputs
 	$(RUN) rank_sweep_study.py --weight_path $(MINILM) --weight_key encoder.layer.0.output.dense.weight \
 	    --inputs build/minilm_inputs.safetensors --ranks 2 4 8 16 --target_relative_loss 0.02 --num_epochs 10 \
 	    --output_dir build/minilm_study
-	$(PLOT) --results_dir build/minilm_study --output_dir build/pictures/minilm --figsize 10 5 --log_scale \
+	$(PLOT) --results_dir build/minilm_study --output_dir build/pictures/minilm --log_scale \
 	    --title "all-MiniLM-L6-v2, encoder.layer.0.output.dense.weight, 384 × 1536, 4 × 4 grid"
 	cp build/pictures/minilm/rank_sweep_front.png docs/minilm_front.png
 

@@ -1,4 +1,4 @@
-"""The whole workflow in about a minute: make a 1024 × 2048 weight, sweep ranks 2 … 64, show where the pictures are.
+"""Run the whole workflow in about a minute: make a 1024 × 2048 weight, sweep ranks 2 … 64, print where the report is.
 
     python example_rank_sweep.py
     python example_rank_sweep.py --output_dir /tmp/demo --ranks 4 16 --num_epochs 5
@@ -46,7 +46,7 @@ def run(script: str, *arguments) -> None:
         try:
             code = process.wait()
         except KeyboardInterrupt:
-            process.terminate()  # the sweep stops its training and still writes its summary
+            process.terminate()  # the sweep stops its runs and still writes its summary
             process.send_signal(signal.SIGCONT)
             code = process.wait()
     if code != 0:

@@ -4,8 +4,8 @@
     python generate_test_weight.py --output_features 1024 --input_features 1024 --output_path ./exact.pth \\
         --init_method exact_chain --rank 8
 
-Writes --output_path (.pth, .pt, .safetensors or .npy). An existing file with another content is an error unless
---overwrite is given. Exit codes: 0 well, 2 bad input, 4 internal error.
+Writes --output_path (.pth, .pt, .safetensors or .npy). A file there that holds something else is replaced only with
+--overwrite. Exit codes: 0 written, 2 bad input, 4 internal error.
 """
 
 import sys

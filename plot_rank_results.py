@@ -58,7 +58,7 @@ def claim(files: SweepFiles, paths: list[Path], sources: list[Path]) -> None:
 @console.script
 def main(argv=None) -> int:
     config = build_parser().parse(argv)
-    look: dict[str, Any] = {"log_scale": config.log_scale, "title": config.title, "figsize": config.figsize}
+    look: dict[str, Any] = {"log_scale": config.log_scale, "title": config.title}
     sources = [Path(path).absolute() for path in config.results_dir]
     if len(sources) > 1 and not config.output_dir:
         raise UsageError("several --results_dir need an --output_dir for their common figure")

@@ -3,13 +3,12 @@
     python train_with_random.py --weight_path my_weight.pth --rank 16
     python train_with_random.py --weight_path model.safetensors --weight_key encoder.dense.weight --inputs inputs.pt
 
-Inputs x are random: isotropic, or as --inputs says that the layer sees them. Targets are W x.
-Written to --output_dir while it trains, under --save_prefix: PREFIX_rank_R_loss_curves.csv and .json,
-PREFIX_training_log.json; at the end PREFIX_final.pth and PREFIX_best.pth (lowest validation loss; both load with
-`ks.load`); PREFIX_config.json; PREFIX_epoch_N.pth every --save_interval epochs.
---resume continues from PREFIX_resume.pth; with more --num_epochs, it continues a finished training too. Without
---resume, a rerun under the same prefix replaces these files, also those of another rank.
-Exit codes: 0 well, 1 diverged or out of memory, 2 bad input, 4 internal error, 130 interrupted.
+Inputs x are random: isotropic, or with the second moment that the layer's inputs in --inputs have. Targets are W x.
+Writes to --output_dir, under --save_prefix: PREFIX_rank_R_loss_curves.csv and .json and PREFIX_training_log.json after
+every epoch; PREFIX_config.json; PREFIX_final.pth and PREFIX_best.pth (lowest validation loss) at the end, which
+`ks.load` reads; PREFIX_epoch_N.pth every --save_interval epochs; PREFIX_resume.pth, from which --resume goes on.
+Without --resume, a rerun under the same prefix replaces these files, also those of another rank.
+Exit codes: 0 finished, 1 diverged or out of memory, 2 bad input, 4 internal error, 130 interrupted.
 """
 
 import sys
@@ -44,9 +43,9 @@ criterion = mean_squared_error  # edit here
 
 
 def metrics(prediction: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return further numbers to follow, by name; edit here. Both tensors are as for the criterion.
+    """Return more numbers to follow, by name; edit here. Both tensors are as for the criterion.
 
-    What the files show is the mean over validation batches of at most 1,024 samples, weighted by their sizes.
+    The files show their means over validation batches of at most 1,024 samples, weighted by the sizes of the batches.
     For example: return {"cosine": torch.nn.functional.cosine_similarity(prediction, target).mean()}
     """
     return {}
@@ -55,8 +54,8 @@ def metrics(prediction: torch.Tensor, target: torch.Tensor) -> dict[str, torch.T
 def train(config: TrainerConfig, problem: Problem, run: Recorder) -> None:
     """Train the chain of rank `config.rank` by the criterion, and record every epoch.
 
-    Everything inside is in internal coordinates, in which predicting 0 has a mean squared error of 1
-    (`ks.training.coordinates`). A resumed run is bit-identical to one that was not interrupted.
+    Everything inside is in internal coordinates, in which the zero predictor has a loss of 1
+    (`ks.training.whitening`). A resumed run is bit-identical to one that was not interrupted.
     """
     weight = problem.internal_weight()
     chain = TrainableChain(config, problem, weight)
@@ -93,7 +92,7 @@ def validate(chain: TrainableChain, samples: Samples, guarded: GuardedMetrics) -
     """Return the criterion and the metrics, averaged over the validation samples."""
     losses, values = [], []
     for x, y in samples.validation:
-        prediction = chain.predict(x)  # in the order of W's rows, whatever the training uses
+        prediction = chain.predict(x)  # in the order of W's rows, unlike training batches
         losses.append(loss_of(criterion, prediction, y))
         values.append(guarded(prediction, y))
     shares = samples.validation_shares

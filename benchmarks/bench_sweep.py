@@ -2,7 +2,7 @@
 
     python benchmarks/bench_sweep.py --csv sweep.csv
     python benchmarks/bench_sweep.py --num_epochs 1 --rounds 3 --jobs 1 2
-    python benchmarks/bench_sweep.py --device cuda --runs_per_gpu 1 2 4
+    python benchmarks/bench_sweep.py --device cuda
     python benchmarks/bench_sweep.py --overhead 20
 
 Both train the same ranks of a weight like the demo's (2 … 64 of 1024 × 2048) on the same number of samples and epochs,
@@ -64,7 +64,6 @@ def main(argv=None) -> int:
     parser.add_argument("--rounds", type=int, default=1, help="interleaved repetitions (default: 1)")
     parser.add_argument("--device", default="cpu", help="(default: cpu)")
     parser.add_argument("--jobs", nargs="+", default=["auto"], help="--jobs of the sweeps (default: auto)")
-    parser.add_argument("--runs_per_gpu", nargs="*", default=[], help="sweeps with each of these --runs_per_gpu too")
     parser.add_argument("--overhead", type=int, metavar="TASKS", help="measure only what launching adds to a task")
     parser.add_argument("--ray_address", help="with --overhead: measure this Ray cluster too")
     parser.add_argument("--csv", type=Path)
@@ -79,7 +78,6 @@ def main(argv=None) -> int:
         return 0
     size = ("--num_epochs", options.num_epochs, "--num_samples", options.num_samples, "--device", options.device)
     ours = {f"jobs_{jobs}": ("--jobs", jobs) for jobs in options.jobs}
-    ours |= {f"runs_per_gpu_{runs}": ("--runs_per_gpu", runs) for runs in options.runs_per_gpu}
     found = {name: [] for name in ("plain", *ours)}
     with tempfile.TemporaryDirectory() as folder:
         weight = Path(folder) / "weight.pth"

@@ -34,7 +34,7 @@ MEASUREMENTS = (
     ("step", "bench_step", f"{STEP} --compiled", f"{FEW} --compiled"),
     ("peers", "bench_layer", "--dtype bfloat16 --compiled", "--batches 1 --rounds 1"),
     ("waits", "synchronisations", "", "--shape 64 128"),
-    ("demo", "bench_sweep", "--runs_per_gpu 2 4", SMALL),
+    ("demo", "bench_sweep", "", SMALL),
     ("precision", "precision", "", SMALL),
     ("manual", "bench_sweep", MANUAL, SMALL),
     ("full", "gpu_check", "--full", "--tiny"),

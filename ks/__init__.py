@@ -7,37 +7,23 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ks.bounds.factorize import factorize
-    from ks.bounds.floors import loss_floor
-    from ks.chain.operator import chain_product
-    from ks.chain.patterns import Chain, Pattern, make_chain
-    from ks.layer import KSLinear, load
-    from ks.model.allocate import plan_model
-    from ks.model.apply import compress
-    from ks.model.collect import collect_input_moments
-    from ks.model.in_order import compress_in_order
-    from ks.model.saved_model import load_compressed, save_compressed
-    from ks.moments.moments_file import InputMoments
+    from ks.bounds.factorize import factorize as factorize
+    from ks.bounds.floors import loss_floor as loss_floor
+    from ks.chain.operator import chain_product as chain_product
+    from ks.chain.patterns import Chain as Chain
+    from ks.chain.patterns import Pattern as Pattern
+    from ks.chain.patterns import make_chain as make_chain
+    from ks.layer import KSLinear as KSLinear
+    from ks.layer import load as load
+    from ks.model.allocate import plan_model as plan_model
+    from ks.model.apply import compress as compress
+    from ks.model.collect import collect_input_moments as collect_input_moments
+    from ks.model.in_order import compress_in_order as compress_in_order
+    from ks.model.saved_model import load_compressed as load_compressed
+    from ks.model.saved_model import save_compressed as save_compressed
+    from ks.moments.moments_file import InputMoments as InputMoments
 
 __version__ = "0.1.0"
-__all__ = [
-    "Chain",
-    "InputMoments",
-    "KSLinear",
-    "Pattern",
-    "chain_product",
-    "collect_input_moments",
-    "compress",
-    "compress_in_order",
-    "factorize",
-    "load",
-    "load_compressed",
-    "loss_floor",
-    "make_chain",
-    "plan_model",
-    "save_compressed",
-]
-
 _HOMES = {
     "Chain": "ks.chain.patterns",
     "InputMoments": "ks.moments.moments_file",
@@ -55,6 +41,7 @@ _HOMES = {
     "plan_model": "ks.model.allocate",
     "save_compressed": "ks.model.saved_model",
 }
+__all__ = [*_HOMES]  # type checkers read the imports above
 
 
 def __getattr__(name: str):

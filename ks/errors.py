@@ -1,4 +1,4 @@
-"""The two kinds of error that a user is told about in one line; any other exception is a fault of the program."""
+"""The two kinds of error of the toolkit: UsageError is shown in one line, any other one is a fault of the program."""
 
 import unicodedata
 

@@ -10,7 +10,7 @@ from ks.chain import bmm
 from ks.errors import UsageError
 
 IMPLS = ("auto", "triton", "bmm")
-PRECISIONS = ("ieee", "tf32x3", "tf32")  # of float32 products
+PRECISIONS = ("ieee", "tf32")  # of float32 products
 
 
 def choose_impl(impl: str, device: torch.device) -> tuple[str, str]:

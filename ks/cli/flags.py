@@ -1,7 +1,8 @@
 """Command-line flags, each defined once as a typed field of a frozen dataclass.
 
 A script's configuration is a dataclass that inherits the groups of flags it takes. Parser, `--help`, the command line
-of a training subprocess and the tables of docs/flags.md are made from its fields.
+of a subprocess and the tables of docs/flags.md are made from its fields. `MAIN` lists the flags that `--help` shows, in
+this order; without it, all. `RETIRED` maps flags of earlier versions to what to do instead.
 """
 
 import dataclasses
@@ -10,24 +11,21 @@ from typing import Any, ClassVar
 
 from ks.chain.backend import IMPLS, PRECISIONS
 from ks.chain.patterns import FAMILIES
-from ks.cli.parser import (
+from ks.cli.parser import flag, groups, redefault
+from ks.cli.values import (
     auto_or,
     file_prefix,
-    flag,
-    groups,
+    fraction,
     integer,
     key,
     metric_name,
     non_negative_float,
     non_negative_int,
-    number,
     open_fraction,
     path,
     positive_float,
     positive_int,
-    redefault,
     seed_number,
-    share,
 )
 from ks.files.globs import is_glob
 from ks.files.layout import FIGURE_FORMATS
@@ -40,38 +38,33 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightFlags:
     TITLE: ClassVar = "weight"
-    weight_path: str = flag(
-        "", "file of the dense weight: .pth, .pt, .safetensors or .npy", convert=path, required=True
-    )
+    weight_path: str = flag("", "dense weight: a .pth, .pt, .safetensors or .npy file", convert=path, required=True)
     weight_key: str | None = flag(
         None,
-        "name of the tensor, if the file holds several 2-D weights; without it, the error lists their names; the sweep "
-        "takes several names, and globs as docs/models.md describes them",
+        "name of the tensor in a file of several; a sweep takes globs",
         convert=key,
     )
-    transpose: bool = flag(False, "the weight is stored as (in, out) instead of (out, in)")
+    transpose: bool = flag(False, "the file stores the weight as (in, out) instead of (out, in)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChainFlags:
     TITLE: ClassVar = "chain"
-    chain: str | None = flag(
-        None, "family of chains, described in docs/theory.md", choices=FAMILIES, shown_default="monarch"
-    )
+    chain: str | None = flag(None, "family of chains", choices=FAMILIES, shown_default="monarch")
     blocks: int = flag(
-        4, "monarch: the sides of the grid are the largest divisors of m and n up to this number", convert=positive_int
+        4, "monarch: each side of the grid is the largest divisor of m or n up to this number", convert=positive_int
     )
     num_factors: int = flag(3, "butterfly: number of factors L", convert=integer(2, 64))
     row_splits: tuple[int, ...] | None = flag(
         None,
-        "explicit chain, instead of --chain: m_1 … m_L with product m",
+        "row splits m_1 … m_L of a chain of your own, with product m; use them with --col_splits, without --chain",
         convert=positive_int,
         nargs="+",
         metavar="M",
     )
     col_splits: tuple[int, ...] | None = flag(
         None,
-        "explicit chain, instead of --chain: n_1 … n_L with product n",
+        "column splits n_1 … n_L of the same chain, with product n",
         convert=positive_int,
         nargs="+",
         metavar="N",
@@ -81,61 +74,58 @@ class ChainFlags:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerFlags:
     TITLE: ClassVar = "optimizer"
-    num_epochs: int = flag(100, "epochs of each training", convert=positive_int)
+    num_epochs: int = flag(100, "epochs of each run", convert=positive_int)
     batch_size: int = flag(32, "samples per step", convert=positive_int)
-    lr: float = flag(1e-3, "peak learning rate", convert=positive_float)
-    weight_decay: float = flag(0.0, "weight decay; decoupled for gauss_newton and adamw", convert=non_negative_float)
+    lr: float = flag(1e-3, "relative peak learning rate (docs/flags.md)", convert=positive_float)
+    weight_decay: float = flag(
+        0.0, "weight decay: decoupled in gauss_newton and adamw, an L2 term in adam and sgd", convert=non_negative_float
+    )
     optimizer: str = flag(
         "auto",
-        "optimizer; auto is gauss_newton for two or three chainable factors and the mean squared error, else adamw; "
-        "sgd has a momentum of 0.9 and needs a far larger --lr",
+        "auto is gauss_newton where it applies, else adamw",
         choices=("auto", "gauss_newton", "adamw", "adam", "sgd"),
     )
-    scheduler: str = flag(
-        "cosine", "schedule of the learning rate; cosine falls to zero", choices=("cosine", "plateau", "step", "none")
-    )
+    scheduler: str = flag("cosine", "learning rate schedule", choices=("cosine", "plateau", "step", "none"))
     scheduler_patience: int = flag(
-        10, "plateau: epochs without improvement before a reduction", convert=non_negative_int
+        10, "plateau: epochs without improvement before the rate is reduced", convert=non_negative_int
     )
-    scheduler_factor: float = flag(0.5, "plateau: factor of each reduction", convert=open_fraction)
-    step_size: int = flag(30, "step: epochs between reductions", convert=positive_int)
-    gamma: float = flag(0.1, "step: factor of each reduction", convert=positive_float)
+    scheduler_factor: float = flag(0.5, "plateau: factor by which the rate is reduced", convert=open_fraction)
+    step_size: int = flag(30, "step: epochs between two reductions of the rate", convert=positive_int)
+    gamma: float = flag(0.1, "step: factor by which the rate is reduced", convert=positive_float)
     max_grad_norm: float = flag(
         1.0,
-        "clip gradients to this norm; 0 turns clipping off; gauss_newton never clips",
+        "clip the gradient to this norm; 0 turns clipping off, and gauss_newton never clips",
         convert=non_negative_float,
     )
     init: str = flag(
         "random",
-        "initial values: random with the left-most factor zero, or the hierarchical factorisation of W, which is the "
-        "optimum for two factors",
+        "initial values; hierarchical factorises the weight",
         choices=("random", "hierarchical"),
     )
-    seed: int = flag(0, "seed of samples and initial values; every rank sees the same samples", convert=seed_number)
+    seed: int = flag(0, "seed of samples and initial values", convert=seed_number)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleFlags:
     TITLE: ClassVar = "samples"
-    num_samples: int = flag(10000, "random inputs, for training and validation together", convert=positive_int)
-    val_split: float = flag(0.2, "share of the samples kept for validation", convert=open_fraction)
-    input_std: float = flag(1.0, "σ of the isotropic inputs x ~ N(0, σ²I)", convert=positive_float)
+    num_samples: int = flag(10000, "random inputs, for training and validation", convert=positive_int)
+    val_split: float = flag(0.2, "fraction of the samples that is held out for validation", convert=open_fraction)
+    input_std: float = flag(1.0, "standard deviation σ of the isotropic inputs x ~ N(0, σ²I)", convert=positive_float)
     inputs: str | None = flag(
         None,
-        "file with what the layer really sees, as docs/inputs.md describes: moments, or raw samples (N × n) of which "
-        "the last --val_split are held out; without it, inputs are isotropic",
+        "moments or raw samples of the layer's inputs (docs/inputs.md)",
         convert=path,
         metavar="FILE",
     )
-    inputs_key: str | None = flag(None, "name of the inputs in that file", convert=key, shown_default="--weight_key")
+    inputs_key: str | None = flag(
+        None, "name of the inputs in the --inputs file", convert=key, shown_default="--weight_key"
+    )
     fit_bias: bool = flag(
-        False, "with --inputs: the saved chain has a bias that makes up for the mean of the inputs, (W − Ŵ) E[x]"
+        False, "with --inputs: learn the centred outputs, and save the chain with the bias (W − Ŵ) E[x]"
     )
     sampling: str = flag(
         "auto",
-        "training inputs: whitened is one set whose second moment is exactly that of the inputs, fresh a new set every "
-        "epoch, fixed one plain set or the raw samples of --inputs; auto is whitened if there are at least n training "
-        "samples, else fresh",
+        "how to draw the training inputs (docs/theory.md); auto is whitened given at least n samples, else fresh",
         choices=("auto", "whitened", "fresh", "fixed"),
     )
 
@@ -145,57 +135,46 @@ class RunningFlags:
     TITLE: ClassVar = "running"
     impl: str = flag(
         "auto",
-        "backend of the chain product: bmm runs anywhere, triton on GPUs; auto is triton where it was measured faster",
+        "backend of the chain product; triton needs a GPU",
         choices=IMPLS,
     )
     float32_precision: str = flag(
         "ieee",
-        "precision of float32 products on a GPU; tf32x3 sums three TF32 products in triton and is ieee in bmm",
+        "precision of float32 products on a GPU",
         choices=PRECISIONS,
     )
-    bs_last: bool = flag(False, "use the (features, batch) layout instead of (batch, features)")
-    device: str = flag("auto", "auto, cpu, cuda or cuda:N; auto is a GPU if there is one")
-    dtype: str = flag(
-        "float32", "dtype of the products; half precision keeps float32 master weights", choices=tuple(DTYPES)
-    )
+    bs_last: bool = flag(False, "compute in the (features, batch) layout instead of (batch, features)")
+    device: str = flag("auto", "cpu, cuda or cuda:N; auto is the GPU if any")
+    dtype: str = flag("float32", "dtype of the products", choices=tuple(DTYPES))
     log_grad_norm: bool = flag(
         False,
-        "record the gradient norm of every epoch in the curves; gauss_newton's after the division by the curvature",
+        "add the gradient norm of every epoch to the curves; that of gauss_newton is of its preconditioned gradient",
     )
     log_to: str | None = flag(
         None,
-        "also log every epoch to an experiment tracker, whose package must be installed; described in docs/files.md",
+        "also log every epoch to an experiment tracker, whose package must be installed (docs/files.md)",
         choices=TRACKERS,
     )
     latency_seconds: float = flag(
         1.0,
-        "seconds after each training for the latency of its chain and of the dense layer, at batch 1, 32 and 1024; 0 "
-        "measures none",
+        "seconds after each run to measure the latency of the chain and of the dense layer; 0 measures none",
         convert=non_negative_float,
     )
-    log_interval: int = flag(100, "steps between the lines that --verbose prints", convert=positive_int)
-    verbose: bool = flag(
-        False, "print lines within each epoch too; in a sweep, all columns of the summary and the commands of a plan"
-    )
-    quiet: bool = flag(False, "print errors and warnings only")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointFlags:
-    TITLE: ClassVar = "checkpoints"
+    log_interval: int = flag(100, "with --verbose: steps between two lines", convert=positive_int)
+    verbose: bool = flag(False, "print lines within epochs, all columns, all commands")
+    quiet: bool = flag(False, "print nothing but results, warnings and errors")
     save_interval: int = flag(
-        10, "epochs between PREFIX_epoch_N.pth checkpoints; 0 writes none", convert=non_negative_int
-    )
-    resume_interval: float = flag(
-        30.0,
-        "shortest time in seconds between checkpoints to resume from; each is written at the end of an epoch",
-        convert=non_negative_float,
+        10, "epochs between two checkpoints PREFIX_epoch_N.pth; 0 writes none", convert=non_negative_int
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingFlags(WeightFlags, ChainFlags, OptimizerFlags, SampleFlags, RunningFlags, CheckpointFlags):
+class TrainingFlags(WeightFlags, ChainFlags, OptimizerFlags, SampleFlags, RunningFlags):
     """Every flag that the training script and the sweep share, except where the results go."""
+
+    RETIRED: ClassVar = {
+        "resume_interval": "the resume state is written as often as this costs little time; leave the flag out",
+    }
 
     def training_settings(self) -> dict[str, Any]:
         """Return the values of these flags by name."""
@@ -210,30 +189,21 @@ class TrainingFlags(WeightFlags, ChainFlags, OptimizerFlags, SampleFlags, Runnin
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OutputFlags:
     TITLE: ClassVar = "output"
-    output_dir: str = flag(
-        "./trained_models", "folder for the files that the script writes, created if needed", convert=path
-    )
+    output_dir: str = flag("./trained_models", "folder for the results", convert=path)
     save_prefix: str = flag("ks_chain", "prefix of the file names", convert=file_prefix)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlotFlags:
     TITLE: ClassVar = "plots"
-    log_scale: bool = flag(False, "draw losses on logarithmic axes")
+    RETIRED: ClassVar = {"figsize": "each figure has its size; use --dpi, or --formats svg, which scales"}
+    log_scale: bool = flag(False, "draw losses on a logarithmic axis")
     title: str | None = flag(None, "title of the figures", aliases=("--plot_title",))
     dpi: int = flag(120, "resolution of png figures in dots per inch", convert=integer(20, 1200))
-    figsize: tuple[float, float] | None = flag(
-        None,
-        "size of each figure in inches",
-        convert=number(1, 50),
-        nargs=2,
-        metavar=("WIDTH", "HEIGHT"),
-        shown_default="by figure",
-    )
     formats: tuple[str, ...] = flag(("png",), "formats of the figures", nargs="+", choices=FIGURE_FORMATS)
     metric: tuple[str, ...] = flag(
         (),
-        "also draw these metrics of train_with_random.py by epoch, each in a figure PREFIX_metric_NAME",
+        "metrics of train_with_random.py to draw by epoch, each in a figure PREFIX_metric_NAME",
         convert=metric_name,
         nargs="+",
         metavar="NAME",
@@ -242,13 +212,13 @@ class PlotFlags:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TargetFlags:
-    """Not among the training flags: the sweep answers for all its ranks, and its trainings need not."""
+    """Not among the training flags: the sweep answers for all its ranks, and its runs need not."""
 
     TITLE: ClassVar = "target"
     target_relative_loss: float | None = flag(
         None,
-        "name the smallest rank that can reach this share of the loss of predicting 0; a training says in the end "
-        "whether it was reached, and a sweep without --ranks trains the ranks around that one",
+        "find the smallest rank that can reach this loss, a fraction of the zero predictor's; without --ranks, train "
+        "the ranks around it",
         convert=open_fraction,
     )
 
@@ -257,25 +227,31 @@ class TargetFlags:
 class TrainerConfig(TrainingFlags, OutputFlags):
     """train_with_random.py."""
 
-    TITLE: ClassVar = "one training"
+    TITLE: ClassVar = "one run"
+    MAIN: ClassVar = (
+        *("weight_path", "weight_key", "rank", "num_epochs", "batch_size", "lr", "num_samples"),
+        *("chain", "inputs", "optimizer", "init", "seed", "device", "dtype"),
+        *("output_dir", "save_prefix", "resume", "check", "quiet"),
+    )
     rank: int = flag(4, "rank of the chain", convert=positive_int)
     resume: bool = flag(
         False,
-        "resume an earlier run of the same settings from its checkpoint; with more --num_epochs, a finished one too",
+        "go on with an earlier run of the same settings; with more --num_epochs, also with a finished one",
     )
-    check: bool = flag(
-        False, "try the criterion and the metrics on random batches and print the names of the metrics; train nothing"
-    )
+    check: bool = flag(False, "try criterion and metrics on a random batch; train nothing")
     stop_below: float | None = flag(
-        None, "end the training once its population loss is at most this share of predicting 0", convert=positive_float
+        None,
+        "end the run once its population loss is at most this fraction of the zero predictor's",
+        convert=positive_float,
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayersFlags:
-    """Several weights of a checkpoint at once."""
+    """The layers of a model file at once."""
 
-    TITLE: ClassVar = "layers of a checkpoint"
+    TITLE: ClassVar = "layers of a model"
+    RETIRED: ClassVar = {"importance": "a plan weighs all layers alike; leave the flag out"}
     weight_key: tuple[str, ...] | None = redefault(
         WeightFlags,
         "weight_key",
@@ -285,18 +261,17 @@ class LayersFlags:
     )
     chains: tuple[str, ...] | None = flag(
         None,
-        "families to choose from for each layer, instead of --chain",
+        "instead of --chain, families to choose from",
         choices=tuple(family for family in FAMILIES if family != "lowrank_butterfly"),
         nargs="+",
         shown_default="monarch lowrank",
     )
     budget: float | None = flag(
         None,
-        "parameter budget as a fraction of the dense weights; the plan minimises the total relative loss within it "
-        "(--target_relative_loss instead: the fewest parameters at this mean relative loss)",
-        convert=share,
+        "most parameters of a plan, as a fraction of the dense weights",
+        convert=fraction,
     )
-    rank_multiple: int = flag(1, "choose ranks that are multiples of this number", convert=positive_int)
+    rank_multiple: int = flag(1, "plan only ranks that are multiples of this number", convert=positive_int)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -304,22 +279,29 @@ class SweepConfig(LayersFlags, TargetFlags, TrainingFlags, OutputFlags, PlotFlag
     """rank_sweep_study.py."""
 
     TITLE: ClassVar = "sweep"
+    MAIN: ClassVar = (
+        *("weight_path", "ranks", "max_rank", "num_epochs", "batch_size", "lr", "num_samples"),
+        *("output_dir", "save_prefix", "log_scale"),
+        *("weight_key", "inputs", "chain", "target_relative_loss", "dry_run", "chains", "budget"),
+        *("optimizer", "seeds", "jobs", "device", "dtype", "overwrite", "quiet", "verbose"),
+    )
+    RETIRED: ClassVar = {
+        "stop_ranks": "--stop_at ends all ranks; rerun with --stop_at never --ranks … to train some to the end",
+        "runs_per_gpu": "every GPU trains one rank at a time; leave the flag out",
+    }
     num_epochs: int = redefault(OptimizerFlags, "num_epochs", 50)
     # The folder of a rank holds the last and the best model of its run, and no others.
-    save_interval: int = redefault(CheckpointFlags, "save_interval", 0)
+    save_interval: int = redefault(RunningFlags, "save_interval", 0)
     output_dir: str = redefault(OutputFlags, "output_dir", "./rank_sweep_results")
     save_prefix: str = redefault(OutputFlags, "save_prefix", "rank_sweep")
     ranks: tuple[int, ...] | None = flag(
         None, "ranks to train", convert=positive_int, nargs="+", shown_default="2 4 8 16 32 64 128 256 512"
     )
-    max_rank: int | None = flag(None, "leave out larger ranks", convert=positive_int)
+    max_rank: int | None = flag(None, "leave out the ranks above this one", convert=positive_int)
     stop_at: str = flag(
         "never",
-        "end a training early: once it reaches --target_relative_loss, or once it has converged to its floor",
+        "end a run early: at --target_relative_loss, or when it has converged to its floor",
         choices=("never", "target", "floor"),
-    )
-    stop_ranks: tuple[int, ...] | None = flag(
-        None, "the ranks that --stop_at ends", convert=positive_int, nargs="+", shown_default="all"
     )
     seeds: tuple[int, ...] | None = flag(
         None, "train every rank with each of these seeds", convert=seed_number, nargs="+", shown_default="--seed"
@@ -334,32 +316,30 @@ class SweepConfig(LayersFlags, TargetFlags, TrainingFlags, OutputFlags, PlotFlag
         metavar="SECONDS",
         shown_default="30",
     )
-    dry_run: bool = flag(False, "print the plan, with --verbose the commands too; train nothing")
+    dry_run: bool = flag(False, "print the plan and train nothing")
     overwrite: bool = flag(
         False,
-        "redo the results in --output_dir, also those of another study; without it, finished ranks are kept and "
-        "unfinished ones resumed",
+        "replace the results in --output_dir, also those of another study; without it, finished ranks are kept",
     )
     timeout_per_rank: float | None = flag(
-        None, "stop a training after this many seconds", convert=positive_float, metavar="SECONDS"
+        None, "stop a run after this many seconds", convert=positive_float, metavar="SECONDS"
     )
-    save_plots: bool = flag(False, "accepted for old command lines; figures are always saved")
+    save_plots: bool = flag(False, "accepted for old command lines; figures are saved in any case")
     jobs: int | str = flag(
         "auto",
-        "trainings at a time; auto is one per CPU core, or --runs_per_gpu per GPU",
+        "runs at a time; auto is one per core or GPU",
         convert=auto_or(positive_int),
     )
     launcher: str = flag(
         "local",
-        "where to run: in processes of this machine, inline (one run after the other in this process, for a debugger), "
-        "or on a Ray cluster",
+        "where to train: local, in processes of this machine; inline, one run after the other in this process, for a "
+        "debugger; on a Ray cluster",
         choices=("local", "inline", "ray"),
     )
     ray_address: str = flag(
-        "auto", "head of the Ray cluster; auto is the one that this machine has joined", metavar="HOST:PORT"
+        "auto", "head of the Ray cluster; auto is the cluster that this machine has joined", metavar="HOST:PORT"
     )
     gpus: str = flag("auto", "GPUs to use: auto (all), none, or numbers such as 0,1 among the visible ones")
-    runs_per_gpu: int = flag(1, "trainings that share a GPU", convert=positive_int)
 
     def is_of_several_layers(self) -> bool:
         """Return whether the flags ask for the layers of a checkpoint instead of one weight."""
@@ -384,10 +364,14 @@ class PlotConfig(OutputFlags, PlotFlags):
 
     TITLE: ClassVar = "results"
     results_dir: tuple[str, ...] = flag(
-        (), "folder of a sweep, or several to draw in one figure", convert=path, nargs="+", required=True
+        (),
+        "folder of a sweep, or folders of several sweeps to draw in one figure",
+        convert=path,
+        nargs="+",
+        required=True,
     )
     show: bool = flag(False, "open a window for each figure")
-    report: bool = flag(False, "also write the report of the sweep, PREFIX_report.html")
+    report: bool = flag(False, "also write the report PREFIX_report.html")
     verbose: bool = redefault(RunningFlags, "verbose", False, help="print all columns of the summary")
     output_dir: str | None = redefault(  # type: ignore[assignment]
         OutputFlags, "output_dir", None, shown_default="--results_dir"
@@ -404,14 +388,14 @@ class GeneratorConfig(ChainFlags):
     input_features: int = flag(4096, "n, the columns of W", convert=positive_int)
     output_path: str = flag("./test_weight.pth", "file to write: .pth, .pt, .safetensors or .npy", convert=path)
     dtype: str = redefault(RunningFlags, "dtype", "float32", help="dtype of the weight")
-    init_method: str = flag("xavier_uniform", "kind of weight, described in docs/flags.md", choices=INIT_METHODS)
+    init_method: str = flag("xavier_uniform", "kind of weight (docs/flags.md)", choices=INIT_METHODS)
     seed: int = redefault(OptimizerFlags, "seed", 0, help="seed of the weight")
     rank: int = flag(8, "exact_chain, lowrank_plus_noise: rank of the signal", convert=positive_int)
     noise: float = flag(
         0.1, "lowrank_plus_noise: Frobenius norm of the noise over that of the signal", convert=non_negative_float
     )
     alpha: float = flag(1.0, "power_law: singular values k^-alpha", convert=non_negative_float)
-    overwrite: bool = flag(False, "replace another weight at --output_path")
+    overwrite: bool = flag(False, "replace the file at --output_path if it holds something else")
     quiet: bool = redefault(RunningFlags, "quiet", False, help="print nothing")
 
 

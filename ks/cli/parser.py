@@ -1,8 +1,9 @@
-"""Parsing: a command line into a frozen dataclass whose typed fields are the flags, and back."""
+"""Parse a command line into a frozen dataclass whose typed fields are the flags, and spell one out again."""
 
 import argparse
 import dataclasses
 import difflib
+import functools
 import inspect
 import shlex
 import sys
@@ -10,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 from ks.cli.console import EXIT_USAGE
+from ks.cli.values import key, path
 from ks.errors import one_line
-from ks.files.columns import METRIC
 
 Config = TypeVar("Config")
 
@@ -69,22 +70,35 @@ def groups(config: type) -> Iterator[tuple[str, list[dataclasses.Field]]]:
             yield vars(group)["TITLE"], own
 
 
+class _PrintAllFlags(argparse.Action):
+    """--help_all."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        print(parser.format_help_all(), end="")
+        parser.exit()
+
+
 class Parser(argparse.ArgumentParser, Generic[Config]):
     """Parses a command line into a configuration. No abbreviations; an error is one line; lists take commas too.
 
     Args:
-        config: a dataclass made of groups of flags.
-        doc: the docstring of the script.
+        config: a dataclass made of groups of flags; with a `MAIN`, --help shows these flags alone.
+        doc: the docstring of the script; --help shows its first paragraph and the commands below it.
     """
 
     def __init__(self, config: type[Config], doc: str | None):
+        required = [field for field in dataclasses.fields(config) if field.metadata["flag"].required]  # type: ignore[arg-type]
         super().__init__(
+            usage=" ".join(["%(prog)s", *(f"--{field.name} {_metavar(field)}" for field in required), "[flags]"]),
             description=doc,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=32),
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,  # the defaults are those of the configuration
         )
         self.config = config
+        self._main: tuple[str, ...] = getattr(config, "MAIN", ())
+        if self._main:
+            self.add_argument("--help_all", action=_PrintAllFlags, nargs=0, help="show all flags, by group, and exit")
         self._lists: set[str] = set()
         for title, fields in groups(config):
             group = self.add_argument_group(title)
@@ -96,6 +110,23 @@ class Parser(argparse.ArgumentParser, Generic[Config]):
 
     def error(self, message: str):
         self.exit(EXIT_USAGE, f"{self.prog}: error: {one_line(message)} (--help lists the flags)\n")
+
+    def format_help(self) -> str:
+        """Return the help with the main flags alone, which fits on a screen."""
+        if not self._main:
+            return self.format_help_all()
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, [])
+        formatter.add_text("\n\n".join((self.description or "").split("\n\n")[:2]))
+        formatter.start_section("main flags")
+        action_of = {action.dest: action for action in self._actions}
+        formatter.add_arguments([action_of[name] for name in (*self._main, "help", "help_all")])
+        formatter.end_section()
+        return formatter.format_help()
+
+    def format_help_all(self) -> str:
+        """Return the help with the whole docstring and all flags by group."""
+        return super().format_help()
 
     def parse(self, argv: list[str] | None = None) -> Config:
         """Return the configuration that a command line gives."""
@@ -130,12 +161,15 @@ class Parser(argparse.ArgumentParser, Generic[Config]):
                 yield from _entries(argument) if inside else [argument]
 
     def _unknown(self, arguments: Sequence[str]) -> list[str]:
-        """Return the names that are no flags, of which argparse would tell only after missing ones."""
+        """Return the names that are no flags; argparse would report them only after missing ones."""
         known = self._option_string_actions
         names = [argument.partition("=")[0] for argument in arguments if " " not in argument]  # else a value
         return [name for name in names if name not in known and (name.startswith("--") or f"-{name}" in known)]
 
     def _did_you_mean(self, name: str) -> str:
+        for group in self.config.__mro__:
+            if instead := vars(group).get("RETIRED", {}).get(name.removeprefix("--")):
+                return f"{name} no longer exists: {instead}"
         known = self._option_string_actions
         found = [f"-{name}"] if f"-{name}" in known else difflib.get_close_matches(name, known, cutoff=0.7)
         return f"unknown flag {one_line(name, 60)}" + (f": did you mean {' or '.join(found)}?" if found else "")
@@ -153,7 +187,8 @@ def _add(group, field: dataclasses.Field) -> None:
     described: Flag = field.metadata["flag"]
     spellings = [f"--{field.name}", *described.aliases]
     default = described.default_text(field.default)
-    help_text = described.help + (f" (default: {default})" if default and not described.required else "")
+    help_text = described.help + ("; one of " + ", ".join(described.choices) if described.choices else "")
+    help_text += f" (default: {default})" if default and not described.required else ""
     if field.default is False:
         group.add_argument(*spellings, action="store_true", default=argparse.SUPPRESS, dest=field.name, help=help_text)
         return
@@ -164,10 +199,15 @@ def _add(group, field: dataclasses.Field) -> None:
         choices=described.choices,
         nargs=described.nargs,
         const=described.const,
-        metavar=described.metavar,
+        metavar=_metavar(field),
         required=described.required,
         help=help_text.replace("%", "%%"),
     )
+
+
+def _metavar(field: dataclasses.Field) -> str | tuple[str, ...] | None:
+    described: Flag = field.metadata["flag"]
+    return described.metavar or field.name.rpartition("_")[2].upper()
 
 
 def to_arguments(settings: dict[str, Any]) -> list[str]:
@@ -190,65 +230,3 @@ def command_line(script: str, config: Any) -> str:
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     changed = {name: value for name, value in vars(config).items() if value != defaults[name]}
     return shlex.join(["python", script, *to_arguments(changed)])
-
-
-def _number(convert: Callable[[str], Any], accept: Callable[[Any], bool], description: str) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        try:
-            value = convert(text)
-        except ValueError:
-            value = None
-        if value is None or not accept(value):
-            raise argparse.ArgumentTypeError(f"{one_line(text, 60)!r} is not {description}")
-        return value
-
-    return parse
-
-
-def integer(low: int, high: int = 2**31 - 1) -> Callable[[str], Any]:
-    """Return a converter for whole numbers from low to high."""
-    return _number(int, lambda value: low <= value <= high, f"a whole number from {low} to {high}")
-
-
-def number(low: float, high: float) -> Callable[[str], Any]:
-    """Return a converter for numbers from low to high."""
-    return _number(float, lambda value: low <= value <= high, f"a number from {low:g} to {high:g}")
-
-
-positive_int, non_negative_int, seed_number = integer(1), integer(0), integer(0, 2**63 - 1)
-positive_float, non_negative_float = (
-    number(1e-100, 1e100),
-    _number(float, lambda value: value == 0 or 1e-100 <= value <= 1e100, "0 or a number from 1e-100 to 1e+100"),
-)
-open_fraction = _number(float, lambda value: 0 < value < 1, "a number between 0 and 1, both excluded")
-
-share = _number(float, lambda value: 0 < value <= 1, "a number above 0, at most 1")
-
-
-def auto_or(convert: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return a converter that also accepts 'auto'."""
-    return lambda text: text if text == "auto" else convert(text)
-
-
-def path(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("a path must not be empty; . is the current folder")
-    return text
-
-
-def key(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("a key must not be empty; leave the flag out if the file holds one tensor")
-    return text
-
-
-def metric_name(text: str) -> str:
-    if not METRIC.fullmatch(text):
-        raise argparse.ArgumentTypeError(f"{one_line(text, 60)!r} cannot be the name of a metric")
-    return text
-
-
-def file_prefix(text: str) -> str:
-    if not text or "/" in text or "\\" in text or text.startswith("."):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a file name prefix; it must not be empty or hold a path")
-    return text

@@ -25,7 +25,7 @@ def begin(script: str, task: str = "") -> None:
     """
     signals.install(script)
     make_forgiving()
-    if task and sys.stderr.isatty() and not {"--quiet", "--help", "-h"} & {*sys.argv}:
+    if task and sys.stderr.isatty() and not {"--quiet", "--help", "--help_all", "-h"} & {*sys.argv}:
         print(f"{os.path.basename(script)}: {task}", file=sys.stderr, flush=True)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if "--show" not in sys.argv:

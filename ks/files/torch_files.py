@@ -3,7 +3,6 @@
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,6 @@ import torch
 
 from ks.errors import UsageError, one_line
 from ks.files.memory import check_fits
-
-MAX_ENTRIES = 1_000_000  # tensors and containers in one file
-MAX_DEPTH = 100
 
 
 def read_torch_file(path, what: str = "weights") -> Any:
@@ -51,32 +47,28 @@ def read_torch_file(path, what: str = "weights") -> Any:
 def tensors_in(content: Any, where: str) -> dict[str, torch.Tensor]:
     """Return every tensor in nested dicts, lists and tuples by its name, the parts joined by dots; '' for a lone one.
 
+    A container that the file refers to several times is visited once, under its first name: a small file can hold
+    2⁴⁰ references.
+
     Args:
         content: of a file.
         where: the file, for messages.
     Raises:
-        UsageError: two tensors with one name, more than a million entries, or nesting deeper than 100.
+        UsageError: two tensors with one name.
     """
     found: dict[str, torch.Tensor] = {}
-    for count, (name, tensor) in enumerate(_walk(content, "", 0, where)):
-        if count >= MAX_ENTRIES:
-            raise UsageError(f"{where} holds more than {MAX_ENTRIES} entries; save the weight alone")
-        if tensor is None:
-            continue
-        if name in found:
-            raise UsageError(f"{where} holds two tensors with the name {name!r}; save the weight alone")
-        found[name] = tensor
+    waiting, visited = [("", content)], set()
+    while waiting:
+        name, node = waiting.pop()
+        if isinstance(node, torch.Tensor):
+            if name in found:
+                raise UsageError(f"{where} holds two tensors with the name {name!r}; save the weight alone")
+            found[name] = node.detach()
+        elif isinstance(node, (dict, list, tuple)) and id(node) not in visited:
+            visited.add(id(node))
+            items = [*(node.items() if isinstance(node, dict) else enumerate(node))]
+            waiting += [(f"{name}.{part}" if name else str(part), child) for part, child in reversed(items)]
     return found
-
-
-def _walk(node: Any, name: str, depth: int, where: str) -> Iterator[tuple[str, torch.Tensor | None]]:
-    """Yield (name, tensor), and (name, None) for everything else, so that the caller can count."""
-    if depth > MAX_DEPTH:
-        raise UsageError(f"{where} is nested deeper than {MAX_DEPTH} levels; save the weight alone")
-    yield name, node.detach() if isinstance(node, torch.Tensor) else None
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, (list, tuple)) else ()
-    for part, child in items:
-        yield from _walk(child, f"{name}.{part}" if name else str(part), depth + 1, where)
 
 
 def plain(tensor: torch.Tensor, where: str) -> torch.Tensor:

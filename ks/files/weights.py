@@ -204,7 +204,7 @@ def is_matrix(entry) -> bool:
     return len(shape_of(entry)) == 2 and floating
 
 
-def _listed(tensors: dict) -> str:
+def _names_and_shapes(tensors: dict) -> str:
     """Return the names and shapes of tensors; of names that differ in numbers alone, such as layers, the first one."""
     alike: dict[tuple, list[str]] = {}
     for name, entry in tensors.items():
@@ -216,8 +216,8 @@ def _listed(tensors: dict) -> str:
 def _candidates(tensors: dict) -> str:
     found = {name: entry for name, entry in tensors.items() if is_matrix(entry)}
     if not found:
-        return f"it holds no 2-D floating weight (found: {_listed(tensors) or 'no tensor at all'})"
-    return f"2-D weights in it: {_listed(found)}"
+        return f"it holds no 2-D floating weight (found: {_names_and_shapes(tensors) or 'no tensor at all'})"
+    return f"2-D weights in it: {_names_and_shapes(found)}"
 
 
 def _nearest(key: str, tensors: dict) -> str:

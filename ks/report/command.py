@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ks.cli.flags import SweepConfig
-from ks.cli.parser import path, to_arguments
+from ks.cli.parser import to_arguments
+from ks.cli.values import path
 from ks.files.schema import StudyRecord
 
 

@@ -17,7 +17,7 @@ from ks.training.problem import Problem
 from ks.training.settings import NOT_COMPARED, changes, settings_in, settings_of
 
 # They are not taken from a study: where the weight is, and what changes reports and files only.
-NOT_TAKEN = ("weight_path", "log_to", "log_interval", "verbose", "quiet", "save_interval", "resume_interval")
+NOT_TAKEN = ("weight_path", "log_to", "log_interval", "verbose", "quiet", "save_interval")
 TRAINING = tuple(field.name for _, fields in groups(TrainingFlags) for field in fields)
 TAKEN = (*(name for name in TRAINING if name not in NOT_TAKEN), "target_relative_loss", "tight_bounds", "stop_at")
 SPLITS = {"row_splits", "col_splits"}

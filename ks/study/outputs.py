@@ -95,7 +95,7 @@ def write_outputs(
     write_summary(files, rows)
     study = read_study(files)
     look: dict[str, Any] = {"log_scale": config.log_scale, "title": config.title}
-    drawn = study_figures(study, figsize=config.figsize, metrics=config.metric, **look)
+    drawn = study_figures(study, metrics=config.metric, **look)
     written = save_figures(drawn, files, config.formats, config.dpi)
     write_report(study, files, **look)
     if unknown := study.unknown_metrics(config.metric):

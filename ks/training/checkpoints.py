@@ -22,12 +22,11 @@ from ks.training.settings import changes, settings_in
 
 
 class Checkpoints:
-    """The checkpoint to resume from, written after an epoch but not more often than every `interval` seconds.
+    """The checkpoint to resume from, written at the end of an epoch as often as this takes at most 2% of the time.
 
     Args:
         files: of the run.
         settings: of the run; a checkpoint with other settings is ignored.
-        interval: seconds.
         resume: whether to read the checkpoint on disk; `found` is its content, or None.
 
     `segment` is the number of the segment that is trained.
@@ -35,11 +34,11 @@ class Checkpoints:
 
     segment = 1
 
-    def __init__(self, files: RunFiles, settings: dict, interval: float, resume: bool):
-        self.files, self.settings, self.interval = files, settings, interval
+    def __init__(self, files: RunFiles, settings: dict, resume: bool):
+        self.files, self.settings = files, settings
         self.found: CheckpointRecord | None = self._read() if resume else None
         self.latest: dict | None = None
-        self.written = time.monotonic()
+        self.next_write = 0.0
 
     def _read(self) -> CheckpointRecord | None:
         if not self.files.resume.exists():
@@ -57,7 +56,7 @@ class Checkpoints:
     def offer(
         self, threads: int, curves: list[dict], optimizer: Optimizer, schedule: Schedule, best: BestModel
     ) -> None:
-        """Keep the state at the end of an epoch on its device, and write it if the checkpoint on disk is old enough."""
+        """Keep the state at the end of an epoch on its device, and write it if that is due."""
         self.latest = {
             "settings": self.settings,
             "threads": threads,
@@ -66,15 +65,17 @@ class Checkpoints:
             "schedule": schedule.state(),
             "best": best.state(),
         }
-        if time.monotonic() - self.written >= self.interval:
+        if time.monotonic() >= self.next_write:
             self.write_latest()
 
     def write_latest(self) -> None:
         """Write the last epoch that was offered."""
         if self.latest is not None:
+            started = time.monotonic()
             on_host = {"optimizer": [tensor.cpu() for tensor in self.latest["optimizer"]]}
             save_tensors(self.latest | on_host, self.files.resume)
-            self.latest, self.written = None, time.monotonic()
+            self.latest, ended = None, time.monotonic()
+            self.next_write = ended + 50 * (ended - started)
 
     @torch.no_grad()
     def restore(self, optimizer: Optimizer, schedule: Schedule, best: BestModel) -> list[dict]:
@@ -83,9 +84,7 @@ class Checkpoints:
         if found is None:
             return []
         if not self._fits(found, optimizer, best):
-            note(
-                f"checkpoint {self.files.resume} is not valid: its tensors are those of another training; starting anew"
-            )
+            note(f"checkpoint {self.files.resume} is not valid: its tensors are those of another run; starting anew")
             return []
         for tensor, value in zip(optimizer.state(), found.optimizer, strict=True):
             tensor.copy_(value)

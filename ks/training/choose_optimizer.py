@@ -1,4 +1,4 @@
-"""The optimizer of a training: which one `--optimizer` means for a chain and a criterion, and its construction."""
+"""Choose the optimizer that `--optimizer` means for a chain and a criterion, and make it."""
 
 from typing import Any
 

@@ -1,7 +1,8 @@
 """The criterion and the metrics of `train_with_random.py`: called, differentiated, averaged."""
 
-import contextlib
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -65,7 +66,7 @@ def loss_of(criterion: Criterion, prediction: torch.Tensor, target: torch.Tensor
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
-        raise UsageError(f"the criterion of {SCRIPT} failed: {type(error).__name__}: {one_line(error)}") from error
+        raise UsageError(f"the criterion of {SCRIPT} failed{_failure(error)}") from error
     if not isinstance(loss, torch.Tensor) or loss.dim():
         found = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
         raise UsageError(f"the criterion of {SCRIPT} returned {found} instead of a scalar tensor; end it with .mean()")
@@ -75,15 +76,18 @@ def loss_of(criterion: Criterion, prediction: torch.Tensor, target: torch.Tensor
 
 
 class GuardedMetrics:
-    """The metrics, called so that no fault of theirs costs a run: one that fails is named once and left empty.
+    """The metrics, called so that no fault of theirs costs a run: a metric that fails stays empty, with one warning.
 
     Args:
         metrics: function of prediction and target, shape (batch, m), that returns a scalar for each name.
         warn: takes a warning for the user.
+
+    `names` are those of the last call, also of metrics that failed.
     """
 
     def __init__(self, metrics: Metrics, warn: Callable[[str], None]):
         self.metrics, self.warn = metrics, warn
+        self.names: list = []
         self._warned: set[str] = set()
 
     def __call__(self, prediction: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -94,8 +98,9 @@ class GuardedMetrics:
             if not isinstance(found, dict):
                 raise TypeError(f"it returned {type(found).__name__} instead of a dict of names and scalars")
         except Exception as error:
-            self._warn("", f"metrics of {SCRIPT} failed and stay empty: {type(error).__name__}: {one_line(error)}")
+            self._warn("", f"metrics of {SCRIPT} stay empty, because they failed{_failure(error)}")
             found = {}
+        self.names = [*found]
         if target._version != version:
             raise UsageError(f"metrics of {SCRIPT} changes its target in place, which belongs to later epochs too")
         values = {}
@@ -153,9 +158,16 @@ def check_edits(criterion: Criterion, metrics: Metrics, problem: Problem) -> tup
     generator = torch.Generator().manual_seed(0)
     prediction, target = (torch.randn(2, problem.rows, generator=generator).to(problem.device) for _ in range(2))
     loss_and_gradient(criterion, prediction, target)
-    names: list = []
-    with contextlib.suppress(Exception):  # which is a warning below
-        names = [*metrics(prediction, target)]
-    check_metric_names(names)
     warnings: list[str] = []
-    return [*GuardedMetrics(metrics, warnings.append)(prediction, target)], warnings
+    guarded = GuardedMetrics(metrics, warnings.append)
+    working = guarded(prediction, target)
+    check_metric_names(guarded.names)
+    return [*working], warnings
+
+
+def _failure(error: Exception) -> str:
+    """Return the place in the user's code that raised an exception, and the exception, in one line."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first one is our call
+    own = [frame for frame in frames if "-packages" not in frame.filename]
+    place = f" at {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
+    return f"{place}: {type(error).__name__}: {one_line(error)}"

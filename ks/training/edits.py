@@ -18,7 +18,7 @@ from ks.errors import UsageError, one_line
 
 OURS = "mean_squared_error"
 HOME = "ks.training.criterion"  # the module of ours; importing it here would be a cycle
-LONGEST = 60  # characters of an expression that is its own identity
+LONGEST_EXPRESSION = 60  # characters of an expression that is its own identity
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,12 @@ class _Source:
             return OURS
         imported_alone = len([one for one in used if not isinstance(one, ast.Import | ast.ImportFrom)]) <= 1
         versioned = not any(origin.startswith("sha256") for origin in origins.values())
-        if expression and imported_alone and versioned and len(expression) <= LONGEST:
+        if expression and imported_alone and versioned and len(expression) <= LONGEST_EXPRESSION:
             libraries = ", ".join(f"{library} {version}" for library, version in sorted(origins.items()) if version)
             return f"{expression} of {libraries}" if libraries else expression
         parts = [ast.unparse(statement) for statement in used]  # without comments and layout
         content = "\n".join([*parts, *(f"{origin} {found}" for origin, found in sorted(origins.items()))])
-        shown = one_line(expression or "user-defined", LONGEST)
+        shown = one_line(expression or "user-defined", LONGEST_EXPRESSION)
         return f"{shown} sha256 {hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
     def _closure(self, name: str) -> list[ast.stmt]:

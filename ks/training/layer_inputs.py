@@ -13,7 +13,7 @@ from ks.files.weights import Weight
 from ks.moments.read import Calibration, read_input_moments
 from ks.moments.second_moment import SecondMoment
 from ks.moments.sums import InputSums
-from ks.training.coordinates import Coordinates, isotropic_coordinates, measured_coordinates
+from ks.training.whitening import Coordinates, isotropic_coordinates, measured_coordinates
 
 MEASURED = "measured"
 SMALLEST_VARIANCE = 1e-12  # of the mean square of the inputs; float64 sums keep about three digits of it

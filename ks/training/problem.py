@@ -15,17 +15,17 @@ from ks.files.weights import Weight, load_weight
 from ks.layer import KSLinear
 from ks.moments.second_moment import SecondMoment
 from ks.training.choose_optimizer import choose_optimizer
-from ks.training.coordinates import Coordinates, isotropic_coordinates
 from ks.training.edits import TOOLKIT, Edits
 from ks.training.layer_inputs import LayerInputs, layer_inputs
 from ks.training.trackers import check_installed
+from ks.training.whitening import Coordinates, isotropic_coordinates
 
 
 @dataclass(frozen=True)
 class Problem:
     """A dense weight W (m × n) that a family of chains learns from inputs of second moment C = E[x xᵀ].
 
-    Everything inside is in internal coordinates (`ks.training.coordinates`), in which predicting 0 has a loss of 1
+    Everything inside is in internal coordinates (`ks.training.whitening`), in which the zero predictor has a loss of 1
     whatever the scale of W and x: losses and floors are relative. Only results are converted, by the factor
     `predict_zero_loss` = tr(W C Wᵀ) / m.
     """
@@ -72,12 +72,12 @@ class Problem:
         return self.coordinates.weight(self.weight.tensor.to(self.device, torch.float64, copy=True))
 
     def isotropic_weight(self) -> torch.Tensor:
-        """Return W in float64, scaled so that predicting 0 has a loss of 1 on inputs of second moment I."""
+        """Return W in float64, scaled so that the zero predictor has a loss of 1 under second moment I."""
         coordinates, _ = isotropic_coordinates(self.weight.tensor)
         return coordinates.weight(self.weight.tensor.to(self.device, torch.float64, copy=True))
 
     def held_out_loss(self, model: KSLinear) -> float:
-        """Return the exact loss of a chain of internal coordinates on the held-out inputs, relative to predicting 0."""
+        """Return the exact relative loss of a chain of internal coordinates on the held-out inputs."""
         assert self.layer_inputs.held_out is not None
         outside = self.coordinates.outside(model)
         weight = self.weight.tensor.to(outside.factors[0].device)
@@ -118,7 +118,7 @@ def resolve(config: TrainingFlags, edits: Edits = TOOLKIT) -> Problem:
     """Load the weight and replace every 'auto' by its value.
 
     Args:
-        config: of the training or the sweep.
+        config: of the run or the sweep.
         edits: the criterion and the metrics of the training script.
     Raises:
         UsageError: bad weight, chain, device, backend or sample counts, or a tracker that is not installed.
@@ -141,7 +141,7 @@ def resolve(config: TrainingFlags, edits: Edits = TOOLKIT) -> Problem:
     if not 1e-280 < inputs.predict_zero_loss < 1e280:
         raise UsageError(
             f"{f'--inputs {config.inputs}' if config.inputs else f'--input_std {config.input_std:g}'} on this weight: "
-            f"the loss of predicting 0 is {inputs.predict_zero_loss:g}; 1e-280 to 1e280 is allowed: scale one of them"
+            f"the zero predictor has a loss of {inputs.predict_zero_loss:g}; 1e-280 to 1e280 is allowed; scale it"
         )
     return Problem(
         weight=weight,
@@ -226,7 +226,7 @@ def split_samples(config: TrainingFlags, given: int | None) -> tuple[int, int]:
     """Return the numbers of training samples, in whole batches, and of validation samples.
 
     Args:
-        config: with batch size, number of samples and share of validation.
+        config: with batch size, number of samples and fraction for validation.
         given: number of raw training samples that a file gives; `--sampling fixed` trains on them.
     Raises:
         UsageError: not one batch is left for training.

@@ -1,4 +1,4 @@
-"""Everything of a run but its training: files, decisions, curves, resume state, best model, and every way to end."""
+"""The record of a run: its files, decisions, curves, resume state, best model, and every way to end."""
 
 import contextlib
 import math
@@ -24,8 +24,7 @@ from ks.files.provenance import now, peak_memory, provenance
 from ks.files.status import OK, Status
 from ks.training.best_model import BestModel
 from ks.training.checkpoints import Checkpoints
-from ks.training.checks import check_finite, check_validation
-from ks.training.endings import end_of
+from ks.training.endings import check_finite, check_validation, end_of
 from ks.training.latency import measure_latency
 from ks.training.optimizer import Optimizer
 from ks.training.problem import Problem, chain_notes
@@ -33,7 +32,7 @@ from ks.training.run_state import is_resumable, read_state
 from ks.training.schedule import Schedule
 from ks.training.settings import settings_of
 from ks.training.steps import useful_threads
-from ks.training.trackers import TrackerReport
+from ks.training.trackers import Tracker
 from ks.training.trainable_chain import TrainableChain
 
 
@@ -61,7 +60,7 @@ class Recorder:
         resume: bool,
     ):
         self.config, self.problem, self.files = config, problem, files
-        self.checkpoints = Checkpoints(files, settings, config.resume_interval, resume)
+        self.checkpoints = Checkpoints(files, settings, resume)
         found = self.checkpoints.found
         if found:
             torch.set_num_threads(found.threads)
@@ -82,7 +81,7 @@ class Recorder:
         self._started = time.perf_counter()
         self._next_write = 0.0
         self._best: BestModel | None = None
-        self._tracker = TrackerReport(config, files, settings) if config.log_to else None
+        self._tracker = Tracker(config, files, settings) if config.log_to else None
 
     def start(self) -> None:
         """Write config and log, so that a killed run leaves them."""
@@ -113,8 +112,7 @@ class Recorder:
         """
         self._weight, self._chain, self._optimizer, self._schedule = weight, chain, optimizer, schedule
         torch.set_num_threads(useful_threads(self.problem.chain.parameters(self.config.rank) * self.config.batch_size))
-        keep_start = self.problem.edits.criterion_is_ours and self.config.init == "hierarchical"
-        self._best = BestModel(chain, weight, self.problem.moment, keep_start)
+        self._best = BestModel(chain, weight, self.problem.moment)
         if self.checkpoints.found:
             self.curves = self.checkpoints.restore(optimizer, schedule, self._best)
             write_curves(self.files, self.curves)
@@ -216,7 +214,8 @@ class Recorder:
     def _save_best(self, best: BestModel, row: dict) -> None:
         if self.problem.edits.criterion_is_ours:
             row["population_loss"] = best.population_loss() * self.problem.unit_of_loss
-        self.problem.save(best.chosen(), self.files.best)
+        assert best.kept is not None
+        self.problem.save(best.kept, self.files.best)
 
     def end(self, error: BaseException | None) -> int:
         """Record how the run ended, and print it; return the exit code.
@@ -298,7 +297,7 @@ def run_recorded(train: Callable[[TrainerConfig, Problem, Recorder], None], conf
         UsageError: the folder is in use, holds another run (with --resume), or a file of the user's is in the way.
     """
     files = RunFiles(prepare_output_dir(config.output_dir), config.save_prefix, config.rank)
-    with locked(files.lock, "another training", wait=10), signals.deferred():
+    with locked(files.lock, "another run", wait=10), signals.deferred():
         settings = settings_of(config, problem) | {"rank": config.rank}
         inputs = config.files_read()
         delete_leftovers([*files.results(), *files.epoch_checkpoints()])

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 
 from ks.chain.bmm import float32_products
-from ks.moments.gram import lower_gram
 from ks.moments.pieces import in_pieces
 from ks.moments.second_moment import UNIT_MOMENT, SecondMoment
+from ks.training.whitening import whiten
 
 _STREAMS = {"train": 0, "validation": 1, "shuffle": 2, "init": 3}
 
@@ -17,32 +17,6 @@ def seeded_generator(seed: int, stream: str, epoch: int = 0, device="cpu") -> to
     """Return a generator for one purpose of one run, so that no draw of one stream or epoch shifts those of another."""
     mixed = (seed * len(_STREAMS) + _STREAMS[stream]) * 1_000_003 + epoch
     return torch.Generator(device).manual_seed(mixed % 2**63)
-
-
-def whiten(samples: torch.Tensor) -> torch.Tensor:
-    """Return X · chol(XᵀX / N)⁻ᵀ, whose second moment is I: its full-batch loss is the population loss.
-
-    Args:
-        samples: X, shape (N, n) with N ≥ n, any float dtype.
-    Returns:
-        tensor of the same shape and dtype. For N < 1.5n, XᵀX is too ill-conditioned for float32 and the work is done in
-        float64; otherwise float32 leaves an error below 1e-6 in any entry of XᵀX / N.
-    """
-    count, features = samples.shape
-    wide = samples.to(torch.float32 if 2 * count >= 3 * features else torch.float64)
-    gram = lower_gram(wide.t())
-    root = torch.empty_like(gram)
-    whitened = torch.empty_like(samples, memory_format=torch.contiguous_format)
-
-    def decompose(_) -> None:
-        torch.linalg.cholesky(gram.div_(count), out=root)
-
-    def solve(rows: slice) -> None:
-        whitened[rows] = torch.linalg.solve_triangular(root.t(), wide[rows], upper=True, left=False)
-
-    in_pieces(decompose, 1, samples.device)
-    in_pieces(solve, count, samples.device)
-    return whitened
 
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # inputs and their targets, one sample a row
@@ -73,7 +47,7 @@ class Samples:
         sampling: 'whitened' (one set, second moment exactly C), 'fresh' (a new set every epoch) or 'fixed'.
         seed: of inputs and shuffles.
         moment: C.
-        output_rows: the order of the training targets, as rows of W, int64 of shape (m,); the natural one unless told.
+        output_rows: the order of the training targets, as rows of W, int64 of shape (m,); None for the natural one.
         batch_last: batches of shape (n, batch) instead of (batch, n).
         dtype: of the inputs; targets stay float32.
         stored: the `sets` of samples with the same settings.

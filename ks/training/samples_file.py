@@ -21,6 +21,7 @@ from ks.files.atomic import save_tensors
 from ks.files.weights import DTYPES
 from ks.training.problem import Problem
 from ks.training.samples import Samples, SampleSet
+from ks.training.settings import settings_of
 
 FILES_OF_SEEDS = "KS_SAMPLES"  # in the environment of a run: a JSON object from seeds to paths
 LONG_WORK = 2**36  # multiply-adds, a few seconds
@@ -39,8 +40,8 @@ def make_samples(
         config: with batch size, layout, dtype and seed.
         problem: that the run solves.
         weight: W in internal units.
-        output_rows: the order of the training targets, as rows of W; the natural one unless told.
-        seed: of the samples; that of the config unless told.
+        output_rows: the order of the training targets, as rows of W; None for the natural one.
+        seed: of the samples; None for that of the config.
     """
     seed = config.seed if seed is None else seed
     stored, given = _read(seed, _settings(config, problem, seed)), problem.weight.tensor
@@ -92,20 +93,8 @@ def samples_in_files(config: TrainingFlags, problem: Problem, paths: dict[int, P
 
 
 def _settings(config: TrainingFlags, problem: Problem, seed: int) -> dict[str, Any]:
-    """Return everything that determines the bits of samples."""
-    return {
-        "weight": problem.weight.sha256(),
-        "sampling": problem.sampling,
-        "seed": seed,
-        "num_train": problem.num_train,
-        "num_validation": problem.num_validation,
-        "batch_size": config.batch_size,
-        "bs_last": config.bs_last,
-        "dtype": config.dtype,
-        "inputs": problem.layer_inputs.description,
-        "chain": problem.chain.describe(),  # its column groups are whitened
-        "torch": str(torch.__version__),
-    }
+    """Return everything that determines the bits of samples, and more that the runs of a sweep have in common."""
+    return settings_of(config, problem) | {"seed": seed, "torch": str(torch.__version__)}
 
 
 def _write(path: Path, config: TrainingFlags, problem: Problem, seed: int) -> None:

@@ -6,7 +6,7 @@ from ks.cli.flags import OptimizerFlags
 
 
 class Schedule:
-    """Learning rate per step.
+    """Learning rate per step, relative: every optimizer multiplies it by its `rate_factors`, 100/√c for AdamW.
 
     cosine: lr · (1 + cos(π t / T)) / 2 over the T steps of the run; plateau: times `scheduler_factor` after more than
     `scheduler_patience` epochs without a validation loss 1e-4 (relative) below the best; step: times `gamma` every

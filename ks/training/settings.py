@@ -14,7 +14,7 @@ NOT_COMPARED = (
     *("weight_path", "weight_key", "transpose", "chain", "blocks", "num_factors", "row_splits", "col_splits"),
     *("inputs", "inputs_key"),
     *("device", "sampling", "optimizer", "log_to", "log_interval", "verbose", "quiet"),
-    *("latency_seconds", "save_interval", "resume_interval"),
+    *("latency_seconds", "save_interval"),
 )
 
 

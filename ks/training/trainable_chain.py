@@ -1,4 +1,4 @@
-"""The chain in training: its float32 factors, their initial values, and its products with a batch without autograd."""
+"""The chain that trains: its float32 factors, their initial values, and its products with a batch without autograd."""
 
 import functools
 from typing import Any
@@ -99,8 +99,8 @@ class TrainableChain:
 def _initial_model(config: TrainerConfig, problem: Problem, weight: torch.Tensor) -> KSLinear:
     """Return the chain at its initial values.
 
-    random: the left-most factor is zero, so that training starts from predicting 0; the others keep the variance of
-    their input. For coupled inputs, the rows of the right-most one are random combinations of those of W.
+    random: the left-most factor is zero, so that the run starts from the zero predictor; the others keep the variance
+    of their input. For coupled inputs, the rows of the right-most one are random combinations of those of W.
     hierarchical: the factorisation of W for the second moment of the inputs.
     """
     patterns = problem.chain.patterns(config.rank)
@@ -128,7 +128,7 @@ def sketch_rows(factor: torch.Tensor, weight: torch.Tensor, row_groups: int, gen
 
     Args:
         factor: values of shape (p, r·q, n/p, 1), updated in place.
-        weight: W in the coordinates of the training, shape (m, n), float64.
+        weight: W in internal coordinates, shape (m, n), float64.
         row_groups: q.
         generator: on the CPU.
     """

@@ -44,10 +44,8 @@ def products(device, dtype, precision):
     ("device", "precision", "during"),
     [
         ("cpu", "ieee", "ieee"),
-        ("cpu", "tf32x3", "ieee"),
         ("cpu", "tf32", "ieee"),
         ("cuda", "ieee", "ieee"),
-        ("cuda", "tf32x3", "ieee"),
         ("cuda", "tf32", "tf32"),
     ],
 )

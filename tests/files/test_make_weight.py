@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from ks.chain.patterns import make_chain
-from ks.errors import UsageError
 from ks.files.make_weight import INIT_METHODS, make_weight
 
 
@@ -33,14 +32,3 @@ def test_structured_kinds_have_their_structure():
     assert noisy[5] < 0.05 * noisy[4]
     values = torch.linalg.svdvals(make_weight(30, 40, "power_law", alpha=0.5))
     torch.testing.assert_close(values / values[0], torch.arange(1, 31).float() ** -0.5, rtol=1e-3, atol=1e-4)
-
-
-def test_bad_requests():
-    for arguments, message in [
-        ((0, 4, "normal"), "at least 1"),
-        ((4, 4, "nonsense"), "xavier_uniform"),
-    ]:
-        with pytest.raises(UsageError, match=message):
-            make_weight(*arguments)
-    with pytest.raises(UsageError, match="rank 0"):
-        make_weight(4, 4, "lowrank_plus_noise", rank=0)

@@ -7,7 +7,7 @@ from pathlib import Path
 import rank_sweep_study
 import train_with_random
 
-QUICK = ("--num_samples", "80", "--batch_size", "16", "--num_epochs", "3", "--rank", "2", "--resume_interval", "0")
+QUICK = ("--num_samples", "80", "--batch_size", "16", "--num_epochs", "3", "--rank", "2")
 GIB = 2**30
 
 

@@ -7,7 +7,7 @@ from ks.report.command import reproducing_command
 
 ARGUMENTS = [
     *("--weight_path", "/a/b c/w.pth", "--weight_key=-odd", "--ranks", "2", "4", "--inputs", "/d/e.safetensors"),
-    *("--output_dir", "/somewhere/results", "--lr", "0.01", "--log_scale", "--figsize", "6", "4", "--jobs", "2"),
+    *("--output_dir", "/somewhere/results", "--lr", "0.01", "--log_scale", "--jobs", "2"),
 ]
 
 

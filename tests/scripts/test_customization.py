@@ -161,7 +161,7 @@ def validation(weight_path):
 def test_metrics_follow_the_curves_through_stop_resume_and_more_epochs(
     edited, weight_path, tmp_path, capsys, monkeypatch, validation
 ):
-    script, steps = edited(metrics=METRICS), ("--num_epochs", 4, "--save_interval", 1, "--resume_interval", 0)
+    script, steps = edited(metrics=METRICS), ("--num_epochs", 4, "--save_interval", 1)
     whole = train(script, weight_path, tmp_path / "whole", *steps)
     assert re.search(r"epoch 4/4: .*, cosine 0\.\d+, worst_row [\d.]+, ", capsys.readouterr().err)
     with monkeypatch.context() as patched:

@@ -137,7 +137,7 @@ def test_isotropic_inputs_from_a_file_make_the_study_without_one(tmp_path, weigh
 
 
 def test_a_resumed_training_has_the_bits_of_one_that_was_not_stopped(tmp_path, weight_path, samples, monkeypatch):
-    flags = ("--inputs", samples, "--sampling", "fixed", "--fit_bias", "--resume_interval", 0)
+    flags = ("--inputs", samples, "--sampling", "fixed", "--fit_bias")
     train(weight_path, tmp_path / "whole", *flags)
 
     with monkeypatch.context() as patched:

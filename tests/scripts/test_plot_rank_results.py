@@ -18,7 +18,7 @@ from ks.report.read_results import read_study
 def test_replotting_from_files_alone_gives_the_same_summary(run, swept, tmp_path):
     study = swept[0] / "rank_sweep_results"
     arguments = ("--results_dir", study, "--output_dir", "figures", "--log_scale", "--formats", "png", "svg", "pdf")
-    done = run("plot_rank_results.py", *arguments, "--title", "T", "--dpi", 50, "--figsize", 6, 3)
+    done = run("plot_rank_results.py", *arguments, "--title", "T", "--dpi", 50)
     assert done.returncode == 0, done.stderr
     names = ("final_losses", "floor", "front", "gap", "loss_curves")
     expected = sorted(f"rank_sweep_{name}.{suffix}" for name in names for suffix in ("png", "svg", "pdf"))

@@ -264,8 +264,8 @@ def test_the_last_line_has_the_exact_loss_of_the_curves(weight_path, tmp_path, c
 
 def test_a_run_that_diverges_in_its_first_epoch_closes_its_tracker(weight_path, tmp_path, monkeypatch):
     closed = []
-    monkeypatch.setattr(recorder.TrackerReport, "close", lambda self: closed.append(self.name))
-    monkeypatch.setattr(recorder.TrackerReport, "log", lambda self, curves: None)
+    monkeypatch.setattr(recorder.Tracker, "close", lambda self: closed.append(self.name))
+    monkeypatch.setattr(recorder.Tracker, "log", lambda self, curves: None)
     monkeypatch.setattr("ks.training.problem.check_installed", lambda name: None)
     arguments = ["--weight_path", str(weight_path), *QUICK, "--output_dir", str(tmp_path / "out"), "--quiet"]
     diverging = ["--lr", "1e30", "--optimizer", "sgd", "--max_grad_norm", "0", "--log_to", "trackio"]

@@ -29,12 +29,10 @@ TRAINING = (
     "16",
     "--num_epochs",
     EPOCHS,
-    "--resume_interval",
-    "0",
     "--rank",
     "2",
 )
-SWEEP = (*TRAINING[:8], "--ranks", "1", "2", "4", "--jobs", "2")
+SWEEP = (*TRAINING[:6], "--ranks", "1", "2", "4", "--jobs", "2")
 FEW = ("--num_samples", "80", "--num_epochs", "3", "--ranks", "1", "2")
 
 
@@ -282,13 +280,12 @@ def test_a_full_disk_loses_nothing(weight_path, tmp_path):
     """Curves and records still fit, checkpoints do not."""
     torch.save(torch.randn(64, 96), tmp_path / "wide.pth")
     flags = ("--weight_path", "wide.pth", "--num_samples", 80, "--num_epochs", 6, "--rank", 2, "--output_dir", "out")
-    flags += ("--resume_interval", 1000)
     full = finish(start("train_with_random.py", tmp_path, *flags, preexec_fn=file_size_limit(4500)))
     assert full.returncode == 1
     assert "File too large" in full.stderr.splitlines()[-1]
     assert "Traceback" not in full.stderr
     files = RunFiles(tmp_path / "out", "ks_chain", 2)
-    assert len(read_curves(files.curves_csv)) == 6
+    assert read_curves(files.curves_csv)  # of the epochs until the resume state did not fit
     assert not list((tmp_path / "out").glob(".*"))
     assert finish(start("train_with_random.py", tmp_path, *flags, "--resume")).returncode == 0
     assert read_json(files.training_log)["status"] == "ok"
@@ -333,7 +330,7 @@ class TestReadOnlyFolders:
         assert len(done.stderr.splitlines()) == 1
 
     def test_one_that_becomes_read_only_loses_nothing(self, weight_path, tmp_path):
-        flags = (*TRAINING[:4], "--num_epochs", 400, "--resume_interval", 0, "--ranks", 1, 2, "--jobs", 2)
+        flags = (*TRAINING[:4], "--num_epochs", 400, "--ranks", 1, 2, "--jobs", 2)
         process = start("rank_sweep_study.py", tmp_path, *flags, before=LIKE_A_USER)
         files = files_of(tmp_path / "rank_sweep_results", 2)
         wait_for(files.resume.exists)

@@ -1,5 +1,7 @@
 """A checkpoint holds all that a training needs to go on as if it had not stopped, and nothing else is resumed from."""
 
+import math
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -27,7 +29,7 @@ class Training:
         self.optimizer = Optimizer("adamw", self.factors, loss_scaling=loss_scaling)
         self.schedule = schedule_of("plateau", num_epochs=9, lr=0.01, scheduler_patience=0)
         chain = SimpleNamespace(model=self.model, factors=self.factors)
-        self.best = BestModel(chain, WEIGHT.double(), UNIT_MOMENT, keep_start=False)
+        self.best = BestModel(chain, WEIGHT.double(), UNIT_MOMENT)
         self.curves = []
 
     def epoch(self):
@@ -48,8 +50,9 @@ def files(tmp_path):
     return RunFiles(tmp_path, "ks_chain", 2)
 
 
-def checkpoint_of(training, files, interval=0.0):
-    checkpoints = Checkpoints(files, SETTINGS, interval, resume=False)
+def checkpoint_of(training, files, next_write=0.0):
+    checkpoints = Checkpoints(files, SETTINGS, resume=False)
+    checkpoints.next_write = next_write
     checkpoints.offer(1, training.curves, *training.parts())
     return checkpoints
 
@@ -61,7 +64,7 @@ def test_a_restored_training_goes_on_as_if_it_had_not_stopped(files, loss_scalin
         whole.epoch()
     checkpoint_of(whole, files)
     resumed = Training(loss_scaling)
-    resumed.curves = Checkpoints(files, SETTINGS, 0.0, resume=True).restore(*resumed.parts())
+    resumed.curves = Checkpoints(files, SETTINGS, resume=True).restore(*resumed.parts())
     for _ in range(3):
         whole.epoch()
         resumed.epoch()
@@ -79,43 +82,44 @@ def test_a_state_of_another_length_is_not_put_back(files, part, change, capsys):
     training = Training()
     training.epoch()
     checkpoint_of(training, files)
-    checkpoints = Checkpoints(files, SETTINGS, 0.0, resume=True)
+    checkpoints = Checkpoints(files, SETTINGS, resume=True)
     holder, key = (checkpoints.found, "optimizer") if part == "optimizer" else (checkpoints.found.best, "factors")
     setattr(holder, key, change(getattr(holder, key)))
     fresh, untouched = Training(), Training()
     assert checkpoints.restore(*fresh.parts()) == []
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == (f"checkpoint {files.resume} is not valid: its tensors are those of another training; starting anew")
+    assert line == (f"checkpoint {files.resume} is not valid: its tensors are those of another run; starting anew")
     assert (fresh.best.row, fresh.schedule.state()) == (None, untouched.schedule.state())
     for ours, theirs in zip(fresh.optimizer.state(), untouched.optimizer.state(), strict=True):
         assert torch.equal(ours, theirs)
 
 
 def test_only_a_whole_checkpoint_with_the_same_settings_is_resumed_from(files, capsys):
-    assert Checkpoints(files, SETTINGS, 0.0, resume=True).found is None
+    assert Checkpoints(files, SETTINGS, resume=True).found is None
     training = Training()
     training.epoch()
     checkpoint_of(training, files)
-    assert Checkpoints(files, SETTINGS, 0.0, resume=True).found.curves == training.curves
-    assert Checkpoints(files, SETTINGS, 0.0, resume=False).found is None
-    assert Checkpoints(files, SETTINGS | {"lr": 0.1}, 0.0, resume=True).found is None
+    assert Checkpoints(files, SETTINGS, resume=True).found.curves == training.curves
+    assert Checkpoints(files, SETTINGS, resume=False).found is None
+    assert Checkpoints(files, SETTINGS | {"lr": 0.1}, resume=True).found is None
     assert capsys.readouterr().err == ""
     files.resume.write_bytes(files.resume.read_bytes()[:1000])
-    assert Checkpoints(files, SETTINGS, 0.0, resume=True).found is None
+    assert Checkpoints(files, SETTINGS, resume=True).found is None
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{files.resume} cannot be read as a checkpoint")
     assert line.endswith("; training starts anew")
 
 
-def test_a_checkpoint_waits_for_its_interval_and_holds_the_epoch_that_was_offered(files):
+def test_a_checkpoint_waits_until_it_is_due_and_holds_the_epoch_that_was_offered(files):
     training = Training()
     training.epoch()
-    checkpoints = checkpoint_of(training, files, interval=1000.0)
+    checkpoints = checkpoint_of(training, files, next_write=math.inf)
     assert not files.resume.exists()
     before = [tensor.detach().clone() for tensor in training.optimizer.state()]
     training.epoch()
     checkpoints.write_latest()
-    found = Checkpoints(files, SETTINGS, 0.0, resume=True).found
+    assert time.monotonic() < checkpoints.next_write < math.inf
+    found = Checkpoints(files, SETTINGS, resume=True).found
     assert len(found.curves) == 1
     for kept, tensor in zip(found.optimizer, before, strict=True):
         assert torch.equal(kept, tensor)
@@ -126,7 +130,7 @@ def test_the_state_goes_to_the_host_only_when_it_is_written(files):
     training = Training()
     training.epoch()
     training.optimizer.state = lambda: [torch.zeros(3, device="meta")]
-    checkpoints = checkpoint_of(training, files, interval=1000.0)
+    checkpoints = checkpoint_of(training, files, next_write=math.inf)
     with pytest.raises(NotImplementedError, match="meta tensor"):
         checkpoints.write_latest()
 
@@ -136,7 +140,7 @@ def test_more_epochs_are_a_new_segment(files):
     training.epoch()
     checkpoint_of(training, files)
     for settings, segment in ((SETTINGS, 1), (SETTINGS | {"num_epochs": 10}, 2)):
-        checkpoints = Checkpoints(files, settings, 0.0, resume=True)
+        checkpoints = Checkpoints(files, settings, resume=True)
         checkpoints.restore(*Training().parts())
         assert checkpoints.segment == segment
-    assert Checkpoints(files, SETTINGS | {"num_epochs": 8}, 0.0, resume=True).found is None
+    assert Checkpoints(files, SETTINGS | {"num_epochs": 8}, resume=True).found is None

@@ -140,13 +140,13 @@ def in_place(prediction, target):
 
 
 BAD = {
-    "raises": (failing, "failed: ArithmeticError: no sums today"),
+    "raises": (failing, r"failed at test_criterion\.py:\d+: ArithmeticError: no sums today"),
     "a vector": (lambda p, t: (p - t).square().mean(0), r"returned shape \(7,\) instead of a scalar tensor"),
     "a number": (lambda p, t: 1.0, "returned float instead of a scalar tensor"),
     "no gradient": (without_gradient, "has no gradient for the prediction"),
-    "another device": (lambda p, t: (p - t.to("meta")).mean(), "failed: "),
+    "another device": (lambda p, t: (p - t.to("meta")).mean(), r"failed at test_criterion\.py:\d+: "),
     "changes the target": (in_place, "changes its target in place"),
-    "half of the outputs": (lambda p, t: (p[:, :3] - t).mean(), "failed: RuntimeError: "),
+    "half of the outputs": (lambda p, t: (p[:, :3] - t).mean(), r"failed at test_criterion\.py:\d+: RuntimeError: "),
 }
 
 
@@ -205,7 +205,10 @@ def test_a_metric_that_fails_is_named_once_and_left_empty():
     ]
     failed = GuardedMetrics(failing, warnings.append)
     assert failed(torch.ones(2, 3), torch.ones(2, 3)) == failed(torch.ones(2, 3), torch.ones(2, 3)) == {}
-    assert warnings[3:] == ["metrics of train_with_random.py failed and stay empty: ArithmeticError: no sums today"]
+    place = f"test_criterion.py:{failing.__code__.co_firstlineno + 1}"
+    assert warnings[3:] == [
+        f"metrics of train_with_random.py stay empty, because they failed at {place}: ArithmeticError: no sums today"
+    ]
 
 
 def test_averages_are_over_samples_not_batches():

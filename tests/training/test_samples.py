@@ -8,7 +8,8 @@ from steps import WEIGHT, make_samples
 
 from ks.moments.second_moment import SecondMoment
 from ks.training import samples as module
-from ks.training.samples import seeded_generator, whiten
+from ks.training.samples import seeded_generator
+from ks.training.whitening import whiten
 
 
 def epoch(samples, number):

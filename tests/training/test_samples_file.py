@@ -55,8 +55,6 @@ def same(samples, others):
 MEASURED = ["--inputs", "0.pth"]
 FLAGS = {
     "default": [],
-    "fixed": ["--sampling", "fixed"],
-    "features first": ["--bs_last"],
     "bfloat16": ["--dtype", "bfloat16", "--batch_size", "7"],
     "measured, with a bias": [*MEASURED, "--fit_bias", "--bs_last"],
     "given rows": [*MEASURED, "--sampling", "fixed", "--batch_size", "7"],
@@ -88,10 +86,9 @@ def test_runs_share_the_pages_of_a_file_and_what_one_writes_stays_its_own(settin
         assert draw(config, problem, output_rows).inputs.any()
 
 
-OTHER_INPUTS = [[], ["--inputs", "1.pth"], [*MEASURED, "--fit_bias"], [*MEASURED, "--chain", "lowrank"]]
 OTHERS = [
-    *([[], other] for other in (["--sampling", "fixed"], ["--batch_size", "16"], ["--bs_last"])),
-    *([MEASURED, other] for other in OTHER_INPUTS),
+    *([[], other] for other in (["--sampling", "fixed"], ["--bs_last"])),
+    *([MEASURED, other] for other in (["--inputs", "1.pth"], [*MEASURED, "--chain", "lowrank"])),
 ]
 
 
@@ -119,7 +116,6 @@ def other_content(path):
 FAULTS = {
     "damaged": flip,
     "cut short": lambda path: path.write_bytes(path.read_bytes()[:-100]),
-    "empty": lambda path: path.write_bytes(b""),
     "missing": Path.unlink,
     "other content": other_content,
 }
@@ -136,11 +132,11 @@ def test_a_faulty_file_is_one_line_and_not_believed(fault, setting, tmp_path, ca
     assert same(found, draw(*case))
 
 
-@pytest.mark.parametrize("value", ["no JSON", "[]", '{"0": 3}', '{"0": "/nowhere"}', '{"1": "/nowhere"}', "{}"])
+@pytest.mark.parametrize("value", ["no JSON", '{"0": 3}', '{"0": "/nowhere"}', "{}"])
 def test_any_value_of_the_variable_is_one_line_at_most(value, setting, monkeypatch, capsys):
     monkeypatch.setenv(FILES_OF_SEEDS, value)
     assert draw(*setting()).inputs.any()
-    assert capsys.readouterr().err.count("drawn here") == (value not in ("{}", '{"1": "/nowhere"}'))
+    assert capsys.readouterr().err.count("drawn here") == (value != "{}")
 
 
 def test_samples_that_cannot_be_written_are_left_to_the_runs(setting, tmp_path, capsys):

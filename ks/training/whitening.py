@@ -1,6 +1,7 @@
-"""The coordinates of a training, in which predicting 0 has a loss of 1 and every column group of x is white.
+"""Whitening: of a set of samples, and of the coordinates in which a chain learns.
 
-Neither losses nor floors nor the shape of a chain depend on them: with C_ii = G_i G_iᵀ the second moment of column
+In these coordinates the zero predictor has a loss of 1 and every column group of x is white. Neither losses nor floors
+nor the shape of a chain depend on them: with C_ii = G_i G_iᵀ the second moment of column
 group i of the right-most factor, y' = y / u and x'_i = G_i⁺ (x_i − μ_i) turn W into W ⊕G_i / u and that factor into
 K_L ⊕G_i, up to u. Optimizers need far fewer steps there: inputs of real layers have conditions up to 1e9.
 """
@@ -14,8 +15,8 @@ from ks.bounds.grid_descent import root_and_inverse
 from ks.chain.patterns import Chain
 from ks.files.atomic import save_tensors
 from ks.layer import KSLinear
-from ks.moments.gram import is_semi_definite
-from ks.moments.pieces import sum_of_squares
+from ks.moments.gram import is_semi_definite, lower_gram
+from ks.moments.pieces import in_pieces, sum_of_squares
 from ks.moments.second_moment import FLOAT32_ROUNDING, UNIT_MOMENT, SecondMoment
 
 # Values of a chain are saved in float64 where float32 would lose more than about 1e-7 of the loss: the whitening of a
@@ -45,12 +46,12 @@ class Coordinates:
             weight: W, shape (m, n), float64; overwritten.
         """
         if self.root is not None:
-            weight = _times_blocks(weight, self.root)
+            weight = _times_block_diagonal(weight, self.root)
         return weight.div_(self.unit)
 
     def samples(self, samples: torch.Tensor) -> torch.Tensor:
         """Return samples x' of centred samples x, shape (N, n), float64."""
-        return samples if self.inverse is None else _times_blocks(samples, self.inverse.mT)
+        return samples if self.inverse is None else _times_block_diagonal(samples, self.inverse.mT)
 
     def energies(self, moment: torch.Tensor) -> torch.Tensor:
         """Return E[x'_j²] of every feature, shape (n,), float64.
@@ -119,7 +120,7 @@ def measured_coordinates(
     groups = chain.patterns(1)[-1].a
     root, inverse = root_and_inverse(_diagonal_blocks(moment, groups))
     coordinates = Coordinates(predict_zero_loss**0.5, root, inverse, centre)
-    whitened = _times_blocks(_times_blocks(moment, inverse.mT).mT, inverse.mT)
+    whitened = _times_block_diagonal(_times_block_diagonal(moment, inverse.mT).mT, inverse.mT)
     whitened = (whitened + whitened.mT) / 2
     for place, own in zip(_diagonal_blocks(whitened, groups), inverse @ root, strict=True):
         place.copy_(own)  # the identity, or a projection
@@ -135,7 +136,7 @@ def _diagonal_blocks(matrix: torch.Tensor, groups: int) -> torch.Tensor:
     return matrix.unflatten(0, (groups, -1)).unflatten(2, (groups, -1)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
-def _times_blocks(matrix: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+def _times_block_diagonal(matrix: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
     """Return A ⊕B_i for A of shape (m, n) and B of shape (p, n/p, n/p)."""
     columns = matrix.view(len(matrix), len(blocks), -1).transpose(0, 1)  # m (p k) -> p m k
     return (columns @ blocks.to(matrix.device)).transpose(0, 1).reshape(matrix.shape)
@@ -143,3 +144,29 @@ def _times_blocks(matrix: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
 
 def _norms(matrices: torch.Tensor) -> torch.Tensor:
     return torch.linalg.matrix_norm(matrices, 2)
+
+
+def whiten(samples: torch.Tensor) -> torch.Tensor:
+    """Return X · chol(XᵀX / N)⁻ᵀ, whose second moment is I: its full-batch loss is the population loss.
+
+    Args:
+        samples: X, shape (N, n) with N ≥ n, any float dtype.
+    Returns:
+        tensor of the same shape and dtype. For N < 1.5n, XᵀX is too ill-conditioned for float32 and the work is done in
+        float64; otherwise float32 leaves an error below 1e-6 in any entry of XᵀX / N.
+    """
+    count, features = samples.shape
+    wide = samples.to(torch.float32 if 2 * count >= 3 * features else torch.float64)
+    gram = lower_gram(wide.t())
+    root = torch.empty_like(gram)
+    whitened = torch.empty_like(samples, memory_format=torch.contiguous_format)
+
+    def decompose(_) -> None:
+        torch.linalg.cholesky(gram.div_(count), out=root)
+
+    def solve(rows: slice) -> None:
+        whitened[rows] = torch.linalg.solve_triangular(root.t(), wide[rows], upper=True, left=False)
+
+    in_pieces(decompose, 1, samples.device)
+    in_pieces(solve, count, samples.device)
+    return whitened

@@ -9,7 +9,7 @@ from ks.bounds.floors import floor_curve, loss_floor
 from ks.bounds.population_loss import population_loss
 from ks.layer import KSLinear
 from ks.moments.second_moment import SecondMoment
-from ks.training.coordinates import isotropic_coordinates, measured_coordinates
+from ks.training.whitening import isotropic_coordinates, measured_coordinates
 
 FAMILIES = ("monarch", "lowrank", "butterfly", "lowrank_butterfly")
 

@@ -1,4 +1,4 @@
-"""Losses that cannot be right end a training: not finite, or in contradiction to the population loss."""
+"""Losses that cannot be right end a run: not finite, or in contradiction to the population loss."""
 
 import contextlib
 import math
@@ -12,8 +12,8 @@ from ks.bounds.population_loss import population_loss
 from ks.errors import InternalError
 from ks.layer import KSLinear
 from ks.moments.second_moment import UNIT_MOMENT
-from ks.training.checks import Diverged, check_finite, check_validation
 from ks.training.edits import TOOLKIT, Edits
+from ks.training.endings import Diverged, check_finite, check_validation
 
 
 def test_finite_losses_pass():
