@@ -8,8 +8,9 @@ import torch
 from ks.bounds.factorize import factorize
 from ks.chain.backend import check_impl
 from ks.chain.dense import dense_chain
+from ks.chain.operator import product_function
 from ks.chain.patterns import Pattern, check_patterns, make_chain
-from ks.chain.product import blocks_of, chain_layout, empty_blocks, multiply, values_of
+from ks.chain.product import blocks_of, chain_layout, empty_blocks, values_of
 from ks.errors import UsageError
 from ks.files.memory import check_fits
 from ks.files.torch_files import plain, read_torch_file
@@ -199,11 +200,7 @@ class KSLinear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., n) to (..., m), or (n, ...) to (m, ...) with `batch_last`."""
-        if self.impl == "triton":
-            from ks.chain.triton_chain import triton_product
-
-            return triton_product(x, self.blocks, self._layout, self.bias)
-        return multiply(x, self.blocks, self._layout, self.bias)
+        return product_function(self.impl)(x, self.blocks, self._layout, self.bias)
 
     def leave_blocks_to(self, consumer: "KSLinear") -> torch.Tensor:
         """Hand the outputs to another chain as this one makes them, which saves the permutation between the two.

@@ -113,11 +113,12 @@ def readable_blocks(features: torch.Tensor, a: int, d: int, block_order: bool = 
     blocks = _blocks(features, a, d, block_order)
     if blocks is not None:
         return blocks
-    batch = features.shape[1]
+    rows, batch = features.shape
+    f = rows // (a * d)
     if features.stride(0) == 1:
-        by_sample = features.t().view(batch, a, -1, d).permute(1, 3, 0, 2)
-        return by_sample.contiguous().view(a * d, batch, -1).transpose(1, 2)
-    return features.reshape(a, -1, d, batch).transpose(1, 2).contiguous().view(a * d, -1, batch)
+        by_sample = features.t().view(batch, a, f, d).permute(1, 3, 0, 2)  # batch (a f d) -> a d batch f
+        return by_sample.contiguous().view(a * d, batch, f).transpose(1, 2)
+    return features.reshape(a, f, d, batch).transpose(1, 2).contiguous().view(a * d, f, batch)
 
 
 @contextlib.contextmanager

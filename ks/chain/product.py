@@ -35,30 +35,14 @@ def blocks_of(values: torch.Tensor) -> torch.Tensor:
 
 
 class Move(NamedTuple):
-    """View, permutation and view by which the outputs of one product enter the next; None where nothing is to be done.
+    """View, permutation and copy by which features enter the next product; None where nothing is to be done.
 
     A view is a pair of sizes, those before and those behind the batch.
     """
 
     view: tuple[tuple[int, ...], tuple[int, ...]] | None
     order: tuple[int, ...] | None
-    shape: tuple[tuple[int, ...], tuple[int, ...]] | None
-
-    def apply(self, x: torch.Tensor, batch: int, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """Move features, with a bias added to them between the permutation and the last view."""
-        if self.view is not None:
-            x = x.reshape(*self.view[0], batch, *self.view[1])
-        if self.order is not None:
-            x = x.permute(*self.order)
-        if bias is not None:
-            # The first operand decides the memory order, so that sum and permutation are one pass. On a CPU, sums of
-            # halves that are not contiguous are 5 times slower than a copy.
-            on_cpu = x.device.type == "cpu" and x.dtype.itemsize == 2
-            x = x.contiguous() + bias if on_cpu else bias + x
-        if self.shape is not None:
-            # Not reshape: at batch 1 it would find a view whose rows have gaps, on which torch.bmm is slow.
-            x = x.contiguous().view(*self.shape[0], batch, *self.shape[1])
-        return x
+    copy: tuple[tuple[int, ...], tuple[int, ...]] | None
 
 
 class ChainLayout(NamedTuple):
@@ -69,8 +53,11 @@ class ChainLayout(NamedTuple):
         batch_last: whether features come first.
         blocks_in: whether x has the shape (..., a, c), its features as the right-most factor takes them.
         blocks_out: whether y has the shape (..., d, b), its features as the left-most factor makes them.
+        inputs: the sizes of the features of x, (a·c·d,) or with blocks_in (a, c).
         moves: before every product, from right to left, and behind the last one.
         bias_shape: of the bias beside the permuted outputs.
+        outputs: the view of the permuted outputs as y; None if they are y.
+        interleaves: whether the last permutation leaves no row of a product contiguous.
         runs: ranges of neighbouring small factors that are multiplied with each other before they meet a large batch.
         merged: the layout of the chain that they become; None if there are none.
     """
@@ -79,8 +66,11 @@ class ChainLayout(NamedTuple):
     batch_last: bool
     blocks_in: bool
     blocks_out: bool
+    inputs: tuple[int, ...]
     moves: tuple[tuple[Move, ...], ...]
     bias_shape: tuple[int, ...]
+    outputs: tuple[tuple[int, ...], tuple[int, ...]] | None
+    interleaves: bool
     runs: tuple[tuple[int, int], ...] = ()
     merged: Optional["ChainLayout"] = None
 
@@ -101,9 +91,16 @@ def chain_layout(
         moves[0] = (Move(None, None if batch_last else (1, 0, 2), None),)
     if blocks_out:
         moves[-1] = (Move(None, None if batch_last else (1, 0, 2), None),)
-    sizes = [size for size in end if size > 1] if moves[-1][-1].order else [a * b * d]
+    last = moves[-1][-1]
+    sizes = [size for size in end if size > 1] if last.order else [a * b * d]
     bias_shape = (*sizes, *([1] * batch_last))
-    layout = ChainLayout(patterns, batch_last, blocks_in, blocks_out, tuple(moves), bias_shape)
+    moves[-1] = (*moves[-1][:-1], last._replace(copy=None))
+    interleaves = last.copy is not None and not batch_last
+    first = patterns[-1]
+    inputs = (first.a, first.c) if blocks_in else (first.cols,)
+    layout = ChainLayout(
+        patterns, batch_last, blocks_in, blocks_out, inputs, tuple(moves), bias_shape, last.copy, interleaves
+    )
     runs = tuple(merge_runs(patterns))
     if blocks_in or blocks_out or len(runs) == len(patterns):
         return layout
@@ -169,25 +166,46 @@ def multiply(
     """
     check_input(x, blocks, layout)
     batch_last, split = layout.batch_last, 1 + layout.blocks_in
-    batch_shape = x.shape[split:] if batch_last else x.shape[:-split]
-    flat = len(batch_shape) == 1
-    batch = batch_shape[0] if flat else math.prod(batch_shape)
-    if not flat:
+    flat = x.dim() == 1 + split
+    if flat:
+        batch = x.shape[-1 if batch_last else 0]
+    else:
+        batch_shape = x.shape[split:] if batch_last else x.shape[:-split]
+        batch = math.prod(batch_shape)
         x = x.reshape(*x.shape[:split], batch) if batch_last else x.reshape(batch, *x.shape[-split:])
     if layout.merged is not None and (not _is_eager() or batch >= MERGE_BATCH):
         blocks, layout = _merged(blocks, layout), layout.merged
     for moves, block in zip(layout.moves, reversed(blocks)):
-        for move in moves:
-            x = move.apply(x, batch)
+        x = _moved(x, moves, batch)
         x = torch.bmm(block.mT, x) if batch_last else torch.bmm(x, block)
-    *first, last = layout.moves[-1]
-    for move in first:
-        x = move.apply(x, batch)
-    y = last.apply(x, batch, None if bias is None else _beside_outputs(bias.to(x.dtype), layout))
+    if layout.interleaves and x.requires_grad and _is_eager():
+        # The backward pass of a split copies the gradient into one contiguous tensor. Without it, each of the two
+        # products behind would copy the interleaved one.
+        (x,) = x.split(x.shape[0])
+    y = _moved(x, layout.moves[-1], batch)
+    if bias is not None:
+        bias = _beside_outputs(bias.to(x.dtype), layout)
+        # The first operand decides the memory order, so that sum and permutation are one pass. On a CPU, sums of
+        # halves that are not contiguous are 5 times slower than a copy.
+        y = y.contiguous() + bias if y.dtype.itemsize == 2 and y.device.type == "cpu" else bias + y
+    if layout.outputs is not None:
+        y = y.reshape(*layout.outputs[0], batch, *layout.outputs[1]).contiguous()  # a view if b = 1
     if not flat:
         size = 1 + layout.blocks_out
         y = y.reshape(*y.shape[:size], *batch_shape) if batch_last else y.reshape(*batch_shape, *y.shape[-size:])
     return y
+
+
+def _moved(x: torch.Tensor, moves: tuple[Move, ...], batch: int) -> torch.Tensor:
+    for view, order, copy in moves:
+        if view is not None:
+            x = x.reshape(*view[0], batch, *view[1])
+        if order is not None:
+            x = x.permute(*order)
+        if copy is not None:
+            # Not reshape: at batch 1 it would find a view whose rows have gaps, on which torch.bmm is slow.
+            x = x.contiguous().view(*copy[0], batch, *copy[1])
+    return x
 
 
 def _is_eager() -> bool:
@@ -215,12 +233,10 @@ def check_input(x: torch.Tensor, blocks: Sequence[torch.Tensor], layout: ChainLa
     """Raise UsageError for an x of other features or another dtype than a chain."""
     if torch.jit.is_tracing():  # sizes are tensors there
         return
-    a, _, c, d = layout.patterns[-1]
-    wanted = (a, c) if layout.blocks_in else (a * c * d,)
-    size = len(wanted)
-    if (x.shape[:size] if layout.batch_last else x.shape[-size:]) != wanted:
-        where = f"first {size} dimensions" if layout.batch_last else f"last {size} dimensions"
-        where = where if size > 1 else where.replace("1 dimensions", "dimension")
-        raise UsageError(f"input of shape {tuple(x.shape)}: the {where} must be {', '.join(map(str, wanted))}")
+    size = len(layout.inputs)
+    if (x.shape[:size] if layout.batch_last else x.shape[-size:]) != layout.inputs:
+        where = f"{'first' if layout.batch_last else 'last'} {f'{size} dimensions' if size > 1 else 'dimension'}"
+        wanted = ", ".join(map(str, layout.inputs))
+        raise UsageError(f"input of shape {tuple(x.shape)}: the {where} must be {wanted}")
     if x.dtype != blocks[0].dtype and not torch.is_autocast_enabled(x.device.type):
         raise UsageError(f"input is {x.dtype}, the chain {blocks[0].dtype}: convert one of them")
