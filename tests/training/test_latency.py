@@ -12,7 +12,8 @@ from ks.files.columns import BATCHES, LATENCIES, names
 from ks.files.layout import RunFiles
 from ks.files.schema import Latency, TrainingLog, read_json_as
 from ks.training import latency, recorder
-from ks.training.latency import interleaved_medians, measure_latency
+from ks.training.interleaved import ROUNDS, interleaved_medians
+from ks.training.latency import measure_latency
 
 CPU = torch.device("cpu")
 
@@ -55,7 +56,7 @@ def test_the_functions_take_turns_and_the_first_call_does_not_count(monkeypatch)
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
     functions = {name: lambda name=name: calls.append(name) for name in ("slow", "fast")}
     assert interleaved_medians(functions, CPU, 0.0, clock=time.perf_counter) == {"slow": 1.0, "fast": 1.0}
-    assert calls == ["slow", "fast", "slow", "slow", "fast", "fast"] + ["slow", "fast"] * latency.ROUNDS[0]
+    assert calls == ["slow", "fast", "slow", "slow", "fast", "fast"] + ["slow", "fast"] * ROUNDS[0]
 
 
 @pytest.mark.parametrize("works", [True, False])
