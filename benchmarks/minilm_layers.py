@@ -30,7 +30,7 @@ from ks.cli import console
 from ks.files.atomic import write_csv
 from ks.files.weights import load_weight
 from ks.moments.read import PartMoments, read_input_moments
-from ks.moments.second_moment import UNIT_INPUTS, Inputs, MeasuredInputs
+from ks.moments.second_moment import SecondMoment
 
 LAYERS = ("0.output.dense", "3.output.dense", "3.intermediate.dense", "3.attention.output.dense")
 RANKS = (4, 16, 32, 48)
@@ -81,8 +81,8 @@ class Measured:
         if centre is not None:
             cross = part.mean.outer(centre)
             moment = moment - cross - cross.t() + centre.outer(centre)
-        energy = MeasuredInputs(part.second_moment).output_energy(self.weight)
-        return population_loss(self.weight, values, MeasuredInputs(moment)) * len(self.weight) / energy
+        energy = SecondMoment(part.second_moment).output_energy(self.weight)
+        return population_loss(self.weight, values, SecondMoment(moment)) * len(self.weight) / energy
 
 
 def read_layer(layer: str, inputs: Path, unseen: Path) -> Measured:
@@ -94,10 +94,12 @@ def read_layer(layer: str, inputs: Path, unseen: Path) -> Measured:
     return Measured(key, weight, seen.train, seen.held_out, other.train)
 
 
-def bounds_and_chain(layer: Measured, chain: ks.Chain, rank: int, inputs: Inputs, bounds) -> tuple[float, float, list]:
+def bounds_and_chain(
+    layer: Measured, chain: ks.Chain, rank: int, moment: SecondMoment, bounds
+) -> tuple[float, float, list]:
     """Return a lower bound of the loss and the loss of the best chain known, both per output, and that chain."""
-    values = factorize(layer.weight, chain.patterns(rank), inputs)
-    return bounds.lower(rank), population_loss(layer.weight, values, inputs), values
+    values = factorize(layer.weight, chain.patterns(rank), moment)
+    return bounds.lower(rank), population_loss(layer.weight, values, moment), values
 
 
 def compare(layer: Measured, ranks: list[int]):
@@ -105,17 +107,17 @@ def compare(layer: Measured, ranks: list[int]):
     weight, rows, cols = layer.weight, *layer.weight.shape
     chain, lowrank = ks.make_chain(rows, cols), ks.make_chain(rows, cols, "lowrank")
     centre = layer.train.mean
-    seen = MeasuredInputs(layer.train.second_moment)
-    centred = MeasuredInputs(layer.train.second_moment - centre.outer(centre))
+    seen = SecondMoment(layer.train.second_moment)
+    centred = SecondMoment(layer.train.second_moment - centre.outer(centre))
     predict_zero = seen.output_energy(weight) / rows
     isotropic_curve = chain_bounds(weight, chain).curve
     isotropic_curve = isotropic_curve / isotropic_curve[0]
     lowrank_curve = tail_energies(seen.times_root(weight)) / (rows * predict_zero)
-    bounds, bounds_centred = (chain_bounds(weight, chain, inputs) for inputs in (seen, centred))
+    bounds, bounds_centred = (chain_bounds(weight, chain, moment) for moment in (seen, centred))
     for rank in ranks:
         started = time.perf_counter()
         equal_rank = chain.parameters(rank) // (rows + cols)
-        isotropic = factorize(weight, chain.patterns(rank), UNIT_INPUTS)
+        isotropic = factorize(weight, chain.patterns(rank))
         lower, upper, values = bounds_and_chain(layer, chain, rank, seen, bounds)
         lower_centred, upper_centred, values_centred = bounds_and_chain(layer, chain, rank, centred, bounds_centred)
         equal = factorize(weight, lowrank.patterns(equal_rank), seen)

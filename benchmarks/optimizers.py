@@ -28,7 +28,7 @@ from ks.cli.flags import TrainerConfig
 from ks.files.make_weight import make_weight
 from ks.files.weights import load_weight
 from ks.layer import KSLinear
-from ks.moments.second_moment import UNIT_INPUTS
+from ks.moments.second_moment import UNIT_MOMENT
 from ks.training.choose_optimizer import make_optimizer
 from ks.training.samples import Samples, seeded_generator
 from ks.training.schedule import Schedule
@@ -64,7 +64,7 @@ def curve(weight, chain, rank: int, optimizer: str, epochs: int, num_samples: in
     model.reset_parameters(seeded_generator(seed, "init"))
     torch.nn.init.zeros_(model.factors[0])
     factors = training_factors(model)
-    optimizer = make_optimizer(optimizer, TrainerConfig(batch_size=BATCH), factors, UNIT_INPUTS)
+    optimizer = make_optimizer(optimizer, TrainerConfig(batch_size=BATCH), factors, UNIT_MOMENT)
     schedule = Schedule(TrainerConfig(num_epochs=epochs), samples.steps_per_epoch)
     step = our_step(passes, factors, optimizer)
     taken, seconds = 0, 0.0

@@ -9,7 +9,7 @@ from ks.bounds.population_loss import population_loss
 from ks.chain.reference import chain_to_dense
 from ks.errors import UsageError
 from ks.layer import KSLinear
-from ks.moments.second_moment import MeasuredInputs
+from ks.moments.second_moment import SecondMoment
 
 
 def test_it_behaves_as_the_linear_layer_of_its_dense_weight():
@@ -259,15 +259,15 @@ def test_from_linear_for_measured_inputs_keeps_the_bias_and_loses_less_of_their_
     linear = torch.nn.Linear(24, 36)
     samples = torch.randn(200, 24) @ (torch.randn(24, 24) * torch.logspace(0, -2, 24)[:, None])
     moment = samples.double().t() @ samples.double() / 200
-    inputs = MeasuredInputs(moment)
+    inputs = SecondMoment(moment)
     (floor,) = loss_floor(linear.weight, ks.make_chain(36, 24), [2], inputs)
     losses = {}
     for given in (moment, inputs, None):
-        layer = KSLinear.from_linear(linear, rank=2, input_moments=given)
+        layer = KSLinear.from_linear(linear, rank=2, moment=given)
         torch.testing.assert_close(layer.bias, linear.bias)
         with torch.no_grad():
             losses[given] = (layer(samples) - linear(samples)).square().mean().item()
     assert losses[moment] == losses[inputs] == pytest.approx(floor.upper, rel=1e-4)
     assert losses[inputs] < 0.9 * losses[None]
     with pytest.raises(UsageError, match="second moment of 36 features"):
-        KSLinear.from_dense(linear.weight, rank=2, input_moments=torch.eye(36))
+        KSLinear.from_dense(linear.weight, rank=2, moment=torch.eye(36))

@@ -15,7 +15,7 @@ from ks.chain.patterns import Chain, Pattern, chainability, check_patterns
 from ks.errors import UsageError
 from ks.moments.gram import lower_gram
 from ks.moments.pieces import one_thread_each
-from ks.moments.second_moment import UNIT_INPUTS, Inputs, MeasuredInputs
+from ks.moments.second_moment import MomentLike, SecondMoment
 
 Report = Callable[[float], None]
 
@@ -52,20 +52,20 @@ def tail_energies(matrices: torch.Tensor, report: Report = do_not_report) -> tor
 
 
 @torch.no_grad()
-def low_rank_energies(weight: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+def low_rank_energies(weight: torch.Tensor, moment: SecondMoment) -> torch.Tensor:
     """Return the least tr((W − Ŵ) C (W − Ŵ)ᵀ) of low-rank Ŵ, Σ_{k>r} λ_k(W C Wᵀ), r = 0 … min(m, n).
 
     Source: Swift-SVD (arXiv 2604.01609), theorem 3.1. No root of C is needed where m ≤ n.
 
     Args:
         weight: W, shape (m, n), any float dtype.
-        inputs: the second moment C of x.
+        moment: C, the second moment of x.
     Returns:
         float64 tensor of shape (min(m, n) + 1,), not increasing, last entry 0.
     """
     if weight.shape[0] > weight.shape[1]:
-        return tail_energies(inputs.times_root(weight))
-    return _tails(torch.linalg.eigvalsh(inputs.output_moment(weight)).clamp_(min=0))
+        return tail_energies(moment.times_root(weight))
+    return _tails(torch.linalg.eigvalsh(moment.output_moment(weight)).clamp_(min=0))
 
 
 def _tails(energies: torch.Tensor) -> torch.Tensor:
@@ -124,7 +124,7 @@ class HierarchicalLoss:
 def factorize(
     weight: torch.Tensor,
     patterns,
-    input_moments: torch.Tensor | Inputs | None = None,
+    moment: MomentLike = None,
     *,
     tolerance: float = TOLERANCE,
 ) -> list[torch.Tensor]:
@@ -144,7 +144,7 @@ def factorize(
     Args:
         weight: W, shape (m, n), any float dtype, CPU or CUDA; the work is done in float64.
         patterns: (a, b, c, d) output side first, with a_1 = 1, d_L = 1, neighbours chainable.
-        input_moments: C, shape (n, n), or an object of `ks.moments.second_moment`.
+        moment: C = E[x xᵀ], a tensor of shape (n, n) or a `SecondMoment`; None means I.
         tolerance: relative progress of a sweep at which the descent for coupled inputs ends.
     Returns:
         values of shape (a_l, b_l, c_l, d_l), output side first, dtype and device of the weight.
@@ -155,30 +155,18 @@ def factorize(
     patterns = check_patterns(patterns)
     check_shape(weight, (patterns[0].rows, patterns[-1].cols))
     ranks = _chain_ranks(patterns)
-    inputs = as_inputs(input_moments)
+    moment = SecondMoment.of(moment)
+    moment.check_features(weight.shape[1])
     wide = weight.double()
-    coupled = inputs.coupling(patterns[-1].a)
+    coupled = moment.coupling(patterns[-1].a)
     if coupled is None:
-        values = _hierarchical(wide, inputs.times_root(weight), patterns, ranks)
+        values = _hierarchical(wide, moment.times_root(weight), patterns, ranks)
     else:
-        coupled = _sized(coupled, weight).to(weight.device)
+        coupled = coupled.to(weight.device)
         values = _coupled_hierarchical(wide, coupled, patterns, ranks, tolerance)
         if len(patterns) > 2:
             values, _ = refine_factors(wide, coupled, values)
     return [_stored(factor, pattern, weight) for factor, pattern in zip(values, patterns)]
-
-
-def as_inputs(moments: torch.Tensor | Inputs | None) -> Inputs:
-    """Return second moments that are given as a tensor, or not at all, as an object."""
-    if moments is None:
-        return UNIT_INPUTS
-    return MeasuredInputs(moments) if isinstance(moments, torch.Tensor) else moments
-
-
-def _sized(moment: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    if len(moment) != weight.shape[1]:
-        raise UsageError(f"second moment of {len(moment)} features: the weight has {weight.shape[1]} columns")
-    return moment
 
 
 def _hierarchical(weight: torch.Tensor, rooted: torch.Tensor, patterns, ranks) -> list[torch.Tensor]:

@@ -28,7 +28,7 @@ from ks.bounds.lower_bound import CoupledLowerBound, isotropic_joint_bound
 from ks.bounds.population_loss import population_loss
 from ks.chain.patterns import Chain
 from ks.errors import UsageError
-from ks.moments.second_moment import UNIT_INPUTS, Inputs
+from ks.moments.second_moment import MomentLike, SecondMoment
 
 Progress = Callable[[str], None]
 
@@ -90,21 +90,23 @@ class ChainBounds(Protocol):
 class UncoupledBounds:
     """Bounds for inputs that couple none of the column groups of the right-most factor."""
 
-    def __init__(self, weight: torch.Tensor, chain: Chain, inputs: Inputs, tight: bool, progress: Progress | None):
-        self.given, self.chain, self.inputs, self.tight, self.progress = weight, chain, inputs, tight, progress
+    def __init__(
+        self, weight: torch.Tensor, chain: Chain, moment: SecondMoment, tight: bool, progress: Progress | None
+    ):
+        self.given, self.chain, self.moment, self.tight, self.progress = weight, chain, moment, tight, progress
         self.lower = cache(self._lower)
         self._hierarchical: HierarchicalLoss | None = None
 
     @cached_property
     def weight(self) -> torch.Tensor:
         """W C^{1/2}, which stands for W."""
-        return self.inputs.times_root(self.given)
+        return self.moment.times_root(self.given)
 
     @cached_property
     def curve(self) -> torch.Tensor:
         """max_l E_l(r)² / m for every rank r."""
         if self.chain.num_splits == 1 and self.chain.block_shape(1) == (self.chain.rows, 1, 1, self.chain.cols):
-            return low_rank_energies(self.given, self.inputs).cpu() / self.chain.rows
+            return low_rank_energies(self.given, self.moment).cpu() / self.chain.rows
         curve = torch.zeros(self.chain.saturation_rank + 1, dtype=torch.float64)
         splits = self.chain.num_splits
         for split in range(1, splits + 1):
@@ -145,13 +147,13 @@ class CoupledBounds:
         self,
         weight: torch.Tensor,
         chain: Chain,
-        inputs: Inputs,
-        moment: torch.Tensor,
+        moment: SecondMoment,
+        matrix: torch.Tensor,
         tight: bool,
         tolerance: float,
         progress: Progress | None,
     ):
-        self.weight, self.chain, self.inputs, self.moment = weight.double(), chain, inputs, moment
+        self.weight, self.chain, self.moment, self.matrix = weight.double(), chain, moment, matrix
         self.tight, self.tolerance, self.progress = tight, tolerance, progress
         self.lower, self.upper = cache(self._lower), cache(self._upper)
 
@@ -168,12 +170,12 @@ class CoupledBounds:
 
     @cached_property
     def _lower_bound(self) -> CoupledLowerBound:
-        return CoupledLowerBound(self.weight, self.chain, self.moment, self.tight)
+        return CoupledLowerBound(self.weight, self.chain, self.matrix, self.tight)
 
     @cached_property
     def _descent(self) -> GridDescent:
         _, q, p, _ = self.chain.block_shape(1)
-        return GridDescent(self.weight, self.moment, q, p)
+        return GridDescent(self.weight, self.matrix, q, p)
 
     def _lower(self, rank: int) -> float:
         self._tell(f"lower bound of rank {rank}")
@@ -185,10 +187,10 @@ class CoupledBounds:
             left, right = self._descent.factors(rank, tolerance=self.tolerance)
             # q p M k -> (M q) (p k)
             best = (left @ right.mT).permute(2, 0, 1, 3).reshape(self.weight.shape)
-            upper = self.inputs.output_energy(self.weight - best) / self.chain.rows
+            upper = self.moment.output_energy(self.weight - best) / self.chain.rows
         else:
-            values = factorize(self.weight, self.chain.patterns(rank), self.inputs)
-            upper = population_loss(self.weight, values, self.inputs)
+            values = factorize(self.weight, self.chain.patterns(rank), self.moment)
+            upper = population_loss(self.weight, values, self.moment)
         # Both are exact up to rounding where they meet.
         return max(upper, self.curve[min(rank, self.chain.saturation_rank)].item())
 
@@ -200,7 +202,7 @@ class CoupledBounds:
 def chain_bounds(
     weight: torch.Tensor,
     chain: Chain,
-    inputs: Inputs = UNIT_INPUTS,
+    moment: MomentLike = None,
     *,
     tight: bool = False,
     tolerance: float = TOLERANCE,
@@ -211,7 +213,7 @@ def chain_bounds(
     Args:
         weight: W, shape (m, n), any float dtype, CPU or CUDA.
         chain: with a floor (`no_floor_reason`).
-        inputs: the second moment of x.
+        moment: C = E[x xᵀ], a tensor of shape (n, n) or a `SecondMoment`; None means I.
         tight: as in `loss_floor`.
         tolerance: relative progress of a sweep at which the descent to the upper bound of a grid ends.
         progress: called with a few words before every longer computation.
@@ -221,13 +223,15 @@ def chain_bounds(
     check_shape(weight, (chain.rows, chain.cols))
     if reason := no_floor_reason(chain):
         raise UsageError(f"no floor: {reason}")
-    moment = inputs.coupling(chain.block_shape(chain.num_splits)[2])
-    if moment is None:
-        return UncoupledBounds(weight, chain, inputs, tight, progress)
-    return CoupledBounds(weight, chain, inputs, moment, tight, tolerance, progress)
+    moment = SecondMoment.of(moment)
+    moment.check_features(chain.cols)
+    matrix = moment.coupling(chain.block_shape(chain.num_splits)[2])
+    if matrix is None:
+        return UncoupledBounds(weight, chain, moment, tight, progress)
+    return CoupledBounds(weight, chain, moment, matrix, tight, tolerance, progress)
 
 
-def floor_curve(weight: torch.Tensor, chain: Chain, inputs: Inputs = UNIT_INPUTS) -> torch.Tensor:
+def floor_curve(weight: torch.Tensor, chain: Chain, moment: MomentLike = None) -> torch.Tensor:
     """Return a lower bound for every rank r = 0 … saturation; r = 0 is the zero predictor.
 
     It is max_l E_l(r)² / m where the inputs couple no column groups of the right-most factor: for C = σ²I, and for
@@ -237,20 +241,20 @@ def floor_curve(weight: torch.Tensor, chain: Chain, inputs: Inputs = UNIT_INPUTS
     Args:
         weight: W, shape (m, n).
         chain: with a floor (`no_floor_reason`).
-        inputs: the second moment of x.
+        moment: C = E[x xᵀ], a tensor of shape (n, n) or a `SecondMoment`; None means I.
     Returns:
         float64 tensor of shape (saturation rank + 1,), on the CPU.
     Raises:
         UsageError: the chain has no floor, or another shape.
     """
-    return chain_bounds(weight, chain, inputs).curve
+    return chain_bounds(weight, chain, moment).curve
 
 
 def loss_floor(
     weight: torch.Tensor,
     chain: Chain,
     ranks: Sequence[int],
-    inputs: Inputs = UNIT_INPUTS,
+    moment: MomentLike = None,
     *,
     tight: bool = False,
     progress: Progress | None = None,
@@ -266,7 +270,7 @@ def loss_floor(
         weight: W, shape (m, n), any float dtype, CPU or CUDA.
         chain: with a floor (`no_floor_reason`).
         ranks: positive integers; those above saturation have the bounds of saturation.
-        inputs: the second moment of x.
+        moment: C = E[x xᵀ], a tensor of shape (n, n) or a `SecondMoment`; None means I.
         tight: spend longer on the lower bounds of coupled inputs and of more than two factors.
         progress: called with a few words before every longer computation.
     Returns:
@@ -274,7 +278,7 @@ def loss_floor(
     Raises:
         UsageError: as `floor_curve`, or a rank that is not a positive integer.
     """
-    bounds = chain_bounds(weight, chain, inputs, tight=tight, progress=progress)
+    bounds = chain_bounds(weight, chain, moment, tight=tight, progress=progress)
     return [floor_of(bounds, chain, rank) for rank in ranks]
 
 

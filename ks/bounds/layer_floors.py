@@ -8,7 +8,7 @@ import torch
 
 from ks.bounds.floors import chain_bounds
 from ks.chain.patterns import Chain
-from ks.moments.second_moment import Inputs
+from ks.moments.second_moment import MomentLike, SecondMoment
 
 KNOWN_RANKS = 8  # at which an upper bound is computed where it takes a descent
 TOLERANCE = 1e-3  # of that descent; ends within about 1% of the one that trainings are compared with
@@ -51,7 +51,7 @@ class LayerFloors:
 
 @torch.no_grad()
 def layer_floors(
-    weight: torch.Tensor, chain: Chain, inputs: Inputs, progress: Callable[[str], None] | None = None
+    weight: torch.Tensor, chain: Chain, moment: MomentLike, progress: Callable[[str], None] | None = None
 ) -> LayerFloors:
     """Return the floors of every rank below the dense number of parameters, relative to predicting 0.
 
@@ -61,11 +61,11 @@ def layer_floors(
     Args:
         weight: W, shape (m, n), any float dtype, CPU or CUDA.
         chain: with a floor (`ks.bounds.floors.no_floor_reason`).
-        inputs: the second moment C of x.
+        moment: C = E[x xᵀ], a tensor of shape (n, n) or a `SecondMoment`; None means I.
         progress: called with a few words before every longer computation; an exception from it ends the work.
     """
-    bounds = chain_bounds(weight, chain, inputs, tolerance=TOLERANCE, progress=progress)
-    energy = inputs.output_energy(weight)
+    bounds = chain_bounds(weight, chain, moment, tolerance=TOLERANCE, progress=progress)
+    energy = SecondMoment.of(moment).output_energy(weight)
     predict_zero_loss = energy / chain.rows
     highest = _highest_rank(chain)
     lower = (bounds.curve[: highest + 1] / predict_zero_loss).clamp(0, 1).numpy()

@@ -8,7 +8,7 @@ import torch
 from ks.bounds.factorize import low_rank_energies
 from ks.bounds.floors import ChainBounds, Floor, Progress, chain_bounds, floor_of, no_floor_reason
 from ks.chain.patterns import Chain, make_chain
-from ks.moments.second_moment import UNIT_INPUTS, Inputs
+from ks.moments.second_moment import MomentLike, SecondMoment
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Plan:
 
     weight: torch.Tensor
     chain: Chain
-    inputs: Inputs
+    moment: SecondMoment
     bounds: ChainBounds | None
     reason: str | None
     isotropic_curve: torch.Tensor | None = None
@@ -56,13 +56,13 @@ class Plan:
     @cached_property
     def _lowrank_curve(self) -> torch.Tensor:
         """Lower bounds of low-rank chains; a full decomposition of W, which the file and the figure of floors share."""
-        return low_rank_energies(self.weight, self.inputs).cpu() / self.chain.rows
+        return low_rank_energies(self.weight, self.moment).cpu() / self.chain.rows
 
 
 def make_plan(
     weight: torch.Tensor,
     chain: Chain,
-    inputs: Inputs = UNIT_INPUTS,
+    moment: MomentLike = None,
     *,
     tight: bool = False,
     progress: Progress | None = None,
@@ -73,11 +73,12 @@ def make_plan(
     Args:
         weight: W, shape (m, n), any float dtype, CPU or CUDA, scaled so that tr(W C Wᵀ) = m.
         chain: of the same shape.
-        inputs: the second moment C of x.
+        moment: C = E[x xᵀ], a tensor of shape (n, n) or a `SecondMoment`; None means I.
         tight: spend longer on lower bounds that are not exact (`ks.bounds.floors.loss_floor`).
         progress: called with a few words before every longer computation.
         reason: why there are no floors, if that is not the chain's doing.
     """
+    moment = SecondMoment.of(moment)
     reason = reason or no_floor_reason(chain)
-    bounds = None if reason else chain_bounds(weight, chain, inputs, tight=tight, progress=progress)
-    return Plan(weight, chain, inputs, bounds, reason)
+    bounds = None if reason else chain_bounds(weight, chain, moment, tight=tight, progress=progress)
+    return Plan(weight, chain, moment, bounds, reason)

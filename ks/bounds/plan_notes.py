@@ -4,7 +4,6 @@ from ks.bounds.floors import no_floor_reason
 from ks.bounds.plan import Plan
 from ks.bounds.target_rank import smallest_ranks
 from ks.chain.patterns import Chain
-from ks.moments.second_moment import IsotropicInputs
 
 
 def chain_notes(chain: Chain) -> list[str]:
@@ -32,5 +31,5 @@ def plan_notes(plan: Plan, target: float | None = None) -> list[str]:
         text = f"rank {lower} is the smallest that reaches it"
     else:
         text = f"no rank below {lower} can reach it; the best known chain does at rank {upper}"
-    kind = "isotropic" if isinstance(plan.inputs, IsotropicInputs) else "the measured"
+    kind = "isotropic" if plan.moment.is_isotropic else "the measured"
     return [*notes, f"target {target:g}, for {kind} inputs: {text}"]

@@ -4,11 +4,11 @@ import torch
 
 from ks.chain.dense import subtract_chain
 from ks.moments.gram import lower_gram
-from ks.moments.second_moment import UNIT_INPUTS, Inputs
+from ks.moments.second_moment import UNIT_MOMENT, MomentLike, SecondMoment
 
 
 @torch.no_grad()
-def population_loss(weight: torch.Tensor, values, inputs: Inputs = UNIT_INPUTS) -> float:
+def population_loss(weight: torch.Tensor, values, moment: MomentLike = None) -> float:
     """Return the expected squared error per output, tr(E C Eᵀ) / m with E = W − K_1 … K_L; σ²‖E‖_F² / m for C = σ²I.
 
     E is formed block by block in float64 (m·n·r multiply-adds for two factors), because ‖W‖² − 2⟨W, Ŵ⟩ + ‖Ŵ‖² would
@@ -18,9 +18,9 @@ def population_loss(weight: torch.Tensor, values, inputs: Inputs = UNIT_INPUTS) 
     Args:
         weight: W, shape (m, n), any float dtype.
         values: the factors, shapes (a_l, b_l, c_l, d_l), output side first; multiplied in float64.
-        inputs: the second moment C of x.
+        moment: C = E[x xᵀ], a tensor of shape (n, n) or a `SecondMoment`; None means I.
     """
-    return inputs.output_energy(_residual(weight, values)) / len(weight)
+    return SecondMoment.of(moment).output_energy(_residual(weight, values)) / len(weight)
 
 
 def _residual(weight: torch.Tensor, values) -> torch.Tensor:
@@ -31,7 +31,7 @@ def _residual(weight: torch.Tensor, values) -> torch.Tensor:
 
 @torch.no_grad()
 def sampled_loss_range(
-    weight: torch.Tensor, values, num_samples: int, inputs: Inputs = UNIT_INPUTS
+    weight: torch.Tensor, values, num_samples: int, moment: MomentLike = None
 ) -> tuple[float, float]:
     """Return a range that the mean squared error over random Gaussian inputs leaves once in 10^13 times.
 
@@ -43,13 +43,13 @@ def sampled_loss_range(
         weight: W, shape (m, n), any float dtype.
         values: the factors, output side first.
         num_samples: N.
-        inputs: the second moment C of x.
+        moment: C = E[x xᵀ], a tensor of shape (n, n) or a `SecondMoment`; None means I.
     Returns:
         (lowest, highest), squared error per output.
     Source: Laurent and Massart, "Adaptive estimation of a quadratic functional by model selection" (2000), lemma 1.
     """
-    residual = inputs.times_root(_residual(weight, values))
-    expected = UNIT_INPUTS.output_energy(residual) / len(weight)
+    residual = SecondMoment.of(moment).times_root(_residual(weight, values))
+    expected = UNIT_MOMENT.output_energy(residual) / len(weight)
     narrow = (residual if len(residual) <= residual.shape[1] else residual.t()).float()  # float32 is enough for a range
     gram = lower_gram(narrow).tril_()
     norm = (2 * gram.norm() ** 2 - gram.diagonal().norm() ** 2).item() ** 0.5 / len(weight)

@@ -102,13 +102,13 @@ def suffix_grams(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return grams
 
 
-def coupled_moments(values: Sequence[torch.Tensor], coupling: torch.Tensor) -> list[torch.Tensor]:
+def coupled_moments(values: Sequence[torch.Tensor], moment: torch.Tensor) -> list[torch.Tensor]:
     """Return, for every factor except the right-most, the second moment of the features that enter each of its blocks:
     blocks of S C Sᵀ, for inputs of second moment C.
 
     Args:
         values: of the factors, shapes (a_l, b_l, c_l, d_l), output side first.
-        coupling: C, shape (n, n).
+        moment: C, shape (n, n).
     Returns:
         one tensor of shape (a_l, c_l, c_l, d_l) per split, in about r q n² / a multiply-adds, with q = d_l.
     """
@@ -119,7 +119,7 @@ def coupled_moments(values: Sequence[torch.Tensor], coupling: torch.Tensor) -> l
         groups, _, width, _ = suffix.shape
         u = groups // a
         rows = suffix.reshape(a, u, -1, d, width)  # (a u) (ρ t) k -> a u ρ t k
-        within = coupling.view(a, len(coupling) // a, a, -1).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        within = moment.view(a, len(moment) // a, a, -1).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
         mixed = torch.einsum("aurtk,aukvj->aurtvj", rows, within.reshape(a, u, width, u, width))
         moments.insert(0, torch.einsum("aurtvj,avstj->aurvst", mixed, rows).reshape(a, c, c, d))
         suffix = merge_factors(factor, suffix)

@@ -14,7 +14,7 @@ from ks.model.model_plan import ModelPlan
 from ks.model.places import Place, find_places, replace_modules
 from ks.moments.moments_file import InputMoments
 from ks.moments.read import inputs_of, read_input_moments
-from ks.moments.second_moment import MeasuredInputs
+from ks.moments.second_moment import SecondMoment
 
 ChainOf = Callable[[Place], KSLinear]
 
@@ -98,7 +98,7 @@ def _check_moments(plan: ModelPlan, moments) -> None:
         raise UsageError("the plan is for isotropic inputs and needs no moments; leave them out, or plan with them")
 
 
-def _inputs(place: Place, moments) -> MeasuredInputs | None:
+def _inputs(place: Place, moments) -> SecondMoment | None:
     """Return the inputs that a layer was planned for, None if they are isotropic."""
     layer = place.plan
     if layer.inputs_sha256 is None:
@@ -112,16 +112,16 @@ def _inputs(place: Place, moments) -> MeasuredInputs | None:
             f"the moments of the inputs of {one_line(layer.layer)} (hash {given.sha256[:12]}…) are not those of the "
             f"plan ({layer.inputs_sha256[:12]}…); give the moments that the plan was made with, or plan anew"
         )
-    return MeasuredInputs(given.train.second_moment)
+    return SecondMoment(given.train.second_moment)
 
 
-def factorised(place: Place, inputs: MeasuredInputs | None, impl: str) -> KSLinear:
+def factorised(place: Place, moment: SecondMoment | None, impl: str) -> KSLinear:
     """Return the best known chain of a place for inputs, without a bias."""
     layer = place.plan
     assert layer.chain is not None
     assert layer.rank is not None
     patterns = layer.chain.patterns(layer.rank)
-    return KSLinear.from_dense(place.weight, patterns=patterns, input_moments=inputs, impl=impl)
+    return KSLinear.from_dense(place.weight, patterns=patterns, moment=moment, impl=impl)
 
 
 def _trained(place: Place, folder: Path, impl: str) -> KSLinear:

@@ -16,7 +16,7 @@ from ks.model.layer_weights import LayerWeight
 from ks.moments.moments_file import InputMoments, MomentsFile, find_weight
 from ks.moments.pieces import one_thread_each
 from ks.moments.read import inputs_of, inputs_sha256
-from ks.moments.second_moment import UNIT_INPUTS, Inputs, MeasuredInputs
+from ks.moments.second_moment import UNIT_MOMENT, SecondMoment
 
 MakeChain = Callable[[int, int, str], Chain]
 Report = Callable[[str], None]
@@ -166,11 +166,11 @@ class _InputsOfLayers:
         """Return the hash of the moments of a layer; None for isotropic inputs."""
         return None if self.moments is None else inputs_sha256(self._of(name), name)
 
-    def second_moment(self, name: str, width: int) -> Inputs:
+    def second_moment(self, name: str, width: int) -> SecondMoment:
         """Return the second moment of the inputs of a layer of n = `width` input features, checked."""
         if self.moments is None:
-            return UNIT_INPUTS
-        return MeasuredInputs(inputs_of(self._of(name), width, name).train.second_moment)
+            return UNIT_MOMENT
+        return SecondMoment(inputs_of(self._of(name), width, name).train.second_moment)
 
     def aliases(self) -> Mapping[str, str]:
         """Return the NAME of the input of every weight that has moments."""

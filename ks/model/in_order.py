@@ -17,7 +17,7 @@ from ks.model.model_plan import ModelPlan
 from ks.model.places import Place, find_places, replace_modules
 from ks.moments.moments_file import InputMoments
 from ks.moments.read import inputs_of
-from ks.moments.second_moment import MeasuredInputs
+from ks.moments.second_moment import SecondMoment
 
 
 def compress_in_order(
@@ -67,8 +67,8 @@ def compress_in_order(
                 if not quiet:
                     print(f"{len(replaced) + len(new) + 1} of {len(planned)}: {described(place)}", file=sys.stderr)
                 given = inputs_of(moments, place.plan.cols, f"{place.names[0]}.weight".lstrip("."))
-                inputs = MeasuredInputs(given.train.second_moment)
-                new |= replacements_of(place, partial(factorised, inputs=inputs, impl=impl))
+                moment = SecondMoment(given.train.second_moment)
+                new |= replacements_of(place, partial(factorised, moment=moment, impl=impl))
             result = replace_modules(result, new)
             replaced |= new
     except BaseException:

@@ -69,7 +69,7 @@ class WeightStudy:
         self.plan = make_plan(
             problem.internal_weight(),
             problem.chain,
-            problem.inputs,
+            problem.moment,
             tight=config.tight_bounds,
             progress=SlowWork(config.quiet),
             reason=None if ours else "floors hold for mean_squared_error alone",

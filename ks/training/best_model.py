@@ -8,7 +8,7 @@ import torch
 from ks.bounds.population_loss import population_loss
 from ks.files.schema import BestRecord
 from ks.layer import KSLinear
-from ks.moments.second_moment import Inputs
+from ks.moments.second_moment import SecondMoment
 from ks.training.trainable_chain import TrainableChain
 
 
@@ -18,12 +18,12 @@ class BestModel:
     Args:
         chain: in training.
         weight: W in internal units, float64.
-        inputs: second moment of x in internal units.
+        moment: second moment of x in internal units.
         keep_start: whether the start is a result in its own right (a factorisation of W).
     """
 
-    def __init__(self, chain: TrainableChain, weight: torch.Tensor, inputs: Inputs, keep_start: bool):
-        self.chain, self.weight, self.inputs = chain, weight, inputs
+    def __init__(self, chain: TrainableChain, weight: torch.Tensor, moment: SecondMoment, keep_start: bool):
+        self.chain, self.weight, self.moment = chain, weight, moment
         self.start = copy.deepcopy(chain.model) if keep_start else None
         self.val_loss = math.inf
         self.row: dict | None = None
@@ -54,12 +54,12 @@ class BestModel:
     def population_loss(self) -> float:
         """Return the relative population loss of the kept model."""
         assert self.kept is not None
-        return population_loss(self.weight, self.kept.factors, self.inputs)
+        return population_loss(self.weight, self.kept.factors, self.moment)
 
     def chosen(self) -> KSLinear:
         """Return the start if it was never beaten, else the kept model."""
         assert self.kept is not None
         if self.start is None:
             return self.kept
-        start_loss = population_loss(self.weight, self.start.factors, self.inputs)
+        start_loss = population_loss(self.weight, self.start.factors, self.moment)
         return self.start if start_loss <= self.population_loss() else self.kept

@@ -16,7 +16,7 @@ from ks.files.atomic import save_tensors
 from ks.layer import KSLinear
 from ks.moments.gram import is_semi_definite
 from ks.moments.pieces import sum_of_squares
-from ks.moments.second_moment import ROUNDING, Inputs, IsotropicInputs, MeasuredInputs
+from ks.moments.second_moment import FLOAT32_ROUNDING, UNIT_MOMENT, SecondMoment
 
 # Values of a chain are saved in float64 where float32 would lose more than about 1e-7 of the loss: the whitening of a
 # column group multiplies rounding by its condition.
@@ -96,18 +96,18 @@ class Coordinates:
         return outside if precise else outside.to(dtype)
 
 
-def isotropic_coordinates(weight: torch.Tensor) -> tuple[Coordinates, Inputs]:
+def isotropic_coordinates(weight: torch.Tensor) -> tuple[Coordinates, SecondMoment]:
     """Return the coordinates for isotropic inputs, and the second moment I of x'.
 
     Args:
         weight: W, shape (m, n).
     """
-    return Coordinates((sum_of_squares(weight) / len(weight)) ** 0.5), IsotropicInputs()
+    return Coordinates((sum_of_squares(weight) / len(weight)) ** 0.5), UNIT_MOMENT
 
 
 def measured_coordinates(
     chain: Chain, predict_zero_loss: float, moment: torch.Tensor, centre: torch.Tensor | None
-) -> tuple[Coordinates, Inputs]:
+) -> tuple[Coordinates, SecondMoment]:
     """Return the coordinates for measured inputs, and the second moment of x'.
 
     Args:
@@ -123,10 +123,11 @@ def measured_coordinates(
     whitened = (whitened + whitened.mT) / 2
     for place, own in zip(_diagonal_blocks(whitened, groups), inverse @ root, strict=True):
         place.copy_(own)  # the identity, or a projection
-    if not is_semi_definite(whitened, ROUNDING / 2):  # whitening has multiplied the rounding of C by its condition
+    # Whitening has multiplied the rounding of C by its condition.
+    if not is_semi_definite(whitened, FLOAT32_ROUNDING / 2):
         eigenvalues, vectors = torch.linalg.eigh(whitened)
         whitened = (vectors * eigenvalues.clamp(min=0)) @ vectors.mT
-    return coordinates, MeasuredInputs(whitened)
+    return coordinates, SecondMoment(whitened)
 
 
 def _diagonal_blocks(matrix: torch.Tensor, groups: int) -> torch.Tensor:

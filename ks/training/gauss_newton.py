@@ -16,7 +16,7 @@ import torch
 from ks.chain.bmm import empty_values
 from ks.chain.patterns import Pattern
 from ks.chain.splits import SplitMatrices, coupled_moments, prefix_grams, split_patterns, suffix_grams
-from ks.moments.second_moment import Inputs
+from ks.moments.second_moment import SecondMoment
 from ks.training.optimizer import Optimizer
 from ks.training.steps import cuda_graph
 
@@ -49,7 +49,7 @@ class GaussNewton(Optimizer):
 
     Args:
         parameters: values of shape (a, b, c, d) of a chainable chain, output side first, float32; updated in place.
-        inputs: second moment C of x; within every column group of the right-most factor it is I.
+        moment: C, the second moment of x; within every column group of the right-most factor it is I.
         batch_size: samples of a batch, B.
         weight_decay: per unit of lr.
         loss_scaling: for float16.
@@ -58,7 +58,7 @@ class GaussNewton(Optimizer):
     def __init__(
         self,
         parameters: list[torch.Tensor],
-        inputs: Inputs,
+        moment: SecondMoment,
         batch_size: int,
         *,
         weight_decay: float = 0.0,
@@ -68,22 +68,22 @@ class GaussNewton(Optimizer):
         self.weight_decay, self.decoupled = weight_decay, True
         patterns = [Pattern(*values.shape) for values in self.parameters]
         rows, cols = patterns[0].rows, patterns[-1].cols
-        largest = inputs.largest_of_batch(batch_size, cols)
+        largest = moment.largest_of_batch(batch_size, cols)
         # The curvature belongs to half the squared error summed over outputs, the loss is its mean.
         self.rate_factors = [rows / 2 * STEP_SIZE / REFERENCE_LR / largest] * len(patterns)
         # The mean diagonal of PᵀP if outputs of mean square 1 are spread evenly over features of mean square 1.
         self._natural = [rows / pattern.cols for pattern in patterns[:-1]]
         device = self.parameters[0].device
         before = behind = split_patterns(patterns)
-        coupling = inputs.coupling(patterns[-1].a)
-        self._coupling = None if coupling is None else coupling.to(device, torch.float32)
-        if coupling is not None:
+        coupled = moment.coupling(patterns[-1].a)
+        self._moment = None if coupled is None else coupled.to(device, torch.float32)
+        if coupled is not None:
             behind = [Pattern(a, c, c, d) for a, _, c, d in patterns[:-1]]
         self.scaling = self._inverses = SplitMatrices(
             *([_identities(pattern, device) for pattern in side] for side in (before, behind))
         )
         self._most_growth = 1.0
-        if coupling is not None:
+        if coupled is not None:
             noise = STEP_SIZE / largest * 10 * (cols + patterns[0].c) / batch_size
             first = min(noise, FIRST_NOISE)
             self.rate_factors = [factor * first / noise for factor in self.rate_factors]
@@ -105,7 +105,7 @@ class GaussNewton(Optimizer):
         The fraction by which the factors change in a step falls about as 1 / step, so the interval grows with it, in
         powers of two.
         """
-        longest = LONGEST_INTERVAL if self._coupling is None else LONGEST_COUPLED_INTERVAL
+        longest = LONGEST_INTERVAL if self._moment is None else LONGEST_COUPLED_INTERVAL
         interval = min(2 ** ((1 + step // 100).bit_length() - 1), longest)
         if step % interval == 0:
             growth = 1 + (self._most_growth - 1) * step / (step + GROWTH_STEPS)
@@ -144,15 +144,15 @@ class GaussNewton(Optimizer):
     def _compute_inverses(self) -> None:
         damping = self._loss_damping * self.relative_loss.square()
         # Every factor meets the growth once: the right-most one from its left, the others from their right.
-        growth = None if self._coupling is None else self._growth
+        growth = None if self._moment is None else self._growth
         growths = [None] * (len(self._natural) - 1) + [growth]
         grams = prefix_grams(self.parameters)
         for place, gram, natural, growth in zip(self._inverses.left, grams, self._natural, growths, strict=True):
             self._invert(gram, damping * natural, place, growth)
-        if self._coupling is None:
+        if self._moment is None:
             grams = suffix_grams(self.parameters)
         else:
-            grams = coupled_moments(self.parameters, self._coupling)
+            grams = coupled_moments(self.parameters, self._moment)
         for place, gram in zip(self._inverses.right, grams, strict=True):
             self._invert(gram, 0.0, place, growth)
 

@@ -11,7 +11,7 @@ from ks.errors import UsageError, one_line
 from ks.files.columns import ISOTROPIC
 from ks.files.weights import Weight
 from ks.moments.read import GivenInputs, PartMoments, read_input_moments
-from ks.moments.second_moment import Inputs, IsotropicInputs, MeasuredInputs
+from ks.moments.second_moment import SecondMoment
 from ks.training.coordinates import Coordinates, isotropic_coordinates, measured_coordinates
 
 MEASURED = "measured"
@@ -24,7 +24,7 @@ class LayerInputs:
 
     Args:
         coordinates: y' and x'.
-        inputs: second moment of x', around the centre.
+        moment: second moment of x', around the centre.
         predict_zero_loss: tr(W C Wᵀ) / m, in the user's units.
         held_out: second moment of held-out x around the same centre, in the user's coordinates; None if there is none.
         held_out_predict_zero_loss: the loss of predicting 0 on held-out inputs.
@@ -34,9 +34,9 @@ class LayerInputs:
     """
 
     coordinates: Coordinates
-    inputs: Inputs
+    moment: SecondMoment
     predict_zero_loss: float
-    held_out: MeasuredInputs | None
+    held_out: SecondMoment | None
     held_out_predict_zero_loss: float | None
     given: GivenInputs | None
     description: dict[str, Any]
@@ -57,7 +57,7 @@ class LayerInputs:
             return None
         count = weight.shape[1]
         unit = torch.eye(count, dtype=torch.float64).mul_(count**0.5)
-        return self._inside(self.held_out.colour(unit), weight)
+        return self._inside(self.held_out.transform(unit), weight)
 
     def given_samples(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return the raw training samples of the file as x', and their targets y', float64; None if it has moments.
@@ -97,26 +97,26 @@ def layer_inputs(config: TrainingFlags, weight: Weight, chain: Chain) -> LayerIn
 
 
 def _isotropic(std: float, weight: torch.Tensor) -> LayerInputs:
-    predict_zero_loss = IsotropicInputs(std).output_energy(weight) / len(weight)
+    predict_zero_loss = SecondMoment.isotropic(std).output_energy(weight) / len(weight)
     note = (
         "Using isotropic random inputs. Floors and losses will differ on the layer's real inputs; pass those with "
         "--inputs."
     )
-    coordinates, inputs = isotropic_coordinates(weight)
+    coordinates, inside = isotropic_coordinates(weight)
     description = {"kind": ISOTROPIC, "std": std}
-    return LayerInputs(coordinates, inputs, predict_zero_loss, None, None, None, description, (note,))
+    return LayerInputs(coordinates, inside, predict_zero_loss, None, None, None, description, (note,))
 
 
 def _measured(given: GivenInputs, weight: torch.Tensor, chain: Chain, config: TrainingFlags) -> LayerInputs:
-    moment = MeasuredInputs(given.train.second_moment)
+    moment = SecondMoment(given.train.second_moment)
     centre = given.train.mean if config.fit_bias else None
     energy = moment.output_energy(weight)
     around = moment if centre is None else _centred(given, config.inputs)
-    coordinates, inputs = measured_coordinates(chain, energy / len(weight), around.second_moment(), centre)
+    coordinates, inside = measured_coordinates(chain, energy / len(weight), around.matrix, centre)
     held_out, held_out_loss = None, None
     if given.held_out is not None:
-        uncentred = MeasuredInputs(given.held_out.second_moment)
-        held_out = uncentred if centre is None else MeasuredInputs(_around(given.held_out, centre))
+        uncentred = SecondMoment(given.held_out.second_moment)
+        held_out = uncentred if centre is None else SecondMoment(_around(given.held_out, centre))
         held_out_loss = uncentred.output_energy(weight) / len(weight)
     counts = {"count": given.train.count, "held_out_count": given.held_out.count if given.held_out else 0}
     description = {
@@ -136,11 +136,11 @@ def _measured(given: GivenInputs, weight: torch.Tensor, chain: Chain, config: Tr
     if given.transposed and not config.transpose:
         notes.append(f"the model stores this weight as (in, out): give --transpose if {one_line(config.inputs)} is its")
     return LayerInputs(
-        coordinates, inputs, energy / len(weight), held_out, held_out_loss, given, description, tuple(notes)
+        coordinates, inside, energy / len(weight), held_out, held_out_loss, given, description, tuple(notes)
     )
 
 
-def _centred(given: GivenInputs, path: str | None) -> MeasuredInputs:
+def _centred(given: GivenInputs, path: str | None) -> SecondMoment:
     """Return the second moment of the training inputs around their mean.
 
     Raises:
@@ -151,7 +151,7 @@ def _centred(given: GivenInputs, path: str | None) -> MeasuredInputs:
     if around.trace() <= SMALLEST_VARIANCE * given.train.second_moment.trace():
         raise UsageError(f"{trouble}; leave it out")
     try:
-        return MeasuredInputs(around)
+        return SecondMoment(around)
     except UsageError as error:
         raise UsageError(f"{trouble} ({error}); leave it out") from error
 

@@ -13,7 +13,7 @@ from ks.errors import UsageError
 from ks.files.memory import check_fits
 from ks.files.weights import Weight, load_weight
 from ks.layer import KSLinear
-from ks.moments.second_moment import Inputs
+from ks.moments.second_moment import SecondMoment
 from ks.training.choose_optimizer import choose_optimizer
 from ks.training.coordinates import Coordinates, isotropic_coordinates
 from ks.training.edits import TOOLKIT, Edits
@@ -54,9 +54,9 @@ class Problem:
         return self.layer_inputs.coordinates
 
     @property
-    def inputs(self) -> Inputs:
+    def moment(self) -> SecondMoment:
         """Return the second moment of the inputs in internal coordinates."""
-        return self.layer_inputs.inputs
+        return self.layer_inputs.moment
 
     @property
     def predict_zero_loss(self) -> float:
@@ -87,7 +87,7 @@ class Problem:
     def held_out_energies(self) -> torch.Tensor:
         """Return E[x'_j²] of every feature of the held-out inputs in internal coordinates, shape (n,), float64."""
         assert self.layer_inputs.held_out is not None
-        return self.coordinates.energies(self.layer_inputs.held_out.second_moment())
+        return self.coordinates.energies(self.layer_inputs.held_out.matrix)
 
     def save(self, model: KSLinear, path) -> None:
         """Save a chain of internal coordinates as one that acts on x."""

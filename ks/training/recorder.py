@@ -112,7 +112,7 @@ class Recorder:
         self._weight, self._chain, self._optimizer, self._schedule = weight, chain, optimizer, schedule
         torch.set_num_threads(useful_threads(self.problem.chain.parameters(self.config.rank) * self.config.batch_size))
         keep_start = self.problem.edits.criterion_is_ours and self.config.init == "hierarchical"
-        self._best = BestModel(chain, weight, self.problem.inputs, keep_start)
+        self._best = BestModel(chain, weight, self.problem.moment, keep_start)
         if self.checkpoints.found:
             self.curves = self.checkpoints.restore(optimizer, schedule, self._best)
             write_curves(self.files, self.curves)
@@ -160,7 +160,7 @@ class Recorder:
         }
         interval = math.ceil(config.num_epochs / 10) if config.stop_below is None else 1
         if problem.edits.criterion_is_ours and (epoch % interval == 0 or epoch == config.num_epochs):
-            row["population_loss"] = population_loss(self._weight, self._chain.factors, problem.inputs) * unit
+            row["population_loss"] = population_loss(self._weight, self._chain.factors, problem.moment) * unit
         if config.log_grad_norm or config.log_to:
             row["grad_norm"] = norms.mean().item()
         row |= metrics

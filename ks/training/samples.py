@@ -8,7 +8,7 @@ import torch
 from ks.chain.bmm import float32_products
 from ks.moments.gram import lower_gram
 from ks.moments.pieces import in_pieces
-from ks.moments.second_moment import UNIT_INPUTS, Inputs
+from ks.moments.second_moment import UNIT_MOMENT, SecondMoment
 
 _STREAMS = {"train": 0, "validation": 1, "shuffle": 2, "init": 3}
 
@@ -72,7 +72,7 @@ class Samples:
         batch_size: of the training batches.
         sampling: 'whitened' (one set, second moment exactly C), 'fresh' (a new set every epoch) or 'fixed'.
         seed: of inputs and shuffles.
-        inputs_moment: C.
+        moment: C.
         output_rows: the order of the training targets, as rows of W, int64 of shape (m,); the natural one unless told.
         batch_last: batches of shape (n, batch) instead of (batch, n).
         dtype: of the inputs; targets stay float32.
@@ -94,7 +94,7 @@ class Samples:
         *,
         sampling: str,
         seed: int,
-        inputs_moment: Inputs = UNIT_INPUTS,
+        moment: SecondMoment = UNIT_MOMENT,
         output_rows: torch.Tensor | None = None,
         batch_last: bool = False,
         dtype: torch.dtype = torch.float32,
@@ -102,7 +102,7 @@ class Samples:
         training: Pair | None = None,
         held_out: Pair | None = None,
     ):
-        self.weight, self.batch_size, self.inputs_moment = weight, batch_size, inputs_moment
+        self.weight, self.batch_size, self.moment = weight, batch_size, moment
         if output_rows is not None and torch.equal(output_rows, torch.arange(len(weight))):
             output_rows = None
         self._output_rows = None if output_rows is None else output_rows.to(weight.device)
@@ -136,7 +136,7 @@ class Samples:
 
     def _pair(self, unit_samples: torch.Tensor) -> Pair:
         """Return inputs of second moment C, and their targets."""
-        inputs = self.inputs_moment.colour(unit_samples)
+        inputs = self.moment.transform(unit_samples)
         targets = inputs.new_empty(len(inputs), len(self.weight))
 
         def multiply(part: slice) -> None:

@@ -51,7 +51,7 @@ def make_samples(
         config.batch_size,
         sampling=problem.sampling,
         seed=seed,
-        inputs_moment=problem.inputs,
+        moment=problem.moment,
         output_rows=output_rows,
         batch_last=config.bs_last,
         dtype=DTYPES[config.dtype],

@@ -105,13 +105,13 @@ def _initial_model(config: TrainerConfig, problem: Problem, weight: torch.Tensor
     """
     patterns = problem.chain.patterns(config.rank)
     if config.init == "hierarchical":
-        start = KSLinear.from_dense(weight, patterns=patterns, input_moments=problem.inputs, batch_last=config.bs_last)
+        start = KSLinear.from_dense(weight, patterns=patterns, moment=problem.moment, batch_last=config.bs_last)
         return start.float()
     model = KSLinear.from_patterns(patterns, batch_last=config.bs_last)
     generator = seeded_generator(config.seed, "init")
     model.reset_parameters(generator)
     with torch.no_grad():
-        if no_floor_reason(problem.chain) is None and problem.inputs.coupling(patterns[-1].a) is not None:
+        if no_floor_reason(problem.chain) is None and problem.moment.coupling(patterns[-1].a) is not None:
             sketch_rows(model.factors[-1], weight, patterns[-2].d, generator)
         model.factors[0].zero_()
     return model.to(problem.device)

@@ -18,7 +18,8 @@ from ks.bounds.plan import make_plan
 from ks.bounds.target_rank import smallest_ranks
 from ks.chain.patterns import Chain
 from ks.chain.reference import chain_to_dense
-from ks.moments.second_moment import IsotropicInputs, MeasuredInputs
+from ks.errors import UsageError
+from ks.moments.second_moment import SecondMoment
 
 
 def energy_of(weight, moment):
@@ -32,7 +33,7 @@ def test_no_chain_that_is_found_is_below_the_lower_bound(seed, kind):
     chain = random_chain(seed, length=2 if seed % 4 else 3)
     weight = random_weight(chain, seed)
     moment = random_moment(kind, chain.cols, chain.block_shape(chain.num_splits)[2], seed)
-    inputs, energy = MeasuredInputs(moment), energy_of(weight, moment)
+    inputs, energy = SecondMoment(moment), energy_of(weight, moment)
     curve = floor_curve(weight, chain, inputs)
     assert curve[0] == pytest.approx(energy)
     for rank in (1, 2):
@@ -67,7 +68,7 @@ def test_a_search_of_the_whole_grid_of_rank_one_blocks_lies_between_the_bounds(s
         orthonormal = torch.linalg.qr(columns.reshape(90, 8, 4))[0]
         target = (weight @ root).reshape(8)
         best = min(best, (target.square().sum() - (target @ orthonormal).square().sum(-1)).min().item() / 2)
-    (floor,) = loss_floor(weight, Chain("explicit", 2, 4, (2, 1), (2, 2)), [1], MeasuredInputs(moment))
+    (floor,) = loss_floor(weight, Chain("explicit", 2, 4, (2, 1), (2, 2)), [1], moment)
     energy = energy_of(weight, moment)
     assert floor.lower <= best + 1e-9 * energy
     assert floor.upper <= 1.02 * best + 1e-5 * energy
@@ -90,9 +91,19 @@ def test_a_quasi_newton_method_reaches_nothing_below_the_bounds(seed):
         return loss
 
     optimizer.step(closure)
-    (floor,) = loss_floor(weight, chain, [1], MeasuredInputs(moment))
+    (floor,) = loss_floor(weight, chain, [1], SecondMoment(moment))
     assert floor.lower <= closure().item()
     assert floor.lower > 0.02 * closure().item() or chain.saturation_rank == 1
+
+
+def test_a_second_moment_may_be_a_tensor_or_an_object():
+    weight, moment = random_weight(ks.make_chain(12, 20)), random_moment("regular", 20)
+    chain = ks.make_chain(12, 20)
+    given = ks.loss_floor(weight, chain, [1, 2], moment=moment)
+    assert given == ks.loss_floor(weight, chain, [1, 2], moment=SecondMoment(moment))
+    assert given != ks.loss_floor(weight, chain, [1, 2])
+    with pytest.raises(UsageError, match="19 features"):
+        ks.loss_floor(weight, chain, [1], moment=moment[1:, 1:])
 
 
 @pytest.mark.parametrize("family", ["monarch", "lowrank", "butterfly"])
@@ -100,11 +111,13 @@ def test_a_quasi_newton_method_reaches_nothing_below_the_bounds(seed):
 def test_a_moment_of_identity_has_the_floors_of_isotropic_inputs(family, std):
     chain = ks.make_chain(24, 36, family)
     weight, ranks = random_weight(chain), [1, 2, 3, 50]
-    measured = MeasuredInputs(std**2 * torch.eye(36, dtype=torch.float64))
-    curve, expected = (floor_curve(weight, chain, inputs) for inputs in (measured, IsotropicInputs(std)))
+    measured = SecondMoment(std**2 * torch.eye(36, dtype=torch.float64))
+    curve, expected = (floor_curve(weight, chain, inputs) for inputs in (measured, SecondMoment.isotropic(std)))
     torch.testing.assert_close(curve, expected, rtol=1e-12, atol=1e-14 * expected[0].item())
     for ours, isotropic in zip(
-        loss_floor(weight, chain, ranks, measured), loss_floor(weight, chain, ranks, IsotropicInputs(std)), strict=True
+        loss_floor(weight, chain, ranks, measured),
+        loss_floor(weight, chain, ranks, SecondMoment.isotropic(std)),
+        strict=True,
     ):
         assert (ours.rank, ours.exact) == (isotropic.rank, isotropic.exact)
         for name in ("lower", "upper"):
@@ -117,9 +130,9 @@ def test_the_general_bounds_are_exact_where_groups_are_not_coupled():
     chain = ks.make_chain(24, 36)
     weight = random_weight(chain)
     moment = random_moment("block diagonal", 36, groups=4)
-    exact = loss_floor(weight, chain, [1, 3], MeasuredInputs(moment))
+    exact = loss_floor(weight, chain, [1, 3], SecondMoment(moment))
     moment[0, 35] = moment[35, 0] = 1e-13 * moment.abs().max()
-    for ours, theirs in zip(loss_floor(weight, chain, [1, 3], MeasuredInputs(moment)), exact, strict=True):
+    for ours, theirs in zip(loss_floor(weight, chain, [1, 3], SecondMoment(moment)), exact, strict=True):
         assert ours.upper == pytest.approx(theirs.upper, rel=1e-9)
         assert ours.lower == pytest.approx(theirs.lower, rel=2e-3)
     assert all(floor.exact for floor in exact)
@@ -129,7 +142,7 @@ def test_low_rank_floors_are_those_of_svd_llm():
     """With a Cholesky factor of C in the place of its root. Source: Wang et al., "SVD-LLM" (2024)."""
     weight, moment = random_weight(ks.make_chain(20, 30)), random_moment("regular", 30)
     energies = torch.linalg.svdvals(weight @ torch.linalg.cholesky(moment)).square() / 20
-    curve = floor_curve(weight, ks.make_chain(20, 30, "lowrank"), MeasuredInputs(moment))
+    curve = floor_curve(weight, ks.make_chain(20, 30, "lowrank"), SecondMoment(moment))
     expected = torch.stack([energies[rank:].sum() for rank in range(21)])
     torch.testing.assert_close(curve, expected, rtol=1e-10, atol=1e-14 * expected[0].item())
 
@@ -138,7 +151,7 @@ def test_low_rank_floors_are_those_of_svd_llm():
 def test_chains_with_one_column_group_are_exact(kind):
     chain = Chain("explicit", 12, 20, (4, 3), (1, 20))
     weight, moment = random_weight(chain), random_moment(kind, 20)
-    for floor in loss_floor(weight, chain, [1, 2, 3], MeasuredInputs(moment)):
+    for floor in loss_floor(weight, chain, [1, 2, 3], SecondMoment(moment)):
         assert floor.exact
         values = factorize(weight, chain.patterns(floor.rank), moment)
         loss = weighted_loss(weight, chain_to_dense(values), moment)
@@ -147,9 +160,9 @@ def test_chains_with_one_column_group_are_exact(kind):
 
 def test_losses_are_means_over_samples():
     chain = ks.make_chain(12, 20)
-    weight, inputs = random_weight(chain), MeasuredInputs(random_moment("steep", 20))
+    weight, inputs = random_weight(chain), SecondMoment(random_moment("steep", 20))
     (floor,) = loss_floor(weight, chain, [2], inputs)
-    x = inputs.colour(torch.randn(200_000, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    x = inputs.transform(torch.randn(200_000, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
     error = weight - chain_to_dense(factorize(weight, chain.patterns(2), inputs))
     losses = (x @ error.t()).square().mean(1)
     assert abs(losses.mean().item() - floor.upper) < 4 * losses.std().item() / len(x) ** 0.5
@@ -159,7 +172,7 @@ def test_losses_are_means_over_samples():
 @pytest.mark.parametrize("kind", ["regular", "steep", "singular"])
 def test_better_bounds_are_between_the_simple_ones_and_the_upper_ones(kind, tight):
     chain = ks.make_chain(24, 36)
-    weight, inputs = random_weight(chain), MeasuredInputs(random_moment(kind, 36))
+    weight, inputs = random_weight(chain), SecondMoment(random_moment(kind, 36))
     curve = floor_curve(weight, chain, inputs)
     for floor in loss_floor(weight, chain, [1, 3], inputs, tight=tight):
         assert curve[floor.rank] <= floor.lower <= floor.upper
@@ -171,7 +184,7 @@ def test_better_bounds_are_between_the_simple_ones_and_the_upper_ones(kind, tigh
 def test_progress_is_told_before_each_long_computation():
     chain = ks.make_chain(12, 20)
     told = []
-    loss_floor(random_weight(chain), chain, [2], MeasuredInputs(random_moment("regular", 20)), progress=told.append)
+    loss_floor(random_weight(chain), chain, [2], SecondMoment(random_moment("regular", 20)), progress=told.append)
     assert any("upper bound of rank 2" in text for text in told)
     assert any("lower bound of rank 2" in text for text in told)
 
@@ -204,7 +217,7 @@ def test_a_certificate_is_the_formula_of_its_theorem(kind):
     bound = bound_of_shift(target, gram, parts, 1, shift)
     assert bound == pytest.approx(expected.item(), rel=1e-9)
     chain = Chain("explicit", 12, 20, (4, 3), (2, 10))
-    assert bound <= len(weight) * loss_floor(weight, chain, [1], MeasuredInputs(moment))[0].upper
+    assert bound <= len(weight) * loss_floor(weight, chain, [1], SecondMoment(moment))[0].upper
 
 
 def transposed(original):
@@ -264,7 +277,7 @@ def test_the_ranks_of_all_splits_bind_together(seed):
 @pytest.mark.parametrize("family", ["monarch", "butterfly", "lowrank"])
 def test_target_ranks_follow_the_bounds_of_every_rank(family):
     chain = ks.make_chain(16, 24, family)
-    weight, inputs = random_weight(chain), MeasuredInputs(random_moment("steep", 24))
+    weight, inputs = random_weight(chain), SecondMoment(random_moment("steep", 24))
     weight = weight * (16 / inputs.output_energy(weight)) ** 0.5
     plan = make_plan(weight, chain, inputs)
     assert plan.curve[0] == pytest.approx(1.0)

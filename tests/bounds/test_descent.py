@@ -12,7 +12,7 @@ from ks.bounds.floors import loss_floor
 from ks.bounds.grid_descent import GridDescent, root_and_inverse
 from ks.chain.reference import chain_to_dense
 from ks.errors import UsageError
-from ks.moments.second_moment import MeasuredInputs
+from ks.moments.second_moment import SecondMoment
 
 
 def dense_grid(left, right):
@@ -93,7 +93,7 @@ def test_low_rank_factors_project_the_weight_on_the_leading_directions_of_its_ou
 def test_a_factorisation_for_the_inputs_reaches_the_upper_bound_and_beats_one_for_white_inputs(family, kind):
     chain = ks.make_chain(24, 36, family)
     weight, moment = random_weight(chain), random_moment(kind, 36, groups=4)
-    inputs, energy = MeasuredInputs(moment), weighted_loss(weight, torch.zeros_like(weight), moment)
+    inputs, energy = SecondMoment(moment), weighted_loss(weight, torch.zeros_like(weight), moment)
     (floor,) = loss_floor(weight, chain, [2], inputs)
     losses = {}
     for given in (moment, inputs, None):

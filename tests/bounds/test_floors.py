@@ -10,7 +10,7 @@ from ks.bounds.floors import floor_curve, loss_floor, split_blocks
 from ks.chain.patterns import Chain
 from ks.chain.reference import chain_to_dense
 from ks.errors import UsageError
-from ks.moments.second_moment import IsotropicInputs
+from ks.moments.second_moment import SecondMoment
 
 
 def test_split_blocks_are_those_of_the_definition():
@@ -106,10 +106,10 @@ def test_what_has_no_floor_says_why():
 
 @pytest.mark.parametrize("chain", [ks.make_chain(24, 36), ks.make_chain(24, 36, "butterfly")], ids=lambda c: c.family)
 def test_floors_grow_with_the_energy_of_the_inputs(chain):
-    weight, ranks, inputs = random_weight(chain), [1, 2, 3, 50], IsotropicInputs(3.0)
+    weight, ranks, inputs = random_weight(chain), [1, 2, 3, 50], SecondMoment.isotropic(3.0)
     curve = floor_curve(weight, chain, inputs)
     torch.testing.assert_close(curve, 9 * floor_curve(weight, chain))
-    floors, of_unit = loss_floor(weight, chain, ranks, inputs=inputs), loss_floor(weight, chain, ranks)
+    floors, of_unit = loss_floor(weight, chain, ranks, moment=inputs), loss_floor(weight, chain, ranks)
     assert [floor.lower for floor in floors] >= [curve[min(rank, len(curve) - 1)] for rank in ranks]
     assert all(floor.lower < floor.upper for floor in floors[:2]) is (chain.num_splits > 1)
     rounding = 1e-13 * curve[0].item()  # of a bound that is zero

@@ -3,7 +3,7 @@ import torch
 import ks
 from ks.bounds.plan import make_plan
 from ks.bounds.plan_notes import chain_notes, plan_notes
-from ks.moments.second_moment import MeasuredInputs
+from ks.moments.second_moment import SecondMoment
 
 WEIGHT = torch.randn(16, 24, generator=torch.Generator().manual_seed(1))
 WEIGHT *= 4 / WEIGHT.norm()  # predicting 0 costs 1
@@ -23,7 +23,7 @@ def test_the_target_names_one_rank_where_the_floor_is_exact_and_two_where_it_is_
     said = f"target 0.3, for isotropic inputs: rank {smallest} is the smallest that reaches it"
     assert plan_notes(exact, 0.3)[-1] == said
     weight, chain = torch.eye(32), ks.make_chain(32, 32, "butterfly")
-    coupled = make_plan(weight, chain, MeasuredInputs(torch.full((32, 32), 0.5).double() + 0.5 * torch.eye(32)))
+    coupled = make_plan(weight, chain, SecondMoment(torch.full((32, 32), 0.5).double() + 0.5 * torch.eye(32)))
     target = (coupled.bounds.lower(1) + coupled.bounds.upper(1)) / 2
     assert plan_notes(coupled, target)[-1] == (
         f"target {target:g}, for the measured inputs: no rank below 1 can reach it; the best known chain does at rank 2"

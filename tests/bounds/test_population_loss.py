@@ -12,7 +12,7 @@ import ks
 from ks.bounds.population_loss import population_loss, sampled_loss_range
 from ks.chain.patterns import Chain, make_chain
 from ks.chain.reference import chain_to_dense
-from ks.moments.second_moment import UNIT_INPUTS, IsotropicInputs
+from ks.moments.second_moment import UNIT_MOMENT, SecondMoment
 
 
 @pytest.mark.parametrize("rank", [None, 1])
@@ -51,9 +51,9 @@ def test_losses_and_their_range_grow_with_the_energy_of_the_inputs():
     torch.manual_seed(0)
     weight = torch.randn(12, 20, dtype=torch.float64)
     layer = ks.KSLinear(20, 12, rank=2, dtype=torch.float64)
-    inputs = IsotropicInputs(3.0)
+    inputs = SecondMoment.isotropic(3.0)
     unit = population_loss(weight, layer.factors)
-    assert unit == population_loss(weight, layer.factors, UNIT_INPUTS)
+    assert unit == population_loss(weight, layer.factors, UNIT_MOMENT)
     assert population_loss(weight, layer.factors, inputs) == pytest.approx(9 * unit, rel=1e-12)
     unit_range = sampled_loss_range(weight, layer.factors, 500)
     # The width of a range is computed in float32.

@@ -8,7 +8,7 @@ import ks
 from ks.bounds.floors import floor_curve, loss_floor
 from ks.bounds.plan import make_plan
 from ks.bounds.target_rank import ranks_around, smallest_ranks
-from ks.moments.second_moment import UNIT_INPUTS, IsotropicInputs
+from ks.moments.second_moment import SecondMoment
 
 CHAINS = [ks.make_chain(24, 36), ks.make_chain(32, 48, "butterfly"), ks.make_chain(24, 36, "lowrank")]
 TARGETS = [0.9, 0.5, 0.1, 1e-3]
@@ -16,7 +16,7 @@ TARGETS = [0.9, 0.5, 0.1, 1e-3]
 
 def plan_of(chain, std=1.0):
     weight = random_weight(chain)
-    return make_plan(weight * chain.rows**0.5 / (std * weight.norm()), chain, IsotropicInputs(std))
+    return make_plan(weight * chain.rows**0.5 / (std * weight.norm()), chain, SecondMoment.isotropic(std))
 
 
 @pytest.mark.parametrize("std", [1.0, 3.0])
@@ -24,7 +24,9 @@ def plan_of(chain, std=1.0):
 def test_the_smallest_ranks_are_the_first_whose_bounds_reach_the_target(chain, std):
     plan = plan_of(chain, std)
     floors = plan.floors(list(range(1, chain.saturation_rank + 1)))
-    assert floors == loss_floor(plan.weight, chain, range(1, chain.saturation_rank + 1), inputs=IsotropicInputs(std))
+    assert floors == loss_floor(
+        plan.weight, chain, range(1, chain.saturation_rank + 1), moment=SecondMoment.isotropic(std)
+    )
     for target in TARGETS:
         lower, upper = smallest_ranks(plan, target)
         assert lower == min(floor.rank for floor in floors if floor.lower <= target)
@@ -44,7 +46,7 @@ def test_an_exact_rank_is_the_smallest_one_although_its_bounds_differ_by_roundin
 @pytest.mark.parametrize("chain", CHAINS, ids=lambda chain: chain.family)
 def test_a_plan_in_internal_units_does_not_depend_on_the_scale_of_the_inputs(chain):
     unit, scaled = plan_of(chain), plan_of(chain, 3.0)
-    assert unit.inputs == UNIT_INPUTS
+    assert unit.moment.is_isotropic
     assert unit.curve[0] == pytest.approx(1.0)
     torch.testing.assert_close(scaled.curve, unit.curve)
     for (ours, curve), (theirs, other) in zip(scaled.family_curves(), unit.family_curves(), strict=True):

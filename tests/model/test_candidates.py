@@ -15,7 +15,7 @@ from ks.errors import UsageError
 from ks.model.candidates import find_candidates
 from ks.model.layer_weights import select_weights
 from ks.moments.moments_file import InputMoments
-from ks.moments.second_moment import UNIT_INPUTS, MeasuredInputs
+from ks.moments.second_moment import UNIT_MOMENT, SecondMoment
 from ks.moments.sums import InputSums
 
 FAMILIES = ("monarch", "lowrank", "butterfly")
@@ -48,7 +48,7 @@ def moments(weights):
 def test_floors_are_those_of_loss_floor(family, measured):
     weight = torch.randn(24, 16, generator=torch.Generator().manual_seed(1))
     samples = moment_of(16)
-    inputs = MeasuredInputs(samples.mT @ samples / len(samples)) if measured else UNIT_INPUTS
+    inputs = SecondMoment(samples.mT @ samples / len(samples)) if measured else UNIT_MOMENT
     chain = make_chain(24, 16, family)
     floors = layer_floors(weight, chain, inputs)
     assert floors.upper[0] == floors.lower[0] == 1
@@ -66,7 +66,7 @@ def test_floors_are_those_of_loss_floor(family, measured):
 def test_between_known_ranks_the_loss_is_interpolated():
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
     samples = moment_of(64)
-    floors = layer_floors(weight, make_chain(64, 64, blocks=2), MeasuredInputs(samples.mT @ samples))
+    floors = layer_floors(weight, make_chain(64, 64, blocks=2), SecondMoment(samples.mT @ samples))
     assert 0 < len(floors.known) <= 9 < len(floors.upper)
     between = next(rank for rank in floors.ranks if floors.is_interpolated(rank))
     assert floors.upper[between - 1] > floors.upper[between] > floors.upper[between + 1]

@@ -10,7 +10,7 @@ from steps import WEIGHT
 
 from ks.files.schema import BestRecord
 from ks.layer import KSLinear
-from ks.moments.second_moment import UNIT_INPUTS
+from ks.moments.second_moment import UNIT_MOMENT
 from ks.training.best_model import BestModel
 
 EPOCHS = [{"epoch": number} for number in (1, 2, 3)]
@@ -28,7 +28,7 @@ def model():
 
 
 def best_of(model, keep_start=False):
-    return BestModel(SimpleNamespace(model=model), WEIGHT.double(), UNIT_INPUTS, keep_start)
+    return BestModel(SimpleNamespace(model=model), WEIGHT.double(), UNIT_MOMENT, keep_start)
 
 
 def test_the_model_of_the_lowest_loss_is_kept_as_it_was(model):

@@ -9,7 +9,7 @@ from steps import WEIGHT, schedule_of, update
 from ks.chain.operator import chain_product
 from ks.files.layout import RunFiles
 from ks.layer import KSLinear
-from ks.moments.second_moment import UNIT_INPUTS
+from ks.moments.second_moment import UNIT_MOMENT
 from ks.training.best_model import BestModel
 from ks.training.checkpoints import Checkpoints, changes
 from ks.training.optimizer import Optimizer
@@ -27,7 +27,7 @@ class Training:
         self.optimizer = Optimizer("adamw", self.factors, loss_scaling=loss_scaling)
         self.schedule = schedule_of("plateau", num_epochs=9, lr=0.01, scheduler_patience=0)
         chain = SimpleNamespace(model=self.model, factors=self.factors)
-        self.best = BestModel(chain, WEIGHT.double(), UNIT_INPUTS, keep_start=False)
+        self.best = BestModel(chain, WEIGHT.double(), UNIT_MOMENT, keep_start=False)
         self.curves = []
 
     def epoch(self):

@@ -11,7 +11,7 @@ from steps import WEIGHT
 from ks.bounds.population_loss import population_loss
 from ks.errors import InternalError
 from ks.layer import KSLinear
-from ks.moments.second_moment import UNIT_INPUTS
+from ks.moments.second_moment import UNIT_MOMENT
 from ks.training.checks import Diverged, check_finite, check_validation
 from ks.training.edits import TOOLKIT, Edits
 
@@ -49,7 +49,7 @@ def test_a_validation_loss_that_contradicts_the_population_loss_is_a_fault(dtype
     weight = WEIGHT.double() * 6**0.5 / WEIGHT.norm()
     torch.manual_seed(0)
     model = KSLinear(10, 6, rank=2)
-    problem = SimpleNamespace(num_validation=10**7, inputs=UNIT_INPUTS, layer_inputs=SimpleNamespace(held_out=None))
+    problem = SimpleNamespace(num_validation=10**7, moment=UNIT_MOMENT, layer_inputs=SimpleNamespace(held_out=None))
     loss = population_loss(weight, model.factors)
     check_validation(loss, weight, model, problem, dtype, tf32)
     for factor in (1 - wrong, 1 + wrong):
@@ -68,7 +68,7 @@ def test_a_validation_loss_on_held_out_inputs_must_be_the_exact_one(energy, hold
     weight = WEIGHT.double() * 6**0.5 / WEIGHT.norm()
     torch.manual_seed(0)
     problem = SimpleNamespace(
-        layer_inputs=SimpleNamespace(held_out=UNIT_INPUTS),
+        layer_inputs=SimpleNamespace(held_out=UNIT_MOMENT),
         held_out_loss=lambda model: 0.25,
         held_out_energies=lambda: torch.full((10,), energy, dtype=torch.float64),
     )

@@ -8,7 +8,7 @@ from ks.chain.patterns import make_chain
 from ks.cli.flags import TrainerConfig
 from ks.errors import UsageError
 from ks.layer import KSLinear
-from ks.moments.second_moment import UNIT_INPUTS
+from ks.moments.second_moment import UNIT_MOMENT
 from ks.training.choose_optimizer import choose_optimizer, make_optimizer
 from ks.training.edits import TOOLKIT, Edits
 from ks.training.gauss_newton import GaussNewton
@@ -43,10 +43,10 @@ def test_another_criterion_turns_auto_into_adamw():
 def test_the_optimizer_takes_the_flags():
     factors = [factor.detach() for factor in KSLinear(24, 16, rank=2).factors]
     flags = TrainerConfig(batch_size=8, weight_decay=0.5, max_grad_norm=3.0)
-    ours = make_optimizer("gauss_newton", dataclasses.replace(flags, dtype="float16"), factors, UNIT_INPUTS)
+    ours = make_optimizer("gauss_newton", dataclasses.replace(flags, dtype="float16"), factors, UNIT_MOMENT)
     assert isinstance(ours, GaussNewton)
     assert ours.weight_decay == 0.5
     assert ours.loss_scale is not None
-    adamw = make_optimizer("adamw", flags, factors, UNIT_INPUTS)
+    adamw = make_optimizer("adamw", flags, factors, UNIT_MOMENT)
     assert type(adamw) is Optimizer
     assert (adamw.name, adamw.max_grad_norm, adamw.loss_scale) == ("adamw", 3.0, None)

@@ -8,7 +8,7 @@ import ks
 from ks.bounds.floors import floor_curve, loss_floor
 from ks.bounds.population_loss import population_loss
 from ks.layer import KSLinear
-from ks.moments.second_moment import IsotropicInputs, MeasuredInputs
+from ks.moments.second_moment import SecondMoment
 from ks.training.coordinates import isotropic_coordinates, measured_coordinates
 
 FAMILIES = ("monarch", "lowrank", "butterfly", "lowrank_butterfly")
@@ -18,7 +18,7 @@ def inside(kind, family="monarch", weight=WEIGHT, centred=False):
     """Return (rows, mean, C, P, chain, coordinates, C', W')."""
     rows = layer_rows(kind, cols=weight.shape[1])
     mean = rows.mean(0) if centred else None
-    energy = MeasuredInputs(second_moment(rows)).output_energy(weight) / len(weight)
+    energy = SecondMoment(second_moment(rows)).output_energy(weight) / len(weight)
     moment = second_moment(rows, mean)
     chain = ks.make_chain(*weight.shape, family)
     coordinates, inputs = measured_coordinates(chain, energy, moment, mean)
@@ -39,17 +39,15 @@ def test_a_chain_has_the_same_loss_inside_and_outside(kind, family, centred):
     outside = coordinates.outside(model)
     loss = population_loss(weight, model.factors, inputs) * energy
     digits = 1e-7 if kind == "steep" else 1e-9  # of float64, less the condition
-    assert loss == pytest.approx(population_loss(WEIGHT, outside.factors, MeasuredInputs(moment)), rel=digits)
-    assert inputs.output_energy(weight) * energy == pytest.approx(
-        MeasuredInputs(moment).output_energy(WEIGHT), rel=1e-9
-    )
+    assert loss == pytest.approx(population_loss(WEIGHT, outside.factors, SecondMoment(moment)), rel=digits)
+    assert inputs.output_energy(weight) * energy == pytest.approx(SecondMoment(moment).output_energy(WEIGHT), rel=1e-9)
 
 
 @pytest.mark.parametrize("family", ["monarch", "lowrank", "butterfly"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_floors_are_the_same_inside_and_outside(kind, family):
     _, moment, energy, chain, _, inputs, weight = inside(kind, family)
-    measured = MeasuredInputs(moment)
+    measured = SecondMoment(moment)
     tiny = 1e-9 * energy
     torch.testing.assert_close(
         floor_curve(weight, chain, inputs) * energy, floor_curve(WEIGHT, chain, measured), rtol=0, atol=tiny
@@ -68,10 +66,8 @@ def test_every_column_group_is_white_inside(kind, family):
     rows, moment, _, chain, coordinates, inputs, _ = inside(kind, family)
     groups = chain.patterns(1)[-1].a
     found = coordinates.samples(rows)
-    torch.testing.assert_close(second_moment(found), inputs.second_moment(), rtol=0, atol=1e-6)
-    for own in (
-        inputs.second_moment().unflatten(0, (groups, -1)).unflatten(2, (groups, -1)).diagonal(0, 0, 2).unbind(-1)
-    ):
+    torch.testing.assert_close(second_moment(found), inputs.matrix, rtol=0, atol=1e-6)
+    for own in inputs.matrix.unflatten(0, (groups, -1)).unflatten(2, (groups, -1)).diagonal(0, 0, 2).unbind(-1):
         torch.testing.assert_close(own @ own, own, rtol=0, atol=1e-9)  # the identity, or a projection
         if kind == "regular":
             torch.testing.assert_close(own, torch.eye(len(own)).double(), rtol=0, atol=1e-9)
@@ -110,16 +106,16 @@ def test_a_chain_of_badly_conditioned_inputs_is_saved_in_float64(kind, dtype):
     assert outside.factors[0].dtype == dtype
     assert model.factors[0].dtype == torch.float32
     loss = population_loss(weight, model.factors, inputs) * energy
-    assert loss == pytest.approx(population_loss(WEIGHT, outside.factors, MeasuredInputs(moment)), rel=1e-5)
+    assert loss == pytest.approx(population_loss(WEIGHT, outside.factors, SecondMoment(moment)), rel=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_isotropic_inputs_from_a_file_are_isotropic(family):
     chain, std = ks.make_chain(16, 24, family), 3.0
-    energy = IsotropicInputs(std).output_energy(WEIGHT) / 16
+    energy = SecondMoment.isotropic(std).output_energy(WEIGHT) / 16
     measured, inputs = measured_coordinates(chain, energy, std**2 * torch.eye(24).double(), None)
     isotropic, _ = isotropic_coordinates(WEIGHT)
-    torch.testing.assert_close(inputs.second_moment(), torch.eye(24).double(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(inputs.matrix, torch.eye(24).double(), rtol=0, atol=1e-12)
     weights = [coordinates.weight(WEIGHT.double().clone()) for coordinates in (measured, isotropic)]
     assert weights[0].norm().item() == pytest.approx(weights[1].norm().item(), rel=1e-12)
     if family != "lowrank_butterfly":
@@ -145,9 +141,9 @@ def ill_conditioned(digits, seed):
 def test_rounding_that_whitening_enlarges_is_no_reason_to_refuse(digits, dtype):
     chain = ks.make_chain(16, 24)
     for seed in range(25):
-        measured = MeasuredInputs(ill_conditioned(digits, seed).to(dtype))
-        coordinates, inputs = measured_coordinates(chain, 1.0, measured.second_moment(), None)
-        assert torch.linalg.eigvalsh(inputs.second_moment())[0] > -1e-9
+        measured = SecondMoment(ill_conditioned(digits, seed).to(dtype))
+        coordinates, inputs = measured_coordinates(chain, 1.0, measured.matrix, None)
+        assert torch.linalg.eigvalsh(inputs.matrix)[0] > -1e-9
         model = random_chain(chain)
         weight = coordinates.weight(WEIGHT.double().clone())
         outside = population_loss(WEIGHT, coordinates.outside(model).factors, measured)

@@ -14,7 +14,7 @@ from ks.chain.patterns import make_chain
 from ks.chain.reference import chain_to_dense, factor_to_dense, support
 from ks.chain.splits import scale_gradient
 from ks.layer import KSLinear
-from ks.moments.second_moment import UNIT_INPUTS, MeasuredInputs
+from ks.moments.second_moment import UNIT_MOMENT, SecondMoment
 from ks.training import gauss_newton
 from ks.training.criterion import loss_and_gradient, mean_squared_error
 from ks.training.gauss_newton import GaussNewton
@@ -52,7 +52,7 @@ def damped(matrix, groups, shared):
     return result
 
 
-def coupled_inputs(groups, features):
+def coupled_moment(groups, features):
     """Inputs of second moment I within every group of features and a strong coupling between groups."""
     width = features // groups
     generator = torch.Generator().manual_seed(2)
@@ -61,38 +61,38 @@ def coupled_inputs(groups, features):
         turn = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))[0]
         moment[i, :, j] = 0.9 / (groups - 1) * turn
         moment[j, :, i] = moment[i, :, j].t()
-    return MeasuredInputs(moment.reshape(features, features))
+    return SecondMoment(moment.reshape(features, features))
 
 
-def dense_step(values, x, residual, inputs=UNIT_INPUTS):
+def dense_step(values, x, residual, moment=UNIT_MOMENT):
     """The dense factors after the first step of the formula at lr = 1e-3, in float64.
 
     residual: ŷ − y, shape (batch, m).
     """
-    coupling = inputs.coupling(values[-1].shape[0])
+    coupling = moment.coupling(values[-1].shape[0])
     (batch, m), n = residual.shape, x.shape[1]
     dense = [factor_to_dense(value.double()) for value in values]
     prefixes = list(itertools.accumulate([torch.eye(m).double(), *dense[:-1]], torch.matmul))
     suffixes = [torch.eye(n).double()]
     for factor in dense[:0:-1]:
         suffixes.insert(0, factor @ suffixes[0])
-    rate = 0.1 / inputs.largest_of_batch(batch, n)
+    rate = 0.1 / moment.largest_of_batch(batch, n)
     moved = []
     for index, (value, prefix, suffix) in enumerate(zip(values, prefixes, suffixes, strict=True)):
         gradient = (residual.double() @ prefix).t() @ (x.double() @ suffix.t()) / batch
-        moment = inputs.times_root(suffix) @ inputs.times_root(suffix).t()
+        energies = moment.times_root(suffix) @ moment.times_root(suffix).t()
         step = torch.zeros_like(dense[index])
         a, b, c, d = value.shape
         for i, t in itertools.product(range(a), range(d)):
             rows, cols = (i * size * d + torch.arange(size) * d + t for size in (b, c))
             left = (prefix.t() @ prefix)[rows][:, rows]
-            right = moment[cols][:, cols]
+            right = energies[cols][:, cols]
             if index > 0:  # j = (s, w)
                 natural = m / values[index - 1][:, 0].numel()
                 shared = 1e-3 * (prefix.t() @ prefix).diagonal().mean() + 0.5 * natural
                 left = damped(left, torch.arange(b) % (values[index - 1].shape[3] // d), shared)
             if index < len(values) - 1:  # k = (u, ρ)
-                shared = 1e-3 * moment.diagonal().mean()
+                shared = 1e-3 * energies.diagonal().mean()
                 groups = torch.arange(c) // (c * a // values[index + 1].shape[0])
                 right = damped(right, groups if coupling is None else torch.zeros(c), shared)
             block = torch.linalg.solve(left, gradient[rows][:, cols])
@@ -107,13 +107,13 @@ def dense_step(values, x, residual, inputs=UNIT_INPUTS):
 @pytest.mark.parametrize("chain", CHAINS)
 def test_the_step_is_that_of_dense_curvature_matrices(chain, layout, batch, coupled):
     patterns, factors = chain_of(*chain)
-    inputs = coupled_inputs(patterns[-1].a, patterns[-1].cols) if coupled else UNIT_INPUTS
-    optimizer = GaussNewton(factors, inputs, batch)
+    moment = coupled_moment(patterns[-1].a, patterns[-1].cols) if coupled else UNIT_MOMENT
+    optimizer = GaussNewton(factors, moment, batch)
     step, output_rows = step_of(patterns, factors, optimizer, batch, **layout)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, patterns[-1].cols, generator=generator)
     y = torch.randn(batch, patterns[0].rows, generator=generator)
-    expected = dense_step(factors, x, x.double() @ chain_to_dense([f.double() for f in factors]).t() - y, inputs)
+    expected = dense_step(factors, x, x.double() @ chain_to_dense([f.double() for f in factors]).t() - y, moment)
     targets = y[:, output_rows]
     optimizer.prepare(0)
     step(*(each.t().contiguous() if layout.get("batch_last") else each for each in (x, targets)), 1e-3)
@@ -132,7 +132,7 @@ def train(ready=plain, epochs=3, loss_scaling=False, weight_decay=0.0, chain=CHA
     factors[0].zero_()
     samples = make_samples_of(patterns, **changes)
     optimizer = GaussNewton(
-        factors, UNIT_INPUTS, samples.batch_size, weight_decay=weight_decay, loss_scaling=loss_scaling
+        factors, UNIT_MOMENT, samples.batch_size, weight_decay=weight_decay, loss_scaling=loss_scaling
     )
     step, _ = step_of(patterns, factors, optimizer, samples.batch_size)
     return losses_of(ready(step, samples, optimizer.state()), samples, optimizer, range(1, epochs + 1)), optimizer
@@ -189,7 +189,7 @@ def test_a_step_reads_nothing_of_the_device():
 
     seen = []
     _, factors = chain_of(*CHAINS[2])
-    optimizer = GaussNewton(factors, UNIT_INPUTS, 8, weight_decay=0.1, loss_scaling=True)
+    optimizer = GaussNewton(factors, UNIT_MOMENT, 8, weight_decay=0.1, loss_scaling=True)
     with Reads():
         optimizer.prepare(0)
         optimizer.update(1e-3, torch.ones(()))
@@ -202,8 +202,8 @@ def test_a_step_reads_nothing_of_the_device():
 def test_a_captured_refresh_takes_its_settings_from_the_device(monkeypatch, coupled):
     """The capture is a recorded graph of operations here, which replays every number that Python gave it."""
     patterns, factors = chain_of(*CHAINS[2])
-    inputs = coupled_inputs(patterns[-1].a, patterns[-1].cols) if coupled else UNIT_INPUTS
-    eager, captured = (GaussNewton([factor.clone() for factor in factors], inputs, 8) for _ in range(2))
+    moment = coupled_moment(patterns[-1].a, patterns[-1].cols) if coupled else UNIT_MOMENT
+    eager, captured = (GaussNewton([factor.clone() for factor in factors], moment, 8) for _ in range(2))
     monkeypatch.setattr(gauss_newton, "cuda_graph", lambda function: make_fx(lambda: function())())
     captured._replay = captured._captured()
     for step in (0, 3000):
@@ -218,7 +218,7 @@ def test_a_captured_refresh_takes_its_settings_from_the_device(monkeypatch, coup
 
 def test_a_refresh_that_cannot_be_captured_runs_eagerly_and_is_reported_once(monkeypatch):
     _, factors = chain_of(*CHAINS[1])
-    optimizer = GaussNewton(factors, UNIT_INPUTS, 8)
+    optimizer = GaussNewton(factors, UNIT_MOMENT, 8)
 
     def fail(function):
         function()
@@ -239,13 +239,13 @@ def test_a_restored_state_goes_on_to_the_bit():
     states = []
     for stop in (8, 5):
         own = [factor.clone() for factor in factors]
-        optimizer = GaussNewton(own, UNIT_INPUTS, samples.batch_size)
+        optimizer = GaussNewton(own, UNIT_MOMENT, samples.batch_size)
         step, _ = step_of(patterns, own, optimizer, samples.batch_size)
         losses_of(step, samples, optimizer, range(1, stop + 1))
         states.append([tensor.clone() for tensor in optimizer.state()])
     assert samples.steps_per_epoch * 5 > 100  # the refresh is no longer due before every step
     resumed = [factor.clone() for factor in factors]
-    optimizer = GaussNewton(resumed, UNIT_INPUTS, samples.batch_size)
+    optimizer = GaussNewton(resumed, UNIT_MOMENT, samples.batch_size)
     for tensor, value in zip(optimizer.state(), states[1], strict=True):
         tensor.copy_(value)
     step, _ = step_of(patterns, resumed, optimizer, samples.batch_size)
@@ -255,7 +255,7 @@ def test_a_restored_state_goes_on_to_the_bit():
 
 def test_a_matrix_that_is_not_positive_definite_keeps_its_inverse_and_is_reported_once(monkeypatch):
     _, factors = chain_of(*CHAINS[1])
-    optimizer = GaussNewton(factors, UNIT_INPUTS, 8)
+    optimizer = GaussNewton(factors, UNIT_MOMENT, 8)
     optimizer.refresh(0.5)
     before = [tensor.clone() for tensor in optimizer.scaling.left]
     assert optimizer.trouble() is None
@@ -287,7 +287,7 @@ def test_float32_inverts_the_curvature_of_a_steep_spectrum(rank):
     left = torch.linalg.qr(torch.randn(1024, rank, generator=generator))[0] * torch.arange(1, rank + 1.0) ** -3
     mixed = left @ torch.linalg.qr(torch.randn(rank, rank, generator=generator))[0]
     factors = [mixed.reshape(1, 1024, rank, 1), torch.randn(1, rank, 1024, 1, generator=generator)]
-    optimizer = GaussNewton(factors, UNIT_INPUTS, 32)
+    optimizer = GaussNewton(factors, UNIT_MOMENT, 32)
     optimizer.refresh(0.0)
     assert optimizer.trouble() is None
     gram = mixed.double().t() @ mixed.double()
@@ -301,7 +301,7 @@ def test_float32_inverts_the_curvature_of_a_steep_spectrum(rank):
 
 def test_an_overflowing_step_changes_nothing_but_the_loss_scale():
     _, factors = chain_of(*CHAINS[1])
-    optimizer = GaussNewton(factors, UNIT_INPUTS, 8, weight_decay=0.1, loss_scaling=True)
+    optimizer = GaussNewton(factors, UNIT_MOMENT, 8, weight_decay=0.1, loss_scaling=True)
     before = [factor.clone() for factor in factors]
     optimizer.gradients[0].fill_(float("inf"))
     optimizer.update(1e-3, torch.ones(()))
@@ -312,7 +312,7 @@ def test_an_overflowing_step_changes_nothing_but_the_loss_scale():
 def test_weight_decay_is_decoupled():
     _, factors = chain_of(*CHAINS[1])
     before = [factor.clone() for factor in factors]
-    optimizer = GaussNewton(factors, UNIT_INPUTS, 8, weight_decay=0.5)
+    optimizer = GaussNewton(factors, UNIT_MOMENT, 8, weight_decay=0.5)
     optimizer.update(1e-3, torch.ones(()))
     for factor, value in zip(factors, before, strict=True):
         torch.testing.assert_close(factor, value * (1 - 0.5e-3))
@@ -320,7 +320,7 @@ def test_weight_decay_is_decoupled():
 
 def test_matrices_are_inverted_ever_less_often(monkeypatch):
     _, factors = chain_of(*CHAINS[1])
-    optimizer = GaussNewton(factors, UNIT_INPUTS, 8)
+    optimizer = GaussNewton(factors, UNIT_MOMENT, 8)
     shares = {}
     for step in range(2000):
         monkeypatch.setattr(optimizer, "refresh", lambda damping, _, step=step: shares.update({step: damping}))
@@ -337,8 +337,8 @@ def test_matrices_are_inverted_ever_less_often(monkeypatch):
 @pytest.mark.parametrize("chain", CHAINS[1:])
 def test_the_step_of_coupled_inputs_grows_once_for_every_factor(chain):
     patterns, factors = chain_of(*chain)
-    inputs = coupled_inputs(patterns[-1].a, patterns[-1].cols)
-    optimizer = GaussNewton(factors, inputs, 8)
+    moment = coupled_moment(patterns[-1].a, patterns[-1].cols)
+    optimizer = GaussNewton(factors, moment, 8)
     optimizer.relative_loss.zero_()
     gradients = [torch.randn(values.shape, generator=torch.Generator().manual_seed(4)) for values in factors]
     steps = []
@@ -352,9 +352,9 @@ def test_the_step_of_coupled_inputs_grows_once_for_every_factor(chain):
 def test_coupled_inputs_train_from_a_zero_left_factor():
     patterns, factors = chain_of(*CHAINS[1])
     factors[0].zero_()
-    inputs = coupled_inputs(patterns[-1].a, patterns[-1].cols)
-    samples = make_samples_of(patterns, inputs_moment=inputs)
-    optimizer = GaussNewton(factors, inputs, samples.batch_size)
+    moment = coupled_moment(patterns[-1].a, patterns[-1].cols)
+    samples = make_samples_of(patterns, moment=moment)
+    optimizer = GaussNewton(factors, moment, samples.batch_size)
     step, _ = step_of(patterns, factors, optimizer, samples.batch_size)
     losses = losses_of(step, samples, optimizer, range(1, 21))
     assert losses[-1].mean() < 0.75 * losses[0].mean()

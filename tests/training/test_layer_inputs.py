@@ -9,7 +9,7 @@ from layer_rows import KINDS, WEIGHT, layer_rows, problem_of, second_moment
 from ks.bounds.population_loss import population_loss
 from ks.errors import UsageError
 from ks.layer import KSLinear
-from ks.moments.second_moment import MeasuredInputs
+from ks.moments.second_moment import SecondMoment
 from ks.training.samples_file import make_samples
 
 UNSEEN = layer_rows("regular", seed=1)
@@ -40,7 +40,7 @@ def test_held_out_samples_have_exactly_the_held_out_second_moment_and_loss(tmp_p
     assert inputs.shape == (24, 24)
     torch.testing.assert_close(second_moment(inputs), second_moment(problem.coordinates.samples(UNSEEN - mean)))
     torch.testing.assert_close(problem.held_out_energies(), inputs.square().mean(0))
-    energy = MeasuredInputs(second_moment(layer_rows(kind))).output_energy(WEIGHT) / 16
+    energy = SecondMoment(second_moment(layer_rows(kind))).output_energy(WEIGHT) / 16
     torch.testing.assert_close(
         targets.t() @ targets / 24, WEIGHT.double() @ second_moment(UNSEEN - mean) @ WEIGHT.double().t() / energy
     )
@@ -56,7 +56,7 @@ def test_training_samples_have_exactly_the_second_moment_of_the_inputs(tmp_path,
     weight = problem.internal_weight()
     samples = make_samples(config, problem, weight)
     inputs, targets = (batches.flatten(0, 1).double() for batches in (samples.inputs, samples.targets))
-    torch.testing.assert_close(second_moment(inputs), problem.inputs.second_moment(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(second_moment(inputs), problem.moment.matrix, rtol=0, atol=1e-4)
     torch.testing.assert_close(targets, inputs @ weight.t(), rtol=1e-4, atol=1e-4)
 
 
@@ -89,18 +89,18 @@ def test_losses_are_those_of_the_inputs_relative_to_predicting_zero(tmp_path, ki
     outputs = rows @ WEIGHT.double().t()
     assert problem.predict_zero_loss == pytest.approx(outputs.square().mean().item(), rel=1e-9)
     model = random_chain(problem)
-    loss = population_loss(problem.internal_weight(), model.factors, problem.inputs) * problem.predict_zero_loss
+    loss = population_loss(problem.internal_weight(), model.factors, problem.moment) * problem.predict_zero_loss
     outside = problem.coordinates.outside(model)
     assert loss == pytest.approx((outside(rows) - outputs).square().mean().item(), rel=1e-9)
 
 
 def test_the_loss_on_random_inputs_comes_close_to_the_exact_one(tmp_path):
     _, problem = problem_of(tmp_path, "--inputs", moments(tmp_path, "steep"))
-    measured = MeasuredInputs(second_moment(layer_rows("steep")))
+    measured = SecondMoment(second_moment(layer_rows("steep")))
     unit = torch.randn(100_000, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    rows, model = measured.colour(unit), random_chain(problem)
+    rows, model = measured.transform(unit), random_chain(problem)
     sampled = (problem.coordinates.outside(model)(rows) - rows @ WEIGHT.double().t()).square().mean().item()
-    exact = population_loss(problem.internal_weight(), model.factors, problem.inputs) * problem.predict_zero_loss
+    exact = population_loss(problem.internal_weight(), model.factors, problem.moment) * problem.predict_zero_loss
     assert sampled == pytest.approx(exact, rel=0.03)
 
 
@@ -114,7 +114,7 @@ def test_a_fitted_bias_never_loses_more(tmp_path, kind):
     targets = rows @ WEIGHT.double().t()
     losses = [(chain(rows) - targets).square().mean().item() for chain in (saved, outside)]
     assert losses[0] <= losses[1]
-    exact = population_loss(problem.internal_weight(), random_chain(problem).factors, problem.inputs)
+    exact = population_loss(problem.internal_weight(), random_chain(problem).factors, problem.moment)
     assert losses[0] == pytest.approx(exact * problem.predict_zero_loss, rel=1e-9)
     moved = saved.bias.detach() + 0.1 * torch.randn(16, dtype=torch.float64)
     assert losses[0] < (outside(rows) + moved - targets).square().mean().item()

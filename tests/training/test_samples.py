@@ -6,7 +6,7 @@ import pytest
 import torch
 from steps import WEIGHT, make_samples
 
-from ks.moments.second_moment import IsotropicInputs
+from ks.moments.second_moment import SecondMoment
 from ks.training import samples as module
 from ks.training.samples import seeded_generator, whiten
 
@@ -84,12 +84,12 @@ def test_validation_shares_weigh_batches_to_the_plain_mean():
 @pytest.mark.parametrize("sampling", ["whitened", "fresh", "fixed"])
 def test_inputs_have_the_second_moment_that_is_asked_for_and_targets_follow_them(sampling):
     unit = make_samples(sampling=sampling)
-    coloured = make_samples(sampling=sampling, inputs_moment=IsotropicInputs(3.0))
+    scaled = make_samples(sampling=sampling, moment=SecondMoment.isotropic(3.0))
     for number in (1, 2):
-        for (inputs, targets), (unit_inputs, _) in zip(epoch(coloured, number), epoch(unit, number), strict=True):
+        for (inputs, targets), (unit_inputs, _) in zip(epoch(scaled, number), epoch(unit, number), strict=True):
             torch.testing.assert_close(inputs, 3 * unit_inputs)
             torch.testing.assert_close(targets, inputs @ WEIGHT.t())
-    (inputs, targets), (unit_inputs, _) = coloured.validation[0], unit.validation[0]
+    (inputs, targets), (unit_inputs, _) = scaled.validation[0], unit.validation[0]
     torch.testing.assert_close(inputs, 3 * unit_inputs)
     torch.testing.assert_close(targets, inputs @ WEIGHT.t())
 
