@@ -134,7 +134,7 @@ def main(argv=None) -> int:
             timed["both"] = {peer: calls(layer, x, gradient, True) for peer, layer in layers.items()}
             for passes, functions in timed.items():
                 times = interleaved_ms(functions, device, options.rounds, clock)
-                row = {"shape": f"{m}x{n}", "rank": rank, "share": layers["ours"].num_parameters / (m * n)}
+                row = {"shape": f"{m}x{n}", "rank": rank, "fraction": layers["ours"].num_parameters / (m * n)}
                 row |= {"batch": batch, "passes": passes, "dtype": name}
                 row |= {"ours_ms": times["ours"]} | {f"{peer}_ms": times.get(peer, "") for peer in PEERS}
                 row |= {f"over_{peer}": times["ours"] / times[peer] if peer in times else "" for peer in PEERS}
