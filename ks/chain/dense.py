@@ -41,8 +41,8 @@ def subtract_chain(out: torch.Tensor, values: list[torch.Tensor]) -> torch.Tenso
 def _pieces(out: torch.Tensor, values: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield views that cover `out`, each with that part of K_1 … K_L, of the same shape."""
     patterns = [Pattern(*factor.shape) for factor in values]
-    ranks = [chainability(*pair) for pair in pairwise(patterns)]
-    if all(ranks) and ranks and patterns[0].a == patterns[-1].d == 1:
+    ranks = [chainability(*pair) or 0 for pair in pairwise(patterns)]
+    if ranks and all(ranks) and patterns[0].a == patterns[-1].d == 1:
         cut = 1 + ranks.index(min(ranks))  # the last product costs m·n·r multiply-adds, and nearly all of the time
         with float32_products(out, "ieee"):
             left, right = (functools.reduce(merge_factors, side) for side in (values[:cut], values[cut:]))

@@ -132,7 +132,7 @@ def values_gradient_kernel(
 
 
 def _options(precision: str, stages: int) -> dict:
-    """Return what every launch is told besides its operands."""
+    """Return the options that all launches share."""
     return {"ROWS": tiles.ROWS, "PRECISION": precision, "num_warps": 4, "num_stages": stages, "maxnreg": REGISTERS}
 
 

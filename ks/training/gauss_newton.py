@@ -90,7 +90,7 @@ class GaussNewton(Optimizer):
             self._most_growth = min(GROWTH, LAST_NOISE / first)
         self.relative_loss = torch.ones((), device=device)
         self.failures = torch.zeros((), dtype=torch.int32, device=device)
-        # What a refresh is told, on the device, so that a captured one can be told another value.
+        # The settings of a refresh stay on the device, so that a captured one reads new values.
         self._loss_damping, self._growth = torch.zeros((), device=device), torch.ones((), device=device)
         self._replay: Callable[[], None] | None = None
         self._warnings: list[str] = []

@@ -20,9 +20,10 @@ def measure_latency(
 ) -> Latency:
     """Return the median time of a forward pass of a chain, of W x, and of two dense factors U V x of the chain's size.
 
-    The three take turns on batches of several sizes, on one thread of a CPU whatever the run uses, so that all rows of
-    a table compare. On a GPU, each is a CUDA graph, and the times of eager calls, launches included, stand beside. A
-    batch of which one round is expected to take more than half of `seconds` is left out, and so are larger ones.
+    The three take turns on batches of several sizes, on one thread of a CPU, however many the run uses, so that all
+    rows of a table compare. On a GPU, each is a CUDA graph, and the times of eager calls, launches included, stand
+    beside. A batch of which one round is expected to take more than half of `seconds` is left out, and so are larger
+    ones.
 
     Args:
         model: the chain; its values do not matter.
@@ -32,7 +33,7 @@ def measure_latency(
         threads: of the run, set again afterwards.
         seconds: to spend, about; twice as long if a single round is slow.
     """
-    generator = torch.Generator().manual_seed(0)  # whatever became of the global ones
+    generator = torch.Generator().manual_seed(0)  # a failed capture may have left the global ones in a bad state
     weight, device, batch_last = weight.to(dtype), weight.device, model.batch_last
     rows, cols = weight.shape
 
