@@ -33,8 +33,8 @@ build/trackers: requirements-trackers.txt
 test-gpu:
 	$(PYTHON) -m pytest -m gpu
 
-# Measures on a GPU, unattended, and makes its table and picture: a run, tests, layers and the step in the first ten
-# minutes. A rerun resumes with what is left; the long sweeps at the end need make gpu MINUTES=180.
+# Measures on a GPU, unattended: runs, tests, layers and the step in the first ten minutes. A rerun resumes with what is
+# left; the long sweeps at the end need make gpu MINUTES=180.
 MINUTES ?= 10
 gpu:
 	$(PYTHON) benchmarks/card.py --output_dir build/gpu --minutes $(MINUTES)

@@ -72,8 +72,8 @@ def train(config: TrainerConfig, problem: Problem, run: Recorder) -> None:
         return loss, norm
 
     take_step, how = runnable(step, *samples.first(), optimizer.state())  # captured as a CUDA graph on a GPU
-    run.record_choice("impl", chain.impl)
-    run.record_choice("steps", how)
+    run.record_choice("impl", *chain.impl)
+    run.record_choice("steps", *how)
     run.begin(weight, chain, optimizer, schedule)
     for epoch in run.epochs():
         taken = []

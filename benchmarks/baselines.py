@@ -1,4 +1,4 @@
-"""Our training step without its script, and what benchmarks compare it with: the plain loop, einsum, a peer."""
+"""Our training step without its script, and what benchmarks compare it with: the plain loop and a peer."""
 
 import importlib.util
 import sys
@@ -51,23 +51,11 @@ class PlainChain(torch.nn.Module):
         )
 
     def forward(self, x):
-        return self.multiply(x, list(self.weights))
-
-    def multiply(self, x, weights):
-        """Return x Wᵀ for other weights of the same shapes."""
         batch = x.shape[0]
-        for (a, b, c, d), weight in zip(self.patterns[::-1], reversed(weights)):
+        for (a, b, c, d), weight in zip(self.patterns[::-1], reversed(self.weights)):
             blocks = x.view(batch, a, c, d).permute(1, 3, 0, 2).reshape(a * d, batch, c)
             x = torch.bmm(blocks, weight).view(a, d, batch, b).permute(2, 0, 3, 1).reshape(batch, a * b * d)
         return x
-
-
-def einsum_chain(x, values):
-    """Return x Wᵀ by one einsum per factor; `values` are those of our layer."""
-    for factor in reversed(values):
-        a, _, c, d = factor.shape
-        x = torch.einsum("ijkt,nikt->nijt", factor, x.view(len(x), a, c, d)).reshape(len(x), -1)
-    return x
 
 
 def plain_epochs(model, weight, inputs, num_epochs: int, batch_size: int, lr: float = 1e-3, max_grad_norm: float = 1.0):

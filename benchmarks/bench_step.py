@@ -3,8 +3,7 @@
     python benchmarks/bench_step.py                                # this machine's CPU, one thread
     python benchmarks/bench_step.py --device cuda --shape 2048 4096 --csv step.csv
 
-Steps, on batches of 32 ready samples: "ours" is that of `train_with_random.py`; "plain" is the loop of `baselines.py`,
-and "compiled" the same with its chain under torch.compile(mode="reduce-overhead") (on a CPU by the backend aot_eager);
+Steps, on batches of 32 ready samples: "ours" is that of `train_with_random.py`; "plain" is the loop of `baselines.py`;
 "bare" calls only the matrix products and the fused optimizer of ours; "dense" trains a dense matrix with our optimizer.
 The program compares the outputs before it times anything, and interleaves the timings of a row.
 """
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import torch
 from baselines import PlainChain, our_step, plain_epochs, training_factors, training_passes
-from timing import Rows, interleaved_medians, named_device, place
+from timing import Rows, interleaved_ms, named_device, place
 
 from ks.chain.patterns import make_chain
 from ks.cli import console
@@ -102,19 +101,13 @@ def measure_steps(options, device, rows: Rows) -> None:
                 "plain": functools.partial(plain_epochs, plain, weight, flat, 1, options.batch_size),
                 "dense": dense_epoch(weight, samples),
             }
-            if options.compiled:
-                how = {"mode": "reduce-overhead"} if device.type == "cuda" else {"backend": "aot_eager"}
-                compiled = torch.compile(PlainChain(layer.factors).to(device), **how)
-                loop = (compiled, weight, flat, 1, options.batch_size)
-                functions["compiled"] = functools.partial(plain_epochs, *loop)
             if len(patterns) == 2 and device.type == "cpu":
                 functions["bare"] = bare_epoch(layer, samples)
-            found = interleaved_medians(functions, device, options.rounds, calls=1)
+            found = interleaved_ms(functions, device, options.rounds)
             step_ms = {kind: value / STEPS for kind, value in found.items()}
             row = {"what": "step", "chain": name, "shape": f"{m}x{n}", "batch": options.batch_size, "rank": rank}
-            row |= {f"{kind}_ms": step_ms.get(kind, "") for kind in ("ours", "plain", "compiled", "dense", "bare")}
+            row |= {f"{kind}_ms": step_ms.get(kind, "") for kind in ("ours", "plain", "dense", "bare")}
             row |= {"plain_over_ours": step_ms["plain"] / step_ms["ours"]}
-            row |= {"compiled_over_ours": step_ms["compiled"] / step_ms["ours"] if "compiled" in step_ms else ""}
             row |= {"dense_over_ours": step_ms["dense"] / step_ms["ours"]}
             row |= {"ours_over_bare": step_ms["ours"] / step_ms["bare"] if "bare" in step_ms else ""}
             rows.add(row | place(device))
@@ -130,7 +123,6 @@ def main(argv=None) -> int:
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64], help="ranks of the steps (default: 8 64)")
     parser.add_argument("--chains", nargs="+", default=["monarch"], help="chains of the steps (default: monarch)")
     parser.add_argument("--impl", default="auto", help="our backend (default: auto)")
-    parser.add_argument("--compiled", action="store_true", help="time the plain loop under torch.compile too")
     parser.add_argument("--rounds", type=int, default=15, help="readings of each clock (default: 15)")
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Measure everything on a GPU, unattended: tests, kernels, steps, sweeps, precision, waits; make a table and a picture.
+"""Measure everything on a GPU, unattended: a run, tests, the layer, the step, sweeps.
 
     make gpu                                                                # on a GPU: results in build/gpu
     python benchmarks/card.py --output_dir build/gpu --minutes 9            # in pieces: the same command resumes
@@ -26,18 +26,17 @@ FOLDER = Path(__file__).resolve().parent
 SMALL = "--shape 64 128 --ranks 2 4 --num_epochs 2 --num_samples 400"
 MANUAL = "--shape 2048 4096 --ranks 2 4 8 16 32 64 128 256 512 --num_epochs 100 --num_samples 10000"
 STEP, FEW = "--shape 2048 4096 --ranks 16 64 --rounds 7", "--shape 64 128 --ranks 2 --rounds 2"
-# Step, its program, its arguments, and those for --tiny; the most telling steps come first, and those before "peers"
-# are to fit into ten minutes. All but "training" and the sweeps need torch, numpy, pandas, matplotlib and pytest alone.
-BEFORE_TESTS = (("training", "first_training", "", "--tiny"),)
+# Step, its program, its arguments, and those for --tiny; the most telling steps come first, and those before "demo" are
+# to fit into ten minutes. All but the runs and the sweeps need torch, numpy and pytest alone.
+BEFORE_TESTS = (
+    ("run", "first_run", "", "--tiny"),
+    ("uncapturable", "first_run", "--uncapturable", "--uncapturable --tiny"),
+)
 MEASUREMENTS = (
-    ("check", "gpu_check", "--minutes 3", "--tiny"),
-    ("step", "bench_step", f"{STEP} --compiled", f"{FEW} --compiled"),
-    ("peers", "bench_layer", "--dtype bfloat16 --compiled", "--batches 1 --rounds 1"),
-    ("waits", "synchronisations", "", "--shape 64 128"),
+    ("layer", "bench_layer", "--dtypes bfloat16 float32 --compiled", "--batches 1 --rounds 1"),
+    ("step", "bench_step", STEP, FEW),
     ("demo", "bench_sweep", "", SMALL),
-    ("precision", "precision", "", SMALL),
     ("manual", "bench_sweep", MANUAL, SMALL),
-    ("full", "gpu_check", "--full", "--tiny"),
 )
 
 
@@ -45,22 +44,13 @@ def steps(folder: Path, device: str, tiny: bool) -> dict[str, list[str]]:
     """Return the arguments of Python for each step."""
 
     def measurement(name, program, real, small):
-        csv = folder / f"{'check' if program == 'gpu_check' else name}.csv"
-        return [
-            str(FOLDER / f"{program}.py"),
-            "--device",
-            device,
-            *(small if tiny else real).split(),
-            "--csv",
-            str(csv),
-        ]
+        flags = (small if tiny else real).split()
+        return [str(FOLDER / f"{program}.py"), "--device", device, *flags, "--csv", str(folder / f"{name}.csv")]
 
     found = {"environment": ["-m", "torch.utils.collect_env"]}
     found |= {name: measurement(name, *rest) for name, *rest in BEFORE_TESTS}
     found["tests"] = ["-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "tests/chain/test_gpu.py"]
-    found |= {name: measurement(name, *rest) for name, *rest in MEASUREMENTS}
-    outputs = ["--table", str(folder / "table.md"), "--picture", str(folder / "roofline.png")]
-    return found | {"roofline": [str(FOLDER / "roofline.py"), "--csv", str(folder / "check.csv"), *outputs]}
+    return found | {name: measurement(name, *rest) for name, *rest in MEASUREMENTS}
 
 
 def run(arguments: list[str], log: Path, timeout: float) -> int | str:
@@ -90,11 +80,10 @@ def main(argv=None) -> int:
     known = read_json_object(record)
     ended = {name: step for name, step in known.items() if step["exit"] == 0 and step["where"] == where}
     for name, arguments in steps(folder, options.device, options.tiny).items():
-        drawing = name == "roofline"  # it takes seconds, and every rerun repeats it
-        if name in ended and not drawing:
+        if name in ended:
             continue
         started = time.monotonic()
-        code = run(arguments, folder / f"{name}.log", 60 if drawing else max(0.0, deadline - started))
+        code = run(arguments, folder / f"{name}.log", max(0.0, deadline - started))
         ended[name] = {"exit": code, "seconds": time.monotonic() - started, "where": where}
         write_json(record, ended)
         shutil.make_archive(str(folder), "gztar", folder.parent, folder.name)  # one file to take away at any time

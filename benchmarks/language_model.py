@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from minilm import ROOT
 from smollm import MLP, body_of, load_smollm, load_tiny, logits_of, perplexity, sequences, text
-from timing import Rows, interleaved_medians, place
+from timing import Rows, interleaved_ms, place
 from torch import nn
 
 import ks
@@ -167,12 +167,8 @@ class Study:
         """Measure a model and add its row."""
         tokens = self.unseen[:1, :TIMED_TOKENS]
         models = {"dense": self.model} | ({"small": small} if plan else {})
-        ms = interleaved_medians(
-            {name: lambda model=model: logits_of(model, tokens) for name, model in models.items()},
-            torch.device("cpu"),
-            ROUNDS,
-            calls=1,
-        )
+        calls = {name: lambda model=model: logits_of(model, tokens) for name, model in models.items()}
+        ms = interleaved_ms(calls, torch.device("cpu"), ROUNDS)
         families = [] if plan is None else [layer.family for layer in plan.layers]
         self.rows.add(
             {

@@ -1,7 +1,6 @@
 """Interleaved timing, and CSV rows that name the hardware and the revision."""
 
 import csv
-import statistics
 import subprocess
 import sys
 import time
@@ -12,63 +11,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ks.files.provenance import provenance
-from ks.training.steps import cuda_graph
+from ks.training.interleaved import interleaved_medians
 
 
-def interleaved_medians(
-    functions: dict,
-    device: torch.device,
-    rounds: int = 15,
-    calls: int = 5,
-    *,
-    seconds: float | None = None,
-    clock=time.perf_counter,
-) -> dict:
-    """Return median milliseconds per call of each function; every round times all, so that noise meets them alike.
-
-    Args:
-        functions: name → function without arguments.
-        device: synchronised before each reading of the clock.
-        rounds: readings of each function, after one that does not count.
-        calls: calls per reading.
-        seconds: instead of calls, the time of a reading, about.
-        clock: in seconds; time.process_time leaves out the time of other programs on the machine.
-    """
-    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-
-    def reading(function, calls):
-        synchronise()
-        started = clock()
-        for _ in range(calls):
-            function()
-        synchronise()
-        return (clock() - started) * 1e3 / calls
-
-    counts = dict.fromkeys(functions, calls)
-    if seconds is not None:
-        for function in functions.values():
-            function()
-        counts = {name: max(1, min(500, int(1e3 * seconds / reading(f, 2)))) for name, f in functions.items()}
-    readings = {name: [] for name in functions}
-    for _ in range(rounds + 1):
-        for name, function in functions.items():
-            readings[name].append(reading(function, counts[name]))
-    return {name: statistics.median(values[1:]) for name, values in readings.items()}
-
-
-def replayed(functions: dict, device: torch.device) -> dict:
-    """Return functions that replay a CUDA graph of each function's calls; the functions themselves on a CPU."""
-    return {name: cuda_graph(function) for name, function in functions.items()} if device.type == "cuda" else functions
-
-
-def rotated(function, operands: list):
-    """Return a function that calls `function` on each of several operands, so that no cache holds those of a call."""
-
-    def call_all():
-        for each in operands:
-            function(*each)
-
-    return call_all
+def interleaved_ms(functions: dict, device: torch.device, rounds: int = 15, clock=time.perf_counter) -> dict:
+    """Return median milliseconds per call of each function, over so many rounds in which they take turns."""
+    medians = interleaved_medians(functions, device, rounds=(rounds, rounds), clock=clock)
+    return {name: 1e3 * value for name, value in medians.items()}
 
 
 def named_device(name: str) -> torch.device:

@@ -8,8 +8,9 @@ import torch
 from ks.bounds.factorize import factorize
 from ks.chain.backend import check_impl
 from ks.chain.dense import dense_chain
+from ks.chain.operator import product_function
 from ks.chain.patterns import Pattern, check_patterns, make_chain
-from ks.chain.product import blocks_of, chain_layout, empty_blocks, multiply, values_of
+from ks.chain.product import blocks_of, chain_layout, empty_blocks, values_of
 from ks.errors import UsageError
 from ks.files.memory import check_fits
 from ks.files.torch_files import plain, read_torch_file
@@ -28,8 +29,9 @@ class KSLinear(torch.nn.Module):
     Args:
         in_features: n.
         out_features: m.
-        rank: r of the chain; see `ks.chain.patterns.Chain`. It stands where nn.Linear has its bias.
-        bias: whether to add a trained bias of shape (m,); nn.Linear has one unless told, a chain only if asked.
+        rank: r of the chain; see `ks.chain.patterns.Chain`. As a third positional argument it stands where nn.Linear
+            has its bias.
+        bias: whether to add a trained bias of shape (m,). The default is none, unlike that of nn.Linear.
         chain: 'monarch', 'lowrank', 'butterfly' or 'lowrank_butterfly'.
         blocks, num_factors, row_splits, col_splits: as in `ks.chain.patterns.make_chain`.
         impl: 'auto' and 'bmm' for plain operations of torch, 'triton' for the kernels of this package.
@@ -104,7 +106,7 @@ class KSLinear(torch.nn.Module):
     def uninitialised(
         cls, patterns, bias: bool = False, *, impl: str = "auto", batch_last: bool = False, device=None, dtype=None
     ) -> "KSLinear":
-        """Build the layer that `from_patterns` builds, without drawing values: for whoever writes them next."""
+        """Build the layer of `from_patterns` with uninitialised values, for a caller that writes them next."""
         layer = cls.__new__(cls)
         layer._build(patterns, bias, impl, batch_last, device, dtype)
         return layer
@@ -126,9 +128,9 @@ class KSLinear(torch.nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """What tells code that asks for the shape, dtype and device of nn.Linear.weight, with NaN for every value.
+        """A stand-in with the shape, dtype and device of nn.Linear.weight, and NaN for every value.
 
-        `to_dense` returns W. Every caller has a tensor of its own: what is written into it does not reach the layer.
+        `to_dense` returns W. Every call makes a new tensor, so that writing into it does not change the layer.
         """
         shape = (self.out_features, self.in_features)
         nan = torch.full((), math.nan, dtype=self.block_0.dtype, device=self.block_0.device)
@@ -198,11 +200,7 @@ class KSLinear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., n) to (..., m), or (n, ...) to (m, ...) with `batch_last`."""
-        if self.impl == "triton":
-            from ks.chain.triton_chain import triton_product
-
-            return triton_product(x, self.blocks, self._layout, self.bias)
-        return multiply(x, self.blocks, self._layout, self.bias)
+        return product_function(self.impl)(x, self.blocks, self._layout, self.bias)
 
     def leave_blocks_to(self, consumer: "KSLinear") -> torch.Tensor:
         """Hand the outputs to another chain as this one makes them, which saves the permutation between the two.
@@ -288,7 +286,7 @@ class KSLinear(torch.nn.Module):
             bias: of the original layer, shape (m,), any float dtype; added to the bias that the file has, which is the
                 (W − Ŵ) E[x] of `--fit_bias`. The sum has the dtype of the chain.
             impl: backend, as the class's.
-            device: where to put it; the CPU unless told.
+            device: of the layer; the CPU by default.
         Raises:
             UsageError: not such a file, or of a newer version; or a bias of another shape, not floating or not finite.
         """

@@ -1,4 +1,4 @@
-"""A chain multiplied out into its dense matrix W, block by block, at the cost of its smallest products."""
+"""A chain multiplied out into its dense matrix W, block by block."""
 
 import functools
 import itertools
@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 
 from ks.chain.bmm import float32_products
-from ks.chain.merge import merge_factors, merged_pattern
+from ks.chain.merge import merge_factors
 from ks.chain.operator import chain_product
 from ks.chain.patterns import Pattern, chainability
 
@@ -41,11 +41,12 @@ def subtract_chain(out: torch.Tensor, values: list[torch.Tensor]) -> torch.Tenso
 def _pieces(out: torch.Tensor, values: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield views that cover `out`, each with that part of K_1 … K_L, of the same shape."""
     patterns = [Pattern(*factor.shape) for factor in values]
-    chainable = all(chainability(*pair) for pair in pairwise(patterns))
-    if chainable and len(values) > 1 and patterns[0].a == patterns[-1].d == 1:
-        stop = _cheapest(tuple(patterns))[1]
+    ranks = [chainability(*pair) or 0 for pair in pairwise(patterns)]
+    if ranks and all(ranks) and patterns[0].a == patterns[-1].d == 1:
+        cut = 1 + ranks.index(min(ranks))  # the last product costs m·n·r multiply-adds, and nearly all of the time
         with float32_products(out, "ieee"):
-            yield from _blocks(out, _merged(values[:stop]), _merged(values[stop:]))
+            left, right = (functools.reduce(merge_factors, side) for side in (values[:cut], values[cut:]))
+            yield from _blocks(out, left, right)
     else:
         yield from _columns(out, values)
 
@@ -80,25 +81,3 @@ def _columns(out: torch.Tensor, values: list[torch.Tensor]) -> Iterator[tuple[to
         with float32_products(out, "ieee"):
             product = chain_product(unit, values, batch_last=True)
         yield columns, product
-
-
-def _merged(values: list[torch.Tensor]) -> torch.Tensor:
-    """Return the product of neighbouring chainable factors as one factor, multiplied in the cheapest order."""
-    if len(values) == 1:
-        return values[0]
-    stop = _cheapest(tuple(Pattern(*factor.shape) for factor in values))[1]
-    return merge_factors(_merged(values[:stop]), _merged(values[stop:]))
-
-
-@functools.lru_cache(maxsize=1024)
-def _cheapest(patterns: tuple[Pattern, ...]) -> tuple[int, int]:
-    """Return the least multiply-adds of the product of chainable factors, and the number of factors left of its last
-    product; each entry of the product of two factors costs r multiply-adds, r being their chainability number."""
-    if len(patterns) == 1:
-        return 0, 1
-    numel = functools.reduce(merged_pattern, patterns).numel
-    found = []
-    for stop in range(1, len(patterns)):
-        rank = chainability(patterns[stop - 1], patterns[stop]) or 0
-        found.append((_cheapest(patterns[:stop])[0] + numel * rank + _cheapest(patterns[stop:])[0], stop))
-    return min(found)

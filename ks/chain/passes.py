@@ -24,8 +24,8 @@ class ChainPasses:
 
     Everything that follows from the sizes is settled here, once: which neighbouring factors are multiplied with each
     other before they meet the batch (`ks.chain.merge`), the backend of each product, and the order in which the
-    outputs leave. 'triton' multiplies with its kernels where `torch.bmm` would copy an activation and they keep the
-    traffic low (`ks.chain.tiles`), and with `torch.bmm` elsewhere.
+    outputs leave. 'triton' multiplies with its kernels where `torch.bmm` would copy an activation and a side of the
+    factor is thin (`ks.chain.tiles`), and with `torch.bmm` elsewhere.
 
     Args:
         patterns: (a_l, b_l, c_l, d_l) of the factors, output side first.
@@ -56,23 +56,15 @@ class ChainPasses:
         self.runs = [slice(start, stop) for start, stop in runs]
         self.patterns = [functools.reduce(merged_pattern, patterns[run]) for run in self.runs]
         chosen = backend_module(choose_impl(impl, device)[0])
-        self._kernels = None if chosen is bmm else chosen
-        pays = [(False, False) if chosen is bmm else self._kernels_pay(i, chosen) for i in range(len(self.runs))]
-        self.forward_backends = [chosen if forward else bmm for forward, _ in pays]
-        self.backward_backends = [chosen if backward else bmm for _, backward in pays]
+        self.backends = [chosen if self._is_copied(index) else bmm for index in range(len(self.patterns))]
 
-    def _kernels_pay(self, index: int, kernels) -> tuple[bool, bool]:
-        """Return whether kernels take over the forward, and the backward pass of a product from `torch.bmm`."""
-        pattern = self.patterns[index]
+    def _is_copied(self, index: int) -> bool:
+        """Return whether `torch.bmm` would copy an activation of a product, and kernels that copy none can take it."""
+        a, _, _, d = pattern = self.patterns[index]
         first, last = index == 0, index == len(self.patterns) - 1
-        x_interleaved = last and not self.batch_last and pattern.d > 1
-        y_interleaved = first and not self.batch_last and pattern.d > 1
-        inner = pattern.a > 1 and pattern.d > 1
-        if (first and self.block_order) or not (x_interleaved or y_interleaved or inner):
-            return False, False
-        sides = {"x_interleaved": x_interleaved, "y_interleaved": y_interleaved}
-        bits = self.dtype.itemsize * 8
-        return tiles.kernels_pay(pattern, self.batch, bits, kernels.architecture(self.device), **sides)
+        interleaved = (first or last) and not self.batch_last
+        copied = d > 1 and (interleaved or a > 1) and not (first and self.block_order)
+        return copied and tiles.kernels_pay(pattern, self.batch, self.dtype.itemsize * 8)
 
     @property
     def output_rows(self) -> torch.Tensor:
@@ -99,11 +91,10 @@ class ChainPasses:
         inner = [features]
         for index in range(len(values) - 1, 0, -1):
             entered = x.new_empty(self.patterns[index].rows, self.batch)
-            backend = self.forward_backends[index]
-            backend.apply_factor(values[index], inner[0], entered, precision=self.precision)
+            self.backends[index].apply_factor(values[index], inner[0], entered, precision=self.precision)
             inner = [entered, *inner] if keep else [entered]
         order = {"out_block_order": True} if self.block_order else {}
-        self.forward_backends[0].apply_factor(values[0], inner[0], out, precision=self.precision, **order)
+        self.backends[0].apply_factor(values[0], inner[0], out, precision=self.precision, **order)
         return [y, *inner[:-1]] if keep else [y]
 
     def backward(
@@ -134,7 +125,7 @@ class ChainPasses:
         products = [partial_products(values, run) for run in self.runs]
         merged = [partials[-1] for partials in products]
         last = max(index for index, run in enumerate(self.runs) if for_x or any(for_values[run]))
-        if self.backward_backends[0] is bmm:  # a copy, if one is needed, serves both products
+        if self.backends[0] is bmm:  # a copy, if one is needed, serves both products
             a, _, _, d = self.patterns[0]
             gradient = bmm.readable_blocks(gradient, a, d, self.block_order)
         arriving = [gradient]  # arriving[l] is the gradient of what the l-th product makes
@@ -144,7 +135,7 @@ class ChainPasses:
             arriving.append(x_gradient if self.batch_last else x_gradient.t())
         for index, factor in enumerate(merged[: len(arriving) - 1]):
             order = {"x_block_order": True} if self.block_order and index == 0 else {}
-            apply_factor = self.backward_backends[index].apply_factor
+            apply_factor = self.backends[index].apply_factor
             apply_factor(factor.transpose(1, 2), arriving[index], arriving[index + 1], precision=precision, **order)
         gradients = []
         entering = [*inner, features]
@@ -159,7 +150,7 @@ class ChainPasses:
             in_place = len(partials) == 1 and places[0].dtype == arrived.dtype
             product = places[0] if in_place else bmm.empty_values(self.patterns[index], x.device, arrived.dtype)
             order = {"block_order": True} if self.block_order and index == 0 else {}
-            self.backward_backends[index].values_gradient(arrived, entered, product, precision=precision, **order)
+            self.backends[index].values_gradient(arrived, entered, product, precision=precision, **order)
             unmerged = [product] if len(partials) == 1 else unmerge_gradient(product, values[run], partials)
             for place, found, (left, right) in zip(places, unmerged, rest, strict=True):
                 if left is not None or right is not None:
@@ -193,12 +184,7 @@ class ChainPasses:
 
     def _multiplied(self, matrices: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         out = features.new_empty(features.shape)
-        pattern, backend = Pattern(*matrices.shape), bmm
-        if self._kernels is not None and pattern.a > 1 and pattern.d > 1:  # torch.bmm would copy both sides
-            sizes = (pattern, self.batch, features.element_size() * 8, self._kernels.architecture(self.device))
-            if tiles.kernels_pay(*sizes, x_interleaved=False, y_interleaved=False)[0]:
-                backend = self._kernels
-        backend.apply_factor(matrices, features, out)
+        bmm.apply_factor(matrices, features, out)
         return out
 
 
@@ -214,7 +200,7 @@ def _promoted(tensors: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Ten
 
 def choose_working_impl(
     impl: str, patterns: Sequence[Pattern], batch: int, device: torch.device, dtype: torch.dtype, **settings
-) -> tuple[str, str, str | None]:
+) -> tuple[str, str]:
     """Choose a backend as `choose_impl` does, and try its kernels on random data against torch.bmm.
 
     Args:
@@ -222,17 +208,22 @@ def choose_working_impl(
         patterns, batch, device, dtype: as in `ChainPasses`.
         settings: further arguments of `ChainPasses`.
     Returns:
-        (backend, reason, warning); nothing warns of anything yet, so that the last is None.
+        (backend, reason).
     Raises:
         UsageError: 'triton' was asked for by name, and it fails.
     """
     chosen, reason = choose_impl(impl, device)
     if chosen == "bmm":
-        return chosen, reason, None
+        return chosen, reason
     from triton.errors import TritonError
 
+    passes = ChainPasses(patterns, batch, device, dtype, impl=chosen, **settings)
+    if all(backend is bmm for backend in passes.backends):
+        return (
+            chosen,
+            f"{reason}; torch.bmm takes every product here: it copies nothing, or the kernels do not fit",
+        )
     try:
-        passes = ChainPasses(patterns, batch, device, dtype, impl=chosen, **settings)
         difference = _difference(passes, ChainPasses(patterns, batch, device, dtype, impl="bmm", **settings))
     except torch.OutOfMemoryError:
         raise
@@ -241,23 +232,23 @@ def choose_working_impl(
         raise UsageError(f"impl 'triton': the kernels fail here ({failure}); use 'auto' or 'bmm'") from error
     if not difference < 16 * max(torch.finfo(dtype).eps, 2**-11 if settings.get("precision", "ieee") == "tf32" else 0):
         raise UsageError(f"impl 'triton': the kernels are wrong here, by {difference:.1g} of a product; use 'bmm'")
-    if all(backend is bmm for backend in passes.forward_backends + passes.backward_backends):
-        reason += "; torch.bmm takes every product here, because it copies nothing or moves fewer bytes"
-    return chosen, reason, None
+    return chosen, reason
 
 
 def _difference(ours: ChainPasses, other: ChainPasses) -> float:
     """Return by how much of its norm any result of two passes over random data differs."""
-    device, dtype = ours.device, ours.dtype
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
-        return torch.randn(*shape, generator=generator).to(device, dtype)
+        return torch.randn(*shape, generator=generator).to(ours.device, ours.dtype)
 
-    patterns = ours.given
-    values = [bmm.empty_values(p, device, dtype).copy_(normal(*p) * p.c**-0.5) for p in patterns]
-    shapes = [(patterns[0].rows, ours.batch), (patterns[-1].cols, ours.batch)]
-    gradient, x = (normal(*(shape if ours.batch_last else shape[::-1])) for shape in shapes)
+    values = [
+        bmm.empty_values(p, ours.device, ours.dtype).copy_(normal(*p) * p.c**-0.5)
+        for p in map(Pattern._make, ours.given)
+    ]
+    rows, cols = ours.patterns[0].rows, ours.patterns[-1].cols
+    shapes = [(rows, ours.batch), (cols, ours.batch)] if ours.batch_last else [(ours.batch, rows), (ours.batch, cols)]
+    gradient, x = (normal(*shape) for shape in shapes)
     results = []
     for passes in (ours, other):
         y, *inner = passes.forward(x, values)

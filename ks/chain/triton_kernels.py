@@ -6,8 +6,6 @@ registers, and joins the tiles before it stores them. Sums are in float32 and in
 come from `ks.chain.tiles`, which also says where these kernels have an advantage over `torch.bmm`.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -133,19 +131,9 @@ def values_gradient_kernel(
         tl.store(where + g * o_t, sums[g].to(out.dtype.element_ty), mask=inside)
 
 
-@functools.cache
-def architecture(device: torch.device) -> int:
-    """Return ten times the compute capability of a GPU; 90 (Hopper) in the interpreter, which runs on the CPU."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-def _options(tile: tiles.Tiles, precision: str) -> dict:
-    """Return the launch options of a tile."""
-    sizes = {"BATCH": tile.batch, "ROWS": tile.rows, "COLS": tile.cols, "PRECISION": precision}
-    return sizes | {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": REGISTERS}
+def _options(precision: str, stages: int) -> dict:
+    """Return the options that all launches share."""
+    return {"ROWS": tiles.ROWS, "PRECISION": precision, "num_warps": 4, "num_stages": stages, "maxnreg": REGISTERS}
 
 
 def apply_factor(
@@ -158,23 +146,23 @@ def apply_factor(
     """Write out = K x; arguments as in `ks.chain.bmm.apply_factor`, but d a multiple of GROUP and no block order."""
     a, b, c, d = pattern = Pattern(*factor.shape)
     batch = x.shape[1]
-    if batch == 0:
-        return
-    tile = tiles.factor_tiles(pattern, batch, x.element_size() * 8, architecture(x.device))
-    shares = triton.cdiv(b, tile.rows_of_share)
+    tile = tiles.factor_tiles(pattern, batch, x.element_size() * 8)
+    shares = triton.cdiv(b, tile.rows)
     groups_of_t = d // tiles.GROUP
-    grid = (triton.cdiv(batch, tile.batch) * a * groups_of_t * shares,)
+    grid = (triton.cdiv(batch, tiles.SAMPLES) * a * groups_of_t * shares,)
     with torch.cuda.device_of(x):
         factor_kernel[grid](
             x,
             factor,
             out,
-            *(batch, b, c, a * groups_of_t, groups_of_t, shares, tile.rows_of_share),
+            *(batch, b, c, a * groups_of_t, groups_of_t, shares, tile.rows),
             *x.stride()[::-1],
             *factor.stride(),
             *out.stride()[::-1],
             HELD=c <= tile.cols,
-            **_options(tile, precision),
+            BATCH=tiles.SAMPLES,
+            COLS=tile.cols,
+            **_options(precision, tile.stages),
         )
 
 
@@ -191,25 +179,27 @@ def values_gradient(
     """
     a, b, c, d = pattern = Pattern(*out.shape)
     batch = x.shape[1]
-    tile = tiles.gradient_tiles(pattern, batch, x.element_size() * 8, architecture(x.device))
-    parts = triton.cdiv(batch, tile.samples_of_part)
+    tile = tiles.gradient_tiles(pattern, batch, x.element_size() * 8)
+    parts = triton.cdiv(batch, tile.part)
     if parts == 1:
         sums = out.unsqueeze(0)
     else:
         sums = torch.empty(parts, a, d, b, c, dtype=torch.float32, device=x.device).permute(0, 1, 3, 4, 2)
     groups_of_t = d // tiles.GROUP
-    tiles_j, tiles_k = triton.cdiv(b, tile.rows), triton.cdiv(c, tile.cols)
+    tiles_j, tiles_k = triton.cdiv(b, tiles.ROWS), triton.cdiv(c, tiles.SAMPLES)
     grid = (parts * a * groups_of_t * tiles_j * tiles_k,)
     with torch.cuda.device_of(x):
         values_gradient_kernel[grid](
             gradient,
             x,
             sums,
-            *(batch, b, c, a * groups_of_t, groups_of_t, tiles_j, tiles_k, tile.samples_of_part),
+            *(batch, b, c, a * groups_of_t, groups_of_t, tiles_j, tiles_k, tile.part),
             *gradient.stride()[::-1],
             *x.stride()[::-1],
             *sums.stride(),
-            **_options(tile, precision),
+            BATCH=tile.samples,
+            COLS=tiles.SAMPLES,
+            **_options(precision, stages=3),
         )
     if parts > 1:
         out.copy_(sums.sum(0))  # torch.sum(…, out=half) would round before it adds

@@ -25,11 +25,16 @@ _Latencies: Any = msgspec.defstruct("_", [(column.name, column.type | None, None
 
 
 class Latency(_Latencies, kw_only=True):  # type: ignore[call-arg]
-    """Median milliseconds of a forward pass of chain, dense and low-rank, with CPU threads, dtype and device of all."""
+    """Median milliseconds of a forward pass of chain, dense and low-rank, with CPU threads, dtype and device of all.
+
+    `launched` is "eager" or "CUDA graph"; then `eager` has the times of eager calls beside.
+    """
 
     threads: Positive
     dtype: Text
     device: Text
+    launched: Text = "eager"
+    eager: dict[str, Duration] = field(default_factory=dict)
 
 
 class TrainingLog(Struct):

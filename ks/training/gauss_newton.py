@@ -9,6 +9,8 @@ Source: Tong, Ma, Chi, "Accelerating ill-conditioned low-rank matrix estimation 
 two factors; Martens, Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature" (2015).
 """
 
+from collections.abc import Callable
+
 import torch
 
 from ks.chain.bmm import empty_values
@@ -16,6 +18,7 @@ from ks.chain.patterns import Pattern
 from ks.chain.splits import SplitMatrices, coupled_moments, prefix_grams, split_patterns, suffix_grams
 from ks.moments.second_moment import SecondMoment
 from ks.training.optimizer import Optimizer
+from ks.training.steps import cuda_graph
 
 # The step at lr = 1e-3 is STEP_SIZE over the largest eigenvalue of the second moment of a batch, (1 + √(n/B))² for
 # white inputs. 0.16 trained the two steepest weights too, 0.2 diverged on them (benchmarks/README.md).
@@ -79,7 +82,7 @@ class GaussNewton(Optimizer):
         self.scaling = self._inverses = SplitMatrices(
             *([_identities(pattern, device) for pattern in side] for side in (before, behind))
         )
-        self._growth, self._most_growth = 1.0, 1.0
+        self._most_growth = 1.0
         if coupled is not None:
             noise = STEP_SIZE / largest * 10 * (cols + patterns[0].c) / batch_size
             first = min(noise, FIRST_NOISE)
@@ -87,6 +90,10 @@ class GaussNewton(Optimizer):
             self._most_growth = min(GROWTH, LAST_NOISE / first)
         self.relative_loss = torch.ones((), device=device)
         self.failures = torch.zeros((), dtype=torch.int32, device=device)
+        # The settings of a refresh stay on the device, so that a captured one reads new values.
+        self._loss_damping, self._growth = torch.zeros((), device=device), torch.ones((), device=device)
+        self._replay: Callable[[], None] | None = None
+        self._warnings: list[str] = []
         self._reported = False
 
     def state(self) -> list[torch.Tensor]:
@@ -95,27 +102,50 @@ class GaussNewton(Optimizer):
     def prepare(self, step: int) -> None:
         """Invert the matrices again if that is due: before each of the first 100 steps, then ever less often.
 
-        The share by which the factors change in a step falls about as 1 / step, so the interval grows with it, in
+        The fraction by which the factors change in a step falls about as 1 / step, so the interval grows with it, in
         powers of two.
         """
-        longest = LONGEST_INTERVAL
-        if self._moment is not None:
-            longest = LONGEST_COUPLED_INTERVAL
-            self._growth = 1 + (self._most_growth - 1) * step / (step + GROWTH_STEPS)
+        longest = LONGEST_INTERVAL if self._moment is None else LONGEST_COUPLED_INTERVAL
         interval = min(2 ** ((1 + step // 100).bit_length() - 1), longest)
         if step % interval == 0:
-            self.refresh(LOSS_DAMPING / (1 + step / 200) ** 2)
+            growth = 1 + (self._most_growth - 1) * step / (step + GROWTH_STEPS)
+            self.refresh(LOSS_DAMPING / (1 + step / 200) ** 2, growth)
 
-    @torch.no_grad()
-    def refresh(self, loss_damping: float) -> None:
+    def refresh(self, loss_damping: float, growth: float = 1.0) -> None:
         """Compute the inverses from the factors; one that fails keeps its last good value and is counted.
+
+        On a GPU this is about a hundred small kernels, so it is captured as a CUDA graph when it is first due. If the
+        capture fails, they are launched one by one, with a warning.
 
         Args:
             loss_damping: what the squared loss is multiplied by for the damping of the prefixes.
+            growth: of the step of coupled inputs.
         """
-        damping = loss_damping * self.relative_loss.square()
+        self._loss_damping.fill_(loss_damping)
+        self._growth.fill_(growth)
+        if self._replay is None:
+            self._replay = self._captured() if self.failures.is_cuda else self._compute_inverses
+        self._replay()
+
+    def _captured(self) -> Callable[[], None]:
+        failures = self.failures.clone()
+        try:
+            return cuda_graph(self._compute_inverses)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self._warnings.append(f"the curvature is measured without a CUDA graph, which is slower ({reason})")
+            return self._compute_inverses
+        finally:
+            self.failures.copy_(failures)
+
+    @torch.no_grad()
+    def _compute_inverses(self) -> None:
+        damping = self._loss_damping * self.relative_loss.square()
         # Every factor meets the growth once: the right-most one from its left, the others from their right.
-        growths = [1.0] * (len(self._natural) - 1) + [self._growth]
+        growth = None if self._moment is None else self._growth
+        growths = [None] * (len(self._natural) - 1) + [growth]
         grams = prefix_grams(self.parameters)
         for place, gram, natural, growth in zip(self._inverses.left, grams, self._natural, growths, strict=True):
             self._invert(gram, damping * natural, place, growth)
@@ -124,9 +154,11 @@ class GaussNewton(Optimizer):
         else:
             grams = coupled_moments(self.parameters, self._moment)
         for place, gram in zip(self._inverses.right, grams, strict=True):
-            self._invert(gram, 0.0, place, self._growth)
+            self._invert(gram, 0.0, place, growth)
 
-    def _invert(self, gram: torch.Tensor, damping: torch.Tensor | float, place: torch.Tensor, growth: float) -> None:
+    def _invert(
+        self, gram: torch.Tensor, damping: torch.Tensor | float, place: torch.Tensor, growth: torch.Tensor | None
+    ) -> None:
         """Write `growth` times the inverses of damped matrices, shape (a, c, c, d), into `place`; failures stay."""
         matrices = gram.permute(0, 3, 1, 2)
         diagonal = matrices.diagonal(dim1=-2, dim2=-1)
@@ -138,7 +170,7 @@ class GaussNewton(Optimizer):
         # No entry of a positive definite matrix is larger than its diagonal.
         good = (info == 0) & inverse.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()
         kept = place.permute(0, 3, 1, 2)
-        torch.where(good[..., None, None], inverse.mul_(growth) if growth != 1.0 else inverse, kept, out=kept)
+        torch.where(good[..., None, None], inverse if growth is None else inverse.mul_(growth), kept, out=kept)
         self.failures += (~good).sum()
 
     def update(self, lr: float | torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
@@ -146,7 +178,9 @@ class GaussNewton(Optimizer):
         return super().update(lr, loss)
 
     def trouble(self) -> str | None:
-        """Return a warning, once, if an inverse failed; this reads the device."""
+        """Return a warning, once, if the capture or an inverse failed; this reads the device."""
+        if self._warnings:
+            return self._warnings.pop()
         if self._reported or not self.failures.item():
             return None
         self._reported = True

@@ -1,7 +1,7 @@
 """One optimizer step: AdamW, Adam or SGD, clipped, with loss scaling for float16, without a host read.
 
 The updates are the fused kernels under `torch.optim`: building a `torch.optim.Optimizer` imports dynamo, which would
-double the start-up of every training subprocess.
+double the start-up of every run.
 """
 
 import itertools
@@ -96,7 +96,7 @@ class Optimizer:
         return [*self.parameters, *itertools.chain(*self.moments), self.count, *scaling]
 
     def prepare(self, step: int) -> None:
-        """Do what is due before step `step`, counted from 0 over the whole training."""
+        """Do what is due before step `step`, counted from 0 over the whole run."""
 
     def trouble(self) -> str | None:
         """Return a warning about the steps so far, each once; read at the end of an epoch."""
@@ -107,7 +107,7 @@ class Optimizer:
 
         Args:
             lr: learning rate of this step; a scalar tensor on the device can change under a captured graph.
-            loss: of this step, relative to predicting 0, a scalar on the device.
+            loss: of this step, relative to the zero predictor, a scalar on the device.
         Returns:
             the gradient norm before clipping, a scalar on the device.
         """

@@ -88,9 +88,8 @@ class Recorder:
         write_json(self.files.config, self.config_file)
         write_json(self.files.training_log, self.log)
 
-    def record_choice(self, what: str, decision: tuple[str, str, str | None]) -> None:
-        """Record and print a choice of the program, (name, reason, warning); a warning is shown even with --quiet."""
-        name, reason, warning = decision
+    def record_choice(self, what: str, name: str, reason: str, warning: str | None = None) -> None:
+        """Record and print a choice of the program and its reason; a warning is shown even with --quiet."""
         self.config_file[what] = {"name": name, "reason": reason} | ({"warning": warning} if warning else {})
         write_json(self.files.config, self.config_file)
         console.note(f"{what} {name}: {reason}", self.config.quiet)

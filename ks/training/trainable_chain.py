@@ -26,8 +26,8 @@ class TrainableChain:
 
     `factors` are the values that train, `model` is the layer that has them. Training batches leave the outputs in the
     order `output_rows`: that in which the left-most product makes them, where the criterion is our own, since the mean
-    squared error is the same in any order; that of W's rows for every other criterion. `impl` is the backend, its
-    reason and a warning or None.
+    squared error is the same in any order; that of W's rows for every other criterion. `impl` is the backend and
+    its reason.
     """
 
     def __init__(self, config: TrainerConfig, problem: Problem, weight: torch.Tensor):

@@ -12,22 +12,16 @@ from ks.chain.patterns import Pattern, make_chain
 from ks.chain.reference import chain_to_dense
 
 # Odd, prime and ragged sizes, with one and with several i and groups of t; c on both sides of what a program holds.
-PATTERNS = [
-    Pattern(1, 24, 40, 4),
-    Pattern(3, 70, 17, 4),
-    Pattern(2, 5, 7, 12),
-    Pattern(2, 2, 3, 4),
-    Pattern(1, 33, 12, 8),
-    Pattern(2, 19, 1, 4),
-    Pattern(1, 7, 150, 4),
-]
+PATTERNS = [Pattern(*p) for p in ((1, 24, 40, 4), (3, 70, 17, 4), (2, 5, 7, 12), (2, 19, 1, 4), (1, 7, 150, 4))]
+# (pattern, whether x has the batch contiguous, whether y has, batch, transposed)
+FACTOR_CASES = [(p, x, not x, batch, x) for p in PATTERNS for x, batch in ((False, 20), (True, 33))]
+FACTOR_CASES += [(PATTERNS[0], False, False, 1, False), (PATTERNS[0], True, True, 200, True)]
+# (pattern, whether the gradient has the batch contiguous, whether x has, batch)
+GRADIENT_CASES = [(p, g, not g, batch) for p in PATTERNS for g, batch in ((False, 20), (True, 300))]
+GRADIENT_CASES += [(PATTERNS[0], False, False, 1)]
+# What a GPU tries besides.
 STUDY = make_chain(2048, 4096).patterns(16)[0]
-# What a GPU tries: (pattern, layouts, batch, transposed) and (pattern, layouts, batch). Every case compiles a kernel or
-# more in each dtype, so that these are few.
-FACTOR_CASES = [(p, x, not x, batch, x) for p in (*PATTERNS, STUDY) for x in (False, True) for batch in (20, 1000)]
-GRADIENT_CASES = [
-    (p, g, not g, batch) for p in (*PATTERNS, STUDY) for g, batch in ((False, 20), (False, 5000), (True, 33))
-]
+STUDY_FACTOR, STUDY_GRADIENT = (STUDY, False, False, 1000, False), (STUDY, False, True, 5000)
 
 
 def random_values(pattern, dtype, device="cpu", seed=0):
@@ -85,8 +79,9 @@ def assert_as_exact_as_plain(ours, plain, exact, block_dims):
     assert worst <= 1, f"error is {worst:.3g} times what is allowed"
 
 
-def check_factor(kernels, pattern, dtype, x_layout, out_layout, batch=20, transposed=False, device="cpu"):
-    """y = K x, or Kᵀ x; a layout says whether the batch is contiguous."""
+def check_factor(kernels, case, dtype, device="cpu"):
+    """y = K x, or Kᵀ x, in one of FACTOR_CASES."""
+    pattern, x_layout, out_layout, batch, transposed = case
     values = random_values(pattern, dtype, device)
     factor = values.transpose(1, 2) if transposed else values
     a, b, c, d = factor.shape
@@ -103,7 +98,9 @@ def check_factor(kernels, pattern, dtype, x_layout, out_layout, batch=20, transp
     assert_as_exact_as_plain(*(y.reshape(a, b, d, batch) for y in (ours[2], plain, exact)), (1, 3))
 
 
-def check_values_gradient(kernels, pattern, dtype, g_layout, x_layout, batch=20, device="cpu", out_dtype=None):
+def check_values_gradient(kernels, case, dtype, device="cpu", out_dtype=None):
+    """The gradient of the values, in one of GRADIENT_CASES."""
+    pattern, g_layout, x_layout, batch = case
     gradient = random_matrix(pattern.rows, batch, dtype, g_layout, device)
     x = random_matrix(pattern.cols, batch, dtype, x_layout, device, seed=2)
     plain, exact = (bmm.empty_values(pattern, device, kind) for kind in (dtype, torch.float64))

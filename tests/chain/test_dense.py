@@ -1,12 +1,10 @@
 """Chains multiplied out by blocks, against the specification."""
 
-import itertools
-
 import pytest
 import torch
 
 from ks.chain import dense
-from ks.chain.patterns import Pattern, make_chain, patterns_of_ranks
+from ks.chain.patterns import make_chain
 from ks.chain.reference import chain_to_dense
 
 CHAINS = {
@@ -52,22 +50,3 @@ def test_the_dtype_of_the_values_is_that_of_the_product(dtype):
     product = dense.dense_chain(values)
     assert product.dtype == dtype
     torch.testing.assert_close(product.double(), chain_to_dense([v.double() for v in values]), rtol=1e-2, atol=1e-1)
-
-
-def test_factors_are_multiplied_in_the_cheapest_order():
-    """By trying every order of five factors."""
-
-    def least(patterns):
-        if len(patterns) == 1:
-            return 0, patterns[0]
-        found = []
-        for stop in range(1, len(patterns)):
-            (cost, left), (more, right) = least(patterns[:stop]), least(patterns[stop:])
-            rank = left.a * left.c // right.a
-            whole = Pattern(left.a, left.b * left.d // right.d, right.c * right.a // left.a, right.d)
-            found.append((cost + more + whole.numel * rank, whole))
-        return min(found)
-
-    for splits in itertools.islice(itertools.permutations((2, 3, 4, 5, 6)), 20):
-        patterns = patterns_of_ranks(splits, splits[::-1], (2, 3, 5, 2))
-        assert dense._cheapest(patterns)[0] == least(patterns)[0]

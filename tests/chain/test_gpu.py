@@ -4,7 +4,16 @@ import copy
 
 import pytest
 import torch
-from kernel_cases import FACTOR_CASES, GRADIENT_CASES, STUDY, check_factor, check_values_gradient, random_values
+from kernel_cases import (
+    FACTOR_CASES,
+    GRADIENT_CASES,
+    STUDY,
+    STUDY_FACTOR,
+    STUDY_GRADIENT,
+    check_factor,
+    check_values_gradient,
+    random_values,
+)
 
 from ks.chain import bmm
 from ks.chain.passes import ChainPasses
@@ -30,15 +39,15 @@ def kernels():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", FACTOR_CASES, ids=str)
+@pytest.mark.parametrize("case", [STUDY_FACTOR, *FACTOR_CASES], ids=str)
 def test_factor(kernels, case, dtype):
-    check_factor(kernels, *case[:1], dtype, *case[1:], device="cuda")
+    check_factor(kernels, case, dtype, "cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", GRADIENT_CASES, ids=str)
+@pytest.mark.parametrize("case", [STUDY_GRADIENT, *GRADIENT_CASES], ids=str)
 def test_values_gradient(kernels, case, dtype):
-    check_values_gradient(kernels, *case[:1], dtype, *case[1:], device="cuda")
+    check_values_gradient(kernels, case, dtype, "cuda")
 
 
 def test_tensor_float_precision(kernels):
@@ -71,8 +80,8 @@ def test_the_layer_on_the_card_is_that_of_the_cpu(dtype, batch):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
 def test_kernels_run_on_the_device_of_their_operands(kernels):
-    check_factor(kernels, STUDY, torch.float32, False, False, device="cuda:1")
-    check_values_gradient(kernels, STUDY, torch.float32, False, False, device="cuda:1")
+    check_factor(kernels, STUDY_FACTOR, torch.float32, "cuda:1")
+    check_values_gradient(kernels, STUDY_GRADIENT, torch.float32, "cuda:1")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,6 +6,7 @@ from math import prod
 import pytest
 import torch
 from steps import make_samples, run_epoch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ks.chain.passes import ChainPasses
@@ -197,6 +198,39 @@ def test_a_step_reads_nothing_of_the_device():
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize("coupled", [False, True])
+def test_a_captured_refresh_takes_its_settings_from_the_device(monkeypatch, coupled):
+    """The capture is a recorded graph of operations here, which replays every number that Python gave it."""
+    patterns, factors = chain_of(*CHAINS[2])
+    moment = coupled_moment(patterns[-1].a, patterns[-1].cols) if coupled else UNIT_MOMENT
+    eager, captured = (GaussNewton([factor.clone() for factor in factors], moment, 8) for _ in range(2))
+    monkeypatch.setattr(gauss_newton, "cuda_graph", lambda function: make_fx(lambda: function())())
+    captured._replay = captured._captured()
+    for step in (0, 3000):
+        for optimizer in (eager, captured):
+            optimizer.relative_loss.fill_(0.9 / (1 + step))
+            for factor in optimizer.parameters:
+                factor.add_(0.1)
+            optimizer.refresh(0.5 / (1 + step), 1.0 + step / 1000)
+        for side in ("left", "right"):
+            assert all(map(torch.equal, getattr(captured.scaling, side), getattr(eager.scaling, side)))
+
+
+def test_a_refresh_that_cannot_be_captured_runs_eagerly_and_is_reported_once(monkeypatch):
+    _, factors = chain_of(*CHAINS[1])
+    optimizer = GaussNewton(factors, UNIT_MOMENT, 8)
+
+    def fail(function):
+        function()
+        raise RuntimeError("operation not permitted\nmore")
+
+    monkeypatch.setattr(gauss_newton, "cuda_graph", fail)
+    optimizer._replay = optimizer._captured()
+    optimizer.refresh(0.5)
+    warning = "the curvature is measured without a CUDA graph, which is slower (operation not permitted)"
+    assert [optimizer.trouble(), optimizer.trouble()] == [warning, None]
+
+
 def test_a_restored_state_goes_on_to_the_bit():
     """Over the end of the steps that all refresh, and in the middle of an interval."""
     patterns, factors = chain_of(*CHAINS[2])
@@ -289,7 +323,7 @@ def test_matrices_are_inverted_ever_less_often(monkeypatch):
     optimizer = GaussNewton(factors, UNIT_MOMENT, 8)
     shares = {}
     for step in range(2000):
-        monkeypatch.setattr(optimizer, "refresh", lambda damping, step=step: shares.update({step: damping}))
+        monkeypatch.setattr(optimizer, "refresh", lambda damping, _, step=step: shares.update({step: damping}))
         optimizer.prepare(step)
     due = list(shares)
     gaps = [later - earlier for earlier, later in itertools.pairwise(due)]

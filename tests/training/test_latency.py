@@ -12,7 +12,8 @@ from ks.files.columns import BATCHES, LATENCIES, names
 from ks.files.layout import RunFiles
 from ks.files.schema import Latency, TrainingLog, read_json_as
 from ks.training import latency, recorder
-from ks.training.latency import interleaved_medians, measure_latency
+from ks.training.interleaved import ROUNDS, interleaved_medians
+from ks.training.latency import measure_latency
 
 CPU = torch.device("cpu")
 
@@ -23,9 +24,9 @@ def readings(monkeypatch):
     seen = []
 
     def measure(functions, device, seconds):
-        outputs = [function() for function in functions]
+        outputs = [function() for function in functions.values()]
         seen.append([tuple(output.shape) for output in outputs])
-        return [len(outputs[0]) / measure.per_second for _ in functions]
+        return dict.fromkeys(functions, len(outputs[0]) / measure.per_second)
 
     measure.per_second, measure.seen = 1e9, seen
     monkeypatch.setattr(latency, "interleaved_medians", measure)
@@ -39,7 +40,7 @@ def test_chain_and_dense_are_measured_on_the_same_batches(readings, batch_last, 
     found = measure_latency(model, torch.randn(16, 24).double(), dtype, "auto", torch.get_num_threads(), 1.0)
     shapes = [(16, batch) if batch_last else (batch, 16) for batch in BATCHES]
     assert readings.seen == [[shape] * 3 for shape in shapes]
-    assert (found.threads, found.dtype, found.device) == (1, str(dtype)[6:], "cpu")
+    assert (found.threads, found.dtype, found.device, found.launched) == (1, str(dtype)[6:], "cpu", "eager")
     assert all(getattr(found, name) > 0 for name in names(LATENCIES))
 
 
@@ -53,9 +54,27 @@ def test_a_batch_that_would_take_too_long_is_left_out(readings):
 def test_the_functions_take_turns_and_the_first_call_does_not_count(monkeypatch):
     calls, clock = [], iter(range(10**6))
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
-    slow, fast = (lambda name=name: calls.append(name) for name in ("slow", "fast"))
-    assert interleaved_medians((slow, fast), CPU, 0.0) == [1.0, 1.0]
-    assert calls == ["slow", "fast"] * (2 + latency.ROUNDS[0])
+    functions = {name: lambda name=name: calls.append(name) for name in ("slow", "fast")}
+    assert interleaved_medians(functions, CPU, 0.0, clock=time.perf_counter) == {"slow": 1.0, "fast": 1.0}
+    assert calls == ["slow", "fast", "slow", "slow", "fast", "fast"] + ["slow", "fast"] * ROUNDS[0]
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_on_a_gpu_graphs_are_timed_beside_eager_calls_and_a_failed_capture_leaves_those(readings, monkeypatch, works):
+    captured = []
+
+    def capture(function):
+        if not works:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        captured.append(function)
+        return function
+
+    monkeypatch.setattr(latency, "launches", lambda device: {"eager": lambda function: function, "CUDA graph": capture})
+    found = measure_latency(ks.KSLinear(24, 16, rank=2), torch.randn(16, 24), torch.float32, "auto", 1, 1.0)
+    assert found.launched == ("CUDA graph" if works else "eager")
+    assert set(found.eager) == (set(names(LATENCIES)) if works else set())
+    assert len(captured) == (3 * len(BATCHES) if works else 0)
+    assert all(getattr(found, name) > 0 for name in names(LATENCIES))
 
 
 def test_one_thread_is_measured_and_no_global_random_number_drawn(readings, monkeypatch):
