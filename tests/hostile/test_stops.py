@@ -22,6 +22,7 @@ COMMANDS = {
     "rank_sweep_study.py": (*LONG, "--ranks", "1", "2", "4", "--jobs", "2"),
     "example_rank_sweep.py": ("--output_dir", "out", "--num_epochs", "500"),
 }
+pytestmark = pytest.mark.usefixtures("cold")  # signals come while it imports; processes are found by their command
 INT, TERM, HUP, QUIT = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
 MOMENTS = (0.0, 0.4, 1.5, 3.0, 6.0)  # seconds after the first import: imports, floors, first launch, training
 STORMS = [
@@ -44,7 +45,6 @@ def start(script, folder):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
 
 

@@ -35,8 +35,7 @@ def test_without_flags_it_is_the_weight_of_the_brief(run, tmp_path):
     assert load_weight(tmp_path / "test_weight.pth").tensor.shape == (2048, 4096)
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".npy", ".safetensors"])
-@pytest.mark.parametrize("room", [0, 1000])
+@pytest.mark.parametrize(("suffix", "room"), [(".pth", 0), (".npy", 1000), (".safetensors", 1000)])
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, suffix, room):
     """A limit on the size of files stands in for the disk."""
     arguments = ("--output_features", "64", "--input_features", "64", "--output_path", f"w{suffix}")

@@ -2,6 +2,7 @@
 
 import shutil
 
+import pytest
 from conftest import QUICK, files_of, read_table
 
 from ks.files.curves import read_curves, write_curves
@@ -9,6 +10,7 @@ from ks.files.layout import SweepFiles
 from ks.report.read_results import read_study
 
 
+@pytest.mark.usefixtures("cold")
 def test_replotting_from_files_alone_gives_the_same_summary(run, swept, tmp_path):
     study = swept[0] / "rank_sweep_results"
     arguments = ("--results_dir", study, "--output_dir", "figures", "--log_scale", "--formats", "png", "svg", "pdf")
@@ -48,6 +50,7 @@ def test_chains_side_by_side(run, weight_path, tmp_path):
     assert "lowrank: lowrank (rows" in done.stdout
 
 
+@pytest.mark.usefixtures("cold")
 def test_the_title_has_its_old_name_too(run, swept, tmp_path):
     study = swept[0] / "rank_sweep_results"
     flags = ("--output_dir", "figures", "--formats", "svg", "--plot_title", "An old title")

@@ -9,7 +9,7 @@ import sys
 import pandas as pd
 import pytest
 import torch
-from conftest import QUICK, ROOT, dense_loss, files_of, floor_of, printed_table, read_table, wait_for
+from conftest import QUICK, ROOT, dense_loss, files_of, floor_of, printed_table, processes_in, read_table, wait_for
 
 import ks
 import rank_sweep_study
@@ -137,6 +137,7 @@ def test_a_target_chooses_the_ranks_and_names_the_smallest(run, weight_path):
     assert f"--rank {smallest} " in done.stdout
 
 
+@pytest.mark.usefixtures("cold")
 def test_another_criterion_leaves_the_floors_out(edited_toolkit, weight_path, tmp_path):
     """The summary and the figures name what trained, and nothing that belongs to the mean squared error."""
     edited_toolkit(criterion="criterion = torch.nn.functional.l1_loss")
@@ -185,6 +186,7 @@ def test_another_study_in_the_folder_is_named_and_kept(swept, tmp_path):
     assert [(rank, seed) for rank, seed, files in find_runs(study) if files.curves_csv.exists()] == [(2, None)]
 
 
+@pytest.mark.usefixtures("cold")  # the run is found by its command
 def test_a_killed_rank_stays_visible_and_does_not_stop_the_others(weight_path, tmp_path):
     command = [sys.executable, str(ROOT / "rank_sweep_study.py"), "--weight_path", str(weight_path), *QUICK[:4]]
     command += ["--ranks", "1", "2", "4", "--num_epochs", "300", "--output_dir", "out"]
@@ -225,7 +227,7 @@ def test_an_interrupted_sweep_summarises_and_leaves_no_process(weight_path, tmp_
     assert [row["status"].split(" ")[0] for row in rows] == ["not", "interrupted"]
     assert int(rows[1]["num_epochs"]) > 0
     assert not (tmp_path / "out" / "rank_1").exists()
-    assert subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True).stdout == b""
+    assert not processes_in(tmp_path)
 
 
 def test_dry_run_prints_the_plan_and_commands_that_work(run, weight_path, tmp_path):

@@ -15,7 +15,7 @@ import time
 
 import pytest
 import torch
-from conftest import KILLS, ROOT, files_of, wait_for
+from conftest import KILLS, ROOT, files_of, processes_in, wait_for
 
 from ks.files.atomic import read_json
 from ks.files.curves import curves_if_any, read_curves
@@ -41,17 +41,12 @@ FEW = ("--num_samples", "80", "--num_epochs", "3", "--ranks", "1", "2")
 def start(script, tmp_path, *arguments, before=(), env=None, **options):
     command = [*before, sys.executable, str(ROOT / script), "--weight_path", "weight.pth", *map(str, arguments)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
-    return subprocess.Popen(command, cwd=tmp_path, text=True, env=environment, **options)
+    return subprocess.Popen(command, cwd=tmp_path, text=True, env=os.environ | (env or {}), **options)
 
 
 def finish(process, timeout=120):
     stdout, stderr = process.communicate(timeout=timeout)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
-
-
-def processes_of(tmp_path) -> bytes:
-    return subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True).stdout
 
 
 def epochs_in(folder) -> int:
@@ -104,7 +99,7 @@ def test_a_sweep_killed_again_and_again_ends_as_if_undisturbed(weight_path, tmp_
     kill_at_random(
         lambda: start("rank_sweep_study.py", tmp_path, *SWEEP, "--output_dir", "killed"), tmp_path / "killed"
     )
-    wait_for(lambda: processes_of(tmp_path / "killed") == b"", seconds=15)  # the trainings stop by themselves
+    wait_for(lambda: not processes_in(tmp_path), seconds=15)  # the trainings stop by themselves
     done = finish(start("rank_sweep_study.py", tmp_path, *SWEEP, "--output_dir", "killed"))
     assert done.returncode == 0, done.stderr
     for rank in (1, 2, 4):
@@ -138,7 +133,7 @@ def test_a_sweep_that_is_stopped_leaves_no_samples(weight_path, tmp_path, sent):
     assert all(path.exists() for path in samples)
     process.send_signal(sent)
     finish(process)
-    wait_for(lambda: processes_of(folder) == b"", seconds=15)
+    wait_for(lambda: not processes_in(tmp_path), seconds=15)
     assert all(path.exists() is (sent == signal.SIGKILL) for path in samples)
     if sent == signal.SIGKILL:
         (folder / ".rank_sweep_samples_7.pth").touch()  # one of the user's
@@ -249,7 +244,7 @@ def test_a_rank_that_hangs_is_stopped(weight_path, tmp_path):
     done = finish(start("rank_sweep_study.py", tmp_path, *flags))
     assert done.returncode == 1, done.stderr
     assert "rank 2: timed out" in done.stderr
-    assert processes_of(tmp_path) == b""
+    assert not processes_in(tmp_path)
 
 
 def test_jobs_do_not_change_the_numbers(weight_path, tmp_path):
