@@ -16,6 +16,7 @@ import gc
 import importlib
 import json
 import os
+import resource
 import runpy
 import signal
 import socket
@@ -33,6 +34,16 @@ OUT_OF_THE_WAY = 1000  # descriptors from here on are in no script's way
 start_cold = subprocess._fork_exec  # type: ignore[attr-defined]
 
 
+class FileSizeLimit:
+    """A preexec_fn after which no file can grow beyond a number of bytes: it stands in for a full disk."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __call__(self) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.RLIM_INFINITY))
+
+
 def request_of(args, keep, cwd, env, stdin, stdout, stderr, errors, new_session, preexec):
     """Return what `become` needs to stand in for a command, or None where the command needs a process of its own kind.
 
@@ -43,22 +54,25 @@ def request_of(args, keep, cwd, env, stdin, stdout, stderr, errors, new_session,
     given = dict(os.environ) if env is None else dict(os.fsdecode(entry).split("=", 1) for entry in env)
     changed = {name for name in {*given} | {*os.environ} if given.get(name) != os.environ.get(name)}
     command = [*map(os.fsdecode, args)]
-    if sys.platform != "linux" or preexec is not None or command[0] != sys.executable or command[1][-3:] != ".py":
+    if sys.platform != "linux" or command[0] != sys.executable or command[1][-3:] != ".py":
+        return None
+    if not isinstance(preexec, FileSizeLimit | None):
         return None
     if not changed <= SET_BY_A_SWEEP or given.get("OMP_NUM_THREADS") != "1":
         return None
     places = {number: own if own != -1 else number for number, own in enumerate((stdin, stdout, stderr))}
     places |= {number: number for number in {*keep} - {errors}}
-    return command, os.fsdecode(cwd or os.getcwd()), given, bool(new_session), places
+    return command, os.fsdecode(cwd or os.getcwd()), given, bool(new_session), preexec and preexec.size, places
 
 
-def become(args, cwd, env, new_session, places) -> None:
+def become(args, cwd, env, new_session, largest_file, places) -> None:
     """Turn this process, which was just forked, into that of a script; never returns.
 
     Args:
         args: the command, `[python, SCRIPT.py, ...]`.
         cwd, env: its working directory and environment.
         new_session: whether it leads a session of its own.
+        largest_file: the limit on its files in bytes, or None.
         places: for each of its descriptors the one of this process that goes there.
     """
     code = 1
@@ -68,6 +82,8 @@ def become(args, cwd, env, new_session, places) -> None:
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         if new_session:
             os.setsid()
+        if largest_file is not None:
+            FileSizeLimit(largest_file)()
         copies = {place: fcntl.fcntl(own, fcntl.F_DUPFD, OUT_OF_THE_WAY) for place, own in places.items()}
         os.closerange(3, OUT_OF_THE_WAY)
         for place, copy in copies.items():

@@ -25,10 +25,8 @@ def test_the_demo_passes_a_failure_on(run):
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_demo_leaves_a_summary_and_no_process(tmp_path, sent):
-    command = [sys.executable, str(ROOT / "example_rank_sweep.py"), "--output_dir", str(tmp_path / "demo")]
-    process = subprocess.Popen(
-        [*command, "--ranks", "2", "--num_epochs", "100000"], cwd=tmp_path, stderr=subprocess.DEVNULL
-    )
+    command = [sys.executable, str(ROOT / "example_rank_sweep.py"), "--output_dir", "demo", "--ranks", "2"]
+    process = subprocess.Popen([*command, "--num_epochs", "100000"], cwd=tmp_path, stderr=subprocess.DEVNULL)
     wait_for(files_of(tmp_path / "demo", 2).curves_csv.exists)
     process.send_signal(sent)
     assert process.wait(60) == 130

@@ -1,6 +1,7 @@
 """A sweep as its users run it: in a subprocess, from another folder, with files checked afterwards."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -186,13 +187,13 @@ def test_another_study_in_the_folder_is_named_and_kept(swept, tmp_path):
     assert [(rank, seed) for rank, seed, files in find_runs(study) if files.curves_csv.exists()] == [(2, None)]
 
 
-@pytest.mark.usefixtures("cold")  # the run is found by its command
 def test_a_killed_rank_stays_visible_and_does_not_stop_the_others(weight_path, tmp_path):
     command = [sys.executable, str(ROOT / "rank_sweep_study.py"), "--weight_path", str(weight_path), *QUICK[:4]]
-    command += ["--ranks", "1", "2", "4", "--num_epochs", "300", "--output_dir", "out"]
+    command += ["--ranks", "1", "2", "4", "--num_epochs", "300", "--jobs", "1", "--output_dir", "out"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(files_of(tmp_path / "out", 2).curves_csv.exists)
-    subprocess.run(["pkill", "-KILL", "-f", "--", f"--rank 2 --resume --output_dir {tmp_path}"], check=True)
+    (rank,) = {*processes_in(tmp_path)} - {process.pid}
+    os.kill(rank, signal.SIGKILL)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 3, stderr
     rows = read_table(tmp_path / "out" / "rank_sweep_summary.csv")

@@ -6,7 +6,6 @@
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -16,6 +15,7 @@ import time
 import pytest
 import torch
 from conftest import KILLS, ROOT, files_of, processes_in, wait_for
+from warm import FileSizeLimit
 
 from ks.files.atomic import read_json
 from ks.files.curves import curves_if_any, read_curves
@@ -110,7 +110,7 @@ def test_a_sweep_killed_again_and_again_ends_as_if_undisturbed(weight_path, tmp_
 def test_any_number_of_jobs_and_of_threads_and_a_training_alone_agree(weight_path, tmp_path):
     """Alone, a training draws the samples that a sweep shares."""
     flags = ("--num_samples", "200", "--num_epochs", "3")
-    for jobs, threads in (("1", "1"), ("1", "2"), ("2", "2")):
+    for jobs, threads in (("1", "2"), ("2", "1")):
         sweep = (*flags, "--ranks", "2", "4", "--jobs", jobs, "--output_dir", jobs + threads)
         done = finish(start("rank_sweep_study.py", tmp_path, *sweep, env={"OMP_NUM_THREADS": threads}))
         assert done.returncode == 0, done.stderr
@@ -118,7 +118,7 @@ def test_any_number_of_jobs_and_of_threads_and_a_training_alone_agree(weight_pat
         alone = RunFiles(tmp_path / "alone", "ks_chain", rank)
         arguments = (*flags, "--rank", rank, "--output_dir", "alone")
         assert finish(start("train_with_random.py", tmp_path, *arguments)).returncode == 0
-        for folder in ("11", "12", "22"):
+        for folder in ("12", "21"):
             assert_same_run(files_of(tmp_path / folder, rank), alone)
             assert "samples" not in files_of(tmp_path / folder, rank).log.read_text().replace("samples suffice", "")
 
@@ -153,7 +153,7 @@ def study(weight_path, tmp_path):
     return tmp_path / "rank_sweep_results", again
 
 
-def test_finished_ranks_are_kept_and_new_ones_added(study):
+def test_finished_ranks_are_kept_and_new_ones_added_until_overwrite(study):
     folder, again = study
     before = {rank: files_of(folder, rank).final.stat().st_mtime_ns for rank in (1, 2)}
     done = again("--ranks", "1", "2", "4")
@@ -162,16 +162,11 @@ def test_finished_ranks_are_kept_and_new_ones_added(study):
     assert done.stderr.count("finished before") == 2
     assert "rank 4: training (1 of 1)" in done.stderr
     assert [row["rank"] for row in json.loads((folder / "rank_sweep_summary.json").read_text())] == [1, 2, 4]
-
-
-def test_overwrite_redoes(study):
-    folder, again = study
-    before = files_of(folder, 1).final.stat().st_mtime_ns
     assert again("--overwrite").returncode == 0
-    assert files_of(folder, 1).final.stat().st_mtime_ns > before
+    assert files_of(folder, 1).final.stat().st_mtime_ns > before[1]
 
 
-@pytest.mark.parametrize("name", ["final", "best", "curves_csv", "curves_json", "training_log"])
+@pytest.mark.parametrize("name", ["final", "curves_csv"])
 def test_a_damaged_file_is_not_believed(study, name):
     folder, again = study
     files = files_of(folder, 2)
@@ -247,38 +242,12 @@ def test_a_rank_that_hangs_is_stopped(weight_path, tmp_path):
     assert not processes_in(tmp_path)
 
 
-def test_jobs_do_not_change_the_numbers(weight_path, tmp_path):
-    for jobs in (1, 3):
-        flags = (
-            "--ranks",
-            1,
-            2,
-            4,
-            "--num_samples",
-            80,
-            "--num_epochs",
-            3,
-            "--jobs",
-            jobs,
-            "--output_dir",
-            f"jobs_{jobs}",
-        )
-        assert finish(start("rank_sweep_study.py", tmp_path, *flags)).returncode == 0
-    for rank in (1, 2, 4):
-        assert_same_run(*(files_of(tmp_path / f"jobs_{jobs}", rank) for jobs in (1, 3)))
-
-
-def file_size_limit(size):
-    """What a child does before it starts, so that a limit on the size of files stands in for a full disk."""
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-
-
 def test_a_full_disk_loses_nothing(weight_path, tmp_path):
     """Curves and records still fit, checkpoints do not."""
     torch.save(torch.randn(64, 96), tmp_path / "wide.pth")
     flags = ("--weight_path", "wide.pth", "--num_samples", 80, "--num_epochs", 6, "--rank", 2, "--output_dir", "out")
     flags += ("--resume_interval", 1000)
-    full = finish(start("train_with_random.py", tmp_path, *flags, preexec_fn=file_size_limit(4500)))
+    full = finish(start("train_with_random.py", tmp_path, *flags, preexec_fn=FileSizeLimit(4500)))
     assert full.returncode == 1
     assert "File too large" in full.stderr.splitlines()[-1]
     assert "Traceback" not in full.stderr
@@ -291,7 +260,7 @@ def test_a_full_disk_loses_nothing(weight_path, tmp_path):
 
 def test_a_disk_that_is_full_for_samples_alone_changes_nothing(weight_path, tmp_path):
     flags = ("--num_samples", 20000, "--num_epochs", 1, "--ranks", 1, 2, "--quiet", "--output_dir", "out")
-    full = finish(start("rank_sweep_study.py", tmp_path, *flags, preexec_fn=file_size_limit(2_500_000)))
+    full = finish(start("rank_sweep_study.py", tmp_path, *flags, preexec_fn=FileSizeLimit(2_500_000)))
     assert full.returncode == 0, full.stderr
     (line,) = full.stderr.splitlines()
     assert line.startswith("every run draws its own samples, because they cannot be kept in a file: ")
@@ -303,7 +272,7 @@ def test_a_disk_that_is_full_for_samples_alone_changes_nothing(weight_path, tmp_
 def test_a_disk_that_is_full_at_the_start_is_one_line_and_then_the_same_command_goes_on(weight_path, tmp_path, script):
     flags = ("--num_samples", 80, "--num_epochs", 2, "--output_dir", "out", "--quiet")
     flags += ("--ranks", 2) if script == "rank_sweep_study.py" else ("--rank", 2, "--resume")
-    full = finish(start(script, tmp_path, *flags, preexec_fn=file_size_limit(0)))
+    full = finish(start(script, tmp_path, *flags, preexec_fn=FileSizeLimit(0)))
     assert full.returncode == 1
     assert full.stderr.splitlines() == [
         f"{script}: File too large: {tmp_path / 'out'}; fix the cause, then rerun the same command "
@@ -343,7 +312,12 @@ class TestReadOnlyFolders:
         files.directory.chmod(0o755)
         assert 0 < kept < 400
         assert finish(start("rank_sweep_study.py", tmp_path, *flags)).returncode == 0
-        assert finish(start("rank_sweep_study.py", tmp_path, *flags, "--output_dir", "whole")).returncode == 0
+        assert (
+            finish(
+                start("rank_sweep_study.py", tmp_path, *flags[:-5], "--ranks", 2, "--output_dir", "whole")
+            ).returncode
+            == 0
+        )
         assert_same_run(files, files_of(tmp_path / "whole", 2))
 
 
@@ -370,8 +344,8 @@ def test_a_clock_that_jumps_disturbs_nothing(weight_path, tmp_path):
         assert days[0] != days[1]  # the clock did jump
 
 
-def test_all_curves_in_long_form(study):
-    folder, _ = study
+def test_all_curves_in_long_form(swept):
+    folder = swept[0] / "rank_sweep_results"
     lines = (folder / "rank_sweep_all_curves.csv").read_text().splitlines()
     assert lines[0] == "rank,seed,epoch,split,loss,lr,seconds"
     assert {line.split(",")[3] for line in lines[1:]} == {"train", "validation", "population"}
