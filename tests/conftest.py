@@ -225,6 +225,23 @@ def wait_for(condition, seconds=60):
         time.sleep(0.02)
 
 
+LONGEST_FIRST = (
+    *(
+        "study/test_survival.py",
+        "hostile/test_stops.py",
+        "bounds/test_coupled_floors.py",
+        "hostile/test_surroundings.py",
+    ),
+    *("test_docs.py", "scripts/test_going_on.py", "scripts/test_checkpoint_study.py", "model/test_in_order.py"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Put the files of LONGEST_FIRST before the others, which keep their order."""
+    place = {str(ROOT / "tests" / name): index for index, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(str(item.path), len(place)))
+
+
 def pytest_terminal_summary(terminalreporter):
     """Count the hostile cases by class; say which optional tests were not run, so that it never looks a pass."""
     hostile: dict[str, list[str]] = {}
