@@ -84,6 +84,7 @@ def become(args, cwd, env, new_session, largest_file, places) -> None:
             os.setsid()
         if largest_file is not None:
             FileSizeLimit(largest_file)()
+            env["GIT_DIR"] = os.devnull  # git, ended by the limit, would leave its lock in the checkout
         copies = {place: fcntl.fcntl(own, fcntl.F_DUPFD, OUT_OF_THE_WAY) for place, own in places.items()}
         os.closerange(3, OUT_OF_THE_WAY)
         for place, copy in copies.items():
