@@ -302,19 +302,6 @@ def test_the_sweep_names_a_metric_that_fails_before_it_trains(edited_toolkit, we
     assert row["final_mean"] != ""
 
 
-def test_the_report_names_the_criterion_and_explains_no_floor(edited_toolkit, weight_path, tmp_path):
-    edited_toolkit(criterion=L1)
-    command = [sys.executable, "rank_sweep_study.py", "--weight_path", weight_path, *QUICK, "--ranks", 2]
-    assert subprocess.run([*map(str, command)], cwd=tmp_path, capture_output=True).returncode == 0
-    page = (tmp_path / "rank_sweep_results" / "rank_sweep_report.html").read_text()
-    assert "torch.nn.functional.l1_loss of torch" in page
-    assert "no floor holds" in page
-    assert "The floor is the least" not in page
-    (row,) = read_table(tmp_path / "rank_sweep_results" / "rank_sweep_summary.csv")
-    assert row["criterion"].startswith("torch.nn.functional.l1_loss of torch")
-    assert row["predict_zero_loss"] == ""
-
-
 @pytest.mark.parametrize("flags", [("--target_relative_loss", 0.3), ("--stop_at", "floor")], ids=str)
 def test_flags_of_floors_with_another_criterion_are_refused(edited_toolkit, weight_path, tmp_path, flags):
     edited_toolkit(criterion=L1)

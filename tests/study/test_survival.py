@@ -166,32 +166,6 @@ def test_finished_ranks_are_kept_and_new_ones_added_until_overwrite(study):
     assert files_of(folder, 1).final.stat().st_mtime_ns > before[1]
 
 
-@pytest.mark.parametrize("name", ["final", "curves_csv"])
-def test_a_damaged_file_is_not_believed(study, name):
-    folder, again = study
-    files = files_of(folder, 2)
-    expected, path = losses(files.curves_csv), getattr(files, name)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    done = again()
-    assert done.returncode == 0, done.stderr
-    assert "rank 2: training (1 of 1)" in done.stderr
-    assert losses(files.curves_csv) == expected
-
-
-def test_a_damaged_checkpoint_starts_anew(weight_path, tmp_path):
-    process = start("train_with_random.py", tmp_path, *TRAINING, "--output_dir", "out")
-    files = RunFiles(tmp_path / "out", "ks_chain", 2)
-    wait_for(files.resume.exists)
-    process.kill()
-    finish(process)
-    files.resume.write_bytes(files.resume.read_bytes()[:1000])
-    done = finish(start("train_with_random.py", tmp_path, *TRAINING, "--output_dir", "out", "--resume"))
-    assert done.returncode == 0, done.stderr
-    assert "cannot be read as a checkpoint" in done.stderr
-    assert "training starts anew" in done.stderr
-    assert len(read_curves(files.curves_csv)) == int(EPOCHS)
-
-
 def test_resume_names_every_changed_setting(weight_path, tmp_path):
     finish(start("train_with_random.py", tmp_path, *TRAINING, "--num_epochs", 2))
     changed = ("--num_epochs", 1, "--lr", 0.01, "--resume")
@@ -200,25 +174,6 @@ def test_resume_names_every_changed_setting(weight_path, tmp_path):
     assert "num_epochs was 2, now 1" in done.stderr
     assert "lr was 0.001, now 0.01" in done.stderr
     assert len(done.stderr.splitlines()) == 1
-
-
-def test_a_failed_rank_is_trained_again(weight_path, tmp_path):
-    flags = ("--num_samples", "80", "--num_epochs", "3", "--ranks", "2", "--lr", "1e30", "--optimizer", "sgd")
-    for _ in range(2):
-        done = finish(start("rank_sweep_study.py", tmp_path, *flags, "--max_grad_norm", "0"))
-        assert done.returncode == 1
-        assert "rank 2: training (1 of 1)" in done.stderr
-
-
-def test_an_interrupt_keeps_every_finished_epoch(weight_path, tmp_path):
-    long = ("--num_samples", "80", "--num_epochs", "5000", "--rank", "2", "--output_dir", "out")
-    process = start("train_with_random.py", tmp_path, *long)
-    files = RunFiles(tmp_path / "out", "ks_chain", 2)
-    wait_for(lambda: len(curves_if_any(files.curves_csv)) > 5)
-    process.send_signal(signal.SIGTERM)
-    assert finish(process).returncode == 130
-    kept = len(torch.load(files.resume)["curves"])
-    assert kept >= len(read_curves(files.curves_csv)) - 1
 
 
 def test_two_sweeps_in_one_folder(weight_path, tmp_path):
