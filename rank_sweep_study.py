@@ -1,4 +1,4 @@
-"""Sweep the rank of a Kronecker-sparse chain: one training per rank, each in a process of its own, then compare.
+"""Sweep the rank of a Kronecker-sparse chain: one run per rank, each in a process of its own, then compare.
 
     python rank_sweep_study.py --weight_path my_weight.pth --ranks 2 4 8 16 --log_scale
     python rank_sweep_study.py --weight_path my_weight.pth --target_relative_loss 0.1 --dry_run
@@ -13,7 +13,6 @@ Exit codes: 0 well, 1 no rank succeeded, 2 bad input or another study's folder, 
 130 interrupted.
 """
 
-import contextlib
 import dataclasses
 import sys
 from pathlib import Path
@@ -27,12 +26,10 @@ from ks import signals
 from ks.cli import console
 from ks.cli.flags import SweepConfig
 from ks.cli.parser import Parser
-from ks.files.atomic import prepare_output_dir
-from ks.files.layout import SweepFiles
 from ks.files.status import Status
-from ks.study.checkpoint_study import CheckpointStudy
+from ks.study.identity import parse
 from ks.study.lifeline import stop_with_parent
-from ks.study.rejoin import parse
+from ks.study.steps import Study
 from ks.study.weight_study import WeightStudy
 
 TRAINER = Path(__file__).resolve().parent / "train_with_random.py"
@@ -50,37 +47,38 @@ def exit_code(statuses: set[Status]) -> int:
     return console.EXIT_OK if statuses == {Status.OK} else console.EXIT_SOME_FAILED
 
 
+def study_of(config: SweepConfig) -> Study:
+    """Return the study that the flags ask for: of one weight, or of several layers of a checkpoint."""
+    if config.is_of_several_layers():
+        from ks.study.checkpoint_study import CheckpointStudy  # loads all of ks.model
+
+        return CheckpointStudy(config, TRAINER)
+    return WeightStudy(config.of_layer(config.weight_key[0] if config.weight_key else None), TRAINER)
+
+
 @console.script
 def main(argv=None) -> int:
     stop_with_parent()
     config = parse(build_parser(), sys.argv[1:] if argv is None else argv)
     if config.gpus == "none" and config.device == "auto":
         config = dataclasses.replace(config, device="cpu")
-    study: WeightStudy | CheckpointStudy
-    if config.is_of_several_layers():
-        study = CheckpointStudy(config, TRAINER)
-    else:
-        study = WeightStudy(config.of_layer(config.weight_key[0] if config.weight_key else None), TRAINER)
-    if config.dry_run:
-        print(study.plan_text())
-        return console.EXIT_OK
-    with contextlib.ExitStack() as running:
-        launcher = running.enter_context(study.launcher())
-        files = SweepFiles(prepare_output_dir(config.output_dir), config.save_prefix, config.metric)
-        with study.locked(files), signals.deferred():
-            try:
-                study.claim(files)
-                ended = study.train(launcher)
-                running.close()  # stops the trainings that still run after an interrupt
-                lines = study.conclude(files, ended)
-            except OSError as error:
-                place = error.filename or files.directory
-                print(
-                    f"rank_sweep_study.py: {error.strerror}: {place}; fix the cause, then rerun the same command to "
-                    "resume",
-                    file=sys.stderr,
-                )
-                return console.EXIT_FAILED
+    try:
+        with study_of(config) as study:
+            study.load()
+            study.plan()
+            if config.dry_run:
+                print(study.plan_text())
+                return console.EXIT_OK
+            study.open_launcher()
+            with signals.deferred():
+                study.claim()
+                study.run()
+                lines = study.conclude()
+    except OSError as error:
+        place = error.filename or config.output_dir
+        remedy = "fix the cause, then rerun the same command to resume"
+        print(f"rank_sweep_study.py: {error.strerror}: {place}; {remedy}", file=sys.stderr)
+        return console.EXIT_FAILED
     if signals.came():
         print("rank_sweep_study.py: interrupted; the same command resumes", file=sys.stderr)
     print("\n".join(lines))

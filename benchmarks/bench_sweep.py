@@ -22,9 +22,9 @@ from statistics import median
 from timing import Rows, place, seconds
 
 from ks.cli import console
-from ks.study.launcher import Launcher, Task
 from ks.study.local import LocalLauncher
 from ks.study.ray_cluster import RayLauncher
+from ks.study.task import Launcher, Task
 from ks.training.problem import choose_device
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -349,7 +349,12 @@ class SweepConfig(LayersFlags, TargetFlags, TrainingFlags, OutputFlags, PlotFlag
         "trainings at a time; auto is one per CPU core, or --runs_per_gpu per GPU",
         convert=auto_or(positive_int),
     )
-    launcher: str = flag("local", "train on this machine or on a Ray cluster", choices=("local", "ray"))
+    launcher: str = flag(
+        "local",
+        "where to run: in processes of this machine, inline (one run after the other in this process, for a debugger), "
+        "or on a Ray cluster",
+        choices=("local", "inline", "ray"),
+    )
     ray_address: str = flag(
         "auto", "head of the Ray cluster; auto is the one that this machine has joined", metavar="HOST:PORT"
     )

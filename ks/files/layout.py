@@ -1,4 +1,4 @@
-"""Names of the files that a training and a sweep leave, and the runs that a results folder holds."""
+"""Names of the files of a run and of a sweep, and the runs that a results folder holds."""
 
 import glob
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ def _file(name: str) -> property:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """The files of one training run, in `directory`."""
+    """The files of one run, in `directory`."""
 
     directory: Path
     prefix: str
@@ -41,7 +41,7 @@ class RunFiles:
         return self.directory / f"{self.prefix}_epoch_{epoch}.pth"
 
     def results(self) -> list[Path]:
-        """Return the files that the training writes, without its epoch checkpoints and its lock."""
+        """Return the files that the trainer writes, without its epoch checkpoints and its lock."""
         curves = [self.curves_csv, self.curves_json]
         return [*curves, self.final, self.best, self.resume, self.config, self.training_log]
 

@@ -40,6 +40,8 @@ def locked(path, what: str, wait: float = 0.0) -> Iterator[None]:
             path.write_text(f"process {os.getpid()} on {platform.node()}")
         yield
     finally:
+        # Deleting the file before the lock is given up is safe: a process that waited for this file compares its inode
+        # with that of the path once it has the lock, and tries again (filelock 3.30 and later).
         with contextlib.suppress(OSError):  # in a folder that has become read-only the file stays, without a lock
             path.unlink(missing_ok=True)
         lock.release()

@@ -1,6 +1,6 @@
 """Ownership: this toolkit overwrites and deletes only files that a record in the folder names as its own.
 
-A record is a JSON config with the names under `files`: `PREFIX_config.json` of a training or a sweep, or
+A record is a JSON config with the names under `files`: `PREFIX_config.json` of a run or a sweep, or
 `PREFIX_figures.json` of a plot. Everything else in a folder is the user's, and so is whatever a symbolic link leads to.
 """
 

@@ -43,7 +43,6 @@ class TrainingLog(Struct):
     epochs: Positive | None = None
     relative_loss: Loss | None = None
     resumed_after: Count | None = None
-    copy_of: Positive | None = None
     latency: Latency | None = None
 
 
@@ -88,8 +87,8 @@ class ProblemRecord(Struct):
     held_out_predict_zero_loss: PositiveLoss | None = None
 
 
-class SweepConfig(Struct):
-    """PREFIX_config.json of a sweep."""
+class StudyRecord(Struct):
+    """PREFIX_config.json of a study."""
 
     settings: dict[str, Any]
     ranks: list[Positive]
@@ -102,16 +101,6 @@ class SweepConfig(Struct):
     advice: list[Text] = field(default_factory=list)
     problem: ProblemRecord = field(default_factory=ProblemRecord)
     files: list[Text] = field(default_factory=list)
-
-
-class StudyRecord(Struct):
-    """PREFIX_config.json of a sweep, as far as a rerun needs it."""
-
-    settings: dict[str, Any]
-    ranks: list[Positive]
-    seeds: Annotated[list[Seed], Meta(min_length=1)]
-    arguments: dict[str, Any] = field(default_factory=dict)
-    loss: Text | None = None  # of earlier versions
 
 
 class CurveLists(Struct):

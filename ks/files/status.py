@@ -1,14 +1,13 @@
-"""How a training ended."""
+"""How a run stands or ended: one word, in its log, in the summary and for the exit code."""
 
 from dataclasses import dataclass
 from enum import StrEnum
 
 
 class Status(StrEnum):
-    """State of a run; the value is the word in its log and in the summary, where a finished run is ok."""
+    """State of a run."""
 
     RUNNING = "running"
-    FINISHED = "finished"
     OK = "ok"
     DIVERGED = "diverged"
     OUT_OF_MEMORY = "out of memory"
@@ -16,6 +15,11 @@ class Status(StrEnum):
     INTERRUPTED = "interrupted"
     FAILED = "failed"
     NOT_STARTED = "not started"
+
+    @classmethod
+    def of(cls, word: str) -> "Status | None":
+        """Return the status that a log names; earlier versions wrote "finished" for ok. None for any other word."""
+        return next((status for status in cls if status == ("ok" if word == "finished" else word)), None)
 
 
 @dataclass(frozen=True)
@@ -33,5 +37,5 @@ OK = Ending(Status.OK)
 
 
 def ended_well(status: object) -> bool:
-    """Return whether an `Ending`, or its text from a file, is that of a finished training or of a copy of one."""
+    """Return whether an `Ending`, or its text from a file, is that of a run that ended well."""
     return str(status).split(" (")[0] == Status.OK

@@ -9,7 +9,7 @@ from ks.errors import UsageError
 from ks.files import columns
 from ks.files.curves import read_curves
 from ks.files.layout import RunFiles, SweepFiles, find_runs
-from ks.files.schema import SweepConfig, convert, read_json_as, read_summary, read_table
+from ks.files.schema import StudyRecord, convert, read_json_as, read_summary, read_table
 from ks.files.status import OK
 from ks.report.study import Study, curves_table, loss_label, summary_frame
 from ks.report.summary import rank_row, run_row
@@ -29,7 +29,7 @@ def read_study(files: SweepFiles) -> Study:
     """
     if not files.directory.is_dir():
         raise UsageError(f"{files.directory}: no such folder")
-    config = read_json_as(files.config, SweepConfig) if files.config.exists() else None
+    config = read_json_as(files.config, StudyRecord) if files.config.exists() else None
     first_seed = config.seeds[0] if config else None
     found = [run for run in find_runs(files.directory, first_seed) if run[2].curves_csv.is_file()]
     rows = _summary_rows(files)

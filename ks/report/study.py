@@ -8,13 +8,13 @@ import pandas as pd
 
 from ks.errors import one_line
 from ks.files import columns
-from ks.files.schema import SweepConfig
+from ks.files.schema import StudyRecord
 from ks.files.status import ended_well
 
 MEAN_SQUARED_ERROR = "mean squared error per output"
 
 
-def loss_label(config: SweepConfig | None) -> str:
+def loss_label(config: StudyRecord | None) -> str:
     """Return the label of a study's losses: MEAN_SQUARED_ERROR for the toolkit's own criterion, and for no other.
 
     Args:
@@ -53,7 +53,7 @@ class Study:
     predict_zero_loss: float | None = None
     held_out_predict_zero_loss: float | None = None
     target: float | None = None
-    config: SweepConfig | None = None
+    config: StudyRecord | None = None
 
     @property
     def metrics(self) -> list[str]:

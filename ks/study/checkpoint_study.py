@@ -1,8 +1,6 @@
-"""A study of several layers of a checkpoint: one plan for all, trainings through one launcher, one summary."""
+"""A study of several layers of a checkpoint: one plan for all, runs through one launcher, one summary."""
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 from ks import signals
@@ -10,22 +8,19 @@ from ks.bounds.floors import Floor
 from ks.cli import console
 from ks.cli.flags import SweepConfig
 from ks.errors import UsageError
-from ks.files.atomic import prepare_output_dir
 from ks.files.layout import SweepFiles, layer_folder
-from ks.files.lock import locked
-from ks.files.provenance import provenance
 from ks.files.status import Status
 from ks.files.weights import packed
-from ks.model.model_plan import LayerPlan, ModelPlan
+from ks.model.model_plan import LayerPlan
 from ks.study.checkpoint_plan import check_flags, importance_of, plan_checkpoint, select
-from ks.study.choices import remedies_of
-from ks.study.claim import claim_folder
-from ks.study.launcher import Launcher, Outcome
-from ks.study.launching import launcher_of
-from ks.study.run import Result, Run, result_of, seeds_of
-from ks.study.trainings import finished_before, train_all
+from ks.study.folder import claim_folder, held
+from ks.study.identity import checkpoint_record_of, remedies_of
+from ks.study.launcher import launcher_of
+from ks.study.run_all import finished_before, run_all
+from ks.study.runs import Result, Run, result_of
+from ks.study.steps import Study
+from ks.study.task import Exit, Launcher
 from ks.study.weight_study import WeightStudy
-from ks.training.checkpoints import NOT_COMPARED
 from ks.training.edits import edits_of
 from ks.training.problem import choose_device
 
@@ -42,39 +37,50 @@ class _Layer:
     settings: dict
 
 
-class CheckpointStudy:
-    """Several weights of a checkpoint, each with a results folder of its own in that of the study.
-
-    Args:
-        config: of the sweep.
-        trainer: absolute path of the training script.
-    Raises:
-        UsageError: flags that do not go together, or no weight matches.
-    """
+class CheckpointStudy(Study):
+    """Several weights of a checkpoint, each with a results folder of its own in that of the study."""
 
     def __init__(self, config: SweepConfig, trainer: Path):
-        check_flags(config)
-        self.config, self.trainer = config, trainer
-        self.importance = importance_of(config)
-        self.selection = select(config)
+        super().__init__(config, trainer)
         self.layers: list[_Layer] = []
-        self.locks = contextlib.ExitStack()
         self.ended: list[Status] = []
 
+    def load(self) -> None:
+        """Find the weights that the flags name; write nothing.
+
+        Raises:
+            UsageError: flags that do not go together, or no weight matches.
+        """
+        check_flags(self.config)
+        self.importance = importance_of(self.config)
+        self.selection = select(self.config)
+
+    def plan(self) -> None:
+        """Lock the results folder, compute the floors of the layers and choose a chain and a rank for each.
+
+        The floors and the plan are kept in the folder.
+
+        Raises:
+            UsageError: the folder is in use or holds another study, or the plan cannot be made.
+        """
+        config, files = self.config, self.files
+        self.locks.enter_context(held(files))
+        if not config.dry_run:
+            names = [weight.name for weight in self.selection.weights]
+            record = checkpoint_record_of(config, edits_of(self.trainer), self.selection.source, names)
+            claim_folder(files, [], record, config.files_read(), config.overwrite, remedies_of(config))
+        self.candidates, self.planned = plan_checkpoint(config, self.selection, self.importance, files)
+
     def plan_text(self) -> str:
-        """Plan, and return the plan as text, for --dry_run; the floors are kept in the results folder."""
         from ks.report.model_plan_table import floors_lines, plan_lines, totals
         from ks.report.text_table import filled
 
-        files = SweepFiles(prepare_output_dir(self.config.output_dir), self.config.save_prefix)
-        with locked(files.lock, "another sweep"):
-            candidates, plan = plan_checkpoint(self.config, self.selection, self.importance, files)
+        files, plan = self.files, self.planned
         if plan is None:
-            return "\n".join([floors_lines(candidates), str(files.layer_floors_csv)])
+            return "\n".join([floors_lines(self.candidates), str(files.layer_floors_csv)])
         return "\n".join([*filled(totals(plan)), "", plan_lines(plan), str(files.plan_json), str(files.plan_csv)])
 
-    def launcher(self) -> Launcher:
-        """Return the launcher that the flags name, with the files that trainings elsewhere read."""
+    def make_launcher(self) -> Launcher:
         files = {}
         if self.config.launcher == "ray":
             path = Path(self.config.weight_path).absolute()
@@ -87,48 +93,30 @@ class CheckpointStudy:
         ranks = len(self.config.ranks or [1]) * len(self.config.seeds or [1])
         return launcher_of(self.config, device, len(self.selection.weights) * ranks, self.trainer, files)
 
-    @contextlib.contextmanager
-    def locked(self, files: SweepFiles) -> Iterator[None]:
-        """Hold a context in which no other sweep works in the results folder, nor in those of the claimed layers."""
-        with locked(files.lock, "another sweep"), self.locks:
-            yield
-
-    def claim(self, files: SweepFiles) -> None:
-        """Claim the results folder, plan, and claim a folder in it for every layer that a chain replaces.
+    def claim(self) -> None:
+        """Claim a folder in that of the study for every layer that a chain replaces.
 
         Raises:
-            UsageError: a folder holds another study, or the plan cannot be made.
+            UsageError: a folder is in use or holds another study.
         """
-        config = self.config
-        settings = {name: value for name, value in config.training_settings().items() if name not in NOT_COMPARED}
-        settings |= {"checkpoint": self.selection.source, "seed": seeds_of(config)[0]}
-        settings |= dataclasses.asdict(edits_of(self.trainer))
-        record = {
-            "settings": settings,
-            "ranks": list(config.ranks or []),
-            "seeds": seeds_of(config),
-            "layers": [weight.name for weight in self.selection.weights],
-            "arguments": vars(config),
-            "provenance": provenance(),
-        }
-        claim_folder(files, [], record, config.files_read(), config.overwrite, remedies_of(config))
         from ks.report.model_plan_table import totals  # pandas loads late
 
-        _, plan = plan_checkpoint(config, self.selection, self.importance, files)
-        for text in totals(plan) if plan is not None else ():
-            console.note(text, config.quiet)
-        for layer in self._configs(plan, files):
+        for text in totals(self.planned) if self.planned is not None else ():
+            console.note(text, self.config.quiet)
+        for layer in self._configs():
             signals.check()
             study = WeightStudy(layer, self.trainer)
-            inside = SweepFiles(prepare_output_dir(layer.output_dir), layer.save_prefix, layer.metric)
-            self.locks.enter_context(locked(inside.lock, "another sweep"))
-            study.claim(inside)
+            study.load()
+            study.plan()
+            study.claim()
+            self.locks.push(study.locks.pop_all())
             name = str(layer.weight_key)
-            runs = [_named(run, name) for run in study.runs]
-            self.layers.append(_Layer(name, layer, inside, runs, study.floors, study.record["settings"]))
+            runs = [_named(run, name) for run in study.chosen_runs()]
+            self.layers.append(_Layer(name, layer, study.files, runs, study.floors, study.record["settings"]))
 
-    def _configs(self, plan: ModelPlan | None, files: SweepFiles) -> list[SweepConfig]:
+    def _configs(self) -> list[SweepConfig]:
         """Return the flags of every layer that is trained."""
+        plan = self.planned
         if plan is None:
             family = self.config.chains[0] if self.config.chains else self.config.chain or "monarch"
             chosen = [(weight.name, family, self.config.ranks) for weight in self.selection.weights]
@@ -146,23 +134,24 @@ class CheckpointStudy:
                 chain=family,
                 target_relative_loss=None if plan else self.config.target_relative_loss,
                 ranks=ranks,
-                output_dir=str(layer_folder(files.directory, name)),
+                output_dir=str(layer_folder(self.files.directory, name)),
             )
             for name, family, ranks in chosen
         ]
 
-    def train(self, launcher: Launcher) -> dict[Run, Result]:
-        """Train every run of every layer that is not finished yet; return the results of those that ended."""
+    def run(self) -> None:
+        """Train every run of every layer that is not finished yet."""
         runs = [run for layer in self.layers for run in layer.runs]
-        ended = finished_before(self.config, runs, self._read_result)
-        waiting = [run for run in runs if run not in ended]
-        return ended | train_all(self.config, waiting, launcher, self._read_result)
+        self.results = finished_before(self.config, runs, self._read_result)
+        waiting = [run for run in runs if run not in self.results]
+        with self.places:
+            self.results |= run_all(self.config, waiting, self.launcher, self._read_result)
 
-    def _read_result(self, run: Run, outcome: Outcome | None = None) -> Result:
+    def _read_result(self, run: Run, exit: Exit | None = None) -> Result:
         layer = next(layer for layer in self.layers if run in layer.runs)
-        return result_of(run, self.config.num_epochs, outcome, layer.settings)
+        return result_of(run, self.config.num_epochs, exit, layer.settings)
 
-    def conclude(self, files: SweepFiles, ended: dict[Run, Result]) -> list[str]:
+    def conclude(self) -> list[str]:
         """Write summary and figures of every layer, and one summary over all; return the lines to print."""
         from ks.report.layers_table import layers_table
         from ks.report.summary import write_summary
@@ -170,17 +159,19 @@ class CheckpointStudy:
         rows = []
         for layer in self.layers:
             console.note(f"{layer.name}: summary and figures", self.config.quiet)
-            study = WeightStudy(layer.config, self.trainer, layer.floors)
-            named = zip(study.runs, layer.runs, strict=True)
-            study.conclude(layer.files, {run: ended[with_name] for run, with_name in named if with_name in ended})
+            study = WeightStudy(layer.config, self.trainer)
+            study.load()
+            study.plan(layer.floors)
+            ended = {run.files: self.results[run] for run in layer.runs if run in self.results}
+            study.results = {run: ended[run.files] for run in study.runs if run.files in ended}
+            study.conclude()
             study.check_floors()
             self.ended += [row["status"].status for row in study.rows_of_runs]
             rows += study.rows
-        write_summary(files, rows)
-        return [layers_table(rows), str(files.summary_csv)]
+        write_summary(self.files, rows)
+        return [layers_table(rows), str(self.files.summary_csv)]
 
     def statuses(self) -> set[Status]:
-        """Return how the runs ended, once the study is concluded."""
         return set(self.ended)
 
     def check_floors(self) -> None:

@@ -1,47 +1,47 @@
-"""The interface of a launcher: it runs many training processes and yields how each one ended."""
+"""The choice of the launcher by the flags: this machine, this process, or a Ray cluster."""
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self
 
-POLL_SECONDS = 0.1
-STOP_SECONDS = 5.0
+import torch
 
-
-@dataclass(frozen=True)
-class Task:
-    """One process to run; its output goes to `log`."""
-
-    name: str
-    command: tuple[str, ...]
-    log: Path
+from ks.cli.flags import SweepConfig
+from ks.errors import UsageError
+from ks.study.local import LocalLauncher
+from ks.study.placement import slots_of
+from ks.study.task import Launcher
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a task ended; a negative code is the signal that killed it. error: why it could not start, else empty."""
+def launcher_of(
+    config: SweepConfig, device: torch.device, runs: int, trainer: Path, files: dict[str, tuple[str, bytes]]
+) -> Launcher:
+    """Return the launcher that the flags name, for at most this many runs.
 
-    returncode: int
-    seconds: float
-    timed_out: bool = False
-    error: str = ""
+    Args:
+        config: of the sweep.
+        device: of the runs.
+        runs: their number.
+        trainer: absolute path of the training script.
+        files: that runs on other machines read: absolute path, then name and content there.
+    Raises:
+        UsageError: places that do not exist.
+    """
+    if config.launcher == "local":
+        return LocalLauncher(slots_of(config, device, runs), config.timeout_per_rank)
+    if config.launcher == "inline":
+        if config.timeout_per_rank is not None:
+            raise UsageError("--launcher inline stops no run: leave out --timeout_per_rank")
+        from ks.study.inline import InlineLauncher
 
+        return InlineLauncher()
+    if config.gpus not in ("auto", "none") or device.index is not None:
+        raise UsageError("--launcher ray chooses GPUs itself: give no --gpus but none, and no number in --device")
+    from ks.study.ray_cluster import RayLauncher
 
-class Launcher(Protocol):
-    """A place to run trainings: a context manager that holds whatever the place needs, and stops what still runs."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, kind, error, traceback) -> None: ...
-
-    def run(self, tasks: Iterable[Task], poll: Callable[[list[Task]], None]) -> Iterator[tuple[Task, Outcome]]:
-        """Run tasks in the given order.
-
-        Args:
-            tasks: the processes.
-            poll: called several times a second with the running tasks.
-        Yields:
-            (task, outcome) as each ends; a failure is an outcome, never an exception.
-        """
-        ...
+    return RayLauncher(
+        config.ray_address,
+        trainer,
+        files,
+        use_gpus=config.device != "cpu",
+        jobs=None if config.jobs == "auto" else int(config.jobs),
+        timeout=config.timeout_per_rank,
+    )

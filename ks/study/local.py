@@ -1,4 +1,4 @@
-"""The launcher of this machine: each training is a process of its own, as many at a time as there are slots."""
+"""The launcher of this machine: each run is a process of its own, as many at a time as there are slots."""
 
 import os
 import signal
@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Self
 
-from ks.study.launcher import POLL_SECONDS, STOP_SECONDS, Outcome, Task
 from ks.study.lifeline import Lifeline
+from ks.study.task import POLL_SECONDS, STOP_SECONDS, Exit, Task
 
 
 class LocalLauncher:
@@ -32,8 +32,8 @@ class LocalLauncher:
         stop([run.process for run in self._running])
         self._lifeline.close()
 
-    def run(self, tasks: Iterable[Task], poll: Callable[[list[Task]], None]) -> Iterator[tuple[Task, Outcome]]:
-        """Run tasks; see `ks.study.launcher.Launcher.run`."""
+    def run(self, tasks: Iterable[Task], poll: Callable[[list[Task]], None]) -> Iterator[tuple[Task, Exit]]:
+        """Run tasks; see `ks.study.task.Launcher.run`."""
         waiting, free = deque(tasks), list(self.slots)
         while waiting or self._running:
             while waiting and free:
@@ -42,13 +42,13 @@ class LocalLauncher:
                     self._running.append(_Process(task, free[0], self._lifeline))
                     free.pop(0)
                 except OSError as error:
-                    yield task, Outcome(1, 0.0, error=f"it could not start: {error}")
+                    yield task, Exit(1, 0.0, error=f"it could not start: {error}")
             poll([run.task for run in self._running])
             time.sleep(POLL_SECONDS)
             for run in [run for run in self._running if run.ended(self.timeout)]:
                 self._running.remove(run)
                 free.append(run.slot)
-                yield run.task, run.outcome()
+                yield run.task, run.exit()
 
 
 class _Process:
@@ -74,8 +74,8 @@ class _Process:
             stop([self.process])
         return self.process.poll() is not None
 
-    def outcome(self) -> Outcome:
-        return Outcome(self.process.returncode, time.monotonic() - self.started, self.timed_out)
+    def exit(self) -> Exit:
+        return Exit(self.process.returncode, time.monotonic() - self.started, self.timed_out)
 
 
 def stop(processes: list[subprocess.Popen]) -> None:

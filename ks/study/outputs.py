@@ -16,7 +16,7 @@ from ks.report.figures.draw import save_figures, study_figures
 from ks.report.html import write_report
 from ks.report.read_results import read_study
 from ks.report.summary import Reference, rank_row, run_row, write_summary
-from ks.study.run import Result
+from ks.study.runs import Result
 from ks.training.problem import Problem
 
 

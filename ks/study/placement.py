@@ -1,8 +1,29 @@
-"""Which CPU cores and GPUs each training may use, as environment variables of its process."""
+"""Which CPU cores and GPUs each run may use, as environment variables of its process."""
 
 import os
 
+import torch
+
+from ks.cli.flags import SweepConfig
 from ks.errors import UsageError
+
+
+def slots_of(config: SweepConfig, device: torch.device, runs: int) -> list[dict[str, str]]:
+    """Return the environments of the processes that run at the same time.
+
+    Raises:
+        UsageError: --gpus names a GPU that does not exist, or is given for another device.
+    """
+    jobs, cores = None if config.jobs == "auto" else int(config.jobs), cpu_cores()
+    if device.type == "cpu":
+        if config.gpus not in ("auto", "none"):
+            raise UsageError(f"--gpus {config.gpus}: the device is {device}; leave it out or use --device cuda")
+        return cpu_slots(jobs, runs, cores)
+    if device.index is not None:  # the runs are given --device as it is
+        if config.gpus != "auto":
+            raise UsageError(f"--gpus {config.gpus} together with --device {config.device}: give one or the other")
+        return cpu_slots(1, runs, cores)
+    return gpu_slots(choose_gpus(config.gpus, torch.cuda.device_count()), jobs, runs, cores)
 
 
 def cpu_cores() -> int:
@@ -25,16 +46,15 @@ def cpu_slots(jobs: int | None, runs: int, cores: int) -> list[dict[str, str]]:
     return [{"OMP_NUM_THREADS": str(max(1, cores // jobs))} for _ in range(jobs)]
 
 
-def gpu_slots(gpus: list[str], runs_per_gpu: int, jobs: int | None, runs: int, cores: int) -> list[dict[str, str]]:
+def gpu_slots(gpus: list[str], jobs: int | None, runs: int, cores: int) -> list[dict[str, str]]:
     """Return the environments of the runs that train at the same time on GPUs, each of which sees one GPU.
 
     Args:
         gpus: names for CUDA_VISIBLE_DEVICES.
-        runs_per_gpu: runs that share a GPU.
         jobs: largest number of runs at a time, or None.
         runs, cores: as in `cpu_slots`.
     """
-    places = [gpu for _ in range(runs_per_gpu) for gpu in gpus][: min(jobs or runs, runs)]
+    places = gpus[: min(jobs or runs, runs)]
     threads = str(max(1, cores // len(places)))
     return [{"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": threads} for gpu in places]
 

@@ -11,8 +11,8 @@ from ks.errors import UsageError, one_line
 from ks.files.curves import CurvesTail
 from ks.files.schema import TrainingLog, read_json_as
 from ks.files.status import ended_well
-from ks.study.launcher import Outcome, Task
-from ks.study.run import Result, Run
+from ks.study.runs import Result, Run
+from ks.study.task import Exit, Task
 
 CLOCK_SECONDS = 1.0  # a file system's time may lag behind the clock's
 BAR = "{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} epochs, {remaining} left{postfix}"
@@ -54,7 +54,7 @@ class Progress:
             self.tails[task].update()
             if task not in self.started:
                 self._start(task)
-            self._tell_resumed(task)
+            self._print_resumed(task)
         if self.bar is not None:
             self.bar.set_postfix_str("; ".join(map(self._state, running)), refresh=False)
             epochs = self.ended * self.num_epochs + sum(self.tails[task].epochs for task in running)
@@ -70,14 +70,14 @@ class Progress:
             for count in ("initial", "n", "last_print_n"):
                 setattr(self.bar, count, getattr(self.bar, count) + self.tails[task].epochs)
 
-    def _tell_resumed(self, task: Task) -> None:
-        """Say from where a task resumes, as soon as its log knows."""
+    def _print_resumed(self, task: Task) -> None:
+        """Print where a task resumes, as soon as its log has it."""
         path = self.run_of[task].files.training_log
         try:
             if task not in self.resuming or path.stat().st_mtime < self.resuming[task] - CLOCK_SECONDS:
                 return
             after = read_json_as(path, TrainingLog).resumed_after
-        except (OSError, UsageError):  # the training replaces it right now
+        except (OSError, UsageError):  # the run replaces it right now
             return
         if after is not None:
             del self.resuming[task]
@@ -93,12 +93,12 @@ class Progress:
             text += f", gap {tail.population_loss / floor - 1:.2%}"
         return text
 
-    def end(self, result: Result, outcome: Outcome) -> None:
+    def end(self, result: Result, exit: Exit) -> None:
         """Show how one run ended; after a failure, with the end of its log."""
         task, curves = result.run.task, result.curves
-        self._tell_resumed(task)
+        self._print_resumed(task)
         loss = f", validation loss {curves[-1]['val_loss']:.6g}" if curves else ""
-        message = f"{task.name}: {result.ending}{loss}, {outcome.seconds:.1f} s"
+        message = f"{task.name}: {result.ending}{loss}, {exit.seconds:.1f} s"
         if not ended_well(result.ending):
             message = "\n  ".join([f"{message}; end of {task.log}:", *_tail(task)])
         self.ended += 1
@@ -119,7 +119,7 @@ def _tail(task: Task) -> list[str]:
 
 
 class SlowWork:
-    """Tells on stderr what a long computation is at, at most every two seconds.
+    """Print the step that a long computation is at to stderr, at most every two seconds.
 
     Args:
         quiet: show nothing.

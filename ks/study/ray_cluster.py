@@ -1,4 +1,4 @@
-"""The launcher of a Ray cluster: each training is a process on a node; nodes share no files with the driver."""
+"""The launcher of a Ray cluster: each run is a process on a node; nodes share no files with the driver."""
 
 import importlib.util
 import os
@@ -16,13 +16,13 @@ import ks
 from ks.cli.flags import TRACKERS
 from ks.errors import UsageError
 from ks.files.atomic import atomic_path
-from ks.study.launcher import POLL_SECONDS, STOP_SECONDS, Outcome, Task
 from ks.study.local import LocalLauncher
+from ks.study.task import POLL_SECONDS, STOP_SECONDS, Exit, Task
 
 PACKAGE = Path(ks.__file__).resolve().parent
 
 POST_SECONDS = 1.0
-NODE_LOSSES = 3  # after which a training is not started again
+NODE_LOSSES = 3  # after which a task is not started again
 
 
 class RayLauncher:
@@ -35,7 +35,6 @@ class RayLauncher:
         script: the program that tasks run; named without a path, since nodes have their own.
         inputs: the files that tasks read, by their path in the commands: name and content on a node.
         use_gpus: whether a task takes a GPU, if the cluster has any.
-        runs_per_gpu: tasks that share a GPU.
         jobs: largest number of tasks at a time, or None for as many as the cluster has resources for.
         timeout: seconds after which a task is stopped, or None.
     """
@@ -47,12 +46,11 @@ class RayLauncher:
         inputs: dict[str, tuple[str, bytes]],
         *,
         use_gpus: bool = True,
-        runs_per_gpu: int = 1,
         jobs: int | None = None,
         timeout: float | None = None,
     ):
         self.address, self.script, self.inputs = address, script, inputs
-        self.use_gpus, self.runs_per_gpu, self.jobs, self.timeout = use_gpus, runs_per_gpu, jobs, timeout
+        self.use_gpus, self.jobs, self.timeout = use_gpus, jobs, timeout
         self._stop: Callable[[], None] = lambda: None
 
     def __enter__(self) -> Self:
@@ -76,8 +74,8 @@ class RayLauncher:
         except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UsageError(
-                f"--ray_address {self.address}: this machine cannot join a cluster there ({reason}); start one as "
-                "docs/clusters.md says, with this machine a node of it"
+                f"--ray_address {self.address}: this machine cannot join a cluster there ({reason}); start one that "
+                "includes this machine (docs/clusters.md)"
             ) from error
         finally:
             signal.signal(signal.SIGTERM, on_terminate)  # Ray installs its own handler
@@ -90,8 +88,8 @@ class RayLauncher:
         finally:
             self._ray.shutdown()
 
-    def run(self, tasks: Iterable[Task], poll: Callable[[list[Task]], None]) -> Iterator[tuple[Task, Outcome]]:
-        """Run tasks; see `ks.study.launcher.Launcher.run`."""
+    def run(self, tasks: Iterable[Task], poll: Callable[[list[Task]], None]) -> Iterator[tuple[Task, Exit]]:
+        """Run tasks; see `ks.study.task.Launcher.run`."""
         from ray.util.queue import Queue
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -114,17 +112,17 @@ class RayLauncher:
                 started.add(task)
                 receive(task, files)
 
-        def outcome_of(task, reference):
+        def exit_of(task, reference):
             try:
-                outcome, files, names = ray.get(reference)
+                ended, files, names = ray.get(reference)
             except ray.exceptions.RayError as error:
                 with open(task.log, "a") as log:
                     log.write(f"Ray: {error}\n")
-                return Outcome(1, 0.0)
+                return Exit(1, 0.0)
             receive(task, files)
             for name in shared[task] - set(names):  # the run has deleted it
                 (task.log.parent / name).unlink(missing_ok=True)
-            return outcome
+            return ended
 
         self._stop = lambda: _cancel(submitted, collect, ray)
         while waiting or submitted:
@@ -140,12 +138,12 @@ class RayLauncher:
             collect()
             for reference in ended:
                 task = submitted.pop(reference)
-                yield task, outcome_of(task, reference)
+                yield task, exit_of(task, reference)
 
     def _resources(self) -> dict[str, float]:
         """Return the resources of each task."""
         on_gpus = self.use_gpus and self._ray.cluster_resources().get("GPU", 0) > 0
-        return {"num_cpus": 1, "num_gpus": 1 / self.runs_per_gpu if on_gpus else 0}
+        return {"num_cpus": 1, "num_gpus": 1 if on_gpus else 0}
 
 
 def _cancel(submitted: dict, collect: Callable[[], None], ray) -> None:
@@ -161,7 +159,7 @@ def _cancel(submitted: dict, collect: Callable[[], None], ray) -> None:
 
 
 def _run_on_node(task: Task, inputs: dict, present: dict[str, bytes], mailbox, timeout: float | None):
-    """Run a task in a temporary folder of a node; return its outcome, the files not posted yet, the names of all."""
+    """Run a task in a temporary folder of a node; return its exit, the files not posted yet, the names of all."""
     with tempfile.TemporaryDirectory(prefix="ks_") as scratch:
         folder = Path(scratch) / "run"
         folder.mkdir()
@@ -185,11 +183,11 @@ def _run_on_node(task: Task, inputs: dict, present: dict[str, bytes], mailbox, t
         run = Task(task.name, command, folder / task.log.name)
         try:
             with LocalLauncher([{}], timeout) as local:
-                [(_, outcome)] = local.run([run], post)
+                [(_, ended)] = local.run([run], post)
         except BaseException:
             mailbox.put((task, changes.read()))
             raise
-        return outcome, changes.read(), list(_files_in(folder))
+        return ended, changes.read(), list(_files_in(folder))
 
 
 class _Changes:

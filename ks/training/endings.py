@@ -30,7 +30,7 @@ def end_of(error: BaseException | None, config: TrainerConfig, device: torch.dev
         config, device, files: of the run, for the advice in the message.
     """
     if error is None:
-        return RunEnd(Status.FINISHED, console.EXIT_OK, None)
+        return RunEnd(Status.OK, console.EXIT_OK, None)
     if isinstance(error, Diverged):
         return RunEnd(Status.DIVERGED, console.EXIT_FAILED, str(error))
     if signals.came() or isinstance(error, KeyboardInterrupt):

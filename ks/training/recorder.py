@@ -17,20 +17,22 @@ from ks.cli import console
 from ks.cli.flags import TrainerConfig
 from ks.errors import one_line
 from ks.files.atomic import delete_leftovers, prepare_output_dir, read_json_object, write_json
-from ks.files.curves import curves_if_any, write_curves
+from ks.files.curves import write_curves
 from ks.files.layout import RunFiles
 from ks.files.lock import locked
 from ks.files.ownership import check_free, delete, recorded
 from ks.files.provenance import now, peak_memory, provenance
-from ks.files.status import Status
+from ks.files.status import OK, Status
 from ks.training.best_model import BestModel
-from ks.training.checkpoints import Checkpoints, is_finished, is_resumable, settings_of
+from ks.training.checkpoints import Checkpoints
 from ks.training.checks import check_finite, check_validation
 from ks.training.endings import end_of
 from ks.training.latency import measure_latency
 from ks.training.optimizer import Optimizer
 from ks.training.problem import Problem
+from ks.training.run_state import is_resumable, read_state
 from ks.training.schedule import Schedule
+from ks.training.settings import settings_of
 from ks.training.steps import useful_threads
 from ks.training.trackers import TrackerReport
 from ks.training.trainable_chain import TrainableChain
@@ -299,7 +301,7 @@ def run_recorded(train: Callable[[TrainerConfig, Problem, Recorder], None], conf
     files = RunFiles(prepare_output_dir(config.output_dir), config.save_prefix, config.rank)
     with locked(files.lock, "another training", wait=10), signals.deferred():
         settings = settings_of(config, problem) | {"rank": config.rank}
-        inputs, curves = config.files_read(), curves_if_any(files.curves_csv)
+        inputs = config.files_read()
         delete_leftovers([*files.results(), *files.epoch_checkpoints()])
         owned = recorded(files.config, [*files.results(), *files.epoch_checkpoints()])
         resumable = config.resume and is_resumable(files, settings)
@@ -307,7 +309,7 @@ def run_recorded(train: Callable[[TrainerConfig, Problem, Recorder], None], conf
         check_free([*files.results(), *planned], owned, inputs, "choose another --output_dir or --save_prefix")
         if not resumable:
             delete(owned, inputs)
-        elif is_finished(files, config.num_epochs, curves, "the training is not finished", config.stop_below):
+        elif read_state(files, config.num_epochs, config.stop_below, "the run goes on").ending == OK:
             print(f"rank {config.rank}: finished before; {files.final}")
             return console.EXIT_OK
         for text in (*problem.notes, *chain_notes(problem.chain)):

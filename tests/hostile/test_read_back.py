@@ -19,8 +19,8 @@ from ks.errors import UsageError
 from ks.files.atomic import read_json_object
 from ks.files.layout import RunFiles, SweepFiles
 from ks.files.status import Ending, Status
-from ks.study.launcher import Task
-from ks.study.run import Run, result_of
+from ks.study.runs import Run, result_of
+from ks.study.task import Task
 
 pytestmark = pytest.mark.usefixtures("no_hang")
 EPOCHS = 3
@@ -219,7 +219,7 @@ def assert_same_result(files: RunFiles, trained: Path) -> None:
     whole = RunFiles(trained / "out", "rank_2", 2)
     for name in ("final", "best"):
         assert torch.equal(ks.load(getattr(files, name)).to_dense(), ks.load(getattr(whole, name)).to_dense())
-    assert json.loads(files.training_log.read_text())["status"] == "finished"
+    assert json.loads(files.training_log.read_text())["status"] == "ok"
 
 
 def edit_json(change):

@@ -9,7 +9,7 @@ import pytest
 from drawn_study import make_study
 
 from ks.files.layout import FIGURES, SweepFiles
-from ks.files.schema import SweepConfig, convert
+from ks.files.schema import StudyRecord, convert
 from ks.report.figures.units import losses_of, units_of
 from ks.report.html import write_report
 from ks.report.study import Study
@@ -80,7 +80,7 @@ def page_of(tmp_path, study: Study, **look) -> tuple[str, Page]:
 def measured_study(**changes) -> Study:
     study = make_study([2, 4], times={2: (1.0, 2.0), 4: (3.0, 2.0)}, title="weight.pth", target=0.5)
     answer = ("Rank 4 loses <45%> of the output energy.", "Rank 2 & more.")
-    config = convert(CONFIG | changes, SweepConfig, "a test")
+    config = convert(CONFIG | changes, StudyRecord, "a test")
     return dataclasses.replace(study, answer=answer, config=config)
 
 

@@ -103,9 +103,9 @@ def test_the_folder_of_every_layer_is_locked(checkpoint, tmp_path, capsys, monke
     assert f"{busy} is in use by another sweep" in capsys.readouterr().err
     assert not list(folder.rglob(".sweep.lock"))
 
-    def locks_of(study, files, ended, conclude=CheckpointStudy.conclude):
+    def locks_of(study, conclude=CheckpointStudy.conclude):
         found.extend(sorted(path.parent.relative_to(folder).as_posix() for path in folder.rglob(".sweep.lock")))
-        return conclude(study, files, ended)
+        return conclude(study)
 
     found = []
     monkeypatch.setattr(CheckpointStudy, "conclude", locks_of)

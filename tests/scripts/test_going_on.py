@@ -172,10 +172,19 @@ def test_a_rank_stops_at_the_target(sweep, tmp_path):
     )
 
 
-def test_chosen_ranks_stop_at_their_floors(sweep, tmp_path):
-    stop = ("--stop_at", "floor", "--stop_ranks", 4)
-    sweep("--ranks", 2, 4, "--num_samples", 800, "--batch_size", 16, "--num_epochs", 10, *stop)
-    two, four = read_table(tmp_path / "rank_sweep_results" / "rank_sweep_summary.csv")
-    assert two["num_epochs"] == "10"
+def test_a_rank_stops_at_its_floor(sweep, tmp_path):
+    sweep("--ranks", 4, "--num_samples", 800, "--batch_size", 16, "--num_epochs", 10, "--stop_at", "floor")
+    (four,) = read_table(tmp_path / "rank_sweep_results" / "rank_sweep_summary.csv")
     assert int(four["num_epochs"]) < 10
     assert four["verdict"].startswith("converged")
+
+
+def test_a_smaller_rank_above_saturation_joins_without_a_run_of_its_own(sweep, tmp_path):
+    study = tmp_path / "rank_sweep_results"
+    done = sweep("--ranks", 9, *SMALL, "--num_epochs", 2)
+    done = sweep("--ranks", 4, 9)
+    assert "training (" not in done.stderr
+    assert [row["status"] for row in read_table(study / "rank_sweep_summary.csv")] == ["ok (as rank 9)", "ok"]
+    sweep("--num_epochs", 3)
+    assert [row["num_epochs"] for row in read_table(study / "rank_sweep_summary.csv")] == ["3", "3"]
+    assert len(read_curves(files_of(study, 4).curves_csv)) == 3

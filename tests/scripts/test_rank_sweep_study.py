@@ -72,7 +72,7 @@ def test_a_sweep_writes_the_files_of_the_contract(swept):
     assert max(map(len, printed_table(done.stdout)[:8])) <= 100
     rows = read_table(study / "rank_sweep_summary.csv")
     assert [row["rank"] for row in rows] == ["2", "4", "100"]
-    assert [row["status"] for row in rows] == ["ok", "ok", "ok (copy of rank 4)"]
+    assert [row["status"] for row in rows] == ["ok", "ok", "ok (as rank 4)"]
     answer = json.loads((study / "rank_sweep_config.json").read_text())["answer"]
     assert done.stdout.startswith("\n".join(filled(answer)) + "\n\n")
     last = read_table(study / "rank_2" / "rank_2_rank_2_loss_curves.csv")[-1]

@@ -42,7 +42,7 @@ def test_training_writes_the_files_of_the_contract(run, weight_path, tmp_path):
     assert list(curves)[:4] == ["rank", "epochs", "train_losses", "val_losses"]
     assert curves["epochs"] == [1, 2, 3]
     assert len(curves["grad_norms"]) == 3
-    assert json.loads((folder / "ks_chain_training_log.json").read_text())["status"] == "finished"
+    assert json.loads((folder / "ks_chain_training_log.json").read_text())["status"] == "ok"
     config = json.loads((folder / "ks_chain_config.json").read_text())
     assert config["problem"]["weight"]["sha256"] == load_weight(weight_path).sha256()
     assert (config["settings"]["criterion"], config["settings"]["metrics"]) == ("mean_squared_error", "none")

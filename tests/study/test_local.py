@@ -6,9 +6,9 @@ import sys
 import pytest
 from conftest import wait_for
 
-from ks.study.launcher import Task
 from ks.study.local import LocalLauncher
 from ks.study.placement import cpu_slots, gpu_slots
+from ks.study.task import Task
 
 PRINT_PLACE = "import os; print(os.environ.get('CUDA_VISIBLE_DEVICES'), os.environ['OMP_NUM_THREADS'])"
 PRINT_AND_SLEEP = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
@@ -30,17 +30,17 @@ def run_all(tasks, slots, timeout=None):
 
 
 def test_each_process_sees_its_place(tmp_path):
-    slots = gpu_slots(["3", "7"], runs_per_gpu=1, jobs=None, runs=4, cores=2)
+    slots = gpu_slots(["3", "7"], jobs=None, runs=4, cores=2)
     tasks = [task(tmp_path, f"task{number}", PRINT_PLACE) for number in range(4)]
     ended = run_all(tasks, slots)
-    assert all(outcome.returncode == 0 for outcome in ended.values())
+    assert all(outcome.code == 0 for outcome in ended.values())
     assert sorted({one.log.read_text().strip() for one in tasks}) == ["3 1", "7 1"]
 
 
 def test_outcomes_of_failures_and_of_the_rest(tmp_path):
     tasks = [task(tmp_path, "fails", "raise SystemExit(7)"), task(tmp_path, "hangs", "import time; time.sleep(60)")]
     ended = {one.name: outcome for one, outcome in run_all(tasks, cpu_slots(2, 2, 2), timeout=2).items()}
-    assert ended["fails"].returncode == 7
+    assert ended["fails"].code == 7
     assert ended["hangs"].timed_out
 
 
@@ -53,7 +53,7 @@ def test_a_task_that_cannot_start_is_an_outcome_and_the_rest_run(tmp_path):
     }
     assert "could not start: [Errno 2] No such file or directory" in ended["missing"].error
     assert "could not start" in ended["no_folder"].error
-    assert (ended["last"].returncode, ended["last"].error) == (0, "")
+    assert (ended["last"].code, ended["last"].error) == (0, "")
 
 
 def test_no_more_run_at_a_time_than_there_are_slots_and_in_the_given_order(tmp_path):

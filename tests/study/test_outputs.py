@@ -15,9 +15,9 @@ from ks.files.layout import SweepFiles
 from ks.files.status import OK, Ending, Status
 from ks.report.read_results import read_study
 from ks.report.summary import floor_rows
+from ks.study.identity import record_of
 from ks.study.outputs import summarise, write_outputs
-from ks.study.run import Result, runs_of
-from ks.study.weight_study import record_of
+from ks.study.runs import Result, runs_of
 from ks.training.problem import resolve
 
 

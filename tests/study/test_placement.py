@@ -1,4 +1,4 @@
-"""Places: which cores and GPUs each training is given."""
+"""Places: which cores and GPUs each run is given."""
 
 from types import SimpleNamespace
 
@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from ks.errors import UsageError
-from ks.study.launching import slots_of
-from ks.study.placement import choose_gpus, cpu_cores, cpu_slots, gpu_slots
+from ks.study.placement import choose_gpus, cpu_cores, cpu_slots, gpu_slots, slots_of
 
 
 @pytest.fixture(autouse=True)
@@ -24,10 +23,10 @@ def test_cores_are_split_among_runs(jobs, runs, cores, threads):
     assert [slot["OMP_NUM_THREADS"] for slot in cpu_slots(jobs, runs, cores)] == threads
 
 
-def test_every_gpu_gets_one_run_before_any_gets_two():
-    slots = gpu_slots(["0", "1"], runs_per_gpu=2, jobs=None, runs=3, cores=6)
-    assert slots == [{"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": "2"} for gpu in ("0", "1", "0")]
-    assert len(gpu_slots(["0", "1"], runs_per_gpu=2, jobs=1, runs=3, cores=6)) == 1
+def test_every_gpu_gets_one_run():
+    slots = gpu_slots(["0", "1"], jobs=None, runs=3, cores=6)
+    assert slots == [{"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": "3"} for gpu in ("0", "1")]
+    assert len(gpu_slots(["0", "1"], jobs=1, runs=3, cores=6)) == 1
 
 
 @pytest.mark.parametrize(
@@ -54,18 +53,16 @@ def test_bad_gpus_are_refused(flag):
     ("device", "flags", "expected"),
     [
         ("cuda", {}, ["0", "1"]),
-        ("cuda", {"runs_per_gpu": 2}, ["0", "1", "0", "1"]),
         ("cuda", {"gpus": "1"}, ["1"]),
         ("cuda", {"jobs": 1}, ["0"]),
-        ("cuda:1", {}, [None]),  # the trainings are given --device cuda:1
-        ("cuda:1", {"runs_per_gpu": 2}, [None, None]),
+        ("cuda:1", {}, [None]),  # the runs are given --device cuda:1
         ("cpu", {"jobs": 2}, [None, None]),
     ],
     ids=str,
 )
 def test_places_of_a_sweep(monkeypatch, device, flags, expected):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    config = SimpleNamespace(**{"jobs": "auto", "gpus": "auto", "runs_per_gpu": 1, "device": device} | flags)
+    config = SimpleNamespace(**{"jobs": "auto", "gpus": "auto", "device": device} | flags)
     slots = slots_of(config, torch.device(device), runs=9)
     assert [slot.get("CUDA_VISIBLE_DEVICES") for slot in slots] == expected
 

@@ -10,9 +10,9 @@ from ks.files.atomic import write_json
 from ks.files.curves import write_curves
 from ks.files.layout import run_files
 from ks.files.status import OK, Ending, Status
-from ks.study.launcher import Outcome, Task
 from ks.study.progress import Progress, SlowWork
-from ks.study.run import Result, Run
+from ks.study.runs import Result, Run
+from ks.study.task import Exit, Task
 
 
 @pytest.fixture
@@ -32,9 +32,9 @@ def train(run, epochs):
 
 
 def ended(run, ending, val_loss=None):
-    """Return a run's result and outcome after 1.5 seconds."""
+    """Return a run's result and exit after 1.5 seconds."""
     curves = [] if val_loss is None else [{"val_loss": val_loss}]
-    return Result(run, ending, curves, 1.0), Outcome(0, 1.5)
+    return Result(run, ending, curves, 1.0), Exit(0, 1.5)
 
 
 def test_elsewhere_there_is_a_line_for_every_start_and_end(runs, capsys):

@@ -11,7 +11,7 @@ from ks.files.layout import RunFiles
 from ks.layer import KSLinear
 from ks.moments.second_moment import UNIT_INPUTS
 from ks.training.best_model import BestModel
-from ks.training.checkpoints import Checkpoints, changes
+from ks.training.checkpoints import Checkpoints
 from ks.training.optimizer import Optimizer
 
 SETTINGS = {"lr": 0.01, "num_epochs": 9}
@@ -140,15 +140,3 @@ def test_more_epochs_are_a_new_segment(files):
         checkpoints.restore(*Training().parts())
         assert checkpoints.segment == segment
     assert Checkpoints(files, SETTINGS | {"num_epochs": 8}, 0.0, resume=True).found is None
-
-
-def test_changed_settings_are_named_one_by_one():
-    assert changes({"num_epochs": 2}, {"num_epochs": 3}) == ""
-    assert changes({"num_epochs": 3}, {"num_epochs": 2}) == "num_epochs was 3, now 2"
-    assert changes({"num_epochs": None}, {"num_epochs": 2}) == "num_epochs was None, now 2"
-    before = {"lr": 0.1, "seed": 0}
-    assert changes(before, {"lr": 0.1, "seed": 0}) == ""
-    assert (
-        changes(before, {"lr": 0.2, "seed": 0, "dtype": "float16"})
-        == "lr was 0.1, now 0.2, dtype was None, now float16"
-    )

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 
+import ks
 import rank_sweep_study
 import train_with_random
-from ks.files.atomic import write_json
-from ks.files.curves import write_curves
+from ks.files.atomic import read_json, write_json
+from ks.files.curves import read_curves, write_curves
 from ks.files.status import OK, Ending, Status
 from ks.layer import KSLinear
-from ks.study.launcher import Outcome
-from ks.study.run import result_of, runs_of
+from ks.study.runs import as_rank, result_of, runs_of, trained_ranks
+from ks.study.task import Exit
 
 EPOCHS = 2
 FAILED = Ending(Status.FAILED, "exit 1")
@@ -29,7 +30,7 @@ def finished(tmp_path):
     run.files.directory.mkdir()
     rows = [{"epoch": epoch, "train_loss": 1.0, "val_loss": 0.5, "rank": 2} for epoch in range(1, EPOCHS + 1)]
     write_curves(run.files, rows)
-    write_json(run.files.training_log, {"status": Status.FINISHED, "train_seconds": 1.5})
+    write_json(run.files.training_log, {"status": Status.OK, "train_seconds": 1.5})
     for path in (run.files.final, run.files.best):
         KSLinear(4, 4).save(path)
     return run
@@ -54,25 +55,27 @@ def test_every_rank_and_seed_has_a_command_that_the_trainer_takes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("outcome", "reported", "ending"),
+    ("exit", "reported", "ending"),
     [
-        (None, Status.FINISHED, OK),
+        (None, Status.OK, OK),
+        (None, "finished", OK),  # of an earlier version
         (None, "running", Ending(Status.INTERRUPTED)),
-        (Outcome(0, 1.0), Status.FINISHED, OK),
-        (Outcome(0, 1.0), "running", Ending(Status.FAILED, "exit 0")),
-        (Outcome(1, 1.0), "diverged", Ending(Status.DIVERGED)),
-        (Outcome(1, 1.0), "out of memory", Ending(Status.OUT_OF_MEMORY)),
-        (Outcome(1, 1.0), "failed", FAILED),
-        (Outcome(1, 0.0, error="no memory"), "diverged", Ending(Status.FAILED, "no memory")),
-        (Outcome(4, 1.0), "diverged", Ending(Status.FAILED, "exit 4")),
-        (Outcome(-9, 1.0), "running", Ending(Status.FAILED, "exit -9")),
-        (Outcome(-15, 1.0, timed_out=True), "interrupted", Ending(Status.TIMED_OUT)),
+        (None, "diverged", Ending(Status.DIVERGED)),
+        (Exit(0, 1.0), Status.OK, OK),
+        (Exit(0, 1.0), "running", Ending(Status.FAILED, "exit 0")),
+        (Exit(1, 1.0), "diverged", Ending(Status.DIVERGED)),
+        (Exit(1, 1.0), "out of memory", Ending(Status.OUT_OF_MEMORY)),
+        (Exit(1, 1.0), "failed", FAILED),
+        (Exit(1, 0.0, error="no memory"), "diverged", Ending(Status.FAILED, "no memory")),
+        (Exit(4, 1.0), "diverged", Ending(Status.FAILED, "exit 4")),
+        (Exit(-9, 1.0), "running", Ending(Status.FAILED, "exit -9")),
+        (Exit(-15, 1.0, timed_out=True), "interrupted", Ending(Status.TIMED_OUT)),
     ],
     ids=str,
 )
-def test_an_ending_is_judged_by_exit_code_and_log(finished, outcome, reported, ending):
+def test_an_ending_is_judged_by_exit_code_and_log(finished, exit, reported, ending):
     write_json(finished.files.training_log, {"status": reported or "running", "train_seconds": 1.5})
-    result = result_of(finished, EPOCHS, outcome)
+    result = result_of(finished, EPOCHS, exit)
     assert result.ending == ending
     assert len(result.curves) == EPOCHS
     assert result.train_seconds == 1.5
@@ -80,7 +83,7 @@ def test_an_ending_is_judged_by_exit_code_and_log(finished, outcome, reported, e
 
 def test_a_damaged_log_is_said_and_the_run_is_judged_without_it(finished, capsys):
     write_json(finished.files.training_log, {"status": None, "train_seconds": 1.5})
-    assert result_of(finished, EPOCHS, Outcome(1, 1.0)).ending == FAILED
+    assert result_of(finished, EPOCHS, Exit(1, 1.0)).ending == FAILED
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{finished.files.training_log} is not valid")
     assert line.endswith("; rank 2 has failed")
@@ -94,3 +97,40 @@ def test_a_run_without_files_is_unfinished(tmp_path):
     (run,) = runs_of(config_of(), [2], tmp_path, Path("trainer.py"))
     result = result_of(run, EPOCHS)
     assert (result.ending, result.curves, result.train_seconds) == (Ending(Status.NOT_STARTED), [], None)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "begun", "trained"),
+    [
+        ([2, 4, 9, 100], [], {2: 2, 4: 4, 9: 4, 100: 4}),
+        ([2, 9, 100], [], {2: 2, 9: 9, 100: 9}),
+        ([4, 9, 100], [9, 2], {4: 9, 9: 9, 100: 9}),
+        ([2, 3], [], {2: 2, 3: 3}),
+    ],
+    ids=str,
+)
+def test_one_rank_is_trained_for_all_from_saturation_on(tmp_path, ranks, begun, trained):
+    for run in runs_of(config_of(), begun, tmp_path, Path("trainer.py")):
+        run.files.directory.mkdir()
+        run.files.resume.touch()
+    assert trained_ranks(ranks, 4, tmp_path) == trained
+
+
+def test_a_rank_above_saturation_has_the_result_of_the_trained_one_in_its_own_folder(finished, tmp_path):
+    settings = {"weight": "w", "inputs": "isotropic"}
+    write_json(finished.files.config, {"settings": {**settings, "rank": 2}, "files": ["rank_2_final.pth"]})
+    (run,) = runs_of(config_of(), [9], tmp_path, Path("trainer.py"))
+    result = as_rank(result_of(finished, EPOCHS), run)
+    assert (result.run, str(result.ending), result.train_seconds) == (run, "ok (as rank 2)", 1.5)
+    assert result_of(run, EPOCHS, study=settings).ending == OK
+    assert [row["rank"] for row in read_curves(run.files.curves_csv)] == [9] * EPOCHS
+    config = read_json(run.files.config)
+    assert (config["settings"]["rank"], config["as_rank"]) == (9, 2)
+    assert config["files"] == [path.name for path in run.files.results()]
+    for name in ("final", "best"):
+        assert ks.load(getattr(run.files, name)).to_dense().equal(ks.load(getattr(finished.files, name)).to_dense())
+
+
+def test_a_failed_run_stands_for_a_rank_above_saturation_too(finished, tmp_path):
+    (run,) = runs_of(config_of(), [9], tmp_path, Path("trainer.py"))
+    assert as_rank(result_of(finished, EPOCHS, Exit(-9, 1.0)), run).ending == Ending(Status.FAILED, "exit -9")

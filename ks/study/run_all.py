@@ -1,4 +1,4 @@
-"""All trainings of a study: those that are finished are kept, the others run, also when some fail."""
+"""All runs of a study: those that ended well before are kept, the others run, also when some fail."""
 
 from collections.abc import Callable, Mapping
 
@@ -6,15 +6,15 @@ from ks import signals
 from ks.cli import console
 from ks.cli.flags import SweepConfig
 from ks.files.status import ended_well
-from ks.study.launcher import Launcher, Outcome, Task
 from ks.study.progress import Progress
-from ks.study.run import Result, Run
+from ks.study.runs import Result, Run
+from ks.study.task import Exit, Launcher, Task
 
-ReadResult = Callable[[Run, Outcome | None], Result]
+ReadResult = Callable[[Run, Exit | None], Result]
 
 
 def finished_before(config: SweepConfig, runs: list[Run], read_result: ReadResult) -> dict[Run, Result]:
-    """Return the results of the runs that are finished, and delete the logs of those that start anew.
+    """Return the results of the runs that ended well before, and delete the logs of those that start anew.
 
     Args:
         config: of the sweep.
@@ -34,7 +34,7 @@ def finished_before(config: SweepConfig, runs: list[Run], read_result: ReadResul
     return results
 
 
-def train_all(
+def run_all(
     config: SweepConfig,
     runs: list[Run],
     launcher: Launcher,
@@ -42,14 +42,14 @@ def train_all(
     before_last: Callable[[], None] = lambda: None,
     floors: Mapping[int, float] | None = None,
 ) -> dict[Run, Result]:
-    """Train runs, also when others fail.
+    """Run those that are left, also when others fail.
 
     Args:
         config: of the sweep.
-        runs: in the order of training.
+        runs: in their order.
         launcher: of the sweep.
-        read_result: returns the result of a run with a given outcome.
-        before_last: called while the last training runs.
+        read_result: returns the result of a run whose process has ended.
+        before_last: called while the last one runs.
         floors: the best known loss of each rank, in the unit of the curves.
     Returns:
         the results of the runs that have ended; after an interrupt, some are missing.
@@ -65,9 +65,9 @@ def train_all(
             before_last()
 
     try:
-        for task, outcome in launcher.run(list(run_of), poll):
-            result = results[run_of[task]] = read_result(run_of[task], outcome)
-            progress.end(result, outcome)
+        for task, exit in launcher.run(list(run_of), poll):
+            result = results[run_of[task]] = read_result(run_of[task], exit)
+            progress.end(result, exit)
     except KeyboardInterrupt:
         progress.say("stopping: finished epochs are kept, and the same command resumes")
     finally:

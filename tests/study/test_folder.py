@@ -8,9 +8,9 @@ import rank_sweep_study
 from ks.errors import UsageError
 from ks.files.atomic import read_json, write_json
 from ks.files.layout import SweepFiles
-from ks.study import claim
-from ks.study.claim import claim_folder
-from ks.study.run import runs_of
+from ks.study import folder
+from ks.study.folder import claim_folder
+from ks.study.runs import runs_of
 
 CONFIG = rank_sweep_study.build_parser().parse(["--weight_path", "w.pth"])
 
@@ -68,7 +68,7 @@ def test_a_claim_that_fails_half_way_can_be_repeated(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(claim, "write_json", full_disk)
+        patched.setattr(folder, "write_json", full_disk)
         with pytest.raises(OSError, match="No space"):
             claim_it(files, runs)
     claim_it(files, runs)

@@ -1,15 +1,27 @@
-"""Claiming a results folder: it belongs to one study, whose settings and files are recorded in it."""
+"""The results folder of a study: held by one sweep at a time, and claimed for one study, which is recorded in it."""
 
+import contextlib
 from pathlib import Path
 
 from ks.errors import UsageError
 from ks.files.atomic import prepare_output_dir, read_json_object, write_json
 from ks.files.layout import RunFiles, SweepFiles, find_runs
+from ks.files.lock import locked
 from ks.files.ownership import check_free, check_no_link, delete, recorded
-from ks.study.run import Run
-from ks.training.checkpoints import changes, settings_in
+from ks.study.runs import Run
+from ks.training.settings import changes, settings_in
 
 REMEDY = "choose another --output_dir"
+
+
+def held(files: SweepFiles) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which no other sweep works in the results folder, which is made if needed.
+
+    Raises:
+        UsageError: it cannot be written, or another sweep works in it.
+    """
+    prepare_output_dir(files.directory)
+    return locked(files.lock, "another sweep")
 
 
 def claim_folder(
@@ -28,9 +40,8 @@ def claim_folder(
         UsageError: the folder holds another study, or a file of the user's is in the way.
     """
     folder, all_files = files.directory, files.all({run.seed for run in runs})
-    others = [path for path in sorted(folder.glob("*_config.json")) if _is_sweep(path) and path != files.config]
     if not overwrite:
-        _refuse_another_study(files, others, record["settings"], remedies or f"{REMEDY} or give --overwrite")
+        refuse_another_study(files, record["settings"], remedies)
     present = [run for _, _, run in find_runs(folder)]
     owned = recorded(files.config, [*files.all(), *(path for run in present for path in run.all())])
     for run in runs:
@@ -40,7 +51,7 @@ def claim_folder(
         check_free(run.files.all(), owned | owned_by_run(run.files), inputs, REMEDY)
     check_free(all_files, owned | _plotted(files), inputs, REMEDY)
     if overwrite:
-        for path in others:
+        for path in _other_studies(files):
             delete(recorded(path), inputs)
         for found in present:
             if not found.directory.is_symlink() and not found.directory.parent.is_symlink():
@@ -72,13 +83,22 @@ def owned_by_run(files: RunFiles) -> set[Path]:
     return owned | {files.log} if owned else owned
 
 
-def _is_sweep(path: Path) -> bool:
-    return not path.is_symlink() and {"settings", "ranks"} <= read_json_object(path).keys()
+def _other_studies(files: SweepFiles) -> list[Path]:
+    """Return the records of studies with another --save_prefix."""
+    found = [path for path in sorted(files.directory.glob("*_config.json")) if path != files.config]
+    return [path for path in found if not path.is_symlink() and {"settings", "ranks"} <= read_json_object(path).keys()]
 
 
-def _refuse_another_study(files: SweepFiles, others: list[Path], settings: dict, remedies: str) -> None:
+def refuse_another_study(files: SweepFiles, settings: dict, remedies: str = "") -> None:
+    """Raise UsageError if a results folder holds another study than one with these settings.
+
+    Args:
+        files: of the sweep; the folder need not exist.
+        settings: that identify the study.
+        remedies: the commands that would work, for the message.
+    """
     config = read_json_object(files.config)
-    before = config.get("settings")
+    before, others = config.get("settings"), _other_studies(files)
     if others:
         difference = f"the study of --save_prefix {others[0].name.removesuffix('_config.json')}"
     elif isinstance(before, dict):
@@ -89,4 +109,4 @@ def _refuse_another_study(files: SweepFiles, others: list[Path], settings: dict,
     else:
         difference = ""
     if difference:
-        raise UsageError(f"{files.directory} holds {difference}; {remedies}")
+        raise UsageError(f"{files.directory} holds {difference}; {remedies or f'{REMEDY} or give --overwrite'}")
