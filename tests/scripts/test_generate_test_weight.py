@@ -27,6 +27,7 @@ def test_the_generator_prints_statistics_and_protects_what_is_there(run, tmp_pat
     assert run("generate_test_weight.py", *arguments, "--overwrite").returncode == 0
 
 
+@pytest.mark.usefixtures("cold")
 def test_without_flags_it_is_the_weight_of_the_brief(run, tmp_path):
     config = generate_test_weight.build_parser().parse([])
     assert (config.output_features, config.input_features, config.output_path) == (2048, 4096, "./test_weight.pth")
