@@ -52,6 +52,9 @@ def run(tmp_path):
 @pytest.fixture(autouse=True, scope="session")
 def nursery():
     """Scripts that a test starts are forks of a process that has torch; see warm.py."""
+    if sys.platform != "linux":
+        yield
+        return
     with pytest.MonkeyPatch.context() as patch, contextlib.closing(warm.Nursery()) as nursery:
         patch.setattr(subprocess, "_fork_exec", nursery.fork_exec)
         yield

@@ -54,9 +54,8 @@ def request_of(args, keep, cwd, env, stdin, stdout, stderr, errors, new_session,
     given = dict(os.environ) if env is None else dict(os.fsdecode(entry).split("=", 1) for entry in env)
     changed = {name for name in {*given} | {*os.environ} if given.get(name) != os.environ.get(name)}
     command = [*map(os.fsdecode, args)]
-    if sys.platform != "linux" or command[0] != sys.executable or command[1][-3:] != ".py":
-        return None
-    if not isinstance(preexec, FileSizeLimit | None):
+    is_script = command[0] == sys.executable and command[1:] and command[1].endswith(".py")
+    if not is_script or not isinstance(preexec, FileSizeLimit | None):
         return None
     if not changed <= SET_BY_A_SWEEP or given.get("OMP_NUM_THREADS") != "1":
         return None
@@ -183,8 +182,10 @@ def save_blank(figure, path, **options) -> None:
 
 if __name__ == "__main__":
     for library in LIBRARIES:
-        importlib.import_module(library)
-    importlib.import_module("matplotlib.figure").Figure.savefig = save_blank
+        with contextlib.suppress(ImportError):  # the tests of a GPU may run without some of them
+            importlib.import_module(library)
+    if "matplotlib.figure" in sys.modules:
+        sys.modules["matplotlib.figure"].Figure.savefig = save_blank
     gc.collect()
     gc.freeze()  # a fork would copy what a collection touches
     serve(socket.socket(fileno=int(sys.argv[1])))

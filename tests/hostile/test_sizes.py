@@ -96,13 +96,13 @@ def many_tensors(path: Path) -> None:
 
 
 WEIGHTS = {
-    "zip bomb of 1 GiB": ("w.pth", lambda path: bomb(path, GIB), "unpacked, needs 1 GiB of memory, 512 MiB"),
+    "zip bomb of 1 GiB": ("w.pth", lambda path: bomb(path, GIB), "unpacked, needs 1 GiB of memory, 0.5 GiB"),
     "expanded tensor of 4 EB": ("w.pth", lambda path: expanded(path, 10**9, 10**9), "of memory"),
     "2**40 shared references": ("w.pth", shared_lists, "more than 1000000 entries"),
     "a list in itself": ("w.pth", itself, "nested deeper than 100 levels"),
     "2 million numbers": ("w.pth", wide_list, "more than 1000000 entries"),
     "npy that declares 4 TB": ("w.npy", huge_npy, "cannot be read as weights"),
-    "npy with a hole of 8 GiB": ("w.npy", sparse_npy, "needs 8 GiB of memory, 512 MiB is available"),
+    "npy with a hole of 8 GiB": ("w.npy", sparse_npy, "needs 8 GiB of memory, 0.5 GiB is available"),
     "safetensors that declares 8 GiB": ("w.safetensors", lambda path: huge_safetensors(path, False), "cannot be read"),
     "safetensors with a hole of 8 GiB": ("w.safetensors", lambda path: huge_safetensors(path, True), "8 GiB of memory"),
     "safetensors with a header of 4 EB": ("w.safetensors", long_header, "cannot be read as weights"),
