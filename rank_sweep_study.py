@@ -29,7 +29,6 @@ from ks.cli.parser import Parser
 from ks.files.status import Status
 from ks.study.identity import parse
 from ks.study.lifeline import stop_with_parent
-from ks.study.steps import Study
 from ks.study.weight_study import WeightStudy
 
 TRAINER = Path(__file__).resolve().parent / "train_with_random.py"
@@ -47,7 +46,7 @@ def exit_code(statuses: set[Status]) -> int:
     return console.EXIT_OK if statuses == {Status.OK} else console.EXIT_SOME_FAILED
 
 
-def study_of(config: SweepConfig) -> Study:
+def study_of(config: SweepConfig):
     """Return the study that the flags ask for: of one weight, or of several layers of a checkpoint."""
     if config.is_of_several_layers():
         from ks.study.checkpoint_study import CheckpointStudy  # loads all of ks.model
@@ -65,6 +64,8 @@ def main(argv=None) -> int:
     try:
         with study_of(config) as study:
             study.load()
+            if not config.dry_run:
+                study.check_folder()
             study.plan()
             if config.dry_run:
                 print(study.plan_text())

@@ -163,7 +163,8 @@ class CheckpointStudy(Study):
             study.load()
             study.plan(layer.floors)
             ended = {run.files: self.results[run] for run in layer.runs if run in self.results}
-            study.results = {run: ended[run.files] for run in study.runs if run.files in ended}
+            same = {run: ended[run.files] for run in study.runs if run.files in ended}
+            study.results = {run: dataclasses.replace(result, run=run) for run, result in same.items()}
             study.conclude()
             study.check_floors()
             self.ended += [row["status"].status for row in study.rows_of_runs]

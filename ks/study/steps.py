@@ -1,19 +1,21 @@
-"""The steps of a study, in the order in which rank_sweep_study.py takes them."""
+"""The frame of a study, whose steps rank_sweep_study.py takes one after the other."""
 
-import abc
 import contextlib
 from pathlib import Path
 from typing import Self
 
 from ks.cli.flags import SweepConfig
 from ks.files.layout import SweepFiles
-from ks.files.status import Status
 from ks.study.runs import Result, Run
 from ks.study.task import Launcher
 
 
-class Study(abc.ABC):
-    """A study: load, plan, open the launcher, claim, run, conclude. Leaving it as a context stops whatever still runs.
+class Study:
+    """What studies share; each kind has the steps load, plan, claim, run and conclude, in this order.
+
+    load reads and checks what the flags name. plan computes floors and chooses what to train. claim takes the results
+    folder. run trains whatever has not ended well before. conclude writes summary and figures.
+    Leaving the study as a context stops whatever still runs, then lets other sweeps into the folder.
 
     Args:
         config: of the sweep.
@@ -24,7 +26,6 @@ class Study(abc.ABC):
         self.config, self.trainer = config, trainer
         self.files = SweepFiles(Path(config.output_dir).absolute(), config.save_prefix, config.metric)
         self.results: dict[Run, Result] = {}
-        self.launcher: Launcher
         self.places = contextlib.ExitStack()  # the launcher, until all has run
         self.locks = contextlib.ExitStack()  # of the folders, until all is written
 
@@ -35,50 +36,17 @@ class Study(abc.ABC):
         with self.locks:
             self.places.close()
 
-    @abc.abstractmethod
-    def load(self) -> None:
-        """Read and check what the flags name; write nothing."""
+    def check_folder(self) -> None:
+        """Raise UsageError if the results folder is in use or holds another study, before floors are computed."""
 
-    @abc.abstractmethod
-    def plan(self) -> None:
-        """Compute the floors, and choose what to train."""
-
-    @abc.abstractmethod
-    def plan_text(self) -> str:
-        """Return the plan, for --dry_run."""
-
-    @abc.abstractmethod
     def make_launcher(self) -> Launcher:
         """Return the launcher that the flags name, with the files that runs elsewhere read."""
+        raise NotImplementedError
 
     def open_launcher(self) -> None:
-        """Open the launcher before anything of the folder is claimed.
+        """Open the launcher, before anything of the folder is claimed.
 
         Raises:
             UsageError: places that do not exist, or a cluster that cannot be joined.
         """
         self.launcher = self.places.enter_context(self.make_launcher())
-
-    @abc.abstractmethod
-    def claim(self) -> None:
-        """Claim the results folder.
-
-        Raises:
-            UsageError: it is in use, or it holds another study.
-        """
-
-    @abc.abstractmethod
-    def run(self) -> None:
-        """Train what has not ended well before, also when some runs fail."""
-
-    @abc.abstractmethod
-    def conclude(self) -> list[str]:
-        """Write summary and figures; return the lines to print."""
-
-    @abc.abstractmethod
-    def check_floors(self) -> None:
-        """Raise InternalError if a finished run is below its floor."""
-
-    @abc.abstractmethod
-    def statuses(self) -> set[Status]:
-        """Return how the runs ended, once the study is concluded."""

@@ -50,7 +50,7 @@ class WeightStudy(Study):
         """Read the weight, its inputs and the record of the study that the folder holds; write nothing.
 
         Raises:
-            UsageError: a weight, inputs or an edited training script that cannot be studied, or another study's folder.
+            UsageError: a weight, inputs or an edited training script that cannot be studied.
         """
         config = self.config
         self.problem = problem = resolve(config, edits_of(self.trainer))
@@ -61,8 +61,6 @@ class WeightStudy(Study):
                 f"{problem.edits.criterion}; leave it out"
             )
         self.record = record_of(config, problem, [])
-        if not config.dry_run and not config.overwrite:
-            refuse_another_study(self.files, self.record["settings"], remedies_of(config))
         study = study_in(config)
         self.before = study if study is not None and is_same_study(study, self.record) else None
 
@@ -109,6 +107,12 @@ class WeightStudy(Study):
 
     def remarks(self) -> list[str]:
         return plan_notes(self.planned, self.config.target_relative_loss)
+
+    def check_folder(self) -> None:
+        if self.files.directory.is_dir():
+            with held(self.files):
+                if not self.config.overwrite:
+                    refuse_another_study(self.files, self.record["settings"], remedies_of(self.config))
 
     def make_launcher(self) -> Launcher:
         config, files = self.config, {}
@@ -166,13 +170,14 @@ class WeightStudy(Study):
 
     def _all_results(self) -> list[Result]:
         """Return the results of all runs of the study; those above saturation have that of the trained rank."""
-        trained = [run for run in self.runs if self.trained[run.rank] == run.rank]
-        result_of_run = {(run.rank, run.seed): self.results.get(run) or self.read_result(run) for run in trained}
-        results = []
-        for run in self.runs:
-            result = result_of_run[self.trained[run.rank], run.seed]
-            results.append(result if result.run == run else as_rank(result, run))
-        return results
+        results: dict[tuple[int, int], Result] = {}
+        for run in sorted(self.runs, key=lambda run: self.trained[run.rank] != run.rank):  # trained ones first
+            trained = self.trained[run.rank]
+            if trained == run.rank:
+                results[run.rank, run.seed] = self.results.get(run) or self.read_result(run)
+            else:
+                results[run.rank, run.seed] = as_rank(results[trained, run.seed], run)
+        return [results[run.rank, run.seed] for run in self.runs]
 
     def conclude(self) -> list[str]:
         from ks.report.summary_table import summary_table
@@ -200,9 +205,11 @@ class WeightStudy(Study):
         ]
 
     def statuses(self) -> set[Status]:
+        """Return how the chosen runs ended, once the study is concluded."""
         return {row["status"].status for row in self.rows_of_runs if row["rank"] in self.chosen}
 
     def check_floors(self) -> None:
+        """Raise InternalError if a finished run is below its floor."""
         for row in self.rows_of_runs:
             check_above_floor(row["population_loss"], self.floors[row["rank"]], self.problem.predict_zero_loss)
 

@@ -11,6 +11,7 @@ from ks.files.layout import SweepFiles
 from ks.study import folder
 from ks.study.folder import claim_folder
 from ks.study.runs import runs_of
+from ks.study.weight_study import WeightStudy
 
 CONFIG = rank_sweep_study.build_parser().parse(["--weight_path", "w.pth"])
 
@@ -73,3 +74,10 @@ def test_a_claim_that_fails_half_way_can_be_repeated(tmp_path, monkeypatch):
             claim_it(files, runs)
     claim_it(files, runs)
     assert read_json(files.config)["ranks"] == [2, 4]
+
+
+def test_another_study_is_refused_before_floors_are_computed(weight_path, tmp_path, monkeypatch, capsys):
+    write_json(tmp_path / "rank_sweep_config.json", {"settings": {"lr": 0.2}, "ranks": [2], "seeds": [0]})
+    monkeypatch.setattr(WeightStudy, "plan", None)
+    assert rank_sweep_study.main(["--weight_path", str(weight_path), "--output_dir", str(tmp_path)]) == 2
+    assert "holds another study (" in capsys.readouterr().err

@@ -65,19 +65,6 @@ def test_no_more_run_at_a_time_than_there_are_slots_and_in_the_given_order(tmp_p
     assert {len(running) for running in seen} == {1}
 
 
-def test_any_exception_stops_what_was_started(tmp_path):
-    long = task(tmp_path, "long", PRINT_AND_SLEEP)
-
-    def poll(running):
-        if long.log.read_text():
-            raise RuntimeError("the caller's own")
-
-    with pytest.raises(RuntimeError, match="the caller's own"), LocalLauncher(cpu_slots(1, 1, 1)) as launcher:
-        list(launcher.run([long], poll))
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(long.log.read_text()), 0)
-
-
 def test_leaving_stops_what_still_runs_even_if_the_results_are_not_taken(tmp_path):
     quick, long = task(tmp_path, "quick", "pass"), task(tmp_path, "long", PRINT_AND_SLEEP)
     with LocalLauncher(cpu_slots(2, 2, 2)) as launcher:
