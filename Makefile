@@ -7,8 +7,9 @@ RUN := $(VENV)/bin/python
 demo: $(VENV)/requirements
 	$(RUN) example_rank_sweep.py
 
+# The longest files come first (tests/conftest.py), so that both processes end at about the same time.
 test: $(VENV)/requirements-dev
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Tests everything that must not be lost, believed or left running: twenty kills where make test has three, signals at
 # every moment; counts the cases by class.

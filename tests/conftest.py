@@ -1,5 +1,6 @@
 """Fixtures shared by the tests: scripts run as users run them, from another folder; their files read afterwards."""
 
+import contextlib
 import csv
 import importlib.util
 import os
@@ -10,8 +11,11 @@ import sys
 import time
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch loads, and for every script that a test starts
+
 import pytest
 import torch
+import warm
 
 import ks
 from ks.files.layout import RunFiles, run_files
@@ -36,7 +40,7 @@ def run(tmp_path):
         return subprocess.run(
             [sys.executable, str(ROOT / script), *map(str, arguments)],
             cwd=tmp_path,
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
+            env=os.environ | (env or {}),
             capture_output=True,
             text=True,
             timeout=timeout,
@@ -45,13 +49,47 @@ def run(tmp_path):
     return run_script
 
 
+@pytest.fixture(autouse=True, scope="session")
+def nursery():
+    """Scripts that a test starts are forks of a process that has torch; see warm.py."""
+    if sys.platform != "linux":
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch, contextlib.closing(warm.Nursery()) as nursery:
+        patch.setattr(subprocess, "_fork_exec", nursery.fork_exec)
+        yield
+
+
+@pytest.fixture
+def cold(monkeypatch):
+    """Let scripts start and draw as they do outside the tests; see warm.py."""
+    monkeypatch.setattr(subprocess, "_fork_exec", warm.start_cold)
+
+
+@pytest.fixture
+def blank_pictures(monkeypatch):
+    """Let scripts that are called in this process save empty pictures."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", warm.save_blank)
+
+
+def processes_in(folder) -> list[int]:
+    """The processes whose working directory is the folder or lies in it; Linux alone tells."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if Path(os.readlink(entry / "cwd")).is_relative_to(folder):
+                found.append(int(entry.name))
+    return found
+
+
 @pytest.fixture(autouse=True)
 def leave_no_process(request):
-    """A test that fails half-way must not leave trainings behind."""
+    """A test that fails half-way must not leave runs behind."""
     folder = request.getfixturevalue("tmp_path") if "tmp_path" in request.fixturenames else None
     yield
     if folder is not None:
-        subprocess.run(["pkill", "-KILL", "-f", str(folder)], check=False)
+        for process in {*processes_in(folder)} - {os.getpid()}:
+            os.kill(process, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -124,7 +162,9 @@ def swept(tmp_path_factory):
     folder = tmp_path_factory.mktemp("swept")
     torch.save(torch.randn(16, 24, generator=torch.Generator().manual_seed(1)), folder / "weight.pth")
     command = [sys.executable, str(ROOT / "rank_sweep_study.py"), "--weight_path", "weight.pth", *QUICK]
-    done = subprocess.run([*command, "--ranks", "4", "2", "4", "100"], cwd=folder, capture_output=True, text=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "_fork_exec", warm.start_cold)
+        done = subprocess.run([*command, "--ranks", "4", "2", "4", "100"], cwd=folder, capture_output=True, text=True)
     return folder, done
 
 
@@ -186,6 +226,23 @@ def wait_for(condition, seconds=60):
     while not condition():
         assert time.monotonic() < limit, "waited in vain"
         time.sleep(0.02)
+
+
+LONGEST_FIRST = (
+    *(
+        "study/test_survival.py",
+        "hostile/test_stops.py",
+        "bounds/test_coupled_floors.py",
+        "hostile/test_surroundings.py",
+    ),
+    *("test_docs.py", "scripts/test_going_on.py", "scripts/test_checkpoint_study.py", "model/test_in_order.py"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Put the files of LONGEST_FIRST before the others, which keep their order."""
+    place = {str(ROOT / "tests" / name): index for index, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(str(item.path), len(place)))
 
 
 def pytest_terminal_summary(terminalreporter):

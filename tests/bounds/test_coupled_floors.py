@@ -24,10 +24,10 @@ def energy_of(weight, moment):
     return weighted_loss(weight, torch.zeros_like(weight), moment)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("seed", range(12))
-def test_no_chain_that_is_found_is_below_the_lower_bound(seed, kind):
+@pytest.mark.parametrize("seed", range(21))
+def test_no_chain_that_is_found_is_below_the_lower_bound(seed):
     """Random chains, ranks and moments; chains by descent over blocks and by descent over factors."""
+    kind = KINDS[seed % len(KINDS)]
     chain = random_chain(seed, length=2 if seed % 4 else 3)
     weight = random_weight(chain, seed)
     moment = random_moment(kind, chain.cols, chain.block_shape(chain.num_splits)[2], seed)

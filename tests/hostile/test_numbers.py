@@ -20,7 +20,7 @@ def save_scaled(path, factor: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("init", ["random", "hierarchical"])
-@pytest.mark.parametrize("factor", [1e-100, 1e-80, 1e-40, 1e-30, 1e30, 1e40, 1e80, 1e100])
+@pytest.mark.parametrize("factor", [1e-100, 1e-40, 1e40, 1e100])
 def test_a_weight_of_any_size_that_squares_in_double_is_trained(tmp_path, factor, init):
     weight = save_scaled(tmp_path / "w.pth", factor)
     assert train(tmp_path / "w.pth", tmp_path / "out", "--init", init) == 0
@@ -47,7 +47,7 @@ def test_the_relative_loss_does_not_depend_on_the_size(tmp_path):
 
 
 @pytest.mark.parametrize("main", [train_with_random.main, rank_sweep_study.main], ids=["training", "sweep"])
-@pytest.mark.parametrize("factor", [1e-300, 1e-200, 1e-150, 1e150, 1e200, 1e300])
+@pytest.mark.parametrize("factor", [1e-300, 1e-150, 1e150, 1e300])
 def test_a_weight_whose_loss_leaves_double_is_refused(tmp_path, capsys, main, factor):
     save_scaled(tmp_path / "w.pth", factor)
     line = refused(main, ["--weight_path", tmp_path / "w.pth", "--output_dir", tmp_path / "out"], capsys, tmp_path)
@@ -80,14 +80,14 @@ def test_a_sweep_of_a_tiny_weight_has_a_summary_and_figures(tmp_path):
 
 FLAGS = {
     "--lr": ("0", "-1", "nan", "inf", "1e300", "1e-300", "ten"),
-    "--input_std": ("0", "1e300", "1e-300", "nan"),
-    "--weight_decay": ("-1", "1e300", "nan"),
-    "--gamma": ("0", "1e300", "1e-300"),
-    "--max_grad_norm": ("-1", "1e300", "nan"),
-    "--val_split": ("0", "1", "nan", "1e-400"),
-    "--scheduler_factor": ("0", "1", "2"),
-    "--num_epochs": ("0", "2147483648", "1e2", "2.0"),
-    "--seed": ("-1", "9223372036854775808", "1" * 400),
+    "--input_std": ("1e300", "1e-300"),
+    "--weight_decay": ("-1",),
+    "--gamma": ("0",),
+    "--max_grad_norm": ("-1",),
+    "--val_split": ("0", "1", "1e-400"),
+    "--scheduler_factor": ("0", "1"),
+    "--num_epochs": ("0", "2147483648", "1e2"),
+    "--seed": ("-1", "9223372036854775808"),
 }
 
 

@@ -41,26 +41,16 @@ SUMMARIES = {
     "a number": "7",
     "a text": '"ok"',
     "null": "null",
-    "an object": '{"rank": 2, "status": "ok"}',
-    "list of numbers": "[1, 2]",
     "list of lists": "[[2]]",
-    "list of null": "[null]",
     "rows without rank": '[{"status": "ok"}]',
     "rank a text": '[{"rank": "2", "status": "ok"}]',
-    "rank a list": '[{"rank": [2], "status": "ok"}]',
     "rank a fraction": '[{"rank": 2.5, "status": "ok"}]',
-    "rank 0": '[{"rank": 0, "status": "ok"}]',
     "rank 10**30": '[{"rank": 1' + "0" * 30 + ', "status": "ok"}]',
-    "rank true": '[{"rank": true, "status": "ok"}]',
-    "status a number": '[{"rank": 2, "status": 1}]',
     "status of 20 kB": f'[{{"rank": 2, "status": "{"x" * 20_000}"}}]',
     "loss 1e308": '[{"rank": 2, "status": "ok", "final_val_loss": 1e308}]',
-    "loss 1e400": '[{"rank": 2, "status": "ok", "final_val_loss": 1e400}]',
-    "loss -1": '[{"rank": 2, "status": "ok", "final_val_loss": -1}]',
     "loss NaN": '[{"rank": 2, "status": "ok", "final_val_loss": NaN}]',
     "loss a text": '[{"rank": 2, "status": "ok", "final_val_loss": "small"}]',
     "metric a text": '[{"rank": 2, "status": "ok", "final_r2": "good"}]',
-    "metric a list": '[{"rank": 2, "status": "ok", "best_r2": [0.5]}]',
     "parameters negative": '[{"rank": 2, "status": "ok", "parameters": -5}]',
     "nested deep": DEEP,
     "half": '[{"rank": 2, "sta',
@@ -73,29 +63,21 @@ CONFIGS = {
     "a number": "3",
     "null": "null",
     "problem null": '{"settings": {}, "ranks": [2], "seeds": [0], "problem": null}',
-    "problem a list": '{"settings": {}, "ranks": [2], "seeds": [0], "problem": []}',
     "weight a text": '{"settings": {}, "ranks": [2], "seeds": [0], "problem": {"weight": "w"}}',
     "settings a list": '{"settings": [], "ranks": [2], "seeds": [0]}',
-    "settings a number": '{"settings": 1, "ranks": [2], "seeds": [0]}',
     "seeds a number": '{"settings": {}, "ranks": [2], "seeds": 0}',
-    "seeds empty": '{"settings": {}, "ranks": [2], "seeds": []}',
     "seeds of texts": '{"settings": {}, "ranks": [2], "seeds": ["0"]}',
-    "seed 10**30": '{"settings": {}, "ranks": [2], "seeds": [1' + "0" * 30 + "]}",
     **{
         name: f'{{"settings": {{}}, "ranks": [2], "seeds": [0], {entry}}}'
         for name, entry in {
             "target a text": '"arguments": {"target_relative_loss": "0.1"}',
             "target 2": '"arguments": {"target_relative_loss": 2}',
-            "arguments a list": '"arguments": [1]',
-            "provenance a text": '"provenance": "here"',
-            "advice a text": '"advice": "more"',
             "inputs a list": '"problem": {"inputs": []}',
             "shape of one": '"problem": {"weight": {"shape": [3]}}',
             "zero predictor 0": '"problem": {"predict_zero_loss": 0}',
         }.items()
     },
     "title a list": '{"settings": {}, "ranks": [2], "seeds": [0], "title": ["a"]}',
-    "loss a list": '{"settings": {}, "ranks": [2], "seeds": [0], "loss": ["a"]}',
     "nested deep": f'{{"settings": {{"a": {DEEP}}}, "ranks": [2], "seeds": [0]}}',
     "half": '{"settings": {"lr": 0.0',
     "not text": b"\xff\xfe\x00\x80",
@@ -103,22 +85,14 @@ CONFIGS = {
 HEADER = "epoch,train_loss,val_loss,rank\n"
 CURVES = {
     "epoch inf": HEADER + "inf,1,1,2\n",
-    "epoch a fraction": HEADER + "1.5,1,1,2\n",
     "epoch 0": HEADER + "0,1,1,2\n",
-    "epoch 10**30": HEADER + "1" + "0" * 30 + ",1,1,2\n",
-    "rank inf": HEADER + "1,1,1,inf\n",
     "rank of another folder": HEADER + "1,1,1,4\n",
     "cell of 200 kB": HEADER + f"1,{'7' * 200_000},1,2\n",
-    "header of 200 kB": f"epoch,{'x' * 200_000}\n1,1\n",
-    "text of 100 kB": HEADER + f"1,{'x' * 100_000},1,2\n",
     "loss 1e308": HEADER + "1,1e308,1,2\n",
-    "loss negative": HEADER + "1,1,-1,2\n",
     "loss a text": HEADER + "1,one,1,2\n",
     "metric a text": "epoch,train_loss,val_loss,rank,r2\n1,1,1,2,good\n",
-    "metric 1e308": "epoch,train_loss,val_loss,rank,r2\n1,1,1,2,1e308\n",
     "more cells than columns": HEADER + "1,1,1,2,5,6\n",
     "other columns": "a,b\n1,2\n",
-    "zero bytes in it": HEADER + "1,\0,1,2\n",
     "not text": b"\xff\xfe\x00\x80",
     "empty": "",
 }
@@ -134,7 +108,6 @@ FLOORS = {
 RUNS = {
     "other columns": "a,b\n1,2\n",
     "rank a text": "rank,seed,status\ntwo,0,ok\n",
-    "seed a fraction": "rank,seed,status\n2,0.5,ok\n",
     "seed empty": "rank,seed,status\n2,,ok\n",
     "not text": b"\xff\xfe\x00\x80",
 }
@@ -172,8 +145,8 @@ def test_the_plot_refuses_what_is_no_regular_file(study, capsys, kind, make):
     assert f"{path} cannot be read: it is no regular file" in line
 
 
-@pytest.mark.parametrize("make", [make_fifo, make_folder])
-@pytest.mark.parametrize("kind", ["curves", "floor", "runs"])
+@pytest.mark.usefixtures("blank_pictures")
+@pytest.mark.parametrize(("kind", "make"), [("curves", make_fifo), ("floor", make_folder), ("runs", make_fifo)])
 def test_the_plot_does_without_a_table_that_is_no_regular_file(study, kind, make):
     make(READ_BY_PLOT[kind][0](study))
     assert call(plot_rank_results.main, "--results_dir", study.directory) == 0
@@ -191,13 +164,12 @@ DRAWN = {
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("log_scale", [[], ["--log_scale"]], ids=["linear", "logarithmic"])
 @pytest.mark.parametrize("values", DRAWN)
-def test_the_plot_draws_what_is_valid_but_unusual(study, values, log_scale):
+def test_the_plot_draws_what_is_valid_but_unusual(study, values):
     rows = json.loads(study.summary_json.read_text())
     rows[0] |= DRAWN[values]
     study.summary_json.write_text(json.dumps(rows))
-    assert call(plot_rank_results.main, "--results_dir", study.directory, *log_scale) == 0
+    assert call(plot_rank_results.main, "--results_dir", study.directory, "--log_scale") == 0
 
 
 def test_a_title_with_a_dollar_sign_is_drawn_as_it_is(study):
@@ -207,6 +179,7 @@ def test_a_title_with_a_dollar_sign_is_drawn_as_it_is(study):
     assert r"<!-- weight $\frac$, 5 $ -->" in study.figure("final_losses", "svg").read_text()
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_a_seed_of_63_bits_is_read_back(study):
     config = json.loads(study.config.read_text())
     study.config.write_text(json.dumps(config | {"seeds": [2**63 - 1]}))
@@ -285,45 +258,28 @@ def lower_population_loss(path: Path) -> None:
 CHAINS = {
     "no version": without("version"),
     "version a text": with_(version="1"),
-    "version 10**9": with_(version=10**9),
     "version -1": with_(version=-1),
     "no patterns": without("patterns"),
-    "patterns null": with_(patterns=None),
-    "no pattern": with_(patterns=[]),
-    "patterns of 1": with_(patterns=[[1, 1, 1, 1]]),
-    "patterns of texts": with_(patterns=[["a", "b", "c", "d"]]),
     "patterns of 3 numbers": with_(patterns=[[1, 1, 1]]),
     "patterns of 14 GB": with_(patterns=[[1, 60000, 60000, 1]]),
-    "patterns of 10**18": with_(patterns=[[1, 10**9, 10**9, 1]]),
     "patterns of 10**30": with_(patterns=[[10**30, 1, 1, 1]]),
     "patterns that do not chain": with_(patterns=[[1, 2, 3, 1], [1, 2, 3, 1]]),
     "patterns of another weight": with_(patterns=[[4, 4, 2, 1], [1, 8, 6, 1]]),
     "2000 patterns": with_(patterns=[[1, 1, 1, 1]] * 2000),
-    "no batch_last": without("batch_last"),
     "batch_last a text": with_(batch_last="yes"),
     "no state": without("state_dict"),
     "state a list": with_(state_dict=[1]),
-    "no factors": with_(state_dict={}),
     "factors of other shapes": edit_saved(
         lambda saved: saved | {"state_dict": {name: value[:1] for name, value in saved["state_dict"].items()}}
     ),
-    "factors transposed": edit_saved(
-        lambda saved: saved | {"state_dict": {name: value.mT for name, value in saved["state_dict"].items()}}
-    ),
     "factors of integers": edit_saved(
         lambda saved: saved | {"state_dict": {name: value.int() for name, value in saved["state_dict"].items()}}
-    ),
-    "factors of complex numbers": edit_saved(
-        lambda saved: saved | {"state_dict": {name: value.cfloat() for name, value in saved["state_dict"].items()}}
     ),
     "sparse factors": edit_saved(
         lambda saved: saved | {"state_dict": {name: value.to_sparse() for name, value in saved["state_dict"].items()}}
     ),
     "meta factors": edit_saved(
         lambda saved: saved | {"state_dict": {name: value.to("meta") for name, value in saved["state_dict"].items()}}
-    ),
-    "factors that are numbers": edit_saved(
-        lambda saved: saved | {"state_dict": dict.fromkeys(saved["state_dict"], 1.0)}
     ),
     "a factor too many": edit_saved(
         lambda saved: saved | {"state_dict": saved["state_dict"] | {"factors.7": torch.ones(1)}}
@@ -332,7 +288,6 @@ CHAINS = {
         lambda saved: saved | {"state_dict": saved["state_dict"] | {"bias": torch.ones(5)}}
     ),
     "another format": with_(format="pickle"),
-    "a list": edit_saved(lambda saved: [saved]),
     "a tensor": edit_saved(lambda saved: torch.ones(3)),
     "half of it": lambda path: path.write_bytes(path.read_bytes()[:500]),
     "empty": lambda path: path.write_bytes(b""),
@@ -354,28 +309,20 @@ def test_load_refuses_what_is_no_saved_chain_in_one_line_with_its_path(trained, 
 
 FINISHED = {
     "final: keys missing": ("final", without("patterns")),
-    "final: other patterns": ("final", with_(patterns=[[1, 16, 24, 1]])),
-    "final: version a text": ("final", with_(version="1")),
     "final: half": ("final", CHAINS["half of it"]),
     "final: missing": ("final", Path.unlink),
     "final: a FIFO": ("final", make_fifo),
     "best: no factors": ("best", with_(state_dict={})),
     "best: sparse factors": ("best", CHAINS["sparse factors"]),
-    "log: a list": ("training_log", lambda path: path.write_text("[1]")),
     "log: train_seconds a text": ("training_log", edit_json(lambda log: log.update(train_seconds="long"))),
-    "log: status a list": ("training_log", edit_json(lambda log: log.update(status=["finished"]))),
-    "log: latency a text": ("training_log", edit_json(lambda log: log.update(latency="1 ms"))),
     "log: nested deep": ("training_log", lambda path: path.write_text(DEEP)),
     "log: a FIFO": ("training_log", make_fifo),
     "curves: another rank": ("curves_csv", lambda path: path.write_text(path.read_text().replace(",2,", ",4,"))),
-    "curves: epoch inf": ("curves_csv", lambda path: path.write_text(path.read_text().replace("\n3,", "\ninf,"))),
-    "curves: cell of 200 kB": ("curves_csv", lambda path: path.write_text(CURVES["cell of 200 kB"])),
     "curves: loss 1e308": ("curves_csv", lambda path: path.write_text(CURVES["loss 1e308"])),
     "curves: below the floor": ("curves_csv", lower_population_loss),
     "curves: missing": ("curves_csv", Path.unlink),
     "curves: a FIFO": ("curves_csv", make_fifo),
     "curves JSON: a list": ("curves_json", lambda path: path.write_text("[1]")),
-    "curves JSON: a FIFO": ("curves_json", make_fifo),
 }
 
 
@@ -469,43 +416,23 @@ CHECKPOINTS = {
     "a list": edit_saved(lambda content: [content]),
     "a tensor": edit_saved(lambda content: torch.ones(3)),
     "no settings": without("settings"),
-    "no threads": without("threads"),
-    "no curves": without("curves"),
-    "no optimizer": without("optimizer"),
-    "no schedule": without("schedule"),
     "no best": without("best"),
     "settings with a tensor": edit_saved(lambda c: c | {"settings": c["settings"] | {"lr": torch.ones(2)}}),
-    "threads 10**9": with_(threads=10**9),
     "threads 0": with_(threads=0),
-    "threads a text": with_(threads="4"),
     "curves empty": with_(curves=[]),
-    "curves of numbers": with_(curves=[1]),
-    "curves without losses": with_(curves=[{"epoch": 1}]),
     "curves with a loss of text": first_row_with(val_loss="small"),
     "curves from epoch 5": first_row_with(epoch=5),
-    "curves of another rank": first_row_with(rank=4),
     "curves with loss nan": first_row_with(val_loss=math.nan),
-    "curves with a metric of text": first_row_with(r2="good"),
     "curves with a metric of tensors": first_row_with(r2=torch.ones(2)),
-    "curves with a metric that has no name": first_row_with(**{"a,b": 1.0}),
-    "optimizer of numbers": with_(optimizer=[1, 2]),
-    "optimizer of one tensor": edit_saved(lambda c: c | {"optimizer": c["optimizer"][:1]}),
     "optimizer of other shapes": edit_saved(lambda c: c | {"optimizer": [torch.ones(3) for _ in c["optimizer"]]}),
     "optimizer of sparse tensors": edit_saved(
         lambda c: c | {"optimizer": [value.to_sparse() if value.ndim else value for value in c["optimizer"]]}
     ),
     "optimizer of meta tensors": edit_saved(lambda c: c | {"optimizer": [v.to("meta") for v in c["optimizer"]]}),
-    "schedule of two": with_(schedule=(0.5, 0)),
     "schedule of texts": with_(schedule=("a", "b", "c")),
-    "best a list": with_(best=[]),
     "best of other shapes": best_with(factors=[torch.ones(3)]),
     "best of epoch 9": best_with(epoch=9),
-    "best of epoch 0": best_with(epoch=0),
     "best of loss nan": best_with(val_loss=math.nan),
-    "best of loss inf": best_with(val_loss=math.inf),
-    "best of sparse tensors": edit_saved(
-        lambda c: c | {"best": c["best"] | {"factors": [value.to_sparse() for value in c["best"]["factors"]]}}
-    ),
     "half of it": lambda path: path.write_bytes(path.read_bytes()[:500]),
     "empty": lambda path: path.write_bytes(b""),
     "a FIFO": make_fifo,
@@ -559,7 +486,7 @@ def test_counting_the_epochs_of_a_fifo_does_not_block(tmp_path):
     assert tail.epochs == 0
 
 
-@pytest.mark.parametrize("damage", ["FIFO", "folder", "nested deep", "list", "not text"])
+@pytest.mark.parametrize("damage", ["FIFO", "nested deep", "list", "not text"])
 def test_a_damaged_json_file_reads_as_an_empty_object(tmp_path, damage):
     path = tmp_path / "record.json"
     contents = {"nested deep": DEEP.encode(), "list": b"[1]", "not text": b"\xff\xfe"}
@@ -570,21 +497,18 @@ def test_a_damaged_json_file_reads_as_an_empty_object(tmp_path, damage):
     assert read_json_object(path) == {}
 
 
-def test_a_sweep_trains_damaged_ranks_again_and_keeps_the_others(swept, tmp_path, run):
-    """Rank 2 has a final model without patterns, rank 4 a log without sense and a checkpoint of another program."""
+def test_a_sweep_trains_a_damaged_rank_again_and_keeps_the_other(swept, tmp_path, run):
+    """Rank 2 has a final model without patterns and a checkpoint of another program."""
     shutil.copytree(swept[0], tmp_path, dirs_exist_ok=True)
     results = tmp_path / "rank_sweep_results"
-    before = {rank: ks.load(files_of(results, rank).final).to_dense() for rank in (2, 4, 100)}
+    before = ks.load(files_of(results, 2).final).to_dense()
     without("patterns")(files_of(results, 2).final)
-    files_of(results, 4).training_log.write_text("[1]")
-    torch.save([1, 2], files_of(results, 4).resume)
-    kept = snapshot(results / "rank_100")
-    done = run("rank_sweep_study.py", "--weight_path", "weight.pth", *SWEEP, "--ranks", "4", "2", "4", "100")
+    torch.save([1, 2], files_of(results, 2).resume)
+    kept = snapshot(results / "rank_4")
+    done = run("rank_sweep_study.py", "--weight_path", "weight.pth", *SWEEP, "--ranks", "4", "2")
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    assert "rank 100: finished before" in done.stderr
+    assert "rank 4: finished before" in done.stderr
     assert f"saved chain {files_of(results, 2).final} is not valid" in done.stderr
-    assert f"{files_of(results, 4).training_log} is not valid" in done.stderr
-    for rank, dense in before.items():
-        assert torch.equal(ks.load(files_of(results, rank).final).to_dense(), dense)
-    assert snapshot(results / "rank_100") == kept
+    assert torch.equal(ks.load(files_of(results, 2).final).to_dense(), before)
+    assert snapshot(results / "rank_4") == kept

@@ -89,13 +89,12 @@ def many_tensors(path: Path) -> None:
 
 
 WEIGHTS = {
-    "zip bomb of 2 GiB": ("w.pth", lambda path: bomb(path, 2 * GIB), "unpacked, needs 2 GiB of memory, 1 GiB"),
-    "expanded tensor of 6.4 GB": ("w.pth", lambda path: expanded(path, 40000, 40000), "needs 5.96 GiB of memory"),
+    "zip bomb of 1 GiB": ("w.pth", lambda path: bomb(path, GIB), "unpacked, needs 1 GiB of memory, 0.5 GiB"),
     "expanded tensor of 4 EB": ("w.pth", lambda path: expanded(path, 10**9, 10**9), "of memory"),
     "2**40 shared references": ("w.pth", shared_lists, "it holds no 2-D floating weight"),
     "a list in itself": ("w.pth", itself, "it holds no 2-D floating weight"),
     "npy that declares 4 TB": ("w.npy", huge_npy, "cannot be read as weights"),
-    "npy with a hole of 8 GiB": ("w.npy", sparse_npy, "needs 8 GiB of memory, 1 GiB is available"),
+    "npy with a hole of 8 GiB": ("w.npy", sparse_npy, "needs 8 GiB of memory, 0.5 GiB is available"),
     "safetensors that declares 8 GiB": ("w.safetensors", lambda path: huge_safetensors(path, False), "cannot be read"),
     "safetensors with a hole of 8 GiB": ("w.safetensors", lambda path: huge_safetensors(path, True), "8 GiB of memory"),
     "safetensors with a header of 4 EB": ("w.safetensors", long_header, "cannot be read as weights"),
@@ -107,7 +106,7 @@ WEIGHTS = {
 def test_a_file_that_is_larger_than_the_memory_is_refused_before_it_is_read(tmp_path, monkeypatch, capsys, case):
     name, make, message = WEIGHTS[case]
     make(tmp_path / name)
-    limit_memory(monkeypatch)
+    limit_memory(monkeypatch, GIB // 2)
     started = time.monotonic()
     with pytest.raises(UsageError) as raised:
         load_weight(tmp_path / name)
@@ -119,21 +118,20 @@ def test_a_file_that_is_larger_than_the_memory_is_refused_before_it_is_read(tmp_
 
 def test_a_zip_bomb_needs_no_memory_of_its_size(tmp_path):
     """Under a limit of the address space that the declared size would exceed, the file is refused in one line."""
-    bomb(tmp_path / "w.pth", 3 * GIB)
-    assert (tmp_path / "w.pth").stat().st_size < 2**25
+    bomb(tmp_path / "w.pth", GIB)
     script = (
         "import resource, sys\n"
         "import train_with_random\n"
         "from ks.files.memory import _read_numbers\n"
         "used = _read_numbers('/proc/self/statm')[0] * resource.getpagesize()\n"
-        f"resource.setrlimit(resource.RLIMIT_AS, (used + {2 * GIB}, -1))\n"
+        f"resource.setrlimit(resource.RLIMIT_AS, (used + {GIB // 2}, -1))\n"
         "sys.exit(train_with_random.main(['--weight_path', 'w.pth', '--output_dir', 'out']))\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
                           capture_output=True, text=True, timeout=120)  # fmt: skip
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
-    assert "unpacked, needs 3 GiB of memory" in line
+    assert "unpacked, needs 1 GiB of memory" in line
     assert not (tmp_path / "out").exists()
 
 
@@ -184,17 +182,12 @@ def test_the_population_loss_by_pieces_is_that_of_the_whole_matrix(rows, cols):
 
 TRAININGS = {
     "num_samples 10**19": ["--num_samples", 10**19],
-    "num_samples 10**30": ["--num_samples", 10**30],
-    "num_samples of 400 digits": ["--num_samples", "9" * 400],
     "num_samples of 5000 digits": ["--num_samples", "9" * 5000],
     "num_samples 2147483647": ["--num_samples", 2**31 - 1],
-    "num_factors 20000": ["--chain", "butterfly", "--num_factors", 20000],
     "num_factors 10**9": ["--chain", "butterfly", "--num_factors", 10**9],
-    "num_factors 10**11": ["--chain", "butterfly", "--num_factors", 10**11],
     "num_factors 64": ["--chain", "butterfly", "--num_factors", 64],
     "num_factors 1": ["--chain", "butterfly", "--num_factors", 1],
     "batch_size 10**12": ["--batch_size", 10**12],
-    "batch_size 2147483647": ["--batch_size", 2**31 - 1],
     "row_splits 10**18": ["--row_splits", 10**18, 2, "--col_splits", 2, 12],
     "seed 2**63": ["--seed", 2**63],
     "num_epochs 10**12": ["--num_epochs", 10**12],
@@ -212,7 +205,7 @@ def test_a_training_of_that_size_is_refused(weight_path, tmp_path, monkeypatch, 
     assert time.monotonic() - started < 10
 
 
-@pytest.mark.parametrize("rank", [0, -1, 2**31, 10**18 + 1, 10**200, "9" * 5000, "1e3", "²", "٣x"])
+@pytest.mark.parametrize("rank", [0, 2**31, "9" * 5000, "1e3", "²"])
 @pytest.mark.parametrize("main", [train_with_random.main, rank_sweep_study.main], ids=["training", "sweep"])
 def test_a_rank_of_that_size_is_refused(weight_path, tmp_path, capsys, main, rank):
     flag = "--rank" if main is train_with_random.main else "--ranks"
@@ -229,8 +222,6 @@ def test_the_largest_rank_is_one_above_saturation(weight_path, capsys):
 
 FIGURES = {
     "dpi 1": ["--dpi", 1],
-    "dpi 3000": ["--dpi", 3000],
-    "dpi 100000": ["--dpi", 100000],
     "dpi 10**30": ["--dpi", 10**30],
 }
 
@@ -244,16 +235,10 @@ def test_a_figure_of_that_size_is_refused(swept, weight_path, tmp_path, capsys, 
 
 GENERATED = {
     "10**9 x 10**9": [10**9, 10**9],
-    "10**30 x 1": [10**30, 1],
-    "2147483647 x 2147483647": [2**31 - 1, 2**31 - 1],
     "0 x 5": [0, 5],
     "power_law, 10**6 x 10**6": [10**6, 10**6, "--init_method", "power_law"],
     "rank 10**10": [8, 8, "--init_method", "lowrank_plus_noise", "--rank", 10**10],
-    "rank 10**9": [8, 8, "--init_method", "lowrank_plus_noise", "--rank", 10**9],
-    "noise 1e38": [8, 8, "--init_method", "lowrank_plus_noise", "--noise", "1e38"],
-    "noise 1e100": [8, 8, "--init_method", "lowrank_plus_noise", "--noise", "1e100"],
     "noise 1e300": [8, 8, "--init_method", "lowrank_plus_noise", "--noise", "1e300"],
-    "noise inf": [8, 8, "--init_method", "lowrank_plus_noise", "--noise", "inf"],
     "noise -1": [8, 8, "--init_method", "lowrank_plus_noise", "--noise", "-1"],
     "num_factors 10**11": [8, 8, "--chain", "butterfly", "--num_factors", 10**11],
     "blocks 2147483647 on a large prime": [2**31 - 1, 2**31 - 1, "--blocks", 2**31 - 2],

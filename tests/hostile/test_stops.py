@@ -11,9 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ALL_FAULTS, ROOT, wait_for
 
 from ks.files.atomic import read_json
+from ks.files.curves import read_curves
 from ks.files.layout import RunFiles
 
 LONG = ("--weight_path", "weight.pth", "--num_samples", "200", "--num_epochs", "100000", "--output_dir", "out")
@@ -22,6 +24,7 @@ COMMANDS = {
     "rank_sweep_study.py": (*LONG, "--ranks", "1", "2", "4", "--jobs", "2"),
     "example_rank_sweep.py": ("--output_dir", "out", "--num_epochs", "500"),
 }
+pytestmark = pytest.mark.usefixtures("cold")  # signals come while it imports; processes are found by their command
 INT, TERM, HUP, QUIT = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
 MOMENTS = (0.0, 0.4, 1.5, 3.0, 6.0)  # seconds after the first import: imports, floors, first launch, training
 STORMS = [
@@ -44,7 +47,6 @@ def start(script, folder):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
 
 
@@ -108,9 +110,14 @@ def test_a_training_leaves_its_checkpoint(weight_path, tmp_path, sent):
     files = RunFiles(tmp_path / "out", "ks_chain", 2)
     wait_for(files.curves_csv.exists)
     process.send_signal(sent)
-    process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert files.resume.exists()
+    assert stderr.splitlines()[-1].endswith(
+        "interrupted; the finished epochs are kept, and --resume continues after them"
+    )
+    assert files.best.exists()
+    kept = len(torch.load(files.resume)["curves"])
+    assert kept >= len(read_curves(files.curves_csv)) - 1
     assert read_json(files.training_log)["status"] == "interrupted"
 
 

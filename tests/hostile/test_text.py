@@ -15,9 +15,7 @@ from ks.files.layout import FIGURES
 SWEEP = ("--num_samples", "80", "--batch_size", "16", "--num_epochs", "1", "--quiet", "--ranks", "2", "--jobs", "1")
 
 
-@pytest.mark.parametrize(
-    "path", ["a\nb.pth", "a\r\nb.pth", "a\x1b[31mred.pth", "a\u2028b.pth", "a\x00b.pth", "a\x07.pth", "a\u202eb.pth"]
-)
+@pytest.mark.parametrize("path", ["a\r\nb.pth", "a\x1b[31mred.pth", "a\u2028b.pth", "a\x00b.pth", "a\u202eb.pth"])
 def test_a_path_with_control_characters_is_one_line(capsys, tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
     assert train_with_random.main(["--weight_path", path]) == 2
@@ -26,7 +24,7 @@ def test_a_path_with_control_characters_is_one_line(capsys, tmp_path, monkeypatc
     assert error.rstrip("\n").isprintable()
 
 
-@pytest.mark.parametrize("flag", ["--rank", "--lr", "--chain", "--nosuch"])
+@pytest.mark.parametrize("flag", ["--rank", "--nosuch"])
 def test_a_bad_flag_with_control_characters_is_one_line(capsys, flag):
     with pytest.raises(SystemExit):
         train_with_random.main(["--weight_path", "w.pth", flag, "x\n\x1b[2Jy"])
@@ -35,7 +33,7 @@ def test_a_bad_flag_with_control_characters_is_one_line(capsys, flag):
     assert error.rstrip("\n").isprintable()
 
 
-@pytest.mark.parametrize("key", [r"$\frac$", "$x", "a\nb", "a\x1b[31m", "=1+1", "-dash"])
+@pytest.mark.parametrize("key", [r"$\frac$", "a\n\x1b[31m", "-dash"])
 def test_a_key_of_any_text_gives_figures(tmp_path, monkeypatch, key, capsys):
     monkeypatch.chdir(tmp_path)
     torch.save({key: torch.randn(16, 24), "other": torch.randn(2, 2)}, "weight.pth")
@@ -43,14 +41,13 @@ def test_a_key_of_any_text_gives_figures(tmp_path, monkeypatch, key, capsys):
     assert len(list((tmp_path / "rank_sweep_results").glob("*.png"))) == len(FIGURES)
 
 
-@pytest.mark.parametrize("title", [r"$\frac$", "$", "$$", r"\$x$", "a\nb", r"100 $ \notacommand $"])
-def test_a_title_of_any_text_is_drawn_as_it_is(tmp_path, monkeypatch, weight_path, title):
-    monkeypatch.chdir(tmp_path)
-    assert rank_sweep_study.main(["--weight_path", str(weight_path), *SWEEP, "--title", title]) == 0
-    assert plot_rank_results.main(["--results_dir", "rank_sweep_results", "--title", title, "--formats", "svg"]) == 0
+@pytest.mark.parametrize("title", [r"$\frac$", "a $\nb", r"\$x$ \notacommand"])
+def test_a_title_of_any_text_is_drawn(swept, tmp_path, title):
+    figures = ["--results_dir", str(swept[0] / "rank_sweep_results"), "--output_dir", str(tmp_path / "figures")]
+    assert plot_rank_results.main([*figures, "--title", title, "--formats", "svg"]) == 0
 
 
-@pytest.mark.parametrize("text", ["=1+1", "+1", "-1+1", "@SUM(A1)", "\t=x", "\r=x"])
+@pytest.mark.parametrize("text", ["=1+1", "-1+1", "@SUM(A1)", "\t=x"])
 def test_a_formula_in_a_cell_is_quoted(tmp_path, text):
     write_csv(tmp_path / "table.csv", ["status", "loss"], [{"status": text, "loss": -1.5}])
     with open(tmp_path / "table.csv", newline="") as file:

@@ -44,8 +44,6 @@ def refused(tmp_path, monkeypatch, capsys):
         (["--weight_path", "several.pth", "--weight_key", "c"], "no key 'c'"),
         (["--weight_path", "zero.pth"], "all zero"),
         ([], "--weight_path"),
-        (["--weight_path", "w.pth", "--val_split", "1"], "between 0 and 1"),
-        (["--weight_path", "w.pth", "--val_split", "0"], "between 0 and 1"),
         (["--weight_path", "w.pth", "--num_samples", "20"], "16 training samples .* do not fill one batch of 32"),
         (
             ["--weight_path", "w.pth", "--sampling", "whitened", "--num_samples", "50", "--val_split", "0.7"],
@@ -63,14 +61,10 @@ def refused(tmp_path, monkeypatch, capsys):
         ),
         (["--weight_path", "w.pth", "--chain", "butterfly", "--num_factors", "6"], "or the chain monarch"),
         (["--weight_path", "w.pth", "--chain", "lowrank_butterfly", "--init", "hierarchical"], "use --init random"),
-        (["--weight_path", "w.pth", "--input_std", "1e-200"], "not a number from 1e-100 to 1e.100"),
-        (["--weight_path", "w.pth", "--input_std", "1e200"], "not a number from 1e-100 to 1e.100"),
         (["--weight_path", "w.pth", "--impl", "triton"], "need a CUDA device"),
         (["--weight_path", "w.pth", "--device", "cuda"], "0 CUDA devices"),
         (["--weight_path", "w.pth", "--device", "abacus"], "auto, cpu, cuda"),
         (["--weight_path", "w.pth", "--lr", "0"], "not a number from 1e-100 to 1e.100"),
-        (["--weight_path", "w.pth", "--lr", "nan"], "not a number from 1e-100 to 1e.100"),
-        (["--weight_path", "w.pth", "--num_epochs", "0"], "'0' is not a whole number from 1 to 2147483647"),
         (["--weight_path", "w.pth", "--dtype", "int8"], "invalid choice"),
         (["--weight_path", "w.pth", "--save_prefix", "a/b"], "not a file name prefix"),
         (["--weight_path", "w.pth", "--output_dir", "w.pth"], "cannot be written"),
@@ -86,13 +80,6 @@ def test_training_and_sweep(refused, tmp_path, script, arguments, message):
     torch.save({"a": torch.randn(2, 3), "b": torch.randn(3, 2)}, tmp_path / "several.pth")
     line = refused(script, *RUNS[script], *arguments)
     assert re.search(message, line), line
-
-
-@pytest.mark.parametrize("rank", ["0", "-3", "four", "2.5"])
-def test_bad_ranks(refused, weight_path, rank):
-    message = f"'{rank}' is not a whole number from 1 to 2147483647"
-    assert message in refused("train_with_random", "--weight_path", weight_path, "--rank", rank)
-    assert message in refused("rank_sweep_study", "--weight_path", weight_path, "--ranks", "2", rank)
 
 
 def test_an_empty_rank_list(refused, weight_path):

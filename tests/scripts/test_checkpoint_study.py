@@ -15,6 +15,7 @@ from ks.model.model_plan import ModelPlan
 from ks.moments.moments_file import InputMoments
 from ks.study.checkpoint_study import CheckpointStudy
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 LAYERS = ("block.0.up.weight", "block.0.down.weight", "block.1.up.weight", "block.1.down.weight")
 
 

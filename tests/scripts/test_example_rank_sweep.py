@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, files_of, read_table, wait_for
+from conftest import ROOT, files_of, processes_in, read_table, wait_for
 
 
 def test_the_demo_runs_from_any_folder_and_tells_where_the_pictures_are(run, tmp_path):
@@ -25,10 +25,10 @@ def test_the_demo_passes_a_failure_on(run):
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_demo_leaves_a_summary_and_no_process(tmp_path, sent):
-    command = [sys.executable, str(ROOT / "example_rank_sweep.py"), "--output_dir", str(tmp_path / "demo")]
-    process = subprocess.Popen([*command, "--ranks", "2", "--num_epochs", "100000"], stderr=subprocess.DEVNULL)
+    command = [sys.executable, str(ROOT / "example_rank_sweep.py"), "--output_dir", "demo", "--ranks", "2"]
+    process = subprocess.Popen([*command, "--num_epochs", "100000"], cwd=tmp_path, stderr=subprocess.DEVNULL)
     wait_for(files_of(tmp_path / "demo", 2).curves_csv.exists)
     process.send_signal(sent)
     assert process.wait(60) == 130
     assert read_table(tmp_path / "demo" / "rank_sweep_summary.csv")[0]["status"] == "interrupted"
-    assert subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True).stdout == b""
+    assert not processes_in(tmp_path)

@@ -1,12 +1,12 @@
 """Test weights made as users make them."""
 
-import resource
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import ROOT
+from warm import FileSizeLimit
 
 import generate_test_weight
 from ks.files.weights import load_weight
@@ -27,6 +27,7 @@ def test_the_generator_prints_statistics_and_protects_what_is_there(run, tmp_pat
     assert run("generate_test_weight.py", *arguments, "--overwrite").returncode == 0
 
 
+@pytest.mark.usefixtures("cold")
 def test_without_flags_it_is_the_weight_of_the_brief(run, tmp_path):
     config = generate_test_weight.build_parser().parse([])
     assert (config.output_features, config.input_features, config.output_path) == (2048, 4096, "./test_weight.pth")
@@ -35,17 +36,15 @@ def test_without_flags_it_is_the_weight_of_the_brief(run, tmp_path):
     assert load_weight(tmp_path / "test_weight.pth").tensor.shape == (2048, 4096)
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".npy", ".safetensors"])
-@pytest.mark.parametrize("room", [0, 1000])
+@pytest.mark.parametrize(("suffix", "room"), [(".pth", 0), (".npy", 1000), (".safetensors", 1000)])
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, suffix, room):
-    """A limit on the size of files stands in for the disk."""
     arguments = ("--output_features", "64", "--input_features", "64", "--output_path", f"w{suffix}")
     done = subprocess.run(
         [sys.executable, str(ROOT / "generate_test_weight.py"), *arguments],
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY)),
+        preexec_fn=FileSizeLimit(room),
     )
     assert done.returncode == 2
     assert done.stderr == f"generate_test_weight.py: error: w{suffix} cannot be written: File too large\n"

@@ -16,6 +16,7 @@ from ks.files.curves import read_curves
 from ks.moments.moments_file import InputMoments
 from ks.moments.sums import InputSums
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 ROWS = 120
 
 

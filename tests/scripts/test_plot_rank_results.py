@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import pytest
 from conftest import QUICK, ROOT, files_of, read_table
 
 from ks.files.curves import read_curves, write_curves
@@ -15,17 +16,21 @@ from ks.files.layout import SweepFiles
 from ks.report.read_results import read_study
 
 
+@pytest.mark.usefixtures("cold")
 def test_replotting_from_files_alone_gives_the_same_summary(run, swept, tmp_path):
+    """--plot_title is the old name of --title."""
     study = swept[0] / "rank_sweep_results"
-    arguments = ("--results_dir", study, "--output_dir", "figures", "--log_scale", "--formats", "png", "svg", "pdf")
-    done = run("plot_rank_results.py", *arguments, "--title", "T", "--dpi", 50)
+    arguments = ("--results_dir", study, "--output_dir", "figures", "--log_scale", "--formats", "png", "svg")
+    done = run("plot_rank_results.py", *arguments, "--plot_title", "An old title", "--dpi", 50)
     assert done.returncode == 0, done.stderr
     names = ("final_losses", "floor", "front", "gap", "loss_curves")
-    expected = sorted(f"rank_sweep_{name}.{suffix}" for name in names for suffix in ("png", "svg", "pdf"))
+    expected = sorted(f"rank_sweep_{name}.{suffix}" for name in names for suffix in ("png", "svg"))
     expected = sorted([*expected, "rank_sweep_figures.json"])
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == expected
     table = done.stdout.index("\n\n") + 400
     assert done.stdout[:table] == swept[1].stdout[:table]
+    for name in names:
+        assert "<!-- An old title -->" in (tmp_path / "figures" / f"rank_sweep_{name}.svg").read_text()
 
 
 def test_a_folder_of_the_2025_scripts_plots(run, tmp_path):

@@ -44,7 +44,7 @@ def test_a_chain_has_the_same_loss_inside_and_outside(kind, family, centred):
 
 
 @pytest.mark.parametrize("family", ["monarch", "lowrank", "butterfly"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["regular", "singular"])
 def test_floors_are_the_same_inside_and_outside(kind, family):
     _, moment, energy, chain, _, inputs, weight = inside(kind, family)
     measured = SecondMoment(moment)
