@@ -13,16 +13,18 @@ from ks.training.trainable_chain import TrainableChain
 
 
 class BestModel:
-    """Keeps a copy of the model with the lowest validation loss.
+    """The model with the lowest validation loss; with `keep_start`, the start unless its population loss was beaten.
 
     Args:
         chain: that trains.
         weight: W in internal units, float64.
         moment: second moment of x in internal units.
+        keep_start: whether the start is a result in its own right (a factorisation of W).
     """
 
-    def __init__(self, chain: TrainableChain, weight: torch.Tensor, moment: SecondMoment):
+    def __init__(self, chain: TrainableChain, weight: torch.Tensor, moment: SecondMoment, keep_start: bool):
         self.chain, self.weight, self.moment = chain, weight, moment
+        self.start = copy.deepcopy(chain.model) if keep_start else None
         self.val_loss = math.inf
         self.row: dict | None = None
         self.kept: KSLinear | None = None
@@ -53,3 +55,11 @@ class BestModel:
         """Return the relative population loss of the kept model."""
         assert self.kept is not None
         return population_loss(self.weight, self.kept.factors, self.moment)
+
+    def chosen(self) -> KSLinear:
+        """Return the start if it was never beaten, else the kept model."""
+        assert self.kept is not None
+        if self.start is None:
+            return self.kept
+        start_loss = population_loss(self.weight, self.start.factors, self.moment)
+        return self.start if start_loss <= self.population_loss() else self.kept

@@ -111,7 +111,8 @@ class Recorder:
         """
         self._weight, self._chain, self._optimizer, self._schedule = weight, chain, optimizer, schedule
         torch.set_num_threads(useful_threads(self.problem.chain.parameters(self.config.rank) * self.config.batch_size))
-        self._best = BestModel(chain, weight, self.problem.moment)
+        keep_start = self.problem.edits.criterion_is_ours and self.config.init == "hierarchical"
+        self._best = BestModel(chain, weight, self.problem.moment, keep_start)
         if self.checkpoints.found:
             self.curves = self.checkpoints.restore(optimizer, schedule, self._best)
             write_curves(self.files, self.curves)
@@ -213,8 +214,7 @@ class Recorder:
     def _save_best(self, best: BestModel, row: dict) -> None:
         if self.problem.edits.criterion_is_ours:
             row["population_loss"] = best.population_loss() * self.problem.unit_of_loss
-        assert best.kept is not None
-        self.problem.save(best.kept, self.files.best)
+        self.problem.save(best.chosen(), self.files.best)
 
     def end(self, error: BaseException | None) -> int:
         """Record how the run ended, and print it; return the exit code.

@@ -29,7 +29,7 @@ class Training:
         self.optimizer = Optimizer("adamw", self.factors, loss_scaling=loss_scaling)
         self.schedule = schedule_of("plateau", num_epochs=9, lr=0.01, scheduler_patience=0)
         chain = SimpleNamespace(model=self.model, factors=self.factors)
-        self.best = BestModel(chain, WEIGHT.double(), UNIT_MOMENT)
+        self.best = BestModel(chain, WEIGHT.double(), UNIT_MOMENT, keep_start=False)
         self.curves = []
 
     def epoch(self):
