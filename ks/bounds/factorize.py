@@ -3,7 +3,7 @@
 Source: Le, Zheng, Riccietti, Gribonval, "Butterfly factorization with error guarantees" (2024).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -17,18 +17,11 @@ from ks.moments.gram import lower_gram
 from ks.moments.pieces import one_thread_each
 from ks.moments.second_moment import MomentLike, SecondMoment
 
-Report = Callable[[float], None]
-
-
-def do_not_report(fraction: float) -> None:
-    """Ignore how much of the work is done."""
-
-
 GROUP_VALUES = 2**20  # of the blocks that a thread copies at a time: bounds the memory
 
 
 @torch.no_grad()
-def tail_energies(matrices: torch.Tensor, report: Report = do_not_report) -> torch.Tensor:
+def tail_energies(matrices: torch.Tensor) -> torch.Tensor:
     """Return Σ over a batch of matrices of the squared singular values beyond the r-th, r = 0 … min(height, width).
 
     They are eigenvalues of the smaller Gram matrix, in float64: the absolute error is a few times 1e-16 of the energy
@@ -36,18 +29,14 @@ def tail_energies(matrices: torch.Tensor, report: Report = do_not_report) -> tor
 
     Args:
         matrices: shape (..., height, width), any float dtype and strides; a large batch is not copied.
-        report: called with the fraction of the work that is done.
     Returns:
         float64 tensor of shape (min(height, width) + 1,), not increasing, last entry 0.
     """
     height, width = matrices.shape[-2:]
     total = torch.zeros(min(height, width), dtype=torch.float64, device=matrices.device)
     several = matrices.device.type == "cpu" and matrices.numel() > height * width
-    done = 0
-    for size, energies in (one_thread_each if several else map)(_group_energies, _groups(matrices)):
+    for energies in (one_thread_each if several else map)(_group_energies, _groups(matrices)):
         total += energies
-        done += size
-        report(done / matrices.numel())
     return _tail_sums(total)
 
 
@@ -74,14 +63,14 @@ def _tail_sums(energies: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()  # a thread starts with gradients
-def _group_energies(group: torch.Tensor) -> tuple[int, torch.Tensor]:
-    """Return the number of values and the sums of the squared singular values, ascending, shape (min(height, width),).
+def _group_energies(group: torch.Tensor) -> torch.Tensor:
+    """Return the sums of the squared singular values over a group, ascending, shape (min(height, width),).
 
     Args:
         group: shape (count, height, width).
     """
     wide = group.double() if group.shape[1] <= group.shape[2] else group.double().mT
-    return group.numel(), torch.linalg.eigvalsh(lower_gram(wide)).clamp_(min=0).sum(0)
+    return torch.linalg.eigvalsh(lower_gram(wide)).clamp_(min=0).sum(0)
 
 
 def _groups(matrices: torch.Tensor) -> Iterator[torch.Tensor]:

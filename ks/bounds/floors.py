@@ -118,13 +118,9 @@ class UncoupledBounds:
         if self.chain.num_splits == 1 and self.chain.block_shape(1) == (self.chain.rows, 1, 1, self.chain.cols):
             return low_rank_energies(self.given, self.moment).cpu() / self.chain.rows
         curve = torch.zeros(self.chain.saturation_rank + 1, dtype=torch.float64)
-        splits = self.chain.num_splits
-        for split in range(1, splits + 1):
-
-            def report(fraction: float, done: int = split - 1) -> None:
-                self.progress(f"floors of every rank: {(done + fraction) / splits:.0%}")
-
-            tail = tail_energies(split_blocks(self.weight, self.chain, split), report).cpu()
+        for split in range(1, self.chain.num_splits + 1):
+            self.progress(f"floors of every rank, split {split} of {self.chain.num_splits}")
+            tail = tail_energies(split_blocks(self.weight, self.chain, split)).cpu()
             curve[: len(tail)] = torch.maximum(curve[: len(tail)], tail)
         return curve / self.chain.rows
 

@@ -74,7 +74,7 @@ def spoken_of(rows: list[dict], floors: RankFloors, target: float | None) -> lis
 
 
 def certify(floors: RankFloors, spoken: list[int], ranks: list[int], seconds: float) -> None:
-    """Spend up to 30 seconds on the lower bounds of the ranks that are spoken of, and what is left on those of all.
+    """Raise the lower bounds of the ranks that are spoken of; with more than 30 seconds, then those of all ranks.
 
     Args:
         floors: to improve.
@@ -82,9 +82,8 @@ def certify(floors: RankFloors, spoken: list[int], ranks: list[int], seconds: fl
         ranks: of the study.
         seconds: of --tight_bounds.
     """
-    floors.certify(spoken, min(seconds, DEFAULT_SECONDS), stop=signals.came)
-    if seconds > DEFAULT_SECONDS:
-        floors.certify([*spoken, *ranks], seconds - DEFAULT_SECONDS, tight=True, stop=signals.came)
+    more = seconds > DEFAULT_SECONDS
+    floors.certify([*spoken, *ranks] if more else spoken, seconds, tight=more, stop=signals.came)
 
 
 def find_facts(rows: list[dict], floors: RankFloors, target: float | None, seconds: float) -> Facts:
@@ -102,7 +101,8 @@ def find_facts(rows: list[dict], floors: RankFloors, target: float | None, secon
     lowrank = {}
     if floors.chain.family != "lowrank":
         lowrank = {row["rank"]: floors.lowrank_beside(floors.chain.parameters(row["rank"])) for row in rows}
-    uncertified = tuple(floors.uncertified(spoken_of(rows, floors, target)))
+    # After an interrupt, nothing was certified, which says nothing about the time that it takes.
+    uncertified = () if signals.came() else tuple(floors.uncertified(spoken_of(rows, floors, target)))
     if target is None:
         return Facts(lowrank, uncertified=uncertified, seconds=seconds)
     found, remedy = floors.target_ranks(target), None
