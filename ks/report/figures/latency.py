@@ -42,7 +42,7 @@ def loss_by_latency(study: Study, *, log_scale: bool = False, title: str | None 
         axes.axvspan(dense.min(), dense.max(), color=ink(), alpha=0.15, linewidth=0, zorder=1)
         axes.axvline(dense.median(), color=ink(), linewidth=1.4, zorder=1)
         parts.mark_ranks(axes, losses["rank"][shown], chain[shown], losses["best"][shown], colors)
-        axes.annotate("slower\nthan dense", (0.99, 0.97), xycoords="axes fraction", ha="right", va="top", **parts.NOTE)
+        axes.annotate("slower\nthan dense", (0.99, 0.86), xycoords="axes fraction", ha="right", va="top", **parts.NOTE)
         axes.set_title(f"batch {batch} (dense: {dense.median():.3g} ms)", fontsize="medium", loc="left")
         axes.set_xlabel("milliseconds a forward pass")
         axes.set_ylabel(parts.literal(units.label))
