@@ -76,7 +76,7 @@ def main(argv=None) -> int:
                 study.run()
                 lines = study.conclude()
     except OSError as error:
-        place = error.filename or config.output_dir
+        place = error.filename or Path(config.output_dir).absolute()
         remedy = "fix the cause, then rerun the same command to resume"
         print(f"rank_sweep_study.py: {error.strerror}: {place}; {remedy}", file=sys.stderr)
         return console.EXIT_FAILED
