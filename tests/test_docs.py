@@ -44,6 +44,8 @@ COMMANDS = {
 FOREIGN = {
     *(
         "--help",
+        "--help_all",
+        *("--compiled", "--earlier", "--rounds", "--csv", "--dtypes"),  # of bench_layer.py
         "--without_first",
         "--no-deps",
         "--generate",

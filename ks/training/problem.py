@@ -141,7 +141,8 @@ def resolve(config: TrainingFlags, edits: Edits = TOOLKIT) -> Problem:
     if not 1e-280 < inputs.predict_zero_loss < 1e280:
         raise UsageError(
             f"{f'--inputs {config.inputs}' if config.inputs else f'--input_std {config.input_std:g}'} on this weight: "
-            f"the zero predictor has a loss of {inputs.predict_zero_loss:g}; 1e-280 to 1e280 is allowed; scale it"
+            f"the zero predictor has a loss of {inputs.predict_zero_loss:g}; 1e-280 to 1e280 is allowed; "
+            "scale the weight or the inputs"
         )
     return Problem(
         weight=weight,

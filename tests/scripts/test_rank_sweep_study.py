@@ -269,15 +269,14 @@ def test_a_loss_below_its_floor_is_an_internal_error_after_all_is_written(weight
         assert (tmp_path / "out" / f"rank_sweep_{name}").stat().st_size > 0
 
 
-def test_progress_on_a_terminal_parses_nothing_and_every_file_is_parsed_once(
-    weight_path, tmp_path, monkeypatch, capsys
-):
-    parsed = []  # (path, whether the sweep was polling) since the first poll
+def test_the_end_of_a_sweep_parses_every_file_once(weight_path, tmp_path, monkeypatch, capsys):
+    parsed = []  # since the first poll, and outside polls
     polls = []
     read, poll = curves.read_curves, Progress.poll
 
     def spying_read(path):
-        parsed.append((path, bool(polls) and polls[-1] == "running"))
+        if not polls or polls[-1] == "over":
+            parsed.append(path)
         return read(path)
 
     def watched_poll(progress, running):
@@ -296,4 +295,4 @@ def test_progress_on_a_terminal_parses_nothing_and_every_file_is_parsed_once(
     assert "rank 2: ok" in said
     assert "6/6 epochs" in said
     assert len(polls) > 4
-    assert sorted(parsed) == [(files_of(tmp_path / "out", rank).curves_csv, False) for rank in (1, 2)]
+    assert sorted(parsed) == [files_of(tmp_path / "out", rank).curves_csv for rank in (1, 2)]
