@@ -6,11 +6,10 @@ from collections.abc import Sequence
 import torch
 
 from ks.bounds.factorize import factorize
-from ks.chain.backend import check_impl
+from ks.chain.backend import choose_impl
 from ks.chain.dense import dense_chain
-from ks.chain.operator import product_function
 from ks.chain.patterns import Pattern, check_patterns, make_chain
-from ks.chain.product import blocks_of, chain_layout, empty_blocks, values_of
+from ks.chain.product import blocks_of, empty_blocks, layout_of, multiply, values_of
 from ks.errors import UsageError
 from ks.files.memory import check_fits
 from ks.files.torch_files import plain, read_torch_file
@@ -82,12 +81,12 @@ class KSLinear(torch.nn.Module):
         self.patterns = check_patterns(patterns)
         self.out_features, self.in_features = self.patterns[0].rows, self.patterns[-1].cols
         self.batch_last, self.impl = batch_last, impl
-        self._layout = chain_layout(self.patterns, batch_last)
+        self._layout = layout_of(self.patterns, batch_last)
         self._names = tuple(f"block_{index}" for index in range(len(self.patterns)))
         for name, pattern in zip(self._names, self.patterns):
             self.register_parameter(name, torch.nn.Parameter(empty_blocks(pattern, device, dtype)))
         self.bias = torch.nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
-        check_impl(impl, self.block_0.device)
+        choose_impl(impl, self.block_0.device)  # raises if it cannot run
 
     @classmethod
     def from_patterns(
@@ -200,7 +199,7 @@ class KSLinear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., n) to (..., m), or (n, ...) to (m, ...) with `batch_last`."""
-        return product_function(self.impl)(x, self.blocks, self._layout, self.bias)
+        return multiply(x, self.blocks, self._layout, self.bias, self.impl)
 
     def leave_blocks_to(self, consumer: "KSLinear") -> torch.Tensor:
         """Hand the outputs to another chain as this one makes them, which saves the permutation between the two.
@@ -232,7 +231,7 @@ class KSLinear(torch.nn.Module):
         return self._layout.blocks_in or self._layout.blocks_out
 
     def _set_blocks(self, blocks_in: bool, blocks_out: bool) -> None:
-        self._layout = chain_layout(self.patterns, self.batch_last, blocks_in, blocks_out)
+        self._layout = layout_of(self.patterns, self.batch_last, blocks_in, blocks_out)
 
     def _load_from_state_dict(self, state_dict, prefix, *arguments):
         """Load the factors of earlier files too, which hold values of shape (a, b, c, d) as factors.l."""
