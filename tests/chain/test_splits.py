@@ -77,11 +77,10 @@ def test_a_gradient_is_scaled_from_both_sides(chain):
 @pytest.mark.parametrize("batch", [1, 5, 300])
 @pytest.mark.parametrize("chain", CHAINS)
 def test_a_backward_pass_returns_scaled_gradients(chain, batch, block_order, batch_last):
-    """On activations or on gradients, with merged factors (batch 300) or without."""
+    """By multiplied activations (small batches) or gradients."""
     patterns = patterns_of(chain)
     values = random_values(patterns)
-    layout = {"batch_last": batch_last, "block_order": block_order}
-    passes = ChainPasses(patterns, batch, torch.device("cpu"), torch.float64, **layout)
+    passes = ChainPasses(patterns, batch_last=batch_last, block_order=block_order)
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(batch, patterns[-1].cols, dtype=torch.float64, generator=generator)
     x = x.t().contiguous() if batch_last else x
@@ -98,7 +97,7 @@ def test_a_backward_pass_returns_scaled_gradients(chain, batch, block_order, bat
 def test_scaled_gradients_of_half_precision_are_as_precise_as_the_activations(dtype):
     """An inverse in half precision would not be positive definite."""
     patterns = patterns_of(CHAINS[1])
-    passes = ChainPasses(patterns, 4, torch.device("cpu"), dtype)
+    passes = ChainPasses(patterns)
     values = [factor.to(dtype) for factor in random_values(patterns)]
     x = torch.randn(4, patterns[-1].cols, generator=torch.Generator().manual_seed(4)).to(dtype)
     y, *inner = passes.forward(x, values)

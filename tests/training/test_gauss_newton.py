@@ -31,8 +31,8 @@ def chain_of(rows, cols, rank, seed=0):
     return patterns, [factor.detach() for factor in model.factors]
 
 
-def step_of(patterns, factors, optimizer, batch, **layout):
-    passes = ChainPasses(patterns, batch, torch.device("cpu"), torch.float32, **layout)
+def step_of(patterns, factors, optimizer, **layout):
+    passes = ChainPasses(patterns, **layout)
 
     def step(inputs, targets, lr):
         prediction, *inner = passes.forward(inputs, factors)
@@ -109,7 +109,7 @@ def test_the_step_is_that_of_dense_curvature_matrices(chain, layout, batch, coup
     patterns, factors = chain_of(*chain)
     moment = coupled_moment(patterns[-1].a, patterns[-1].cols) if coupled else UNIT_MOMENT
     optimizer = GaussNewton(factors, moment, batch)
-    step, output_rows = step_of(patterns, factors, optimizer, batch, **layout)
+    step, output_rows = step_of(patterns, factors, optimizer, **layout)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, patterns[-1].cols, generator=generator)
     y = torch.randn(batch, patterns[0].rows, generator=generator)
@@ -134,7 +134,7 @@ def train(ready=plain, epochs=3, loss_scaling=False, weight_decay=0.0, chain=CHA
     optimizer = GaussNewton(
         factors, UNIT_MOMENT, samples.batch_size, weight_decay=weight_decay, loss_scaling=loss_scaling
     )
-    step, _ = step_of(patterns, factors, optimizer, samples.batch_size)
+    step, _ = step_of(patterns, factors, optimizer)
     return losses_of(ready(step, samples, optimizer.state()), samples, optimizer, range(1, epochs + 1)), optimizer
 
 
@@ -240,7 +240,7 @@ def test_a_restored_state_goes_on_to_the_bit():
     for stop in (8, 5):
         own = [factor.clone() for factor in factors]
         optimizer = GaussNewton(own, UNIT_MOMENT, samples.batch_size)
-        step, _ = step_of(patterns, own, optimizer, samples.batch_size)
+        step, _ = step_of(patterns, own, optimizer)
         losses_of(step, samples, optimizer, range(1, stop + 1))
         states.append([tensor.clone() for tensor in optimizer.state()])
     assert samples.steps_per_epoch * 5 > 100  # the refresh is no longer due before every step
@@ -248,7 +248,7 @@ def test_a_restored_state_goes_on_to_the_bit():
     optimizer = GaussNewton(resumed, UNIT_MOMENT, samples.batch_size)
     for tensor, value in zip(optimizer.state(), states[1], strict=True):
         tensor.copy_(value)
-    step, _ = step_of(patterns, resumed, optimizer, samples.batch_size)
+    step, _ = step_of(patterns, resumed, optimizer)
     losses_of(step, samples, optimizer, range(6, 9))
     assert all(map(torch.equal, optimizer.state(), states[0]))
 
@@ -355,7 +355,7 @@ def test_coupled_inputs_train_from_a_zero_left_factor():
     moment = coupled_moment(patterns[-1].a, patterns[-1].cols)
     samples = make_samples_of(patterns, moment=moment)
     optimizer = GaussNewton(factors, moment, samples.batch_size)
-    step, _ = step_of(patterns, factors, optimizer, samples.batch_size)
+    step, _ = step_of(patterns, factors, optimizer)
     losses = losses_of(step, samples, optimizer, range(1, 21))
     assert losses[-1].mean() < 0.75 * losses[0].mean()
     assert optimizer.trouble() is None
