@@ -88,7 +88,6 @@ def test_the_bias_of_the_original_layer_is_added_on_loading(tmp_path, saved_bias
         (torch.zeros(24), r"bias of shape \(24,\) and torch.float32: a floating tensor of shape \(36,\) is needed"),
         (torch.zeros(36, 1), r"bias of shape \(36, 1\)"),
         (torch.zeros(36, dtype=torch.int64), "torch.int64"),
-        (True, "bias of bool"),
         (torch.full((36,), float("nan")), "NaN or infinite"),
     ],
 )

@@ -35,31 +35,22 @@ def blocks_of(values: torch.Tensor) -> torch.Tensor:
 
 
 class ChainLayout(NamedTuple):
-    """How features enter and leave a chain, and which of its factors merge; `layout_of` makes it.
+    """How features enter and leave a chain, and which of its factors merge.
 
     Args:
         patterns: of the factors, output side first.
-        runs: ranges of neighbouring small factors that are multiplied with each other before they meet a large batch.
+        runs: ranges of neighbouring small factors that are multiplied with each other before they meet a large batch
+            (`ks.chain.merge.merge_runs`); none with features in blocks.
         batch_last: whether features come first.
         blocks_in: whether x has the shape (..., a, c), its features as the right-most factor takes them.
         blocks_out: whether y has the shape (..., d, b), its features as the left-most factor makes them.
     """
 
     patterns: tuple[Pattern, ...]
-    runs: list[tuple[int, int]]
+    runs: Sequence[tuple[int, int]]
     batch_last: bool = False
     blocks_in: bool = False
     blocks_out: bool = False
-
-
-def layout_of(
-    patterns: Sequence[Pattern], batch_last: bool = False, blocks_in: bool = False, blocks_out: bool = False
-) -> ChainLayout:
-    """Return the layout of a chain; factors whose features are handed over in blocks stay as they are."""
-    patterns = tuple(patterns)
-    whole = [(index, index + 1) for index in range(len(patterns))]
-    runs = whole if blocks_in or blocks_out else merge_runs(patterns)
-    return ChainLayout(patterns, runs, batch_last, blocks_in, blocks_out)
 
 
 def chain_product(
@@ -88,7 +79,8 @@ def chain_product(
         UsageError: the features of x do not match the right-most factor, dtypes differ, or an impl that cannot run.
     """
     choose_impl(impl, x.device)
-    layout = layout_of([Pattern(*factor.shape) for factor in values], batch_last)
+    patterns = tuple(Pattern(*factor.shape) for factor in values)
+    layout = ChainLayout(patterns, merge_runs(patterns), batch_last)
     return multiply(x, [blocks_of(factor) for factor in values], layout, bias, impl)
 
 
@@ -127,7 +119,7 @@ def multiply(
 def _plain_product(x: torch.Tensor, blocks: Sequence[torch.Tensor], layout: ChainLayout) -> torch.Tensor:
     """Return y as a view of shape (batch, a, b, d), or (batch, d, b) with blocks_out, for x of shape (batch, ...)."""
     patterns, batch = layout.patterns, x.shape[0]
-    if len(layout.runs) < len(patterns) and (not _is_eager() or batch >= MERGE_BATCH):
+    if 0 < len(layout.runs) < len(patterns) and (not _is_eager() or batch >= MERGE_BATCH):
         values = [values_of(block, pattern) for block, pattern in zip(blocks, patterns)]
         blocks = [blocks_of(functools.reduce(merge_factors, values[start:stop])) for start, stop in layout.runs]
         patterns = tuple(functools.reduce(merged_pattern, patterns[start:stop]) for start, stop in layout.runs)

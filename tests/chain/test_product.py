@@ -8,7 +8,7 @@ from kernel_cases import random_chain
 
 from ks.chain.merge import MERGE_BATCH, merge_runs
 from ks.chain.patterns import Pattern, check_patterns, make_chain
-from ks.chain.product import blocks_of, chain_product, empty_blocks, layout_of, multiply, values_of
+from ks.chain.product import ChainLayout, blocks_of, chain_product, empty_blocks, multiply, values_of
 from ks.chain.reference import chain_to_dense, factor_to_dense, support
 from ks.errors import UsageError
 from ks.layer import KSLinear
@@ -61,7 +61,7 @@ def test_random_chains_equal_the_dense_product(first):
         if patterns[0].a != 1 or patterns[-1].d != 1:
             continue
         for blocks_in, blocks_out in ((True, False), (False, True), (True, True)):
-            layout = layout_of(patterns, batch_last, blocks_in, blocks_out)
+            layout = ChainLayout(tuple(patterns), (), batch_last, blocks_in, blocks_out)
             given = x.unflatten(-1, (patterns[-1].a, -1 if x.numel() else patterns[-1].c)) if blocks_in else x
             features = (-2, -1) if blocks_in else (-1,)
             given = given.movedim(features, tuple(range(len(features)))) if batch_last else given
