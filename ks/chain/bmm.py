@@ -22,9 +22,10 @@ def feature_blocks(features: torch.Tensor, a: int, d: int, block_order: bool = F
     Args:
         block_order: whether they are ordered (a, d, f), and not (a, f, d).
     """
+    rows, batch = features.shape
     if block_order:
-        return features.unflatten(0, (a, d, -1))
-    return features.unflatten(0, (a, -1, d)).transpose(1, 2)
+        return features.view(a, d, rows // (a * d), batch)
+    return features.view(a, rows // (a * d), d, batch).transpose(1, 2)
 
 
 def multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
