@@ -14,11 +14,6 @@ from ks.chain.patterns import Pattern
 from ks.training.criterion import loss_and_gradient, mean_squared_error
 
 
-def training_passes(patterns, batch: int, device="cpu", impl: str = "auto") -> ChainPasses:
-    """Return the passes of `train_with_random.py` on (batch, features) inputs."""
-    return ChainPasses(patterns, batch, torch.device(device), torch.float32, block_order=True, impl=impl)
-
-
 def training_factors(layer) -> list[torch.Tensor]:
     """Return copies of the values of a layer in the memory order of `train_with_random.py`."""
     return [empty_values(factor.shape, factor.device).copy_(factor.detach()) for factor in layer.factors]

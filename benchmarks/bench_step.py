@@ -14,9 +14,10 @@ import sys
 from pathlib import Path
 
 import torch
-from baselines import PlainChain, our_step, plain_epochs, training_factors, training_passes
+from baselines import PlainChain, our_step, plain_epochs, training_factors
 from timing import Rows, interleaved_ms, named_device, place
 
+from ks.chain.passes import ChainPasses
 from ks.chain.patterns import make_chain
 from ks.cli import console
 from ks.layer import KSLinear
@@ -32,7 +33,7 @@ def our_epoch(layer, weight, samples, impl):
     """Return a function that runs an epoch of our training step, captured on a GPU."""
     factors = training_factors(layer)
     optimizer = Optimizer("adamw", factors)
-    passes = training_passes(layer.patterns, samples.batch_size, weight.device, impl)
+    passes = ChainPasses(layer.patterns, block_order=True, impl=impl)
     step = our_step(passes, factors, optimizer)
     step, (_, _, warning) = runnable(step, *samples.first(), optimizer.state())
     if warning:

@@ -12,12 +12,13 @@ import argparse
 import sys
 
 import torch
-from baselines import our_step, training_factors, training_passes
+from baselines import our_step, training_factors
 from minilm import WEIGHTS, checkpoint
 
 import ks
 from ks.bounds.floors import loss_floor
 from ks.bounds.population_loss import population_loss
+from ks.chain.passes import ChainPasses
 from ks.cli.flags import TrainerConfig
 from ks.files.make_weight import make_weight
 from ks.files.weights import load_weight
@@ -65,7 +66,7 @@ def gap(
     chain = ks.make_chain(rows, cols)
     target = weight * (rows**0.5 / weight.norm())
     patterns = chain.patterns(rank)
-    passes = training_passes(patterns, 32)
+    passes = ChainPasses(patterns, block_order=True)
     samples = Samples(target, 8000, 32, 32, sampling=sampling, seed=0, output_rows=passes.output_rows)
     model = KSLinear.from_patterns(patterns)
     model.reset_parameters(seeded_generator(0, "init"))

@@ -17,13 +17,14 @@ import time
 from pathlib import Path
 
 import torch
-from baselines import our_step, training_factors, training_passes
+from baselines import our_step, training_factors
 from minilm import WEIGHTS, checkpoint
 from timing import Rows, place
 
 import ks
 from ks.bounds.floors import loss_floor
 from ks.bounds.population_loss import population_loss
+from ks.chain.passes import ChainPasses
 from ks.cli.flags import TrainerConfig
 from ks.files.make_weight import make_weight
 from ks.files.weights import load_weight
@@ -56,7 +57,7 @@ def curve(weight, chain, rank: int, optimizer: str, epochs: int, num_samples: in
     """Train one chain; yield (epoch, steps, CPU seconds of the steps, gap) ten times."""
     rows, cols = weight.shape
     patterns = chain.patterns(rank)
-    passes = training_passes(patterns, BATCH)
+    passes = ChainPasses(patterns, block_order=True)
     sampling = "whitened" if num_samples >= cols else "fresh"
     settings = {"sampling": sampling, "seed": seed, "output_rows": passes.output_rows}
     samples = Samples(weight, num_samples, BATCH, BATCH, **settings)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ks.bounds.factorize import factorize as factorize
     from ks.bounds.floors import loss_floor as loss_floor
-    from ks.chain.operator import chain_product as chain_product
     from ks.chain.patterns import Chain as Chain
     from ks.chain.patterns import Pattern as Pattern
     from ks.chain.patterns import make_chain as make_chain
+    from ks.chain.product import chain_product as chain_product
     from ks.layer import KSLinear as KSLinear
     from ks.layer import load as load
     from ks.model.allocate import plan_model as plan_model
@@ -29,7 +29,7 @@ _HOMES = {
     "InputMoments": "ks.moments.moments_file",
     "KSLinear": "ks.layer",
     "Pattern": "ks.chain.patterns",
-    "chain_product": "ks.chain.operator",
+    "chain_product": "ks.chain.product",
     "collect_input_moments": "ks.model.collect",
     "compress": "ks.model.apply",
     "compress_in_order": "ks.model.in_order",

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import torch
 
 from ks.bounds.factorize import factorize
-from ks.chain.backend import check_impl
+from ks.chain.backend import choose_impl
 from ks.chain.dense import dense_chain
-from ks.chain.operator import product_function
+from ks.chain.merge import merge_runs
 from ks.chain.patterns import Pattern, check_patterns, make_chain
-from ks.chain.product import blocks_of, chain_layout, empty_blocks, values_of
+from ks.chain.product import ChainLayout, blocks_of, empty_blocks, multiply, values_of
 from ks.errors import UsageError
 from ks.files.memory import check_fits
 from ks.files.torch_files import plain, read_torch_file
@@ -33,18 +33,16 @@ class KSLinear(torch.nn.Module):
             has its bias.
         bias: whether to add a trained bias of shape (m,). The default is none, unlike that of nn.Linear.
         chain: 'monarch', 'lowrank', 'butterfly' or 'lowrank_butterfly'.
-        blocks, num_factors, row_splits, col_splits: as in `ks.chain.patterns.make_chain`.
         impl: 'auto' and 'bmm' for plain operations of torch, 'triton' for the kernels of this package.
         batch_last: features first, (n, ...) → (m, ...), instead of (..., n) → (..., m).
         device, dtype: of the parameters.
+        chain_options: blocks, num_factors, row_splits and col_splits of `ks.chain.patterns.make_chain`.
     Raises:
         UsageError: a chain that does not fit the shape, or an impl that cannot run.
     """
 
     block_0: torch.nn.Parameter
-    stored_transposed = (
-        False  # whether the weight that this layer replaced is (in, out) in its checkpoint, as of Conv1D
-    )
+    stored_transposed = False  # whether the replaced weight is (in, out) in its checkpoint, as that of Conv1D
 
     def __init__(
         self,
@@ -54,71 +52,54 @@ class KSLinear(torch.nn.Module):
         bias: bool = False,
         *,
         chain: str = "monarch",
-        blocks: int = 4,
-        num_factors: int = 3,
-        row_splits=None,
-        col_splits=None,
         impl: str = "auto",
         batch_last: bool = False,
         device=None,
         dtype=None,
+        **chain_options,
     ):
         if isinstance(rank, bool):
             raise UsageError(f"rank {rank}: the third argument of KSLinear is the rank; write bias={rank}")
-        family = make_chain(
-            out_features,
-            in_features,
-            chain,
-            blocks=blocks,
-            num_factors=num_factors,
-            row_splits=row_splits,
-            col_splits=col_splits,
-        )
-        self._build(family.patterns(rank), bias, impl, batch_last, device, dtype)
+        patterns = make_chain(out_features, in_features, chain, **chain_options).patterns(rank)
+        self._build(patterns, bias, impl, batch_last, device, dtype)
         self.reset_parameters()
 
-    def _build(self, patterns, bias, impl, batch_last, device, dtype):
+    def _build(self, patterns, bias=False, impl="auto", batch_last=False, device=None, dtype=None):
         super().__init__()
         self.patterns = check_patterns(patterns)
         self.out_features, self.in_features = self.patterns[0].rows, self.patterns[-1].cols
         self.batch_last, self.impl = batch_last, impl
-        self._layout = chain_layout(self.patterns, batch_last)
+        self._layout = ChainLayout(self.patterns, merge_runs(self.patterns), batch_last)
         self._names = tuple(f"block_{index}" for index in range(len(self.patterns)))
         for name, pattern in zip(self._names, self.patterns):
             self.register_parameter(name, torch.nn.Parameter(empty_blocks(pattern, device, dtype)))
         self.bias = torch.nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
-        check_impl(impl, self.block_0.device)
+        choose_impl(impl, self.block_0.device)  # raises if it cannot run
 
     @classmethod
-    def from_patterns(
-        cls, patterns, bias: bool = False, *, impl: str = "auto", batch_last: bool = False, device=None, dtype=None
-    ) -> "KSLinear":
-        """Build a layer from explicit patterns (a, b, c, d), output side first; the other arguments as the class's.
+    def from_patterns(cls, patterns, bias: bool = False, **options) -> "KSLinear":
+        """Build a layer from explicit patterns (a, b, c, d), output side first.
 
+        Args:
+            options: impl, batch_last, device and dtype, as the class's.
         Raises:
             UsageError: patterns that do not chain.
         """
-        layer = cls.uninitialised(patterns, bias, impl=impl, batch_last=batch_last, device=device, dtype=dtype)
+        layer = cls.uninitialised(patterns, bias, **options)
         layer.reset_parameters()
         return layer
 
     @classmethod
-    def uninitialised(
-        cls, patterns, bias: bool = False, *, impl: str = "auto", batch_last: bool = False, device=None, dtype=None
-    ) -> "KSLinear":
+    def uninitialised(cls, patterns, bias: bool = False, **options) -> "KSLinear":
         """Build the layer of `from_patterns` with uninitialised values, for a caller that writes them next."""
         layer = cls.__new__(cls)
-        layer._build(patterns, bias, impl, batch_last, device, dtype)
+        layer._build(patterns, bias, **options)
         return layer
 
     @property
     def blocks(self) -> list[torch.nn.Parameter]:
         """The parameters of the factors, output side first, each of shape (a·d, c, b)."""
-        parameters = self._parameters
-        try:
-            return [parameters[name] for name in self._names]  # type: ignore[misc]  # getattr takes twice as long
-        except KeyError:  # parametrised or pruned
-            return [getattr(self, name) for name in self._names]
+        return [getattr(self, name) for name in self._names]
 
     @property
     def factors(self) -> list[torch.Tensor]:
@@ -200,7 +181,7 @@ class KSLinear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., n) to (..., m), or (n, ...) to (m, ...) with `batch_last`."""
-        return product_function(self.impl)(x, self.blocks, self._layout, self.bias)
+        return multiply(x, self.blocks, self._layout, self.bias, self.impl)
 
     def leave_blocks_to(self, consumer: "KSLinear") -> torch.Tensor:
         """Hand the outputs to another chain as this one makes them, which saves the permutation between the two.
@@ -222,17 +203,14 @@ class KSLinear(torch.nn.Module):
             raise UsageError(
                 f"blocks of {first} cannot go to {last}: (1, b, c, d) and (d, b', b, 1) are needed, in one layout"
             )
-        self._set_blocks(self._layout.blocks_in, True)
-        consumer._set_blocks(True, consumer._layout.blocks_out)
+        self._layout = self._layout._replace(runs=(), blocks_out=True)
+        consumer._layout = consumer._layout._replace(runs=(), blocks_in=True)
         return torch.arange(self.out_features).view(-1, first.d).t().flatten()
 
     @property
     def hands_over_blocks(self) -> bool:
         """Whether `leave_blocks_to` has bound this layer to a neighbour."""
         return self._layout.blocks_in or self._layout.blocks_out
-
-    def _set_blocks(self, blocks_in: bool, blocks_out: bool) -> None:
-        self._layout = chain_layout(self.patterns, self.batch_last, blocks_in, blocks_out)
 
     def _load_from_state_dict(self, state_dict, prefix, *arguments):
         """Load the factors of earlier files too, which hold values of shape (a, b, c, d) as factors.l."""
@@ -303,22 +281,15 @@ class KSLinear(torch.nn.Module):
         state = saved.state_dict
         if bias is not None:
             state = {**state, "bias": _added_bias(bias, state, patterns[0].rows)}
-        layer = cls.uninitialised(
-            patterns,
-            bias="bias" in state,
-            impl=impl,
-            batch_last=saved.batch_last,
-            device=device,
-            dtype=state["factors.0"].dtype,
-        )
+        place = {"device": device, "dtype": state["factors.0"].dtype}
+        layer = cls.uninitialised(patterns, "bias" in state, impl=impl, batch_last=saved.batch_last, **place)
         layer.load_state_dict(state)
         return layer
 
     def extra_repr(self) -> str:
-        patterns = " ".join(map(str, self.patterns))
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"patterns={patterns}, batch_last={self.batch_last}"
+            f"patterns={' '.join(map(str, self.patterns))}, batch_last={self.batch_last}"
         )
 
 
@@ -328,13 +299,13 @@ def _added_bias(bias: torch.Tensor, state: dict[str, torch.Tensor], rows: int) -
     Raises:
         UsageError: another shape than (m,), not floating, or not finite.
     """
-    if not isinstance(bias, torch.Tensor) or bias.shape != (rows,) or not bias.is_floating_point():
-        given = f"shape {tuple(bias.shape)} and {bias.dtype}" if isinstance(bias, torch.Tensor) else type(bias).__name__
+    if bias.shape != (rows,) or not bias.is_floating_point():
+        given = f"shape {tuple(bias.shape)} and {bias.dtype}"
         raise UsageError(f"bias of {given}: a floating tensor of shape ({rows},) is needed, one value for each output")
     wide = bias.detach().to("cpu", torch.float64)
     if not wide.isfinite().all():
         raise UsageError("the bias holds NaN or infinite values; finite ones are needed")
-    return wide + state["bias"].double() if "bias" in state else wide
+    return wide + state.get("bias", torch.zeros(())).double()
 
 
 def _check_state(state: dict[str, torch.Tensor], patterns: Sequence[Pattern], where: str) -> None:

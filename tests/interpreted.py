@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from ks.chain import bmm, operator
+from ks.chain import bmm
 
 
 @contextlib.contextmanager
@@ -30,12 +30,10 @@ def interpreter(*names):
         return {name: sys.modules.pop(name) for name in found if not name.startswith("triton._C")}
 
     before = take_out()
-    operator._passes.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         mend_bfloat16(patch, importlib.import_module("triton.runtime.interpreter"))
         yield [importlib.import_module(name) for name in names]
-    operator._passes.cache_clear()
     take_out()
     sys.modules.update(before)
     for name in names:

@@ -91,7 +91,7 @@ def test_the_package_imports_no_script_and_no_script_another():
 
 HOMES = {
     "matplotlib": {name for name in FILES if name.startswith("report.figures.")},
-    "triton": {"chain.triton_kernels", "chain.passes"},
+    "triton": {"chain.triton_kernels", "chain.backend"},
     "tqdm": {"study.progress"},
     "ray": {"study.ray_cluster"},
     "wandb": {"training.trackers"},
@@ -115,7 +115,7 @@ def test_heavy_libraries_are_imported_only_where_they_belong(library):
 @pytest.mark.parametrize(
     ("name", "library"),
     [
-        ("chain.passes", "triton"),
+        ("chain.backend", "triton"),
         ("study.ray_cluster", "ray"),
         ("training.trackers", "torch.utils.tensorboard"),
         ("training.trackers", "wandb"),

@@ -8,7 +8,7 @@ raises the loss.
 
 import torch
 
-from ks.chain.operator import chain_product
+from ks.chain.product import chain_product
 
 MAX_FACTOR_SWEEPS = 50  # for the worst case; each costs 4 m n² operations and more
 FACTOR_TOLERANCE = 1e-4  # relative progress of a sweep at which the descent ends

@@ -1,12 +1,15 @@
-"""The backend of the chain product, torch.bmm or the Triton kernels: which one runs, and why."""
+"""The backend of the chain product, torch.bmm or the Triton kernel: which one runs, why, and whether it works here."""
 
 import importlib.util
 import os
-from types import ModuleType
+from collections.abc import Sequence
+from subprocess import CalledProcessError
 
 import torch
 
-from ks.chain import bmm
+from ks.chain.bmm import empty_values
+from ks.chain.passes import ChainPasses
+from ks.chain.patterns import Pattern
 from ks.errors import UsageError
 
 IMPLS = ("auto", "triton", "bmm")
@@ -27,9 +30,8 @@ def choose_impl(impl: str, device: torch.device) -> tuple[str, str]:
     if impl not in IMPLS:
         raise UsageError(f"impl {impl!r}: choose one of {', '.join(IMPLS)}")
     if impl == "auto":
-        return "bmm", "no measurement says that the Triton kernels are faster"
-    missing = _why_no_triton(device) if impl == "triton" else None
-    if missing:
+        return "bmm", "no measurement says that the Triton kernel is faster"
+    if impl == "triton" and (missing := _why_no_triton(device)):
         raise UsageError(f"impl 'triton': {missing}; use 'auto' or 'bmm'")
     return impl, "as asked"
 
@@ -44,15 +46,49 @@ def _why_no_triton(device: torch.device) -> str | None:
     return None if interpreted and device.type == "cpu" else "the kernels need a CUDA device"
 
 
-def check_impl(impl: str, device: torch.device) -> None:
-    """Raise UsageError, with the reason, unless the backend `impl` can run on `device`."""
-    choose_impl(impl, device)
+def choose_working_impl(
+    impl: str, patterns: Sequence[Pattern], batch: int, device: torch.device, dtype: torch.dtype, **settings
+) -> tuple[str, str]:
+    """Choose a backend as `choose_impl` does, and compare the Triton kernel with torch.bmm on random data.
+
+    Args:
+        impl: 'auto', 'triton' or 'bmm'.
+        patterns, settings: arguments of `ChainPasses`.
+        batch, device, dtype: of the random data.
+    Returns:
+        (backend, reason).
+    Raises:
+        UsageError: 'triton' was asked for, and it fails or gives other numbers.
+    """
+    chosen, reason = choose_impl(impl, device)
+    if chosen == "bmm":
+        return chosen, reason
+    from triton.errors import TritonError
+
+    try:
+        theirs, ours = (_tried(name, patterns, batch, device, dtype, settings) for name in ("bmm", chosen))
+    except torch.OutOfMemoryError:
+        raise
+    except (TritonError, RuntimeError, CalledProcessError) as error:  # a missing C compiler is a RuntimeError
+        failure = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"impl 'triton': the kernels fail here ({failure}); use 'auto' or 'bmm'") from error
+    difference = max(((mine - its).norm() / its.norm()).item() for mine, its in zip(ours, theirs))
+    if not difference < 16 * max(torch.finfo(dtype).eps, 2**-11 if settings.get("precision") == "tf32" else 0):
+        raise UsageError(f"impl 'triton': the kernels are wrong here, by {difference:.1g} of a product; use 'bmm'")
+    return chosen, reason
 
 
-def backend_module(name: str) -> ModuleType:
-    """Return the module with `apply_factor` and `values_gradient`; Triton is imported only where it is used."""
-    if name == "bmm":
-        return bmm
-    from ks.chain import triton_kernels
+def _tried(impl: str, patterns, batch: int, device, dtype, settings: dict) -> list[torch.Tensor]:
+    """Return all results of both passes on random data."""
+    generator = torch.Generator().manual_seed(0)
 
-    return triton_kernels
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    passes = ChainPasses(patterns, impl=impl, **settings)
+    values = [empty_values(p, device, dtype).copy_(normal(*p) * p.c**-0.5) for p in passes.patterns]
+    x, gradient = (normal(batch, size) for size in (passes.patterns[-1].cols, passes.patterns[0].rows))
+    if passes.batch_last:
+        x, gradient = x.t().contiguous(), gradient.t().contiguous()
+    y, *inner = passes.forward(x, values)
+    return [result.float() for result in (y, *passes.backward(gradient, x, values, inner, for_x=True))]

@@ -9,8 +9,8 @@ import torch
 
 from ks.chain.bmm import float32_products
 from ks.chain.merge import merge_factors
-from ks.chain.operator import chain_product
 from ks.chain.patterns import Pattern, chainability
+from ks.chain.product import chain_product
 
 PIECE_VALUES = 2**18  # of W that are made at a time by blocks: they stay in a cache
 COLUMN_VALUES = 2**23  # of a unit matrix that are multiplied at a time: a wide W needs little more than its own memory

@@ -1,6 +1,4 @@
-"""Small neighbouring factors multiplied with each other before they meet a large batch, and the gradients of that."""
-
-import itertools
+"""Small neighbouring factors multiplied with each other before they meet a large batch."""
 
 import torch
 
@@ -9,41 +7,29 @@ from ks.chain.patterns import Pattern, chainability
 MERGE_BATCH = 256  # samples from which on merging pays
 
 
-def merge_runs(patterns: tuple[Pattern, ...], batch: int = MERGE_BATCH) -> list[tuple[int, int]]:
+def merge_runs(patterns: tuple[Pattern, ...]) -> list[tuple[int, int]]:
     """Return the runs of neighbouring factors to multiply with each other, as (start, stop) ranges.
 
     A pass over the activations costs as much as a product with 64 × 64 blocks. So runs of factors with b, c ≤ 16
-    (butterflies) become one factor with b, c ≤ 64 where the batch is large enough to pay for it.
+    (butterflies) become one factor with b, c ≤ 64.
     """
-    runs = []
-    start = 0
-    while start < len(patterns):
-        stop, merged = start + 1, patterns[start]
-        while batch >= MERGE_BATCH and stop < len(patterns):
-            rank = chainability(merged, patterns[stop])
-            small = max(patterns[start].b, patterns[start].c, patterns[stop].b, patterns[stop].c) <= 16
-            if rank is None or not small:
-                break
-            wider = merged_pattern(merged, patterns[stop])
-            if max(wider.b, wider.c) > 64:
-                break
-            stop, merged = stop + 1, wider
-        runs.append((start, stop))
-        start = stop
+    runs: list[tuple[int, int]] = []
+    merged = patterns[0]
+    for index, pattern in enumerate(patterns):
+        start = runs[-1][0] if runs else 0
+        small = max(patterns[start].b, patterns[start].c, pattern.b, pattern.c) <= 16
+        wider = merged_pattern(merged, pattern) if runs and small and chainability(merged, pattern) else None
+        if wider is not None and max(wider.b, wider.c) <= 64:
+            runs[-1], merged = (start, index + 1), wider
+        else:
+            runs.append((index, index + 1))
+            merged = pattern
     return runs
 
 
 def merged_pattern(left: Pattern, right: Pattern) -> Pattern:
     """Return the pattern (a_1, b_1·d_1/d_2, c_2·a_2/a_1, d_2) that contains the product of two chainable factors."""
     return Pattern(left.a, left.b * left.d // right.d, right.c * right.a // left.a, right.d)
-
-
-def partial_products(values: list[torch.Tensor], run: slice) -> list[torch.Tensor]:
-    """Return the products of the first one, two, … factors of a run; the last one is the merged factor."""
-    return list(itertools.accumulate(values[run], merge_factors))
-
-
-_MERGE, _MERGE_LEFT, _MERGE_RIGHT = "ijusxt,iusxkt->ijxukt", "ijxukt,iusxkt->ijusxt", "ijusxt,ijxukt->iusxkt"
 
 
 def merge_factors(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -58,35 +44,8 @@ def merge_factors(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     Returns:
         tensor of shape (a_1, b_1·w, c_2·a_2/a_1, d_2).
     """
-    return torch.einsum(_MERGE, *_merge_views(left, right)).reshape(_merged_shape(left, right))
-
-
-def _merged_shape(left, right) -> Pattern:
-    return merged_pattern(Pattern(*left.shape), Pattern(*right.shape))
-
-
-def _merge_views(left, right):
-    """Return left as (i, j, u, s, τ, t_2) and right as (i, u, s, τ, k, t_2)."""
-    (a, b, _, d), (_, _, c, inner) = left.shape, right.shape
-    rank = chainability(Pattern(*left.shape), Pattern(*right.shape))
-    return left.reshape(a, b, -1, rank, d // inner, inner), right.reshape(a, -1, rank, d // inner, c, inner)
-
-
-def unmerge_gradient(
-    gradient: torch.Tensor, factors: list[torch.Tensor], partials: list[torch.Tensor]
-) -> list[torch.Tensor]:
-    """Return the gradients of the factors of a run.
-
-    Args:
-        gradient: of the merged factor.
-        factors: of the run, from left to right.
-        partials: their `partial_products`.
-    """
-    gradients: list[torch.Tensor] = []
-    for left, right in zip(partials[-2::-1], factors[:0:-1]):
-        left_view, right_view = _merge_views(left, right)
-        (a, b, u, _, x, t), k = left_view.shape, right.shape[2]
-        view = gradient.reshape(a, b, x, u, k, t)
-        gradients.insert(0, torch.einsum(_MERGE_RIGHT, left_view, view).reshape(right.shape))
-        gradient = torch.einsum(_MERGE_LEFT, view, right_view).reshape(left.shape)
-    return [gradient, *gradients]
+    first, second = Pattern(*left.shape), Pattern(*right.shape)
+    (a, b, _, d), rank, inner = first, chainability(first, second) or 0, second.d
+    left = left.reshape(a, b, -1, rank, d // inner, inner)  # a b (u ρ) (τ t) -> a b u ρ τ t
+    right = right.reshape(a, -1, rank, d // inner, second.c, inner)  # (a u) (ρ τ) c t -> a u ρ τ c t
+    return torch.einsum("ijusxt,iusxkt->ijxukt", left, right).reshape(merged_pattern(first, second))

@@ -8,6 +8,7 @@ Source: Le, Zheng, Riccietti, Gribonval, "Butterfly factorization with error gua
 chainability; Dao et al., "Monarch" (ICML 2022), for the two-factor family.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from itertools import pairwise
 from math import isqrt, prod
@@ -81,10 +82,6 @@ def chainability(left: Pattern, right: Pattern) -> int | None:
 def _largest_divisor(number: int, limit: int) -> int:
     small = [k for k in range(1, isqrt(number) + 1) if number % k == 0]
     return max(k for k in (*small, *(number // k for k in small)) if k <= limit)
-
-
-def _power_of_two_in(number: int) -> int:
-    return (number & -number).bit_length() - 1
 
 
 @dataclass(frozen=True)
@@ -162,8 +159,8 @@ class Chain:
         Raises:
             UsageError: rank is not a positive integer.
         """
-        _check_rank(rank)
         if self.family == "lowrank_butterfly":
+            _check_rank(rank)
             return _lowrank_butterfly_patterns(self.rows, self.cols, min(rank, self.saturation_rank))
         return patterns_of_ranks(self.row_splits, self.col_splits, self.ranks(rank))
 
@@ -173,25 +170,21 @@ class Chain:
 
     def parity_rank(self) -> int | None:
         """Return the smallest rank with at least as many parameters as the dense weight, or None if none has."""
-        dense, low, high = self.rows * self.cols, 1, self.saturation_rank
-        if self.parameters(high) < dense:
-            return None
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self.parameters(middle) >= dense else (middle + 1, high)
-        return low
+        ranks = range(1, self.saturation_rank + 1)
+        index = bisect_left(ranks, self.rows * self.cols, key=self.parameters)
+        return ranks[index] if index < len(ranks) else None
 
     def notes(self) -> list[str]:
         """Return remarks that a reader of a study on this chain needs, one sentence each; usually none."""
+        size = f"{self.rows} × {self.cols} weight"
         if self.family == "lowrank_butterfly":
-            notes = ["lowrank_butterfly is the chain of the 2025 ksmm study, for comparison; it is exactly rank-r"]
             if self.saturation_rank == 1 < self.rows:
-                notes = [f"lowrank_butterfly on a square {self.rows} × {self.cols} weight: the rank has no effect"]
-            return notes
+                return [f"lowrank_butterfly on a square {size}: the rank has no effect"]
+            return ["lowrank_butterfly is the chain of the 2025 ksmm study, for comparison; it is exactly rank-r"]
         if self.family == "monarch" and 1 in (self.row_splits[-1], self.col_splits[0]):
             q, p = self.row_splits[-1], self.col_splits[0]
             degree = "plain low-rank" if q == p == 1 else "partly low-rank"
-            return [f"a {q} × {p} grid of blocks: monarch is {degree} on this {self.rows} × {self.cols} weight"]
+            return [f"a {q} × {p} grid of blocks: monarch is {degree} on this {size}"]
         return []
 
     def describe(self) -> str:
@@ -230,20 +223,11 @@ def patterns_of_ranks(row_splits, col_splits, ranks) -> tuple[Pattern, ...]:
         ranks: (r_1, …, r_{L-1}), positive; ranks that no chain can have are clipped (`clip_ranks`).
     Returns:
         L patterns, output side first; the chainability number of the pair (l, l + 1) is the clipped r_l.
-    Raises:
-        UsageError: a rank that is not a positive integer, or not L − 1 of them.
     """
-    length = len(row_splits)
-    if len(col_splits) != length or len(ranks) != length - 1:
-        raise UsageError(
-            f"{length} row splits, {len(col_splits)} column splits and {len(ranks)} ranks: L, L and L − 1 are needed"
-        )
-    for rank in ranks:
-        _check_rank(rank)
     r = (1, *clip_ranks(row_splits, col_splits, ranks), 1)
     return tuple(
         Pattern(prod(col_splits[:l]), row_splits[l] * r[l], col_splits[l] * r[l + 1], prod(row_splits[l + 1 :]))
-        for l in range(length)
+        for l in range(len(row_splits))
     )
 
 
@@ -295,7 +279,7 @@ def make_chain(
         if num_factors < 2:
             raise UsageError(f"num_factors {num_factors}: at least 2 is needed")
         halvings = num_factors - 1
-        allowed = min(_power_of_two_in(rows), _power_of_two_in(cols))
+        allowed = min((side & -side).bit_length() - 1 for side in (rows, cols))  # halvings that both sides have
         if halvings > allowed:
             remedy = f"at most {allowed + 1} factors, or the chain monarch" if allowed else "the chain monarch"
             raise UsageError(

@@ -7,7 +7,7 @@ import torch
 
 from ks import signals
 from ks.bounds.population_loss import sampled_loss_range
-from ks.chain.operator import chain_product
+from ks.chain.product import chain_product
 from ks.cli import console
 from ks.cli.flags import TrainerConfig
 from ks.errors import InternalError, UsageError

@@ -2,17 +2,21 @@
 
 import contextlib
 import functools
-from collections.abc import Callable
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
 
 import torch
 
 from ks.files.columns import BATCHES
 from ks.files.schema import Latency
 from ks.layer import KSLinear
-from ks.training.interleaved import interleaved_medians
 from ks.training.steps import cuda_graph
 
 THREADS = 1  # of a CPU
+READING_SECONDS = 1e-3  # short calls are repeated for so long between two readings of the clock
+ROUNDS = (3, 25)  # at least and at most
 
 
 def measure_latency(
@@ -46,7 +50,7 @@ def measure_latency(
         block.copy_(normal(*block.shape) * block.shape[1] ** -0.5)
     rank = max(1, sum(block.numel() for block in chain.blocks) // (rows + cols))
     left, right = normal(rows, rank), normal(rank, cols)
-    product = torch.matmul if batch_last else _linear
+    product = torch.matmul if batch_last else lambda weight, x: torch.nn.functional.linear(x, weight)
 
     def times(prepare: Callable, seconds: float) -> dict[str, float]:
         found: dict[str, float] = {}
@@ -86,5 +90,38 @@ def launches(device: torch.device) -> dict[str, Callable]:
     return eager | ({"CUDA graph": cuda_graph} if device.type == "cuda" else {})
 
 
-def _linear(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.linear(x, weight)
+def interleaved_medians(
+    functions: Mapping[str, Callable],
+    device: torch.device,
+    seconds: float = math.inf,
+    *,
+    rounds: tuple[int, int] = ROUNDS,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
+    """Return the median seconds of a call of each function; every round times all of them.
+
+    Args:
+        functions: to call, by name.
+        device: synchronised before each reading of the clock.
+        seconds: after which no further round begins.
+        rounds: at least and at most, after one that does not count.
+        clock: time.process_time leaves out the time of other programs on the machine.
+    """
+    synchronise = functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+
+    def reading(function: Callable, calls: int) -> float:
+        synchronise()
+        started = clock()
+        for _ in range(calls):
+            function()
+        synchronise()
+        return (clock() - started) / calls
+
+    for function in functions.values():
+        function()  # the first call allocates and compiles
+    calls = {name: max(1, min(500, int(READING_SECONDS / reading(f, 2)))) for name, f in functions.items()}
+    until = time.perf_counter() + seconds
+    found: list[list[float]] = []
+    while len(found) < rounds[0] or (len(found) < rounds[1] and time.perf_counter() < until):
+        found.append([reading(function, calls[name]) for name, function in functions.items()])
+    return dict(zip(functions, map(statistics.median, zip(*found))))

@@ -6,7 +6,7 @@ import torch
 
 from ks.bounds.floors import no_floor_reason
 from ks.bounds.population_loss import population_loss
-from ks.chain.backend import check_impl
+from ks.chain.backend import choose_impl
 from ks.chain.patterns import Chain, make_chain
 from ks.cli.flags import ChainFlags, TrainingFlags
 from ks.errors import UsageError
@@ -126,7 +126,7 @@ def resolve(config: TrainingFlags, edits: Edits = TOOLKIT) -> Problem:
     device = choose_device(config.device)
     if device.type == "cuda":  # streams, graphs and kernels go to the current device
         torch.cuda.set_device(device)
-    check_impl(config.impl, device)
+    choose_impl(config.impl, device)
     check_installed(config.log_to)
     weight = load_weight(config.weight_path, config.weight_key, config.transpose)
     rows, cols = weight.tensor.shape

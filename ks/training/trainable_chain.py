@@ -1,13 +1,13 @@
 """The chain that trains: its float32 factors, their initial values, and its products with a batch without autograd."""
 
-import functools
 from typing import Any
 
 import torch
 
 from ks.bounds.floors import no_floor_reason
+from ks.chain.backend import choose_working_impl
 from ks.chain.bmm import empty_values
-from ks.chain.passes import ChainPasses, choose_working_impl
+from ks.chain.passes import ChainPasses
 from ks.cli.flags import TrainerConfig
 from ks.files.weights import DTYPES
 from ks.layer import KSLinear
@@ -42,15 +42,9 @@ class TrainableChain:
             "precision": config.float32_precision,
         }
         self.impl = choose_working_impl(config.impl, patterns, config.batch_size, device, self.dtype, **settings)
-
-        @functools.cache
-        def passes(batch: int) -> ChainPasses:
-            return ChainPasses(patterns, batch, device, self.dtype, impl=self.impl[0], **settings)
-
-        self._passes = passes
+        self._passes = ChainPasses(patterns, impl=self.impl[0], **settings)
         self._kept: tuple = ()
-        self._training = passes(config.batch_size)
-        self.output_rows = self._training.output_rows
+        self.output_rows = self._passes.output_rows
 
     @property
     def model(self) -> KSLinear:
@@ -73,7 +67,7 @@ class TrainableChain:
             x: shape (batch, n), or (n, batch) with --bs_last.
         """
         values = self._values()
-        prediction, *inner = self._training.forward(x, values)
+        prediction, *inner = self._passes.forward(x, values)
         self._kept = x, values, inner
         return self._rows(prediction)
 
@@ -85,14 +79,13 @@ class TrainableChain:
             optimizer: of the factors.
         """
         kept, self._kept = self._kept, ()  # memory that is free again stays in the cache for the next step
-        self._training.backward(self._rows(gradient), *kept, out=optimizer.gradients, scaling=optimizer.scaling)
+        self._passes.backward(self._rows(gradient), *kept, out=optimizer.gradients, scaling=optimizer.scaling)
 
     def predict(self, x: torch.Tensor) -> torch.Tensor:
         """Return x Ŵᵀ in the order of W's rows, shape (batch, m), float32; x is as in `__call__`, of any batch size."""
-        passes = self._passes(x.shape[1 if self.batch_last else 0])
-        outputs = self._rows(passes.forward(x, self._values(), keep=False)[0])
-        if passes.block_order:
-            outputs = outputs.index_select(1, passes.output_rows.argsort().to(x.device))
+        outputs = self._rows(self._passes.forward(x, self._values())[0])
+        if self._passes.block_order:
+            outputs = outputs.index_select(1, self.output_rows.argsort().to(x.device))
         return outputs.float()
 
 

@@ -1,4 +1,4 @@
-"""What every kernel is tried on, and the rule by which it passes: shared by the interpreter's tests and the GPU's."""
+"""Products for the Triton kernel, random chains, and the rules by which they pass, for the interpreter and the GPU."""
 
 import random
 from math import prod
@@ -6,34 +6,22 @@ from math import prod
 import torch
 
 from ks.chain import bmm
-from ks.chain.merge import MERGE_BATCH
 from ks.chain.passes import ChainPasses
-from ks.chain.patterns import Pattern, make_chain
+from ks.chain.patterns import make_chain
 from ks.chain.reference import chain_to_dense
 
-# Odd, prime and ragged sizes, with one and with several i and groups of t; c on both sides of what a program holds.
-PATTERNS = [Pattern(*p) for p in ((1, 24, 40, 4), (3, 70, 17, 4), (2, 5, 7, 12), (2, 19, 1, 4), (1, 7, 150, 4))]
-# (pattern, whether x has the batch contiguous, whether y has, batch, transposed)
-FACTOR_CASES = [(p, x, not x, batch, x) for p in PATTERNS for x, batch in ((False, 20), (True, 33))]
-FACTOR_CASES += [(PATTERNS[0], False, False, 1, False), (PATTERNS[0], True, True, 200, True)]
-# (pattern, whether the gradient has the batch contiguous, whether x has, batch)
-GRADIENT_CASES = [(p, g, not g, batch) for p in PATTERNS for g, batch in ((False, 20), (True, 300))]
-GRADIENT_CASES += [(PATTERNS[0], False, False, 1)]
-# What a GPU tries besides.
-STUDY = make_chain(2048, 4096).patterns(16)[0]
-STUDY_FACTOR, STUDY_GRADIENT = (STUDY, False, False, 1000, False), (STUDY, False, True, 5000)
+# (a, d, m, k, n): odd, prime and ragged sizes, one and several tiles of each, single rows and columns.
+SIZES = [(1, 4, 24, 40, 20), (3, 2, 70, 17, 33), (2, 1, 5, 7, 1), (1, 3, 65, 1, 40), (2, 2, 7, 150, 3)]
+# The dimensions of each operand in the order of memory: of a batch in front, of a batch behind, of stored values.
+ORDERS = [(3, 0, 2, 1), (0, 2, 1, 3), (0, 1, 2, 3)]
+CASES = [(sizes, ORDERS[index:] + ORDERS[:index]) for index, sizes in enumerate(SIZES * 3)]
+# What a GPU tries besides: the gradient of the left factor of README's study, and its product.
+STUDY_CASES = [((1, 4, 512, 1000, 64), ORDERS), ((1, 4, 512, 64, 1000), ORDERS)]
 
 
-def random_values(pattern, dtype, device="cpu", seed=0):
+def random_values(pattern, dtype, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(*pattern, generator=generator) * pattern.c**-0.5
-    return bmm.empty_values(pattern, device, dtype).copy_(values)
-
-
-def random_matrix(features, batch, dtype, contiguous_batch, device="cpu", seed=1):
-    """(features, batch), contiguous in the batch or in the features."""
-    matrix = torch.randn(features, batch, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
-    return matrix if contiguous_batch else matrix.t().contiguous().t()
+    return bmm.empty_values(pattern, dtype=dtype).copy_(torch.randn(*pattern, generator=generator) * pattern.c**-0.5)
 
 
 class Guarded:
@@ -79,44 +67,23 @@ def assert_as_exact_as_plain(ours, plain, exact, block_dims):
     assert worst <= 1, f"error is {worst:.3g} times what is allowed"
 
 
-def check_factor(kernels, case, dtype, device="cpu"):
-    """y = K x, or Kᵀ x, in one of FACTOR_CASES."""
-    pattern, x_layout, out_layout, batch, transposed = case
-    values = random_values(pattern, dtype, device)
-    factor = values.transpose(1, 2) if transposed else values
-    a, b, c, d = factor.shape
-    x = random_matrix(a * c * d, batch, dtype, x_layout, device)
-    out = random_matrix(a * b * d, batch, dtype, out_layout, device).fill_(torch.nan)
-    guarded = [Guarded(tensor) for tensor in (values, x, out)]
-    ours = [buffer.tensor for buffer in guarded]
-    kernels.apply_factor(ours[0].transpose(1, 2) if transposed else ours[0], *ours[1:])
+def check_multiply(multiply, case, dtype, device="cpu", out_dtype=None):
+    """out = left @ right for one of the CASES, amid NaN."""
+    (a, d, m, k, n), orders = case
+    generator = torch.Generator().manual_seed(0)
+    guarded = []
+    for shape, order in zip(((a, d, m, k), (a, d, k, n), (a, d, m, n)), orders):
+        stored = torch.randn([shape[dim] for dim in order], generator=generator)
+        operand = stored.permute(*(order.index(dim) for dim in range(4)))
+        guarded.append(Guarded(operand.to(device, (out_dtype or dtype) if len(guarded) == 2 else dtype)))
+    left, right, out = (buffer.tensor for buffer in guarded)
+    multiply(left, right, out.fill_(torch.nan))
     for buffer in guarded:
         buffer.check()
-    plain, exact = torch.empty_like(out), torch.empty_like(out, dtype=torch.float64)
-    bmm.apply_factor(factor, x, plain)
-    bmm.apply_factor(factor.double(), x.double(), exact)
-    assert_as_exact_as_plain(*(y.reshape(a, b, d, batch) for y in (ours[2], plain, exact)), (1, 3))
-
-
-def check_values_gradient(kernels, case, dtype, device="cpu", out_dtype=None):
-    """The gradient of the values, in one of GRADIENT_CASES."""
-    pattern, g_layout, x_layout, batch = case
-    gradient = random_matrix(pattern.rows, batch, dtype, g_layout, device)
-    x = random_matrix(pattern.cols, batch, dtype, x_layout, device, seed=2)
-    plain, exact = (bmm.empty_values(pattern, device, kind) for kind in (dtype, torch.float64))
-    out = bmm.empty_values(pattern, device, out_dtype or dtype).fill_(torch.nan)
-    guarded = [Guarded(tensor) for tensor in (gradient, x, out)]
-    kernels.values_gradient(*(buffer.tensor for buffer in guarded))
-    for buffer in guarded:
-        buffer.check()
-    bmm.values_gradient(gradient, x, plain)
-    bmm.values_gradient(gradient.double(), x.double(), exact)
-    assert_as_exact_as_plain(guarded[2].tensor, plain, exact, (1, 2))
+    assert_as_exact_as_plain(out, left @ right, left.double() @ right.double(), (2, 3))
 
 
 FAMILIES = ("monarch", "lowrank", "butterfly", "lowrank_butterfly", "explicit")
-# Both sides of the batch from which on factors are merged, a batch of one, and an odd one.
-BATCHES = (1, 7, MERGE_BATCH - 1, MERGE_BATCH, MERGE_BATCH + 1)
 
 
 def random_chain(rng):
@@ -134,25 +101,17 @@ def random_chain(rng):
     return make_chain(m, n, family, blocks=rng.choice([2, 4, 8]))
 
 
-def random_case(seed: int):
-    """(patterns, batch, batch_last, block_order) of one draw."""
+def check_passes(seed, impl="bmm", dtype=torch.float64):
+    """y and every gradient of a random chain against the dense product of its factors, in the order `output_rows`."""
     rng = random.Random(seed)
     patterns = random_chain(rng).patterns(rng.choice([1, 2, 3, 5, 17, 100]))
-    return patterns, rng.choice(BATCHES), rng.random() < 0.5, rng.random() < 0.7
-
-
-def check_passes(patterns, batch, batch_last, block_order, impl="bmm", dtype=torch.float64):
-    """y, with and without a backward pass to follow, and every gradient against the dense product of the factors.
-
-    Returns:
-        whether factors were merged.
-    """
+    batch, batch_last, block_order = rng.choice([1, 7, 33]), rng.random() < 0.5, rng.random() < 0.7
     values = [random_values(pattern, dtype, seed=index) for index, pattern in enumerate(patterns)]
     generator = torch.Generator().manual_seed(batch)
     x = torch.randn(batch, patterns[-1].cols, generator=generator, dtype=dtype)
     wide = [factor.to(torch.float64, copy=True).requires_grad_() for factor in values]
     inputs = x.to(torch.float64, copy=True).requires_grad_()
-    passes = ChainPasses(patterns, batch, x.device, dtype, batch_last=batch_last, block_order=block_order, impl=impl)
+    passes = ChainPasses(patterns, batch_last=batch_last, block_order=block_order, impl=impl)
     expected = (inputs @ chain_to_dense(wide).t())[:, passes.output_rows]
     upstream = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
     theirs = torch.autograd.grad(expected, [inputs, *wide], upstream)
@@ -161,11 +120,7 @@ def check_passes(patterns, batch, batch_last, block_order, impl="bmm", dtype=tor
         return tensor.t().contiguous() if batch_last else tensor
 
     y, *inner = passes.forward(laid_out(x), values)
-    (alone,) = passes.forward(laid_out(x), values, keep=False)
-    gradient = laid_out(upstream.to(dtype))
-    for_x, *ours = passes.backward(gradient, laid_out(x), values, inner, needed=[True] * (1 + len(values)))
+    for_x, *ours = passes.backward(laid_out(upstream.to(dtype)), laid_out(x), values, inner, for_x=True)
     tolerance = {"atol": 1e-10, "rtol": 1e-9} if dtype == torch.float64 else {"atol": 1e-3, "rtol": 1e-3}
-    assert torch.equal(alone, y)
     for mine, other in zip([laid_out(y) if batch_last else y, laid_out(for_x), *ours], [expected, *theirs]):
         torch.testing.assert_close(mine.double(), other, **tolerance)
-    return len(passes.patterns) < len(patterns)

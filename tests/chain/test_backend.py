@@ -1,14 +1,18 @@
-"""The choice of a backend: what runs here, and what a user is told."""
+"""The choice of a backend: what runs here, and one line for what does not."""
 
 import importlib.util
+from importlib import import_module
 
 import pytest
 import torch
 
-from ks.chain.backend import choose_impl
+from ks.chain import backend
+from ks.chain.backend import choose_impl, choose_working_impl
+from ks.chain.patterns import make_chain
 from ks.errors import UsageError
 
 CARD = torch.device("cuda")
+SIZES = (make_chain(64, 64).patterns(4), 32, torch.device("cpu"), torch.float32)
 
 
 def on_a_card(monkeypatch, capability=(9, 0), triton=True):
@@ -44,3 +48,27 @@ def test_what_cannot_run_is_one_line(monkeypatch, impl, device, card, message):
     on_a_card(monkeypatch, **card)
     with pytest.raises(UsageError, match=message):
         choose_impl(impl, torch.device(device))
+
+
+@pytest.mark.parametrize(
+    ("message", "printed"),
+    [("no such instruction\nin line 7", "no such instruction"), ("", "TritonError")],
+    ids=["compiler", "no message"],
+)
+def test_kernels_that_fail_are_one_line(monkeypatch, message, printed):
+    pytest.importorskip("triton")
+    error = import_module("triton.errors").TritonError(message)
+
+    def fail(impl, *arguments):
+        raise error
+
+    monkeypatch.setattr(backend, "choose_impl", lambda impl, device: (impl, "as asked"))
+    monkeypatch.setattr(backend, "_tried", fail)
+    with pytest.raises(UsageError, match=rf"'triton': the kernels fail here \({printed}\); use 'auto'"):
+        choose_working_impl("triton", *SIZES)
+
+
+def test_matrix_products_are_not_tried_first(monkeypatch):
+    monkeypatch.setattr(backend, "_tried", lambda *_: pytest.fail("tried"))
+    assert choose_working_impl("bmm", *SIZES) == ("bmm", "as asked")
+    assert choose_working_impl("auto", *SIZES)[0] == "bmm"

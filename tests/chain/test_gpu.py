@@ -4,18 +4,8 @@ import copy
 
 import pytest
 import torch
-from kernel_cases import (
-    FACTOR_CASES,
-    GRADIENT_CASES,
-    STUDY,
-    STUDY_FACTOR,
-    STUDY_GRADIENT,
-    check_factor,
-    check_values_gradient,
-    random_values,
-)
+from kernel_cases import CASES, STUDY_CASES, check_multiply
 
-from ks.chain import bmm
 from ks.chain.passes import ChainPasses
 from ks.chain.patterns import make_chain
 from ks.layer import KSLinear
@@ -39,27 +29,17 @@ def kernels():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", [STUDY_FACTOR, *FACTOR_CASES], ids=str)
-def test_factor(kernels, case, dtype):
-    check_factor(kernels, case, dtype, "cuda")
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", [STUDY_GRADIENT, *GRADIENT_CASES], ids=str)
-def test_values_gradient(kernels, case, dtype):
-    check_values_gradient(kernels, case, dtype, "cuda")
+@pytest.mark.parametrize("case", STUDY_CASES + CASES, ids=str)
+def test_the_kernel(kernels, case, dtype):
+    check_multiply(kernels.multiply, case, dtype, "cuda")
 
 
 def test_tensor_float_precision(kernels):
     """It keeps 10 bits of each operand."""
-    pattern = STUDY
-    values = random_values(pattern, torch.float32, "cuda")
-    x, out = torch.randn(pattern.cols, 500, device="cuda"), torch.empty(pattern.rows, 500, device="cuda")
-    exact = torch.empty_like(out, dtype=torch.float64)
-    bmm.apply_factor(values.double(), x.double(), exact)
-    kernels.apply_factor(values, x, out, precision="tf32")
-    error = (out - exact).norm() / exact.norm()
-    assert error < 2e-3
+    left, right = torch.randn(1, 4, 512, 64, device="cuda"), torch.randn(1, 4, 64, 500, device="cuda")
+    out, exact = torch.empty(1, 4, 512, 500, device="cuda"), left.double() @ right.double()
+    kernels.multiply(left, right, out, precision="tf32")
+    assert (out - exact).norm() / exact.norm() < 2e-3
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -80,8 +60,7 @@ def test_the_layer_on_the_card_is_that_of_the_cpu(dtype, batch):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
 def test_kernels_run_on_the_device_of_their_operands(kernels):
-    check_factor(kernels, STUDY_FACTOR, torch.float32, "cuda:1")
-    check_values_gradient(kernels, STUDY_GRADIENT, torch.float32, "cuda:1")
+    check_multiply(kernels.multiply, STUDY_CASES[0], torch.float32, "cuda:1")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -107,7 +86,7 @@ def test_the_captured_step_equals_the_eager_one(dtype):
         factors = [factor.detach() for factor in KSLinear(512, 256, 8, device="cuda").factors]
         samples = Samples(weight, 3200, 32, 32, sampling="whitened", seed=0, dtype=dtype)
         optimizer = Optimizer("adamw", factors, loss_scaling=dtype == torch.float16)
-        passes = ChainPasses(make_chain(256, 512).patterns(8), 32, weight.device, dtype)
+        passes = ChainPasses(make_chain(256, 512).patterns(8))
 
         def step(inputs, targets, lr):
             values = [factor.to(dtype) for factor in factors]

@@ -1,4 +1,4 @@
-"""Small factors multiplied with each other: which ones, what comes out, and the gradients of each."""
+"""Small factors multiplied with each other: which ones, and what comes out."""
 
 import functools
 import itertools
@@ -6,25 +6,22 @@ import itertools
 import pytest
 import torch
 
-from ks.chain.merge import merge_factors, merge_runs, merged_pattern, partial_products, unmerge_gradient
+from ks.chain.merge import merge_factors, merge_runs, merged_pattern
 from ks.chain.patterns import Pattern, make_chain
 from ks.chain.reference import chain_to_dense, factor_to_dense
 
 SHAPES = [(2048, 4096), (4096, 4096), (4096, 14336)]
 
 
-def test_runs_of_small_factors_are_merged_for_large_batches_only():
-    butterfly = make_chain(1024, 1024, "lowrank_butterfly").patterns(1)
-    assert merge_runs(butterfly, 32) == [(index, index + 1) for index in range(10)]
-    assert merge_runs(butterfly, 1024) == [(0, 6), (6, 10)]
-    monarch = make_chain(1024, 2048).patterns(8)
-    assert merge_runs(monarch, 1024) == [(0, 1), (1, 2)]
+def test_runs_of_small_factors_are_merged():
+    assert merge_runs(make_chain(1024, 1024, "lowrank_butterfly").patterns(1)) == [(0, 6), (6, 10)]
+    assert merge_runs(make_chain(1024, 2048).patterns(8)) == [(0, 1), (1, 2)]
 
 
 def test_merging_never_widens_beyond_a_tile():
     for shape, rank, family in itertools.product(SHAPES, (1, 2, 4, 8), ("butterfly", "lowrank_butterfly")):
         patterns = make_chain(*shape, family).patterns(rank)
-        for start, stop in merge_runs(patterns, 4096):
+        for start, stop in merge_runs(patterns):
             merged = functools.reduce(merged_pattern, patterns[start:stop])
             assert stop == start + 1 or max(merged.b, merged.c) <= 64
             assert (merged.rows, merged.cols) == (patterns[start].rows, patterns[stop - 1].cols)
@@ -41,19 +38,6 @@ RUNS = [
 @pytest.mark.parametrize("patterns", RUNS, ids=str)
 def test_merged_factors_are_the_dense_product(patterns):
     values = [torch.randn(*pattern, dtype=torch.float64) for pattern in patterns]
-    partials = partial_products(values, slice(0, len(values)))
-    for count, partial in enumerate(partials, 1):
-        assert tuple(partial.shape) == functools.reduce(merged_pattern, patterns[:count])
-        torch.testing.assert_close(factor_to_dense(partial), chain_to_dense(values[:count]))
-
-
-@pytest.mark.parametrize("patterns", RUNS, ids=str)
-def test_the_gradient_of_a_merged_factor_is_taken_apart_as_autograd_does(patterns):
-    values = [torch.randn(*pattern, dtype=torch.float64, requires_grad=True) for pattern in patterns]
     merged = functools.reduce(merge_factors, values)
-    gradient = torch.randn_like(merged)
-    expected = torch.autograd.grad(merged, values, gradient)
-    plain = [factor.detach() for factor in values]
-    found = unmerge_gradient(gradient, plain, partial_products(plain, slice(0, len(plain))))
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    assert tuple(merged.shape) == functools.reduce(merged_pattern, patterns)
+    torch.testing.assert_close(factor_to_dense(merged), chain_to_dense(values))

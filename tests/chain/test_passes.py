@@ -1,74 +1,127 @@
-"""The passes of a chain against the dense reference, over random sizes on both sides of every threshold.
+"""The passes of a chain, and Gram matrices at its splits that multiply gradients, against dense matrices in float64."""
 
-Whatever is merged, fused or left in block order, y and every gradient must be those of W, in the order that
-`output_rows` promises. And kernels that fail are one line.
-"""
-
-from importlib import import_module
-from types import SimpleNamespace
+import itertools
+from math import prod
 
 import pytest
 import torch
-from kernel_cases import check_passes, random_case
+from kernel_cases import check_passes
 
-from ks.chain import bmm, passes
-from ks.chain.merge import MERGE_BATCH, merge_runs
-from ks.chain.passes import choose_working_impl
+from ks.chain.bmm import empty_values
+from ks.chain.passes import ChainPasses
 from ks.chain.patterns import make_chain
-from ks.errors import UsageError
+from ks.chain.reference import factor_to_dense
+from ks.chain.splits import (
+    SplitMatrices,
+    is_chainable,
+    prefix_grams,
+    scale_gradient,
+    split_patterns,
+    suffix_grams,
+)
+
+CHAINS = [
+    ((7, 1), (1, 9), 3),
+    ((8, 2), (3, 6), 2),
+    ((5, 3), (2, 4), 1),
+    ((6, 2, 3), (2, 3, 4), 3),
+    ((4, 3, 1, 2), (1, 2, 3, 4), 3),
+    ((4, 2, 2, 2), (2, 2, 2, 5), 2),
+]
+
+
+def patterns_of(chain):
+    rows, cols, rank = chain
+    return make_chain(prod(rows), prod(cols), row_splits=rows, col_splits=cols).patterns(rank)
+
+
+def random_values(patterns, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [empty_values(p, dtype=torch.float64).normal_(generator=generator) for p in patterns]
+
+
+def symmetric(patterns, seed):
+    values = random_values(split_patterns(patterns), seed)
+    return [matrices + matrices.transpose(1, 2) for matrices in values]
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_grams_are_the_diagonal_blocks_of_the_dense_ones(chain):
+    patterns = patterns_of(chain)
+    values = random_values(patterns)
+    dense = [factor_to_dense(factor) for factor in values]
+    prefixes = list(itertools.accumulate(dense, torch.matmul))[:-1]
+    suffixes = list(itertools.accumulate(dense[::-1], lambda product, left: left @ product))[-2::-1]
+    for split, pattern in enumerate(split_patterns(patterns)):
+        support = factor_to_dense(torch.ones(pattern, dtype=torch.float64))
+        before, after = prefix_grams(values)[split], suffix_grams(values)[split]
+        assert before.shape == after.shape == pattern
+        prefix, suffix = prefixes[split], suffixes[split]
+        torch.testing.assert_close(factor_to_dense(before), prefix.t() @ prefix * support)
+        torch.testing.assert_close(factor_to_dense(after), suffix @ suffix.t() * support)
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_a_gradient_is_scaled_from_both_sides(chain):
+    patterns = patterns_of(chain)
+    matrices = SplitMatrices(symmetric(patterns, 1), symmetric(patterns, 2))
+    for index, gradient in enumerate(random_values(patterns)):
+        left, right = matrices.beside(index)
+        expected = factor_to_dense(gradient)
+        expected = expected if left is None else factor_to_dense(left) @ expected
+        expected = expected if right is None else expected @ factor_to_dense(right)
+        torch.testing.assert_close(factor_to_dense(scale_gradient(gradient, left, right)), expected)
 
 
 @pytest.mark.parametrize("first", range(0, 160, 40))
-def test_random_chains_equal_the_dense_product(first):
+def test_the_passes_of_random_chains_are_those_of_the_dense_product(first):
     for seed in range(first, first + 40):
-        check_passes(*random_case(seed))
+        check_passes(seed)
 
 
-def test_the_draws_reach_merged_and_unmerged_chains_in_both_orders():
-    reached = set()
-    for seed in range(160):
-        patterns, batch, _, block_order = random_case(seed)
-        reached.add((len(merge_runs(patterns, batch)) < len(patterns), block_order, batch >= MERGE_BATCH))
-    assert reached >= {(True, True, True), (True, False, True), (False, True, True), (False, True, False)}
+@pytest.mark.parametrize("batch_last", [False, True])
+@pytest.mark.parametrize("block_order", [False, True])
+@pytest.mark.parametrize("batch", [1, 5, 30])
+@pytest.mark.parametrize("chain", CHAINS)
+def test_a_backward_pass_returns_scaled_gradients(chain, batch, block_order, batch_last):
+    """By multiplied activations (small batches) or gradients."""
+    patterns = patterns_of(chain)
+    values = random_values(patterns)
+    passes = ChainPasses(patterns, batch_last=batch_last, block_order=block_order)
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(batch, patterns[-1].cols, dtype=torch.float64, generator=generator)
+    x = x.t().contiguous() if batch_last else x
+    y, *inner = passes.forward(x, values)
+    gradient = torch.randn(y.shape, dtype=torch.float64, generator=generator)
+    matrices = SplitMatrices(symmetric(patterns, 1), symmetric(patterns, 2))
+    plain = passes.backward(gradient, x, values, inner)
+    scaled = passes.backward(gradient, x, values, inner, scaling=matrices)
+    for index, (found, raw) in enumerate(zip(scaled, plain, strict=True)):
+        torch.testing.assert_close(found, scale_gradient(raw, *matrices.beside(index)))
 
 
-SIZES = (make_chain(64, 64).patterns(4), 32, torch.device("cpu"), torch.float32)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scaled_gradients_of_half_precision_are_as_precise_as_the_activations(dtype):
+    """An inverse in half precision would not be positive definite."""
+    patterns = patterns_of(CHAINS[1])
+    passes = ChainPasses(patterns)
+    values = [factor.to(dtype) for factor in random_values(patterns)]
+    x = torch.randn(4, patterns[-1].cols, generator=torch.Generator().manual_seed(4)).to(dtype)
+    y, *inner = passes.forward(x, values)
+    matrices = SplitMatrices(*([m.float() for m in symmetric(patterns, seed)] for seed in (1, 2)))
+    out = [empty_values(pattern) for pattern in patterns]
+    passes.backward(y, x, values, inner, out=out, scaling=matrices)
+    left, right = values
+    arrived = factor_to_dense(left.float()).t() @ y.float().t()
+    arrived = arrived.to(dtype).float()  # the backward pass itself is in half precision
+    raw = torch.zeros_like(out[1])
+    for i in range(right.shape[0]):
+        rows = arrived.view(right.shape[0], right.shape[1], 4)[i]
+        raw[i, :, :, 0] = rows @ x.float().view(4, right.shape[0], -1)[:, i]
+    torch.testing.assert_close(out[1], scale_gradient(raw, *matrices.beside(1)), rtol=2e-2, atol=2e-1)
 
 
-@pytest.fixture
-def fail_with(monkeypatch):
-    """Make Triton run here, and its kernels raise the given error."""
-    pytest.importorskip("triton")
-
-    def plant(error):
-        def kernel(*arguments, **keywords):
-            raise error
-
-        backend = SimpleNamespace(apply_factor=kernel, values_gradient=kernel)
-        monkeypatch.setattr(passes, "choose_impl", lambda impl, device: (impl, "as planted"))
-        monkeypatch.setattr(passes, "backend_module", lambda name: {"triton": backend, "bmm": bmm}[name])
-
-    return plant
-
-
-@pytest.mark.parametrize(
-    ("message", "printed"),
-    [("no such instruction\nin line 7", "no such instruction"), ("", "TritonError")],
-    ids=["compiler", "no message"],
-)
-def test_kernels_that_fail_are_one_line(fail_with, message, printed):
-    fail_with(import_module("triton.errors").TritonError(message))
-    with pytest.raises(UsageError, match=rf"'triton': the kernels fail here \({printed}\); use 'auto'"):
-        choose_working_impl("triton", *SIZES)
-
-
-def test_a_chain_without_copies_leaves_nothing_to_the_kernels(fail_with):
-    fail_with(RuntimeError("never launched"))
-    chosen, reason = choose_working_impl("triton", *SIZES, block_order=True)
-    assert chosen == "triton"
-    assert reason.startswith("as planted; torch.bmm takes every product here")
-
-
-def test_matrix_products_are_not_tried_first():
-    assert choose_working_impl("bmm", *SIZES) == ("bmm", "as asked")
-    assert choose_working_impl("auto", *SIZES)[0] == "bmm"
+def test_the_splits_of_a_chain_that_is_not_chainable_have_no_matrices():
+    assert all(is_chainable(patterns_of(chain)) for chain in CHAINS)
+    assert not is_chainable(make_chain(6, 10, "lowrank_butterfly").patterns(2))
+    assert is_chainable(make_chain(8, 8, "lowrank_butterfly").patterns(2))

@@ -31,8 +31,8 @@ def chain_of(rows, cols, rank, seed=0):
     return patterns, [factor.detach() for factor in model.factors]
 
 
-def step_of(patterns, factors, optimizer, batch, **layout):
-    passes = ChainPasses(patterns, batch, torch.device("cpu"), torch.float32, **layout)
+def step_of(patterns, factors, optimizer, **layout):
+    passes = ChainPasses(patterns, **layout)
 
     def step(inputs, targets, lr):
         prediction, *inner = passes.forward(inputs, factors)
@@ -109,7 +109,7 @@ def test_the_step_is_that_of_dense_curvature_matrices(chain, layout, batch, coup
     patterns, factors = chain_of(*chain)
     moment = coupled_moment(patterns[-1].a, patterns[-1].cols) if coupled else UNIT_MOMENT
     optimizer = GaussNewton(factors, moment, batch)
-    step, output_rows = step_of(patterns, factors, optimizer, batch, **layout)
+    step, output_rows = step_of(patterns, factors, optimizer, **layout)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, patterns[-1].cols, generator=generator)
     y = torch.randn(batch, patterns[0].rows, generator=generator)
@@ -126,15 +126,15 @@ def plain(step, samples, state):
     return step
 
 
-def train(ready=plain, epochs=3, loss_scaling=False, weight_decay=0.0, chain=CHAINS[1], **changes):
-    """Losses and final state of a short training from a zero left factor."""
+def train(ready=plain, epochs=3, loss_scaling=False, weight_decay=0.0, chain=CHAINS[1], coupled=False, **changes):
+    """Losses and final state of a short run from a zero left factor."""
     patterns, factors = chain_of(*chain)
     factors[0].zero_()
-    samples = make_samples_of(patterns, **changes)
-    optimizer = GaussNewton(
-        factors, UNIT_MOMENT, samples.batch_size, weight_decay=weight_decay, loss_scaling=loss_scaling
-    )
-    step, _ = step_of(patterns, factors, optimizer, samples.batch_size)
+    moment = coupled_moment(patterns[-1].a, patterns[-1].cols) if coupled else UNIT_MOMENT
+    samples = make_samples_of(patterns, moment=moment, **changes)
+    settings = {"weight_decay": weight_decay, "loss_scaling": loss_scaling}
+    optimizer = GaussNewton(factors, moment, samples.batch_size, **settings)
+    step, _ = step_of(patterns, factors, optimizer)
     return losses_of(ready(step, samples, optimizer.state()), samples, optimizer, range(1, epochs + 1)), optimizer
 
 
@@ -159,12 +159,10 @@ def replayed(step, samples, state):
     return CapturedStep(step, *samples.first(), state, warm_up)
 
 
-@pytest.mark.parametrize("chain", CHAINS)
-def test_it_trains_from_a_zero_left_factor(chain):
-    losses, optimizer = train(plain, epochs=20, chain=chain)
-    assert losses[0, 0] > 0.5
+@pytest.mark.parametrize(("chain", "coupled"), [*((chain, False) for chain in CHAINS), (CHAINS[1], True)])
+def test_it_trains_from_a_zero_left_factor(chain, coupled):
+    losses, optimizer = train(epochs=20, chain=chain, coupled=coupled)
     assert losses[-1].mean() < 0.75 * losses[0].mean()
-    assert losses.max() < 2.0
     assert optimizer.trouble() is None
 
 
@@ -240,7 +238,7 @@ def test_a_restored_state_goes_on_to_the_bit():
     for stop in (8, 5):
         own = [factor.clone() for factor in factors]
         optimizer = GaussNewton(own, UNIT_MOMENT, samples.batch_size)
-        step, _ = step_of(patterns, own, optimizer, samples.batch_size)
+        step, _ = step_of(patterns, own, optimizer)
         losses_of(step, samples, optimizer, range(1, stop + 1))
         states.append([tensor.clone() for tensor in optimizer.state()])
     assert samples.steps_per_epoch * 5 > 100  # the refresh is no longer due before every step
@@ -248,7 +246,7 @@ def test_a_restored_state_goes_on_to_the_bit():
     optimizer = GaussNewton(resumed, UNIT_MOMENT, samples.batch_size)
     for tensor, value in zip(optimizer.state(), states[1], strict=True):
         tensor.copy_(value)
-    step, _ = step_of(patterns, resumed, optimizer, samples.batch_size)
+    step, _ = step_of(patterns, resumed, optimizer)
     losses_of(step, samples, optimizer, range(6, 9))
     assert all(map(torch.equal, optimizer.state(), states[0]))
 
@@ -347,15 +345,3 @@ def test_the_step_of_coupled_inputs_grows_once_for_every_factor(chain):
         steps.append([scale_gradient(g, *optimizer.scaling.beside(index)) for index, g in enumerate(gradients)])
     for first, last in zip(*steps, strict=True):
         torch.testing.assert_close(last, first * (1 + 2 * 64 / 65), rtol=1e-4, atol=1e-4)
-
-
-def test_coupled_inputs_train_from_a_zero_left_factor():
-    patterns, factors = chain_of(*CHAINS[1])
-    factors[0].zero_()
-    moment = coupled_moment(patterns[-1].a, patterns[-1].cols)
-    samples = make_samples_of(patterns, moment=moment)
-    optimizer = GaussNewton(factors, moment, samples.batch_size)
-    step, _ = step_of(patterns, factors, optimizer, samples.batch_size)
-    losses = losses_of(step, samples, optimizer, range(1, 21))
-    assert losses[-1].mean() < 0.75 * losses[0].mean()
-    assert optimizer.trouble() is None

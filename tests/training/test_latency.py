@@ -12,8 +12,7 @@ from ks.files.columns import BATCHES, LATENCIES, names
 from ks.files.layout import RunFiles
 from ks.files.schema import Latency, TrainingLog, read_json_as
 from ks.training import latency, recorder
-from ks.training.interleaved import ROUNDS, interleaved_medians
-from ks.training.latency import measure_latency
+from ks.training.latency import ROUNDS, interleaved_medians, measure_latency
 
 CPU = torch.device("cpu")
 

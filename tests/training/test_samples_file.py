@@ -28,9 +28,7 @@ def setting(tmp_path):
         problem = resolve(config)
 
         def output_rows(rank):
-            patterns = problem.chain.patterns(rank)
-            passes = {"device": problem.device, "dtype": torch.float32, "block_order": True}
-            return ChainPasses(patterns, config.batch_size, **passes).output_rows
+            return ChainPasses(problem.chain.patterns(rank), block_order=True).output_rows
 
         return config, problem, output_rows
 
