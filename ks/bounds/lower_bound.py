@@ -9,8 +9,9 @@ from functools import cached_property
 
 import torch
 
+from ks.bounds.factorize import tail_sums
 from ks.bounds.frames import LARGEST_SCALE, LEAK, Splitting, factor_of, fair_splitting, grow, remainder
-from ks.bounds.lift_and_shift import Part, lift_and_shift, never
+from ks.bounds.lift_and_shift import Part, lift_and_shift, never, smaller_gram
 from ks.chain.patterns import Chain
 
 # Iterations of ADMM; any number gives a valid bound, and more of them a better one.
@@ -57,10 +58,7 @@ def simple_bounds(lifted: torch.Tensor, splitting: Splitting, row_groups: int, l
 
 def _tails_at(matrices: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:
     """Return Σ_{j>r} σ_j² for every matrix of a batch and every r, shape (batch, len(ranks))."""
-    height, width = matrices.shape[-2:]
-    gram = matrices @ matrices.mT if height <= width else matrices.mT @ matrices
-    energies = torch.linalg.eigvalsh(gram).clamp(min=0)
-    tails = torch.cat([energies.new_zeros(len(energies), 1), energies.cumsum(1)], 1).flip(1)
+    tails = tail_sums(torch.linalg.eigvalsh(smaller_gram(matrices)).clamp(min=0))
     return tails[:, ranks.clamp(max=tails.shape[1] - 1)]
 
 
@@ -84,9 +82,8 @@ def binding_splits(chain: Chain, rank: int) -> list[int]:
 class CoupledLowerBound:
     """Lower bounds of tr((W − Ŵ) C (W − Ŵ)ᵀ) for inputs that couple column groups.
 
-    Geometry of C, once: about 15 n³ operations for each split. `simple`, for every rank: about 8 m n² and some
-    eigendecompositions for each split. One rank: about 60 m n² (4 times as many where p r < m/q) and, up to `LARGE`
-    features, 20 n³ for each split.
+    For each split, C costs about 15 n³ operations once, `simple` about 8 m n² and some eigendecompositions for all
+    ranks, and one rank about 60 m n² (4 times as many where p r < m/q) and, up to `WIDE` features, 20 n³.
 
     Args:
         weight: W, shape (m, n), float64.
@@ -165,7 +162,7 @@ def joint_bound(lifted: torch.Tensor, parts: list[Part], rank: int, tight: bool,
     width = sum(part.frame.shape[1] for part in parts)
     if not parts or not (tight or len(lifted) * width**2 <= AFFORDABLE):
         return 0.0
-    return lift_and_shift(lifted, parts, rank, JOINT_ITERATIONS, 1e-3, expired).value
+    return lift_and_shift(lifted, parts, rank, JOINT_ITERATIONS, 1e-3, expired)[0]
 
 
 def isotropic_joint_bound(
@@ -210,10 +207,11 @@ def _grid_bound(
             assert rest is not None
             bound.append(Part(rest, groups, row_groups))
         last = step == rounds
-        certificate = lift_and_shift(lifted, bound, rank, iterations if last else SEARCH_ITERATIONS, expired=expired)
-        best = max(best, certificate.value)
+        steps = iterations if last else SEARCH_ITERATIONS
+        value, slopes = lift_and_shift(lifted, bound, rank, steps, expired=expired)
+        best = max(best, value)
         if last or len(bound) == 1 or expired():
             break
         kept = 0.8 if step < 2 else 0.9
-        splitting = grow(splitting.scaled(kept), (0.6, 0.6, LARGEST_SCALE), [kept * x for x in certificate.slopes])
+        splitting = grow(splitting.scaled(kept), (0.6, 0.6, LARGEST_SCALE), [kept * slope for slope in slopes])
     return best

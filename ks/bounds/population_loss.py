@@ -3,7 +3,7 @@
 import torch
 
 from ks.chain.dense import subtract_chain
-from ks.moments.gram import lower_gram
+from ks.moments.pieces import lower_gram
 from ks.moments.second_moment import UNIT_MOMENT, MomentLike, SecondMoment
 
 

@@ -18,7 +18,7 @@ from ks.files.globs import find_weight, nearest
 from ks.files.memory import check_fits
 from ks.files.provenance import now
 from ks.files.schema import Count, Positive, Text
-from ks.moments.sums import InputSums
+from ks.moments.second_moment import InputSums
 
 METADATA = "ks_input_moments"  # the entry of the file's metadata, as JSON
 MOMENTS_VERSION = 1
@@ -138,7 +138,7 @@ class InputMoments:
             self.aliases | other.aliases,
             {
                 name: self.batches.get(name, 0) + other.batches.get(name, 0)
-                for name in [*self.batches, *(name for name in other.batches if name not in self.batches)]
+                for name in {**self.batches, **other.batches}
             },
             tuple(sorted({*self.transposed, *other.transposed})),
             self.model,

@@ -1,4 +1,4 @@
-"""Run work in fixed-size chunks, one thread per chunk, so that results are bitwise independent of the thread count."""
+"""Gram matrices and other work in pieces of a fixed size, so that no bit depends on the number of threads."""
 
 import itertools
 import math
@@ -61,3 +61,24 @@ def sum_of_squares(matrix: torch.Tensor) -> float:
 
     in_pieces(compute, len(matrix), matrix.device)
     return math.fsum(rows.tolist())
+
+
+def lower_gram(matrix: torch.Tensor) -> torch.Tensor:
+    """Return the lower triangle of A Aᵀ.
+
+    Panels of rows meet the rows up to their own. Cholesky factors and eigenvalues read no more than the lower triangle.
+
+    Args:
+        matrix: A, shape (..., rows, cols), any strides.
+    Returns:
+        tensor of shape (..., rows, rows); above the diagonal it is 0 or, near the diagonal, that of A Aᵀ. On a CPU its
+        bits do not depend on the number of threads.
+    """
+    rows = matrix.shape[-2]
+    gram = matrix.new_zeros(*matrix.shape[:-1], rows)
+
+    def compute(panel: slice) -> None:
+        torch.matmul(matrix[..., panel, :], matrix[..., : panel.stop, :].mT, out=gram[..., panel, : panel.stop])
+
+    in_pieces(compute, rows, matrix.device)
+    return gram

@@ -9,10 +9,8 @@ from ks.errors import UsageError, one_line
 from ks.files.globs import nearest
 from ks.files.memory import check_fits
 from ks.files.weights import entries_of, read_entry, tensors_sha256
-from ks.moments.gram import is_semi_definite
 from ks.moments.moments_file import METADATA, InputMoments, open_safetensors
-from ks.moments.second_moment import FLOAT32_ROUNDING
-from ks.moments.sums import InputSums
+from ks.moments.second_moment import FLOAT32_ROUNDING, InputSums, is_semi_definite
 
 ENOUGH_PER_FEATURE = 10  # inputs; in a trial with 13 per feature, a floor was still 30% too low
 

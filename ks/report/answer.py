@@ -9,7 +9,6 @@ from math import log
 
 from ks.bounds.rank_floors import TargetRanks
 from ks.files.status import ended_well
-from ks.report.percent import percents
 from ks.report.speed import measured_batches, times_of
 from ks.report.verdict import NEGLIGIBLE_FLOOR, Limit
 
@@ -289,3 +288,12 @@ def target_note(found: TargetRanks, isotropic: bool) -> str:
     else:
         text = f"{reaching} whose best known chain reaches it; no rank below {found.none_below} can"
     return f"target {found.target:g}, for {'isotropic' if isotropic else 'the measured'} inputs: {text}"
+
+
+def percents(*values: float) -> list[str]:
+    """Return fractions in percent with two decimals, or with as many as tell different ones apart, six at most."""
+    for decimals in range(2, 7):
+        texts = [f"{100 * value:.{decimals}f}" for value in values]
+        if len({*texts}) == len({*values}) and all(float(text) or not value for text, value in zip(texts, values)):
+            break
+    return [(text.partition(".")[0] if float(text).is_integer() else text) + "%" for text in texts]

@@ -7,7 +7,7 @@ from ks.bounds.rank_floors import TargetRanks
 from ks.chain.patterns import Chain
 from ks.files.columns import FAMILIES, Column, Text
 from ks.files.table import filled, table
-from ks.report.percent import percents
+from ks.report.answer import percents
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """The quickest answer about one weight: which family of chains and which rank, by bounds alone, without any run."""
 
 import dataclasses
+from bisect import bisect_right
 from pathlib import Path
 
 from ks.bounds.rank_floors import RankFloors
-from ks.chain.patterns import Chain
 from ks.cli import console
 from ks.cli.flags import SweepConfig
 from ks.cli.parser import command_line
@@ -48,27 +48,16 @@ def compare_families(config: SweepConfig) -> str:
         console.note(text, config.quiet)
     target = config.target_relative_loss
     if target is None:
-        text = families_by_size([(floors.chain, _by_size(floors)) for floors in found])
+        text = families_by_size([(floors.chain, [_at_size(floors, size) for size in FRACTIONS]) for floors in found])
     else:
         text = families_at_target([(floors.chain, floors.target_ranks(target)) for floors in found])
     command = command_line("rank_sweep_study.py", dataclasses.replace(alone, chain="FAMILY"))
     return f"{text}\n\nNothing was trained or written. To train chains: {command}"
 
 
-def _by_size(floors: RankFloors) -> list[AtSize]:
-    return [_at_size(floors, fraction) for fraction in FRACTIONS]
-
-
 def _at_size(floors: RankFloors, fraction: float) -> AtSize:
     """Return the loss of the largest rank that is small enough; parameters grow with the rank."""
     chain = floors.chain
-    rank = _largest_rank(chain, fraction * chain.rows * chain.cols)
+    ranks = range(1, chain.saturation_rank + 1)
+    rank = bisect_right(ranks, fraction * chain.rows * chain.cols, key=chain.parameters)
     return AtSize(fraction, rank, floors.upper(rank) if rank else 1.0)
-
-
-def _largest_rank(chain: Chain, parameters: float) -> int:
-    low, high = 0, chain.saturation_rank
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if chain.parameters(middle) <= parameters else (low, middle - 1)
-    return low

@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from ks.bounds.plan_rows import floor_rows, plan_rows
+from ks.bounds.rank_floors import floor_rows, plan_rows
 from ks.cli import console
 from ks.cli.flags import SweepConfig
 from ks.cli.parser import to_arguments

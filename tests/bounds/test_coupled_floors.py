@@ -9,7 +9,7 @@ from measured import KINDS, random_moment, weighted_loss
 
 import ks
 from ks.bounds import frames, lower_bound
-from ks.bounds.factor_descent import refine_factors
+from ks.bounds.descent import refine_factors
 from ks.bounds.factorize import factorize
 from ks.bounds.floors import floor_curve, loss_floor
 from ks.bounds.lift_and_shift import Part, bound_of_shift

@@ -6,10 +6,9 @@ from chains import random_chain, random_weight
 from measured import KINDS, random_moment, weighted_loss
 
 import ks
-from ks.bounds.factor_descent import refine_factors
+from ks.bounds.descent import GridDescent, refine_factors, root_and_inverse
 from ks.bounds.factorize import factorize
 from ks.bounds.floors import loss_floor
-from ks.bounds.grid_descent import GridDescent, root_and_inverse
 from ks.chain.reference import chain_to_dense
 from ks.errors import UsageError
 from ks.moments.second_moment import SecondMoment

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from ks.errors import UsageError
 from ks.moments.moments_file import InputMoments
-from ks.moments.sums import InputSums
+from ks.moments.second_moment import InputSums
 
 
 def sums(rows):

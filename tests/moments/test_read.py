@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from ks.errors import UsageError
 from ks.moments.moments_file import InputMoments
 from ks.moments.read import inputs_of, packed_inputs, read_input_moments
-from ks.moments.sums import InputSums
+from ks.moments.second_moment import InputSums
 
 WIDTH = 6
 KEY = "encoder.layer.0.output.dense.weight"

@@ -8,8 +8,7 @@ from study_rows import make_row
 import ks
 from ks.bounds.rank_floors import RankFloors, TargetRanks
 from ks.files.status import Ending, Status
-from ks.report.answer import Facts, answer, knee, named_row, target_note
-from ks.report.percent import percents
+from ks.report.answer import Facts, answer, knee, named_row, percents, target_note
 from ks.study.study_floors import find_facts, spoken_of
 
 CHAIN = ks.make_chain(64, 96)
@@ -197,3 +196,11 @@ def test_the_note_on_a_target_has_one_rank_where_bounds_meet_and_two_where_they_
         "target 0.3, for the measured inputs: rank 4 is the smallest whose best known chain reaches it; "
         "no rank below 2 can"
     )
+
+
+@pytest.mark.parametrize(
+    ("values", "texts"),
+    [((0.1, 0.1007), ["10%", "10.07%"]), ((0.1, 0.100001), ["10%", "10.0001%"]), ((1e-5, 1.0), ["0.001%", "100%"])],
+)
+def test_different_losses_have_different_texts(values, texts):
+    assert percents(*values) == texts
