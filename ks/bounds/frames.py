@@ -7,7 +7,7 @@ D_i = F_i R_i R_iᵀ F_iᵀ and a remainder E ⪰ 0 make up C = ⊕D_i + E, whic
 """
 
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -167,9 +167,7 @@ def _frames(factor: torch.Tensor, groups: int) -> tuple[torch.Tensor, ...]:
 
 
 def _cuts(frames) -> list[slice]:
-    ends = [0]
-    for frame in frames:
-        ends.append(ends[-1] + frame.shape[1])
+    ends = accumulate((frame.shape[1] for frame in frames), initial=0)
     return [slice(start, end) for start, end in pairwise(ends)]
 
 

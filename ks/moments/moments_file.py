@@ -165,7 +165,6 @@ class InputMoments:
         return safetensors.torch.save(*self._content())
 
     def _content(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """Return tensors and metadata of the file."""
         tensors: dict[str, torch.Tensor] = {}
         for prefix, part in (("", self.train), (HELD_OUT, self.held_out)):
             for name, sums in part.items():

@@ -19,24 +19,20 @@ def in_pieces(function: Callable[[slice], None], count: int, device: torch.devic
     A matrix product splits its sums by the number of its threads. On a GPU, one call covers everything.
 
     Args:
-        function: that writes its results to places of its own.
-        count: end of the last range; all but the last have `PIECE` entries.
+        function: writes the results of a range of `PIECE` entries, the last one of fewer, to places of their own.
+        count: end of the last range.
         device: on which it works.
     """
     if device.type != "cpu":
         function(slice(0, count))
         return
-    ranges = [slice(start, min(start + PIECE, count)) for start in range(0, count, PIECE)]
-    for _ in one_thread_each(function, ranges):
-        pass
+    list(one_thread_each(function, [slice(start, min(start + PIECE, count)) for start in range(0, count, PIECE)]))
 
 
 def one_thread_each(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """Yield `function(item)` for each item, in order: as many at a time as torch has threads, each on one thread.
 
-    Args:
-        function: of one item.
-        items: taken as they are needed.
+    Items are taken as they are needed.
     """
     threads, items = torch.get_num_threads(), iter(items)
     torch.set_num_threads(1)

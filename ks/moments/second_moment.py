@@ -204,12 +204,7 @@ class InputSums:
 
     @classmethod
     def zeros(cls, width: int, device: torch.device | str = "cpu") -> "InputSums":
-        """Return the sums over no inputs.
-
-        Args:
-            width: n.
-            device: of the sums.
-        """
+        """Return the sums over no inputs of n features."""
         square = torch.zeros(width, width, dtype=torch.float64, device=device)
         return cls(square, torch.zeros(width, dtype=torch.float64, device=device), 0)
 

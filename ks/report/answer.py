@@ -118,7 +118,7 @@ def _smaller_ranks(found: TargetRanks, rank: int) -> str:
     if found.none_below >= rank:
         return "No smaller rank can reach it."
     open_ranks = (
-        f"rank {rank - 1} can" if found.none_below == rank - 1 else f"ranks {found.none_below} to {rank - 1} can"
+        f"ranks {found.none_below} to {rank - 1} can" if found.none_below < rank - 1 else f"rank {rank - 1} can"
     )
     if found.none_below == 1:
         return f"Whether {open_ranks} reach it is not known."
@@ -206,14 +206,13 @@ def knee(rows: list[dict]) -> dict | None:
 def _dominators(row: dict, rows: list[dict]) -> list[dict]:
     """Return the rows with at most the parameters and the loss of a row; of equal ones the smallest rank counts."""
 
-    def cost(row: dict) -> tuple:
-        return row["parameters"], row["relative_loss"]
-
+    parameters, loss = row["parameters"], row["relative_loss"]
     return [
         other
         for other in rows
-        if all(ours <= theirs for ours, theirs in zip(cost(other), cost(row), strict=True))
-        and (cost(other) != cost(row) or other["rank"] < row["rank"])
+        if other["parameters"] <= parameters
+        and other["relative_loss"] <= loss
+        and (other["parameters"] < parameters or other["relative_loss"] < loss or other["rank"] < row["rank"])
     ]
 
 
@@ -236,9 +235,9 @@ def _bounds_of(row: dict) -> list[str]:
 def _uncertified(facts: Facts) -> list[str]:
     if not facts.uncertified:
         return []
-    ranks = " and ".join(map(str, sorted(facts.uncertified)))
-    named = f"rank {ranks}" if len(facts.uncertified) == 1 else f"ranks {ranks}"
-    return [f"To certify the lower bound of {named} takes more than {facts.seconds:g} s: raise --tight_bounds."]
+    ranks = "ranks " if len(facts.uncertified) > 1 else "rank "
+    ranks += " and ".join(map(str, sorted(facts.uncertified)))
+    return [f"To certify the lower bound of {ranks} takes more than {facts.seconds:g} s: raise --tight_bounds."]
 
 
 def _lowrank_beside(row: dict, facts: Facts) -> list[str]:
@@ -276,18 +275,12 @@ def _size(row: dict) -> str:
 
 
 def target_note(found: TargetRanks, isotropic: bool) -> str:
-    """Return the ranks around a target as a sentence, before any run.
-
-    Args:
-        found: by the bounds that are known.
-        isotropic: whether the inputs are.
-    """
-    reaching = f"rank {found.reaching} is the smallest"
-    if found.exact or found.none_below == found.reaching:
-        text = f"{reaching} that reaches it"
-    else:
-        text = f"{reaching} whose best known chain reaches it; no rank below {found.none_below} can"
-    return f"target {found.target:g}, for {'isotropic' if isotropic else 'the measured'} inputs: {text}"
+    """Return the ranks around a target as a sentence, before any run."""
+    text = "that reaches it"
+    if not found.exact and found.none_below < found.reaching:
+        text = f"whose best known chain reaches it; no rank below {found.none_below} can"
+    inputs = "isotropic" if isotropic else "the measured"
+    return f"target {found.target:g}, for {inputs} inputs: rank {found.reaching} is the smallest {text}"
 
 
 def percents(*values: float) -> list[str]:

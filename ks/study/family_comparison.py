@@ -31,8 +31,6 @@ def compare_families(config: SweepConfig) -> str:
 
     Bounds that the results folder holds are not computed again; nothing is written.
 
-    Args:
-        config: of a dry run that `compares_families`.
     Raises:
         UsageError: flags that do not go together, or a weight or inputs that cannot be studied.
     """
@@ -40,11 +38,9 @@ def compare_families(config: SweepConfig) -> str:
         raise UsageError(f"--chain {config.chain} together with --chains: give one or the other")
     path = SweepFiles(Path(config.output_dir).absolute(), config.save_prefix).bounds
     alone = config.of_layer(config.weight_key[0] if config.weight_key else None, dry_run=False)
-    found = []
-    for family in config.chains or ():
-        problem = resolve(dataclasses.replace(alone, chain=family))
-        found.append(plan_floors(config, problem, path))
-    for text in problem.layer_inputs.notes:
+    problems = [resolve(dataclasses.replace(alone, chain=family)) for family in config.chains or ()]
+    found = [plan_floors(config, problem, path) for problem in problems]
+    for text in problems[0].layer_inputs.notes:
         console.note(text, config.quiet)
     target = config.target_relative_loss
     if target is None:

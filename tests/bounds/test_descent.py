@@ -20,7 +20,7 @@ def dense_grid(left, right):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("shape", "rank"), [((24, 36), 1), ((60, 24), 3), ((24, 60), 5), ((12, 12), 3)])
+@pytest.mark.parametrize(("shape", "rank"), [((24, 36), 1), ((60, 24), 3), ((12, 12), 3)])
 def test_descent_over_the_blocks_of_a_grid_never_rises(shape, rank, kind):
     weight = random_weight(ks.make_chain(*shape))
     moment = random_moment(kind, shape[1], groups=4)
@@ -33,10 +33,9 @@ def test_descent_over_the_blocks_of_a_grid_never_rises(shape, rank, kind):
     assert torch.linalg.matrix_rank(blocks, rtol=1e-9).max() <= rank
 
 
-@pytest.mark.parametrize("kind", ["regular", "singular"])
-def test_every_block_of_a_converged_grid_is_the_best_given_the_others(kind):
+def test_every_block_of_a_converged_grid_is_the_best_given_the_others():
     """By one weighted truncated SVD, from the definition."""
-    weight, moment = random_weight(ks.make_chain(20, 24)), random_moment(kind, 24)
+    weight, moment = random_weight(ks.make_chain(20, 24)), random_moment("regular", 24)
     dense = dense_grid(*GridDescent(weight, moment, 2, 3).factors(2, 5000, 1e-14))
     for t in range(2):
         for i in range(3):
@@ -49,8 +48,7 @@ def test_every_block_of_a_converged_grid_is_the_best_given_the_others(kind):
             torch.testing.assert_close(dense[rows][:, own] @ root, best, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(("seed", "kind"), [*enumerate(KINDS)])
 def test_descent_over_factors_never_rises_from_any_start(seed, kind):
     chain = random_chain(seed)
     weight, moment = random_weight(chain, seed), random_moment(kind, chain.cols, seed=seed)
@@ -63,7 +61,7 @@ def test_descent_over_factors_never_rises_from_any_start(seed, kind):
     assert loss == pytest.approx(history[-1], abs=1e-9 * history[0])
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_descent_over_factors_ends_where_the_gradient_vanishes(seed):
     chain = random_chain(seed, length=3)
     weight, moment = random_weight(chain, seed), random_moment("regular", chain.cols, seed=seed)

@@ -17,12 +17,15 @@ from ks.chain.reference import chain_to_dense
 from ks.errors import UsageError
 
 
-@pytest.mark.parametrize("shape", [(3, 4, 7), (3, 7, 4), (1, 5, 5), (4, 1, 6)])
-def test_tail_energies_are_sums_of_squared_singular_values(shape):
+@pytest.mark.parametrize("group", [1, 50, 200, 2**22])
+@pytest.mark.parametrize("shape", [(7, 5), (6, 7, 5), (1, 5, 7), (2, 3, 5, 7)])
+def test_tail_energies_are_sums_of_squared_singular_values_in_groups_of_any_size(shape, group, monkeypatch):
+    monkeypatch.setattr(factorize_module, "GROUP_VALUES", group)
     matrices = torch.randn(shape, dtype=torch.float64)
-    squares = torch.linalg.svdvals(matrices).square()
-    expected = [squares[:, rank:].sum().item() for rank in range(min(shape[1:]) + 1)]
-    torch.testing.assert_close(tail_energies(matrices), torch.tensor(expected, dtype=torch.float64))
+    singular = torch.linalg.svdvals(matrices).square().reshape(-1, 5).sum(0)
+    expected = torch.cat([singular.flip(0).cumsum(0).flip(0), singular.new_zeros(1)])
+    for strided in (matrices, matrices.mT.contiguous().mT):
+        torch.testing.assert_close(tail_energies(strided), expected)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -50,10 +53,8 @@ def test_left_factors_are_orthonormal_per_block():
 
 
 # lazylinop 1.24 fails an assertion of its own on three factors of rank 2 and more.
-@pytest.mark.parametrize("shape", [(16, 16), (24, 36), (36, 24)])
-@pytest.mark.parametrize(
-    ("family", "rank"), [("monarch", 1), ("monarch", 2), ("monarch", 3), ("lowrank", 4), ("butterfly", 1)]
-)
+@pytest.mark.parametrize("shape", [(24, 36), (36, 24)])
+@pytest.mark.parametrize(("family", "rank"), [("monarch", 3), ("lowrank", 4), ("butterfly", 1)])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_factorisation_agrees_with_lazylinop(shape, family, rank):
     """An independent implementation of the same left-to-right algorithm."""
@@ -78,14 +79,3 @@ def test_what_has_no_factorisation_says_why():
         factorize(torch.randn(16, 8), [(1, 4, 3, 4), (2, 2, 1, 3), (2, 3, 4, 1)])
     with pytest.raises(UsageError, match=r"\(12, 20\): this chain needs a weight of shape \(20, 12\)"):
         factorize(torch.randn(12, 20), ks.make_chain(20, 12).patterns(2))
-
-
-@pytest.mark.parametrize("group", [1, 50, 200, 2**22])
-@pytest.mark.parametrize("shape", [(7, 5), (6, 7, 5), (2, 3, 5, 7)])
-def test_tail_energies_do_not_depend_on_the_groups(shape, group, monkeypatch):
-    monkeypatch.setattr(factorize_module, "GROUP_VALUES", group)
-    matrices = torch.randn(shape, dtype=torch.float64)
-    singular = torch.linalg.svdvals(matrices).square().reshape(-1, 5).sum(0)
-    expected = torch.cat([singular.flip(0).cumsum(0).flip(0), singular.new_zeros(1)])
-    strided = matrices.mT.contiguous().mT
-    torch.testing.assert_close(factorize_module.tail_energies(strided), expected)
