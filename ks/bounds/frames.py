@@ -1,4 +1,4 @@
-"""Innovation frames: the directions of coupled inputs that one column group alone sees, and a fair share of them.
+"""Innovation frames: the directions of coupled inputs that one column group alone sees, and how groups divide them.
 
 Let C ⪰ F Fᵀ with F of shape (n, ρ). The frame N_i of group i is an orthonormal basis of {v : F_j v = 0 for all j ≠ i},
 so F N_i vanishes outside the rows of group i, and F_i N_i N_iᵀ F_iᵀ is the Schur complement of C on group i. Frames of

@@ -63,7 +63,7 @@ def _tails_at(matrices: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:
 
 
 def rounding_allowance(weight: torch.Tensor, moment: torch.Tensor | None = None) -> float:
-    """Return what a lower bound gives up to rounding: (8 ε max(m, n) + LEAK) Σ_ij W_ij² C_jj, with ε = 2.2e-16.
+    """Return the rounding error taken off a lower bound: (8 ε max(m, n) + LEAK) Σ_ij W_ij² C_jj, with ε = 2.2e-16.
 
     The first term covers the backward errors of eigenvalues and products, a few ε times the norms of their matrices;
     the second the frames, which vanish outside their group up to LEAK. Without a moment, C = I, and frames are exact.
@@ -142,9 +142,9 @@ class CoupledLowerBound:
         return sum(_grid_bound(each, splitting, rank, 1, 3, 2 * ITERATIONS, expired) for each in rows if not expired())
 
     def _joint(self, rank: int, binding: list[int], tight: bool, expired: Expired) -> float:
-        share = len(binding) ** -0.5
+        scale = len(binding) ** -0.5
         parts = [
-            Part(share * frame, 1, self.grids[split - 1][0])
+            Part(scale * frame, 1, self.grids[split - 1][0])
             for split in binding
             for frame in self.splittings[split - 1].parts()
         ]

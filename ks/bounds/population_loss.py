@@ -13,7 +13,7 @@ def population_loss(weight: torch.Tensor, values, moment: MomentLike = None) -> 
 
     E is formed block by block in float64 (m·n·r multiply-adds for two factors), because ‖W‖² − 2⟨W, Ŵ⟩ + ‖Ŵ‖² would
     cancel to 1e-16 of ‖W‖²: an entry of E is accurate to a few times 1e-16 of that of W, so that losses are resolved
-    down to about 1e-30 of predicting 0.
+    down to about 1e-30 of that of the zero predictor.
 
     Args:
         weight: W, shape (m, n), any float dtype.

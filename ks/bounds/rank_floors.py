@@ -43,7 +43,7 @@ class Certified:
 
 @dataclass
 class KnownBounds:
-    """All bounds that have been computed, relative to the zero predictor: what a file keeps of `RankFloors`.
+    """All bounds that have been computed, relative to the zero predictor: the part of `RankFloors` that a file keeps.
 
     curve, isotropic: lower bounds of every rank 0 … saturation, for the inputs of the layer and for isotropic ones.
     lowrank: the same of low-rank chains of every rank 0 … min(m, n). upper: loss of the best known chain of some ranks.
@@ -77,10 +77,11 @@ class RankFloors:
     A bound is computed when it is first asked for, and kept in `known`.
 
     Args:
-        weight: W, shape (m, n), any float dtype, CPU or CUDA, scaled so that tr(W C Wᵀ) = m: predicting 0 costs 1.
+        weight: W, shape (m, n), any float dtype, CPU or CUDA, scaled so that tr(W C Wᵀ) = m, and the
+            zero predictor loses 1.
         chain: the family, of the same shape.
         moment: C = E[x xᵀ], a tensor of shape (n, n) or a `SecondMoment`; None means I.
-        isotropic_weight: returns W, scaled so that predicting 0 costs 1 on inputs of second moment I, for comparison.
+        isotropic_weight: returns W, scaled so that the zero predictor loses 1 on isotropic inputs, for comparison.
         known: bounds that were computed before.
         progress: called with a few words before every longer computation.
         reason: why there are no floors, if that is not the chain's doing.
@@ -104,7 +105,7 @@ class RankFloors:
 
     @property
     def has_floors(self) -> bool:
-        """Whether floors hold for this family, else `reason` says why not."""
+        """Whether floors hold for this family; if not, `reason` has the cause."""
         return self.reason is None
 
     @cached_property
@@ -344,7 +345,7 @@ class LayerFloors:
         chain: the family.
         lower: no chain of rank r = 0 … R loses a smaller fraction of the output energy, float64 of shape (R + 1,). R is
             the largest rank with fewer parameters than the dense weight, at most the rank of saturation.
-        upper: what the best known chain loses, shape (R + 1,).
+        upper: the loss of the best known chain, shape (R + 1,).
         known: the ranks for which such a chain is known; between them, `upper` is interpolated. All where the floors
             are exact.
         energy: tr(W C Wᵀ), the output energy of which losses are fractions.
@@ -375,7 +376,7 @@ class LayerFloors:
 def layer_floors(
     weight: torch.Tensor, chain: Chain, moment: MomentLike, progress: Progress | None = None
 ) -> LayerFloors:
-    """Return the floors of every rank below the dense number of parameters, relative to predicting 0.
+    """Return the floors of every rank below the dense number of parameters, relative to the zero predictor.
 
     Low-rank chains, and two factors under inputs that couple no column groups, have exact floors for all ranks at once.
     Other chains get upper bounds at up to eight ranks; between them the logarithm of the loss is interpolated.

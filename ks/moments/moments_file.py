@@ -41,7 +41,7 @@ class _Metadata(msgspec.Struct):
 class InputMoments:
     """Sums over the inputs of a model's layers, for training and held out.
 
-    An input tensor has the NAME of the first layer that received it; layers that share it share its sums.
+    An input tensor has the NAME of the first layer that received it; layers that receive the same tensor have one sum.
 
     Args:
         train: the sums of every input tensor, by NAME.
@@ -175,7 +175,7 @@ class InputMoments:
 
     @classmethod
     def load(cls, path) -> "InputMoments":
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
             UsageError: the file is missing, damaged, of a newer version, holds invalid sums or exceeds the memory.

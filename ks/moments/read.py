@@ -26,7 +26,7 @@ class Calibration:
         sha256: hash of the values, equal for the same values in another file.
         samples: the rows of a file of raw samples, shape (N, n), dtype as stored: first the `train.count` training
             rows, then those held out. None for a moments file.
-        transposed: whether the weight is stored as (in, out); None if the file does not say.
+        transposed: whether the weight is stored as (in, out); None if the file has no such record.
         notes: remarks for the user, a line each.
     """
 

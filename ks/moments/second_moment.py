@@ -173,7 +173,7 @@ class SecondMoment:
 
 
 UNIT_MOMENT = SecondMoment.isotropic()
-MomentLike = torch.Tensor | SecondMoment | None  # what functions take as `moment=`
+MomentLike = torch.Tensor | SecondMoment | None  # the type of the argument `moment`
 
 
 def is_semi_definite(matrix: torch.Tensor, tolerance: float) -> bool:

@@ -1,4 +1,4 @@
-"""The answer of a study in sentences, of which the first names a rank: a function of rows and of a record of facts.
+"""The answer of a study in sentences, which begins with one rank: a function of rows and of a record of facts.
 
 docs/files.md states the rules.
 """
@@ -16,19 +16,19 @@ from ks.report.verdict import NEGLIGIBLE_FLOOR, Limit
 KNEE_DEPTH = 0.05
 # More epochs are advised up to this many times those of the study; beyond, a larger rank is the remedy.
 MOST_EPOCHS = 10
-# A continuation that is shorter than the run restarts at a small rate and may gain less than 1 / epochs says.
+# A continuation that is shorter than the run restarts at a small rate and may gain less than 1 / epochs predicts.
 LEAST_EPOCHS = 2
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the bounds say, as far as the answer needs it; losses are relative to the zero predictor.
+    """The bounds, as far as the answer needs them; losses are relative to the zero predictor.
 
     lowrank: for each rank of the study, the largest low-rank chain with at most as many parameters: its rank and its
     least loss; empty if the family has no floor or is low-rank. target: the ranks around the target; None without a
     target or a floor. remedy: if the target was missed, a rank whose best known chain reaches it with a margin as large
     as the excess of the named rank, the loss of that chain, and whether it is larger than dense. uncertified: the ranks
-    that the answer speaks of whose lower bounds ran out of time, and `seconds`, the time for all of them.
+    of the answer whose lower bounds ran out of time, and `seconds`, the time for all of them.
     """
 
     lowrank: Mapping[int, tuple[int, float]] = field(default_factory=dict)
@@ -69,7 +69,7 @@ def answer(rows: list[dict], facts: Facts, target: float | None = None) -> list[
 
 
 def named_row(rows: list[dict], target: float | None = None) -> dict | None:
-    """Return the row that the answer names; None if no finished rank has a loss that can be compared.
+    """Return the row of the rank that the answer recommends; None if no finished rank has a loss that can be compared.
 
     With a target, it is the smallest rank that reached it, else the smallest that can, else the one that came closest.
     Without one, it is the smallest exact rank, else the knee, else the one with the smallest loss.

@@ -49,7 +49,7 @@ def _identity(problem: Problem) -> tuple[str, str | None, Chain]:
     return problem.weight.sha256(), measured, problem.chain
 
 
-def spoken_of(rows: list[dict], floors: RankFloors, target: float | None) -> list[int]:
+def ranks_of_answer(rows: list[dict], floors: RankFloors, target: float | None) -> list[int]:
     """Return the ranks whose lower bounds the answer depends on, most important first.
 
     They are the rank that the answer names, whose verdict is about the distance to its floor, and the rank below the
@@ -67,10 +67,10 @@ def spoken_of(rows: list[dict], floors: RankFloors, target: float | None) -> lis
     return ranks
 
 
-def certify(floors: RankFloors, spoken: list[int], ranks: list[int], seconds: float) -> None:
-    """Raise the lower bounds of the ranks of `spoken_of`; with more than 30 seconds, then those of all ranks."""
+def certify(floors: RankFloors, first: list[int], ranks: list[int], seconds: float) -> None:
+    """Raise the lower bounds of the first ranks, those of the answer; with more than 30 seconds, then those of all."""
     more = seconds > DEFAULT_SECONDS
-    floors.certify([*spoken, *ranks] if more else spoken, seconds, tight=more, stop=signals.came)
+    floors.certify([*first, *ranks] if more else first, seconds, tight=more, stop=signals.came)
 
 
 def find_facts(rows: list[dict], floors: RankFloors, target: float | None, seconds: float) -> Facts:
@@ -81,8 +81,8 @@ def find_facts(rows: list[dict], floors: RankFloors, target: float | None, secon
     lowrank = {}
     if floors.chain.family != "lowrank":
         lowrank = {row["rank"]: floors.lowrank_beside(floors.chain.parameters(row["rank"])) for row in rows}
-    # After an interrupt, nothing was certified, which says nothing about the time that it takes.
-    uncertified = () if signals.came() else tuple(floors.uncertified(spoken_of(rows, floors, target)))
+    # After an interrupt, nothing was certified, whatever time it would have taken.
+    uncertified = () if signals.came() else tuple(floors.uncertified(ranks_of_answer(rows, floors, target)))
     if target is None:
         return Facts(lowrank, uncertified=uncertified, seconds=seconds)
     found, remedy = floors.target_ranks(target), None

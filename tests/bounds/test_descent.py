@@ -1,4 +1,4 @@
-"""Descents under a second moment: they never rise, end at a stationary point, and lose what they say."""
+"""Descents under a second moment: they never rise, end at a stationary point, and report the loss of their result."""
 
 import pytest
 import torch

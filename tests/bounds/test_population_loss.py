@@ -69,5 +69,5 @@ def test_the_population_loss_is_that_of_the_dense_residual_and_an_exact_chain_re
         exact = chain_to_dense(values)
         predict_zero = exact.square().sum().item() / rows
         assert population_loss(exact, values) <= 1e-28 * predict_zero
-        tiny = exact + 1e-10 * weight  # 1e-20 of predicting 0, where ‖W‖² − 2⟨W, Ŵ⟩ + ‖Ŵ‖² has lost every digit
+        tiny = exact + 1e-10 * weight  # 1e-20 of the zero predictor, where ‖W‖² − 2⟨W, Ŵ⟩ + ‖Ŵ‖² has lost every digit
         assert population_loss(tiny, values) == pytest.approx(1e-20 * weight.square().sum().item() / rows, rel=1e-3)

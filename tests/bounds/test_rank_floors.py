@@ -16,7 +16,7 @@ from ks.moments.second_moment import SecondMoment
 
 
 def floors_of(family="monarch", measured=True, rows=24, cols=36, **options):
-    """Floors in units in which predicting 0 costs 1."""
+    """Floors in units in which the zero predictor loses 1."""
     chain = ks.make_chain(rows, cols, family)
     moment = SecondMoment(random_moment("regular", cols)) if measured else SecondMoment.isotropic(3.0)
     weight = random_weight(chain)

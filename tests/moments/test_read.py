@@ -108,18 +108,6 @@ def changed(**fields):
     return found
 
 
-def lifted(entry, value):
-    """A function that adds a value to one entry of a matrix, and to its mirror image."""
-
-    def change(matrix):
-        matrix = matrix.clone()
-        matrix[entry] += value
-        matrix[entry[::-1]] = matrix[entry]
-        return matrix
-
-    return change
-
-
 def skewed(matrix):
     matrix = matrix.clone()
     matrix[0, 1] += 1e-3 * matrix.norm()
@@ -129,16 +117,12 @@ def skewed(matrix):
 # Sums that real inputs cannot have, and the message.
 FAULTS = {
     "not symmetric": (changed(sum_xx=skewed), "sum_xx is not symmetric"),
-    "negative": (changed(sum_xx=lambda square: -square), "not positive semi-definite"),
-    "one large entry": (changed(sum_xx=lifted((0, 1), 1e4)), "not positive semi-definite"),
     "negative diagonal": (changed(sum_xx=lambda square: square - 200 * torch.eye(WIDTH)), "not positive semi-definite"),
     "mean of others": (changed(sum_x=lambda total: total + 150), "sum_x does not belong to sum_xx"),
     "count of others": (
         changed(count=lambda count: 1, sum_x=lambda total: total + 30),
         "sum_x does not belong to sum_xx",
     ),
-    "NaN": (changed(sum_xx=lambda square: square * float("nan")), "NaN or infinite sums"),
-    "infinite": (changed(sum_x=lambda total: total / 0), "NaN or infinite sums"),
     "overflow": (changed(sum_xx=lambda square: square * 1e300), "the second moment overflows"),
     "count 0": (changed(count=lambda count: 0), "count is 0"),
     "all zero": (InputSums(torch.zeros(WIDTH, WIDTH).double(), torch.zeros(WIDTH).double(), 9), "all inputs are zero"),
@@ -226,10 +210,7 @@ def test_the_key_of_samples(tmp_path):
         (torch.ones(0, 6), r"has shape \(0, 6\)"),
         (torch.ones(9, 6, dtype=torch.int64), "has dtype int64"),
         (ROWS / 0, "NaN or infinite"),
-        (torch.zeros(9, 6), "all inputs are zero"),
-        (ROWS.double() * 1e200, "overflows"),
         (ROWS.to_sparse(), "is sparse"),
-        (ROWS.to("meta"), "is a meta tensor"),
     ],
 )
 def test_tensors_that_are_no_samples_are_refused(tmp_path, rows, message):

@@ -9,7 +9,7 @@ import ks
 from ks.bounds.rank_floors import RankFloors, TargetRanks
 from ks.files.status import Ending, Status
 from ks.report.answer import Facts, answer, knee, named_row, percents, target_note
-from ks.study.study_floors import find_facts, spoken_of
+from ks.study.study_floors import find_facts, ranks_of_answer
 
 CHAIN = ks.make_chain(64, 96)
 
@@ -180,12 +180,12 @@ def test_the_bounds_that_the_answer_depends_on_are_those_of_few_ranks():
     target = (floors.upper(5) + floors.upper(6)) / 2
     rows = rows_of({2: 0.01, 8: 0.001, 12: 0.0}, floors)
     assert named_row(rows, target)["rank"] == 8
-    assert spoken_of(rows, floors, target) == [8, 5]
+    assert ranks_of_answer(rows, floors, target) == [8, 5]
     facts = find_facts(rows, floors, target, 30.0)
     assert facts.uncertified == (8, 5)
     floors.certify([5, 8], 1000.0)
     assert find_facts(rows, floors, target, 30.0).uncertified == ()
-    assert spoken_of(rows, floors, target) == ([8] if floors.lower(5) > target else [8, 5])
+    assert ranks_of_answer(rows, floors, target) == ([8] if floors.lower(5) > target else [8, 5])
 
 
 def test_the_note_on_a_target_has_one_rank_where_bounds_meet_and_two_where_they_do_not():
