@@ -106,10 +106,7 @@ class UncoupledBounds:
     def lower(self, rank: int, tight: bool = False, expired: Expired = never) -> float:
         """Return the bound of one split, or that of all splits together if it is larger, in squared error per output.
 
-        Args:
-            rank: r.
-            tight: as in `loss_floor`.
-            expired: asked now and then; once it is true, the best bound so far is returned.
+        tight: as in `loss_floor`. expired: asked now and then; once it is true, the best bound so far is returned.
         """
         lower = self.curve[min(rank, self.chain.saturation_rank)].item()
         if self.chain.num_splits > 1 and lower > 0:

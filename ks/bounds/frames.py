@@ -55,9 +55,6 @@ def factor_of(moment: torch.Tensor) -> torch.Tensor:
     """Return F of shape (n, ρ) with F Fᵀ ⪯ C, equal to rounding if C is regular: lower triangular, ρ = n, if it is.
 
     Features are scaled to unit energy first, so that features of very different energy count alike.
-
-    Args:
-        moment: C, shape (n, n), float64, positive semi-definite.
     """
     scale = moment.diagonal().clamp(min=0).sqrt()
     inverse = torch.where(scale > 0, 1 / scale, 0.0)
@@ -75,10 +72,6 @@ def fair_splitting(factor: torch.Tensor, groups: int) -> Splitting:
 
     The shares start from Σ_j |N_iᵀ N_j|, a bound on the overlap in the manner of Gershgorin's circles (|A| = (A
     Aᵀ)^{1/2}; [[|A|, A], [Aᵀ, |Aᵀ|]] is positive semi-definite); two more passes hand out the remainder.
-
-    Args:
-        factor: F, shape (n, ρ).
-        groups: p, a divisor of n; the groups are contiguous.
     """
     frames = _frames(factor, groups)
     splitting = Splitting(factor, frames, tuple(_eye(frame.shape[1], factor) for frame in frames))

@@ -83,14 +83,7 @@ def lift_and_shift(
 def bound_of_shift(
     target: torch.Tensor, gram: torch.Tensor, parts: Sequence[Part], rank: int, shift: torch.Tensor
 ) -> float:
-    """Return the right side of the theorem.
-
-    Args:
-        target: W F R, shape (m, κ).
-        gram: K = RᵀR.
-        parts, rank: as in `lift_and_shift`.
-        shift: Q, shape (m, κ).
-    """
+    """Return the right side of the theorem for the target W F R, the Gram matrix K = RᵀR and the shift Q."""
     outside = shift - shift @ gram  # P
     value, moved, start = -(outside * shift).sum().item(), target - outside, 0
     for part in parts:

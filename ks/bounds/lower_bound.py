@@ -39,9 +39,6 @@ def simple_bounds(lifted: torch.Tensor, splitting: Splitting, row_groups: int, l
         lifted: W F, shape (m, ρ), float64.
         splitting: of F into p groups.
         row_groups: q.
-        length: number of ranks.
-    Returns:
-        float64 tensor of shape (length,).
     """
     rows = lifted.reshape(-1, row_groups, lifted.shape[1]).transpose(0, 1)  # shape: (q, m/q, ρ)
     single = torch.arange(length, device=lifted.device)
@@ -113,13 +110,10 @@ class CoupledLowerBound:
         return curve
 
     def __call__(self, rank: int, tight: bool = False, expired: Expired = never) -> float:
-        """Return the best lower bound for one rank.
+        """Return the best lower bound for one rank; once `expired` returns true, the best so far, even a simple one.
 
-        Args:
-            rank: r.
-            tight: spend longer: the parts of a grid get shares for each row group, in more rounds, and splits are
-                joined at any cost.
-            expired: asked now and then; once it is true, the best bound so far is returned, which may be a simple one.
+        A tight bound takes longer: each row group divides the parts in its own way, in more rounds, and splits are
+        joined at any cost.
         """
         if rank >= self.chain.saturation_rank:
             return 0.0
@@ -168,15 +162,7 @@ def joint_bound(lifted: torch.Tensor, parts: list[Part], rank: int, tight: bool,
 def isotropic_joint_bound(
     weight: torch.Tensor, chain: Chain, rank: int, tight: bool = False, expired: Expired = never
 ) -> float:
-    """Return a lower bound of ‖W − Ŵ‖_F² that binds the ranks of all splits of a chain at once, 0 if not affordable.
-
-    Args:
-        weight: W, shape (m, n), float64.
-        chain: with more than one split.
-        rank: r.
-        tight: whether to spend any number of operations.
-        expired: as in `CoupledLowerBound`.
-    """
+    """Return a lower bound of ‖W − Ŵ‖_F² that binds the ranks of all splits at once; 0 if not affordable, as above."""
     binding = binding_splits(chain, rank)
     if len(binding) < 2:
         return 0.0

@@ -24,9 +24,8 @@ def population_loss(weight: torch.Tensor, values, moment: MomentLike = None) -> 
 
 
 def _residual(weight: torch.Tensor, values) -> torch.Tensor:
-    """Return W − K_1 … K_L in float64."""
-    residual = weight.to(torch.float64, memory_format=torch.contiguous_format, copy=True)
-    return subtract_chain(residual, list(values))
+    wide = weight.to(torch.float64, memory_format=torch.contiguous_format, copy=True)
+    return subtract_chain(wide, list(values))
 
 
 @torch.no_grad()

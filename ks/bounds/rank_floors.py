@@ -217,9 +217,6 @@ class RankFloors:
         The optimum falls with the rank, so a rank whose lower bound is above the target excludes all smaller ones, and
         the search for the smallest rank whose best known chain reaches the target needs few chains: the ratio of best
         known chain to curve at the nearest known rank leads to the next one.
-
-        Args:
-            target: loss relative to the zero predictor, in (0, 1).
         """
         above = [int(rank) for rank in (self.curve > target).nonzero()]
         above += [rank for rank, bound in self.known.certified.items() if bound.lower > target]

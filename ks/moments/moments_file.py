@@ -79,11 +79,7 @@ class InputMoments:
         return next(iter(self.aliases))
 
     def only(self, key: str | None) -> "InputMoments":
-        """Return the moments of one weight alone, in memory.
-
-        Args:
-            key: as in `key_of`.
-        """
+        """Return the moments of one weight alone, in memory; the key is that of `key_of`."""
         found = self.key_of(key)
         name = self.aliases[found]
         held_out = self.held_out.get(name)
@@ -286,7 +282,7 @@ def open_safetensors(path: Path, what: str) -> tuple[Any, dict[str, str]]:
 
     Args:
         path: of the file.
-        what: it should hold, for the message.
+        what: a plural for the message, as "moments of inputs".
     Raises:
         UsageError: no regular file, or a damaged one.
     """

@@ -111,15 +111,6 @@ def test_the_general_bounds_are_exact_where_groups_are_not_coupled():
     assert all(floor.exact for floor in exact)
 
 
-def test_low_rank_floors_are_those_of_svd_llm():
-    """With a Cholesky factor of C in the place of its root. Source: Wang et al., "SVD-LLM" (2024)."""
-    weight, moment = random_weight(ks.make_chain(20, 30)), random_moment("regular", 30)
-    energies = torch.linalg.svdvals(weight @ torch.linalg.cholesky(moment)).square() / 20
-    curve = floor_curve(weight, ks.make_chain(20, 30, "lowrank"), SecondMoment(moment))
-    expected = torch.stack([energies[rank:].sum() for rank in range(21)])
-    torch.testing.assert_close(curve, expected, rtol=1e-10, atol=1e-14 * expected[0].item())
-
-
 @pytest.mark.parametrize("kind", ["steep", "singular"])
 def test_chains_with_one_column_group_are_exact(kind):
     chain = Chain("explicit", 12, 20, (4, 3), (1, 20))

@@ -75,17 +75,6 @@ def test_a_descent_over_factors_ends_where_the_gradient_vanishes(seed):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_low_rank_factors_project_the_weight_on_the_leading_directions_of_its_outputs(kind):
-    weight, moment = random_weight(ks.make_chain(10, 16)), random_moment(kind, 16)
-    dense = chain_to_dense(factorize(weight, ks.make_chain(10, 16, "lowrank").patterns(3), moment))
-    vectors = torch.linalg.eigh(weight @ moment @ weight.t()).eigenvectors[:, -3:]
-    if kind == "rank one":
-        vectors = vectors[:, -1:]  # the other eigenvalues are tied at zero
-        dense = vectors @ (vectors.t() @ dense)
-    torch.testing.assert_close(dense, vectors @ vectors.t() @ weight)
-
-
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["monarch", "butterfly", "lowrank"])
 def test_a_factorisation_for_the_inputs_reaches_the_upper_bound_and_beats_one_for_white_inputs(family, kind):
     chain = ks.make_chain(24, 36, family)
@@ -101,10 +90,6 @@ def test_a_factorisation_for_the_inputs_reaches_the_upper_bound_and_beats_one_fo
     assert losses[inputs] <= losses[None] + 1e-12 * energy
 
 
-def test_moments_that_do_not_fit_are_refused():
-    weight, patterns = torch.randn(12, 20), ks.make_chain(12, 20).patterns(2)
-    for family in ("monarch", "lowrank"):
-        with pytest.raises(UsageError, match="second moment of 12 features"):
-            factorize(weight, ks.make_chain(12, 20, family).patterns(2), random_moment("regular", 12))
-    with pytest.raises(UsageError, match="not symmetric"):
-        factorize(weight, patterns, torch.randn(20, 20))
+def test_a_moment_of_another_size_is_refused():
+    with pytest.raises(UsageError, match="second moment of 12 features"):
+        factorize(torch.randn(12, 20), ks.make_chain(12, 20).patterns(2), random_moment("regular", 12))

@@ -12,7 +12,7 @@ import ks
 from ks.bounds import factorize as factorize_module
 from ks.bounds.factorize import factorize, tail_energies
 from ks.bounds.floors import floor_curve, loss_floor
-from ks.chain.patterns import Chain, chainability, patterns_of_ranks
+from ks.chain.patterns import chainability, patterns_of_ranks
 from ks.chain.reference import chain_to_dense
 from ks.errors import UsageError
 
@@ -39,17 +39,6 @@ def test_an_exact_chain_of_any_ranks_is_recovered_to_machine_precision(seed):
     values = factorize(weight, patterns)
     assert (weight - chain_to_dense(values)).norm() <= 1e-12 * weight.norm()
     assert floor_curve(weight, chain)[min(max(ranks), chain.saturation_rank)] <= 1e-12 * weight.square().sum()
-
-
-def test_left_factors_are_orthonormal_per_block():
-    chain = Chain("explicit", 12, 30, (2, 3, 2), (5, 2, 3))
-    for factor in factorize(random_weight(chain), chain.patterns(2))[:-1]:
-        a, b, c, d = factor.shape
-        for i in range(a):
-            for t in range(d):
-                columns = factor[i, :, :, t].reshape(b, -1, 2).permute(1, 0, 2)
-                gram = columns.mT @ columns
-                torch.testing.assert_close(gram, torch.eye(2, dtype=gram.dtype).expand_as(gram))
 
 
 # lazylinop 1.24 fails an assertion of its own on three factors of rank 2 and more.

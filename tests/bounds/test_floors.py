@@ -8,21 +8,8 @@ from measured import random_moment
 import ks
 from ks.bounds.factorize import factorize, tail_energies
 from ks.bounds.floors import floor_curve, loss_floor, split_blocks
-from ks.chain.patterns import Chain
 from ks.chain.reference import chain_to_dense
 from ks.errors import UsageError
-
-
-def test_split_blocks_are_those_of_the_definition():
-    chain = Chain("explicit", 12, 30, (2, 3, 2), (5, 2, 3))
-    weight = random_weight(chain)
-    for split in (1, 2):
-        height, outer, inner, width = chain.block_shape(split)
-        blocks = split_blocks(weight, chain, split)
-        assert blocks.shape == (outer, inner, height, width)
-        for t in range(outer):
-            for i in range(inner):
-                assert torch.equal(blocks[t, i], weight[t::outer, i * width : (i + 1) * width])
 
 
 @pytest.mark.parametrize("seed", SEEDS[:10])
