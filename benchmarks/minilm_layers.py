@@ -30,8 +30,7 @@ from ks.cli import console
 from ks.files.atomic import write_csv
 from ks.files.weights import load_weight
 from ks.moments.read import read_input_moments
-from ks.moments.second_moment import SecondMoment
-from ks.moments.sums import InputSums
+from ks.moments.second_moment import InputSums, SecondMoment
 
 LAYERS = ("0.output.dense", "3.output.dense", "3.intermediate.dense", "3.attention.output.dense")
 RANKS = (4, 16, 32, 48)

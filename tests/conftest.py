@@ -19,7 +19,7 @@ import warm
 
 import ks
 from ks.files.layout import RunFiles, run_files
-from ks.moments.sums import InputSums
+from ks.moments.second_moment import InputSums
 from ks.training.checkpoints import Checkpoints
 
 torch.set_num_threads(1)

@@ -5,8 +5,7 @@ import torch
 
 import ks
 from ks.bounds.floors import Floor
-from ks.bounds.plan_rows import floor_rows
-from ks.bounds.rank_floors import RankFloors
+from ks.bounds.rank_floors import RankFloors, floor_rows
 from ks.files import columns
 from ks.files.status import OK, Ending, Status
 from ks.report.study import Study, summary_frame

@@ -15,7 +15,7 @@ from conftest import ROOT, read_table
 
 import ks
 from ks.moments.moments_file import InputMoments
-from ks.moments.sums import InputSums
+from ks.moments.second_moment import InputSums
 
 SCRIPTS = [
     "train_with_random",

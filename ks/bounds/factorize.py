@@ -8,13 +8,11 @@ from itertools import pairwise
 
 import torch
 
-from ks.bounds.factor_descent import refine_factors
-from ks.bounds.grid_descent import GRID_TOLERANCE, GridDescent
+from ks.bounds.descent import GRID_TOLERANCE, GridDescent, refine_factors
 from ks.chain.bmm import empty_values
 from ks.chain.patterns import Chain, Pattern, chainability, check_patterns
 from ks.errors import UsageError
-from ks.moments.gram import lower_gram
-from ks.moments.pieces import one_thread_each
+from ks.moments.pieces import lower_gram, one_thread_each
 from ks.moments.second_moment import MomentLike, SecondMoment
 
 GROUP_VALUES = 2**20  # of the blocks that a thread copies at a time: bounds the memory
@@ -37,7 +35,7 @@ def tail_energies(matrices: torch.Tensor) -> torch.Tensor:
     several = matrices.device.type == "cpu" and matrices.numel() > height * width
     for energies in (one_thread_each if several else map)(_group_energies, _groups(matrices)):
         total += energies
-    return _tail_sums(total)
+    return tail_sums(total)
 
 
 @torch.no_grad()
@@ -54,12 +52,12 @@ def low_rank_energies(weight: torch.Tensor, moment: SecondMoment) -> torch.Tenso
     """
     if weight.shape[0] > weight.shape[1]:
         return tail_energies(moment.times_root(weight))
-    return _tail_sums(torch.linalg.eigvalsh(moment.output_moment(weight)).clamp_(min=0))
+    return tail_sums(torch.linalg.eigvalsh(moment.output_moment(weight)).clamp_(min=0))
 
 
-def _tail_sums(energies: torch.Tensor) -> torch.Tensor:
-    """Return sums of all but the r largest of ascending energies of shape (count,), r = 0 … count."""
-    return torch.cat([energies.new_zeros(1), energies.cumsum(0)]).flip(0)
+def tail_sums(energies: torch.Tensor) -> torch.Tensor:
+    """Return sums of all but the r largest of ascending energies of shape (..., count), r = 0 … count."""
+    return torch.nn.functional.pad(energies.cumsum(-1), (1, 0)).flip(-1)
 
 
 @torch.no_grad()  # a thread starts with gradients
@@ -100,9 +98,9 @@ class HierarchicalLoss:
     def __call__(self, rank: int) -> float:
         """Return the squared error per output on unit inputs, ‖W − K_1 … K_L‖_F² / m."""
         patterns, ranks = self.chain.patterns(rank), self.chain.ranks(rank)
-        _, remainder = _cut_svd(self.first, ranks[0])
+        remainder = _remainder_at(self.first, ranks[0])
         for pattern, split_rank in zip(patterns[1:-2], ranks[1:-1]):
-            _, remainder = _cut_svd(_split_svd(remainder, pattern, split_rank), split_rank)
+            remainder = _remainder_at(_split_svd(remainder, pattern, split_rank), split_rank)
         # Left factors are orthonormal per block, so lost energies add up; the last cut needs no singular vectors.
         lost = self.energy - remainder.square().sum().item()
         lost += tail_energies(_remainder_blocks(remainder, patterns[-2], ranks[-1]))[ranks[-1] :][:1].sum().item()
@@ -111,11 +109,7 @@ class HierarchicalLoss:
 
 @torch.no_grad()
 def factorize(
-    weight: torch.Tensor,
-    patterns,
-    moment: MomentLike = None,
-    *,
-    tolerance: float = GRID_TOLERANCE,
+    weight: torch.Tensor, patterns, moment: MomentLike = None, *, tolerance: float = GRID_TOLERANCE
 ) -> list[torch.Tensor]:
     """Factorise W into a chainable chain for inputs of second moment C, so that tr((W − Ŵ) C (W − Ŵ)ᵀ) is small.
 
@@ -155,7 +149,8 @@ def factorize(
         values = _coupled_hierarchical(wide, coupled, patterns, ranks, tolerance)
         if len(patterns) > 2:
             values, _ = refine_factors(wide, coupled, values)
-    return [_stored(factor, pattern, weight) for factor, pattern in zip(values, patterns)]
+    stored = [empty_values(pattern, weight.device, weight.dtype) for pattern in patterns]
+    return [place.copy_(factor) for place, factor in zip(stored, values)]
 
 
 def _hierarchical(weight: torch.Tensor, rooted: torch.Tensor, patterns, ranks) -> list[torch.Tensor]:
@@ -210,15 +205,15 @@ def _remainder_blocks(remainder: torch.Tensor, pattern: Pattern, rank: int) -> t
     return remainder.reshape(a, b, d, c // rank, -1).permute(0, 2, 3, 1, 4)
 
 
-def _split_svd(remainder: torch.Tensor, pattern: Pattern, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    left, singular, right = torch.linalg.svd(_remainder_blocks(remainder, pattern, rank), full_matrices=False)
-    return left, singular, right
+def _split_svd(remainder: torch.Tensor, pattern: Pattern, rank: int):
+    """Return left, singular values and right of the blocks of a cut."""
+    return torch.linalg.svd(_remainder_blocks(remainder, pattern, rank), full_matrices=False)
 
 
-def _cut_svd(svd: tuple[torch.Tensor, torch.Tensor, torch.Tensor], rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cut an SVD of blocks at a rank; return the values of the left factor and the remainder for the next ones."""
+def _remainder_at(svd, rank: int) -> torch.Tensor:
+    """Return the remainder for the next factors from the SVD of the blocks of a cut."""
     left, singular, right = svd
-    return _placed(left[..., :rank], singular[..., :rank, None] * right[..., :rank, :], rank)
+    return _placed(left[..., :rank], singular[..., :rank, None] * right[..., :rank, :], rank)[1]
 
 
 def _placed(left: torch.Tensor, rest: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -233,11 +228,6 @@ def _placed(left: torch.Tensor, rest: torch.Tensor, rank: int) -> tuple[torch.Te
     values = factor.permute(0, 3, 2, 4, 1).reshape(a, b, inner * rank, d)
     # a d inner rank width -> (a inner) (rank d) width
     return values, rest.permute(0, 2, 3, 1, 4).reshape(a * inner, rank * d, -1)
-
-
-def _stored(values: torch.Tensor, pattern: Pattern, weight: torch.Tensor) -> torch.Tensor:
-    stored = empty_values(pattern, weight.device, weight.dtype)
-    return stored.copy_(values)
 
 
 def check_shape(weight: torch.Tensor, expected: tuple[int, int]) -> None:

@@ -18,12 +18,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import isclose
-from typing import Protocol
 
 import torch
 
+from ks.bounds.descent import GRID_TOLERANCE, GridDescent
 from ks.bounds.factorize import HierarchicalLoss, check_shape, factorize, low_rank_energies, tail_energies
-from ks.bounds.grid_descent import GRID_TOLERANCE, GridDescent
 from ks.bounds.lift_and_shift import never
 from ks.bounds.lower_bound import CoupledLowerBound, Expired, isotropic_joint_bound
 from ks.bounds.population_loss import population_loss
@@ -76,41 +75,21 @@ def split_blocks(weight: torch.Tensor, chain: Chain, split: int) -> torch.Tensor
     return weight.reshape(height, outer, inner, width).permute(1, 2, 0, 3)
 
 
-class ChainBounds(Protocol):
-    """Bounds on the least loss of a chain family on one weight; work that ranks share is done once."""
-
-    @property
-    def curve(self) -> torch.Tensor:
-        """Return a lower bound for every rank 0 … saturation, float64 on the CPU."""
-
-    @property
-    def curve_is_exact(self) -> bool:
-        """Return whether `curve` holds the optimum of every rank."""
-
-    def lower(self, rank: int, tight: bool = False, expired: Expired = never) -> float:
-        """Return a loss that no chain of a rank can go below, in squared error per output; at least `curve[rank]`.
-
-        Args:
-            rank: r.
-            tight: as in `loss_floor`.
-            expired: asked now and then; once it is true, the best bound so far is returned.
-        """
-
-    def upper(self, rank: int) -> float:
-        """Return the loss of the best chain of a rank that is known."""
-
-
 class UncoupledBounds:
     """Bounds for inputs that couple none of the column groups of the right-most factor."""
 
     def __init__(self, weight: torch.Tensor, chain: Chain, moment: SecondMoment, progress: Progress):
         self.given, self.chain, self.moment, self.progress = weight, chain, moment, progress
-        self._hierarchical: HierarchicalLoss | None = None
+        self.curve_is_exact = chain.num_splits == 1
 
     @cached_property
     def weight(self) -> torch.Tensor:
         """W C^{1/2}, which stands for W."""
         return self.moment.times_root(self.given)
+
+    @cached_property
+    def _hierarchical(self) -> HierarchicalLoss:
+        return HierarchicalLoss(self.weight, self.chain)
 
     @cached_property
     def curve(self) -> torch.Tensor:
@@ -124,13 +103,11 @@ class UncoupledBounds:
             curve[: len(tail)] = torch.maximum(curve[: len(tail)], tail)
         return curve / self.chain.rows
 
-    @property
-    def curve_is_exact(self) -> bool:
-        """Whether the chain has two factors."""
-        return self.chain.num_splits == 1
-
     def lower(self, rank: int, tight: bool = False, expired: Expired = never) -> float:
-        """Return the bound of one split, or that of all splits together if it is larger."""
+        """Return the bound of one split, or that of all splits together if it is larger, in squared error per output.
+
+        tight: as in `loss_floor`. expired: asked now and then; once it is true, the best bound so far is returned.
+        """
         lower = self.curve[min(rank, self.chain.saturation_rank)].item()
         if self.chain.num_splits > 1 and lower > 0:
             joint = isotropic_joint_bound(self.weight, self.chain, rank, tight, expired)
@@ -140,11 +117,7 @@ class UncoupledBounds:
     def upper(self, rank: int) -> float:
         """Return the loss of the hierarchical factorisation, the optimum for two factors."""
         lower = self.curve[min(rank, self.chain.saturation_rank)].item()
-        if self.curve_is_exact:
-            return lower
-        if self._hierarchical is None:
-            self._hierarchical = HierarchicalLoss(self.weight, self.chain)
-        return max(lower, self._hierarchical(rank))
+        return lower if self.curve_is_exact else max(lower, self._hierarchical(rank))
 
 
 class CoupledBounds:
@@ -152,14 +125,7 @@ class CoupledBounds:
 
     curve_is_exact = False
 
-    def __init__(
-        self,
-        weight: torch.Tensor,
-        chain: Chain,
-        moment: SecondMoment,
-        tolerance: float,
-        progress: Progress,
-    ):
+    def __init__(self, weight: torch.Tensor, chain: Chain, moment: SecondMoment, tolerance: float, progress: Progress):
         self.weight, self.chain, self.moment = weight.double(), chain, moment
         self.tolerance, self.progress = tolerance, progress
 
@@ -198,6 +164,9 @@ class CoupledBounds:
         return max(upper, self.curve[min(rank, self.chain.saturation_rank)].item())
 
 
+ChainBounds = UncoupledBounds | CoupledBounds
+
+
 def chain_bounds(
     weight: torch.Tensor,
     chain: Chain,
@@ -231,9 +200,9 @@ def chain_bounds(
 def floor_curve(weight: torch.Tensor, chain: Chain, moment: MomentLike = None) -> torch.Tensor:
     """Return a lower bound for every rank r = 0 … saturation; r = 0 is the zero predictor.
 
-    It is max_l E_l(r)² / m where the inputs couple no column groups of the right-most factor: for C = σ²I, and for
-    low-rank chains, whose exact optimum it is, under any C. For coupled inputs it is the largest simple bound
-    (`ks.bounds.simple_bounds`), which may be several times below that of `loss_floor`.
+    It is max_l E_l(r)² / m where the inputs couple no column groups of the right-most factor, and the optimum of
+    low-rank chains under any C. For coupled inputs it is the largest simple bound
+    (`ks.bounds.lower_bound.simple_bounds`), which may be several times below that of `loss_floor`.
 
     Args:
         weight: W, shape (m, n).

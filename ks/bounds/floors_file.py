@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ks.bounds.layer_floors import LayerFloors
-from ks.bounds.rank_floors import Certified, KnownBounds
+from ks.bounds.rank_floors import Certified, KnownBounds, LayerFloors
 from ks.chain.patterns import Chain
 from ks.files.atomic import atomic_path
 
@@ -75,11 +74,11 @@ class FloorsFile:
 
     def add_bounds(self, weight_sha256: str, inputs_sha256: str | None, chain: Chain, known: KnownBounds) -> None:
         """Keep the bounds that are known of the ranks of a family; `save` writes them."""
-        curves = {part: getattr(known, part) for part in CURVES}
-        arrays: dict[str, np.ndarray] = {part: curve.numpy() for part, curve in curves.items() if curve is not None}
-        arrays["upper bounds"] = np.array([*known.upper.items()], dtype=np.float64).reshape(-1, 2)
         certified = [(rank, *dataclasses.astuple(bound)) for rank, bound in known.certified.items()]
-        arrays["certified bounds"] = np.array(certified, dtype=np.float64).reshape(-1, 4)
+        arrays = {
+            "upper bounds": np.array([*known.upper.items()], dtype=np.float64).reshape(-1, 2),
+            "certified bounds": np.array(certified, dtype=np.float64).reshape(-1, 4),
+        } | {part: curve.numpy() for part in CURVES if (curve := getattr(known, part)) is not None}
         name = _name(weight_sha256, inputs_sha256, chain)
         named = {f"{name} {part}": array for part, array in arrays.items()}
         self._changed |= any(not np.array_equal(self._arrays.get(key, ()), array) for key, array in named.items())

@@ -1,4 +1,4 @@
-"""Innovation frames: the directions of coupled inputs that one column group alone sees, and a fair share of them.
+"""Innovation frames: the directions of coupled inputs that one column group alone sees, and how groups divide them.
 
 Let C ⪰ F Fᵀ with F of shape (n, ρ). The frame N_i of group i is an orthonormal basis of {v : F_j v = 0 for all j ≠ i},
 so F N_i vanishes outside the rows of group i, and F_i N_i N_iᵀ F_iᵀ is the Schur complement of C on group i. Frames of
@@ -7,7 +7,7 @@ D_i = F_i R_i R_iᵀ F_iᵀ and a remainder E ⪰ 0 make up C = ⊕D_i + E, whic
 """
 
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -55,9 +55,6 @@ def factor_of(moment: torch.Tensor) -> torch.Tensor:
     """Return F of shape (n, ρ) with F Fᵀ ⪯ C, equal to rounding if C is regular: lower triangular, ρ = n, if it is.
 
     Features are scaled to unit energy first, so that features of very different energy count alike.
-
-    Args:
-        moment: C, shape (n, n), float64, positive semi-definite.
     """
     scale = moment.diagonal().clamp(min=0).sqrt()
     inverse = torch.where(scale > 0, 1 / scale, 0.0)
@@ -75,10 +72,6 @@ def fair_splitting(factor: torch.Tensor, groups: int) -> Splitting:
 
     The shares start from Σ_j |N_iᵀ N_j|, a bound on the overlap in the manner of Gershgorin's circles (|A| = (A
     Aᵀ)^{1/2}; [[|A|, A], [Aᵀ, |Aᵀ|]] is positive semi-definite); two more passes hand out the remainder.
-
-    Args:
-        factor: F, shape (n, ρ).
-        groups: p, a divisor of n; the groups are contiguous.
     """
     frames = _frames(factor, groups)
     splitting = Splitting(factor, frames, tuple(_eye(frame.shape[1], factor) for frame in frames))
@@ -167,9 +160,7 @@ def _frames(factor: torch.Tensor, groups: int) -> tuple[torch.Tensor, ...]:
 
 
 def _cuts(frames) -> list[slice]:
-    ends = [0]
-    for frame in frames:
-        ends.append(ends[-1] + frame.shape[1])
+    ends = accumulate((frame.shape[1] for frame in frames), initial=0)
     return [slice(start, end) for start, end in pairwise(ends)]
 
 

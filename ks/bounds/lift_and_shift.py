@@ -30,17 +30,6 @@ class Part:
     row_groups: int
 
 
-@dataclass(frozen=True)
-class Certificate:
-    """A lower bound, as Σ of tails minus the penalty, and the slope of the bound in each D_S = F R_S R_Sᵀ Fᵀ.
-
-    slopes: shape (κ_S, κ_S) each, in coordinates of R_S; where D_S may grow, larger slopes promise more.
-    """
-
-    value: float
-    slopes: list[torch.Tensor]
-
-
 def never() -> bool:
     """Return False: no time limit."""
     return False
@@ -53,8 +42,8 @@ def lift_and_shift(
     iterations: int,
     tolerance: float = 1e-4,
     expired: Callable[[], bool] = never,
-) -> Certificate:
-    """Return the best certificate of an ADMM run.
+) -> tuple[float, list[torch.Tensor]]:
+    """Return the best lower bound of an ADMM run, and how much it gains by each part.
 
     Every iteration costs 2 m κ² operations, κ = Σ κ_S, and an eigendecomposition of the smaller Gram matrix of each
     block.
@@ -66,19 +55,21 @@ def lift_and_shift(
         iterations: at most so many.
         tolerance: relative progress between two evaluations at which the iteration ends.
         expired: asked after every iteration; the bound of the shift that is reached then is as valid as any.
+    Returns:
+        the bound, Σ of tails minus the penalty, and its slope in each D_S = F R_S R_Sᵀ Fᵀ, of shape (κ_S, κ_S) in
+        coordinates of R_S: where D_S may grow, larger slopes promise more.
     """
     frames = torch.cat([part.frame for part in parts], 1)
     gram, target = frames.mT @ frames, lifted @ frames
     scale = target.norm().clamp(min=torch.finfo(target.dtype).tiny)
     dtype = torch.float32 if len(gram) > FLOAT32_WIDTH else torch.float64
     aim, projection = (target / scale).to(dtype), gram.to(dtype)
-    blocks, best = _Blocks(parts, rank), 0.0
-    split, dual = aim.clone(), torch.zeros_like(aim)
+    best, split, dual = 0.0, aim.clone(), torch.zeros_like(aim)
     for iteration in range(1, iterations + 1):
         point = split - dual
         near = aim + (point - aim) @ projection
         relaxed = RELAXATION * near + (1 - RELAXATION) * split
-        split = blocks.proximal(relaxed + dual + aim)
+        split, blocks = _proximal(relaxed + dual + aim, parts, rank)
         dual = dual + relaxed - split
         out_of_time = expired()
         if iteration % CHECK_EVERY == 0 or iteration == iterations or out_of_time:
@@ -86,58 +77,48 @@ def lift_and_shift(
             progress, best = value - best, max(best, value)
             if progress < tolerance * best or out_of_time:
                 break
-    return Certificate(best, [slope.double() for slope in blocks.slopes()])
+    return best, _slopes(blocks)
 
 
 def bound_of_shift(
     target: torch.Tensor, gram: torch.Tensor, parts: Sequence[Part], rank: int, shift: torch.Tensor
 ) -> float:
-    """Return the right side of the theorem.
-
-    Args:
-        target: W F R, shape (m, κ).
-        gram: K = RᵀR.
-        parts, rank: as in `lift_and_shift`.
-        shift: Q, shape (m, κ).
-    """
+    """Return the right side of the theorem for the target W F R, the Gram matrix K = RᵀR and the shift Q."""
     outside = shift - shift @ gram  # P
     value, moved, start = -(outside * shift).sum().item(), target - outside, 0
     for part in parts:
         block = _rows_in_groups(moved[:, start : start + part.frame.shape[1]], part.row_groups)
-        energies = torch.linalg.eigvalsh(_smaller_gram(block)).clamp(min=0)
+        energies = torch.linalg.eigvalsh(smaller_gram(block)).clamp(min=0)
         value += energies[:, : max(0, energies.shape[1] - part.size * rank)].sum().item()
         start += part.frame.shape[1]
     return value
 
 
-class _Blocks:
-    """The proximal step of every part of B, and what it leaves for the slopes."""
+def _proximal(matrix: torch.Tensor, parts: Sequence[Part], rank: int):
+    """Return argmin_Z Σ_S φ(Z_S) + ‖Z − B‖², φ(Z) = min {tr ZᵀP⁻¹Z : 0 ⪯ P ⪯ I, tr P ≤ k_S} for every block.
 
-    def __init__(self, parts: Sequence[Part], rank: int):
-        self.parts, self.rank = parts, rank
-        self.last: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    The second result holds the blocks, their singular vectors and the eigenvalues of P, for `_slopes`.
+    """
+    blocks, columns, start = [], [], 0
+    for part in parts:
+        block = _rows_in_groups(matrix[:, start : start + part.frame.shape[1]], part.row_groups)
+        start += part.frame.shape[1]
+        energies, vectors = torch.linalg.eigh(smaller_gram(block))
+        weights = _capped_weights(energies.clamp(min=0).sqrt(), part.size * rank)
+        kept = _scale_directions(block, vectors, weights / (1 + weights))
+        blocks.append((block, vectors, weights))
+        columns.append(kept.transpose(0, 1).reshape(len(matrix), -1))
+    return torch.cat(columns, 1), blocks
 
-    def proximal(self, matrix: torch.Tensor) -> torch.Tensor:
-        """Return argmin_Z Σ_S φ(Z_S) + ‖Z − B‖², φ(Z) = min {tr ZᵀP⁻¹Z : 0 ⪯ P ⪯ I, tr P ≤ k_S} for every block."""
-        self.last, columns, start = [], [], 0
-        for part in self.parts:
-            block = _rows_in_groups(matrix[:, start : start + part.frame.shape[1]], part.row_groups)
-            start += part.frame.shape[1]
-            energies, vectors = torch.linalg.eigh(_smaller_gram(block))
-            weights = _capped_weights(energies.clamp(min=0).sqrt(), part.size * self.rank)
-            kept = _scale_directions(block, vectors, weights / (1 + weights))
-            self.last.append((block, vectors, weights))
-            columns.append(kept.transpose(0, 1).reshape(len(matrix), -1))
-        return torch.cat(columns, 1)
 
-    def slopes(self) -> list[torch.Tensor]:
-        """Return Σ over the row groups of Zᵀ(P⁻¹ − I)Z."""
-        slopes = []
-        for block, vectors, weights in self.last:
-            scaled = _scale_directions(block, vectors, (weights * (1 - weights)).sqrt() / (1 + weights))
-            scaled = scaled.reshape(-1, scaled.shape[-1])
-            slopes.append(scaled.mT @ scaled)
-        return slopes
+def _slopes(blocks) -> list[torch.Tensor]:
+    """Return Σ over the row groups of Zᵀ(P⁻¹ − I)Z for every part."""
+    slopes = []
+    for block, vectors, weights in blocks:
+        scaled = _scale_directions(block, vectors, (weights * (1 - weights)).sqrt() / (1 + weights))
+        scaled = scaled.reshape(-1, scaled.shape[-1])
+        slopes.append((scaled.mT @ scaled).double())
+    return slopes
 
 
 def _rows_in_groups(matrix: torch.Tensor, groups: int) -> torch.Tensor:
@@ -145,7 +126,8 @@ def _rows_in_groups(matrix: torch.Tensor, groups: int) -> torch.Tensor:
     return matrix.reshape(-1, groups, matrix.shape[1]).transpose(0, 1)
 
 
-def _smaller_gram(block: torch.Tensor) -> torch.Tensor:
+def smaller_gram(block: torch.Tensor) -> torch.Tensor:
+    """Return B Bᵀ or Bᵀ B of a batch of matrices, whichever is smaller."""
     return block @ block.mT if block.shape[-2] <= block.shape[-1] else block.mT @ block
 
 

@@ -9,8 +9,9 @@ from functools import cached_property
 
 import torch
 
+from ks.bounds.factorize import tail_sums
 from ks.bounds.frames import LARGEST_SCALE, LEAK, Splitting, factor_of, fair_splitting, grow, remainder
-from ks.bounds.lift_and_shift import Part, lift_and_shift, never
+from ks.bounds.lift_and_shift import Part, lift_and_shift, never, smaller_gram
 from ks.chain.patterns import Chain
 
 # Iterations of ADMM; any number gives a valid bound, and more of them a better one.
@@ -38,9 +39,6 @@ def simple_bounds(lifted: torch.Tensor, splitting: Splitting, row_groups: int, l
         lifted: W F, shape (m, ρ), float64.
         splitting: of F into p groups.
         row_groups: q.
-        length: number of ranks.
-    Returns:
-        float64 tensor of shape (length,).
     """
     rows = lifted.reshape(-1, row_groups, lifted.shape[1]).transpose(0, 1)  # shape: (q, m/q, ρ)
     single = torch.arange(length, device=lifted.device)
@@ -57,15 +55,12 @@ def simple_bounds(lifted: torch.Tensor, splitting: Splitting, row_groups: int, l
 
 def _tails_at(matrices: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:
     """Return Σ_{j>r} σ_j² for every matrix of a batch and every r, shape (batch, len(ranks))."""
-    height, width = matrices.shape[-2:]
-    gram = matrices @ matrices.mT if height <= width else matrices.mT @ matrices
-    energies = torch.linalg.eigvalsh(gram).clamp(min=0)
-    tails = torch.cat([energies.new_zeros(len(energies), 1), energies.cumsum(1)], 1).flip(1)
+    tails = tail_sums(torch.linalg.eigvalsh(smaller_gram(matrices)).clamp(min=0))
     return tails[:, ranks.clamp(max=tails.shape[1] - 1)]
 
 
 def rounding_allowance(weight: torch.Tensor, moment: torch.Tensor | None = None) -> float:
-    """Return what a lower bound gives up to rounding: (8 ε max(m, n) + LEAK) Σ_ij W_ij² C_jj, with ε = 2.2e-16.
+    """Return the rounding error taken off a lower bound: (8 ε max(m, n) + LEAK) Σ_ij W_ij² C_jj, with ε = 2.2e-16.
 
     The first term covers the backward errors of eigenvalues and products, a few ε times the norms of their matrices;
     the second the frames, which vanish outside their group up to LEAK. Without a moment, C = I, and frames are exact.
@@ -84,9 +79,8 @@ def binding_splits(chain: Chain, rank: int) -> list[int]:
 class CoupledLowerBound:
     """Lower bounds of tr((W − Ŵ) C (W − Ŵ)ᵀ) for inputs that couple column groups.
 
-    Geometry of C, once: about 15 n³ operations for each split. `simple`, for every rank: about 8 m n² and some
-    eigendecompositions for each split. One rank: about 60 m n² (4 times as many where p r < m/q) and, up to `LARGE`
-    features, 20 n³ for each split.
+    For each split, C costs about 15 n³ operations once, `simple` about 8 m n² and some eigendecompositions for all
+    ranks, and one rank about 60 m n² (4 times as many where p r < m/q) and, up to `WIDE` features, 20 n³.
 
     Args:
         weight: W, shape (m, n), float64.
@@ -116,13 +110,10 @@ class CoupledLowerBound:
         return curve
 
     def __call__(self, rank: int, tight: bool = False, expired: Expired = never) -> float:
-        """Return the best lower bound for one rank.
+        """Return the best lower bound for one rank; once `expired` returns true, the best so far, even a simple one.
 
-        Args:
-            rank: r.
-            tight: spend longer: the parts of a grid get shares for each row group, in more rounds, and splits are
-                joined at any cost.
-            expired: asked now and then; once it is true, the best bound so far is returned, which may be a simple one.
+        A tight bound takes longer: each row group divides the parts in its own way, in more rounds, and splits are
+        joined at any cost.
         """
         if rank >= self.chain.saturation_rank:
             return 0.0
@@ -145,9 +136,9 @@ class CoupledLowerBound:
         return sum(_grid_bound(each, splitting, rank, 1, 3, 2 * ITERATIONS, expired) for each in rows if not expired())
 
     def _joint(self, rank: int, binding: list[int], tight: bool, expired: Expired) -> float:
-        share = len(binding) ** -0.5
+        scale = len(binding) ** -0.5
         parts = [
-            Part(share * frame, 1, self.grids[split - 1][0])
+            Part(scale * frame, 1, self.grids[split - 1][0])
             for split in binding
             for frame in self.splittings[split - 1].parts()
         ]
@@ -165,21 +156,13 @@ def joint_bound(lifted: torch.Tensor, parts: list[Part], rank: int, tight: bool,
     width = sum(part.frame.shape[1] for part in parts)
     if not parts or not (tight or len(lifted) * width**2 <= AFFORDABLE):
         return 0.0
-    return lift_and_shift(lifted, parts, rank, JOINT_ITERATIONS, 1e-3, expired).value
+    return lift_and_shift(lifted, parts, rank, JOINT_ITERATIONS, 1e-3, expired)[0]
 
 
 def isotropic_joint_bound(
     weight: torch.Tensor, chain: Chain, rank: int, tight: bool = False, expired: Expired = never
 ) -> float:
-    """Return a lower bound of ‖W − Ŵ‖_F² that binds the ranks of all splits of a chain at once, 0 if not affordable.
-
-    Args:
-        weight: W, shape (m, n), float64.
-        chain: with more than one split.
-        rank: r.
-        tight: whether to spend any number of operations.
-        expired: as in `CoupledLowerBound`.
-    """
+    """Return a lower bound of ‖W − Ŵ‖_F² that binds the ranks of all splits at once; 0 if not affordable, as above."""
     binding = binding_splits(chain, rank)
     if len(binding) < 2:
         return 0.0
@@ -210,10 +193,11 @@ def _grid_bound(
             assert rest is not None
             bound.append(Part(rest, groups, row_groups))
         last = step == rounds
-        certificate = lift_and_shift(lifted, bound, rank, iterations if last else SEARCH_ITERATIONS, expired=expired)
-        best = max(best, certificate.value)
+        steps = iterations if last else SEARCH_ITERATIONS
+        value, slopes = lift_and_shift(lifted, bound, rank, steps, expired=expired)
+        best = max(best, value)
         if last or len(bound) == 1 or expired():
             break
         kept = 0.8 if step < 2 else 0.9
-        splitting = grow(splitting.scaled(kept), (0.6, 0.6, LARGEST_SCALE), [kept * x for x in certificate.slopes])
+        splitting = grow(splitting.scaled(kept), (0.6, 0.6, LARGEST_SCALE), [kept * slope for slope in slopes])
     return best

@@ -3,7 +3,7 @@
 import torch
 
 from ks.chain.dense import subtract_chain
-from ks.moments.gram import lower_gram
+from ks.moments.pieces import lower_gram
 from ks.moments.second_moment import UNIT_MOMENT, MomentLike, SecondMoment
 
 
@@ -13,7 +13,7 @@ def population_loss(weight: torch.Tensor, values, moment: MomentLike = None) -> 
 
     E is formed block by block in float64 (m·n·r multiply-adds for two factors), because ‖W‖² − 2⟨W, Ŵ⟩ + ‖Ŵ‖² would
     cancel to 1e-16 of ‖W‖²: an entry of E is accurate to a few times 1e-16 of that of W, so that losses are resolved
-    down to about 1e-30 of predicting 0.
+    down to about 1e-30 of that of the zero predictor.
 
     Args:
         weight: W, shape (m, n), any float dtype.
@@ -24,9 +24,8 @@ def population_loss(weight: torch.Tensor, values, moment: MomentLike = None) -> 
 
 
 def _residual(weight: torch.Tensor, values) -> torch.Tensor:
-    """Return W − K_1 … K_L in float64."""
-    residual = weight.to(torch.float64, memory_format=torch.contiguous_format, copy=True)
-    return subtract_chain(residual, list(values))
+    wide = weight.to(torch.float64, memory_format=torch.contiguous_format, copy=True)
+    return subtract_chain(wide, list(values))
 
 
 @torch.no_grad()

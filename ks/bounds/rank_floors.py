@@ -1,7 +1,8 @@
-"""The floors of a chain family on one weight, cheap bounds first: what is known of each rank, and how to know more.
+"""The floors of every rank of a chain family on one weight.
 
-Three kinds of bounds, by price: one curve of lower bounds for all ranks, a few seconds; the best known chain of one
-rank, seconds each; a certified lower bound of one rank, often minutes. Only `certify` computes the last kind.
+`RankFloors` serves the study of one weight, cheap bounds first; `LayerFloors` has all ranks at once for the plan of a
+model. There are three kinds of bounds, by price: one curve of lower bounds for all ranks, a few seconds; the best known
+chain of one rank, seconds each; a certified lower bound of one rank, often minutes. Only `certify` computes the last.
 """
 
 import math
@@ -9,17 +10,22 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
 
 from ks.bounds.factorize import low_rank_energies
 from ks.bounds.floors import ChainBounds, Floor, Progress, chain_bounds, floor_curve, no_floor_reason
 from ks.bounds.lift_and_shift import never
 from ks.chain.patterns import Chain, make_chain
+from ks.files.columns import ISOTROPIC
 from ks.moments.second_moment import MomentLike, SecondMoment
 
 # Best known chain over simple lower bound, for a first guess; they are about as far apart on layers of MiniLM.
 USUAL_RATIO = 1.2
+KNOWN_RANKS = 8  # at which an upper bound is computed where it takes a descent
+PLAN_TOLERANCE = 1e-3  # of that descent, which ends within about 1% of the one that runs are compared with
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Certified:
 
 @dataclass
 class KnownBounds:
-    """All bounds that have been computed, relative to the zero predictor: what a file keeps of `RankFloors`.
+    """All bounds that have been computed, relative to the zero predictor: the part of `RankFloors` that a file keeps.
 
     curve, isotropic: lower bounds of every rank 0 … saturation, for the inputs of the layer and for isotropic ones.
     lowrank: the same of low-rank chains of every rank 0 … min(m, n). upper: loss of the best known chain of some ranks.
@@ -71,10 +77,11 @@ class RankFloors:
     A bound is computed when it is first asked for, and kept in `known`.
 
     Args:
-        weight: W, shape (m, n), any float dtype, CPU or CUDA, scaled so that tr(W C Wᵀ) = m: predicting 0 costs 1.
+        weight: W, shape (m, n), any float dtype, CPU or CUDA, scaled so that tr(W C Wᵀ) = m, and the
+            zero predictor loses 1.
         chain: the family, of the same shape.
         moment: C = E[x xᵀ], a tensor of shape (n, n) or a `SecondMoment`; None means I.
-        isotropic_weight: returns W, scaled so that predicting 0 costs 1 on inputs of second moment I, for comparison.
+        isotropic_weight: returns W, scaled so that the zero predictor loses 1 on isotropic inputs, for comparison.
         known: bounds that were computed before.
         progress: called with a few words before every longer computation.
         reason: why there are no floors, if that is not the chain's doing.
@@ -98,7 +105,7 @@ class RankFloors:
 
     @property
     def has_floors(self) -> bool:
-        """Whether floors hold for this family, else `reason` says why not."""
+        """Whether floors hold for this family; if not, `reason` has the cause."""
         return self.reason is None
 
     @cached_property
@@ -159,8 +166,7 @@ class RankFloors:
             UsageError: a rank that is not a positive integer.
         """
         self.chain.patterns(rank)  # checks the rank
-        upper = self.upper(rank)
-        return Floor.between(rank, self.lower(rank), upper, self.curve[0].item())
+        return Floor.between(rank, self.lower(rank), self.upper(rank), self.curve[0].item())
 
     def floors(self, ranks: Iterable[int]) -> dict[int, Floor | None]:
         """Return the floor of each rank; None for each if the family has no floor."""
@@ -211,21 +217,17 @@ class RankFloors:
         The optimum falls with the rank, so a rank whose lower bound is above the target excludes all smaller ones, and
         the search for the smallest rank whose best known chain reaches the target needs few chains: the ratio of best
         known chain to curve at the nearest known rank leads to the next one.
-
-        Args:
-            target: loss relative to the zero predictor, in (0, 1).
         """
         above = [int(rank) for rank in (self.curve > target).nonzero()]
         above += [rank for rank, bound in self.known.certified.items() if bound.lower > target]
         none_below = max(above, default=0) + 1
         reaching = self._smallest_reaching(target, none_below)
-        floor = self.floor(reaching)
-        return TargetRanks(target, none_below, reaching, floor.lower if floor.exact else floor.upper, floor.exact)
+        return TargetRanks(target, none_below, reaching, self._loss(reaching), self.floor(reaching).exact)
 
     def _smallest_reaching(self, target: float, low: int) -> int:
         high = self.chain.saturation_rank
         for rank in sorted(self.known.upper):
-            if self._reaches(rank, target):
+            if self._loss(rank) <= target:
                 high = min(high, rank)
             elif rank < high:
                 low = max(low, rank + 1)
@@ -233,12 +235,13 @@ class RankFloors:
         while low < high:
             step += 1  # every third step halves the range or doubles the rank: poor guesses cannot make the search long
             rank = min((low + high) // 2, 2 * low) if step % 3 == 0 else self._guess(target, low, high)
-            low, high = (low, rank) if self._reaches(rank, target) else (rank + 1, high)
+            low, high = (low, rank) if self._loss(rank) <= target else (rank + 1, high)
         return high
 
-    def _reaches(self, rank: int, target: float) -> bool:
+    def _loss(self, rank: int) -> float:
+        """Return the loss of the best known chain; of two bounds that are equal up to rounding, the smaller one."""
         floor = self.floor(rank)
-        return (floor.lower if floor.exact else floor.upper) <= target
+        return floor.lower if floor.exact else floor.upper
 
     def _guess(self, target: float, low: int, high: int) -> int:
         """Return a rank in low … high − 1: where the best known chain is expected to reach the target.
@@ -247,10 +250,8 @@ class RankFloors:
         the nearest known rank.
         """
         known = {rank: loss for rank, loss in self.known.upper.items() if min(loss, self.curve[rank].item()) > 0}
-        below, above = (
-            max((r for r in known if r < low), default=None),
-            min((r for r in known if r >= high), default=None),
-        )
+        below = max((rank for rank in known if rank < low), default=None)
+        above = min((rank for rank in known if rank >= high), default=None)
         if below is not None and above is not None and known[above] < known[below]:
             fraction = math.log(known[below] / target) / math.log(known[below] / known[above])
             expected = below + math.ceil(fraction * (above - below))
@@ -272,15 +273,129 @@ class RankFloors:
         """Return the lower bounds of this family and of low-rank chains, for every rank from 0 on."""
         if not self.has_floors:
             return []
-        if self.chain.family == "lowrank":
-            return [(self.chain, self.curve)]
-        return [(self.chain, self.curve), (self._lowrank_chain(), self.lowrank_curve)]
+        beside = [] if self.chain.family == "lowrank" else [(self._lowrank_chain, self.lowrank_curve)]
+        return [(self.chain, self.curve), *beside]
 
     def lowrank_beside(self, parameters: int) -> tuple[int, float]:
         """Return the largest rank of a low-rank chain with at most this many parameters, and its least loss."""
-        lowrank = self._lowrank_chain()
-        rank = min(parameters // lowrank.parameters(1), lowrank.saturation_rank)
+        rank = min(parameters // self._lowrank_chain.parameters(1), self._lowrank_chain.saturation_rank)
         return rank, self.lowrank_curve[rank].item()
 
+    @property
     def _lowrank_chain(self) -> Chain:
         return make_chain(self.chain.rows, self.chain.cols, "lowrank")
+
+
+def floor_rows(plan: RankFloors, predict_zero_loss: float) -> list[dict]:
+    """Return the floors of every rank, of the chain and for comparison, as rows of `ks.files.columns.FLOOR`.
+
+    Args:
+        plan: of a chain family.
+        predict_zero_loss: loss of the zero predictor, in the unit of the file.
+    """
+    curves = [(chain.family, chain, curve) for chain, curve in plan.family_curves()]
+    if plan.isotropic_curve is not None:
+        curves.append((ISOTROPIC, plan.chain, plan.isotropic_curve))
+    return [
+        {
+            "chain": name,
+            "rank": rank,
+            "parameters": chain.parameters(rank),
+            "loss_floor": relative * predict_zero_loss,
+            "relative_loss": relative,
+        }
+        for name, chain, curve in curves
+        for rank, relative in enumerate(curve.tolist())
+        if rank > 0
+    ]
+
+
+def plan_rows(plan: RankFloors, floors: dict[int, Floor | None]) -> list[dict]:
+    """Return the cost of every rank and the loss it can reach, as rows of `ks.files.columns.PLANNED_RANKS`.
+
+    Args:
+        plan: of a chain family.
+        floors: of every rank to list, relative to the zero predictor.
+    """
+    chain, dense = plan.chain, plan.chain.rows * plan.chain.cols
+    rows = []
+    for rank, floor in floors.items():
+        parameters = chain.parameters(rank)
+        marks = ["saturated"] * (rank >= chain.saturation_rank) + ["larger than dense"] * (parameters > dense)
+        row: dict[str, Any] = {"rank": rank, "parameters": parameters, "share_of_dense": parameters / dense}
+        row |= {"remarks": ", ".join(marks), "patterns": " ".join(map(str, chain.patterns(rank)))}
+        if floor is not None:
+            row |= {"relative_floor": floor.lower, "relative_floor_upper": None if floor.exact else floor.upper}
+        if plan.has_floors and chain.family != "lowrank":
+            row["lowrank_rank"], row["lowrank_floor"] = plan.lowrank_beside(parameters)
+        if plan.isotropic_curve is not None:
+            row["isotropic_floor"] = plan.isotropic_curve[rank:][:1].sum().item()
+        rows.append(row)
+    return rows
+
+
+@dataclass(frozen=True)
+class LayerFloors:
+    """Bounds on the relative loss of the chains of one family on one weight.
+
+    Args:
+        chain: the family.
+        lower: no chain of rank r = 0 … R loses a smaller fraction of the output energy, float64 of shape (R + 1,). R is
+            the largest rank with fewer parameters than the dense weight, at most the rank of saturation.
+        upper: the loss of the best known chain, shape (R + 1,).
+        known: the ranks for which such a chain is known; between them, `upper` is interpolated. All where the floors
+            are exact.
+        energy: tr(W C Wᵀ), the output energy of which losses are fractions.
+    """
+
+    chain: Chain
+    lower: np.ndarray
+    upper: np.ndarray
+    known: np.ndarray
+    energy: float
+
+    @property
+    def ranks(self) -> np.ndarray:
+        """Ranks 1 … R."""
+        return np.arange(1, len(self.upper))
+
+    @property
+    def parameters(self) -> np.ndarray:
+        """Parameters of ranks 1 … R."""
+        return np.array([self.chain.parameters(int(rank)) for rank in self.ranks], dtype=np.int64)
+
+    def is_interpolated(self, rank: int) -> bool:
+        """Return whether the upper bound of a rank is interpolated."""
+        return rank not in self.known
+
+
+@torch.no_grad()
+def layer_floors(
+    weight: torch.Tensor, chain: Chain, moment: MomentLike, progress: Progress | None = None
+) -> LayerFloors:
+    """Return the floors of every rank below the dense number of parameters, relative to the zero predictor.
+
+    Low-rank chains, and two factors under inputs that couple no column groups, have exact floors for all ranks at once.
+    Other chains get upper bounds at up to eight ranks; between them the logarithm of the loss is interpolated.
+
+    Args:
+        weight: W, shape (m, n), any float dtype, CPU or CUDA.
+        chain: with a floor (`ks.bounds.floors.no_floor_reason`).
+        moment: C = E[x xᵀ], a tensor of shape (n, n) or a `SecondMoment`; None means I.
+        progress: called with a few words before every longer computation; an exception from it ends the work.
+    """
+    bounds = chain_bounds(weight, chain, moment, tolerance=PLAN_TOLERANCE, progress=progress)
+    energy = SecondMoment.of(moment).output_energy(weight)
+    predict_zero_loss = energy / chain.rows
+    highest = min((chain.parity_rank() or chain.saturation_rank + 1) - 1, chain.saturation_rank)
+    lower = (bounds.curve[: highest + 1] / predict_zero_loss).clamp(0, 1).numpy()
+    lower[0] = 1.0
+    if bounds.curve_is_exact:
+        return LayerFloors(chain, lower, lower, np.arange(highest + 1), energy)
+    known = np.unique(np.geomspace(1, max(1, highest), KNOWN_RANKS).round().astype(int))
+    known = known[known <= highest]
+    losses = np.minimum([bounds.upper(int(rank)) / predict_zero_loss for rank in known], 1.0)
+    known, losses = np.r_[0, known], np.minimum.accumulate(np.r_[1.0, losses])
+    # A loss of 0 has no logarithm, and counts as 1e-30.
+    upper = np.exp(np.interp(np.arange(highest + 1), known, np.log(np.maximum(losses, 1e-30))))
+    return LayerFloors(chain, lower, np.maximum(np.where(upper <= 1e-29, 0.0, upper), lower), known, energy)

@@ -13,7 +13,7 @@ from ks.errors import UsageError, one_line
 from ks.files.memory import check_fits
 from ks.model.linears import Linear, find_linears, unwrapped
 from ks.moments.moments_file import InputMoments
-from ks.moments.sums import InputSums
+from ks.moments.second_moment import InputSums
 
 
 def collect_input_moments(

@@ -18,7 +18,7 @@ from ks.files.globs import find_weight, nearest
 from ks.files.memory import check_fits
 from ks.files.provenance import now
 from ks.files.schema import Count, Positive, Text
-from ks.moments.sums import InputSums
+from ks.moments.second_moment import InputSums
 
 METADATA = "ks_input_moments"  # the entry of the file's metadata, as JSON
 MOMENTS_VERSION = 1
@@ -41,7 +41,7 @@ class _Metadata(msgspec.Struct):
 class InputMoments:
     """Sums over the inputs of a model's layers, for training and held out.
 
-    An input tensor has the NAME of the first layer that received it; layers that share it share its sums.
+    An input tensor has the NAME of the first layer that received it; layers that receive the same tensor have one sum.
 
     Args:
         train: the sums of every input tensor, by NAME.
@@ -79,11 +79,7 @@ class InputMoments:
         return next(iter(self.aliases))
 
     def only(self, key: str | None) -> "InputMoments":
-        """Return the moments of one weight alone, in memory.
-
-        Args:
-            key: as in `key_of`.
-        """
+        """Return the moments of one weight alone, in memory; the key is that of `key_of`."""
         found = self.key_of(key)
         name = self.aliases[found]
         held_out = self.held_out.get(name)
@@ -138,7 +134,7 @@ class InputMoments:
             self.aliases | other.aliases,
             {
                 name: self.batches.get(name, 0) + other.batches.get(name, 0)
-                for name in [*self.batches, *(name for name in other.batches if name not in self.batches)]
+                for name in {**self.batches, **other.batches}
             },
             tuple(sorted({*self.transposed, *other.transposed})),
             self.model,
@@ -165,7 +161,6 @@ class InputMoments:
         return safetensors.torch.save(*self._content())
 
     def _content(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """Return tensors and metadata of the file."""
         tensors: dict[str, torch.Tensor] = {}
         for prefix, part in (("", self.train), (HELD_OUT, self.held_out)):
             for name, sums in part.items():
@@ -176,7 +171,7 @@ class InputMoments:
 
     @classmethod
     def load(cls, path) -> "InputMoments":
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
             UsageError: the file is missing, damaged, of a newer version, holds invalid sums or exceeds the memory.
@@ -287,7 +282,7 @@ def open_safetensors(path: Path, what: str) -> tuple[Any, dict[str, str]]:
 
     Args:
         path: of the file.
-        what: it should hold, for the message.
+        what: a plural for the message, as "moments of inputs".
     Raises:
         UsageError: no regular file, or a damaged one.
     """

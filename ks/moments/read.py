@@ -9,10 +9,8 @@ from ks.errors import UsageError, one_line
 from ks.files.globs import nearest
 from ks.files.memory import check_fits
 from ks.files.weights import entries_of, read_entry, tensors_sha256
-from ks.moments.gram import is_semi_definite
 from ks.moments.moments_file import METADATA, InputMoments, open_safetensors
-from ks.moments.second_moment import FLOAT32_ROUNDING
-from ks.moments.sums import InputSums
+from ks.moments.second_moment import FLOAT32_ROUNDING, InputSums, is_semi_definite
 
 ENOUGH_PER_FEATURE = 10  # inputs; in a trial with 13 per feature, a floor was still 30% too low
 
@@ -28,7 +26,7 @@ class Calibration:
         sha256: hash of the values, equal for the same values in another file.
         samples: the rows of a file of raw samples, shape (N, n), dtype as stored: first the `train.count` training
             rows, then those held out. None for a moments file.
-        transposed: whether the weight is stored as (in, out); None if the file does not say.
+        transposed: whether the weight is stored as (in, out); None if the file has no such record.
         notes: remarks for the user, a line each.
     """
 

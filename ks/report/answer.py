@@ -1,4 +1,4 @@
-"""The answer of a study in sentences, of which the first names a rank: a function of rows and of a record of facts.
+"""The answer of a study in sentences, which begins with one rank: a function of rows and of a record of facts.
 
 docs/files.md states the rules.
 """
@@ -9,7 +9,6 @@ from math import log
 
 from ks.bounds.rank_floors import TargetRanks
 from ks.files.status import ended_well
-from ks.report.percent import percents
 from ks.report.speed import measured_batches, times_of
 from ks.report.verdict import NEGLIGIBLE_FLOOR, Limit
 
@@ -17,19 +16,19 @@ from ks.report.verdict import NEGLIGIBLE_FLOOR, Limit
 KNEE_DEPTH = 0.05
 # More epochs are advised up to this many times those of the study; beyond, a larger rank is the remedy.
 MOST_EPOCHS = 10
-# A continuation that is shorter than the run restarts at a small rate and may gain less than 1 / epochs says.
+# A continuation that is shorter than the run restarts at a small rate and may gain less than 1 / epochs predicts.
 LEAST_EPOCHS = 2
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the bounds say, as far as the answer needs it; losses are relative to the zero predictor.
+    """The bounds, as far as the answer needs them; losses are relative to the zero predictor.
 
     lowrank: for each rank of the study, the largest low-rank chain with at most as many parameters: its rank and its
     least loss; empty if the family has no floor or is low-rank. target: the ranks around the target; None without a
     target or a floor. remedy: if the target was missed, a rank whose best known chain reaches it with a margin as large
     as the excess of the named rank, the loss of that chain, and whether it is larger than dense. uncertified: the ranks
-    that the answer speaks of whose lower bounds ran out of time, and `seconds`, the time for all of them.
+    of the answer whose lower bounds ran out of time, and `seconds`, the time for all of them.
     """
 
     lowrank: Mapping[int, tuple[int, float]] = field(default_factory=dict)
@@ -70,7 +69,7 @@ def answer(rows: list[dict], facts: Facts, target: float | None = None) -> list[
 
 
 def named_row(rows: list[dict], target: float | None = None) -> dict | None:
-    """Return the row that the answer names; None if no finished rank has a loss that can be compared.
+    """Return the row of the rank that the answer recommends; None if no finished rank has a loss that can be compared.
 
     With a target, it is the smallest rank that reached it, else the smallest that can, else the one that came closest.
     Without one, it is the smallest exact rank, else the knee, else the one with the smallest loss.
@@ -119,7 +118,7 @@ def _smaller_ranks(found: TargetRanks, rank: int) -> str:
     if found.none_below >= rank:
         return "No smaller rank can reach it."
     open_ranks = (
-        f"rank {rank - 1} can" if found.none_below == rank - 1 else f"ranks {found.none_below} to {rank - 1} can"
+        f"ranks {found.none_below} to {rank - 1} can" if found.none_below < rank - 1 else f"rank {rank - 1} can"
     )
     if found.none_below == 1:
         return f"Whether {open_ranks} reach it is not known."
@@ -207,14 +206,13 @@ def knee(rows: list[dict]) -> dict | None:
 def _dominators(row: dict, rows: list[dict]) -> list[dict]:
     """Return the rows with at most the parameters and the loss of a row; of equal ones the smallest rank counts."""
 
-    def cost(row: dict) -> tuple:
-        return row["parameters"], row["relative_loss"]
-
+    parameters, loss = row["parameters"], row["relative_loss"]
     return [
         other
         for other in rows
-        if all(ours <= theirs for ours, theirs in zip(cost(other), cost(row), strict=True))
-        and (cost(other) != cost(row) or other["rank"] < row["rank"])
+        if other["parameters"] <= parameters
+        and other["relative_loss"] <= loss
+        and (other["parameters"] < parameters or other["relative_loss"] < loss or other["rank"] < row["rank"])
     ]
 
 
@@ -237,9 +235,9 @@ def _bounds_of(row: dict) -> list[str]:
 def _uncertified(facts: Facts) -> list[str]:
     if not facts.uncertified:
         return []
-    ranks = " and ".join(map(str, sorted(facts.uncertified)))
-    named = f"rank {ranks}" if len(facts.uncertified) == 1 else f"ranks {ranks}"
-    return [f"To certify the lower bound of {named} takes more than {facts.seconds:g} s: raise --tight_bounds."]
+    ranks = "ranks " if len(facts.uncertified) > 1 else "rank "
+    ranks += " and ".join(map(str, sorted(facts.uncertified)))
+    return [f"To certify the lower bound of {ranks} takes more than {facts.seconds:g} s: raise --tight_bounds."]
 
 
 def _lowrank_beside(row: dict, facts: Facts) -> list[str]:
@@ -277,15 +275,18 @@ def _size(row: dict) -> str:
 
 
 def target_note(found: TargetRanks, isotropic: bool) -> str:
-    """Return the ranks around a target as a sentence, before any run.
+    """Return the ranks around a target as a sentence, before any run."""
+    text = "that reaches it"
+    if not found.exact and found.none_below < found.reaching:
+        text = f"whose best known chain reaches it; no rank below {found.none_below} can"
+    inputs = "isotropic" if isotropic else "the measured"
+    return f"target {found.target:g}, for {inputs} inputs: rank {found.reaching} is the smallest {text}"
 
-    Args:
-        found: by the bounds that are known.
-        isotropic: whether the inputs are.
-    """
-    reaching = f"rank {found.reaching} is the smallest"
-    if found.exact or found.none_below == found.reaching:
-        text = f"{reaching} that reaches it"
-    else:
-        text = f"{reaching} whose best known chain reaches it; no rank below {found.none_below} can"
-    return f"target {found.target:g}, for {'isotropic' if isotropic else 'the measured'} inputs: {text}"
+
+def percents(*values: float) -> list[str]:
+    """Return fractions in percent with two decimals, or with as many as tell different ones apart, six at most."""
+    for decimals in range(2, 7):
+        texts = [f"{100 * value:.{decimals}f}" for value in values]
+        if len({*texts}) == len({*values}) and all(float(text) or not value for text, value in zip(texts, values)):
+            break
+    return [(text.partition(".")[0] if float(text).is_integer() else text) + "%" for text in texts]

@@ -53,7 +53,7 @@ def plan_table(rows: list[dict], verbose: bool = False) -> str:
     """Return the cost of each rank and the loss it can reach, with low-rank of the same size beside it.
 
     Args:
-        rows: as `ks.bounds.plan_rows.plan_rows` returns them.
+        rows: as `ks.bounds.rank_floors.plan_rows` returns them.
         verbose: add the patterns (a, b, c, d).
     """
     shown = table(columns.PLANNED_RANKS, rows)

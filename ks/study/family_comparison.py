@@ -1,21 +1,35 @@
 """The quickest answer about one weight: which family of chains and which rank, by bounds alone, without any run."""
 
 import dataclasses
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from ks.bounds.rank_floors import RankFloors
+from ks.bounds.rank_floors import RankFloors, TargetRanks
 from ks.chain.patterns import Chain
 from ks.cli import console
 from ks.cli.flags import SweepConfig
 from ks.cli.parser import command_line
 from ks.errors import UsageError
+from ks.files.columns import FAMILIES, Column, Text
 from ks.files.layout import SweepFiles
+from ks.files.table import filled, table
 from ks.model.layer_weights import select_weights
-from ks.report.families_table import AtSize, families_at_target, families_by_size
+from ks.report.answer import percents
 from ks.study.study_floors import plan_floors
 from ks.training.problem import resolve
 
 FRACTIONS = (0.05, 0.1, 0.25, 0.5)  # of the dense parameters, at which families are compared without a target
+
+
+@dataclass(frozen=True)
+class AtSize:
+    """The best known chain of a family with at most a fraction of the dense parameters; no rank if none is so small."""
+
+    fraction: float
+    rank: int
+    loss: float
 
 
 def compares_families(config: SweepConfig) -> bool:
@@ -31,8 +45,6 @@ def compare_families(config: SweepConfig) -> str:
 
     Bounds that the results folder holds are not computed again; nothing is written.
 
-    Args:
-        config: of a dry run that `compares_families`.
     Raises:
         UsageError: flags that do not go together, or a weight or inputs that cannot be studied.
     """
@@ -40,35 +52,78 @@ def compare_families(config: SweepConfig) -> str:
         raise UsageError(f"--chain {config.chain} together with --chains: give one or the other")
     path = SweepFiles(Path(config.output_dir).absolute(), config.save_prefix).bounds
     alone = config.of_layer(config.weight_key[0] if config.weight_key else None, dry_run=False)
-    found = []
-    for family in config.chains or ():
-        problem = resolve(dataclasses.replace(alone, chain=family))
-        found.append(plan_floors(config, problem, path))
-    for text in problem.layer_inputs.notes:
+    problems = [resolve(dataclasses.replace(alone, chain=family)) for family in config.chains or ()]
+    found = [plan_floors(config, problem, path) for problem in problems]
+    for text in problems[0].layer_inputs.notes:
         console.note(text, config.quiet)
     target = config.target_relative_loss
     if target is None:
-        text = families_by_size([(floors.chain, _by_size(floors)) for floors in found])
+        text = families_by_size([(floors.chain, [_at_size(floors, size) for size in FRACTIONS]) for floors in found])
     else:
         text = families_at_target([(floors.chain, floors.target_ranks(target)) for floors in found])
     command = command_line("rank_sweep_study.py", dataclasses.replace(alone, chain="FAMILY"))
     return f"{text}\n\nNothing was trained or written. To train chains: {command}"
 
 
-def _by_size(floors: RankFloors) -> list[AtSize]:
-    return [_at_size(floors, fraction) for fraction in FRACTIONS]
-
-
 def _at_size(floors: RankFloors, fraction: float) -> AtSize:
     """Return the loss of the largest rank that is small enough; parameters grow with the rank."""
     chain = floors.chain
-    rank = _largest_rank(chain, fraction * chain.rows * chain.cols)
+    ranks = range(1, chain.saturation_rank + 1)
+    rank = bisect_right(ranks, fraction * chain.rows * chain.cols, key=chain.parameters)
     return AtSize(fraction, rank, floors.upper(rank) if rank else 1.0)
 
 
-def _largest_rank(chain: Chain, parameters: float) -> int:
-    low, high = 0, chain.saturation_rank
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if chain.parameters(middle) <= parameters else (low, middle - 1)
-    return low
+def families_at_target(found: Sequence[tuple[Chain, TargetRanks]]) -> str:
+    """Return the smallest chain that reaches a target, and those of the other families in a table."""
+    chain, ranks = min(found, key=lambda one: one[0].parameters(one[1].reaching))
+    parameters, dense = chain.parameters(ranks.reaching), chain.rows * chain.cols
+    loss, limit, size = percents(ranks.loss, ranks.target, parameters / dense)
+    sentences = [
+        f"To lose at most {limit} of the output energy, {chain.family} of rank {ranks.reaching} needs the fewest "
+        f"parameters: {size} of the dense weight. It loses {loss}."
+    ]
+    if parameters >= dense:
+        sentences = [f"No family is known to reach {limit} of the output energy with fewer parameters than dense."]
+    for other, its in found:
+        if other != chain and other.parameters(its.none_below) < parameters:
+            sentences.append(
+                f"Whether {other.family} needs fewer is not known: no rank below {its.none_below} can reach the "
+                f"target, and the best known chain does at rank {its.reaching}."
+            )
+    rows = [
+        {
+            "chain": family.family,
+            "rank": its.reaching,
+            "parameters": family.parameters(its.reaching),
+            "share_of_dense": family.parameters(its.reaching) / dense,
+            "relative_loss": its.loss,
+            "none_below": its.none_below,
+        }
+        for family, its in found
+    ]
+    return "\n".join([*filled(sentences), "", table(FAMILIES, rows)])
+
+
+def families_by_size(found: Sequence[tuple[Chain, Sequence[AtSize]]]) -> str:
+    """Return the family that loses least at each size, and the losses of all in a table."""
+    best: dict[str, list[str]] = {}
+    for at in zip(*(sizes for _, sizes in found), strict=True):
+        if any(one.rank for one in at):
+            winner = min(range(len(at)), key=lambda index: at[index].loss)
+            best.setdefault(found[winner][0].family, []).append(f"{at[0].fraction:.0%}")
+    texts = []
+    for family, sizes in best.items():
+        others = ", ".join(sizes[:-1])
+        texts.append(f"{family} loses least with {f'{others} and ' if others else ''}{sizes[-1]}")
+    sentence = f"{'; '.join(texts)} of the parameters of the dense weight."
+    names = [f"{one.fraction:.0%} of dense" for one in found[0][1]]
+    rows = [
+        {"chain": chain.family}
+        | {
+            name: f"{one.loss:.2%} (rank {one.rank})" if one.rank else "no rank so small"
+            for name, one in zip(names, sizes)
+        }
+        for chain, sizes in found
+    ]
+    shown = table([FAMILIES[0], *(Column(name, Text, "loss and rank at this size") for name in names)], rows)
+    return "\n".join([*filled([sentence[0].upper() + sentence[1:]]), "", shown])

@@ -17,13 +17,7 @@ LARGE_WEIGHT = 2**22  # entries from which on the floors for isotropic inputs ta
 
 
 def plan_floors(config: SweepConfig, problem: Problem, path: Path) -> RankFloors:
-    """Return the floors of the study's chain family, with all bounds that its folder holds.
-
-    Args:
-        config: of the sweep.
-        problem: that its runs solve.
-        path: of the file that `keep_floors` writes; it need not exist.
-    """
+    """Return the floors of the study's chain family, with all bounds of the file that `keep_floors` writes."""
     ours = problem.edits.criterion_is_ours
     known = FloorsFile(path).find_bounds(*_identity(problem)) if ours else None
     if known is not None and known.curve is None and (problem.rows * problem.cols > LARGE_WEIGHT or config.inputs):
@@ -55,7 +49,7 @@ def _identity(problem: Problem) -> tuple[str, str | None, Chain]:
     return problem.weight.sha256(), measured, problem.chain
 
 
-def spoken_of(rows: list[dict], floors: RankFloors, target: float | None) -> list[int]:
+def ranks_of_answer(rows: list[dict], floors: RankFloors, target: float | None) -> list[int]:
     """Return the ranks whose lower bounds the answer depends on, most important first.
 
     They are the rank that the answer names, whose verdict is about the distance to its floor, and the rank below the
@@ -73,36 +67,22 @@ def spoken_of(rows: list[dict], floors: RankFloors, target: float | None) -> lis
     return ranks
 
 
-def certify(floors: RankFloors, spoken: list[int], ranks: list[int], seconds: float) -> None:
-    """Raise the lower bounds of the ranks that are spoken of; with more than 30 seconds, then those of all ranks.
-
-    Args:
-        floors: to improve.
-        spoken: as `spoken_of` returns them.
-        ranks: of the study.
-        seconds: of --tight_bounds.
-    """
+def certify(floors: RankFloors, first: list[int], ranks: list[int], seconds: float) -> None:
+    """Raise the lower bounds of the first ranks, those of the answer; with more than 30 seconds, then those of all."""
     more = seconds > DEFAULT_SECONDS
-    floors.certify([*spoken, *ranks] if more else spoken, seconds, tight=more, stop=signals.came)
+    floors.certify([*first, *ranks] if more else first, seconds, tight=more, stop=signals.came)
 
 
 def find_facts(rows: list[dict], floors: RankFloors, target: float | None, seconds: float) -> Facts:
-    """Return the facts of a study; no lower bound is computed.
-
-    Args:
-        rows: of the summary, with the floors as they are known now.
-        floors: of the study.
-        target: fraction of the output energy that may be lost, or None.
-        seconds: of --tight_bounds.
-    """
+    """Return the facts of a study from the rows of its summary and the known bounds; compute no lower bound."""
     named = named_row(rows, target)
     if named is None or not floors.has_floors:
         return Facts()
     lowrank = {}
     if floors.chain.family != "lowrank":
         lowrank = {row["rank"]: floors.lowrank_beside(floors.chain.parameters(row["rank"])) for row in rows}
-    # After an interrupt, nothing was certified, which says nothing about the time that it takes.
-    uncertified = () if signals.came() else tuple(floors.uncertified(spoken_of(rows, floors, target)))
+    # After an interrupt, nothing was certified, whatever time it would have taken.
+    uncertified = () if signals.came() else tuple(floors.uncertified(ranks_of_answer(rows, floors, target)))
     if target is None:
         return Facts(lowrank, uncertified=uncertified, seconds=seconds)
     found, remedy = floors.target_ranks(target), None

@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from ks.bounds.plan_rows import floor_rows, plan_rows
+from ks.bounds.rank_floors import floor_rows, plan_rows
 from ks.cli import console
 from ks.cli.flags import SweepConfig
 from ks.cli.parser import to_arguments
@@ -28,7 +28,7 @@ from ks.study.launcher import launcher_of
 from ks.study.run_all import finished_before, run_all
 from ks.study.runs import Result, Run, as_rank, ranks_of, result_of, runs_of, seeds_of, stop_losses, trained_ranks
 from ks.study.steps import Study
-from ks.study.study_floors import certify, find_facts, keep_floors, plan_floors, spoken_of
+from ks.study.study_floors import certify, find_facts, keep_floors, plan_floors, ranks_of_answer
 from ks.study.task import Exit, Launcher
 from ks.training.edits import TOOLKIT, Edits, edits_of
 from ks.training.problem import chain_notes, resolve
@@ -176,7 +176,7 @@ class WeightStudy(Study):
         target, seconds = self.config.target_relative_loss, self.config.tight_bounds
         results = self._all_results()
         self._summarise(results)
-        certify(self.planned, spoken_of(self.rows, self.planned, target), self.ranks, seconds)
+        certify(self.planned, ranks_of_answer(self.rows, self.planned, target), self.ranks, seconds)
         self.floors = self.planned.floors(self.ranks)
         self._summarise(results)
         facts = find_facts(self.rows, self.planned, target, seconds)

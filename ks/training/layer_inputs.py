@@ -11,8 +11,7 @@ from ks.errors import UsageError, one_line
 from ks.files.columns import ISOTROPIC
 from ks.files.weights import Weight
 from ks.moments.read import Calibration, read_input_moments
-from ks.moments.second_moment import SecondMoment
-from ks.moments.sums import InputSums
+from ks.moments.second_moment import InputSums, SecondMoment
 from ks.training.whitening import Coordinates, isotropic_coordinates, measured_coordinates
 
 MEASURED = "measured"

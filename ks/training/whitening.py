@@ -11,13 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ks.bounds.grid_descent import root_and_inverse
+from ks.bounds.descent import root_and_inverse
 from ks.chain.patterns import Chain
 from ks.files.atomic import save_tensors
 from ks.layer import KSLinear
-from ks.moments.gram import is_semi_definite, lower_gram
-from ks.moments.pieces import in_pieces, sum_of_squares
-from ks.moments.second_moment import FLOAT32_ROUNDING, UNIT_MOMENT, SecondMoment
+from ks.moments.pieces import in_pieces, lower_gram, sum_of_squares
+from ks.moments.second_moment import FLOAT32_ROUNDING, UNIT_MOMENT, SecondMoment, is_semi_definite
 
 # Values of a chain are saved in float64 where float32 would lose more than about 1e-7 of the loss: the whitening of a
 # column group multiplies rounding by its condition.

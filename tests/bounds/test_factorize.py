@@ -12,17 +12,20 @@ import ks
 from ks.bounds import factorize as factorize_module
 from ks.bounds.factorize import factorize, tail_energies
 from ks.bounds.floors import floor_curve, loss_floor
-from ks.chain.patterns import Chain, chainability, patterns_of_ranks
+from ks.chain.patterns import chainability, patterns_of_ranks
 from ks.chain.reference import chain_to_dense
 from ks.errors import UsageError
 
 
-@pytest.mark.parametrize("shape", [(3, 4, 7), (3, 7, 4), (1, 5, 5), (4, 1, 6)])
-def test_tail_energies_are_sums_of_squared_singular_values(shape):
+@pytest.mark.parametrize("group", [1, 50, 200, 2**22])
+@pytest.mark.parametrize("shape", [(7, 5), (6, 7, 5), (1, 5, 7), (2, 3, 5, 7)])
+def test_tail_energies_are_sums_of_squared_singular_values_in_groups_of_any_size(shape, group, monkeypatch):
+    monkeypatch.setattr(factorize_module, "GROUP_VALUES", group)
     matrices = torch.randn(shape, dtype=torch.float64)
-    squares = torch.linalg.svdvals(matrices).square()
-    expected = [squares[:, rank:].sum().item() for rank in range(min(shape[1:]) + 1)]
-    torch.testing.assert_close(tail_energies(matrices), torch.tensor(expected, dtype=torch.float64))
+    singular = torch.linalg.svdvals(matrices).square().reshape(-1, 5).sum(0)
+    expected = torch.cat([singular.flip(0).cumsum(0).flip(0), singular.new_zeros(1)])
+    for strided in (matrices, matrices.mT.contiguous().mT):
+        torch.testing.assert_close(tail_energies(strided), expected)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -38,22 +41,9 @@ def test_an_exact_chain_of_any_ranks_is_recovered_to_machine_precision(seed):
     assert floor_curve(weight, chain)[min(max(ranks), chain.saturation_rank)] <= 1e-12 * weight.square().sum()
 
 
-def test_left_factors_are_orthonormal_per_block():
-    chain = Chain("explicit", 12, 30, (2, 3, 2), (5, 2, 3))
-    for factor in factorize(random_weight(chain), chain.patterns(2))[:-1]:
-        a, b, c, d = factor.shape
-        for i in range(a):
-            for t in range(d):
-                columns = factor[i, :, :, t].reshape(b, -1, 2).permute(1, 0, 2)
-                gram = columns.mT @ columns
-                torch.testing.assert_close(gram, torch.eye(2, dtype=gram.dtype).expand_as(gram))
-
-
 # lazylinop 1.24 fails an assertion of its own on three factors of rank 2 and more.
-@pytest.mark.parametrize("shape", [(16, 16), (24, 36), (36, 24)])
-@pytest.mark.parametrize(
-    ("family", "rank"), [("monarch", 1), ("monarch", 2), ("monarch", 3), ("lowrank", 4), ("butterfly", 1)]
-)
+@pytest.mark.parametrize("shape", [(24, 36), (36, 24)])
+@pytest.mark.parametrize(("family", "rank"), [("monarch", 3), ("lowrank", 4), ("butterfly", 1)])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_factorisation_agrees_with_lazylinop(shape, family, rank):
     """An independent implementation of the same left-to-right algorithm."""
@@ -78,14 +68,3 @@ def test_what_has_no_factorisation_says_why():
         factorize(torch.randn(16, 8), [(1, 4, 3, 4), (2, 2, 1, 3), (2, 3, 4, 1)])
     with pytest.raises(UsageError, match=r"\(12, 20\): this chain needs a weight of shape \(20, 12\)"):
         factorize(torch.randn(12, 20), ks.make_chain(20, 12).patterns(2))
-
-
-@pytest.mark.parametrize("group", [1, 50, 200, 2**22])
-@pytest.mark.parametrize("shape", [(7, 5), (6, 7, 5), (2, 3, 5, 7)])
-def test_tail_energies_do_not_depend_on_the_groups(shape, group, monkeypatch):
-    monkeypatch.setattr(factorize_module, "GROUP_VALUES", group)
-    matrices = torch.randn(shape, dtype=torch.float64)
-    singular = torch.linalg.svdvals(matrices).square().reshape(-1, 5).sum(0)
-    expected = torch.cat([singular.flip(0).cumsum(0).flip(0), singular.new_zeros(1)])
-    strided = matrices.mT.contiguous().mT
-    torch.testing.assert_close(factorize_module.tail_energies(strided), expected)

@@ -3,29 +3,16 @@
 import pytest
 import torch
 from chains import SEEDS, loss, random_chain, random_weight
+from measured import random_moment
 
 import ks
 from ks.bounds.factorize import factorize, tail_energies
 from ks.bounds.floors import floor_curve, loss_floor, split_blocks
-from ks.chain.patterns import Chain
 from ks.chain.reference import chain_to_dense
 from ks.errors import UsageError
-from ks.moments.second_moment import SecondMoment
 
 
-def test_split_blocks_are_those_of_the_definition():
-    chain = Chain("explicit", 12, 30, (2, 3, 2), (5, 2, 3))
-    weight = random_weight(chain)
-    for split in (1, 2):
-        height, outer, inner, width = chain.block_shape(split)
-        blocks = split_blocks(weight, chain, split)
-        assert blocks.shape == (outer, inner, height, width)
-        for t in range(outer):
-            for i in range(inner):
-                assert torch.equal(blocks[t, i], weight[t::outer, i * width : (i + 1) * width])
-
-
-@pytest.mark.parametrize("seed", SEEDS[:16])
+@pytest.mark.parametrize("seed", SEEDS[:10])
 def test_bounds_are_ordered_and_the_upper_one_is_the_factorisations_true_error(seed):
     chain = random_chain(seed)
     weight = random_weight(chain, seed)
@@ -43,26 +30,29 @@ def test_bounds_are_ordered_and_the_upper_one_is_the_factorisations_true_error(s
         assert floor.exact or chain.num_splits > 1
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_no_brute_force_optimum_beats_the_lower_bound_and_two_factors_reach_it(seed):
+@pytest.mark.parametrize("measured", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_no_quasi_newton_method_gets_below_the_lower_bound_and_it_reaches_an_exact_one(seed, measured):
     chain = random_chain(seed, length=2 + seed % 2)
     weight, rank = random_weight(chain, seed), 1 + seed % 3
-    (floor,) = loss_floor(weight, chain, [rank])
-    found = min(lbfgs(weight, chain.patterns(rank), start) for start in range(3))
+    moment = random_moment("regular", chain.cols, seed=seed) if measured else torch.eye(chain.cols).double()
+    (floor,) = loss_floor(weight, chain, [rank], moment)
+    found = min(lbfgs(weight, chain.patterns(rank), moment, start) for start in range(3 - 2 * measured))
     assert found >= floor.lower - 1e-10
+    assert floor.exact or floor.lower > 0.02 * found
     if floor.exact:
         assert found == pytest.approx(floor.lower, rel=1e-4, abs=1e-8)
 
 
-def lbfgs(weight, patterns, seed):
+def lbfgs(weight, patterns, moment, seed):
     generator = torch.Generator().manual_seed(seed)
     values = [torch.randn(*p, dtype=torch.float64, generator=generator).requires_grad_() for p in patterns]
-    eye = torch.eye(weight.shape[1], dtype=torch.float64)
     optimizer = torch.optim.LBFGS(values, max_iter=500, line_search_fn="strong_wolfe", tolerance_change=1e-14)
 
     def closure():
         optimizer.zero_grad()
-        value = (weight - ks.chain_product(eye, values, batch_last=True)).square().sum() / len(weight)
+        error = weight - ks.chain_product(torch.eye(len(moment)).double(), values, batch_last=True)
+        value = ((error @ moment) * error).sum() / len(weight)
         value.backward()
         return value
 
@@ -102,18 +92,3 @@ def test_what_has_no_floor_says_why():
         floor_curve(weight, ks.make_chain(20, 12))
     with pytest.raises(UsageError, match="positive integer"):
         loss_floor(weight, ks.make_chain(12, 20), [0])
-
-
-@pytest.mark.parametrize("chain", [ks.make_chain(24, 36), ks.make_chain(24, 36, "butterfly")], ids=lambda c: c.family)
-def test_floors_grow_with_the_energy_of_the_inputs(chain):
-    weight, ranks, inputs = random_weight(chain), [1, 2, 3, 50], SecondMoment.isotropic(3.0)
-    curve = floor_curve(weight, chain, inputs)
-    torch.testing.assert_close(curve, 9 * floor_curve(weight, chain))
-    floors, of_unit = loss_floor(weight, chain, ranks, moment=inputs), loss_floor(weight, chain, ranks)
-    assert [floor.lower for floor in floors] >= [curve[min(rank, len(curve) - 1)] for rank in ranks]
-    assert all(floor.lower < floor.upper for floor in floors[:2]) is (chain.num_splits > 1)
-    rounding = 1e-13 * curve[0].item()  # of a bound that is zero
-    for ours, unit in zip(floors, of_unit, strict=True):
-        assert (ours.rank, ours.exact) == (unit.rank, unit.exact)
-        assert ours.lower == pytest.approx(9 * unit.lower, rel=1e-9, abs=rounding)
-        assert ours.upper == pytest.approx(9 * unit.upper, rel=1e-9, abs=rounding)

@@ -9,14 +9,13 @@ import torch
 
 from ks.bounds.floors import loss_floor
 from ks.bounds.floors_file import FloorsFile
-from ks.bounds.layer_floors import layer_floors
+from ks.bounds.rank_floors import layer_floors
 from ks.chain.patterns import make_chain
 from ks.errors import UsageError
 from ks.model.candidates import find_candidates
 from ks.model.layer_weights import select_weights
 from ks.moments.moments_file import InputMoments
-from ks.moments.second_moment import UNIT_MOMENT, SecondMoment
-from ks.moments.sums import InputSums
+from ks.moments.second_moment import UNIT_MOMENT, InputSums, SecondMoment
 
 FAMILIES = ("monarch", "lowrank", "butterfly")
 

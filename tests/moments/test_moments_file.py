@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from ks.errors import UsageError
 from ks.moments.moments_file import InputMoments
-from ks.moments.sums import InputSums
+from ks.moments.second_moment import InputSums
 
 
 def sums(rows):
@@ -33,22 +33,18 @@ def moments(rows=40, width=6, model="MiniLM", **changed):
     return InputMoments(**values | changed)
 
 
-def same(one, other):
-    assert one.aliases == other.aliases
-    assert one.batches == other.batches
-    assert one.transposed == other.transposed
-    assert one.model == other.model
+def test_saved_moments_are_loaded_to_the_bit(tmp_path):
+    other = moments()
+    other.save(tmp_path / "m.safetensors")
+    one = InputMoments.load(tmp_path / "m.safetensors")
+    for field in ("aliases", "batches", "transposed", "model"):
+        assert getattr(one, field) == getattr(other, field)
     for part, counterpart in ((one.train, other.train), (one.held_out, other.held_out)):
         assert part.keys() == counterpart.keys()
         for name in part:
             assert part[name].count == counterpart[name].count
             assert torch.equal(part[name].sum_xx, counterpart[name].sum_xx)
             assert torch.equal(part[name].sum_x, counterpart[name].sum_x)
-
-
-def test_saved_moments_are_loaded_to_the_bit(tmp_path):
-    moments().save(tmp_path / "m.safetensors")
-    same(InputMoments.load(tmp_path / "m.safetensors"), moments())
 
 
 def test_the_format_of_the_file(tmp_path):
@@ -125,14 +121,12 @@ TENSORS = {
     "NaN": ({"a.q/sum_xx": torch.full((6, 6), float("nan"), dtype=torch.float64)}, "NaN or infinite"),
     "infinite mean": ({"a.q/sum_x": torch.full((6,), float("inf"))}, "NaN or infinite"),
     "not square": ({"a.q/sum_xx": torch.ones(6, 5)}, r"shape \(6, 5\)"),
-    "one dimension": ({"a.q/sum_xx": torch.ones(6)}, r"shape \(6,\)"),
     "empty": ({"a.q/sum_xx": torch.ones(0, 0)}, r"shape \(0, 0\)"),
     "width of the mean": ({"a.q/sum_x": torch.ones(5)}, r"sum_x has shape \(5,\); \(6,\)"),
     "integers": ({"a.q/sum_xx": torch.ones(6, 6, dtype=torch.int64)}, "dtype torch.int64"),
     "two counts": ({"a.q/count": torch.tensor([1, 2])}, "count must be one integer"),
     "negative count": ({"a.q/count": torch.tensor(-1)}, "count must be one integer"),
     "floating count": ({"a.q/count": torch.tensor(40.0)}, "count must be one integer"),
-    "no mean": ({"a.q/sum_x": None}, "lacks sum_x;"),
     "no held-out count": ({"a.q/held_out/count": None}, "'a.q/held_out': the file lacks count;"),
     "nothing": ({"a.q/sum_x": None, "a.q/sum_xx": None, "a.q/count": None}, "lacks sum_xx, sum_x, count;"),
 }
@@ -150,11 +144,8 @@ def test_invalid_sums_are_refused(tmp_path, case):
     ("changed", "message"),
     [
         ({"version": 2}, "has version 2; 1 is the newest known"),
-        ({"version": "1"}, "invalid metadata: Expected `int`"),
         ({"aliases": {}}, "invalid metadata"),
-        ({"aliases": {"a": 3}}, "invalid metadata: Expected `str`"),
         ({"batches": {"a.q": -1}}, "invalid metadata"),
-        ({"created": None}, "invalid metadata"),
         ({"metadata": "{"}, "invalid metadata"),
         ({"metadata": "[" * 100_000}, "invalid metadata"),
     ],

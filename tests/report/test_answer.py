@@ -8,9 +8,8 @@ from study_rows import make_row
 import ks
 from ks.bounds.rank_floors import RankFloors, TargetRanks
 from ks.files.status import Ending, Status
-from ks.report.answer import Facts, answer, knee, named_row, target_note
-from ks.report.percent import percents
-from ks.study.study_floors import find_facts, spoken_of
+from ks.report.answer import Facts, answer, knee, named_row, percents, target_note
+from ks.study.study_floors import find_facts, ranks_of_answer
 
 CHAIN = ks.make_chain(64, 96)
 
@@ -79,7 +78,6 @@ def test_epochs_are_not_advised_where_they_cannot_help():
     floor = FLOORS.curve[4].item()
     far = answer_of(rows_of({4: 0.008}, num_epochs=50), floor + 0.0001)[0]
     below = answer_of(rows_of({4: 0.008}, num_epochs=50), floor - 0.001)[0]
-    sampled = rows_of({4: 0.008}, num_epochs=50)[0]
     sampled = make_row(floor + 0.008, floor / 2, floor, rank=4, chain=CHAIN)
     limited = answer_of([sampled], floor + 0.004)[0]
     for text in (far, below, limited):
@@ -114,17 +112,15 @@ def test_dominated_ranks_and_those_larger_than_dense_are_pointed_at():
     assert "WARNING: rank 16 has more parameters than the dense weight." in lines
 
 
-def test_a_slower_chain_is_pointed_at():
+def test_a_slower_chain_and_held_out_inputs_that_miss_the_target_have_warnings():
     (row,) = rows_of({4: 0.0})
     row |= {"latency_ms_batch_1": 0.2, "dense_latency_ms_batch_1": 0.1}
     row |= {"latency_ms_batch_32": 0.2, "dense_latency_ms_batch_32": 0.3}
-    (warning,) = [line for line in answer_of([row]) if line.startswith("WARNING")]
-    assert warning == "WARNING: Time of rank 4 over that of the dense weight here: 2.00 at batch 1, 0.67 at batch 32."
-
-
-def test_held_out_inputs_that_miss_the_target_are_pointed_at():
-    rows = rows_of({4: 0.0}, held_out_relative_loss=0.3)
-    assert any("on held-out inputs, rank 4 loses 30%, more than 20%" in line for line in answer_of(rows, 0.2))
+    row |= {"held_out_relative_loss": 0.3}
+    assert [line for line in answer_of([row], 0.2) if line.startswith("WARNING")] == [
+        "WARNING: Time of rank 4 over that of the dense weight here: 2.00 at batch 1, 0.67 at batch 32.",
+        "WARNING: on held-out inputs, rank 4 loses 30%, more than 20%.",
+    ]
 
 
 def test_two_bounds_are_both_named():
@@ -181,12 +177,12 @@ def test_the_bounds_that_the_answer_depends_on_are_those_of_few_ranks():
     target = (floors.upper(5) + floors.upper(6)) / 2
     rows = rows_of({2: 0.01, 8: 0.001, 12: 0.0}, floors)
     assert named_row(rows, target)["rank"] == 8
-    assert spoken_of(rows, floors, target) == [8, 5]
+    assert ranks_of_answer(rows, floors, target) == [8, 5]
     facts = find_facts(rows, floors, target, 30.0)
     assert facts.uncertified == (8, 5)
     floors.certify([5, 8], 1000.0)
     assert find_facts(rows, floors, target, 30.0).uncertified == ()
-    assert spoken_of(rows, floors, target) == ([8] if floors.lower(5) > target else [8, 5])
+    assert ranks_of_answer(rows, floors, target) == ([8] if floors.lower(5) > target else [8, 5])
 
 
 def test_the_note_on_a_target_has_one_rank_where_bounds_meet_and_two_where_they_do_not():
@@ -197,3 +193,11 @@ def test_the_note_on_a_target_has_one_rank_where_bounds_meet_and_two_where_they_
         "target 0.3, for the measured inputs: rank 4 is the smallest whose best known chain reaches it; "
         "no rank below 2 can"
     )
+
+
+@pytest.mark.parametrize(
+    ("values", "texts"),
+    [((0.1, 0.1007), ["10%", "10.07%"]), ((0.1, 0.100001), ["10%", "10.0001%"]), ((1e-5, 1.0), ["0.001%", "100%"])],
+)
+def test_different_losses_have_different_texts(values, texts):
+    assert percents(*values) == texts

@@ -3,8 +3,7 @@ import torch
 from study_rows import CHAIN, CURVES
 
 import ks
-from ks.bounds.plan_rows import floor_rows
-from ks.bounds.rank_floors import RankFloors
+from ks.bounds.rank_floors import RankFloors, floor_rows
 from ks.errors import UsageError
 from ks.files import columns
 from ks.files.atomic import write_csv, write_json

@@ -3,8 +3,7 @@ from study_rows import CHAIN, CURVES, make_row
 
 import ks
 from ks.bounds.floors import Floor
-from ks.bounds.plan_rows import plan_rows
-from ks.bounds.rank_floors import RankFloors
+from ks.bounds.rank_floors import RankFloors, plan_rows
 from ks.files import columns
 from ks.files.atomic import read_json, write_json
 from ks.files.status import Ending, Status

@@ -14,7 +14,7 @@ import rank_sweep_study
 import train_with_random
 from ks.files.curves import read_curves
 from ks.moments.moments_file import InputMoments
-from ks.moments.sums import InputSums
+from ks.moments.second_moment import InputSums
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
 ROWS = 120

@@ -7,8 +7,7 @@ import pytest
 from conftest import read_table
 
 import rank_sweep_study
-from ks.bounds.plan_rows import floor_rows
-from ks.bounds.rank_floors import RankFloors
+from ks.bounds.rank_floors import RankFloors, floor_rows
 from ks.files import columns
 from ks.files.atomic import read_json, write_csv
 from ks.files.curves import write_curves

@@ -1,6 +1,8 @@
+"""The family that is smallest for a target, or loses least at a size, as text."""
+
 from ks.bounds.rank_floors import TargetRanks
 from ks.chain.patterns import make_chain
-from ks.report.families_table import AtSize, families_at_target, families_by_size
+from ks.study.family_comparison import AtSize, families_at_target, families_by_size
 
 MONARCH, LOWRANK = make_chain(64, 96), make_chain(64, 96, "lowrank")  # 640 and 160 parameters a rank, dense has 6144
 
