@@ -29,8 +29,7 @@ from ks.training.criterion import GuardedMetrics, averages, check_edits, loss_an
 from ks.training.edits import edits_of
 from ks.training.problem import Problem, resolve
 from ks.training.recorder import Recorder, run_recorded
-from ks.training.samples import Samples
-from ks.training.samples_file import make_samples
+from ks.training.samples import Samples, make_samples
 from ks.training.schedule import Schedule
 from ks.training.steps import runnable
 from ks.training.trainable_chain import TrainableChain

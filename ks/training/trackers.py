@@ -85,16 +85,15 @@ class Tracker:
     """Logs every epoch once; a tracker that fails is switched off with a warning, and the run goes on.
 
     Args:
-        config: of the run, with a tracker in `log_to`.
+        config: of the run; without a tracker in `log_to`, nothing is logged.
         files: of the run.
         settings: of the run, for the tracker's table of runs.
     """
 
     def __init__(self, config: TrainerConfig, files: RunFiles, settings: dict[str, Any]):
-        assert config.log_to is not None
-        self.name, self.files, self.settings, self._quiet = config.log_to, files, settings, config.quiet
+        self.name, self.files, self.settings, self._quiet = config.log_to or "", files, settings, config.quiet
+        self._on, self._logged = bool(self.name), 0
         self._opened: Opened | None = None
-        self._logged, self._failed = 0, False
 
     def log(self, curves: list[dict]) -> None:
         """Log the epochs of these curves that are not logged yet."""
@@ -108,19 +107,18 @@ class Tracker:
         if self._opened is None:
             self._opened = OPENERS[self.name](self.files, self.settings)
             note(f"log_to {self.name}: {self.files.directory / self.name}", self._quiet)
-        log, _ = self._opened
         for row in curves[self._logged :]:
             values = {name: row[name] for name in row if name not in NOT_LOGGED and finite(row[name]) is not None}
-            log(row["epoch"], values)
+            self._opened[0](row["epoch"], values)
         self._logged = len(curves)
 
     def _try(self, action: Callable[[], Any]) -> None:
-        if self._failed:
+        if not self._on:
             return
         output = io.StringIO() if self._quiet else sys.stderr  # trackio prints on stdout, where results go
         try:
             with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
                 action()
         except Exception as error:  # a library that talks to servers and databases can raise anything
-            self._failed = True
+            self._on = False
             note(f"WARNING: --log_to {self.name} is switched off ({type(error).__name__}: {one_line(error, 200)})")

@@ -14,7 +14,7 @@ from ks.training.criterion import GuardedMetrics, averages, check_edits, loss_an
 from ks.training.edits import TOOLKIT, Edits
 from ks.training.optimizer import Optimizer
 from ks.training.problem import resolve
-from ks.training.samples_file import make_samples
+from ks.training.samples import make_samples
 from ks.training.trainable_chain import TrainableChain
 
 

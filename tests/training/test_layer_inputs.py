@@ -10,7 +10,7 @@ from ks.bounds.population_loss import population_loss
 from ks.errors import UsageError
 from ks.layer import KSLinear
 from ks.moments.second_moment import SecondMoment
-from ks.training.samples_file import make_samples
+from ks.training.samples import make_samples
 
 UNSEEN = layer_rows("regular", seed=1)
 
@@ -36,7 +36,7 @@ def random_chain(problem):
 def test_held_out_samples_have_exactly_the_held_out_second_moment_and_loss(tmp_path, kind, flags):
     config, problem = problem_of(tmp_path, "--inputs", moments(tmp_path, kind), *flags)
     mean = layer_rows(kind).mean(0) if config.fit_bias else torch.zeros(24).double()
-    inputs, targets = problem.layer_inputs.held_out_samples(WEIGHT)
+    inputs, targets = problem.held_out_samples()
     assert inputs.shape == (24, 24)
     torch.testing.assert_close(second_moment(inputs), second_moment(problem.coordinates.samples(UNSEEN - mean)))
     torch.testing.assert_close(problem.held_out_energies(), inputs.square().mean(0))

@@ -10,8 +10,7 @@ from ks.chain.passes import ChainPasses
 from ks.cli.flags import TrainerConfig
 from ks.cli.parser import Parser
 from ks.training.problem import resolve
-from ks.training.samples import Samples
-from ks.training.samples_file import FILES_OF_SEEDS, make_samples, samples_in_files
+from ks.training.samples import FILES_OF_SEEDS, Samples, make_samples, samples_in_files
 
 
 @pytest.fixture
