@@ -15,12 +15,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ks.cli import startup
+from ks.cli import console
 
 if __name__ == "__main__":
-    startup.begin(__file__)
+    console.begin(__file__)
 
-from ks.cli import console
 from ks.cli.flags import PlotConfig
 from ks.cli.parser import Parser
 from ks.errors import UsageError

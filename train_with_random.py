@@ -13,14 +13,13 @@ Exit codes: 0 finished, 1 diverged or out of memory, 2 bad input, 4 internal err
 
 import sys
 
-from ks.cli import startup
+from ks.cli import console
 
 if __name__ == "__main__":
-    startup.begin(__file__)
+    console.begin(__file__)
 
 import torch
 
-from ks.cli import console
 from ks.cli.flags import TrainerConfig
 from ks.cli.parser import Parser
 from ks.study.lifeline import stop_with_parent
@@ -94,8 +93,8 @@ def validate(chain: TrainableChain, samples: Samples, guarded: GuardedMetrics) -
         prediction = chain.predict(x)  # in the order of W's rows, unlike training batches
         losses.append(loss_of(criterion, prediction, y))
         values.append(guarded(prediction, y))
-    shares = samples.validation_shares
-    return (torch.stack(losses) @ shares).item(), averages(values, shares)
+    fractions = samples.validation_fractions  # of the samples that are in each batch
+    return (torch.stack(losses) @ fractions).item(), averages(values, fractions)
 
 
 def build_parser() -> Parser[TrainerConfig]:

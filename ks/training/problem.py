@@ -17,7 +17,7 @@ from ks.files.memory import check_fits
 from ks.files.weights import Weight, load_weight
 from ks.layer import KSLinear
 from ks.moments.read import Calibration, read_input_moments
-from ks.moments.second_moment import SecondMoment
+from ks.moments.second_moment import UNIT_MOMENT, SecondMoment
 from ks.moments.sums import InputSums
 from ks.training.choose_optimizer import choose_optimizer
 from ks.training.edits import TOOLKIT, Edits
@@ -107,8 +107,9 @@ class Problem:
 
     def isotropic_weight(self) -> torch.Tensor:
         """Return W in float64, scaled so that the zero predictor has a loss of 1 under second moment I."""
-        coordinates, _ = isotropic_coordinates(self.weight.tensor)
-        return coordinates.weight(self.weight.tensor.to(self.device, torch.float64, copy=True))
+        return isotropic_coordinates(self.weight.tensor).weight(
+            self.weight.tensor.to(self.device, torch.float64, copy=True)
+        )
 
     def held_out_loss(self, model: KSLinear) -> float:
         """Return the exact relative loss of a chain of internal coordinates on the held-out inputs."""
@@ -338,9 +339,8 @@ def _isotropic(std: float, weight: torch.Tensor) -> LayerInputs:
         "Using isotropic random inputs. Floors and losses will differ on the layer's real inputs; pass those with "
         "--inputs."
     )
-    coordinates, inside = isotropic_coordinates(weight)
     description = {"kind": ISOTROPIC, "std": std}
-    return LayerInputs(coordinates, inside, predict_zero_loss, description, (note,))
+    return LayerInputs(isotropic_coordinates(weight), UNIT_MOMENT, predict_zero_loss, description, (note,))
 
 
 def _measured(given: Calibration, weight: torch.Tensor, chain: Chain, config: TrainingFlags) -> LayerInputs:

@@ -1,7 +1,6 @@
 """The settings that identify a run or a study, and the state of a run by its files: finished, resumable, or neither."""
 
 import dataclasses
-import math
 from typing import Any
 
 from ks.cli.console import note
@@ -26,24 +25,22 @@ NOT_COMPARED = (
 
 
 def settings_of(config: TrainingFlags, problem: Problem) -> dict[str, Any]:
-    """Return everything that determines the result of a training, except the rank."""
+    """Return everything that determines the result of a run, except the rank."""
     description = problem.describe()
     settings = {name: value for name, value in config.training_settings().items() if name not in NOT_COMPARED}
     settings |= {name: description[name] for name in ("chain", "device", "sampling", "optimizer")}
     settings |= {"criterion": problem.edits.criterion, "metrics": problem.edits.metrics}
-    hashes = {name: _identity(description[name]) for name in ("weight", "inputs")}
-    return finite(settings | hashes)
-
-
-def _identity(description: dict[str, Any]) -> str:
-    """Return the hash of a weight or of measured inputs, or the kind of inputs that have none."""
-    return f"sha256 {description['sha256'][:16]}" if "sha256" in description else description["kind"]
+    for name in ("weight", "inputs"):  # isotropic inputs have no hash
+        sha256 = description[name].get("sha256")
+        settings[name] = f"sha256 {sha256[:16]}" if sha256 else description[name]["kind"]
+    return finite(settings)
 
 
 def changes(before: dict, now: dict) -> str:
     """Return the settings that differ, named one by one; empty if none does, or if there are only more epochs."""
     differing = [name for name in now if name not in before or before[name] != now[name]]
-    if "num_epochs" in differing and _number(before.get("num_epochs")) < _number(now["num_epochs"]):
+    epochs = before.get("num_epochs")
+    if "num_epochs" in differing and isinstance(epochs, int) and epochs < now["num_epochs"]:
         differing.remove("num_epochs")
     return ", ".join(f"{name} was {before.get(name)}, now {now[name]}" for name in differing)
 
@@ -57,10 +54,6 @@ def settings_in(settings: dict, loss: str | None) -> dict:
     """
     ours = loss in (None, "mean squared error per output")
     return dataclasses.asdict(TOOLKIT if ours else Edits(str(loss))) | settings
-
-
-def _number(value: object) -> float:
-    return value if isinstance(value, int) else math.inf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,24 +94,19 @@ def _is_complete(
     """Return whether a run that ended well needs no more epochs.
 
     Raises:
-        UsageError: one of its files is not valid.
+        UsageError: a model cannot be read; the CSV file lacks an epoch, or the JSON file has other losses.
     """
-    epochs = log.epochs or num_epochs
-    _check_curves(files, epochs, curves)
-    stopped = stop_below is not None and log.relative_loss is not None and log.relative_loss <= stop_below
-    return (stopped or epochs >= num_epochs) and all(load(path) is not None for path in (files.final, files.best))
-
-
-def _check_curves(files: RunFiles, num_epochs: int, curves: list[dict]) -> None:
-    """Raise UsageError unless the CSV file of a run holds all its epochs, and its JSON file the same losses."""
-    epochs = list(range(1, num_epochs + 1))
+    trained = log.epochs or num_epochs
+    epochs = list(range(1, trained + 1))
     if [(row["epoch"], row["rank"]) for row in curves] != [(epoch, files.rank) for epoch in epochs]:
-        raise UsageError(f"{files.curves_csv} does not hold the epochs 1 to {num_epochs} of rank {files.rank}")
+        raise UsageError(f"{files.curves_csv} does not hold the epochs 1 to {trained} of rank {files.rank}")
     lists = read_json_as(files.curves_json, CurveLists)
     stored = [lists.epochs, lists.train_losses, lists.val_losses, lists.population_losses]
     names = ("train_loss", "val_loss", "population_loss")
     if stored != [epochs, *([finite(row.get(name)) for row in curves] for name in names)]:
         raise UsageError(f"{files.curves_csv} and {files.curves_json} differ")
+    stopped = stop_below is not None and log.relative_loss is not None and log.relative_loss <= stop_below
+    return (stopped or trained >= num_epochs) and all(load(path) is not None for path in (files.final, files.best))
 
 
 def is_resumable(files: RunFiles, settings: dict) -> bool:

@@ -72,7 +72,7 @@ class Samples:
 
     `inputs` and `targets` hold the training batches, shape (steps, batch, n or m); with `fresh` an epoch overwrites
     them. `validation` holds batches (x, y) of other samples, y with one sample a row in the order of W's rows; their
-    mean losses, weighted by `validation_shares`, give the mean over all of them. `sets` are the samples as drawn.
+    mean losses, weighted by `validation_fractions`, give the mean over all of them. `sets` are the samples as drawn.
     """
 
     def __init__(
@@ -103,8 +103,8 @@ class Samples:
         (self.inputs, targets), *validation = self.sets
         self.targets = self._in_order(targets)
         self.validation = [(inputs[0], self._by_sample(targets[0])) for inputs, targets in validation]
-        shares = torch.tensor([targets.numel() for _, targets in self.validation], device=weight.device)
-        self.validation_shares = shares / shares.sum()
+        sizes = torch.tensor([targets.numel() for _, targets in self.validation], device=weight.device)
+        self.validation_fractions = sizes / sizes.sum()
 
     def _draw_sets(self, num_validation: int, training: Pair | None, held_out: Pair | None) -> list[SampleSet]:
         """Return the training samples, then each batch of validation samples."""

@@ -74,12 +74,12 @@ def test_streams_do_not_overlap():
     assert len(draws) == 60
 
 
-def test_validation_shares_weigh_batches_to_the_plain_mean():
+def test_validation_fractions_weigh_batches_to_the_plain_mean():
     samples = make_samples(num_validation=1500)
     means = torch.stack([targets.square().mean() for _, targets in samples.validation])
     everything = torch.cat([targets for _, targets in samples.validation])
     assert len(means) == 2
-    torch.testing.assert_close(means @ samples.validation_shares, everything.square().mean())
+    torch.testing.assert_close(means @ samples.validation_fractions, everything.square().mean())
 
 
 @pytest.mark.parametrize("sampling", ["whitened", "fresh", "fixed"])

@@ -114,7 +114,7 @@ def test_isotropic_inputs_from_a_file_are_isotropic(family):
     chain, std = ks.make_chain(16, 24, family), 3.0
     energy = SecondMoment.isotropic(std).output_energy(WEIGHT) / 16
     measured, inputs = measured_coordinates(chain, energy, std**2 * torch.eye(24).double(), None)
-    isotropic, _ = isotropic_coordinates(WEIGHT)
+    isotropic = isotropic_coordinates(WEIGHT)
     torch.testing.assert_close(inputs.matrix, torch.eye(24).double(), rtol=0, atol=1e-12)
     weights = [coordinates.weight(WEIGHT.double().clone()) for coordinates in (measured, isotropic)]
     assert weights[0].norm().item() == pytest.approx(weights[1].norm().item(), rel=1e-12)
