@@ -142,12 +142,6 @@ def test_every_field_is_in_one_group_under_its_title(config):
     assert sorted(grouped) == sorted(field.name for field in dataclasses.fields(config))
 
 
-def test_a_configuration_cannot_be_changed():
-    config = Parser(TrainerConfig, "").parse(["--weight_path", "w.pth"])
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        config.rank = 3
-
-
 def test_the_settings_of_a_training_are_all_shared_flags_and_no_others():
     shared = [field.name for field in dataclasses.fields(TrainingFlags)]
     assert sorted(UNUSUAL) == sorted(shared)
@@ -190,32 +184,25 @@ def test_old_names_of_flags_are_taken():
 
 
 LISTS = {
-    "ranks": (["2,4,8"], ["2,", "4,", "8"], ["2", "4,8"], ["2, 4, 8"], ["2,4,8,"]),
-    "seeds": (["0,1"],),
-    "row_splits": (["256,4"],),
-    "col_splits": (["4,512"],),
-    "formats": (["png,svg"],),
-    "chains": (["monarch,lowrank"],),
-    "metric": (["r2,top-5"], ["r2, ", "top-5"]),
-}
-SPACED = {
     "ranks": "2 4 8",
     "seeds": "0 1",
     "row_splits": "256 4",
     "col_splits": "4 512",
+    "formats": "png svg",
     "chains": "monarch lowrank",
     "metric": "r2 top-5",
 }
 
 
-@pytest.mark.parametrize(("name", "given"), [(name, given) for name in LISTS for given in LISTS[name]], ids=str)
-def test_lists_take_commas(name, given):
-    parser, weight = Parser(SweepConfig, ""), ["--weight_path", "a,b.pth"]
-    expected = parser.parse([*weight, f"--{name}", *SPACED.get(name, "png svg").split()])
-    assert parser.parse([f"--{name}", *given, *weight]) == expected
+@pytest.mark.parametrize("name", LISTS)
+def test_lists_take_commas(name):
+    parser, words = Parser(SweepConfig, ""), LISTS[name].split()
+    expected = parser.parse(["--weight_path", "a,b.pth", f"--{name}", *words])
     assert expected.weight_path == "a,b.pth"
-    if len(given) == 1:
-        assert parser.parse([f"--{name}={given[0]}", *weight]) == expected
+    joined = ",".join(words)
+    for given in ([joined], [f"{joined},"], [", ".join(words)], [f"{words[0]},", *words[1:]]):
+        assert parser.parse([f"--{name}", *given, "--weight_path", "a,b.pth"]) == expected
+    assert parser.parse([f"--{name}={joined}", "--weight_path", "a,b.pth"]) == expected
 
 
 def test_every_list_but_those_of_paths_and_names_takes_commas():
