@@ -22,7 +22,7 @@ class Diverged(Exception):
 
 
 def check_finite(row: dict, losses: torch.Tensor, edits: Edits) -> None:
-    """Raise Diverged, naming the first step with a loss that is not finite.
+    """Raise Diverged with the first step whose loss is not finite.
 
     Args:
         row: of the curves, for this epoch.
@@ -60,12 +60,13 @@ def check_validation(
     """
     epsilon = 2**-10 if tf32 else torch.finfo(dtype).eps
     rounding = 4 * len(model.factors) * epsilon  # of the root mean squared error, whose scale is 1
-    if problem.layer_inputs.held_out is None:
+    held_out = problem.held_out_samples()
+    if held_out is None:
         low, high = sampled_loss_range(weight, model.factors, problem.num_validation, problem.moment)
     else:  # its samples have exactly the held-out second moment
         low = high = problem.held_out_loss(model)
         # Held-out inputs may be far larger than those that were whitened, also where their outputs nearly cancel.
-        rounding *= 1 + high**0.5 + _uncancelled_size(model, problem.held_out_energies())
+        rounding *= 1 + high**0.5 + _uncancelled_size(model, held_out[0].square().mean(0))
     low, high = max(0.0, max(low, 0.0) ** 0.5 - rounding) ** 2, (high**0.5 + rounding) ** 2
     if not low <= val_loss <= high:
         raise InternalError(
@@ -87,12 +88,7 @@ def _uncancelled_size(model: KSLinear, energies: torch.Tensor) -> float:
 
 
 def ending_of(error: BaseException | None, config: TrainerConfig, problem: Problem) -> tuple[Ending, int]:
-    """Return how a run ended, with a message unless it ended well, and the exit code.
-
-    Args:
-        error: that ended the run, or None; a fault of the program has EXIT_INTERNAL.
-        config, problem: of the run, for the advice in the message.
-    """
+    """Return how a run ended, with a message unless it ended well, and the exit code: EXIT_INTERNAL for a bug."""
     if error is None:
         return OK, console.EXIT_OK
     if isinstance(error, Diverged):

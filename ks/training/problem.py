@@ -118,11 +118,6 @@ class Problem:
         weight = self.weight.tensor.to(outside.factors[0].device)
         return population_loss(weight, outside.factors, self.layer_inputs.held_out) / self.predict_zero_loss
 
-    def held_out_energies(self) -> torch.Tensor:
-        """Return E[x'_j²] of every feature of the held-out inputs in internal coordinates, shape (n,), float64."""
-        assert self.layer_inputs.held_out is not None
-        return self.coordinates.energies(self.layer_inputs.held_out.matrix)
-
     def held_out_samples(self) -> Pair | None:
         """Return n samples x' whose second moment is that of the held-out inputs, and their targets y', float64."""
         if self.layer_inputs.held_out is None:
@@ -167,11 +162,8 @@ class Problem:
 
 
 def resolve(config: TrainingFlags, edits: Edits = TOOLKIT) -> Problem:
-    """Load the weight and replace every 'auto' by its value.
+    """Load the weight and replace every 'auto' by its value; `edits` are those of the training script.
 
-    Args:
-        config: of the run or the sweep.
-        edits: the criterion and the metrics of the training script.
     Raises:
         UsageError: bad weight, chain, device, backend or sample counts, or a tracker that is not installed.
     """
@@ -274,9 +266,8 @@ def choose_device(name: str) -> torch.device:
 def split_samples(config: TrainingFlags, given: int | None) -> tuple[int, int]:
     """Return the numbers of training samples, in whole batches, and of validation samples.
 
-    Args:
-        config: with batch size, number of samples and fraction for validation.
-        given: number of raw samples to train on instead; None to draw them.
+    `given` is the number of raw samples to train on; None to draw them.
+
     Raises:
         UsageError: not one batch is left for training.
     """

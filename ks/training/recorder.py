@@ -39,8 +39,7 @@ class Recorder:
     """The record of one run, from its start to its end.
 
     Args:
-        config: of the run.
-        problem: that it solves.
+        config, problem: of the run.
         settings: that a resumed run must share.
         files: of the run, in a claimed folder.
         owned: the files in the folder that this run may overwrite.
@@ -274,12 +273,10 @@ class Recorder:
 def run_recorded(train: Callable[[TrainerConfig, Problem, Recorder], None], config: TrainerConfig, problem: Problem):
     """Claim the files of a run, train, and record how it ends.
 
-    A diverged, interrupted or out-of-memory run and a failed write are over with one line.
+    A diverged, interrupted or out-of-memory run and a failed write end with one line.
 
     Args:
         train: trains and records every epoch.
-        config: of the run.
-        problem: that it solves.
     Returns:
         the exit code.
     Raises:

@@ -10,7 +10,7 @@ import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -38,17 +38,6 @@ def seeded_generator(seed: int, stream: str, epoch: int = 0, device="cpu") -> to
     return torch.Generator(device).manual_seed(mixed % 2**63)
 
 
-class SampleSet(NamedTuple):
-    """Samples in batches of one size.
-
-    inputs: shape (batches, batch, n). targets: shape (batches, batch, m), float32, in the order of W's rows. With
-    `batch_last`, batches have the shapes (n, batch) and (m, batch).
-    """
-
-    inputs: torch.Tensor
-    targets: torch.Tensor
-
-
 class Samples:
     """Gaussian inputs x of second moment C and their targets W x in batches, the same for every rank of a study.
 
@@ -72,7 +61,8 @@ class Samples:
 
     `inputs` and `targets` hold the training batches, shape (steps, batch, n or m); with `fresh` an epoch overwrites
     them. `validation` holds batches (x, y) of other samples, y with one sample a row in the order of W's rows; their
-    mean losses, weighted by `validation_fractions`, give the mean over all of them. `sets` are the samples as drawn.
+    mean losses, weighted by `validation_fractions`, give the mean over all of them. `sets` are the samples as drawn, in
+    batches: those to train on, then each batch of validation samples; targets in the order of W's rows.
     """
 
     def __init__(
@@ -88,7 +78,7 @@ class Samples:
         output_rows: torch.Tensor | None = None,
         batch_last: bool = False,
         dtype: torch.dtype = torch.float32,
-        stored: list[SampleSet] | None = None,
+        stored: list[Pair] | None = None,
         training: Pair | None = None,
         held_out: Pair | None = None,
     ):
@@ -106,7 +96,7 @@ class Samples:
         sizes = torch.tensor([targets.numel() for _, targets in self.validation], device=weight.device)
         self.validation_fractions = sizes / sizes.sum()
 
-    def _draw_sets(self, num_validation: int, training: Pair | None, held_out: Pair | None) -> list[SampleSet]:
+    def _draw_sets(self, num_validation: int, training: Pair | None, held_out: Pair | None) -> list[Pair]:
         """Return the training samples, then each batch of validation samples."""
         validation = held_out or self._pair(self._draw(num_validation, "validation"))
         count = self.steps_per_epoch * self.batch_size
@@ -135,7 +125,7 @@ class Samples:
         in_pieces(multiply, len(inputs), inputs.device)
         return inputs, targets
 
-    def _batches(self, inputs: torch.Tensor, targets: torch.Tensor, batch_size: int) -> SampleSet:
+    def _batches(self, inputs: torch.Tensor, targets: torch.Tensor, batch_size: int) -> Pair:
         """Return samples in batches, contiguous in the training layout."""
         device = self.weight.device
         inputs, targets = (
@@ -144,7 +134,7 @@ class Samples:
         )
         if self.batch_last:  # steps batch features -> steps features batch
             inputs, targets = inputs.transpose(1, 2).contiguous(), targets.transpose(1, 2).contiguous()
-        return SampleSet(inputs, targets)
+        return inputs, targets
 
     def _in_order(self, targets: torch.Tensor) -> torch.Tensor:
         """Return the targets of training batches in the order of the outputs."""
@@ -169,9 +159,9 @@ class Samples:
         if self.sampling == "fresh" and number > 1:
             drawn = self._draw(self.steps_per_epoch * self.batch_size, "train", number)
             with float32_products(drawn, "ieee"):
-                new = self._batches(*self._pair(drawn), self.batch_size)
-            self.inputs.copy_(new.inputs)
-            self.targets.copy_(self._in_order(new.targets))
+                inputs, targets = self._batches(*self._pair(drawn), self.batch_size)
+            self.inputs.copy_(inputs)
+            self.targets.copy_(self._in_order(targets))
         order = torch.arange(self.steps_per_epoch)
         if self.sampling != "fresh":
             order = torch.randperm(self.steps_per_epoch, generator=seeded_generator(self.seed, "shuffle", number))
@@ -189,8 +179,6 @@ def make_samples(
     """Return the samples of a run: from the file of its sweep if there is one, else drawn here.
 
     Args:
-        config: with batch size, layout, dtype and seed.
-        problem: that the run solves.
         weight: W in internal units.
         output_rows: the order of the training targets, as rows of W; None for the natural one.
         seed: of the samples; None for that of the config.
@@ -218,12 +206,7 @@ def make_samples(
 def samples_in_files(config: TrainingFlags, problem: Problem, paths: dict[int, Path]) -> Iterator[None]:
     """Keep the samples of some seeds in files, for the runs that start meanwhile on this machine.
 
-    `fresh` samples and those on GPUs are left out.
-
-    Args:
-        config: of the runs.
-        problem: that they solve.
-        paths: of the files, by seed.
+    `paths` are those of the files, by seed. `fresh` samples and those on GPUs are left out.
     """
     if problem.device.type != "cpu" or problem.sampling == "fresh":
         paths = {}
@@ -251,10 +234,10 @@ def _settings(config: TrainingFlags, problem: Problem, seed: int) -> dict[str, A
 
 def _write(path: Path, config: TrainingFlags, problem: Problem, seed: int) -> None:
     sets = make_samples(config, problem, problem.internal_weight(), seed=seed).sets
-    save_tensors({"settings": _settings(config, problem, seed), "sets": [tuple(one) for one in sets]}, path)
+    save_tensors({"settings": _settings(config, problem, seed), "sets": sets}, path)
 
 
-def _read(seed: int, settings: dict[str, Any]) -> list[SampleSet] | None:
+def _read(seed: int, settings: dict[str, Any]) -> list[Pair] | None:
     """Return the samples of a file that this run was given, or None if it draws its own.
 
     The file is mapped privately: runs share its pages, and what one writes stays its own. Its tensors begin at
@@ -270,7 +253,7 @@ def _read(seed: int, settings: dict[str, Any]) -> list[SampleSet] | None:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if content["settings"] != settings:
             raise ValueError("it holds samples of other settings")
-        return [SampleSet(*one) for one in content["sets"]]
+        return [(inputs, targets) for inputs, targets in content["sets"]]
     except Exception as error:  # a damaged file can raise nearly anything
         note(f"the samples are drawn here, because the file of the sweep cannot be used: {one_line(error)}")
         return None

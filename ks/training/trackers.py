@@ -27,10 +27,8 @@ Opened = tuple[Callable[[int, dict[str, float]], Any], Callable[[], Any]]
 
 def check_installed(tracker: str | None) -> None:
     """Raise UsageError if the package of a tracker is not installed; it is not imported."""
-    if tracker is None:
-        return
-    found = importlib.util.find_spec(tracker)
-    if found is None or found.origin is None:  # any folder of that name is a package, but without an origin
+    found = tracker and importlib.util.find_spec(tracker)
+    if tracker and not (found and found.origin):  # any folder of that name is a package, but without an origin
         raise UsageError(f"--log_to {tracker} needs the package {tracker}; install it: pip install {tracker}")
 
 
@@ -82,12 +80,9 @@ OPENERS = {"tensorboard": tensorboard, "wandb": wandb, "trackio": trackio}
 
 
 class Tracker:
-    """Logs every epoch once; a tracker that fails is switched off with a warning, and the run goes on.
+    """Logs every epoch once to the tracker in `config.log_to`, if any.
 
-    Args:
-        config: of the run; without a tracker in `log_to`, nothing is logged.
-        files: of the run.
-        settings: of the run, for the tracker's table of runs.
+    A tracker that fails is switched off with a warning, and the run goes on. `settings` are shown in the tracker.
     """
 
     def __init__(self, config: TrainerConfig, files: RunFiles, settings: dict[str, Any]):

@@ -53,17 +53,6 @@ class Coordinates:
         """Return samples x' of centred samples x, shape (N, n), float64."""
         return samples if self.inverse is None else _times_block_diagonal(samples, self.inverse.mT)
 
-    def energies(self, moment: torch.Tensor) -> torch.Tensor:
-        """Return E[x'_j²] of every feature, shape (n,), float64.
-
-        Args:
-            moment: second moment of centred x, shape (n, n), float64.
-        """
-        if self.inverse is None:
-            return moment.diagonal()
-        groups = _diagonal_blocks(moment, len(self.inverse))
-        return (self.inverse @ groups @ self.inverse.mT).diagonal(dim1=1, dim2=2).reshape(-1).clamp(min=0)
-
     def save(self, model: KSLinear, weight: torch.Tensor, path) -> None:
         """Save a trained chain as one that acts on x and gives y.
 
