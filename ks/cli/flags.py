@@ -277,7 +277,7 @@ class SweepConfig(LayersFlags, TargetFlags, TrainingFlags, OutputFlags, PlotFlag
     tight_bounds: float = flag(
         30.0,
         "seconds for lower bounds that are not exact (grids with --inputs, three or more factors): up to 30 for the "
-        "ranks that the answer names, more also for the other ranks and for tighter bounds; without a number, 3600",
+        "ranks in the answer, more also for the other ranks and for tighter bounds; without a number, 3600",
         convert=non_negative_float,
         nargs="?",
         const=3600.0,

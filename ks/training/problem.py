@@ -223,7 +223,7 @@ def chain_notes(chain: Chain) -> list[str]:
 
 
 def chain_of(config: ChainFlags, rows: int, cols: int) -> Chain:
-    """Return the chain family that the flags name, for an m × n weight.
+    """Return the chain family for the flags and an m × n weight.
 
     Raises:
         UsageError: splits together with --chain, or splits that do not fit.
@@ -243,7 +243,7 @@ def chain_of(config: ChainFlags, rows: int, cols: int) -> Chain:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device that --device names; auto is the GPU if there is one.
+    """Return the device for --device; auto is the GPU if there is one.
 
     Raises:
         UsageError: not a device name, or a device that does not exist.
@@ -304,7 +304,7 @@ def choose_sampling(sampling: str, num_train: int, in_features: int) -> tuple[st
 
 
 def layer_inputs(config: TrainingFlags, weight: Weight, chain: Chain) -> LayerInputs:
-    """Return the inputs that the flags name.
+    """Return the inputs for the flags.
 
     Raises:
         UsageError: flags that do not go together, or a file that does not fit the weight.

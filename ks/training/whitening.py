@@ -56,7 +56,7 @@ class Coordinates:
     def save(self, model: KSLinear, weight: torch.Tensor, path) -> None:
         """Save a trained chain as one that acts on x and gives y.
 
-        The scale is shared evenly by its factors. With a centre, the chain has the bias (W − Ŵ) μ.
+        The unit is spread evenly over its factors. With a centre, the chain has the bias (W − Ŵ) μ.
 
         Args:
             model: in these coordinates.

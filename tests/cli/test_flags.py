@@ -79,7 +79,7 @@ RETIRED = {
 
 
 @pytest.mark.parametrize(("config", "name"), [(config, name) for config, names in RETIRED.items() for name in names])
-def test_a_retired_flag_is_one_line_that_says_what_to_do(capsys, config, name):
+def test_a_retired_flag_is_one_line_with_what_to_do_instead(capsys, config, name):
     with pytest.raises(SystemExit) as raised:
         Parser(config, "").parse([*required_of(config), f"--{name}", "1"])
     (line,) = capsys.readouterr().err.splitlines()
