@@ -89,9 +89,9 @@ class Flag:
     help: str
     convert: Callable[[str], Any] = str
     choices: tuple[str, ...] | None = None
-    nargs: int | str | None = None
+    nargs: str | None = None
     const: Any = None
-    metavar: str | tuple[str, ...] | None = None
+    metavar: str | None = None
     required: bool = False
     aliases: tuple[str, ...] = ()
     shown_default: str | None = None
@@ -246,33 +246,24 @@ def _entries(text: str) -> list[str]:
 
 def _add(group, field: dataclasses.Field) -> None:
     described: Flag = field.metadata["flag"]
-    spellings = [f"--{field.name}", *described.aliases]
     default = described.default_text(field.default)
     help_text = described.help + ("; one of " + ", ".join(described.choices) if described.choices else "")
     help_text += f" (default: {default})" if default and not described.required else ""
+    options: dict[str, Any] = {"dest": field.name, "help": help_text.replace("%", "%%")}
     if field.default is False:
-        group.add_argument(*spellings, action="store_true", default=argparse.SUPPRESS, dest=field.name, help=help_text)
-        return
-    group.add_argument(
-        *spellings,
-        dest=field.name,
-        type=described.convert,
-        choices=described.choices,
-        nargs=described.nargs,
-        const=described.const,
-        metavar=_metavar(field),
-        required=described.required,
-        help=help_text.replace("%", "%%"),
-    )
+        options["action"] = "store_true"
+    else:
+        options |= {name: getattr(described, name) for name in ("choices", "nargs", "const", "required")}
+        options |= {"type": described.convert, "metavar": _metavar(field)}
+    group.add_argument(f"--{field.name}", *described.aliases, **options)
 
 
-def _metavar(field: dataclasses.Field) -> str | tuple[str, ...] | None:
-    described: Flag = field.metadata["flag"]
-    return described.metavar or field.name.rpartition("_")[2].upper()
+def _metavar(field: dataclasses.Field) -> str:
+    return field.metadata["flag"].metavar or field.name.rpartition("_")[2].upper()
 
 
 def to_arguments(settings: dict[str, Any]) -> list[str]:
-    """Spell settings out as a command line that parses to them: True as a bare flag, None and False left out."""
+    """Return a command line that parses to these settings: True as a bare flag, None and False left out."""
     arguments = []
     for name, value in settings.items():
         if value is None or value is False:

@@ -107,9 +107,8 @@ class Problem:
 
     def isotropic_weight(self) -> torch.Tensor:
         """Return W in float64, scaled so that the zero predictor has a loss of 1 under second moment I."""
-        return isotropic_coordinates(self.weight.tensor).weight(
-            self.weight.tensor.to(self.device, torch.float64, copy=True)
-        )
+        weight = self.weight.tensor
+        return isotropic_coordinates(weight).weight(weight.to(self.device, torch.float64, copy=True))
 
     def held_out_loss(self, model: KSLinear) -> float:
         """Return the exact relative loss of a chain of internal coordinates on the held-out inputs."""
@@ -284,10 +283,8 @@ def split_samples(config: TrainingFlags, given: int | None) -> tuple[int, int]:
 
 
 def choose_sampling(sampling: str, num_train: int, in_features: int) -> tuple[str, str]:
-    """Choose how to draw the training inputs.
+    """Return how to draw the training inputs (whitened, fresh or fixed), and the reason.
 
-    Returns:
-        (whitened, fresh or fixed; the reason).
     Raises:
         UsageError: whitened with fewer training samples than input features.
     """
@@ -310,10 +307,16 @@ def layer_inputs(config: TrainingFlags, weight: Weight, chain: Chain) -> LayerIn
         UsageError: flags that do not go together, or a file that does not fit the weight.
     """
     if config.inputs is None:
-        if config.inputs_key is not None or config.fit_bias:
-            name = "--inputs_key" if config.inputs_key is not None else "--fit_bias"
-            raise UsageError(f"{name} without --inputs: give the file with the measured inputs too")
-        return _isotropic(config.input_std, weight.tensor)
+        for name in ("inputs_key", "fit_bias"):
+            if getattr(config, name):
+                raise UsageError(f"--{name} without --inputs: give the file with the measured inputs too")
+        zero_loss = SecondMoment.isotropic(config.input_std).output_energy(weight.tensor) / len(weight.tensor)
+        note = (
+            "Using isotropic random inputs. Floors and losses will differ on the layer's real inputs; pass those with "
+            "--inputs."
+        )
+        description = {"kind": ISOTROPIC, "std": config.input_std}
+        return LayerInputs(isotropic_coordinates(weight.tensor), UNIT_MOMENT, zero_loss, description, (note,))
     if config.input_std != 1.0:
         raise UsageError(f"--input_std {config.input_std:g} together with --inputs: give one or the other")
     given = read_input_moments(
@@ -322,16 +325,6 @@ def layer_inputs(config: TrainingFlags, weight: Weight, chain: Chain) -> LayerIn
     if config.sampling == "fixed" and given.samples is None:
         raise UsageError(f"--sampling fixed needs raw samples, and {config.inputs} holds moments; use --sampling auto")
     return _measured(given, weight.tensor, chain, config)
-
-
-def _isotropic(std: float, weight: torch.Tensor) -> LayerInputs:
-    predict_zero_loss = SecondMoment.isotropic(std).output_energy(weight) / len(weight)
-    note = (
-        "Using isotropic random inputs. Floors and losses will differ on the layer's real inputs; pass those with "
-        "--inputs."
-    )
-    description = {"kind": ISOTROPIC, "std": std}
-    return LayerInputs(isotropic_coordinates(weight), UNIT_MOMENT, predict_zero_loss, description, (note,))
 
 
 def _measured(given: Calibration, weight: torch.Tensor, chain: Chain, config: TrainingFlags) -> LayerInputs:
@@ -345,19 +338,20 @@ def _measured(given: Calibration, weight: torch.Tensor, chain: Chain, config: Tr
         uncentred = SecondMoment(given.held_out.second_moment)
         held_out = uncentred if centre is None else SecondMoment(_around(given.held_out, centre))
         held_out_loss = uncentred.output_energy(weight) / len(weight)
-    counts = {"count": given.train.count, "held_out_count": given.held_out.count if given.held_out else 0}
+    count, held_out_count = given.train.count, given.held_out.count if given.held_out else 0
     description = {
         "kind": MEASURED,
         "key": given.key,
         "sha256": given.sha256,
-        **counts,
+        "count": count,
+        "held_out_count": held_out_count,
         "effective_rank": moment.effective_rank,
         "centred": config.fit_bias,
     }
     name = f" {one_line(given.key)}" if given.key else ""
     note = (
-        f"Using the measured inputs of {one_line(config.inputs)}{name}: {counts['count']} inputs and "
-        f"{counts['held_out_count']} held out, effective rank {moment.effective_rank:.1f} of {weight.shape[1]}."
+        f"Using the measured inputs of {one_line(config.inputs)}{name}: {count} inputs and {held_out_count} held out, "
+        f"effective rank {moment.effective_rank:.1f} of {weight.shape[1]}."
     )
     notes = [note, *given.notes]
     if given.transposed and not config.transpose:
