@@ -73,6 +73,7 @@ def test_a_restored_training_goes_on_as_if_it_had_not_stopped(files, loss_scalin
     offer(whole, files)
     resumed = Training(loss_scaling)
     resumed.curves = ResumeState(files, SETTINGS, resume=True).restore(*resumed.parts())
+    assert (resumed.best.row, resumed.best.val_loss) == (whole.best.row, whole.best.val_loss)
     for _ in range(3):
         whole.epoch()
         resumed.epoch()
@@ -80,7 +81,6 @@ def test_a_restored_training_goes_on_as_if_it_had_not_stopped(files, loss_scalin
     assert resumed.schedule.state() == whole.schedule.state()
     for ours, theirs in zip(resumed.optimizer.state(), whole.optimizer.state(), strict=True):
         assert torch.equal(ours, theirs)
-    assert (resumed.best.row, resumed.best.val_loss) == (whole.best.row, whole.best.val_loss)
     assert torch.equal(resumed.best.kept.to_dense(), whole.best.kept.to_dense())
 
 
