@@ -14,12 +14,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ks.cli import startup
+from ks.cli import console
 
 if __name__ == "__main__":
-    startup.begin(__file__)
+    console.begin(__file__)
 
-from ks.cli import console
 from ks.cli.flags import DemoConfig
 from ks.cli.parser import Parser
 from ks.study.lifeline import Lifeline

@@ -11,14 +11,13 @@ Writes --output_path (.pth, .pt, .safetensors or .npy). A file there that holds 
 import sys
 from pathlib import Path
 
-from ks.cli import startup
+from ks.cli import console
 
 if __name__ == "__main__":
-    startup.begin(__file__)
+    console.begin(__file__)
 
 import torch
 
-from ks.cli import console
 from ks.cli.flags import GeneratorConfig
 from ks.cli.parser import Parser
 from ks.errors import UsageError

@@ -4,10 +4,10 @@
     python plot_rank_results.py --results_dir ./monarch_results ./lowrank_results --output_dir ./figures
 
 Reads rank_R/rank_R_rank_R_loss_curves.csv (those of the 2025 scripts too) and, where they are, PREFIX_summary.json
-(which then says what ranks belong to the study), PREFIX_floor.csv and PREFIX_config.json. Prints the answer and the
+(which then lists the ranks of the study), PREFIX_floor.csv and PREFIX_config.json. Prints the answer and the
 summary, and writes the figures PREFIX_loss_curves, _final_losses, _floor, _gap, _front and _latency to --output_dir;
 with --metric NAME, also PREFIX_metric_NAME; with --report, also PREFIX_report.html. For several sweeps, it draws
-PREFIX_chains. If the figures are not those of a sweep in that folder, PREFIX_figures.json names them.
+PREFIX_chains. If the figures are not those of a sweep in that folder, PREFIX_figures.json lists them.
 Exit codes: 0 well, 2 bad input, 4 internal error.
 """
 
@@ -15,12 +15,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ks.cli import startup
+from ks.cli import console
 
 if __name__ == "__main__":
-    startup.begin(__file__)
+    console.begin(__file__)
 
-from ks.cli import console
 from ks.cli.flags import PlotConfig
 from ks.cli.parser import Parser
 from ks.errors import UsageError

@@ -17,13 +17,12 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from ks.cli import startup
+from ks.cli import console
 
 if __name__ == "__main__":
-    startup.begin(__file__, "reads the weight, computes the floor of every rank, then trains a chain for each")
+    console.begin(__file__, "reads the weight, computes the floor of every rank, then trains a chain for each")
 
 from ks import signals
-from ks.cli import console
 from ks.cli.flags import SweepConfig
 from ks.cli.parser import Parser
 from ks.files.status import Status

@@ -13,14 +13,13 @@ Exit codes: 0 finished, 1 diverged or out of memory, 2 bad input, 4 internal err
 
 import sys
 
-from ks.cli import startup
+from ks.cli import console
 
 if __name__ == "__main__":
-    startup.begin(__file__)
+    console.begin(__file__)
 
 import torch
 
-from ks.cli import console
 from ks.cli.flags import TrainerConfig
 from ks.cli.parser import Parser
 from ks.study.lifeline import stop_with_parent
@@ -29,8 +28,7 @@ from ks.training.criterion import GuardedMetrics, averages, check_edits, loss_an
 from ks.training.edits import edits_of
 from ks.training.problem import Problem, resolve
 from ks.training.recorder import Recorder, run_recorded
-from ks.training.samples import Samples
-from ks.training.samples_file import make_samples
+from ks.training.samples import Samples, make_samples
 from ks.training.schedule import Schedule
 from ks.training.steps import runnable
 from ks.training.trainable_chain import TrainableChain
@@ -95,8 +93,8 @@ def validate(chain: TrainableChain, samples: Samples, guarded: GuardedMetrics) -
         prediction = chain.predict(x)  # in the order of W's rows, unlike training batches
         losses.append(loss_of(criterion, prediction, y))
         values.append(guarded(prediction, y))
-    shares = samples.validation_shares
-    return (torch.stack(losses) @ shares).item(), averages(values, shares)
+    fractions = samples.validation_fractions  # of the samples that are in each batch
+    return (torch.stack(losses) @ fractions).item(), averages(values, fractions)
 
 
 def build_parser() -> Parser[TrainerConfig]:

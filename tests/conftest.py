@@ -20,7 +20,7 @@ import warm
 import ks
 from ks.files.layout import RunFiles, run_files
 from ks.moments.second_moment import InputSums
-from ks.training.checkpoints import Checkpoints
+from ks.training.resume_state import ResumeState
 
 torch.set_num_threads(1)
 
@@ -211,14 +211,14 @@ def save_moments(path, rows: torch.Tensor, held_out: torch.Tensor | None = None,
 
 def interrupt_in_epoch(monkeypatch, epoch: int) -> None:
     """Interrupt runs after they have recorded this epoch and before their resume state holds it: what a kill leaves."""
-    offer = Checkpoints.offer
+    offer = ResumeState.offer
 
     def stop(self, threads, curves, *state):
         if len(curves) == epoch:
             raise KeyboardInterrupt
         offer(self, threads, curves, *state)
 
-    monkeypatch.setattr(Checkpoints, "offer", stop)
+    monkeypatch.setattr(ResumeState, "offer", stop)
 
 
 def wait_for(condition, seconds=60):

@@ -128,7 +128,7 @@ def test_optional_libraries_are_imported_only_when_needed(name, library):
 
 
 LIGHT = [
-    *("errors", "signals", "chain.patterns", "cli.startup", "cli.streams"),
+    *("errors", "signals", "chain.patterns", "cli.console"),
     *("files.columns", "files.globs", "files.layout", "files.status"),
 ]
 

@@ -11,11 +11,12 @@ from typing import Any, ClassVar
 
 from ks.chain.backend import IMPLS, PRECISIONS
 from ks.chain.patterns import FAMILIES
-from ks.cli.parser import flag, groups, redefault
-from ks.cli.values import (
+from ks.cli.parser import (
     auto_or,
     file_prefix,
+    flag,
     fraction,
+    groups,
     integer,
     key,
     metric_name,
@@ -25,6 +26,7 @@ from ks.cli.values import (
     path,
     positive_float,
     positive_int,
+    redefault,
     seed_number,
 )
 from ks.files.globs import is_glob
@@ -39,11 +41,7 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 class WeightFlags:
     TITLE: ClassVar = "weight"
     weight_path: str = flag("", "dense weight: a .pth, .pt, .safetensors or .npy file", convert=path, required=True)
-    weight_key: str | None = flag(
-        None,
-        "name of the tensor in a file of several; a sweep takes globs",
-        convert=key,
-    )
+    weight_key: str | None = flag(None, "name of the tensor in a file of several; a sweep takes globs", convert=key)
     transpose: bool = flag(False, "the file stores the weight as (in, out) instead of (out, in)")
 
 
@@ -63,11 +61,7 @@ class ChainFlags:
         metavar="M",
     )
     col_splits: tuple[int, ...] | None = flag(
-        None,
-        "column splits n_1 … n_L of the same chain, with product n",
-        convert=positive_int,
-        nargs="+",
-        metavar="N",
+        None, "column splits n_1 … n_L of the same chain, with product n", convert=positive_int, nargs="+", metavar="N"
     )
 
 
@@ -97,11 +91,7 @@ class OptimizerFlags:
         "clip the gradient to this norm; 0 turns clipping off, and gauss_newton never clips",
         convert=non_negative_float,
     )
-    init: str = flag(
-        "random",
-        "initial values; hierarchical factorises the weight",
-        choices=("random", "hierarchical"),
-    )
+    init: str = flag("random", "initial values; hierarchical factorises the weight", choices=("random", "hierarchical"))
     seed: int = flag(0, "seed of samples and initial values", convert=seed_number)
 
 
@@ -112,10 +102,7 @@ class SampleFlags:
     val_split: float = flag(0.2, "fraction of the samples that is held out for validation", convert=open_fraction)
     input_std: float = flag(1.0, "standard deviation σ of the isotropic inputs x ~ N(0, σ²I)", convert=positive_float)
     inputs: str | None = flag(
-        None,
-        "moments or raw samples of the layer's inputs (docs/inputs.md)",
-        convert=path,
-        metavar="FILE",
+        None, "moments or raw samples of the layer's inputs (docs/inputs.md)", convert=path, metavar="FILE"
     )
     inputs_key: str | None = flag(
         None, "name of the inputs in the --inputs file", convert=key, shown_default="--weight_key"
@@ -133,16 +120,8 @@ class SampleFlags:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunningFlags:
     TITLE: ClassVar = "running"
-    impl: str = flag(
-        "auto",
-        "backend of the chain product; triton needs a GPU",
-        choices=IMPLS,
-    )
-    float32_precision: str = flag(
-        "ieee",
-        "precision of float32 products on a GPU",
-        choices=PRECISIONS,
-    )
+    impl: str = flag("auto", "backend of the chain product; triton needs a GPU", choices=IMPLS)
+    float32_precision: str = flag("ieee", "precision of float32 products on a GPU", choices=PRECISIONS)
     bs_last: bool = flag(False, "compute in the (features, batch) layout instead of (batch, features)")
     device: str = flag("auto", "cpu, cuda or cuda:N; auto is the GPU if any")
     dtype: str = flag("float32", "dtype of the products", choices=tuple(DTYPES))
@@ -235,8 +214,7 @@ class TrainerConfig(TrainingFlags, OutputFlags):
     )
     rank: int = flag(4, "rank of the chain", convert=positive_int)
     resume: bool = flag(
-        False,
-        "go on with an earlier run of the same settings; with more --num_epochs, also with a finished one",
+        False, "go on with an earlier run of the same settings; with more --num_epochs, also with a finished one"
     )
     check: bool = flag(False, "try criterion and metrics on a random batch; train nothing")
     stop_below: float | None = flag(
@@ -252,13 +230,7 @@ class LayersFlags:
 
     TITLE: ClassVar = "layers of a model"
     RETIRED: ClassVar = {"importance": "a plan weighs all layers alike; leave the flag out"}
-    weight_key: tuple[str, ...] | None = redefault(
-        WeightFlags,
-        "weight_key",
-        None,
-        nargs="+",
-        metavar="NAME",
-    )
+    weight_key: tuple[str, ...] | None = redefault(WeightFlags, "weight_key", None, nargs="+", metavar="NAME")
     chains: tuple[str, ...] | None = flag(
         None,
         "instead of --chain, families to choose from",
@@ -266,11 +238,7 @@ class LayersFlags:
         nargs="+",
         shown_default="monarch lowrank",
     )
-    budget: float | None = flag(
-        None,
-        "most parameters of a plan, as a fraction of the dense weights",
-        convert=fraction,
-    )
+    budget: float | None = flag(None, "most parameters of a plan, as a fraction of the dense weights", convert=fraction)
     rank_multiple: int = flag(1, "plan only ranks that are multiples of this number", convert=positive_int)
 
 
@@ -309,7 +277,7 @@ class SweepConfig(LayersFlags, TargetFlags, TrainingFlags, OutputFlags, PlotFlag
     tight_bounds: float = flag(
         30.0,
         "seconds for lower bounds that are not exact (grids with --inputs, three or more factors): up to 30 for the "
-        "ranks that the answer names, more also for the other ranks and for tighter bounds; without a number, 3600",
+        "ranks in the answer, more also for the other ranks and for tighter bounds; without a number, 3600",
         convert=non_negative_float,
         nargs="?",
         const=3600.0,
@@ -318,18 +286,13 @@ class SweepConfig(LayersFlags, TargetFlags, TrainingFlags, OutputFlags, PlotFlag
     )
     dry_run: bool = flag(False, "print the plan and train nothing")
     overwrite: bool = flag(
-        False,
-        "replace the results in --output_dir, also those of another study; without it, finished ranks are kept",
+        False, "replace the results in --output_dir, also those of another study; without it, finished ranks are kept"
     )
     timeout_per_rank: float | None = flag(
         None, "stop a run after this many seconds", convert=positive_float, metavar="SECONDS"
     )
     save_plots: bool = flag(False, "accepted for old command lines; figures are saved in any case")
-    jobs: int | str = flag(
-        "auto",
-        "runs at a time; auto is one per core or GPU",
-        convert=auto_or(positive_int),
-    )
+    jobs: int | str = flag("auto", "runs at a time; auto is one per core or GPU", convert=auto_or(positive_int))
     launcher: str = flag(
         "local",
         "where to train: local, in processes of this machine; inline, one run after the other in this process, for a "

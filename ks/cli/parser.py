@@ -1,4 +1,4 @@
-"""Parse a command line into a frozen dataclass whose typed fields are the flags, and spell one out again."""
+"""Parse a command line into a frozen dataclass whose typed fields are the flags, and write one out again."""
 
 import argparse
 import dataclasses
@@ -11,10 +11,71 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 from ks.cli.console import EXIT_USAGE
-from ks.cli.values import key, path
 from ks.errors import one_line
+from ks.files.columns import METRIC
 
 Config = TypeVar("Config")
+
+
+def _number(convert: Callable[[str], Any], accept: Callable[[Any], bool], description: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = convert(text)
+        except ValueError:
+            value = None
+        if value is None or not accept(value):
+            raise argparse.ArgumentTypeError(f"{one_line(text, 60)!r} is not {description}")
+        return value
+
+    return parse
+
+
+def integer(low: int, high: int = 2**31 - 1) -> Callable[[str], Any]:
+    """Return a converter for whole numbers from low to high."""
+    return _number(int, lambda value: low <= value <= high, f"a whole number from {low} to {high}")
+
+
+def number(low: float, high: float) -> Callable[[str], Any]:
+    """Return a converter for numbers from low to high."""
+    return _number(float, lambda value: low <= value <= high, f"a number from {low:g} to {high:g}")
+
+
+positive_int, non_negative_int, seed_number = integer(1), integer(0), integer(0, 2**63 - 1)
+positive_float, non_negative_float = (
+    number(1e-100, 1e100),
+    _number(float, lambda value: value == 0 or 1e-100 <= value <= 1e100, "0 or a number from 1e-100 to 1e+100"),
+)
+open_fraction = _number(float, lambda value: 0 < value < 1, "a number between 0 and 1, both excluded")
+fraction = _number(float, lambda value: 0 < value <= 1, "a number above 0, at most 1")
+
+
+def auto_or(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return a converter that also accepts 'auto'."""
+    return lambda text: text if text == "auto" else convert(text)
+
+
+def path(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("a path must not be empty; . is the current folder")
+    return text
+
+
+def key(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("a key must not be empty; leave the flag out if the file holds one tensor")
+    return text
+
+
+def metric_name(text: str) -> str:
+    if not METRIC.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{one_line(text, 60)!r} cannot be the name of a metric")
+    return text
+
+
+def file_prefix(text: str) -> str:
+    if not text or "/" in text or "\\" in text or text.startswith("."):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a file name prefix; it must not be empty or hold a path")
+    return text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +89,9 @@ class Flag:
     help: str
     convert: Callable[[str], Any] = str
     choices: tuple[str, ...] | None = None
-    nargs: int | str | None = None
+    nargs: str | None = None
     const: Any = None
-    metavar: str | tuple[str, ...] | None = None
+    metavar: str | None = None
     required: bool = False
     aliases: tuple[str, ...] = ()
     shown_default: str | None = None
@@ -185,33 +246,24 @@ def _entries(text: str) -> list[str]:
 
 def _add(group, field: dataclasses.Field) -> None:
     described: Flag = field.metadata["flag"]
-    spellings = [f"--{field.name}", *described.aliases]
     default = described.default_text(field.default)
     help_text = described.help + ("; one of " + ", ".join(described.choices) if described.choices else "")
     help_text += f" (default: {default})" if default and not described.required else ""
+    options: dict[str, Any] = {"dest": field.name, "help": help_text.replace("%", "%%")}
     if field.default is False:
-        group.add_argument(*spellings, action="store_true", default=argparse.SUPPRESS, dest=field.name, help=help_text)
-        return
-    group.add_argument(
-        *spellings,
-        dest=field.name,
-        type=described.convert,
-        choices=described.choices,
-        nargs=described.nargs,
-        const=described.const,
-        metavar=_metavar(field),
-        required=described.required,
-        help=help_text.replace("%", "%%"),
-    )
+        options["action"] = "store_true"
+    else:
+        options |= {name: getattr(described, name) for name in ("choices", "nargs", "const", "required")}
+        options |= {"type": described.convert, "metavar": _metavar(field)}
+    group.add_argument(f"--{field.name}", *described.aliases, **options)
 
 
-def _metavar(field: dataclasses.Field) -> str | tuple[str, ...] | None:
-    described: Flag = field.metadata["flag"]
-    return described.metavar or field.name.rpartition("_")[2].upper()
+def _metavar(field: dataclasses.Field) -> str:
+    return field.metadata["flag"].metavar or field.name.rpartition("_")[2].upper()
 
 
 def to_arguments(settings: dict[str, Any]) -> list[str]:
-    """Spell settings out as a command line that parses to them: True as a bare flag, None and False left out."""
+    """Return a command line that parses to these settings: True as a bare flag, None and False left out."""
     arguments = []
     for name, value in settings.items():
         if value is None or value is False:

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ks.cli.flags import SweepConfig
-from ks.cli.parser import to_arguments
-from ks.cli.values import path
+from ks.cli.parser import path, to_arguments
 from ks.files.schema import StudyRecord
 
 

@@ -9,7 +9,7 @@ from ks.files.layout import RunFiles, SweepFiles, find_runs
 from ks.files.lock import locked
 from ks.files.ownership import check_free, check_no_link, delete, recorded
 from ks.study.runs import Run
-from ks.training.settings import changes, settings_in
+from ks.training.run_state import changes, settings_in
 
 REMEDY = "choose another --output_dir"
 

@@ -14,7 +14,7 @@ from ks.files.schema import StudyRecord, read_json_as
 from ks.study.runs import seeds_of
 from ks.training.edits import Edits
 from ks.training.problem import Problem
-from ks.training.settings import NOT_COMPARED, changes, settings_in, settings_of
+from ks.training.run_state import NOT_COMPARED, changes, settings_in, settings_of
 
 # They are not taken from a study: where the weight is, and what changes reports and files only.
 NOT_TAKEN = ("weight_path", "log_to", "log_interval", "verbose", "quiet", "save_interval")

@@ -20,8 +20,7 @@ from ks.files.schema import Latency, RunConfig, StudyRecord, read_json_as
 from ks.files.status import OK, Ending, Status, ended_well
 from ks.report.verdict import converged_loss
 from ks.study.task import Exit, Task
-from ks.training.run_state import RunState, read_state
-from ks.training.settings import settings_in
+from ks.training.run_state import RunState, read_state, settings_in
 
 DEFAULT_RANKS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
 

@@ -32,7 +32,7 @@ from ks.study.study_floors import certify, find_facts, keep_floors, plan_floors,
 from ks.study.task import Exit, Launcher
 from ks.training.edits import TOOLKIT, Edits, edits_of
 from ks.training.problem import chain_notes, resolve
-from ks.training.samples_file import samples_in_files
+from ks.training.samples import samples_in_files
 
 
 class WeightStudy(Study):

@@ -16,18 +16,19 @@ class BestModel:
     """The model with the lowest validation loss; with `keep_start`, the start unless its population loss was beaten.
 
     Args:
-        chain: that trains.
+        chain: that trains, at its start.
         weight: W in internal units, float64.
         moment: second moment of x in internal units.
         keep_start: whether the start is a result in its own right (a factorisation of W).
+
+    `kept` is the model, and `row` the curves' row of its epoch; empty before the first finite loss.
     """
 
     def __init__(self, chain: TrainableChain, weight: torch.Tensor, moment: SecondMoment, keep_start: bool):
         self.chain, self.weight, self.moment = chain, weight, moment
-        self.start = copy.deepcopy(chain.model) if keep_start else None
-        self.val_loss = math.inf
-        self.row: dict | None = None
-        self.kept: KSLinear | None = None
+        self.val_loss, self.kept = math.inf, copy.deepcopy(chain.model)
+        self.row: dict = {}
+        self.start = self.kept if keep_start else None
 
     def offer(self, val_loss: float, row: dict) -> None:
         """Keep the model as it is now if its validation loss is the lowest so far; `row` is its epoch's."""
@@ -35,31 +36,22 @@ class BestModel:
             self.val_loss, self.row, self.kept = val_loss, row, copy.deepcopy(self.chain.model)
 
     def state(self) -> dict:
-        """Return everything that changes, for a checkpoint."""
-        assert self.row is not None
-        assert self.kept is not None
-        return {
-            "val_loss": self.val_loss,
-            "epoch": self.row["epoch"],
-            "factors": [factor.detach() for factor in self.kept.factors],
-        }
+        """Return everything that changes, for a resume state."""
+        factors = [factor.detach() for factor in self.kept.factors]
+        return {"val_loss": self.val_loss, "epoch": self.row["epoch"], "factors": factors}
 
     def restore(self, state: BestRecord, curves: list[dict]) -> None:
-        """Put a state back; `curves` are those of the same checkpoint."""
+        """Put a state back; `curves` are those of the same resume state."""
         self.offer(state.val_loss, curves[state.epoch - 1])
-        assert self.kept is not None
         for factor, values in zip(self.kept.factors, state.factors, strict=True):
             factor.data.copy_(values)
 
-    def population_loss(self) -> float:
-        """Return the relative population loss of the kept model."""
-        assert self.kept is not None
-        return population_loss(self.weight, self.kept.factors, self.moment)
+    def population_loss(self, model: KSLinear | None = None) -> float:
+        """Return the relative population loss of the kept model, or of another one."""
+        return population_loss(self.weight, (model or self.kept).factors, self.moment)
 
     def chosen(self) -> KSLinear:
         """Return the start if it was never beaten, else the kept model."""
-        assert self.kept is not None
-        if self.start is None:
-            return self.kept
-        start_loss = population_loss(self.weight, self.start.factors, self.moment)
-        return self.start if start_loss <= self.population_loss() else self.kept
+        if self.start is not None and self.population_loss(self.start) <= self.population_loss():
+            return self.start
+        return self.kept

@@ -121,16 +121,16 @@ class GuardedMetrics:
             self.warn(warning)
 
 
-def averages(batches: list[dict[str, torch.Tensor]], shares: torch.Tensor) -> dict[str, float | None]:
+def averages(batches: list[dict[str, torch.Tensor]], fractions: torch.Tensor) -> dict[str, float | None]:
     """Return the mean of every metric over batches, None if one of them lacks it.
 
     Args:
         batches: the metrics of each.
-        shares: of each batch in all samples, shape (batches,), their sum is 1.
+        fractions: of all samples that are in each batch, shape (batches,).
     """
     names = dict.fromkeys(name for batch in batches for name in batch)
     return {
-        name: sum(share * batch[name].item() for share, batch in zip(shares.tolist(), batches, strict=True))
+        name: sum(part * batch[name].item() for part, batch in zip(fractions.tolist(), batches, strict=True))
         if all(name in batch for batch in batches)
         else None
         for name in names

@@ -1,15 +1,15 @@
 """The identity of what a person edits in `train_with_random.py`: a text for its criterion, and one for its metrics.
 
 The texts come from the source alone, so that a sweep knows them without importing the script. They cover the
-statements that bind `criterion` and `metrics` at the top level, every top-level statement that these use, and the
-versions of imported libraries or the content of imported files. Data that the script reads from files is not covered.
+statements that bind `criterion` and `metrics` at the top level, those of every name that they mention, and the versions
+of imported libraries or the content of imported files. Data that the script reads from files is not covered.
 """
 
 import ast
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
-import symtable
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,14 +85,14 @@ class _Source:
         return f"{shown} sha256 {hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
     def _closure(self, name: str) -> list[ast.stmt]:
-        """Return the statements that bind a name and all that they use, in their order in the script."""
+        """Return the statements that bind a name or any name that these mention, in the order of the script."""
         waiting, names, found = [name], {name}, {}
         while waiting:
             for statement in self.bindings[waiting.pop()]:
                 found[statement.lineno, statement.col_offset] = statement
-                new = _used_names(symtable.symtable(ast.unparse(statement), "", "exec")) & self.bindings.keys() - names
-                names |= new
-                waiting += new
+                mentioned = {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}
+                waiting += mentioned & self.bindings.keys() - names
+                names |= mentioned
         return [found[place] for place in sorted(found)]
 
     def _expression(self, name: str) -> str:
@@ -110,52 +110,38 @@ class _Source:
 
 def _bound_by(statement: ast.stmt) -> set[str]:
     """Return the names that a top-level statement binds or changes."""
-    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+    if isinstance(statement, ast.FunctionDef | ast.ClassDef):
         return {statement.name}
     if isinstance(statement, ast.Import | ast.ImportFrom):
         return {(alias.asname or alias.name).split(".")[0] for alias in statement.names}
     names = set()
     for node in ast.walk(statement):
-        while isinstance(node, ast.Attribute | ast.Subscript) and isinstance(node.ctx, ast.Store):
-            node = node.value
-            if isinstance(node, ast.Name):
-                names.add(node.id)
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            names.add(node.id)
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             names.add(node.name)
+        if isinstance(getattr(node, "ctx", None), ast.Store):
+            while isinstance(node, ast.Attribute | ast.Subscript):  # LIMITS["low"] = 1 changes LIMITS
+                node = node.value
+            if isinstance(node, ast.Name):
+                names.add(node.id)
     return names
-
-
-def _used_names(table: symtable.SymbolTable) -> set[str]:
-    """Return the names of the module that a statement reads, also inside functions and classes."""
-    own = {
-        symbol.get_name()
-        for symbol in table.get_symbols()
-        if symbol.is_referenced() and (table.get_type() == "module" or symbol.is_global())
-    }
-    return own.union(*map(_used_names, table.get_children()))
 
 
 def _origins(statement: ast.stmt) -> list[tuple[str, str]]:
     """Return, for an import, the library with its version, or the module with the hash of its file."""
-    if isinstance(statement, ast.Import):
-        modules = [alias.name for alias in statement.names]
-    elif isinstance(statement, ast.ImportFrom):
-        modules = [statement.module or ""]
-    else:
-        return []
-    return [_origin(module) for module in modules]
+    match statement:
+        case ast.Import(names=names):
+            return [_origin(alias.name) for alias in names]
+        case ast.ImportFrom(module=module):
+            return [_origin(module or "")]
+    return []
 
 
 def _origin(module: str) -> tuple[str, str]:
     library = module.split(".")[0]
     if library in sys.stdlib_module_names:
         return library, ""
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return library, importlib.metadata.version(library).split("+")[0]
-    except importlib.metadata.PackageNotFoundError:
-        pass
     try:
         spec = importlib.util.find_spec(module)
         content = Path(spec.origin).read_bytes() if spec and spec.origin else b""
@@ -168,7 +154,5 @@ def _returns_nothing(statement: ast.stmt) -> bool:
     """Return whether a function does nothing but return an empty dict, beside its docstring."""
     if not isinstance(statement, ast.FunctionDef):
         return False
-    last = statement.body[-1]
-    documented = len(statement.body) == 2 and isinstance(statement.body[0], ast.Expr)
-    returns_dict = isinstance(last, ast.Return) and isinstance(last.value, ast.Dict) and not last.value.keys
-    return returns_dict and (len(statement.body) == 1 or documented)
+    body = statement.body[1:] if ast.get_docstring(statement) else statement.body
+    return [ast.unparse(line) for line in body] == ["return {}"]

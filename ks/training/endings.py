@@ -1,7 +1,7 @@
-"""What ends a run: losses that cannot be right; and how it ended: status, exit code, message."""
+"""End a run whose losses cannot be right; describe how a run ended: status, message, exit code."""
 
 import math
-from typing import NamedTuple
+from pathlib import Path
 
 import torch
 
@@ -11,8 +11,7 @@ from ks.chain.product import chain_product
 from ks.cli import console
 from ks.cli.flags import TrainerConfig
 from ks.errors import InternalError, UsageError
-from ks.files.layout import RunFiles
-from ks.files.status import Status
+from ks.files.status import OK, Ending, Status
 from ks.layer import KSLinear
 from ks.training.edits import Edits
 from ks.training.problem import Problem
@@ -23,7 +22,7 @@ class Diverged(Exception):
 
 
 def check_finite(row: dict, losses: torch.Tensor, edits: Edits) -> None:
-    """Raise Diverged, naming the first step with a loss that is not finite.
+    """Raise Diverged with the first step whose loss is not finite.
 
     Args:
         row: of the curves, for this epoch.
@@ -61,12 +60,13 @@ def check_validation(
     """
     epsilon = 2**-10 if tf32 else torch.finfo(dtype).eps
     rounding = 4 * len(model.factors) * epsilon  # of the root mean squared error, whose scale is 1
-    if problem.layer_inputs.held_out is None:
+    held_out = problem.held_out_samples()
+    if held_out is None:
         low, high = sampled_loss_range(weight, model.factors, problem.num_validation, problem.moment)
     else:  # its samples have exactly the held-out second moment
         low = high = problem.held_out_loss(model)
         # Held-out inputs may be far larger than those that were whitened, also where their outputs nearly cancel.
-        rounding *= 1 + high**0.5 + _uncancelled_size(model, problem.held_out_energies())
+        rounding *= 1 + high**0.5 + _uncancelled_size(model, held_out[0].square().mean(0))
     low, high = max(0.0, max(low, 0.0) ** 0.5 - rounding) ** 2, (high**0.5 + rounding) ** 2
     if not low <= val_loss <= high:
         raise InternalError(
@@ -87,42 +87,23 @@ def _uncancelled_size(model: KSLinear, energies: torch.Tensor) -> float:
     return outputs.mean().item() ** 0.5
 
 
-class RunEnd(NamedTuple):
-    """How a run ended; the message is None if it ended well. `is_fault`: of the program, which shows its traceback."""
-
-    status: str
-    exit_code: int
-    message: str | None
-    is_fault: bool = False
-
-
-def end_of(error: BaseException | None, config: TrainerConfig, device: torch.device, files: RunFiles) -> RunEnd:
-    """Classify what ended a run.
-
-    Args:
-        error: that ended it, or None.
-        config, device, files: of the run, for the advice in the message.
-    """
+def ending_of(error: BaseException | None, config: TrainerConfig, problem: Problem) -> tuple[Ending, int]:
+    """Return how a run ended, with a message unless it ended well, and the exit code: EXIT_INTERNAL for a bug."""
     if error is None:
-        return RunEnd(Status.OK, console.EXIT_OK, None)
+        return OK, console.EXIT_OK
     if isinstance(error, Diverged):
-        return RunEnd(Status.DIVERGED, console.EXIT_FAILED, str(error))
+        return Ending(Status.DIVERGED, str(error)), console.EXIT_FAILED
     if signals.came() or isinstance(error, KeyboardInterrupt):
         message = "interrupted; the finished epochs are kept, and --resume continues after them"
-        return RunEnd(Status.INTERRUPTED, console.EXIT_INTERRUPTED, message)
-    if _is_out_of_memory(error):
-        smaller = max(1, config.batch_size // 2)
-        advice = f"try --batch_size {smaller}, fewer --num_samples or --dtype bfloat16"
-        return RunEnd(Status.OUT_OF_MEMORY, console.EXIT_FAILED, f"out of memory on {device}; {advice}")
+        return Ending(Status.INTERRUPTED, message), console.EXIT_INTERRUPTED
+    # The CPU's allocator raises a plain RuntimeError.
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+        advice = f"try --batch_size {max(1, config.batch_size // 2)}, fewer --num_samples or --dtype bfloat16"
+        return Ending(Status.OUT_OF_MEMORY, f"out of memory on {problem.device}; {advice}"), console.EXIT_FAILED
     if isinstance(error, UsageError):
-        return RunEnd(Status.FAILED, console.EXIT_USAGE, str(error))
+        return Ending(Status.FAILED, str(error)), console.EXIT_USAGE
     if isinstance(error, OSError):
-        place = error.filename or files.directory
+        place = error.filename or Path(config.output_dir).absolute()
         advice = "fix the cause, then rerun the same command with --resume"
-        return RunEnd(Status.FAILED, console.EXIT_FAILED, f"{error.strerror}: {place}; {advice}")
-    return RunEnd(Status.FAILED, console.EXIT_FAILED, f"{type(error).__name__}: {error}", is_fault=True)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Return whether memory ran out; the CPU's allocator raises a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+        return Ending(Status.FAILED, f"{error.strerror}: {place}; {advice}"), console.EXIT_FAILED
+    return Ending(Status.FAILED, f"{type(error).__name__}: {error}"), console.EXIT_INTERNAL

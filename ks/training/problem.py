@@ -1,6 +1,8 @@
-"""The learning problem that the flags describe, checked before anything is written or started."""
+"""The learning problem that the flags describe: weight, chain, inputs, samples; checked before anything is written."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -9,16 +11,47 @@ from ks.bounds.population_loss import population_loss
 from ks.chain.backend import choose_impl
 from ks.chain.patterns import Chain, make_chain
 from ks.cli.flags import ChainFlags, TrainingFlags
-from ks.errors import UsageError
+from ks.errors import UsageError, one_line
+from ks.files.columns import ISOTROPIC
 from ks.files.memory import check_fits
 from ks.files.weights import Weight, load_weight
 from ks.layer import KSLinear
-from ks.moments.second_moment import SecondMoment
+from ks.moments.read import Calibration, read_input_moments
+from ks.moments.second_moment import UNIT_MOMENT, InputSums, SecondMoment
 from ks.training.choose_optimizer import choose_optimizer
 from ks.training.edits import TOOLKIT, Edits
-from ks.training.layer_inputs import LayerInputs, layer_inputs
 from ks.training.trackers import check_installed
-from ks.training.whitening import Coordinates, isotropic_coordinates
+from ks.training.whitening import Coordinates, isotropic_coordinates, measured_coordinates
+
+MEASURED = "measured"
+SMALLEST_VARIANCE = 1e-12  # of the mean square of the inputs; float64 sums keep about three digits of it
+
+Pair = tuple[torch.Tensor, torch.Tensor]  # inputs and their targets, one sample a row
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """The inputs x of a layer, and the coordinates in which a chain learns from them.
+
+    Args:
+        coordinates: y' and x'.
+        moment: second moment of x', around the centre.
+        predict_zero_loss: tr(W C Wᵀ) / m, in the user's units.
+        description: for config files; it identifies the inputs.
+        notes: remarks for the user, a line each.
+        held_out: second moment of held-out x around the same centre, in the user's coordinates; None if there is none.
+        held_out_predict_zero_loss: loss of the zero predictor on held-out inputs.
+        given: raw samples to train on, shape (N, n); None unless --sampling is fixed.
+    """
+
+    coordinates: Coordinates
+    moment: SecondMoment
+    predict_zero_loss: float
+    description: dict[str, Any]
+    notes: tuple[str, ...]
+    held_out: SecondMoment | None = None
+    held_out_predict_zero_loss: float | None = None
+    given: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -73,23 +106,35 @@ class Problem:
 
     def isotropic_weight(self) -> torch.Tensor:
         """Return W in float64, scaled so that the zero predictor has a loss of 1 under second moment I."""
-        coordinates, _ = isotropic_coordinates(self.weight.tensor)
-        return coordinates.weight(self.weight.tensor.to(self.device, torch.float64, copy=True))
+        weight = self.weight.tensor
+        return isotropic_coordinates(weight).weight(weight.to(self.device, torch.float64, copy=True))
 
     def held_out_loss(self, model: KSLinear) -> float:
         """Return the exact relative loss of a chain of internal coordinates on the held-out inputs."""
         assert self.layer_inputs.held_out is not None
         outside = self.coordinates.outside(model)
         weight = self.weight.tensor.to(outside.factors[0].device)
-        loss = population_loss(weight, outside.factors, self.layer_inputs.held_out)
-        return loss / self.predict_zero_loss
+        return population_loss(weight, outside.factors, self.layer_inputs.held_out) / self.predict_zero_loss
 
-    def held_out_energies(self) -> torch.Tensor:
-        """Return E[x'_j²] of every feature of the held-out inputs in internal coordinates, shape (n,), float64."""
-        assert self.layer_inputs.held_out is not None
-        return self.coordinates.energies(self.layer_inputs.held_out.matrix)
+    def held_out_samples(self) -> Pair | None:
+        """Return n samples x' whose second moment is that of the held-out inputs, and their targets y', float64."""
+        if self.layer_inputs.held_out is None:
+            return None
+        unit = torch.eye(self.cols, dtype=torch.float64).mul_(self.cols**0.5)
+        return self._inside(self.layer_inputs.held_out.transform(unit))
 
-    def save(self, model: KSLinear, path) -> None:
+    def given_samples(self) -> Pair | None:
+        """Return the raw samples to train on as x', and their targets y', float64; None unless sampling is fixed."""
+        given, centre = self.layer_inputs.given, self.coordinates.centre
+        if given is None:
+            return None
+        return self._inside(given.double() if centre is None else given.double() - centre)
+
+    def _inside(self, samples: torch.Tensor) -> Pair:
+        targets = samples @ self.weight.tensor.double().cpu().t() / self.predict_zero_loss**0.5
+        return self.coordinates.samples(samples), targets
+
+    def save(self, model: KSLinear, path: Path) -> None:
         """Save a chain of internal coordinates as one that acts on x."""
         self.coordinates.save(model, self.weight.tensor, path)
 
@@ -115,11 +160,8 @@ class Problem:
 
 
 def resolve(config: TrainingFlags, edits: Edits = TOOLKIT) -> Problem:
-    """Load the weight and replace every 'auto' by its value.
+    """Load the weight and replace every 'auto' by its value; `edits` are those of the training script.
 
-    Args:
-        config: of the run or the sweep.
-        edits: the criterion and the metrics of the training script.
     Raises:
         UsageError: bad weight, chain, device, backend or sample counts, or a tracker that is not installed.
     """
@@ -132,8 +174,10 @@ def resolve(config: TrainingFlags, edits: Edits = TOOLKIT) -> Problem:
     rows, cols = weight.tensor.shape
     chain = chain_of(config, rows, cols)
     inputs = layer_inputs(config, weight, chain)
-    num_train, num_validation = split_samples(config, inputs.given_count)
-    check_samples_fit(num_train + num_validation, rows, cols)
+    num_train, num_validation = split_samples(config, None if inputs.given is None else len(inputs.given))
+    num_samples = num_train + num_validation
+    needed = 2 * 4 * num_samples * (rows + cols)  # inputs, targets, and a copy of both in work, 4 bytes a value
+    check_fits(f"--num_samples {num_samples} for a {rows} × {cols} weight", needed, "lower it")
     sampling, sampling_reason = choose_sampling(config.sampling, num_train, cols)
     if config.init == "hierarchical" and (reason := no_floor_reason(chain)):
         raise UsageError(f"--init hierarchical: {reason}; use --init random")
@@ -158,17 +202,11 @@ def resolve(config: TrainingFlags, edits: Edits = TOOLKIT) -> Problem:
             *inputs.notes,
             *chain.notes(),
             f"sampling {sampling}: {sampling_reason}",
-            _note_on_criterion(edits, optimizer)
-            if not edits.criterion_is_ours
-            else f"optimizer {optimizer}: {optimizer_reason}",
+            f"optimizer {optimizer}: {optimizer_reason}"
+            if edits.criterion_is_ours
+            else f"criterion {edits.criterion}: {optimizer} trains; floors, exact losses and verdicts are left out, "
+            "because they hold for mean_squared_error alone; outputs are in units of the root mean square of W x",
         ),
-    )
-
-
-def _note_on_criterion(edits: Edits, optimizer: str) -> str:
-    return (
-        f"criterion {edits.criterion}: {optimizer} trains; floors, exact losses and verdicts are left out, because "
-        "they hold for mean_squared_error alone; outputs are in units of the root mean square of W x"
     )
 
 
@@ -183,7 +221,7 @@ def chain_notes(chain: Chain) -> list[str]:
 
 
 def chain_of(config: ChainFlags, rows: int, cols: int) -> Chain:
-    """Return the chain family that the flags name, for an m × n weight.
+    """Return the chain family for the flags and an m × n weight.
 
     Raises:
         UsageError: splits together with --chain, or splits that do not fit.
@@ -203,7 +241,7 @@ def chain_of(config: ChainFlags, rows: int, cols: int) -> Chain:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device that --device names; auto is the GPU if there is one.
+    """Return the device for --device; auto is the GPU if there is one.
 
     Raises:
         UsageError: not a device name, or a device that does not exist.
@@ -226,45 +264,26 @@ def choose_device(name: str) -> torch.device:
 def split_samples(config: TrainingFlags, given: int | None) -> tuple[int, int]:
     """Return the numbers of training samples, in whole batches, and of validation samples.
 
-    Args:
-        config: with batch size, number of samples and fraction for validation.
-        given: number of raw training samples that a file gives; `--sampling fixed` trains on them.
+    `given` is the number of raw samples to train on; None to draw them.
+
     Raises:
         UsageError: not one batch is left for training.
     """
     num_validation = max(1, round(config.num_samples * config.val_split))
-    not_held_out = config.num_samples - num_validation
-    if given is not None and config.sampling == "fixed":
-        not_held_out = given
-    num_train = not_held_out // config.batch_size * config.batch_size
-    if num_train == 0 and given is not None and config.sampling == "fixed":
+    available = config.num_samples - num_validation if given is None else given
+    if available < config.batch_size:
+        origin, remedy = f"({config.num_samples} less --val_split {config.val_split})", "raise --num_samples or lower"
+        if given is not None:
+            origin, remedy = f"in {config.inputs}", "lower"
         raise UsageError(
-            f"{given} training samples in {config.inputs} do not fill one batch of {config.batch_size}; lower "
-            "--batch_size"
+            f"{available} training samples {origin} do not fill one batch of {config.batch_size}; {remedy} --batch_size"
         )
-    if num_train == 0:
-        raise UsageError(
-            f"{not_held_out} training samples ({config.num_samples} less --val_split {config.val_split}) do not fill "
-            f"one batch of {config.batch_size}; raise --num_samples or lower --batch_size"
-        )
-    return num_train, num_validation
-
-
-def check_samples_fit(num_samples: int, rows: int, cols: int) -> None:
-    """Refuse more samples than the memory holds: inputs, targets, and a copy of both in work, 4 bytes a value.
-
-    Raises:
-        UsageError: they do not fit.
-    """
-    needed = 2 * 4 * num_samples * (rows + cols)
-    check_fits(f"--num_samples {num_samples} for a {rows} × {cols} weight", needed, "lower it")
+    return available // config.batch_size * config.batch_size, num_validation
 
 
 def choose_sampling(sampling: str, num_train: int, in_features: int) -> tuple[str, str]:
-    """Choose how to draw the training inputs.
+    """Return how to draw the training inputs (whitened, fresh or fixed), and the reason.
 
-    Returns:
-        (whitened, fresh or fixed; the reason).
     Raises:
         UsageError: whitened with fewer training samples than input features.
     """
@@ -278,3 +297,88 @@ def choose_sampling(sampling: str, num_train: int, in_features: int) -> tuple[st
     if num_train >= in_features:
         return "whitened", f"{num_train} training samples suffice for {in_features} input features"
     return "fresh", f"{num_train} training samples are fewer than {in_features} input features"
+
+
+def layer_inputs(config: TrainingFlags, weight: Weight, chain: Chain) -> LayerInputs:
+    """Return the inputs for the flags.
+
+    Raises:
+        UsageError: flags that do not go together, or a file that does not fit the weight.
+    """
+    if config.inputs is None:
+        for name in ("inputs_key", "fit_bias"):
+            if getattr(config, name):
+                raise UsageError(f"--{name} without --inputs: give the file with the measured inputs too")
+        zero_loss = SecondMoment.isotropic(config.input_std).output_energy(weight.tensor) / len(weight.tensor)
+        note = (
+            "Using isotropic random inputs. Floors and losses will differ on the layer's real inputs; pass those with "
+            "--inputs."
+        )
+        description = {"kind": ISOTROPIC, "std": config.input_std}
+        return LayerInputs(isotropic_coordinates(weight.tensor), UNIT_MOMENT, zero_loss, description, (note,))
+    if config.input_std != 1.0:
+        raise UsageError(f"--input_std {config.input_std:g} together with --inputs: give one or the other")
+    given = read_input_moments(
+        config.inputs, weight.tensor.shape[1], config.inputs_key, config.val_split, weight_key=weight.key
+    )
+    if config.sampling == "fixed" and given.samples is None:
+        raise UsageError(f"--sampling fixed needs raw samples, and {config.inputs} holds moments; use --sampling auto")
+    return _measured(given, weight.tensor, chain, config)
+
+
+def _measured(given: Calibration, weight: torch.Tensor, chain: Chain, config: TrainingFlags) -> LayerInputs:
+    moment = SecondMoment(given.train.second_moment)
+    centre = given.train.mean if config.fit_bias else None
+    energy = moment.output_energy(weight)
+    around = moment if centre is None else _centred(given, config.inputs)
+    coordinates, inside = measured_coordinates(chain, energy / len(weight), around.matrix, centre)
+    held_out, held_out_loss = None, None
+    if given.held_out is not None:
+        uncentred = SecondMoment(given.held_out.second_moment)
+        held_out = uncentred if centre is None else SecondMoment(_around(given.held_out, centre))
+        held_out_loss = uncentred.output_energy(weight) / len(weight)
+    count, held_out_count = given.train.count, given.held_out.count if given.held_out else 0
+    description = {
+        "kind": MEASURED,
+        "key": given.key,
+        "sha256": given.sha256,
+        "count": count,
+        "held_out_count": held_out_count,
+        "effective_rank": moment.effective_rank,
+        "centred": config.fit_bias,
+    }
+    name = f" {one_line(given.key)}" if given.key else ""
+    note = (
+        f"Using the measured inputs of {one_line(config.inputs)}{name}: {count} inputs and {held_out_count} held out, "
+        f"effective rank {moment.effective_rank:.1f} of {weight.shape[1]}."
+    )
+    notes = [note, *given.notes]
+    if given.transposed and not config.transpose:
+        notes.append("The model of these inputs stores the weight as (in, out): give --transpose if the file does too.")
+    rows = given.samples[: given.train.count] if config.sampling == "fixed" and given.samples is not None else None
+    return LayerInputs(
+        coordinates, inside, energy / len(weight), description, tuple(notes), held_out, held_out_loss, rows
+    )
+
+
+def _centred(given: Calibration, path: str | None) -> SecondMoment:
+    """Return the second moment of the training inputs around their mean.
+
+    Raises:
+        UsageError: it is lost in the rounding of the mean.
+    """
+    around = _around(given.train, given.train.mean)
+    trouble = f"--fit_bias: the inputs of {path} vary too little around their mean for the digits of their moments"
+    if around.trace() <= SMALLEST_VARIANCE * given.train.second_moment.trace():
+        raise UsageError(f"{trouble}; leave it out")
+    try:
+        return SecondMoment(around)
+    except UsageError as error:
+        raise UsageError(f"{trouble} ({error}); leave it out") from error
+
+
+def _around(part: InputSums, centre: torch.Tensor) -> torch.Tensor:
+    """Return the second moment of x − μ: C − m μᵀ − μ mᵀ + μ μᵀ with m the mean of x; C − μ μᵀ if m is μ."""
+    cross = part.mean.outer(centre)
+    moment = part.second_moment - cross - cross.t() + centre.outer(centre)
+    return (moment + moment.t()) / 2

@@ -1,8 +1,10 @@
-"""The state of a run, read from its files: whether it has ended well, how else it stands, whether it can go on."""
+"""The settings that identify a run or a study, and the state of a run by its files: finished, resumable, or neither."""
 
-from dataclasses import dataclass
+import dataclasses
+from typing import Any
 
 from ks.cli.console import note
+from ks.cli.flags import TrainingFlags
 from ks.errors import UsageError
 from ks.files.atomic import finite
 from ks.files.curves import curves_if_any
@@ -10,10 +12,51 @@ from ks.files.layout import RunFiles
 from ks.files.schema import CurveLists, RunConfig, TrainingLog, read_json_as
 from ks.files.status import OK, Ending, Status
 from ks.layer import load
-from ks.training.settings import changes, settings_in
+from ks.training.edits import TOOLKIT, Edits
+from ks.training.problem import Problem
+
+# Their effect is compared instead (weight, inputs, chain, device, sampling), or they only change reports and files.
+NOT_COMPARED = (
+    *("weight_path", "weight_key", "transpose", "chain", "blocks", "num_factors", "row_splits", "col_splits"),
+    *("inputs", "inputs_key"),
+    *("device", "sampling", "optimizer", "log_to", "log_interval", "verbose", "quiet"),
+    *("latency_seconds", "save_interval"),
+)
 
 
-@dataclass(frozen=True)
+def settings_of(config: TrainingFlags, problem: Problem) -> dict[str, Any]:
+    """Return everything that determines the result of a run, except the rank."""
+    description = problem.describe()
+    settings = {name: value for name, value in config.training_settings().items() if name not in NOT_COMPARED}
+    settings |= {name: description[name] for name in ("chain", "device", "sampling", "optimizer")}
+    settings |= {"criterion": problem.edits.criterion, "metrics": problem.edits.metrics}
+    for name in ("weight", "inputs"):  # isotropic inputs have no hash
+        sha256 = description[name].get("sha256")
+        settings[name] = f"sha256 {sha256[:16]}" if sha256 else description[name]["kind"]
+    return finite(settings)
+
+
+def changes(before: dict, now: dict) -> str:
+    """Return the settings that differ, named one by one; empty if none does, or if there are only more epochs."""
+    differing = [name for name in now if name not in before or before[name] != now[name]]
+    epochs = before.get("num_epochs")
+    if "num_epochs" in differing and isinstance(epochs, int) and epochs < now["num_epochs"]:
+        differing.remove("num_epochs")
+    return ", ".join(f"{name} was {before.get(name)}, now {now[name]}" for name in differing)
+
+
+def settings_in(settings: dict, loss: str | None) -> dict:
+    """Return recorded settings; version 0.1.0 named no criterion, but recorded a label of its loss.
+
+    Args:
+        settings: of a run or a study.
+        loss: the label, if there is one.
+    """
+    ours = loss in (None, "mean squared error per output")
+    return dataclasses.asdict(TOOLKIT if ours else Edits(str(loss))) | settings
+
+
+@dataclasses.dataclass(frozen=True)
 class RunState:
     """The files of a run, read once; `ending` is OK only if the run needs no more epochs and its files are valid."""
 
@@ -51,24 +94,19 @@ def _is_complete(
     """Return whether a run that ended well needs no more epochs.
 
     Raises:
-        UsageError: one of its files is not valid.
+        UsageError: a model cannot be read; the CSV file lacks an epoch, or the JSON file has other losses.
     """
-    epochs = log.epochs or num_epochs
-    _check_curves(files, epochs, curves)
-    stopped = stop_below is not None and log.relative_loss is not None and log.relative_loss <= stop_below
-    return (stopped or epochs >= num_epochs) and all(load(path) is not None for path in (files.final, files.best))
-
-
-def _check_curves(files: RunFiles, num_epochs: int, curves: list[dict]) -> None:
-    """Raise UsageError unless the CSV file of a run holds all its epochs, and its JSON file the same losses."""
-    epochs = list(range(1, num_epochs + 1))
+    trained = log.epochs or num_epochs
+    epochs = list(range(1, trained + 1))
     if [(row["epoch"], row["rank"]) for row in curves] != [(epoch, files.rank) for epoch in epochs]:
-        raise UsageError(f"{files.curves_csv} does not hold the epochs 1 to {num_epochs} of rank {files.rank}")
+        raise UsageError(f"{files.curves_csv} does not hold the epochs 1 to {trained} of rank {files.rank}")
     lists = read_json_as(files.curves_json, CurveLists)
     stored = [lists.epochs, lists.train_losses, lists.val_losses, lists.population_losses]
     names = ("train_loss", "val_loss", "population_loss")
     if stored != [epochs, *([finite(row.get(name)) for row in curves] for name in names)]:
         raise UsageError(f"{files.curves_csv} and {files.curves_json} differ")
+    stopped = stop_below is not None and log.relative_loss is not None and log.relative_loss <= stop_below
+    return (stopped or trained >= num_epochs) and all(load(path) is not None for path in (files.final, files.best))
 
 
 def is_resumable(files: RunFiles, settings: dict) -> bool:

@@ -1,15 +1,34 @@
-"""Random inputs and their targets: whitened, fresh or fixed, the same for every rank of a study."""
+"""Random inputs and their targets: whitened, fresh or fixed, the same for every rank of a study.
 
+A sweep draws them once, into a file that its runs map into memory and that is deleted at the end. A run that finds no
+such file, a damaged one, or samples of other settings, draws its own, with the same bits.
+"""
+
+import contextlib
+import json
+import os
+import zipfile
 from collections.abc import Iterator
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from ks import signals
 from ks.chain.bmm import float32_products
+from ks.cli.console import note
+from ks.cli.flags import TrainingFlags
+from ks.errors import one_line
+from ks.files.atomic import save_tensors
+from ks.files.weights import DTYPES
 from ks.moments.pieces import in_pieces
 from ks.moments.second_moment import UNIT_MOMENT, SecondMoment
+from ks.training.problem import Pair, Problem
+from ks.training.run_state import settings_of
 from ks.training.whitening import whiten
 
+FILES_OF_SEEDS = "KS_SAMPLES"  # in the environment of a run: a JSON object from seeds to paths
+LONG_WORK = 2**36  # multiply-adds, a few seconds
 _STREAMS = {"train": 0, "validation": 1, "shuffle": 2, "init": 3}
 
 
@@ -17,20 +36,6 @@ def seeded_generator(seed: int, stream: str, epoch: int = 0, device="cpu") -> to
     """Return a generator for one purpose of one run, so that no draw of one stream or epoch shifts those of another."""
     mixed = (seed * len(_STREAMS) + _STREAMS[stream]) * 1_000_003 + epoch
     return torch.Generator(device).manual_seed(mixed % 2**63)
-
-
-Pair = tuple[torch.Tensor, torch.Tensor]  # inputs and their targets, one sample a row
-
-
-class SampleSet(NamedTuple):
-    """Samples in batches of one size.
-
-    inputs: shape (batches, batch, n). targets: shape (batches, batch, m), float32, in the order of W's rows. With
-    `batch_last`, batches have the shapes (n, batch) and (m, batch).
-    """
-
-    inputs: torch.Tensor
-    targets: torch.Tensor
 
 
 class Samples:
@@ -56,7 +61,8 @@ class Samples:
 
     `inputs` and `targets` hold the training batches, shape (steps, batch, n or m); with `fresh` an epoch overwrites
     them. `validation` holds batches (x, y) of other samples, y with one sample a row in the order of W's rows; their
-    mean losses, weighted by `validation_shares`, give the mean over all of them. `sets` are the samples as drawn.
+    mean losses, weighted by `validation_fractions`, give the mean over all of them. `sets` are the samples as drawn, in
+    batches: those to train on, then each batch of validation samples; targets in the order of W's rows.
     """
 
     def __init__(
@@ -72,7 +78,7 @@ class Samples:
         output_rows: torch.Tensor | None = None,
         batch_last: bool = False,
         dtype: torch.dtype = torch.float32,
-        stored: list[SampleSet] | None = None,
+        stored: list[Pair] | None = None,
         training: Pair | None = None,
         held_out: Pair | None = None,
     ):
@@ -87,10 +93,10 @@ class Samples:
         (self.inputs, targets), *validation = self.sets
         self.targets = self._in_order(targets)
         self.validation = [(inputs[0], self._by_sample(targets[0])) for inputs, targets in validation]
-        shares = torch.tensor([targets.numel() for _, targets in self.validation], device=weight.device)
-        self.validation_shares = shares / shares.sum()
+        sizes = torch.tensor([targets.numel() for _, targets in self.validation], device=weight.device)
+        self.validation_fractions = sizes / sizes.sum()
 
-    def _draw_sets(self, num_validation: int, training: Pair | None, held_out: Pair | None) -> list[SampleSet]:
+    def _draw_sets(self, num_validation: int, training: Pair | None, held_out: Pair | None) -> list[Pair]:
         """Return the training samples, then each batch of validation samples."""
         validation = held_out or self._pair(self._draw(num_validation, "validation"))
         count = self.steps_per_epoch * self.batch_size
@@ -119,7 +125,7 @@ class Samples:
         in_pieces(multiply, len(inputs), inputs.device)
         return inputs, targets
 
-    def _batches(self, inputs: torch.Tensor, targets: torch.Tensor, batch_size: int) -> SampleSet:
+    def _batches(self, inputs: torch.Tensor, targets: torch.Tensor, batch_size: int) -> Pair:
         """Return samples in batches, contiguous in the training layout."""
         device = self.weight.device
         inputs, targets = (
@@ -128,7 +134,7 @@ class Samples:
         )
         if self.batch_last:  # steps batch features -> steps features batch
             inputs, targets = inputs.transpose(1, 2).contiguous(), targets.transpose(1, 2).contiguous()
-        return SampleSet(inputs, targets)
+        return inputs, targets
 
     def _in_order(self, targets: torch.Tensor) -> torch.Tensor:
         """Return the targets of training batches in the order of the outputs."""
@@ -153,11 +159,101 @@ class Samples:
         if self.sampling == "fresh" and number > 1:
             drawn = self._draw(self.steps_per_epoch * self.batch_size, "train", number)
             with float32_products(drawn, "ieee"):
-                new = self._batches(*self._pair(drawn), self.batch_size)
-            self.inputs.copy_(new.inputs)
-            self.targets.copy_(self._in_order(new.targets))
+                inputs, targets = self._batches(*self._pair(drawn), self.batch_size)
+            self.inputs.copy_(inputs)
+            self.targets.copy_(self._in_order(targets))
         order = torch.arange(self.steps_per_epoch)
         if self.sampling != "fresh":
             order = torch.randperm(self.steps_per_epoch, generator=seeded_generator(self.seed, "shuffle", number))
         for step, batch in enumerate(order.tolist(), (number - 1) * self.steps_per_epoch):
             yield step, self.inputs[batch], self._by_sample(self.targets[batch])
+
+
+def make_samples(
+    config: TrainingFlags,
+    problem: Problem,
+    weight: torch.Tensor,
+    output_rows: torch.Tensor | None = None,
+    seed: int | None = None,
+) -> Samples:
+    """Return the samples of a run: from the file of its sweep if there is one, else drawn here.
+
+    Args:
+        weight: W in internal units.
+        output_rows: the order of the training targets, as rows of W; None for the natural one.
+        seed: of the samples; None for that of the config.
+    """
+    seed = config.seed if seed is None else seed
+    stored = _read(seed, _settings(config, problem, seed))
+    return Samples(
+        weight.float(),
+        problem.num_train,
+        problem.num_validation,
+        config.batch_size,
+        sampling=problem.sampling,
+        seed=seed,
+        moment=problem.moment,
+        output_rows=output_rows,
+        batch_last=config.bs_last,
+        dtype=DTYPES[config.dtype],
+        stored=stored,
+        training=None if stored else problem.given_samples(),
+        held_out=None if stored else problem.held_out_samples(),
+    )
+
+
+@contextlib.contextmanager
+def samples_in_files(config: TrainingFlags, problem: Problem, paths: dict[int, Path]) -> Iterator[None]:
+    """Keep the samples of some seeds in files, for the runs that start meanwhile on this machine.
+
+    `paths` are those of the files, by seed. `fresh` samples and those on GPUs are left out.
+    """
+    if problem.device.type != "cpu" or problem.sampling == "fresh":
+        paths = {}
+    if len(paths) * problem.num_train * problem.cols * (problem.cols + problem.rows) > LONG_WORK:
+        note("drawing the samples that the runs share", config.quiet)
+    try:
+        try:
+            for seed, path in paths.items():
+                if not signals.came():
+                    _write(path, config, problem, seed)
+            os.environ[FILES_OF_SEEDS] = json.dumps({seed: str(path) for seed, path in paths.items()})
+        except (OSError, MemoryError, RuntimeError) as error:  # the CPU's allocator raises a RuntimeError
+            note(f"every run draws its own samples, because they cannot be kept in a file: {one_line(error)}")
+        yield
+    finally:
+        os.environ.pop(FILES_OF_SEEDS, None)
+        for path in paths.values():
+            path.unlink(missing_ok=True)
+
+
+def _settings(config: TrainingFlags, problem: Problem, seed: int) -> dict[str, Any]:
+    """Return the settings that the runs of a sweep share; they determine the bits of the samples."""
+    return settings_of(config, problem) | {"seed": seed, "torch": str(torch.__version__)}
+
+
+def _write(path: Path, config: TrainingFlags, problem: Problem, seed: int) -> None:
+    sets = make_samples(config, problem, problem.internal_weight(), seed=seed).sets
+    save_tensors({"settings": _settings(config, problem, seed), "sets": sets}, path)
+
+
+def _read(seed: int, settings: dict[str, Any]) -> list[Pair] | None:
+    """Return the samples of a file that this run was given, or None if it draws its own.
+
+    The file is mapped privately: runs share its pages, and what one writes stays its own. Its tensors begin at
+    multiples of 64 bytes like those that are drawn, which the bits of some products depend on.
+    """
+    try:
+        path = json.loads(os.environ.get(FILES_OF_SEEDS, "{}")).get(str(seed))
+        if path is None:
+            return None
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                raise ValueError("it is damaged")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if content["settings"] != settings:
+            raise ValueError("it holds samples of other settings")
+        return [(inputs, targets) for inputs, targets in content["sets"]]
+    except Exception as error:  # a damaged file can raise nearly anything
+        note(f"the samples are drawn here, because the file of the sweep cannot be used: {one_line(error)}")
+        return None

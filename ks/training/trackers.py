@@ -27,10 +27,8 @@ Opened = tuple[Callable[[int, dict[str, float]], Any], Callable[[], Any]]
 
 def check_installed(tracker: str | None) -> None:
     """Raise UsageError if the package of a tracker is not installed; it is not imported."""
-    if tracker is None:
-        return
-    found = importlib.util.find_spec(tracker)
-    if found is None or found.origin is None:  # any folder of that name is a package, but without an origin
+    found = tracker and importlib.util.find_spec(tracker)
+    if tracker and not (found and found.origin):  # any folder of that name is a package, but without an origin
         raise UsageError(f"--log_to {tracker} needs the package {tracker}; install it: pip install {tracker}")
 
 
@@ -82,19 +80,15 @@ OPENERS = {"tensorboard": tensorboard, "wandb": wandb, "trackio": trackio}
 
 
 class Tracker:
-    """Logs every epoch once; a tracker that fails is switched off with a warning, and the run goes on.
+    """Logs every epoch once to the tracker in `config.log_to`, if any.
 
-    Args:
-        config: of the run, with a tracker in `log_to`.
-        files: of the run.
-        settings: of the run, for the tracker's table of runs.
+    A tracker that fails is switched off with a warning, and the run goes on. `settings` are shown in the tracker.
     """
 
     def __init__(self, config: TrainerConfig, files: RunFiles, settings: dict[str, Any]):
-        assert config.log_to is not None
-        self.name, self.files, self.settings, self._quiet = config.log_to, files, settings, config.quiet
+        self.name, self.files, self.settings, self._quiet = config.log_to or "", files, settings, config.quiet
+        self._on, self._logged = bool(self.name), 0
         self._opened: Opened | None = None
-        self._logged, self._failed = 0, False
 
     def log(self, curves: list[dict]) -> None:
         """Log the epochs of these curves that are not logged yet."""
@@ -108,19 +102,18 @@ class Tracker:
         if self._opened is None:
             self._opened = OPENERS[self.name](self.files, self.settings)
             note(f"log_to {self.name}: {self.files.directory / self.name}", self._quiet)
-        log, _ = self._opened
         for row in curves[self._logged :]:
             values = {name: row[name] for name in row if name not in NOT_LOGGED and finite(row[name]) is not None}
-            log(row["epoch"], values)
+            self._opened[0](row["epoch"], values)
         self._logged = len(curves)
 
     def _try(self, action: Callable[[], Any]) -> None:
-        if self._failed:
+        if not self._on:
             return
         output = io.StringIO() if self._quiet else sys.stderr  # trackio prints on stdout, where results go
         try:
             with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
                 action()
         except Exception as error:  # a library that talks to servers and databases can raise anything
-            self._failed = True
+            self._on = False
             note(f"WARNING: --log_to {self.name} is switched off ({type(error).__name__}: {one_line(error, 200)})")

@@ -19,10 +19,7 @@ from ks.training.samples import seeded_generator
 class TrainableChain:
     """A chain of rank `config.rank` in internal coordinates: values in float32, multiplied in `config.dtype`.
 
-    Args:
-        config: of the run.
-        problem: that the chain is to solve.
-        weight: W in internal coordinates, float64.
+    `weight` is W in internal coordinates, float64.
 
     `factors` are the values that train, `model` is the layer that has them. Training batches leave the outputs in the
     order `output_rows`: that in which the left-most product makes them, where the criterion is our own, since the mean
@@ -72,12 +69,7 @@ class TrainableChain:
         return self._rows(prediction)
 
     def backward(self, gradient: torch.Tensor, optimizer: Optimizer) -> None:
-        """Write the gradients of the factors to where the optimizer takes them from.
-
-        Args:
-            gradient: for the last prediction, shape (batch, m).
-            optimizer: of the factors.
-        """
+        """Write the gradients of the factors to `optimizer`; `gradient` is that of the last prediction, (batch, m)."""
         kept, self._kept = self._kept, ()  # memory that is free again stays in the cache for the next step
         self._passes.backward(self._rows(gradient), *kept, out=optimizer.gradients, scaling=optimizer.scaling)
 

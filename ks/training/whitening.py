@@ -16,7 +16,7 @@ from ks.chain.patterns import Chain
 from ks.files.atomic import save_tensors
 from ks.layer import KSLinear
 from ks.moments.pieces import in_pieces, lower_gram, sum_of_squares
-from ks.moments.second_moment import FLOAT32_ROUNDING, UNIT_MOMENT, SecondMoment, is_semi_definite
+from ks.moments.second_moment import FLOAT32_ROUNDING, SecondMoment, is_semi_definite
 
 # Values of a chain are saved in float64 where float32 would lose more than about 1e-7 of the loss: the whitening of a
 # column group multiplies rounding by its condition.
@@ -52,21 +52,10 @@ class Coordinates:
         """Return samples x' of centred samples x, shape (N, n), float64."""
         return samples if self.inverse is None else _times_block_diagonal(samples, self.inverse.mT)
 
-    def energies(self, moment: torch.Tensor) -> torch.Tensor:
-        """Return E[x'_j²] of every feature, shape (n,), float64.
-
-        Args:
-            moment: second moment of centred x, shape (n, n), float64.
-        """
-        if self.inverse is None:
-            return moment.diagonal()
-        groups = _diagonal_blocks(moment, len(self.inverse))
-        return (self.inverse @ groups @ self.inverse.mT).diagonal(dim1=1, dim2=2).reshape(-1).clamp(min=0)
-
     def save(self, model: KSLinear, weight: torch.Tensor, path) -> None:
         """Save a trained chain as one that acts on x and gives y.
 
-        The scale is shared evenly by its factors. With a centre, the chain has the bias (W − Ŵ) μ.
+        The unit is spread evenly over its factors. With a centre, the chain has the bias (W − Ŵ) μ.
 
         Args:
             model: in these coordinates.
@@ -87,7 +76,8 @@ class Coordinates:
         if self.root is not None and self.inverse is not None:
             right = outside.factors[-1]
             folded = right.squeeze(-1) @ self.inverse.to(right.device)  # p (r q) (n/p)
-            condition = (_norms(self.root) * _norms(self.inverse)).max().item()
+            norms = [torch.linalg.matrix_norm(matrices, 2) for matrices in (self.root, self.inverse)]
+            condition = (norms[0] * norms[1]).max().item()
             right.copy_(folded.unsqueeze(-1))
         scale = self.unit ** (1 / len(outside.factors))
         for factor in outside.factors:
@@ -96,13 +86,9 @@ class Coordinates:
         return outside if precise else outside.to(dtype)
 
 
-def isotropic_coordinates(weight: torch.Tensor) -> tuple[Coordinates, SecondMoment]:
-    """Return the coordinates for isotropic inputs, and the second moment I of x'.
-
-    Args:
-        weight: W, shape (m, n).
-    """
-    return Coordinates((sum_of_squares(weight) / len(weight)) ** 0.5), UNIT_MOMENT
+def isotropic_coordinates(weight: torch.Tensor) -> Coordinates:
+    """Return the coordinates for isotropic inputs and a weight of shape (m, n); the second moment of x' is I."""
+    return Coordinates((sum_of_squares(weight) / len(weight)) ** 0.5)
 
 
 def measured_coordinates(
@@ -139,10 +125,6 @@ def _times_block_diagonal(matrix: torch.Tensor, blocks: torch.Tensor) -> torch.T
     """Return A ⊕B_i for A of shape (m, n) and B of shape (p, n/p, n/p)."""
     columns = matrix.view(len(matrix), len(blocks), -1).transpose(0, 1)  # m (p k) -> p m k
     return (columns @ blocks.to(matrix.device)).transpose(0, 1).reshape(matrix.shape)
-
-
-def _norms(matrices: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.matrix_norm(matrices, 2)
 
 
 def whiten(samples: torch.Tensor) -> torch.Tensor:

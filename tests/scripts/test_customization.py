@@ -17,7 +17,7 @@ from ks.cli.flags import TrainerConfig
 from ks.cli.parser import Parser
 from ks.files.curves import read_curves
 from ks.training.problem import resolve
-from ks.training.samples_file import make_samples
+from ks.training.samples import make_samples
 
 L1 = "criterion = torch.nn.functional.l1_loss"
 MASK = "def criterion(prediction, target):\n    return (prediction - target)[:, {rows}].square().mean()\n"

@@ -1,9 +1,10 @@
-"""Inputs of a layer of every kind, and problems with them: shared by the tests of the training."""
+"""Inputs of a layer of every kind, and problems with them: shared by the tests."""
 
 import torch
 
 from ks.cli.flags import TrainerConfig
 from ks.cli.parser import Parser
+from ks.training.edits import TOOLKIT
 from ks.training.problem import resolve
 
 KINDS = ("regular", "steep", "fewer than features", "unused feature")
@@ -29,9 +30,9 @@ def second_moment(rows, centre=None):
     return rows.t() @ rows / len(rows)
 
 
-def problem_of(folder, *flags, weight=WEIGHT):
+def problem_of(folder, *flags, weight=WEIGHT, edits=TOOLKIT):
     """Return (configuration, problem) of a command line; the weight is saved in the folder."""
     torch.save(weight, folder / "w.pth")
     arguments = ["--weight_path", folder / "w.pth", "--device", "cpu", "--num_samples", 400, *flags]
     config = Parser(TrainerConfig, "").parse([str(argument) for argument in arguments])
-    return config, resolve(config)
+    return config, resolve(config, edits)

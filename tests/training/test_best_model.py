@@ -1,4 +1,4 @@
-"""The best model of a run: which one is kept, put back and saved."""
+"""The best model of a run: which one is kept."""
 
 import copy
 import math
@@ -8,7 +8,6 @@ import pytest
 import torch
 from steps import WEIGHT
 
-from ks.files.schema import BestRecord
 from ks.layer import KSLinear
 from ks.moments.second_moment import UNIT_MOMENT
 from ks.training.best_model import BestModel
@@ -22,16 +21,12 @@ def fill(model, value):
             factor.fill_(value)
 
 
-@pytest.fixture
-def model():
-    return KSLinear(10, 6, rank=2)
-
-
 def best_of(model, keep_start=False):
     return BestModel(SimpleNamespace(model=model), WEIGHT.double(), UNIT_MOMENT, keep_start)
 
 
-def test_the_model_of_the_lowest_loss_is_kept_as_it_was(model):
+def test_the_model_of_the_lowest_loss_is_kept_as_it_was():
+    model = KSLinear(10, 6, rank=2)
     best = best_of(model)
     for row, loss in zip(EPOCHS, (0.5, 0.2, math.nan), strict=True):
         fill(model, loss)
@@ -40,45 +35,17 @@ def test_the_model_of_the_lowest_loss_is_kept_as_it_was(model):
     assert all((factor == 0.2).all() for factor in best.chosen().factors)
 
 
-def test_a_start_that_was_never_beaten_is_the_result():
-    """A factorisation of W is the optimum of two factors: training can at most keep it."""
-    trained = KSLinear.from_dense(WEIGHT, rank=2)
-    optimum = trained.to_dense()
-    best, plain = best_of(trained, keep_start=True), best_of(trained)
-    fill(trained, 0.0)
+@pytest.mark.parametrize("beaten", [False, True])
+def test_the_start_is_the_result_unless_it_was_beaten(beaten):
+    """A factorisation of W is the optimum of two factors: a run from there can at most keep it."""
+    model = KSLinear.from_dense(WEIGHT, rank=2)
+    optimum = copy.deepcopy(model.state_dict())
+    if beaten:
+        fill(model, 0.0)
+    best, plain = best_of(model, keep_start=True), best_of(model)
+    model.load_state_dict(optimum) if beaten else fill(model, 0.0)
     for found in (best, plain):
         found.offer(0.1, EPOCHS[0])
-    assert torch.equal(best.chosen().to_dense(), optimum)
-    assert not plain.chosen().to_dense().any()
-
-
-def test_a_start_that_was_beaten_is_not_the_result():
-    trained = KSLinear.from_dense(WEIGHT, rank=2)
-    optimum = copy.deepcopy(trained.state_dict())
-    fill(trained, 0.0)
-    best = best_of(trained, keep_start=True)
-    trained.load_state_dict(optimum)
-    best.offer(0.1, EPOCHS[0])
-    assert torch.equal(best.chosen().to_dense(), trained.to_dense())
-    assert best.population_loss() < best.weight.square().sum() / 6
-
-
-def test_a_restored_best_is_the_one_whose_state_was_kept(model):
-    best = best_of(model)
-    fill(model, 0.2)
-    best.offer(0.2, EPOCHS[1])
-    other = best_of(KSLinear(10, 6, rank=2))
-    other.restore(BestRecord(**best.state()), EPOCHS)
-    assert (other.val_loss, other.row) == (0.2, EPOCHS[1])
-    assert torch.equal(other.kept.to_dense(), best.kept.to_dense())
-    other.offer(0.3, EPOCHS[2])
-    assert other.row == EPOCHS[1]
-
-
-@pytest.mark.parametrize("change", [lambda factors: factors[:-1], lambda factors: [*factors, factors[0]]])
-def test_a_state_of_another_length_is_no_state_of_this_model(model, change):
-    best = best_of(model)
-    best.offer(0.2, EPOCHS[0])
-    state = best.state()
-    with pytest.raises(ValueError, match="zip"):
-        best_of(model).restore(BestRecord(**state | {"factors": change(state["factors"])}), EPOCHS)
+    assert best.chosen().to_dense().any()
+    assert torch.equal(plain.chosen().to_dense(), model.to_dense())
+    assert (best.chosen() is best.kept) is beaten

@@ -24,15 +24,6 @@ def test_whitened_samples_have_second_moment_one(count):
     assert x.is_contiguous()
 
 
-@pytest.mark.parametrize("num_train", [40, 43])
-def test_the_full_batch_loss_of_a_whitened_set_is_the_population_loss(num_train):
-    samples = make_samples(num_train=num_train)
-    inputs, targets = (torch.cat(parts) for parts in zip(*epoch(samples, 1)))
-    other = torch.randn(6, 10)
-    loss = torch.nn.functional.mse_loss(inputs @ other.t(), targets)
-    torch.testing.assert_close(loss, (WEIGHT - other).square().sum() / 6, rtol=1e-5, atol=0)
-
-
 @pytest.mark.parametrize("sampling", ["whitened", "fresh", "fixed"])
 @pytest.mark.parametrize("batch_last", [False, True])
 def test_batches(sampling, batch_last):
@@ -74,12 +65,12 @@ def test_streams_do_not_overlap():
     assert len(draws) == 60
 
 
-def test_validation_shares_weigh_batches_to_the_plain_mean():
+def test_validation_fractions_weigh_batches_to_the_plain_mean():
     samples = make_samples(num_validation=1500)
     means = torch.stack([targets.square().mean() for _, targets in samples.validation])
     everything = torch.cat([targets for _, targets in samples.validation])
     assert len(means) == 2
-    torch.testing.assert_close(means @ samples.validation_shares, everything.square().mean())
+    torch.testing.assert_close(means @ samples.validation_fractions, everything.square().mean())
 
 
 @pytest.mark.parametrize("sampling", ["whitened", "fresh", "fixed"])

@@ -4,28 +4,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from layer_rows import layer_rows
+from layer_rows import layer_rows, problem_of
 
 from ks.chain.passes import ChainPasses
-from ks.cli.flags import TrainerConfig
-from ks.cli.parser import Parser
-from ks.training.problem import resolve
-from ks.training.samples import Samples
-from ks.training.samples_file import FILES_OF_SEEDS, make_samples, samples_in_files
+from ks.training.samples import FILES_OF_SEEDS, Samples, make_samples, samples_in_files
 
 
 @pytest.fixture
 def setting(tmp_path):
-    """Returns a function from flags to (config, problem, order of the outputs of a rank)."""
-    torch.save(torch.randn(16, 24, generator=torch.Generator().manual_seed(0)), tmp_path / "w.pth")
+    """Return a function from flags to (config, problem, order of the outputs of a rank)."""
     for number in range(2):
         torch.save(layer_rows("regular", 400, seed=number), tmp_path / f"{number}.pth")
 
     def make(*flags):
-        flags = [str(tmp_path / flag) if flag in ("0.pth", "1.pth") else flag for flag in flags]
-        arguments = ["--weight_path", str(tmp_path / "w.pth"), "--num_samples", "1600", "--device", "cpu", *flags]
-        config = Parser(TrainerConfig, "").parse(arguments)
-        problem = resolve(config)
+        flags = [tmp_path / flag if flag in ("0.pth", "1.pth") else flag for flag in flags]
+        config, problem = problem_of(tmp_path, "--num_samples", 1600, *flags)
 
         def output_rows(rank):
             return ChainPasses(problem.chain.patterns(rank), block_order=True).output_rows
@@ -113,7 +106,6 @@ def other_content(path):
 
 FAULTS = {
     "damaged": flip,
-    "cut short": lambda path: path.write_bytes(path.read_bytes()[:-100]),
     "missing": Path.unlink,
     "other content": other_content,
 }
@@ -130,7 +122,7 @@ def test_a_faulty_file_is_one_line_and_not_believed(fault, setting, tmp_path, ca
     assert same(found, draw(*case))
 
 
-@pytest.mark.parametrize("value", ["no JSON", '{"0": 3}', '{"0": "/nowhere"}', "{}"])
+@pytest.mark.parametrize("value", ["no JSON", "{}"])
 def test_any_value_of_the_variable_is_one_line_at_most(value, setting, monkeypatch, capsys):
     monkeypatch.setenv(FILES_OF_SEEDS, value)
     assert draw(*setting()).inputs.any()

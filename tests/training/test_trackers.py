@@ -147,8 +147,8 @@ SESSION = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import train_with_random
-from ks.training.checkpoints import Checkpoints
-offer = Checkpoints.offer
+from ks.training.resume_state import ResumeState
+offer = ResumeState.offer
 def stop(self, threads, curves, *state):
     if len(curves) == {STOPPED_AT} and sys.argv[1] == "interrupted":
         raise KeyboardInterrupt
@@ -156,7 +156,7 @@ def stop(self, threads, curves, *state):
         time.sleep(2)  # trackio writes twice a second
         os.kill(os.getpid(), 9)
     offer(self, threads, curves, *state)
-Checkpoints.offer = stop
+ResumeState.offer = stop
 sys.exit(train_with_random.main(sys.argv[2:]))
 """
 

@@ -1,15 +1,14 @@
-"""Losses, floors and chains are the same inside and outside; only the numbers that a training works with differ."""
+"""Losses and chains are the same inside and outside; only the numbers that a run works with differ."""
 
 import pytest
 import torch
 from layer_rows import KINDS, WEIGHT, layer_rows, second_moment
 
 import ks
-from ks.bounds.floors import floor_curve, loss_floor
 from ks.bounds.population_loss import population_loss
 from ks.layer import KSLinear
 from ks.moments.second_moment import SecondMoment
-from ks.training.whitening import isotropic_coordinates, measured_coordinates
+from ks.training.whitening import measured_coordinates
 
 FAMILIES = ("monarch", "lowrank", "butterfly", "lowrank_butterfly")
 
@@ -43,23 +42,6 @@ def test_a_chain_has_the_same_loss_inside_and_outside(kind, family, centred):
     assert inputs.output_energy(weight) * energy == pytest.approx(SecondMoment(moment).output_energy(WEIGHT), rel=1e-9)
 
 
-@pytest.mark.parametrize("family", ["monarch", "lowrank", "butterfly"])
-@pytest.mark.parametrize("kind", ["regular", "singular"])
-def test_floors_are_the_same_inside_and_outside(kind, family):
-    _, moment, energy, chain, _, inputs, weight = inside(kind, family)
-    measured = SecondMoment(moment)
-    tiny = 1e-9 * energy
-    torch.testing.assert_close(
-        floor_curve(weight, chain, inputs) * energy, floor_curve(WEIGHT, chain, measured), rtol=0, atol=tiny
-    )
-    for found, expected in zip(
-        loss_floor(weight, chain, [1, 2, 3], inputs), loss_floor(WEIGHT, chain, [1, 2, 3], measured), strict=True
-    ):
-        assert found.lower * energy == pytest.approx(expected.lower, rel=1e-6, abs=tiny)
-        # A descent may end elsewhere.
-        assert found.upper * energy == pytest.approx(expected.upper, rel=0.01, abs=1e-4 * energy)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_column_group_is_white_inside(kind, family):
@@ -71,31 +53,23 @@ def test_every_column_group_is_white_inside(kind, family):
         torch.testing.assert_close(own @ own, own, rtol=0, atol=1e-9)  # the identity, or a projection
         if kind == "regular":
             torch.testing.assert_close(own, torch.eye(len(own)).double(), rtol=0, atol=1e-9)
-    torch.testing.assert_close(coordinates.energies(moment), found.square().mean(0), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("batch_last", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_saved_chain_acts_on_raw_inputs_and_has_the_bias_of_the_centre(tmp_path, family, batch_last):
-    rows, _, energy, chain, coordinates, _, _ = inside("regular", family, centred=True)
+@pytest.mark.parametrize("centred", [False, True])
+def test_a_saved_chain_acts_on_raw_inputs_and_has_the_bias_of_the_centre(tmp_path, family, batch_last, centred):
+    rows, _, energy, chain, coordinates, _, _ = inside("regular", family, centred=centred)
     model = random_chain(chain)
     model.batch_last = batch_last
     coordinates.save(model, WEIGHT, tmp_path / "chain.pth")
     saved = ks.load(tmp_path / "chain.pth")
     assert saved.batch_last is batch_last
-    mean = rows.mean(0)
-    dense = saved.to_dense()
-    torch.testing.assert_close(saved.bias, (WEIGHT.double() - dense) @ mean)
-    centred = coordinates.samples(rows - mean)
-    expected = energy**0.5 * (centred @ model.to_dense().t()) + WEIGHT.double() @ mean
+    assert (saved.bias is None) is not centred
+    mean = rows.mean(0) if centred else torch.zeros(24).double()
+    expected = energy**0.5 * (coordinates.samples(rows - mean) @ model.to_dense().t()) + WEIGHT.double() @ mean
     outputs = saved(rows.t()).t() if batch_last else saved(rows)
     torch.testing.assert_close(outputs, expected)
-
-
-def test_a_saved_chain_without_a_centre_has_no_bias(tmp_path):
-    *_, chain, coordinates, _, _ = inside("regular")
-    coordinates.save(random_chain(chain), WEIGHT, tmp_path / "chain.pth")
-    assert ks.load(tmp_path / "chain.pth").bias is None
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("regular", torch.float32), ("steep", torch.float64)])
@@ -107,20 +81,6 @@ def test_a_chain_of_badly_conditioned_inputs_is_saved_in_float64(kind, dtype):
     assert model.factors[0].dtype == torch.float32
     loss = population_loss(weight, model.factors, inputs) * energy
     assert loss == pytest.approx(population_loss(WEIGHT, outside.factors, SecondMoment(moment)), rel=1e-5)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_isotropic_inputs_from_a_file_are_isotropic(family):
-    chain, std = ks.make_chain(16, 24, family), 3.0
-    energy = SecondMoment.isotropic(std).output_energy(WEIGHT) / 16
-    measured, inputs = measured_coordinates(chain, energy, std**2 * torch.eye(24).double(), None)
-    isotropic, _ = isotropic_coordinates(WEIGHT)
-    torch.testing.assert_close(inputs.matrix, torch.eye(24).double(), rtol=0, atol=1e-12)
-    weights = [coordinates.weight(WEIGHT.double().clone()) for coordinates in (measured, isotropic)]
-    assert weights[0].norm().item() == pytest.approx(weights[1].norm().item(), rel=1e-12)
-    if family != "lowrank_butterfly":
-        curves = floor_curve(weights[0], chain, inputs), floor_curve(weights[1], chain)
-        torch.testing.assert_close(*curves, rtol=1e-9, atol=1e-14)
 
 
 def ill_conditioned(digits, seed):
@@ -136,7 +96,7 @@ def ill_conditioned(digits, seed):
     return second_moment(torch.cat(groups, 1))
 
 
-@pytest.mark.parametrize("digits", [6, 7, 8, 9])
+@pytest.mark.parametrize("digits", [6, 9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rounding_that_whitening_enlarges_is_no_reason_to_refuse(digits, dtype):
     chain = ks.make_chain(16, 24)

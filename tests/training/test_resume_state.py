@@ -1,4 +1,4 @@
-"""A checkpoint holds all that a training needs to go on as if it had not stopped, and nothing else is resumed from."""
+"""The resume state holds all that a run needs to go on as if it had not stopped; nothing else is resumed from."""
 
 import math
 import time
@@ -13,14 +13,14 @@ from ks.files.layout import RunFiles
 from ks.layer import KSLinear
 from ks.moments.second_moment import UNIT_MOMENT
 from ks.training.best_model import BestModel
-from ks.training.checkpoints import Checkpoints
 from ks.training.optimizer import Optimizer
+from ks.training.resume_state import ResumeState
 
 SETTINGS = {"lr": 0.01, "num_epochs": 9}
 
 
 class Training:
-    """A chain, and everything of its training that a checkpoint holds."""
+    """A chain, and everything of its run that a resume state holds."""
 
     def __init__(self, loss_scaling=False):
         torch.manual_seed(0)
@@ -50,11 +50,19 @@ def files(tmp_path):
     return RunFiles(tmp_path, "ks_chain", 2)
 
 
-def checkpoint_of(training, files, next_write=0.0):
-    checkpoints = Checkpoints(files, SETTINGS, resume=False)
-    checkpoints.next_write = next_write
-    checkpoints.offer(1, training.curves, *training.parts())
-    return checkpoints
+@pytest.fixture
+def training():
+    """After one epoch."""
+    training = Training()
+    training.epoch()
+    return training
+
+
+def offer(training, files, next_write=0.0):
+    state = ResumeState(files, SETTINGS, resume=False)
+    state.next_write = next_write
+    state.offer(1, training.curves, *training.parts())
+    return state
 
 
 @pytest.mark.parametrize("loss_scaling", [False, True])
@@ -62,9 +70,10 @@ def test_a_restored_training_goes_on_as_if_it_had_not_stopped(files, loss_scalin
     whole = Training(loss_scaling)
     for _ in range(3):
         whole.epoch()
-    checkpoint_of(whole, files)
+    offer(whole, files)
     resumed = Training(loss_scaling)
-    resumed.curves = Checkpoints(files, SETTINGS, resume=True).restore(*resumed.parts())
+    resumed.curves = ResumeState(files, SETTINGS, resume=True).restore(*resumed.parts())
+    assert (resumed.best.row, resumed.best.val_loss) == (whole.best.row, whole.best.val_loss)
     for _ in range(3):
         whole.epoch()
         resumed.epoch()
@@ -72,75 +81,64 @@ def test_a_restored_training_goes_on_as_if_it_had_not_stopped(files, loss_scalin
     assert resumed.schedule.state() == whole.schedule.state()
     for ours, theirs in zip(resumed.optimizer.state(), whole.optimizer.state(), strict=True):
         assert torch.equal(ours, theirs)
-    assert resumed.best.row == whole.best.row
     assert torch.equal(resumed.best.kept.to_dense(), whole.best.kept.to_dense())
 
 
 @pytest.mark.parametrize("part", ["optimizer", "factors of the best model"])
 @pytest.mark.parametrize("change", [lambda tensors: tensors[:-1], lambda tensors: [*tensors, tensors[-1]]])
-def test_a_state_of_another_length_is_not_put_back(files, part, change, capsys):
-    training = Training()
-    training.epoch()
-    checkpoint_of(training, files)
-    checkpoints = Checkpoints(files, SETTINGS, resume=True)
-    holder, key = (checkpoints.found, "optimizer") if part == "optimizer" else (checkpoints.found.best, "factors")
+def test_a_state_of_another_length_is_not_put_back(training, files, part, change, capsys):
+    offer(training, files)
+    state = ResumeState(files, SETTINGS, resume=True)
+    holder, key = (state.found, "optimizer") if part == "optimizer" else (state.found.best, "factors")
     setattr(holder, key, change(getattr(holder, key)))
     fresh, untouched = Training(), Training()
-    assert checkpoints.restore(*fresh.parts()) == []
+    assert state.restore(*fresh.parts()) == []
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == (f"checkpoint {files.resume} is not valid: its tensors are those of another run; starting anew")
-    assert (fresh.best.row, fresh.schedule.state()) == (None, untouched.schedule.state())
+    assert line == f"resume state {files.resume} is not valid: its tensors are those of another run; starting anew"
+    assert (fresh.best.row, fresh.schedule.state()) == ({}, untouched.schedule.state())
     for ours, theirs in zip(fresh.optimizer.state(), untouched.optimizer.state(), strict=True):
         assert torch.equal(ours, theirs)
 
 
-def test_only_a_whole_checkpoint_with_the_same_settings_is_resumed_from(files, capsys):
-    assert Checkpoints(files, SETTINGS, resume=True).found is None
-    training = Training()
-    training.epoch()
-    checkpoint_of(training, files)
-    assert Checkpoints(files, SETTINGS, resume=True).found.curves == training.curves
-    assert Checkpoints(files, SETTINGS, resume=False).found is None
-    assert Checkpoints(files, SETTINGS | {"lr": 0.1}, resume=True).found is None
+def test_only_a_whole_state_with_the_same_settings_is_resumed_from(training, files, capsys):
+    assert ResumeState(files, SETTINGS, resume=True).found is None
+    offer(training, files)
+    assert ResumeState(files, SETTINGS, resume=True).found.curves == training.curves
+    assert ResumeState(files, SETTINGS, resume=False).found is None
+    assert ResumeState(files, SETTINGS | {"lr": 0.1}, resume=True).found is None
     assert capsys.readouterr().err == ""
     files.resume.write_bytes(files.resume.read_bytes()[:1000])
-    assert Checkpoints(files, SETTINGS, resume=True).found is None
+    assert ResumeState(files, SETTINGS, resume=True).found is None
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"{files.resume} cannot be read as a checkpoint")
+    assert line.startswith(f"{files.resume} cannot be read as a resume state")
     assert line.endswith("; training starts anew")
 
 
-def test_a_checkpoint_waits_until_it_is_due_and_holds_the_epoch_that_was_offered(files):
-    training = Training()
-    training.epoch()
-    checkpoints = checkpoint_of(training, files, next_write=math.inf)
+def test_a_state_waits_until_it_is_due_and_holds_the_epoch_that_was_offered(training, files):
+    state = offer(training, files, next_write=math.inf)
     assert not files.resume.exists()
     before = [tensor.detach().clone() for tensor in training.optimizer.state()]
     training.epoch()
-    checkpoints.write_latest()
-    assert time.monotonic() < checkpoints.next_write < math.inf
-    found = Checkpoints(files, SETTINGS, resume=True).found
+    state.write_latest()
+    assert time.monotonic() < state.next_write < math.inf
+    found = ResumeState(files, SETTINGS, resume=True).found
     assert len(found.curves) == 1
     for kept, tensor in zip(found.optimizer, before, strict=True):
         assert torch.equal(kept, tensor)
 
 
-def test_the_state_goes_to_the_host_only_when_it_is_written(files):
+def test_the_state_goes_to_the_host_only_when_it_is_written(training, files):
     """A tensor on the meta device stands for one on a GPU: its copy to the host is an error."""
-    training = Training()
-    training.epoch()
     training.optimizer.state = lambda: [torch.zeros(3, device="meta")]
-    checkpoints = checkpoint_of(training, files, next_write=math.inf)
+    state = offer(training, files, next_write=math.inf)
     with pytest.raises(NotImplementedError, match="meta tensor"):
-        checkpoints.write_latest()
+        state.write_latest()
 
 
-def test_more_epochs_are_a_new_segment(files):
-    training = Training()
-    training.epoch()
-    checkpoint_of(training, files)
-    for settings, segment in ((SETTINGS, 1), (SETTINGS | {"num_epochs": 10}, 2)):
-        checkpoints = Checkpoints(files, settings, resume=True)
-        checkpoints.restore(*Training().parts())
-        assert checkpoints.segment == segment
-    assert Checkpoints(files, SETTINGS | {"num_epochs": 8}, resume=True).found is None
+def test_more_epochs_are_a_new_segment(training, files):
+    offer(training, files)
+    for num_epochs, segment in ((9, 1), (10, 2)):
+        state = ResumeState(files, SETTINGS | {"num_epochs": num_epochs}, resume=True)
+        state.restore(*Training().parts())
+        assert state.segment == segment
+    assert ResumeState(files, SETTINGS | {"num_epochs": 8}, resume=True).found is None

@@ -1,6 +1,6 @@
 """What identifies a run or a study, and what differs."""
 
-from ks.training.settings import changes
+from ks.training.run_state import changes
 
 
 def test_changed_settings_are_named_one_by_one():
