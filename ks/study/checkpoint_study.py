@@ -13,14 +13,12 @@ from ks.files.weights import packed
 from ks.model.candidates import floors_table
 from ks.model.model_plan import LayerPlan
 from ks.study.checkpoint_plan import check_flags, plan_checkpoint, select
-from ks.study.folder import claim_folder, held
-from ks.study.identity import checkpoint_record_of, remedies_of
+from ks.study.folder import checkpoint_record_of, claim_folder, held, remedies_of
 from ks.study.launcher import launcher_of
+from ks.study.processes import Exit, Launcher
 from ks.study.run_all import finished_before, run_all
 from ks.study.runs import Result, Run, result_of
-from ks.study.steps import Study
-from ks.study.task import Exit, Launcher
-from ks.study.weight_study import WeightStudy
+from ks.study.weight_study import Study, WeightStudy
 from ks.training.edits import edits_of
 from ks.training.problem import choose_device
 

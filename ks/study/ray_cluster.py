@@ -16,8 +16,7 @@ import ks
 from ks.cli.flags import TRACKERS
 from ks.errors import UsageError
 from ks.files.atomic import atomic_path
-from ks.study.local import LocalLauncher
-from ks.study.task import POLL_SECONDS, STOP_SECONDS, Exit, Task
+from ks.study.processes import POLL_SECONDS, STOP_SECONDS, Exit, LocalLauncher, Task
 
 PACKAGE = Path(ks.__file__).resolve().parent
 
@@ -89,7 +88,7 @@ class RayLauncher:
             self._ray.shutdown()
 
     def run(self, tasks: Iterable[Task], poll: Callable[[list[Task]], None]) -> Iterator[tuple[Task, Exit]]:
-        """Run tasks; see `ks.study.task.Launcher.run`."""
+        """Run tasks; see `ks.study.processes.Launcher.run`."""
         from ray.util.queue import Queue
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

@@ -19,7 +19,7 @@ from ks.files.layout import RunFiles, run_files
 from ks.files.schema import Latency, RunConfig, StudyRecord, read_json_as
 from ks.files.status import OK, Ending, Status, ended_well
 from ks.report.verdict import converged_loss
-from ks.study.task import Exit, Task
+from ks.study.processes import Exit, Task
 from ks.training.run_state import RunState, read_state
 from ks.training.settings import settings_in
 
@@ -189,8 +189,10 @@ def _replaced(files: RunFiles, study: dict) -> str:
 def as_rank(result: Result, run: Run) -> Result:
     """Return the result of a run above saturation, whose chain is that of a rank that was trained.
 
-    Its folder gets the files of the trained run, under its own names.
+    Its folder gets the files of the trained run, under its own names; the result of a trained rank stays as it is.
     """
+    if result.run.rank == run.rank:
+        return result
     source, target, rank = result.run.files, run.files, {"rank": run.rank}
     curves = [row | rank for row in result.curves]
     if curves:

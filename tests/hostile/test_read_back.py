@@ -19,8 +19,8 @@ from ks.errors import UsageError
 from ks.files.atomic import read_json_object
 from ks.files.layout import RunFiles, SweepFiles
 from ks.files.status import Ending, Status
+from ks.study.processes import Task
 from ks.study.runs import Run, result_of
-from ks.study.task import Task
 
 pytestmark = pytest.mark.usefixtures("no_hang")
 EPOCHS = 3
