@@ -46,7 +46,7 @@ def check_free(paths: Iterable[Path], owned: set[Path], inputs: Iterable[Path], 
         paths: to be written.
         owned: that this toolkit may overwrite.
         inputs: files that are read.
-        remedy: what to do if a file is in the way.
+        remedy: what to do about a file in the way.
     Raises:
         UsageError: a file in the way that this toolkit did not write, a symbolic link, or an input.
     """
@@ -58,14 +58,6 @@ def check_free(paths: Iterable[Path], owned: set[Path], inputs: Iterable[Path], 
             raise UsageError(f"{path} is a symbolic link, and nothing is written through one; remove it, or {remedy}")
         if path.exists() and (path not in owned or not path.is_file()):
             raise UsageError(f"{path} is in the way: no record says that this toolkit wrote it; move it, or {remedy}")
-
-
-def check_no_link(folder: Path) -> None:
-    """Raise UsageError if a folder inside a results folder is a symbolic link: nothing is written through one."""
-    if folder.is_symlink():
-        raise UsageError(
-            f"{folder} is a symbolic link, and nothing is written through one; choose another --output_dir"
-        )
 
 
 def delete(paths: Iterable[Path], inputs: Iterable[Path] = ()) -> None:

@@ -6,7 +6,6 @@ The record, PREFIX_config.json, holds the settings that identify the study and t
 import contextlib
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from ks.cli import console
 from ks.cli.flags import SweepConfig, TrainingFlags
@@ -14,7 +13,7 @@ from ks.cli.parser import Parser, command_line, groups, to_arguments
 from ks.errors import UsageError
 from ks.files.atomic import prepare_output_dir, read_json_object, write_json
 from ks.files.layout import RunFiles, SweepFiles, find_runs
-from ks.files.ownership import check_free, check_no_link, delete, locked, recorded
+from ks.files.ownership import check_free, delete, locked, recorded
 from ks.files.provenance import provenance
 from ks.files.schema import StudyRecord, read_json_as
 from ks.study.runs import Run, seeds_of
@@ -69,11 +68,6 @@ def study_in(config: SweepConfig) -> StudyRecord | None:
         return None  # claiming the folder refuses it
 
 
-def is_same_study(study: StudyRecord, record: dict) -> bool:
-    """Return whether a record is of the study in the folder, or continues it with more epochs."""
-    return not changes(settings_in(study.settings, study.loss), record["settings"])
-
-
 def parse(parser: Parser[SweepConfig], argv: list[str]) -> SweepConfig:
     """Return the configuration of a sweep; in the folder of a study, flags that are left out take its values.
 
@@ -89,7 +83,11 @@ def parse(parser: Parser[SweepConfig], argv: list[str]) -> SweepConfig:
     merged = parser.parse([*to_arguments(taken), *argv])
     if not given & {"ranks", "target_relative_loss"}:
         merged = dataclasses.replace(merged, ranks=tuple(study.ranks))  # so that a refusal prints them
-    shown = [f"--{name} {_text(value)}" for name, value in taken.items() if value not in (None, getattr(config, name))]
+    shown = [
+        f"--{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
+        for name, value in taken.items()
+        if value not in (None, getattr(config, name))
+    ]
     if shown:
         console.note(f"taken from the study in {config.output_dir}: {', '.join(shown)}", config.quiet)
     seeds = tuple(dict.fromkeys([*study.seeds, *(merged.seeds or ())]))
@@ -104,18 +102,15 @@ def _is_of_same_weight(config: SweepConfig, given: set[str], study: StudyRecord)
     return Path(config.weight_path).name == Path(str(path)).name and same_key
 
 
-def _text(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
 def remedies_of(config: SweepConfig) -> str:
     """Return the two commands that run a study although the results folder holds another one."""
     folder, number = config.output_dir.rstrip("/"), 2
     while Path(f"{folder}_{number}").exists():
         number += 1
-    script = "rank_sweep_study.py"
-    beside = command_line(script, dataclasses.replace(config, output_dir=f"{folder}_{number}"))
-    instead = command_line(script, dataclasses.replace(config, overwrite=True))
+    beside, instead = (
+        command_line("rank_sweep_study.py", dataclasses.replace(config, **changed))
+        for changed in ({"output_dir": f"{folder}_{number}"}, {"overwrite": True})
+    )
     return f"to keep it: {beside}; to replace it: {instead}"
 
 
@@ -135,8 +130,7 @@ def claim_folder(
     """Claim a results folder for a study: record its settings and files, delete old outputs.
 
     Args:
-        files: of the sweep; the folder exists.
-        runs: of the study.
+        files, runs: of the sweep; the folder exists.
         record: content of the config file; `record["settings"]` identifies the study, `record["files"]` is added.
         inputs: files that the study reads.
         overwrite: delete the results in the folder, also those of another study, as far as they are ours.
@@ -151,8 +145,8 @@ def claim_folder(
     owned = recorded(files.config, [*files.all(), *(path for run in present for path in run.all())])
     for run in runs:
         for inside in (run.files.directory, run.files.directory.parent):
-            if inside != folder:
-                check_no_link(inside)
+            if inside != folder and inside.is_symlink():
+                raise UsageError(f"{inside} is a symbolic link, and nothing is written through one; {REMEDY}")
         check_free(run.files.all(), owned | owned_by_run(run.files), inputs, REMEDY)
     check_free(all_files, owned | _plotted(files), inputs, REMEDY)
     if overwrite:
@@ -195,13 +189,7 @@ def _other_studies(files: SweepFiles) -> list[Path]:
 
 
 def refuse_another_study(files: SweepFiles, settings: dict, remedies: str = "") -> None:
-    """Raise UsageError if a results folder holds another study than one with these settings.
-
-    Args:
-        files: of the sweep; the folder need not exist.
-        settings: that identify the study.
-        remedies: the commands that would work, for the message.
-    """
+    """Raise UsageError, with the remedies, if a results folder holds another study than one with these settings."""
     config = read_json_object(files.config)
     before, others = config.get("settings"), _other_studies(files)
     if others:

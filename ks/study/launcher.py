@@ -25,9 +25,6 @@ def launcher_of(
     """Return the launcher that the flags choose, for at most this many runs.
 
     Args:
-        config: of the sweep.
-        device: of the runs.
-        runs: their number.
         trainer: absolute path of the training script.
         files: that runs on other machines read: absolute path, then name and content there.
     Raises:
@@ -83,8 +80,7 @@ def choose_gpus(gpus: str, device_count: int) -> list[str]:
     """Return the GPUs to use, as names for CUDA_VISIBLE_DEVICES; an inherited value of it is respected.
 
     Args:
-        gpus: 'auto' (all), or positions such as '0,1' among the GPUs that this process sees.
-        device_count: number of GPUs that it sees.
+        gpus: 'auto' (all), or positions such as '0,1' among the `device_count` GPUs that this process sees.
     Raises:
         UsageError: not such a list, or a GPU that does not exist.
     """

@@ -29,14 +29,8 @@ def summarise(
 ) -> tuple[list[dict], list[dict]]:
     """Return the rows of the runs, and the row of every rank.
 
-    Floors are left out if a finished run has no population loss, because the criterion is not the mean squared error.
-
-    Args:
-        config: of the sweep.
-        problem: that the runs solve.
-        plan: of the sweep.
-        floors: of every rank, relative to the zero predictor.
-        results: of all runs.
+    Floors, which are relative to the zero predictor, are left out if a finished run has no population loss, because the
+    criterion is not the mean squared error.
     """
     identity = {
         "criterion": problem.edits.criterion,
@@ -71,10 +65,8 @@ def write_outputs(
     """Write the tables of a sweep and, from the files alone as a later plot would, its figures and its report.
 
     Args:
-        config: how the figures look.
         files: to write; the table of the floors is there.
         record: content of the sweep's config file, with the answer.
-        results: of all runs.
         runs, rows: as `summarise` returns them.
     Returns:
         the paths of the summary, the figures and the report.

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -24,6 +25,7 @@ POST_SECONDS = 1.0
 NODE_LOSSES = 3  # after which a task is not started again
 
 
+@dataclass
 class RayLauncher:
     """Runs tasks on the nodes of a running Ray cluster; their files appear beside their logs here as they are written.
 
@@ -38,19 +40,12 @@ class RayLauncher:
         timeout: seconds after which a task is stopped, or None.
     """
 
-    def __init__(
-        self,
-        address: str,
-        script: Path,
-        inputs: dict[str, tuple[str, bytes]],
-        *,
-        use_gpus: bool = True,
-        jobs: int | None = None,
-        timeout: float | None = None,
-    ):
-        self.address, self.script, self.inputs = address, script, inputs
-        self.use_gpus, self.jobs, self.timeout = use_gpus, jobs, timeout
-        self._stop: Callable[[], None] = lambda: None
+    address: str
+    script: Path
+    inputs: dict[str, tuple[str, bytes]]
+    use_gpus: bool = True
+    jobs: int | None = None
+    timeout: float | None = None
 
     def __enter__(self) -> Self:
         """Connect to the cluster; its nodes get this package and the training script.
@@ -79,6 +74,7 @@ class RayLauncher:
         finally:
             signal.signal(signal.SIGTERM, on_terminate)  # Ray installs its own handler
         self._ray = ray
+        self._stop: Callable[[], None] = lambda: None
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
@@ -95,7 +91,9 @@ class RayLauncher:
         ray = self._ray
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         mailbox = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-        remote = ray.remote(_run_on_node).options(max_retries=NODE_LOSSES, retry_exceptions=False, **self._resources())
+        on_gpus = self.use_gpus and ray.cluster_resources().get("GPU", 0) > 0
+        resources = {"num_cpus": 1, "num_gpus": 1 if on_gpus else 0}
+        remote = ray.remote(_run_on_node).options(max_retries=NODE_LOSSES, retry_exceptions=False, **resources)
         inputs = ray.put(self.inputs)
         waiting: deque[Task] = deque(tasks)
         submitted: dict = {}
@@ -138,11 +136,6 @@ class RayLauncher:
             for reference in ended:
                 task = submitted.pop(reference)
                 yield task, exit_of(task, reference)
-
-    def _resources(self) -> dict[str, float]:
-        """Return the resources of each task."""
-        on_gpus = self.use_gpus and self._ray.cluster_resources().get("GPU", 0) > 0
-        return {"num_cpus": 1, "num_gpus": 1 if on_gpus else 0}
 
 
 def _cancel(submitted: dict, collect: Callable[[], None], ray) -> None:

@@ -23,13 +23,7 @@ ReadResult = Callable[[Run, Exit | None], Result]
 
 
 def finished_before(config: SweepConfig, runs: list[Run], read_result: ReadResult) -> dict[Run, Result]:
-    """Return the results of the runs that ended well before, and delete the logs of those that start anew.
-
-    Args:
-        config: of the sweep.
-        runs: of the study.
-        read_result: returns the result of a run.
-    """
+    """Return the results of the runs that ended well before, and delete the logs of those that start anew."""
     results: dict[Run, Result] = {}
     for run in runs:
         if signals.came():
@@ -50,12 +44,9 @@ def run_all(
     read_result: ReadResult,
     floors: Mapping[int, float] | None = None,
 ) -> dict[Run, Result]:
-    """Run those that are left, also when others fail.
+    """Run those that are left in their order, also when others fail.
 
     Args:
-        config: of the sweep.
-        runs: in their order.
-        launcher: of the sweep.
         read_result: returns the result of a run whose process has ended.
         floors: the best known loss of each rank, in the unit of the curves.
     Returns:
@@ -85,11 +76,7 @@ def run_all(
 class Progress:
     """One bar over the epochs of all runs on a terminal, a line for each run elsewhere, nothing if quiet.
 
-    Args:
-        runs: that are trained.
-        num_epochs: epochs of each.
-        quiet: show nothing.
-        floors: the best known loss of each rank, in the unit of the curves.
+    Each run has `num_epochs`; `floors` are the best known losses of the ranks, in the unit of the curves.
     """
 
     def __init__(self, runs: list[Run], num_epochs: int, quiet: bool, floors: Mapping[int, float] | None = None):

@@ -51,12 +51,8 @@ class Result:
 def ranks_of(config: SweepConfig, plan: RankFloors, study: StudyRecord | None) -> tuple[set[int], list[int]]:
     """Return the ranks to train, none above --max_rank, and all ranks of the study, ascending.
 
-    A rerun without --ranks trains those of the study; so does one with more epochs, beside its own.
-
-    Args:
-        config: of the sweep.
-        plan: of the sweep.
-        study: that the results folder holds, or None.
+    A rerun without --ranks trains those of the study that the folder holds; so does one with more epochs, beside
+    its own.
     """
     before = set(study.ranks) if study else set()
     target = config.target_relative_loss
@@ -114,10 +110,7 @@ def runs_of(
     """Return the runs of a sweep, by rank and seed.
 
     Args:
-        config: of the sweep.
-        ranks: of the study.
-        output_dir: absolute path of the results folder.
-        trainer: absolute path of the training script.
+        output_dir, trainer: absolute paths of the results folder and of the training script.
         stop_below: relative population loss that ends a rank early, for the ranks that have one.
     """
     seeds = seeds_of(config)
@@ -145,8 +138,6 @@ def result_of(run: Run, num_epochs: int, exit: Exit | None = None, study: dict |
     """Read how a run ended; this alone decides whether a run of a study is done.
 
     Args:
-        run: of a sweep.
-        num_epochs: that it was to train.
         exit: of its process; None if it has not run in this sweep: then it had ended before, or it is interrupted.
         study: settings of the study; a run on another weight or other inputs has failed. None compares nothing.
     """

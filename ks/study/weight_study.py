@@ -11,6 +11,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Self
 
+import torch
+
 from ks.bounds.plan_rows import floor_rows, plan_rows
 from ks.cli import console
 from ks.cli.flags import SweepConfig
@@ -25,23 +27,16 @@ from ks.moments.read import packed_inputs
 from ks.report.answer import answer, target_note
 from ks.report.tables import plan_table
 from ks.report.verdict import check_above_floor
-from ks.study.folder import (
-    claim_folder,
-    held,
-    is_same_study,
-    record_of,
-    refuse_another_study,
-    remedies_of,
-    study_in,
-)
+from ks.study.folder import claim_folder, held, record_of, refuse_another_study, remedies_of, study_in
 from ks.study.launcher import launcher_of
-from ks.study.processes import Exit, Launcher
+from ks.study.processes import Exit
 from ks.study.run_all import finished_before, run_all
 from ks.study.runs import Result, Run, as_rank, ranks_of, result_of, runs_of, seeds_of, stop_losses, trained_ranks
 from ks.study.study_floors import certify, find_facts, keep_floors, plan_floors, spoken_of
 from ks.training.edits import TOOLKIT, Edits, edits_of
 from ks.training.problem import chain_notes, resolve
 from ks.training.samples_file import samples_in_files
+from ks.training.settings import changes, settings_in
 
 
 class Study:
@@ -51,9 +46,7 @@ class Study:
     folder. run trains whatever has not ended well before. conclude writes summary and figures.
     Leaving the study as a context stops whatever still runs, then lets other sweeps into the folder.
 
-    Args:
-        config: of the sweep.
-        trainer: absolute path of the training script.
+    The trainer is the absolute path of the training script.
     """
 
     def __init__(self, config: SweepConfig, trainer: Path):
@@ -73,26 +66,13 @@ class Study:
     def check_folder(self) -> None:
         """Raise UsageError if the results folder is in use or holds another study, before floors are computed."""
 
-    def make_launcher(self) -> Launcher:
-        """Return the launcher that the flags name, with the files that runs elsewhere read."""
-        raise NotImplementedError
-
-    def open_launcher(self) -> None:
-        """Open the launcher, before anything of the folder is claimed.
-
-        Raises:
-            UsageError: places that do not exist, or a cluster that cannot be joined.
-        """
-        self.launcher = self.places.enter_context(self.make_launcher())
+    def _open(self, device: torch.device, runs: int, files: dict[str, tuple[str, bytes]]) -> None:
+        """Open the launcher that the flags choose; see `launcher_of`."""
+        self.launcher = self.places.enter_context(launcher_of(self.config, device, runs, self.trainer, files))
 
 
 class WeightStudy(Study):
     """The ranks of one chain family on one weight."""
-
-    def __init__(self, config: SweepConfig, trainer: Path):
-        super().__init__(config, trainer)
-        self.rows_of_runs: list[dict] = []
-        self.rows: list[dict] = []
 
     def load(self) -> None:
         """Read the weight, its inputs and the record of the study that the folder holds; write nothing.
@@ -112,7 +92,8 @@ class WeightStudy(Study):
             )
         self.record = record_of(config, problem, [])
         study = study_in(config)
-        self.before = study if study is not None and is_same_study(study, self.record) else None
+        same = study is not None and not changes(settings_in(study.settings, study.loss), self.record["settings"])
+        self.before = study if same else None
 
     def plan(self) -> None:
         """Compute the floors that are not known yet, and choose the ranks and when a run may stop; write nothing.
@@ -153,7 +134,12 @@ class WeightStudy(Study):
                 if not self.config.overwrite:
                     refuse_another_study(self.files, self.record["settings"], remedies_of(self.config))
 
-    def make_launcher(self) -> Launcher:
+    def open_launcher(self) -> None:
+        """Open the launcher with the files that runs elsewhere read, before anything of the folder is claimed.
+
+        Raises:
+            UsageError: places that do not exist, or a cluster that cannot be joined.
+        """
         config, files = self.config, {}
         if config.launcher == "ray":
             weight_path = Path(config.weight_path).absolute()
@@ -162,8 +148,7 @@ class WeightStudy(Study):
                 inputs = Path(config.inputs).absolute()
                 content = packed_inputs(inputs, config.inputs_key or self.problem.weight.key)
                 files[str(inputs)] = (f"inputs_{inputs.name}", content)
-        runs = len(self.chosen) * len(seeds_of(config))
-        return launcher_of(config, self.problem.device, runs, self.trainer, files)
+        self._open(self.problem.device, len(self.chosen) * len(seeds_of(config)), files)
 
     def claim(self) -> None:
         """Claim the results folder, and write the floors of every rank into it."""
@@ -187,9 +172,11 @@ class WeightStudy(Study):
         chosen, results = self.chosen_runs(), self.results
         results |= finished_before(self.config, chosen, self.read_result)
         waiting = sorted((run for run in chosen if run not in results), key=lambda run: (-run.rank, run.seed))
+        seeds = Counter(run.seed for run in waiting) if self.config.launcher == "local" else {}
+        shared = {seed: self.files.samples(seed) for seed, count in seeds.items() if count > 1}
         unit = self.problem.predict_zero_loss
         best_known = {rank: floor.upper * unit for rank, floor in self.floors.items() if floor is not None}
-        with self.places, samples_in_files(self.config, self.problem, self._samples_of(waiting)):
+        with self.places, samples_in_files(self.config, self.problem, shared):
             results |= run_all(self.config, waiting, self.launcher, self.read_result, best_known)
 
     def chosen_runs(self) -> list[Run]:
@@ -243,11 +230,6 @@ class WeightStudy(Study):
         """Raise InternalError if a finished run is below its floor."""
         for row in self.rows_of_runs:
             check_above_floor(row["population_loss"], self.floors[row["rank"]], self.problem.predict_zero_loss)
-
-    def _samples_of(self, runs: list[Run]) -> dict[int, Path]:
-        """Return the file of samples of each seed that several runs on this machine have in common."""
-        seeds = Counter(run.seed for run in runs) if self.config.launcher == "local" else {}
-        return {seed: self.files.samples(seed) for seed, count in seeds.items() if count > 1}
 
 
 @functools.cache  # a layer of a checkpoint is prepared twice
