@@ -149,7 +149,7 @@ def test_figures_of_another_study_are_not_replaced(study, tmp_path, weight_path,
     assert plot_rank_results.main(["--results_dir", "out", "--formats", "svg"]) == 0
 
 
-def test_a_damaged_record_of_a_run_does_not_keep_the_study_from_working(study, weight_path, capsys):
+def test_a_study_repairs_the_damaged_record_of_a_run(study, weight_path, capsys):
     (study / "rank_2" / "rank_2_config.json").write_text("{")
     assert sweep(weight_path) == 0
     assert json.loads((study / "rank_2" / "rank_2_config.json").read_text())["files"]
