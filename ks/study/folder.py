@@ -115,7 +115,7 @@ def remedies_of(config: SweepConfig) -> str:
 
 
 def held(files: SweepFiles) -> contextlib.AbstractContextManager[None]:
-    """Return a context in which no other sweep works in the results folder, which is made if needed.
+    """Make the results folder if needed, and return a context in which no other sweep works there.
 
     Raises:
         UsageError: it cannot be written, or another sweep works in it.

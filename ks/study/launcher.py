@@ -8,7 +8,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Self
 
 import torch
 
@@ -97,20 +96,13 @@ def choose_gpus(gpus: str, device_count: int) -> list[str]:
     return [names[int(name)] for name in chosen]
 
 
-class InlineLauncher:
+class InlineLauncher(Launcher):
     """Calls the main function of a task's script in this process, so that `breakpoint()` stops at the terminal.
 
     The output of a run stays on the terminal; its log says so.
     """
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind, error, traceback) -> None:
-        pass
-
     def run(self, tasks: Iterable[Task], poll: Callable[[list[Task]], None]) -> Iterator[tuple[Task, Exit]]:
-        """Run tasks; see `ks.study.processes.Launcher.run`."""
         threads = torch.get_num_threads()
         for task in tasks:
             poll([task])

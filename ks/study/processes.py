@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Self
 
 POLL_SECONDS = 0.1
 STOP_SECONDS = 5.0
@@ -42,12 +42,14 @@ class Exit:
     error: str = ""
 
 
-class Launcher(Protocol):
+class Launcher:
     """A place to run tasks: a context manager that holds whatever the place needs, and stops what still runs."""
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
-    def __exit__(self, kind, error, traceback) -> None: ...
+    def __exit__(self, kind, error, traceback) -> None:
+        pass
 
     def run(self, tasks: Iterable[Task], poll: Callable[[list[Task]], None]) -> Iterator[tuple[Task, Exit]]:
         """Run tasks in the given order.
@@ -58,10 +60,10 @@ class Launcher(Protocol):
         Yields:
             (task, exit) as each ends; a failure is an exit, never an exception.
         """
-        ...
+        raise NotImplementedError
 
 
-class LocalLauncher:
+class LocalLauncher(Launcher):
     """Runs each task in a process of its own, as many at a time as there are slots.
 
     Args:
@@ -74,15 +76,11 @@ class LocalLauncher:
         self._running: list[_Process] = []
         self._lifeline = Lifeline()
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, kind, error, traceback) -> None:
         stop([run.process for run in self._running])
         self._lifeline.close()
 
     def run(self, tasks: Iterable[Task], poll: Callable[[list[Task]], None]) -> Iterator[tuple[Task, Exit]]:
-        """Run tasks; see `Launcher.run`."""
         waiting, free = deque(tasks), list(self.slots)
         while waiting or self._running:
             while waiting and free:

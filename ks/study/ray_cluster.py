@@ -17,7 +17,7 @@ import ks
 from ks.cli.flags import TRACKERS
 from ks.errors import UsageError
 from ks.files.atomic import atomic_path
-from ks.study.processes import POLL_SECONDS, STOP_SECONDS, Exit, LocalLauncher, Task
+from ks.study.processes import POLL_SECONDS, STOP_SECONDS, Exit, Launcher, LocalLauncher, Task
 
 PACKAGE = Path(ks.__file__).resolve().parent
 
@@ -26,7 +26,7 @@ NODE_LOSSES = 3  # after which a task is not started again
 
 
 @dataclass
-class RayLauncher:
+class RayLauncher(Launcher):
     """Runs tasks on the nodes of a running Ray cluster; their files appear beside their logs here as they are written.
 
     The tasks of a lost node are started again elsewhere, from the files that were here when they were submitted.
@@ -84,7 +84,6 @@ class RayLauncher:
             self._ray.shutdown()
 
     def run(self, tasks: Iterable[Task], poll: Callable[[list[Task]], None]) -> Iterator[tuple[Task, Exit]]:
-        """Run tasks; see `ks.study.processes.Launcher.run`."""
         from ray.util.queue import Queue
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

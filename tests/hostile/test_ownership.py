@@ -34,13 +34,13 @@ PREFIX = ("--output_dir", "out", "--save_prefix", "model")
 
 
 @pytest.mark.parametrize("name", ["best.pth", "config.json", "rank_4_loss_curves.csv"])
-def test_a_file_of_the_users_with_a_name_of_ours_stops_a_training(out, weight_path, capsys, name):
+def test_a_file_of_the_users_with_a_name_of_ours_stops_a_run(out, weight_path, capsys, name):
     (out / f"model_{name}").write_text("mine")
     line = refused(train_with_random.main, ["--weight_path", weight_path, *TRAIN, *PREFIX], capsys, out)
     assert f"model_{name} is in the way" in line
 
 
-def test_an_epoch_checkpoint_of_the_users_stops_a_training_that_would_write_some(out, weight_path, capsys):
+def test_an_epoch_checkpoint_of_the_users_stops_a_run_that_would_write_some(out, weight_path, capsys):
     (out / "model_epoch_1.pth").write_text("mine")
     arguments = ["--weight_path", weight_path, *TRAIN, *PREFIX, "--save_interval"]
     line = refused(train_with_random.main, [*arguments, 1], capsys, out)

@@ -147,12 +147,12 @@ def test_a_seed_of_63_bits_is_read_back(study):
     assert call(plot_rank_results.main, "--results_dir", study.directory) == 0
 
 
-# The files of a training, read when it is run again.
+# The files of a run, read when it is run again.
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A folder with a weight and a finished training of it; no test changes it."""
+    """A folder with a weight and a finished run of it; no test changes it."""
     folder = tmp_path_factory.mktemp("trained")
     torch.save(torch.randn(16, 24, generator=torch.Generator().manual_seed(1)), folder / "weight.pth")
     assert train(folder / "weight.pth", folder / "out", "--save_prefix", "rank_2") == 0
@@ -161,7 +161,7 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def stopped(trained) -> Path:
-    """Another training of the same weight, interrupted after two epochs; it left a checkpoint."""
+    """Another run on the same weight, interrupted after two epochs; it left a checkpoint."""
     with pytest.MonkeyPatch.context() as patch:
         interrupt_in_epoch(patch, 2)
         assert train(trained / "weight.pth", trained / "stopped", "--save_prefix", "rank_2") == 130
@@ -175,7 +175,7 @@ def copied(source: Path, tmp_path: Path) -> RunFiles:
 
 
 def assert_same_result(files: RunFiles, trained: Path) -> None:
-    """The training has the result of the one that nothing happened to, to the bit."""
+    """The run has the result of the one that nothing happened to, to the bit."""
     whole = RunFiles(trained / "out", "rank_2", 2)
     for name in ("final", "best"):
         assert torch.equal(ks.load(getattr(files, name)).to_dense(), ks.load(getattr(whole, name)).to_dense())
@@ -284,7 +284,7 @@ def is_fifo(damage):
 
 
 def assert_refused(trained, files, path, capsys):
-    """What is in the place of a file of ours is the user's: a training refuses in one line and changes nothing."""
+    """What is in the place of a file of ours is the user's: a run refuses in one line and changes nothing."""
     before = snapshot(files.directory)
     assert train(trained / "weight.pth", files.directory, "--save_prefix", "rank_2", "--resume") == 2
     assert f"{path} is in the way" in capsys.readouterr().err.splitlines()[-1]
@@ -300,7 +300,7 @@ def test_a_fifo_in_the_place_of_a_result_is_refused(trained, tmp_path, capsys, d
 
 
 @pytest.mark.parametrize("damage", [*itertools.filterfalse(is_fifo, FINISHED)])
-def test_a_damaged_training_is_trained_again(trained, tmp_path, capsys, damage):
+def test_a_damaged_run_is_trained_again(trained, tmp_path, capsys, damage):
     files = copied(trained / "out", tmp_path)
     name, edit = FINISHED[damage]
     edit(getattr(files, name))

@@ -70,7 +70,7 @@ def test_an_empty_path_is_refused(weight_path, tmp_path):
 
 
 def running_sweep(folder, *arguments):
-    """A sweep of ranks 2 and 1, one after the other, whose first training has begun."""
+    """A sweep of ranks 2 and 1, one after the other, whose first run has begun."""
     command = [*COMMANDS["sweep"].split(), "--ranks", "1", "2", "--jobs", "1", *arguments]
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: list(folder.glob("out/rank_2/*_curves.csv")))

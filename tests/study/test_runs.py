@@ -26,7 +26,7 @@ def config_of(*arguments):
 
 @pytest.fixture
 def finished(tmp_path):
-    """A run of rank 2 with all the files of a finished training."""
+    """A run of rank 2 with all the files of a finished run."""
     (run,) = runs_of(config_of(), [2], tmp_path, Path("trainer.py"))
     run.files.directory.mkdir()
     rows = [{"epoch": epoch, "train_loss": 1.0, "val_loss": 0.5, "rank": 2} for epoch in range(1, EPOCHS + 1)]

@@ -43,7 +43,7 @@ def sweep(tmp_path, *arguments, **options):
 
 
 def epochs_in(folder) -> int:
-    """How far all trainings of a folder have come."""
+    """Return the number of epochs that all runs of a folder have."""
     return sum(len(curves_if_any(path)) for path in folder.rglob("*_loss_curves.csv"))
 
 
@@ -73,7 +73,7 @@ def assert_same_run(ours: RunFiles, theirs: RunFiles):
 
 
 @pytest.mark.parametrize("extra", [(), ("--scheduler", "plateau", "--scheduler_patience", "2", "--sampling", "fresh")])
-def test_a_training_killed_again_and_again_ends_as_if_undisturbed(weight_path, tmp_path, extra):
+def test_a_run_killed_again_and_again_ends_as_if_undisturbed(weight_path, tmp_path, extra):
     assert finish(start("train_with_random.py", tmp_path, *TRAINING, *extra, "--output_dir", "whole")).returncode == 0
     whole, killed = (RunFiles(tmp_path / name, "ks_chain", 2) for name in ("whole", "killed"))
 
@@ -92,7 +92,7 @@ def test_a_sweep_killed_again_and_again_ends_as_if_undisturbed(weight_path, tmp_
     kill_at_random(
         lambda: start("rank_sweep_study.py", tmp_path, *SWEEP, "--output_dir", "killed"), tmp_path / "killed"
     )
-    wait_for(lambda: not processes_in(tmp_path), seconds=15)  # the trainings stop by themselves
+    wait_for(lambda: not processes_in(tmp_path), seconds=15)  # the runs stop by themselves
     done = sweep(tmp_path, *SWEEP, "--output_dir", "killed")
     assert done.returncode == 0, done.stderr
     for rank in (1, 2, 4):
@@ -100,8 +100,8 @@ def test_a_sweep_killed_again_and_again_ends_as_if_undisturbed(weight_path, tmp_
     assert not list((tmp_path / "killed").glob(".*"))
 
 
-def test_any_number_of_jobs_and_of_threads_and_a_training_alone_agree(weight_path, tmp_path):
-    """Alone, a training draws the samples that a sweep shares."""
+def test_any_number_of_jobs_and_of_threads_and_a_run_alone_agree(weight_path, tmp_path):
+    """Alone, a run draws the samples that a sweep shares."""
     flags = ("--num_samples", "200", "--num_epochs", "3")
     for jobs, threads in (("1", "2"), ("2", "1")):
         places = ("--jobs", jobs, "--output_dir", jobs + threads)
