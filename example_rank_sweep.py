@@ -21,7 +21,7 @@ if __name__ == "__main__":
 
 from ks.cli.flags import DemoConfig
 from ks.cli.parser import Parser
-from ks.study.lifeline import Lifeline
+from ks.study.processes import Lifeline
 
 SCRIPTS = Path(__file__).resolve().parent
 SWEEP_FLAGS = ["--ranks", "2", "4", "8", "16", "32", "64", "--num_epochs", "20", "--num_samples", "5000", "--log_scale"]

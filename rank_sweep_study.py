@@ -26,8 +26,8 @@ from ks import signals
 from ks.cli.flags import SweepConfig
 from ks.cli.parser import Parser
 from ks.files.status import Status
-from ks.study.identity import parse
-from ks.study.lifeline import stop_with_parent
+from ks.study.folder import parse
+from ks.study.processes import stop_with_parent
 from ks.study.weight_study import WeightStudy
 
 TRAINER = Path(__file__).resolve().parent / "train_with_random.py"

@@ -22,7 +22,7 @@ import torch
 
 from ks.cli.flags import TrainerConfig
 from ks.cli.parser import Parser
-from ks.study.lifeline import stop_with_parent
+from ks.study.processes import stop_with_parent
 from ks.training.choose_optimizer import make_optimizer
 from ks.training.criterion import GuardedMetrics, averages, check_edits, loss_and_gradient, loss_of, mean_squared_error
 from ks.training.edits import edits_of

@@ -22,9 +22,8 @@ from statistics import median
 from timing import Rows, place, seconds
 
 from ks.cli import console
-from ks.study.local import LocalLauncher
+from ks.study.processes import Launcher, LocalLauncher, Task
 from ks.study.ray_cluster import RayLauncher
-from ks.study.task import Launcher, Task
 from ks.training.problem import choose_device
 
 ROOT = Path(__file__).resolve().parent.parent

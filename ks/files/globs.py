@@ -53,10 +53,8 @@ def find_weight(known_keys: Collection[str], key: str, where: str, what: str = "
     as `bert.encoder.layer.0.output.dense.weight` does from `encoder.layer.0.output.dense.weight`.
 
     Args:
-        known_keys: keys of weights.
         key: of the weight in its checkpoint, or the name of its layer.
-        where: the file or the model, for messages.
-        what: is looked for, for messages.
+        where, what: the file or the model, and what is looked for, for messages.
     Raises:
         UsageError: no key fits, or several do.
     """

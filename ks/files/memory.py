@@ -42,15 +42,7 @@ def _read_numbers(path: str | Path, name: str = "") -> list[int]:
 
 
 def check_fits(what: str, needed: int, remedy: str) -> None:
-    """Refuse a request for more memory than this machine has available.
-
-    Args:
-        what: needs the memory; the subject of the message.
-        needed: bytes.
-        remedy: what to do instead.
-    Raises:
-        UsageError: it does not fit; the message has both numbers.
-    """
+    """Raise UsageError, with both numbers and the remedy, if `what` needs more bytes than are available."""
     available = available_bytes()
     if needed > available:
         raise UsageError(f"{what} needs {_gib(needed)} of memory, {_gib(available)} is available; {remedy}")

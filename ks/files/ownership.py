@@ -1,11 +1,16 @@
-"""Ownership: this toolkit overwrites and deletes only files that a record in the folder names as its own.
+"""Who may write in a folder: one process at a time, and only over files that a record there names as the toolkit's.
 
 A record is a JSON config with the names under `files`: `PREFIX_config.json` of a run or a sweep, or
 `PREFIX_figures.json` of a plot. Everything else in a folder is the user's, and so is whatever a symbolic link leads to.
 """
 
-from collections.abc import Iterable
+import contextlib
+import os
+import platform
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
+
+from filelock import FileLock, Timeout
 
 from ks.errors import UsageError
 from ks.files.atomic import read_json_object
@@ -41,7 +46,7 @@ def check_free(paths: Iterable[Path], owned: set[Path], inputs: Iterable[Path], 
         paths: to be written.
         owned: that this toolkit may overwrite.
         inputs: files that are read.
-        remedy: what to do if a file is in the way.
+        remedy: what to do about a file in the way.
     Raises:
         UsageError: a file in the way that this toolkit did not write, a symbolic link, or an input.
     """
@@ -55,17 +60,45 @@ def check_free(paths: Iterable[Path], owned: set[Path], inputs: Iterable[Path], 
             raise UsageError(f"{path} is in the way: no record says that this toolkit wrote it; move it, or {remedy}")
 
 
-def check_no_link(folder: Path) -> None:
-    """Raise UsageError if a folder inside a results folder is a symbolic link: nothing is written through one."""
-    if folder.is_symlink():
-        raise UsageError(
-            f"{folder} is a symbolic link, and nothing is written through one; choose another --output_dir"
-        )
-
-
 def delete(paths: Iterable[Path], inputs: Iterable[Path] = ()) -> None:
     """Delete owned files; links, folders and files that are read stay."""
     read = {path.resolve() for path in inputs}
     for path in paths:
         if path.is_file() and not path.is_symlink() and path.resolve() not in read:
             path.unlink()
+
+
+@contextlib.contextmanager
+def locked(path, what: str, wait: float = 0.0) -> Iterator[None]:
+    """Hold a lock file; a lock that a killed process left is taken over, a symbolic link is refused.
+
+    Args:
+        path: of the lock file, in an existing folder.
+        what: kind of process that may hold it, for the message.
+        wait: seconds to try.
+    Raises:
+        UsageError: another process holds it, or it cannot be opened.
+    """
+    path = Path(path)
+    lock = FileLock(path, timeout=wait)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        holder = ""
+        with contextlib.suppress(OSError):  # it may have ended just now
+            holder = path.read_text(errors="replace").strip()
+        raise UsageError(
+            f"{path.parent} is in use by {what} ({holder or 'unknown'}); wait for it or choose another folder"
+        ) from error
+    except OSError as error:
+        raise UsageError(f"lock file {path} cannot be opened ({error.strerror}); remove it") from error
+    try:
+        with contextlib.suppress(OSError):  # on a full disk the lock holds without a name in it
+            path.write_text(f"process {os.getpid()} on {platform.node()}")
+        yield
+    finally:
+        # Deleting the file before the lock is given up is safe: a process that waited for this file compares its inode
+        # with that of the path once it has the lock, and tries again (filelock 3.30 and later).
+        with contextlib.suppress(OSError):  # in a folder that has become read-only the file stays, without a lock
+            path.unlink(missing_ok=True)
+        lock.release()

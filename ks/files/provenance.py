@@ -17,7 +17,7 @@ def now() -> str:
 
 
 def provenance() -> dict:
-    """Return command line, versions, host, devices and git revision, for config files."""
+    """Return the entries of a config file that say where its results were made."""
     root = Path(__file__).resolve().parent
     found: dict = {
         "command": [sys.executable, *sys.argv],

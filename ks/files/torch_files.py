@@ -17,11 +17,8 @@ def read_torch_file(path, what: str = "weights") -> Any:
 
     Only tensors and plain containers are read (weights_only). The sizes that the archive declares must fit into memory.
 
-    Args:
-        path: of the file.
-        what: it should hold, for the message.
     Raises:
-        UsageError: the file cannot be read, holds Python objects, or is too large.
+        UsageError: the file cannot be read as `what` it should hold, holds Python objects, or is too large.
     """
     path = Path(path)
     try:
@@ -50,11 +47,8 @@ def tensors_in(content: Any, where: str) -> dict[str, torch.Tensor]:
     A container that the file refers to several times is visited once, under its first name: a small file can hold
     2⁴⁰ references.
 
-    Args:
-        content: of a file.
-        where: the file, for messages.
     Raises:
-        UsageError: two tensors with one name.
+        UsageError: two tensors with one name; `where` is the file, for the message.
     """
     found: dict[str, torch.Tensor] = {}
     waiting, visited = [("", content)], set()
@@ -74,9 +68,6 @@ def tensors_in(content: Any, where: str) -> dict[str, torch.Tensor]:
 def plain(tensor: torch.Tensor, where: str) -> torch.Tensor:
     """Return a tensor as an ordinary strided one in memory of its own.
 
-    Args:
-        tensor: from a file.
-        where: the file and key, for messages.
     Raises:
         UsageError: a sparse, quantised, nested or meta tensor, or one that is larger than the memory.
     """

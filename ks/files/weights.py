@@ -41,11 +41,7 @@ class Weight:
 
 
 def tensors_sha256(*tensors: torch.Tensor) -> str:
-    """Return a hash of shapes, dtypes and values; contiguous tensors are not copied.
-
-    Args:
-        tensors: on the CPU, of any shape and dtype.
-    """
+    """Return a hash of shapes, dtypes and values of tensors on the CPU; contiguous ones are not copied."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -54,12 +50,7 @@ def tensors_sha256(*tensors: torch.Tensor) -> str:
 
 
 def packed(weights: Sequence[Weight], transpose: bool = False) -> bytes:
-    """Return a .pth file with these weights alone, as bytes; `load_weight` reads it with the same keys and transpose.
-
-    Args:
-        weights: with different keys; one that stands alone needs none.
-        transpose: store them as (in, out).
-    """
+    """Return a .pth file with these weights alone; `load_weight` reads it with the same keys and transpose."""
     tensors = {weight.key: (weight.tensor.t() if transpose else weight.tensor).contiguous() for weight in weights}
     buffer = io.BytesIO()
     torch.save(tensors if all(tensors) else next(iter(tensors.values())), buffer)
@@ -85,35 +76,20 @@ def load_weight(path, key: str | None = None, transpose: bool = False) -> Weight
         tensors = entries_of(path)
     except OSError as error:  # a folder above it is closed, or the name is too long
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
-    if key is None:
-        key = _only_candidate(path, tensors)
-    elif key not in tensors:
-        raise UsageError(f"{path} has no key {key!r}; {_nearest(key, tensors)}")
+    key = _find_key(path, tensors, key)
     return load_entry(tensors[key], key, f"{path}, key {key!r}" if key else f"{path}", transpose)
 
 
 def load_entry(entry, key: str, where: str, transpose: bool = False) -> Weight:
-    """Return the weight of an entry of `entries_of`.
-
-    Args:
-        entry: of a file, or a tensor.
-        key: its name.
-        where: the file and key, for messages.
-        transpose: the weight is stored as (in, out).
-    Raises:
-        UsageError: as `load_weight`.
-    """
+    """Return the weight of an entry of `entries_of`, as `load_weight` does; `where` is file and key, for messages."""
     tensor = read_entry(entry, where).detach().cpu()
     _check_weight(where, tensor)
     return Weight(tensor.t().contiguous() if transpose else tensor.contiguous(), key or None)
 
 
 def read_entry(entry, where: str) -> torch.Tensor:
-    """Return the tensor of an entry of `entries_of`, an ordinary strided one.
+    """Return the tensor of an entry of `entries_of`, an ordinary strided one; `where` is file and key, for messages.
 
-    Args:
-        entry: of a file.
-        where: the file and key, for messages.
     Raises:
         UsageError: it cannot be read, is no ordinary dense tensor, or exceeds the memory.
     """
@@ -145,18 +121,15 @@ def entries_of(path: Path, what: str = "weights") -> dict:
         return tensors_in(read_torch_file(path, what), str(path))
     try:
         if path.suffix == ".npy":
-            return {"": _read_npy(path)}
-        return _read_safetensors(path)
+            mapped = np.load(path, mmap_mode="r", allow_pickle=False)  # a map cannot be larger than its file
+            check_fits(str(path), mapped.nbytes, "use a smaller weight")
+            return {"": torch.from_numpy(np.array(mapped))}
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            return {name: _Lazy(path, name, file) for name in file.keys()}  # noqa: SIM118, it is no dict
     except UsageError:
         raise
     except Exception as error:  # a damaged file can raise nearly anything, out of two libraries
         raise UsageError(f"{path} cannot be read as {what} ({type(error).__name__}: {one_line(error)})") from error
-
-
-def _read_npy(path: Path) -> torch.Tensor:
-    mapped = np.load(path, mmap_mode="r", allow_pickle=False)  # a map cannot be larger than its file
-    check_fits(str(path), mapped.nbytes, "use a smaller weight")
-    return torch.from_numpy(np.array(mapped))
 
 
 class _Lazy:
@@ -173,11 +146,6 @@ class _Lazy:
                 return file.get_tensor(self.name)
         except Exception as error:  # SafetensorError, or torch has no such dtype
             raise UsageError(f"{self.path}, key {self.name!r} cannot be read ({one_line(error)})") from error
-
-
-def _read_safetensors(path: Path) -> dict:
-    with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-        return {name: _Lazy(path, name, file) for name in file.keys()}  # noqa: SIM118, it is no dict
 
 
 def _read_sharded(path: Path, what: str) -> dict:
@@ -213,27 +181,24 @@ def _names_and_shapes(tensors: dict) -> str:
     return ", ".join(f"{names[0]} {shape}{more[names[0]]}" for (_, shape), names in alike.items())
 
 
-def _candidates(tensors: dict) -> str:
-    found = {name: entry for name, entry in tensors.items() if is_matrix(entry)}
-    if not found:
-        return f"it holds no 2-D floating weight (found: {_names_and_shapes(tensors) or 'no tensor at all'})"
-    return f"2-D weights in it: {_names_and_shapes(found)}"
-
-
-def _nearest(key: str, tensors: dict) -> str:
-    """Return the 2-D weights whose names resemble a key most, with their shapes."""
-    found = {f"{name} {shape_of(entry)}": name for name, entry in tensors.items() if is_matrix(entry)}
-    return f"2-D weights in it, {nearest(key, found)}" if found else _candidates(tensors)
-
-
-def _only_candidate(path: Path, tensors: dict) -> str:
-    if list(tensors) == [""]:
+def _find_key(path: Path, tensors: dict, key: str | None) -> str:
+    """Return the key if the file has it; without a key, that of its only 2-D weight."""
+    if key is not None and key in tensors:
+        return key
+    if key is None and list(tensors) == [""]:
         return ""
-    names = [name for name, entry in tensors.items() if is_matrix(entry)]
-    if len(names) != 1:
-        advice = "; choose one by its key (--weight_key)" if names else ""
-        raise UsageError(f"{path}: {_candidates(tensors)}{advice}")
-    return names[0]
+    matrices = {name: entry for name, entry in tensors.items() if is_matrix(entry)}
+    if key is None and len(matrices) == 1:
+        return next(iter(matrices))
+    start = f"{path}: " if key is None else f"{path} has no key {key!r}; "
+    if not matrices:
+        found = _names_and_shapes(tensors) or "no tensor at all"
+        raise UsageError(f"{start}it holds no 2-D floating weight (found: {found})")
+    if key is None:
+        listed = _names_and_shapes(matrices)
+        raise UsageError(f"{start}2-D weights in it: {listed}; choose one by its key (--weight_key)")
+    resembling = nearest(key, [f"{name} {shape_of(entry)}" for name, entry in matrices.items()])
+    raise UsageError(f"{start}2-D weights in it, {resembling}")
 
 
 def _check_weight(where: str, tensor: torch.Tensor) -> None:

@@ -13,14 +13,11 @@ from ks.files.weights import packed
 from ks.model.candidates import floors_table
 from ks.model.model_plan import LayerPlan
 from ks.study.checkpoint_plan import check_flags, plan_checkpoint, select
-from ks.study.folder import claim_folder, held
-from ks.study.identity import checkpoint_record_of, remedies_of
-from ks.study.launcher import launcher_of
+from ks.study.folder import checkpoint_record_of, claim_folder, held, remedies_of
+from ks.study.processes import Exit
 from ks.study.run_all import finished_before, run_all
 from ks.study.runs import Result, Run, result_of
-from ks.study.steps import Study
-from ks.study.task import Exit, Launcher
-from ks.study.weight_study import WeightStudy
+from ks.study.weight_study import Study, WeightStudy
 from ks.training.edits import edits_of
 from ks.training.problem import choose_device
 
@@ -75,7 +72,8 @@ class CheckpointStudy(Study):
             return "\n".join([floors_table(self.candidates), str(files.layer_floors_csv)])
         return "\n".join([str(plan), str(files.plan_json), str(files.plan_csv)])
 
-    def make_launcher(self) -> Launcher:
+    def open_launcher(self) -> None:
+        """Open the launcher with the files that runs elsewhere read; see `WeightStudy.open_launcher`."""
         files = {}
         if self.config.launcher == "ray":
             path = Path(self.config.weight_path).absolute()
@@ -86,7 +84,7 @@ class CheckpointStudy(Study):
                 files[str(inputs)] = (f"inputs_{inputs.name}", inputs.read_bytes())
         device = choose_device(self.config.device)
         ranks = len(self.config.ranks or [1]) * len(self.config.seeds or [1])
-        return launcher_of(self.config, device, len(self.selection.weights) * ranks, self.trainer, files)
+        self._open(device, len(self.selection.weights) * ranks, files)
 
     def claim(self) -> None:
         """Claim a folder in that of the study for every layer that a chain replaces.

@@ -1,21 +1,121 @@
-"""The results folder of a study: held by one sweep at a time, and claimed for one study, which is recorded in it."""
+"""The results folder of a study: its record, one sweep in it at a time, the claim for one study, and how a rerun joins.
+
+The record, PREFIX_config.json, holds the settings that identify the study and the names of all its files.
+"""
 
 import contextlib
+import dataclasses
 from pathlib import Path
 
+from ks.cli import console
+from ks.cli.flags import SweepConfig, TrainingFlags
+from ks.cli.parser import Parser, command_line, groups, to_arguments
 from ks.errors import UsageError
 from ks.files.atomic import prepare_output_dir, read_json_object, write_json
 from ks.files.layout import RunFiles, SweepFiles, find_runs
-from ks.files.lock import locked
-from ks.files.ownership import check_free, check_no_link, delete, recorded
-from ks.study.runs import Run
-from ks.training.run_state import changes, settings_in
+from ks.files.ownership import check_free, delete, locked, recorded
+from ks.files.provenance import provenance
+from ks.files.schema import StudyRecord, read_json_as
+from ks.study.runs import Run, seeds_of
+from ks.training.edits import Edits
+from ks.training.problem import Problem
+from ks.training.run_state import NOT_COMPARED, changes, settings_in, settings_of
 
+# They are not taken from a study: where the weight is, and what changes reports and files only.
+NOT_TAKEN = ("weight_path", "log_to", "log_interval", "verbose", "quiet", "save_interval")
+TRAINING = tuple(field.name for _, fields in groups(TrainingFlags) for field in fields)
+TAKEN = (*(name for name in TRAINING if name not in NOT_TAKEN), "target_relative_loss", "tight_bounds", "stop_at")
+SPLITS = {"row_splits", "col_splits"}
 REMEDY = "choose another --output_dir"
 
 
+def record_of(config: SweepConfig, problem: Problem, ranks: list[int]) -> dict:
+    """Return the record of a study of one weight, the content of its config file."""
+    name = " ".join(filter(None, [Path(config.weight_path).name, problem.weight.key]))
+    inputs = problem.layer_inputs.description["kind"]
+    return _record(config, settings_of(config, problem), ranks) | {
+        "title": f"{name}, {problem.rows} × {problem.cols}: {problem.chain.describe()}, {inputs} inputs",
+        "problem": problem.describe(),
+    }
+
+
+def checkpoint_record_of(config: SweepConfig, edits: Edits, checkpoint: str, layers: list[str]) -> dict:
+    """Return the record of a study of several layers of a checkpoint; each of them has one of its own."""
+    settings = {name: value for name, value in config.training_settings().items() if name not in NOT_COMPARED}
+    settings |= {"checkpoint": checkpoint, **dataclasses.asdict(edits)}
+    return _record(config, settings, list(config.ranks or [])) | {"layers": layers}
+
+
+def _record(config: SweepConfig, settings: dict, ranks: list[int]) -> dict:
+    seeds = seeds_of(config)
+    return {
+        "settings": settings | {"seed": seeds[0]},
+        "ranks": ranks,
+        "seeds": seeds,
+        "arguments": vars(config),
+        "provenance": provenance(),
+    }
+
+
+def study_in(config: SweepConfig) -> StudyRecord | None:
+    """Return the record of the study in --output_dir; None if there is none, it is not valid, or it is overwritten."""
+    files = SweepFiles(Path(config.output_dir).absolute(), config.save_prefix)
+    if config.overwrite or not files.config.is_file():
+        return None
+    try:
+        return read_json_as(files.config, StudyRecord)
+    except UsageError:
+        return None  # claiming the folder refuses it
+
+
+def parse(parser: Parser[SweepConfig], argv: list[str]) -> SweepConfig:
+    """Return the configuration of a sweep; in the folder of a study, flags that are left out take its values.
+
+    Its seeds stay in the study too.
+    """
+    config, given = parser.parse_given(argv)
+    study = study_in(config)
+    if study is None or not _is_of_same_weight(config, given, study):
+        return config
+    splits = {"chain"} if given & SPLITS else SPLITS if "chain" in given else set()  # they exclude each other
+    values = {name: study.arguments.get(name) for name in TAKEN if name not in given | splits}
+    taken = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    merged = parser.parse([*to_arguments(taken), *argv])
+    if not given & {"ranks", "target_relative_loss"}:
+        merged = dataclasses.replace(merged, ranks=tuple(study.ranks))  # so that a refusal prints them
+    shown = [
+        f"--{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
+        for name, value in taken.items()
+        if value not in (None, getattr(config, name))
+    ]
+    if shown:
+        console.note(f"taken from the study in {config.output_dir}: {', '.join(shown)}", config.quiet)
+    seeds = tuple(dict.fromkeys([*study.seeds, *(merged.seeds or ())]))
+    return merged if "seed" in given or seeds == (merged.seed,) else dataclasses.replace(merged, seeds=seeds)
+
+
+def _is_of_same_weight(config: SweepConfig, given: set[str], study: StudyRecord) -> bool:
+    """Return whether a study is of a weight with the same name and key, as far as they are given."""
+    path, keys = (study.arguments.get(name) for name in ("weight_path", "weight_key"))
+    keys = [keys] if isinstance(keys, str) else list(keys or ())  # a study of one weight records its name alone
+    same_key = "weight_key" not in given or list(config.weight_key or ()) == keys
+    return Path(config.weight_path).name == Path(str(path)).name and same_key
+
+
+def remedies_of(config: SweepConfig) -> str:
+    """Return the two commands that run a study although the results folder holds another one."""
+    folder, number = config.output_dir.rstrip("/"), 2
+    while Path(f"{folder}_{number}").exists():
+        number += 1
+    beside, instead = (
+        command_line("rank_sweep_study.py", dataclasses.replace(config, **changed))
+        for changed in ({"output_dir": f"{folder}_{number}"}, {"overwrite": True})
+    )
+    return f"to keep it: {beside}; to replace it: {instead}"
+
+
 def held(files: SweepFiles) -> contextlib.AbstractContextManager[None]:
-    """Return a context in which no other sweep works in the results folder, which is made if needed.
+    """Make the results folder if needed, and return a context in which no other sweep works there.
 
     Raises:
         UsageError: it cannot be written, or another sweep works in it.
@@ -30,8 +130,7 @@ def claim_folder(
     """Claim a results folder for a study: record its settings and files, delete old outputs.
 
     Args:
-        files: of the sweep; the folder exists.
-        runs: of the study.
+        files, runs: of the sweep; the folder exists.
         record: content of the config file; `record["settings"]` identifies the study, `record["files"]` is added.
         inputs: files that the study reads.
         overwrite: delete the results in the folder, also those of another study, as far as they are ours.
@@ -46,8 +145,8 @@ def claim_folder(
     owned = recorded(files.config, [*files.all(), *(path for run in present for path in run.all())])
     for run in runs:
         for inside in (run.files.directory, run.files.directory.parent):
-            if inside != folder:
-                check_no_link(inside)
+            if inside != folder and inside.is_symlink():
+                raise UsageError(f"{inside} is a symbolic link, and nothing is written through one; {REMEDY}")
         check_free(run.files.all(), owned | owned_by_run(run.files), inputs, REMEDY)
     check_free(all_files, owned | _plotted(files), inputs, REMEDY)
     if overwrite:
@@ -90,13 +189,7 @@ def _other_studies(files: SweepFiles) -> list[Path]:
 
 
 def refuse_another_study(files: SweepFiles, settings: dict, remedies: str = "") -> None:
-    """Raise UsageError if a results folder holds another study than one with these settings.
-
-    Args:
-        files: of the sweep; the folder need not exist.
-        settings: that identify the study.
-        remedies: the commands that would work, for the message.
-    """
+    """Raise UsageError, with the remedies, if a results folder holds another study than one with these settings."""
     config = read_json_object(files.config)
     before, others = config.get("settings"), _other_studies(files)
     if others:

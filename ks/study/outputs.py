@@ -6,7 +6,7 @@ from typing import Any
 from ks.bounds.floors import Floor
 from ks.bounds.rank_floors import RankFloors
 from ks.cli.console import note
-from ks.cli.flags import PlotFlags
+from ks.cli.flags import PlotFlags, SweepConfig
 from ks.files import columns
 from ks.files.atomic import write_csv, write_json
 from ks.files.curves import long_form
@@ -21,29 +21,20 @@ from ks.training.problem import Problem
 
 
 def summarise(
-    results: list[Result],
-    floors: dict[int, Floor | None],
+    config: SweepConfig,
     problem: Problem,
     plan: RankFloors,
-    *,
-    target: float | None = None,
-    weight: str | None = None,
+    floors: dict[int, Floor | None],
+    results: list[Result],
 ) -> tuple[list[dict], list[dict]]:
     """Return the rows of the runs, and the row of every rank.
 
-    Floors are left out if a finished run has no population loss, because the criterion is not the mean squared error.
-
-    Args:
-        results: of all runs.
-        floors: of every rank, relative to the zero predictor.
-        problem: that the runs solve.
-        plan: of the sweep.
-        target: relative loss that is asked for, or None.
-        weight: name of the weight's file.
+    Floors, which are relative to the zero predictor, are left out if a finished run has no population loss, because the
+    criterion is not the mean squared error.
     """
     identity = {
         "criterion": problem.edits.criterion,
-        "weight": weight,
+        "weight": Path(config.weight_path).name,
         "weight_key": problem.weight.key,
         "weight_sha256": problem.weight.sha256(),
         "chain": problem.chain.describe(),
@@ -52,19 +43,14 @@ def summarise(
     held_out = problem.layer_inputs.held_out_predict_zero_loss
     count = problem.layer_inputs.description.get("held_out_count", 0)
     isotropic = None if plan.isotropic_curve is None else plan.isotropic_curve.tolist()
-    reference = Reference(problem.predict_zero_loss, held_out, count, isotropic, target, identity)
+    reference = Reference(problem.predict_zero_loss, held_out, count, isotropic, config.target_relative_loss, identity)
     runs = [
         run_row(result.run.rank, result.curves, result.ending, result.run.seed, result.train_seconds, result.latency)
         for result in results
     ]
     measured = all(row["population_loss"] is not None for row in runs if ended_well(row["status"]))
     rows = [
-        rank_row(
-            [row for row in runs if row["rank"] == rank],
-            problem.chain,
-            floor if measured else None,
-            reference,
-        )
+        rank_row([row for row in runs if row["rank"] == rank], problem.chain, floor if measured else None, reference)
         for rank, floor in floors.items()
     ]
     if not problem.edits.criterion_is_ours:  # whose losses have another unit
@@ -79,10 +65,8 @@ def write_outputs(
     """Write the tables of a sweep and, from the files alone as a later plot would, its figures and its report.
 
     Args:
-        config: how the figures look.
         files: to write; the table of the floors is there.
         record: content of the sweep's config file, with the answer.
-        results: of all runs.
         runs, rows: as `summarise` returns them.
     Returns:
         the paths of the summary, the figures and the report.

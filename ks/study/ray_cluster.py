@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -16,8 +17,7 @@ import ks
 from ks.cli.flags import TRACKERS
 from ks.errors import UsageError
 from ks.files.atomic import atomic_path
-from ks.study.local import LocalLauncher
-from ks.study.task import POLL_SECONDS, STOP_SECONDS, Exit, Task
+from ks.study.processes import POLL_SECONDS, STOP_SECONDS, Exit, Launcher, LocalLauncher, Task
 
 PACKAGE = Path(ks.__file__).resolve().parent
 
@@ -25,7 +25,8 @@ POST_SECONDS = 1.0
 NODE_LOSSES = 3  # after which a task is not started again
 
 
-class RayLauncher:
+@dataclass
+class RayLauncher(Launcher):
     """Runs tasks on the nodes of a running Ray cluster; their files appear beside their logs here as they are written.
 
     The tasks of a lost node are started again elsewhere, from the files that were here when they were submitted.
@@ -39,19 +40,12 @@ class RayLauncher:
         timeout: seconds after which a task is stopped, or None.
     """
 
-    def __init__(
-        self,
-        address: str,
-        script: Path,
-        inputs: dict[str, tuple[str, bytes]],
-        *,
-        use_gpus: bool = True,
-        jobs: int | None = None,
-        timeout: float | None = None,
-    ):
-        self.address, self.script, self.inputs = address, script, inputs
-        self.use_gpus, self.jobs, self.timeout = use_gpus, jobs, timeout
-        self._stop: Callable[[], None] = lambda: None
+    address: str
+    script: Path
+    inputs: dict[str, tuple[str, bytes]]
+    use_gpus: bool = True
+    jobs: int | None = None
+    timeout: float | None = None
 
     def __enter__(self) -> Self:
         """Connect to the cluster; its nodes get this package and the training script.
@@ -80,6 +74,7 @@ class RayLauncher:
         finally:
             signal.signal(signal.SIGTERM, on_terminate)  # Ray installs its own handler
         self._ray = ray
+        self._stop: Callable[[], None] = lambda: None
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
@@ -89,14 +84,15 @@ class RayLauncher:
             self._ray.shutdown()
 
     def run(self, tasks: Iterable[Task], poll: Callable[[list[Task]], None]) -> Iterator[tuple[Task, Exit]]:
-        """Run tasks; see `ks.study.task.Launcher.run`."""
         from ray.util.queue import Queue
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         ray = self._ray
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         mailbox = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-        remote = ray.remote(_run_on_node).options(max_retries=NODE_LOSSES, retry_exceptions=False, **self._resources())
+        on_gpus = self.use_gpus and ray.cluster_resources().get("GPU", 0) > 0
+        resources = {"num_cpus": 1, "num_gpus": 1 if on_gpus else 0}
+        remote = ray.remote(_run_on_node).options(max_retries=NODE_LOSSES, retry_exceptions=False, **resources)
         inputs = ray.put(self.inputs)
         waiting: deque[Task] = deque(tasks)
         submitted: dict = {}
@@ -139,11 +135,6 @@ class RayLauncher:
             for reference in ended:
                 task = submitted.pop(reference)
                 yield task, exit_of(task, reference)
-
-    def _resources(self) -> dict[str, float]:
-        """Return the resources of each task."""
-        on_gpus = self.use_gpus and self._ray.cluster_resources().get("GPU", 0) > 0
-        return {"num_cpus": 1, "num_gpus": 1 if on_gpus else 0}
 
 
 def _cancel(submitted: dict, collect: Callable[[], None], ray) -> None:

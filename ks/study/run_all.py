@@ -1,26 +1,29 @@
-"""All runs of a study: those that ended well before are kept, the others run, also when some fail."""
+"""All runs of a study: those that ended well before are kept, the others run, with their progress on stderr."""
 
+import sys
+import time
 from collections.abc import Callable, Mapping
 
+from tqdm import tqdm
+
 from ks import signals
-from ks.cli import console
+from ks.cli.console import note
 from ks.cli.flags import SweepConfig
+from ks.errors import UsageError, one_line
+from ks.files.curves import CurvesTail
+from ks.files.schema import TrainingLog, read_json_as
 from ks.files.status import ended_well
-from ks.study.progress import Progress
+from ks.study.processes import Exit, Launcher, Task
 from ks.study.runs import Result, Run
-from ks.study.task import Exit, Launcher, Task
+
+CLOCK_SECONDS = 1.0  # a file system's time may lag behind the clock's
+BAR = "{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} epochs, {remaining} left{postfix}"
 
 ReadResult = Callable[[Run, Exit | None], Result]
 
 
 def finished_before(config: SweepConfig, runs: list[Run], read_result: ReadResult) -> dict[Run, Result]:
-    """Return the results of the runs that ended well before, and delete the logs of those that start anew.
-
-    Args:
-        config: of the sweep.
-        runs: of the study.
-        read_result: returns the result of a run.
-    """
+    """Return the results of the runs that ended well before, and delete the logs of those that start anew."""
     results: dict[Run, Result] = {}
     for run in runs:
         if signals.came():
@@ -28,7 +31,7 @@ def finished_before(config: SweepConfig, runs: list[Run], read_result: ReadResul
         result = read_result(run, None)
         if ended_well(result.ending):
             results[run] = result
-            console.note(f"{run.task.name}: finished before", config.quiet)
+            note(f"{run.task.name}: finished before", config.quiet)
         elif not run.files.resume.exists():
             run.files.log.unlink(missing_ok=True)
     return results
@@ -39,17 +42,12 @@ def run_all(
     runs: list[Run],
     launcher: Launcher,
     read_result: ReadResult,
-    before_last: Callable[[], None] = lambda: None,
     floors: Mapping[int, float] | None = None,
 ) -> dict[Run, Result]:
-    """Run those that are left, also when others fail.
+    """Run those that are left in their order, also when others fail.
 
     Args:
-        config: of the sweep.
-        runs: in their order.
-        launcher: of the sweep.
         read_result: returns the result of a run whose process has ended.
-        before_last: called while the last one runs.
         floors: the best known loss of each rank, in the unit of the curves.
     Returns:
         the results of the runs that have ended; after an interrupt, some are missing.
@@ -62,7 +60,7 @@ def run_all(
         signals.check()
         progress.poll(running)
         if len(running) == 1:
-            before_last()
+            import ks.study.outputs  # noqa: F401 - pandas and matplotlib load during the last run
 
     try:
         for task, exit in launcher.run(list(run_of), poll):
@@ -73,3 +71,99 @@ def run_all(
     finally:
         progress.close()
     return results
+
+
+class Progress:
+    """One bar over the epochs of all runs on a terminal, a line for each run elsewhere, nothing if quiet.
+
+    Each run has `num_epochs`; `floors` are the best known losses of the ranks, in the unit of the curves.
+    """
+
+    def __init__(self, runs: list[Run], num_epochs: int, quiet: bool, floors: Mapping[int, float] | None = None):
+        self.num_runs, self.num_epochs, self.quiet, self.floors = len(runs), num_epochs, quiet, floors or {}
+        self.run_of = {run.task: run for run in runs}
+        self.tails = {run.task: CurvesTail(run.files.curves_csv) for run in runs}
+        self.ended = 0
+        self.started: set[Task] = set()
+        self.resuming: dict[Task, float] = {}
+        self.bar = None
+        if sys.stderr.isatty() and not quiet:
+            total = len(runs) * num_epochs
+            self.bar = tqdm(total=total, bar_format=BAR, dynamic_ncols=True, smoothing=0.05)
+
+    def say(self, message: str) -> None:
+        """Print a line, above the bar if there is one."""
+        if self.bar is None:
+            note(message, self.quiet)
+        else:
+            self.bar.write(message, file=sys.stderr)
+            self.bar.refresh()
+
+    def poll(self, running: list[Task]) -> None:
+        """Show how far the running tasks are; called several times a second."""
+        for task in running:
+            self.tails[task].update()
+            if task not in self.started:
+                self._start(task)
+            self._print_resumed(task)
+        if self.bar is not None:
+            self.bar.set_postfix_str("; ".join(map(self._state, running)), refresh=False)
+            epochs = self.ended * self.num_epochs + sum(self.tails[task].epochs for task in running)
+            self.bar.update(epochs - self.bar.n)
+
+    def _start(self, task: Task) -> None:
+        self.started.add(task)
+        if self.run_of[task].files.resume.exists():
+            self.resuming[task] = time.time()
+        if self.bar is None:
+            self.say(f"{task.name}: training ({len(self.started)} of {self.num_runs})")
+        else:  # epochs of an earlier sweep say nothing about the time that is left
+            for count in ("initial", "n", "last_print_n"):
+                setattr(self.bar, count, getattr(self.bar, count) + self.tails[task].epochs)
+
+    def _print_resumed(self, task: Task) -> None:
+        """Print where a task resumes, as soon as its log has it."""
+        path = self.run_of[task].files.training_log
+        try:
+            if task not in self.resuming or path.stat().st_mtime < self.resuming[task] - CLOCK_SECONDS:
+                return
+            after = read_json_as(path, TrainingLog).resumed_after
+        except (OSError, UsageError):  # the run replaces it right now
+            return
+        if after is not None:
+            del self.resuming[task]
+            self.say(f"{task.name}: resumes after epoch {after}")
+
+    def _state(self, task: Task) -> str:
+        """Return the epochs of a task, its loss, and its gap to the best known chain if that is known."""
+        tail, floor = self.tails[task], self.floors.get(self.run_of[task].rank, 0.0)
+        text = f"{task.name}: {tail.epochs}/{self.num_epochs}"
+        if tail.val_loss is not None:
+            text += f", loss {tail.val_loss:.4g}"
+        if tail.population_loss is not None and floor > 0:
+            text += f", gap {tail.population_loss / floor - 1:.2%}"
+        return text
+
+    def end(self, result: Result, exit: Exit) -> None:
+        """Show how one run ended; after a failure, with the end of its log."""
+        task, curves = result.run.task, result.curves
+        self._print_resumed(task)
+        loss = f", validation loss {curves[-1]['val_loss']:.6g}" if curves else ""
+        message = f"{task.name}: {result.ending}{loss}, {exit.seconds:.1f} s"
+        if not ended_well(result.ending):
+            message = "\n  ".join([f"{message}; end of {task.log}:", *_tail(task)])
+        self.ended += 1
+        self.say(message)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _tail(task: Task) -> list[str]:
+    """Return the last lines of a task's log."""
+    try:
+        return [one_line(line) for line in task.log.read_text(errors="replace").splitlines()[-15:]]
+    except OSError as error:
+        return [f"({error.strerror})"]

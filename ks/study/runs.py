@@ -19,7 +19,7 @@ from ks.files.layout import RunFiles, run_files
 from ks.files.schema import Latency, RunConfig, StudyRecord, read_json_as
 from ks.files.status import OK, Ending, Status, ended_well
 from ks.report.verdict import converged_loss
-from ks.study.task import Exit, Task
+from ks.study.processes import Exit, Task
 from ks.training.run_state import RunState, read_state, settings_in
 
 DEFAULT_RANKS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -50,12 +50,8 @@ class Result:
 def ranks_of(config: SweepConfig, plan: RankFloors, study: StudyRecord | None) -> tuple[set[int], list[int]]:
     """Return the ranks to train, none above --max_rank, and all ranks of the study, ascending.
 
-    A rerun without --ranks trains those of the study; so does one with more epochs, beside its own.
-
-    Args:
-        config: of the sweep.
-        plan: of the sweep.
-        study: that the results folder holds, or None.
+    A rerun without --ranks trains those of the study that the folder holds; so does one with more epochs, beside
+    its own.
     """
     before = set(study.ranks) if study else set()
     target = config.target_relative_loss
@@ -113,10 +109,7 @@ def runs_of(
     """Return the runs of a sweep, by rank and seed.
 
     Args:
-        config: of the sweep.
-        ranks: of the study.
-        output_dir: absolute path of the results folder.
-        trainer: absolute path of the training script.
+        output_dir, trainer: absolute paths of the results folder and of the training script.
         stop_below: relative population loss that ends a rank early, for the ranks that have one.
     """
     seeds = seeds_of(config)
@@ -144,8 +137,6 @@ def result_of(run: Run, num_epochs: int, exit: Exit | None = None, study: dict |
     """Read how a run ended; this alone decides whether a run of a study is done.
 
     Args:
-        run: of a sweep.
-        num_epochs: that it was to train.
         exit: of its process; None if it has not run in this sweep: then it had ended before, or it is interrupted.
         study: settings of the study; a run on another weight or other inputs has failed. None compares nothing.
     """
@@ -188,8 +179,10 @@ def _replaced(files: RunFiles, study: dict) -> str:
 def as_rank(result: Result, run: Run) -> Result:
     """Return the result of a run above saturation, whose chain is that of a rank that was trained.
 
-    Its folder gets the files of the trained run, under its own names.
+    Its folder gets the files of the trained run, under its own names; the result of a trained rank stays as it is.
     """
+    if result.run.rank == run.rank:
+        return result
     source, target, rank = result.run.files, run.files, {"rank": run.rank}
     curves = [row | rank for row in result.curves]
     if curves:

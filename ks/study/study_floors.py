@@ -1,5 +1,6 @@
 """The floors of a study of one weight: kept in its folder, certified within a time, and as facts for the answer."""
 
+import time
 from pathlib import Path
 
 from ks import signals
@@ -9,7 +10,6 @@ from ks.chain.patterns import Chain
 from ks.cli import console
 from ks.cli.flags import SweepConfig
 from ks.report.answer import Facts, named_row
-from ks.study.progress import SlowWork
 from ks.training.problem import Problem
 
 DEFAULT_SECONDS = 30.0  # of --tight_bounds, for the lower bounds of the ranks that the answer names
@@ -93,3 +93,18 @@ def find_facts(rows: list[dict], floors: RankFloors, target: float | None, secon
         larger_than_dense = floors.chain.parameters(rank) > floors.chain.rows * floors.chain.cols
         remedy = (rank, floors.upper(rank), larger_than_dense)
     return Facts(lowrank, found, remedy, uncertified, seconds)
+
+
+class SlowWork:
+    """Print the step that a long computation is at to stderr, at most every two seconds; nothing if quiet."""
+
+    SECONDS = 2.0
+
+    def __init__(self, quiet: bool):
+        self.quiet, self.last = quiet, time.monotonic()
+
+    def __call__(self, step: str) -> None:
+        """Show a step of the computation, in a few words."""
+        if time.monotonic() - self.last >= self.SECONDS:
+            self.last = time.monotonic()
+            console.note(step, self.quiet)

@@ -1,5 +1,6 @@
 """A study of one weight: the floors of a chain family, one run for each rank, summary and figures."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -8,6 +9,9 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Self
+
+import torch
 
 from ks.bounds.rank_floors import floor_rows, plan_rows
 from ks.cli import console
@@ -16,32 +20,59 @@ from ks.cli.parser import to_arguments
 from ks.errors import UsageError
 from ks.files import columns
 from ks.files.atomic import delete_leftovers, write_csv
+from ks.files.layout import SweepFiles
 from ks.files.status import Status
 from ks.files.weights import packed
 from ks.moments.read import packed_inputs
 from ks.report.answer import answer, target_note
 from ks.report.tables import plan_table
 from ks.report.verdict import check_above_floor
-from ks.study.folder import claim_folder, held, refuse_another_study
-from ks.study.identity import is_same_study, record_of, remedies_of, study_in
+from ks.study.folder import claim_folder, held, record_of, refuse_another_study, remedies_of, study_in
 from ks.study.launcher import launcher_of
+from ks.study.processes import Exit
 from ks.study.run_all import finished_before, run_all
 from ks.study.runs import Result, Run, as_rank, ranks_of, result_of, runs_of, seeds_of, stop_losses, trained_ranks
-from ks.study.steps import Study
 from ks.study.study_floors import certify, find_facts, keep_floors, plan_floors, ranks_of_answer
-from ks.study.task import Exit, Launcher
 from ks.training.edits import TOOLKIT, Edits, edits_of
 from ks.training.problem import chain_notes, resolve
+from ks.training.run_state import changes, settings_in
 from ks.training.samples import samples_in_files
+
+
+class Study:
+    """What studies share; each kind has the steps load, plan, claim, run and conclude, in this order.
+
+    load reads and checks what the flags name. plan computes floors and chooses what to train. claim takes the results
+    folder. run trains whatever has not ended well before. conclude writes summary and figures.
+    Leaving the study as a context stops whatever still runs, then lets other sweeps into the folder.
+
+    The trainer is the absolute path of the training script.
+    """
+
+    def __init__(self, config: SweepConfig, trainer: Path):
+        self.config, self.trainer = config, trainer
+        self.files = SweepFiles(Path(config.output_dir).absolute(), config.save_prefix, config.metric)
+        self.results: dict[Run, Result] = {}
+        self.places = contextlib.ExitStack()  # the launcher, until all has run
+        self.locks = contextlib.ExitStack()  # of the folders, until all is written
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        with self.locks:
+            self.places.close()
+
+    def check_folder(self) -> None:
+        """Raise UsageError if the results folder is in use or holds another study, before floors are computed."""
+
+    def _open(self, device: torch.device, runs: int, files: dict[str, tuple[str, bytes]]) -> None:
+        """Open the launcher that the flags choose; see `launcher_of`."""
+        self.launcher = self.places.enter_context(launcher_of(self.config, device, runs, self.trainer, files))
 
 
 class WeightStudy(Study):
     """The ranks of one chain family on one weight."""
-
-    def __init__(self, config: SweepConfig, trainer: Path):
-        super().__init__(config, trainer)
-        self.rows_of_runs: list[dict] = []
-        self.rows: list[dict] = []
 
     def load(self) -> None:
         """Read the weight, its inputs and the record of the study that the folder holds; write nothing.
@@ -52,14 +83,17 @@ class WeightStudy(Study):
         config = self.config
         self.problem = problem = resolve(config, edits_of(self.trainer))
         _check_edits(config, self.trainer, problem.edits)
-        if not problem.edits.criterion_is_ours and (flag := _flag_that_needs_floors(config)):
+        target = config.target_relative_loss
+        if not problem.edits.criterion_is_ours and (target is not None or config.stop_at != "never"):
+            flag = "--stop_at" if target is None else "--target_relative_loss"
             raise UsageError(
                 f"{flag} needs the criterion mean_squared_error, and that of {self.trainer.name} is "
                 f"{problem.edits.criterion}; leave it out"
             )
         self.record = record_of(config, problem, [])
         study = study_in(config)
-        self.before = study if study is not None and is_same_study(study, self.record) else None
+        same = study is not None and not changes(settings_in(study.settings, study.loss), self.record["settings"])
+        self.before = study if same else None
 
     def plan(self) -> None:
         """Compute the floors that are not known yet, and choose the ranks and when a run may stop; write nothing.
@@ -100,7 +134,12 @@ class WeightStudy(Study):
                 if not self.config.overwrite:
                     refuse_another_study(self.files, self.record["settings"], remedies_of(self.config))
 
-    def make_launcher(self) -> Launcher:
+    def open_launcher(self) -> None:
+        """Open the launcher with the files that runs elsewhere read, before anything of the folder is claimed.
+
+        Raises:
+            UsageError: places that do not exist, or a cluster that cannot be joined.
+        """
         config, files = self.config, {}
         if config.launcher == "ray":
             weight_path = Path(config.weight_path).absolute()
@@ -109,8 +148,7 @@ class WeightStudy(Study):
                 inputs = Path(config.inputs).absolute()
                 content = packed_inputs(inputs, config.inputs_key or self.problem.weight.key)
                 files[str(inputs)] = (f"inputs_{inputs.name}", content)
-        runs = len(self.chosen) * len(seeds_of(config))
-        return launcher_of(config, self.problem.device, runs, self.trainer, files)
+        self._open(self.problem.device, len(self.chosen) * len(seeds_of(config)), files)
 
     def claim(self) -> None:
         """Claim the results folder, and write the floors of every rank into it."""
@@ -124,61 +162,52 @@ class WeightStudy(Study):
 
     def run(self) -> None:
         """Train the chosen ranks that have not ended well before, the largest first."""
-        for text in (*self.problem.notes, *self.remarks(), *self._remarks_on_ranks()):
+        same = [
+            f"rank {rank} has the same chain as rank {trained}: rank {trained} is trained for both"
+            for rank, trained in self.trained.items()
+            if rank != trained and rank in self.chosen
+        ]
+        for text in (*self.problem.notes, *self.remarks(), *same):
             console.note(text, self.config.quiet)
-        chosen = self.chosen_runs()
-        results = self.results
+        chosen, results = self.chosen_runs(), self.results
         results |= finished_before(self.config, chosen, self.read_result)
-        waiting = [run for run in chosen if run not in results]
-        waiting.sort(key=lambda run: (-run.rank, run.seed))
-        with self.places, samples_in_files(self.config, self.problem, self._samples_of(waiting)):
-            results |= run_all(self.config, waiting, self.launcher, self.read_result, _load_report, self._best_known())
+        waiting = sorted((run for run in chosen if run not in results), key=lambda run: (-run.rank, run.seed))
+        seeds = Counter(run.seed for run in waiting) if self.config.launcher == "local" else {}
+        shared = {seed: self.files.samples(seed) for seed, count in seeds.items() if count > 1}
+        unit = self.problem.predict_zero_loss
+        best_known = {rank: floor.upper * unit for rank, floor in self.floors.items() if floor is not None}
+        with self.places, samples_in_files(self.config, self.problem, shared):
+            results |= run_all(self.config, waiting, self.launcher, self.read_result, best_known)
 
     def chosen_runs(self) -> list[Run]:
         """Return the runs that are to be trained, or were before, for the chosen ranks."""
         ranks = {self.trained[rank] for rank in self.chosen}
         return [run for run in self.runs if run.rank in ranks]
 
-    def _remarks_on_ranks(self) -> list[str]:
-        return [
-            f"rank {rank} has the same chain as rank {trained}: rank {trained} is trained for both"
-            for rank, trained in self.trained.items()
-            if rank != trained and rank in self.chosen
-        ]
-
-    def _best_known(self) -> dict[int, float]:
-        """Return the best known loss of each rank with a floor, in the unit of the curves."""
-        unit = self.problem.predict_zero_loss
-        return {rank: floor.upper * unit for rank, floor in self.floors.items() if floor is not None}
-
     def read_result(self, run: Run, exit: Exit | None = None) -> Result:
         """Return the result of a run; one that was trained on another weight or other inputs has failed."""
         return result_of(run, self.config.num_epochs, exit, self.record["settings"])
 
     def _all_results(self) -> list[Result]:
-        """Return the results of all runs of the study; those above saturation have that of the trained rank."""
-        results: dict[tuple[int, int], Result] = {}
-        for run in sorted(self.runs, key=lambda run: self.trained[run.rank] != run.rank):  # trained ones first
-            trained = self.trained[run.rank]
-            if trained == run.rank:
-                results[run.rank, run.seed] = self.results.get(run) or self.read_result(run)
-            else:
-                results[run.rank, run.seed] = as_rank(results[trained, run.seed], run)
-        return [results[run.rank, run.seed] for run in self.runs]
+        """Return the results of all runs of the study; ranks above saturation have that of the trained rank."""
+        ranks = set(self.trained.values())
+        runs = [run for run in self.runs if run.rank in ranks]
+        ended = {(run.rank, run.seed): self.results.get(run) or self.read_result(run) for run in runs}
+        return [as_rank(ended[self.trained[run.rank], run.seed], run) for run in self.runs]
 
     def conclude(self) -> list[str]:
         """Certify the bounds that the answer needs, write summary and figures; return the lines to print."""
         from ks.files.table import filled
         from ks.report.sentences import advice
         from ks.report.tables import summary_table
-        from ks.study.outputs import write_outputs
+        from ks.study.outputs import summarise, write_outputs
 
         target, seconds = self.config.target_relative_loss, self.config.tight_bounds
         results = self._all_results()
-        self._summarise(results)
-        certify(self.planned, ranks_of_answer(self.rows, self.planned, target), self.ranks, seconds)
+        _, rows = summarise(self.config, self.problem, self.planned, self.floors, results)
+        certify(self.planned, ranks_of_answer(rows, self.planned, target), self.ranks, seconds)
         self.floors = self.planned.floors(self.ranks)
-        self._summarise(results)
+        self.rows_of_runs, self.rows = summarise(self.config, self.problem, self.planned, self.floors, results)
         facts = find_facts(self.rows, self.planned, target, seconds)
         keep_floors(self.planned, self.problem, self.files.bounds)
         self.record["facts"] = dataclasses.asdict(facts)
@@ -193,18 +222,6 @@ class WeightStudy(Study):
             *map(str, written),
         ]
 
-    def _summarise(self, results: list[Result]) -> None:
-        from ks.study.outputs import summarise
-
-        self.rows_of_runs, self.rows = summarise(
-            results,
-            self.floors,
-            self.problem,
-            self.planned,
-            target=self.config.target_relative_loss,
-            weight=Path(self.config.weight_path).name,
-        )
-
     def statuses(self) -> set[Status]:
         """Return how the chosen runs ended, once the study is concluded."""
         return {row["status"].status for row in self.rows_of_runs if row["rank"] in self.chosen}
@@ -213,11 +230,6 @@ class WeightStudy(Study):
         """Raise InternalError if a finished run is below its floor."""
         for row in self.rows_of_runs:
             check_above_floor(row["population_loss"], self.floors[row["rank"]], self.problem.predict_zero_loss)
-
-    def _samples_of(self, runs: list[Run]) -> dict[int, Path]:
-        """Return the file of samples of each seed that several runs on this machine have in common."""
-        seeds = Counter(run.seed for run in runs) if self.config.launcher == "local" else {}
-        return {seed: self.files.samples(seed) for seed, count in seeds.items() if count > 1}
 
 
 @functools.cache  # a layer of a checkpoint is prepared twice
@@ -244,13 +256,3 @@ def _check_edits(config: SweepConfig, trainer: Path, edits: Edits) -> None:
         console.note(f"WARNING: {warning}")
     if unknown := [name for name in config.metric if name not in names]:
         raise UsageError(f"--metric {' '.join(unknown)}: {trainer.name} has the metrics {', '.join(names) or 'none'}")
-
-
-def _flag_that_needs_floors(config: SweepConfig) -> str | None:
-    if config.target_relative_loss is not None:
-        return "--target_relative_loss"
-    return None if config.stop_at == "never" else "--stop_at"
-
-
-def _load_report() -> None:
-    import ks.study.outputs  # noqa: F401 - pandas and matplotlib load during the last run

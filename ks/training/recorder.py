@@ -18,8 +18,7 @@ from ks.errors import one_line
 from ks.files.atomic import delete_leftovers, prepare_output_dir, read_json_object, write_json
 from ks.files.curves import write_curves
 from ks.files.layout import RunFiles
-from ks.files.lock import locked
-from ks.files.ownership import check_free, delete, recorded
+from ks.files.ownership import check_free, delete, locked, recorded
 from ks.files.provenance import now, peak_memory, provenance
 from ks.files.status import OK, Status
 from ks.training.best_model import BestModel

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 
 import pytest
 
@@ -30,13 +31,13 @@ def test_a_failed_write_leaves_the_old_file_and_no_temporary_one(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_unwritable_folders_are_named(tmp_path):
+def test_an_unwritable_folder_is_refused_with_its_path(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="file/below cannot be written"):
         prepare_output_dir(tmp_path / "file" / "below")
 
 
-def test_what_is_not_finite_is_replaced_at_any_depth():
+def test_nan_and_infinity_become_none_at_any_depth():
     value = {"a": [1.5, math.nan, (math.inf,)], "b": {"c": -math.inf}, "d": "nan", "e": 3}
     assert finite(value) == {"a": [1.5, None, [None]], "b": {"c": None}, "d": "nan", "e": 3}
 
@@ -46,9 +47,16 @@ def test_a_csv_file_has_the_columns_asked_for_and_empty_cells_for_what_is_unknow
     assert (tmp_path / "t.csv").read_text() == "a,b,c\n1,,\n,,x\n"
 
 
-@pytest.mark.parametrize(("text", "expected"), [('{"a": 1}', {"a": 1}), ("[1]", [1]), ('{"a": ', None), (None, None)])
-def test_broken_json_is_nothing(tmp_path, text, expected):
-    if text is not None:
-        (tmp_path / "a.json").write_text(text)
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(b'{"a": 1}', {"a": 1}), (b"[1]", [1]), (b'{"a": ', None), (b"[" * 100_000, None), (b"\xff\xfe", None)],
+)
+def test_broken_json_is_nothing(tmp_path, content, expected):
+    (tmp_path / "a.json").write_bytes(content)
     assert read_json(tmp_path / "a.json") == expected
     assert read_json_object(tmp_path / "a.json") == (expected if isinstance(expected, dict) else {})
+
+
+def test_a_fifo_and_an_absent_file_are_nothing_in_json(tmp_path, no_hang):
+    os.mkfifo(tmp_path / "a.json")
+    assert read_json(tmp_path / "a.json") is read_json(tmp_path / "absent.json") is None

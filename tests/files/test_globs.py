@@ -15,19 +15,13 @@ NAMES = [
     ("glob", "found"),
     [
         ("encoder.layer.*.output.dense", NAMES[:2]),
-        ("encoder.layer.0.output.dense", NAMES[:1]),
         ("encoder.layer.1*.output.dense", NAMES[1:2]),
-        ("encoder.**.output.dense", NAMES[:3]),
         ("**.output.dense", NAMES[:3]),
-        ("encoder.**", NAMES[:3]),
         ("**.attention.**", NAMES[2:3]),
         ("**", NAMES),
-        ("**.head", NAMES[3:]),
         ("head.**", NAMES[3:]),
         ("*", NAMES[3:]),
-        ("*.*", []),
         ("encoder.layer", []),
-        ("output.dense", []),
         ("Head", []),
         ("", []),
         (["head", "encoder.layer.0.*.dense"], [NAMES[0], NAMES[3]]),
@@ -37,12 +31,11 @@ def test_a_star_is_one_component_and_two_are_any_number(glob, found):
     assert matching(NAMES, glob) == found
 
 
-def test_dots_of_a_glob_are_no_wildcards():
+def test_a_dot_of_a_glob_is_no_wildcard():
     assert not matches("aXb", "a.b")
-    assert not matches("a.b", "a*b")
 
 
-def test_the_nearest_names_are_named_in_one_line():
+def test_the_nearest_names_are_listed_in_one_line():
     assert nearest("encoder.layer.0.output", NAMES).startswith(f"nearest of 4: {NAMES[0]}, ")
     assert nearest("a", []) == "it holds none"
     assert "\n" not in nearest("a", ["a\nb"])
@@ -74,15 +67,10 @@ def test_keys_of_a_checkpoint_may_differ_by_a_prefix(key, found):
         ("xencoder.layer.0.output.dense.weight", "no inputs for key"),
         ("layer.0.output.dense.weight", r"fits encoder\.layer.*, decoder\.layer.*; give one of them in full"),
         ("encoder.layer.0.output.dense.bias", r"nearest of 3: encoder\.layer\.0\.output\.dense\.weight"),
-        ("weight", "no inputs for key"),
+        ("weight", "no inputs for key"),  # the name of a lone layer is no prefix of all
         ("dense.weight\nx", r"'dense\.weight x'"),
     ],
 )
 def test_a_key_that_fits_none_or_several_is_refused(key, message):
     with pytest.raises(UsageError, match=message):
         find_weight(ALIASES, key, "m")
-
-
-def test_the_name_of_a_lone_layer_is_no_prefix_of_all():
-    with pytest.raises(UsageError, match="no inputs"):
-        find_weight({"weight": ""}, "encoder.dense.weight", "m")

@@ -1,6 +1,5 @@
 from ks.files.curves import write_curves
-from ks.files.layout import RunFiles, SweepFiles, find_runs, run_files
-from ks.files.ownership import delete
+from ks.files.layout import find_runs, run_files
 
 ROWS = [{"epoch": 1, "train_loss": 0.3, "val_loss": 0.4, "rank": 4}]
 
@@ -25,29 +24,3 @@ def test_the_first_seed_is_in_the_rank_folder_itself_and_further_ones_below(tmp_
     assert second.final == tmp_path / "rank_4" / "seed_9" / "rank_4_final.pth"
     second.directory.mkdir(parents=True)
     assert find_runs(tmp_path, first_seed=7) == [(4, 7, first), (4, 9, second)]
-
-
-def test_remove_takes_only_its_own_prefix(tmp_path):
-    mine, other = RunFiles(tmp_path, "a", 4), RunFiles(tmp_path, "ab", 4)
-    for files in (mine, other):
-        write_curves(files, ROWS)
-        files.epoch_checkpoint(3).touch()
-    delete([*mine.all(), *mine.epoch_checkpoints()])
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "ab_epoch_3.pth",
-        "ab_rank_4_loss_curves.csv",
-        "ab_rank_4_loss_curves.json",
-    ]
-
-
-def test_outputs_of_a_sweep_are_removed_with_every_figure_and_nothing_else(tmp_path):
-    files = SweepFiles(tmp_path, "p")
-    outputs = [files.summary_csv, files.summary_json, files.runs_csv, files.all_curves_csv]
-    outputs += [
-        files.figure(name, suffix) for name in ("loss_curves", "final_losses", "floor") for suffix in ("png", "svg")
-    ]
-    kept = [files.config, files.floor_csv, SweepFiles(tmp_path, "q").summary_csv]
-    for path in (*outputs, *kept):
-        path.touch()
-    delete(files.outputs())
-    assert sorted(tmp_path.iterdir()) == sorted(kept)

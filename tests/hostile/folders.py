@@ -2,7 +2,10 @@
 
 import os
 import stat
+import zipfile
 from pathlib import Path
+
+import torch
 
 import rank_sweep_study
 import train_with_random
@@ -61,8 +64,24 @@ def plan(weight, *arguments) -> list:
     return [rank_sweep_study.main, "--weight_path", weight, "--dry_run", *arguments]
 
 
+def bomb(path: Path, size: int) -> None:
+    """Write a torch file whose storage unpacks to zeros of another size, deflated to a thousandth."""
+    torch.save({"w": torch.zeros(16, 24)}, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name, content in entries.items():
+            if not name.endswith("data/0"):
+                archive.writestr(name, content)
+                continue
+            with archive.open(name, "w", force_zip64=True) as file:
+                zeros = bytes(2**20)
+                for _ in range(size // 2**20):
+                    file.write(zeros)
+
+
 def limit_memory(monkeypatch, limit=GIB) -> None:
-    """Say that only so many bytes are available, so that a refusal must come from arithmetic alone."""
+    """Report that only so many bytes are available, so that a refusal must come from arithmetic alone."""
     import ks.files.memory
 
     monkeypatch.setattr(ks.files.memory, "available_bytes", lambda: limit)

@@ -34,13 +34,13 @@ PREFIX = ("--output_dir", "out", "--save_prefix", "model")
 
 
 @pytest.mark.parametrize("name", ["best.pth", "config.json", "rank_4_loss_curves.csv"])
-def test_a_file_of_the_users_with_a_name_of_ours_stops_a_training(out, weight_path, capsys, name):
+def test_a_file_of_the_users_with_a_name_of_ours_stops_a_run(out, weight_path, capsys, name):
     (out / f"model_{name}").write_text("mine")
     line = refused(train_with_random.main, ["--weight_path", weight_path, *TRAIN, *PREFIX], capsys, out)
     assert f"model_{name} is in the way" in line
 
 
-def test_an_epoch_checkpoint_of_the_users_stops_a_training_that_would_write_some(out, weight_path, capsys):
+def test_an_epoch_checkpoint_of_the_users_stops_a_run_that_would_write_some(out, weight_path, capsys):
     (out / "model_epoch_1.pth").write_text("mine")
     arguments = ["--weight_path", weight_path, *TRAIN, *PREFIX, "--save_interval"]
     line = refused(train_with_random.main, [*arguments, 1], capsys, out)
@@ -149,7 +149,7 @@ def test_figures_of_another_study_are_not_replaced(study, tmp_path, weight_path,
     assert plot_rank_results.main(["--results_dir", "out", "--formats", "svg"]) == 0
 
 
-def test_a_damaged_record_of_a_run_does_not_keep_the_study_from_working(study, weight_path, capsys):
+def test_a_study_repairs_the_damaged_record_of_a_run(study, weight_path, capsys):
     (study / "rank_2" / "rank_2_config.json").write_text("{")
     assert sweep(weight_path) == 0
     assert json.loads((study / "rank_2" / "rank_2_config.json").read_text())["files"]

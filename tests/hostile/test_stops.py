@@ -26,7 +26,7 @@ COMMANDS = {
 }
 pytestmark = pytest.mark.usefixtures("cold")  # signals come while it imports; processes are found by their command
 INT, TERM, HUP, QUIT = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
-MOMENTS = (0.0, 0.4, 1.5, 3.0, 6.0)  # seconds after the first import: imports, floors, first launch, training
+MOMENTS = (0.0, 0.4, 1.5, 3.0, 6.0)  # seconds after the first import: imports, floors, first launch, first epochs
 STORMS = [
     ("train_with_random.py", 0.5, (INT,)),
     ("train_with_random.py", 3.0, (HUP, QUIT, TERM)),
@@ -83,7 +83,7 @@ def wait_for_checkpoints(folder, count):
 
 
 @pytest.mark.parametrize("sent", [TERM, signal.SIGKILL])
-def test_stopped_trainings_end_with_their_sweep(weight_path, tmp_path, sent):
+def test_stopped_runs_end_with_their_sweep(weight_path, tmp_path, sent):
     process = start("rank_sweep_study.py", tmp_path)
     trainers = wait_for_checkpoints(tmp_path, 2)
     assert len(trainers) == 2
@@ -105,7 +105,7 @@ def test_a_killed_demo_leaves_no_process(tmp_path):
 
 
 @pytest.mark.parametrize("sent", [INT, TERM, HUP, QUIT])
-def test_a_training_leaves_its_checkpoint(weight_path, tmp_path, sent):
+def test_a_run_leaves_its_checkpoint(weight_path, tmp_path, sent):
     process = start("train_with_random.py", tmp_path)
     files = RunFiles(tmp_path / "out", "ks_chain", 2)
     wait_for(files.curves_csv.exists)

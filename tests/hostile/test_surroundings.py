@@ -62,16 +62,15 @@ def test_a_terminal_without_the_characters_gets_escapes(weight_path, tmp_path):
     assert r"/\xfc\xd7/" in done.stdout
 
 
-@pytest.mark.parametrize("script", COMMANDS)
-def test_an_empty_path_is_refused(weight_path, tmp_path, script):
-    done = shell(tmp_path, f"{COMMANDS[script]} --output_dir ''")
+def test_an_empty_path_is_refused(weight_path, tmp_path):
+    done = shell(tmp_path, f"{COMMANDS['sweep']} --output_dir ''")
     assert done.returncode == 2
     assert "a path must not be empty" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
 def running_sweep(folder, *arguments):
-    """A sweep of ranks 2 and 1, one after the other, whose first training has begun."""
+    """A sweep of ranks 2 and 1, one after the other, whose first run has begun."""
     command = [*COMMANDS["sweep"].split(), "--ranks", "1", "2", "--jobs", "1", *arguments]
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: list(folder.glob("out/rank_2/*_curves.csv")))

@@ -24,28 +24,13 @@ def with_nan(value):
 
 
 def nested():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)], layout=torch.strided)
-
-
-def sparse(name):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return getattr(weight(), f"to_sparse{name}")()
-
-
-def quantised():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.quantize_per_tensor(weight(), 0.1, 0, torch.qint8)
+    return torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)], layout=torch.strided)
 
 
 REFUSED = {
-    "sparse COO": (lambda: sparse(""), "is sparse"),
-    "sparse CSR": (lambda: sparse("_csr"), "is sparse"),
-    "sparse BSR": (lambda: weight().to_sparse_bsr((2, 2)), "is sparse"),
-    "quantised": (quantised, ""),
+    "sparse COO": (lambda: weight().to_sparse(), "is sparse"),
+    "sparse CSR": (lambda: weight().to_sparse_csr(), "is sparse"),
+    "quantised": (lambda: torch.quantize_per_tensor(weight(), 0.1, 0, torch.qint8), ""),
     "nested, strided": (nested, ""),
     "meta": (lambda: weight().to("meta"), "is a meta tensor without values"),
     "complex": (lambda: weight(torch.complex64), "has dtype complex64"),
@@ -59,18 +44,6 @@ REFUSED = {
     "three dimensions": (lambda: torch.ones(4, 4, 2), "has shape (4, 4, 2)"),
     "0 rows": (lambda: torch.ones(0, 24), "has shape (0, 24)"),
 }
-
-
-# Beside another weight, these are candidates too: a key is needed.
-FLOATING_MATRICES = (
-    "NaN",
-    "infinite",
-    "zero",
-    "meta",
-    "float8",
-    "0 rows",
-    *(case for case in REFUSED if "sparse" in case),
-)
 
 
 @pytest.fixture(autouse=True)
@@ -102,30 +75,24 @@ def test_a_tensor_that_is_no_dense_weight_is_refused(tmp_path, case):
     is_one_line_about(path, raised.value, message)
 
 
-@pytest.mark.parametrize("key", [None, "layer.w"], ids=["only one", "named"])
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_tensor_that_is_no_dense_weight_is_refused_inside_a_dict(tmp_path, case, key):
+def test_a_tensor_that_is_no_dense_weight_is_refused_by_its_key(tmp_path, case):
     path = tmp_path / "w.pth"
     torch.save({"layer": {"w": make(case)}, "step": 5}, path)
     with pytest.raises(UsageError) as raised:
-        load_weight(path, key)
+        load_weight(path, "layer.w")
     is_one_line_about(path, raised.value, "layer.w")
 
 
-@pytest.mark.parametrize("case", [case for case in REFUSED if case not in FLOATING_MATRICES])
-def test_other_tensors_beside_the_weight_do_no_harm(tmp_path, case):
-    path = tmp_path / "w.pth"
-    torch.save({"other": make(case), "w": weight()}, path)
-    try:
-        assert torch.equal(load_weight(path).tensor, weight())
-    except UsageError as error:  # torch reads no such tensor safely
-        is_one_line_about(path, error, "Python objects")
+@pytest.mark.parametrize("case", ["complex", "integers", "one dimension", "nested, strided"])
+def test_tensors_of_other_kinds_beside_the_weight_do_no_harm(tmp_path, case):
+    torch.save({"other": make(case), "w": weight()}, tmp_path / "w.pth")
+    assert torch.equal(load_weight(tmp_path / "w.pth").tensor, weight())
 
 
 @pytest.mark.parametrize("main", [train_with_random.main, rank_sweep_study.main], ids=["training", "sweep"])
-@pytest.mark.parametrize("case", ["sparse COO", "meta", "conjugate view", "nested, strided"])
-def test_a_script_says_so_in_one_line(tmp_path, capsys, main, case):
-    torch.save(make(case), tmp_path / "w.pth")
+def test_a_script_refuses_it_in_one_line(tmp_path, capsys, main):
+    torch.save(make("nested, strided"), tmp_path / "w.pth")
     arguments = ["--weight_path", tmp_path / "w.pth", "--output_dir", tmp_path / "out"]
     assert str(tmp_path / "w.pth") in refused(main, arguments, capsys, tmp_path)
 
@@ -157,17 +124,16 @@ def safetensors(path, dtype, shape, size):
     path.write_bytes(len(head).to_bytes(8, "little") + head + bytes(size))
 
 
-@pytest.mark.parametrize("key", [None, "w"], ids=["only one", "named"])
 @pytest.mark.parametrize(
-    ("dtype", "size"),
-    [("F4", 192), ("F8_E8M0", 384), ("F9", 384), (7, 384), ("C64", 3072)],
+    ("dtype", "size"), [("F4", 192), ("F8_E8M0", 384), ("F9", 384), (7, 384), ("C64", 3072)], ids=str
 )
-def test_a_dtype_of_safetensors_that_is_no_weight_is_refused(tmp_path, dtype, size, key):
+def test_a_dtype_of_safetensors_that_is_no_weight_is_refused(tmp_path, dtype, size):
     path = tmp_path / "w.safetensors"
     safetensors(path, dtype, [16, 24], size)
-    with pytest.raises(UsageError) as raised:
-        load_weight(path, key)
-    is_one_line_about(path, raised.value, "")
+    for key in (None, "w"):
+        with pytest.raises(UsageError) as raised:
+            load_weight(path, key)
+        is_one_line_about(path, raised.value, "")
 
 
 @pytest.mark.parametrize(
@@ -175,11 +141,9 @@ def test_a_dtype_of_safetensors_that_is_no_weight_is_refused(tmp_path, dtype, si
     [
         {"layer": {"w": weight()}, "layer.w": 2 * weight()},
         {"1": weight(), 1: 2 * weight()},
-        {"a": [weight()], "a.0": 2 * weight()},
         {"": {"w": weight()}, "w": 2 * weight()},
-        [{"a.b": weight(), "a": {"b": 2 * weight()}}],
     ],
-    ids=["dict and dot", "text and number", "list and dot", "empty name", "deeper"],
+    ids=["dict and dot", "text and number", "empty name"],
 )
 def test_two_tensors_of_one_name_are_refused_even_with_a_key(tmp_path, content):
     path = tmp_path / "w.pth"

@@ -10,7 +10,7 @@ from conftest import QUICK, read_table, save_moments
 
 import ks
 import rank_sweep_study
-from ks.files.lock import locked
+from ks.files.ownership import locked
 from ks.model.model_plan import ModelPlan
 from ks.moments.moments_file import InputMoments
 from ks.study.checkpoint_study import CheckpointStudy

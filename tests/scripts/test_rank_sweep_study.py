@@ -20,7 +20,7 @@ from ks.files.curves import read_curves
 from ks.files.layout import SweepFiles
 from ks.files.table import filled
 from ks.report.read_results import read_study
-from ks.study.progress import Progress
+from ks.study.run_all import Progress
 
 SUMMARY_START = (
     "rank,final_train_loss,final_val_loss,min_train_loss,min_val_loss,min_train_epoch,min_val_epoch,num_epochs"

@@ -1,6 +1,6 @@
 """A Ray cluster of two nodes with a core and a pretended GPU each, for test_ray.py.
 
-Prints its address. A line on stdin kills the second node; prints the command line of the training that ran there.
+Prints its address. A line on stdin kills the second node; prints the command line of the run there.
 """
 
 import os
@@ -15,7 +15,7 @@ from ray.cluster_utils import Cluster
 NODE = {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 2**27}
 
 
-def trainings_of(node) -> list[str]:
+def runs_on(node) -> list[str]:
     raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
     commands = [" ".join(process.cmdline()) for process in raylet.children(recursive=True)]
     return [command for command in commands if "train_with_random" in command]
@@ -28,7 +28,7 @@ def main() -> None:
     second = cluster.add_node(**NODE)
     print(cluster.address, flush=True)
     for _ in sys.stdin:
-        print(" ".join(trainings_of(second)), flush=True)
+        print(" ".join(runs_on(second)), flush=True)
         cluster.remove_node(second, allow_graceful=False)
     cluster.shutdown()
 

@@ -14,7 +14,7 @@ from ks.files.curves import write_curves
 from ks.files.layout import SweepFiles
 from ks.files.status import OK, Ending, Status
 from ks.report.read_results import read_study
-from ks.study.identity import record_of
+from ks.study.folder import record_of
 from ks.study.outputs import summarise, write_outputs
 from ks.study.runs import Result, runs_of
 from ks.training.problem import resolve
@@ -36,7 +36,7 @@ def write(weight_path, tmp_path):
             run.files.directory.mkdir()
         write_curves(runs[1].files, [row])
         results = [Result(runs[0], Ending(Status.INTERRUPTED), [], None), Result(runs[1], OK, [row], 1.5)]
-        run_rows, rows = summarise(results, plan.floors([2, 4]), problem, plan)
+        run_rows, rows = summarise(config, problem, plan, plan.floors([2, 4]), results)
         record = record_of(config, problem, [2, 4])
         record["settings"]["criterion"] = criterion
         files = SweepFiles(tmp_path, "p")

@@ -78,7 +78,7 @@ def curves_of(folder, rank):
     return curves_if_any(files_of(folder, rank).curves_csv)
 
 
-def trainings() -> list[str]:
+def runs_on_nodes() -> list[str]:
     """Those on nodes: their script is where Ray put it."""
     found = subprocess.run(["pgrep", "-af", "py_modules.*train_with_random"], capture_output=True, text=True).stdout
     return found.splitlines()
@@ -112,7 +112,7 @@ def test_an_interrupt_ends_everything_and_the_sweep_goes_on_elsewhere(cluster, s
     assert done.returncode == 130, done.stderr
     assert time.monotonic() - started < 30
     assert "Traceback" not in done.stderr
-    assert trainings() == []
+    assert runs_on_nodes() == []
     assert set(Path("/tmp").glob("ks_*")) == scratch
     kept = {rank: len(curves_of(tmp_path / "driver" / "out", rank)) for rank in (1, 2)}
     assert all(files_of(tmp_path / "driver" / "out", rank).resume.exists() for rank in kept)
@@ -122,13 +122,13 @@ def test_an_interrupt_ends_everything_and_the_sweep_goes_on_elsewhere(cluster, s
         assert_same_run(*(files_of(tmp_path / "driver" / name, rank) for name in ("out", "whole")))
 
 
-def test_trainings_end_with_a_driver_that_is_killed(cluster, sweep, tmp_path):
+def test_runs_end_with_a_driver_that_is_killed(cluster, sweep, tmp_path):
     process = sweep(*LONG, *on(cluster), "--output_dir", "out")
     wait_for(lambda: all(curves_of(tmp_path / "driver" / "out", rank) for rank in (1, 2)))
-    assert len(trainings()) == 2
+    assert len(runs_on_nodes()) == 2
     process.kill()
     finish(process)
-    wait_for(lambda: trainings() == [], seconds=30)
+    wait_for(lambda: runs_on_nodes() == [], seconds=30)
 
 
 def test_a_program_error_is_not_tried_again(cluster, sweep, tmp_path):
@@ -143,7 +143,7 @@ def test_a_rank_that_hangs_is_stopped(cluster, sweep):
     done = finish(sweep(*LONG, "--timeout_per_rank", "5", *on(cluster)))
     assert done.returncode == 1, done.stderr
     assert done.stderr.count("timed out") == 2
-    assert trainings() == []
+    assert runs_on_nodes() == []
 
 
 @pytest.mark.parametrize("address", ["auto", "127.0.0.1:9", "nowhere", "127.0.0.1:port"])

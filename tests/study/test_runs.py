@@ -1,5 +1,6 @@
 """The runs of a sweep: their files and commands, and how each one is judged to have ended."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from ks.files.atomic import read_json, write_json
 from ks.files.curves import read_curves, write_curves
 from ks.files.status import OK, Ending, Status
 from ks.layer import KSLinear
+from ks.study.processes import Exit
 from ks.study.runs import as_rank, result_of, runs_of, trained_ranks
-from ks.study.task import Exit
 
 EPOCHS = 2
 FAILED = Ending(Status.FAILED, "exit 1")
@@ -25,7 +26,7 @@ def config_of(*arguments):
 
 @pytest.fixture
 def finished(tmp_path):
-    """A run of rank 2 with all the files of a finished training."""
+    """A run of rank 2 with all the files of a finished run."""
     (run,) = runs_of(config_of(), [2], tmp_path, Path("trainer.py"))
     run.files.directory.mkdir()
     rows = [{"epoch": epoch, "train_loss": 1.0, "val_loss": 0.5, "rank": 2} for epoch in range(1, EPOCHS + 1)]
@@ -81,7 +82,7 @@ def test_an_ending_is_judged_by_exit_code_and_log(finished, exit, reported, endi
     assert result.train_seconds == 1.5
 
 
-def test_a_damaged_log_is_said_and_the_run_is_judged_without_it(finished, capsys):
+def test_a_damaged_log_is_reported_and_the_run_is_judged_without_it(finished, capsys):
     write_json(finished.files.training_log, {"status": None, "train_seconds": 1.5})
     assert result_of(finished, EPOCHS, Exit(1, 1.0)).ending == FAILED
     (line,) = capsys.readouterr().err.splitlines()
@@ -129,6 +130,14 @@ def test_a_rank_above_saturation_has_the_result_of_the_trained_one_in_its_own_fo
     assert config["files"] == [path.name for path in run.files.results()]
     for name in ("final", "best"):
         assert ks.load(getattr(run.files, name)).to_dense().equal(ks.load(getattr(finished.files, name)).to_dense())
+
+
+def test_a_trained_rank_keeps_its_files_even_as_another_run_object(finished):
+    """A run of a checkpoint's layer has another name than the same run of the layer's study."""
+    named = dataclasses.replace(finished, task=dataclasses.replace(finished.task, name="layer, rank 2"))
+    before = finished.files.final.read_bytes()
+    assert as_rank(result_of(finished, EPOCHS), named).ending == OK
+    assert finished.files.final.read_bytes() == before
 
 
 def test_a_failed_run_stands_for_a_rank_above_saturation_too(finished, tmp_path):

@@ -9,6 +9,7 @@ from ks.bounds import rank_floors
 from ks.cli.parser import to_arguments
 from ks.files.atomic import read_json
 from ks.files.layout import SweepFiles
+from ks.study.study_floors import SlowWork
 
 
 @pytest.fixture
@@ -73,3 +74,13 @@ def test_the_seconds_for_bounds_may_be_left_out(given, seconds):
     assert config.tight_bounds == seconds
     earlier = to_arguments({"weight_path": "w", "tight_bounds": True})  # of an earlier version's study
     assert parser.parse(earlier).tight_bounds == 3600.0
+
+
+def test_slow_work_prints_its_step_every_two_seconds(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr("ks.study.study_floors.time.monotonic", lambda: now[0])
+    work = SlowWork(quiet=False)
+    for second, step in ((1.0, "10%"), (2.1, "20%"), (3.0, "30%"), (4.5, "55%")):
+        now[0] = second
+        work(step)
+    assert capsys.readouterr().err == "20%\n55%\n"

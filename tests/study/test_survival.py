@@ -1,4 +1,4 @@
-"""What a study survives: killed trainings and sweeps, damaged files, a full disk, a second sweep, a rank that hangs.
+"""Kills, a full disk, a read-only folder, a second sweep, a rank that hangs: no result is lost.
 
 `make test-faults` kills twenty times where `make test` kills three times.
 """
@@ -22,16 +22,7 @@ from ks.files.curves import curves_if_any, read_curves
 from ks.files.layout import RunFiles
 
 EPOCHS = str(100 * KILLS)
-TRAINING = (
-    "--num_samples",
-    "80",
-    "--batch_size",
-    "16",
-    "--num_epochs",
-    EPOCHS,
-    "--rank",
-    "2",
-)
+TRAINING = ("--num_samples", "80", "--batch_size", "16", "--num_epochs", EPOCHS, "--rank", "2")
 SWEEP = (*TRAINING[:6], "--ranks", "1", "2", "4", "--jobs", "2")
 FEW = ("--num_samples", "80", "--num_epochs", "3", "--ranks", "1", "2")
 
@@ -47,8 +38,12 @@ def finish(process, timeout=120):
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
+def sweep(tmp_path, *arguments, **options):
+    return finish(start("rank_sweep_study.py", tmp_path, *arguments, **options))
+
+
 def epochs_in(folder) -> int:
-    """How far all trainings of a folder have come."""
+    """Return the number of epochs that all runs of a folder have."""
     return sum(len(curves_if_any(path)) for path in folder.rglob("*_loss_curves.csv"))
 
 
@@ -78,7 +73,7 @@ def assert_same_run(ours: RunFiles, theirs: RunFiles):
 
 
 @pytest.mark.parametrize("extra", [(), ("--scheduler", "plateau", "--scheduler_patience", "2", "--sampling", "fresh")])
-def test_a_training_killed_again_and_again_ends_as_if_undisturbed(weight_path, tmp_path, extra):
+def test_a_run_killed_again_and_again_ends_as_if_undisturbed(weight_path, tmp_path, extra):
     assert finish(start("train_with_random.py", tmp_path, *TRAINING, *extra, "--output_dir", "whole")).returncode == 0
     whole, killed = (RunFiles(tmp_path / name, "ks_chain", 2) for name in ("whole", "killed"))
 
@@ -93,24 +88,24 @@ def test_a_training_killed_again_and_again_ends_as_if_undisturbed(weight_path, t
 
 
 def test_a_sweep_killed_again_and_again_ends_as_if_undisturbed(weight_path, tmp_path):
-    assert finish(start("rank_sweep_study.py", tmp_path, *SWEEP, "--output_dir", "whole")).returncode == 0
+    assert sweep(tmp_path, *SWEEP, "--output_dir", "whole").returncode == 0
     kill_at_random(
         lambda: start("rank_sweep_study.py", tmp_path, *SWEEP, "--output_dir", "killed"), tmp_path / "killed"
     )
-    wait_for(lambda: not processes_in(tmp_path), seconds=15)  # the trainings stop by themselves
-    done = finish(start("rank_sweep_study.py", tmp_path, *SWEEP, "--output_dir", "killed"))
+    wait_for(lambda: not processes_in(tmp_path), seconds=15)  # the runs stop by themselves
+    done = sweep(tmp_path, *SWEEP, "--output_dir", "killed")
     assert done.returncode == 0, done.stderr
     for rank in (1, 2, 4):
         assert_same_run(*(files_of(tmp_path / name, rank) for name in ("killed", "whole")))
     assert not list((tmp_path / "killed").glob(".*"))
 
 
-def test_any_number_of_jobs_and_of_threads_and_a_training_alone_agree(weight_path, tmp_path):
-    """Alone, a training draws the samples that a sweep shares."""
+def test_any_number_of_jobs_and_of_threads_and_a_run_alone_agree(weight_path, tmp_path):
+    """Alone, a run draws the samples that a sweep shares."""
     flags = ("--num_samples", "200", "--num_epochs", "3")
     for jobs, threads in (("1", "2"), ("2", "1")):
-        sweep = (*flags, "--ranks", "2", "4", "--jobs", jobs, "--output_dir", jobs + threads)
-        done = finish(start("rank_sweep_study.py", tmp_path, *sweep, env={"OMP_NUM_THREADS": threads}))
+        places = ("--jobs", jobs, "--output_dir", jobs + threads)
+        done = sweep(tmp_path, *flags, "--ranks", "2", "4", *places, env={"OMP_NUM_THREADS": threads})
         assert done.returncode == 0, done.stderr
     for rank in (2, 4):
         alone = RunFiles(tmp_path / "alone", "ks_chain", rank)
@@ -135,32 +130,22 @@ def test_a_sweep_that_is_stopped_leaves_no_samples(weight_path, tmp_path, sent):
     assert all(path.exists() is (sent == signal.SIGKILL) for path in samples)
     if sent == signal.SIGKILL:
         (folder / ".rank_sweep_samples_7.pth").touch()  # one of the user's
-        done = finish(start("rank_sweep_study.py", tmp_path, *FEW, "--seed", 2, "--output_dir", "out", "--overwrite"))
+        done = sweep(tmp_path, *FEW, "--seed", 2, "--output_dir", "out", "--overwrite")
         assert done.returncode == 0, done.stderr
         assert [path.name for path in folder.glob(".*")] == [".rank_sweep_samples_7.pth"]
 
 
-@pytest.fixture
-def study(weight_path, tmp_path):
-    """A finished study of ranks 1 and 2, and a function that runs the same sweep again."""
-
-    def again(*arguments):
-        return finish(start("rank_sweep_study.py", tmp_path, *FEW, *arguments))
-
-    assert again().returncode == 0
-    return tmp_path / "rank_sweep_results", again
-
-
-def test_finished_ranks_are_kept_and_new_ones_added_until_overwrite(study):
-    folder, again = study
+def test_finished_ranks_are_kept_and_new_ones_added_until_overwrite(weight_path, tmp_path):
+    folder = tmp_path / "rank_sweep_results"
+    assert sweep(tmp_path, *FEW).returncode == 0
     before = {rank: files_of(folder, rank).final.stat().st_mtime_ns for rank in (1, 2)}
-    done = again("--ranks", "1", "2", "4")
+    done = sweep(tmp_path, *FEW, "--ranks", "1", "2", "4")
     assert done.returncode == 0, done.stderr
     assert {rank: files_of(folder, rank).final.stat().st_mtime_ns for rank in (1, 2)} == before
     assert done.stderr.count("finished before") == 2
     assert "rank 4: training (1 of 1)" in done.stderr
     assert [row["rank"] for row in json.loads((folder / "rank_sweep_summary.json").read_text())] == [1, 2, 4]
-    assert again("--overwrite").returncode == 0
+    assert sweep(tmp_path, *FEW, "--overwrite").returncode == 0
     assert files_of(folder, 1).final.stat().st_mtime_ns > before[1]
 
 
@@ -177,19 +162,19 @@ def test_resume_names_every_changed_setting(weight_path, tmp_path):
 def test_two_sweeps_in_one_folder(weight_path, tmp_path):
     first = start("rank_sweep_study.py", tmp_path, "--ranks", 2, "--num_samples", 80, "--num_epochs", 100000)
     wait_for(files_of(tmp_path / "rank_sweep_results", 2).curves_csv.exists)
-    second = finish(start("rank_sweep_study.py", tmp_path, *FEW))
+    second = sweep(tmp_path, *FEW)
     assert second.returncode == 2
     assert f"in use by another sweep (process {first.pid} on" in second.stderr
     assert len(second.stderr.splitlines()) == 1
     first.kill()
     finish(first)
-    third = finish(start("rank_sweep_study.py", tmp_path, *FEW, "--overwrite"))  # the lock died with its holder
+    third = sweep(tmp_path, *FEW, "--overwrite")  # the lock died with its holder
     assert third.returncode == 0, third.stderr
 
 
 def test_a_rank_that_hangs_is_stopped(weight_path, tmp_path):
     flags = ("--ranks", 2, "--num_samples", 80, "--num_epochs", 100000, "--timeout_per_rank", 4)
-    done = finish(start("rank_sweep_study.py", tmp_path, *flags))
+    done = sweep(tmp_path, *flags)
     assert done.returncode == 1, done.stderr
     assert "rank 2: timed out" in done.stderr
     assert not processes_in(tmp_path)
@@ -212,7 +197,7 @@ def test_a_full_disk_loses_nothing(weight_path, tmp_path):
 
 def test_a_disk_that_is_full_for_samples_alone_changes_nothing(weight_path, tmp_path):
     flags = ("--num_samples", 20000, "--num_epochs", 1, "--ranks", 1, 2, "--quiet", "--output_dir", "out")
-    full = finish(start("rank_sweep_study.py", tmp_path, *flags, preexec_fn=FileSizeLimit(2_500_000)))
+    full = sweep(tmp_path, *flags, preexec_fn=FileSizeLimit(2_500_000))
     assert full.returncode == 0, full.stderr
     (line,) = full.stderr.splitlines()
     assert line.startswith("every run draws its own samples, because they cannot be kept in a file: ")
@@ -263,13 +248,8 @@ class TestReadOnlyFolders:
         kept = len(read_curves(files.curves_csv))
         files.directory.chmod(0o755)
         assert 0 < kept < 400
-        assert finish(start("rank_sweep_study.py", tmp_path, *flags)).returncode == 0
-        assert (
-            finish(
-                start("rank_sweep_study.py", tmp_path, *flags[:-5], "--ranks", 2, "--output_dir", "whole")
-            ).returncode
-            == 0
-        )
+        assert sweep(tmp_path, *flags).returncode == 0
+        assert sweep(tmp_path, *flags[:-5], "--ranks", 2, "--output_dir", "whole").returncode == 0
         assert_same_run(files, files_of(tmp_path / "whole", 2))
 
 
@@ -285,23 +265,13 @@ def test_a_clock_that_jumps_disturbs_nothing(weight_path, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(JUMPING_CLOCK)
     env = {"PYTHONPATH": str(tmp_path)}
     flags = (*FEW, "--timeout_per_rank", 100)
-    jumping = finish(start("rank_sweep_study.py", tmp_path, *flags, "--output_dir", "jumping", env=env))
+    jumping = sweep(tmp_path, *flags, "--output_dir", "jumping", env=env)
     assert jumping.returncode == 0, jumping.stderr
-    assert finish(start("rank_sweep_study.py", tmp_path, *flags, "--output_dir", "steady")).returncode == 0
+    assert sweep(tmp_path, *flags, "--output_dir", "steady").returncode == 0
     for rank in (1, 2):
         ours, theirs = (files_of(tmp_path / name, rank) for name in ("jumping", "steady"))
         assert_same_run(ours, theirs)
         assert 0 < read_json(ours.training_log)["train_seconds"] < 100
+        assert read_json(ours.config)["peak_host_mib"] > 50
         days = [read_json(files.config)["ended"][:10] for files in (ours, theirs)]
         assert days[0] != days[1]  # the clock did jump
-
-
-def test_all_curves_in_long_form(swept):
-    folder = swept[0] / "rank_sweep_results"
-    lines = (folder / "rank_sweep_all_curves.csv").read_text().splitlines()
-    assert lines[0] == "rank,seed,epoch,split,loss,lr,seconds"
-    assert {line.split(",")[3] for line in lines[1:]} == {"train", "validation", "population"}
-    config = read_json(files_of(folder, 2).config)
-    assert config["ended"] >= config["provenance"]["started"]
-    assert config["peak_host_mib"] > 50
-    assert config["settings"]["weight"].startswith("sha256 ")

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ks.chain.operator import chain_product
+from ks.chain.product import chain_product
 from steps import WEIGHT, schedule_of, update
 
 from ks.files.layout import RunFiles

@@ -1,4 +1,4 @@
-"""Progress: lines elsewhere, a bar on a terminal, nothing when quiet."""
+"""Progress of the runs: a bar on a terminal, lines elsewhere, nothing if quiet."""
 
 import os
 import sys
@@ -10,9 +10,9 @@ from ks.files.atomic import write_json
 from ks.files.curves import write_curves
 from ks.files.layout import run_files
 from ks.files.status import OK, Ending, Status
-from ks.study.progress import Progress, SlowWork
+from ks.study.processes import Exit, Task
+from ks.study.run_all import Progress
 from ks.study.runs import Result, Run
-from ks.study.task import Exit, Task
 
 
 @pytest.fixture
@@ -26,9 +26,9 @@ def runs(tmp_path):
     return made
 
 
-def train(run, epochs):
-    rows = [{"epoch": epoch, "train_loss": 1.0, "val_loss": 1.0, "rank": run.rank} for epoch in range(1, epochs + 1)]
-    write_curves(run.files, rows)
+def train(run, epochs, **losses):
+    row = {"train_loss": 1.0, "val_loss": 1.0, "rank": run.rank} | losses
+    write_curves(run.files, [row | {"epoch": epoch} for epoch in range(1, epochs + 1)])
 
 
 def ended(run, ending, val_loss=None):
@@ -62,11 +62,11 @@ def test_quiet_is_quiet(runs, monkeypatch, capsys, terminal):
 def test_a_terminal_has_a_bar_of_all_epochs(runs, monkeypatch, capsys):
     """An ended run counts as all its epochs, so that the bar is full at the end also if one has failed."""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    progress = Progress(runs, 10, quiet=False)
+    progress = Progress(runs, 10, quiet=False, floors={1: 0.8})
     first, second = runs
     progress.poll([first.task, second.task])
     assert (progress.bar.n, progress.bar.total) == (0, 20)
-    train(first, 3)
+    train(first, 3, population_loss=0.9)
     train(second, 4)
     progress.poll([first.task, second.task])
     assert progress.bar.n == 7
@@ -75,28 +75,16 @@ def test_a_terminal_has_a_bar_of_all_epochs(runs, monkeypatch, capsys):
     progress.poll([second.task])
     assert progress.bar.n == 14
     progress.close()
-    said = capsys.readouterr().err
-    assert f"rank 1: failed (exit 1), 1.5 s; end of {first.task.log}:\n  line 25\n" in said
-    assert "line 39" in said
-    assert "line 24" not in said
-    assert "7/20 epochs, " in said
-    assert "rank 1: 3/10, loss 1; rank 2: 4/10, loss 1" in said
-    assert "training (" not in said
+    printed = capsys.readouterr().err
+    assert f"rank 1: failed (exit 1), 1.5 s; end of {first.task.log}:\n  line 25\n" in printed
+    assert "line 39" in printed
+    assert "line 24" not in printed
+    assert "7/20 epochs, " in printed
+    assert "rank 1: 3/10, loss 1, gap 12.50%; rank 2: 4/10, loss 1" in printed
+    assert "training (" not in printed
 
 
-def test_the_bar_shows_the_gap_to_the_best_known_chain(runs, monkeypatch, capsys):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    progress = Progress(runs, 10, quiet=False, floors={1: 0.8})
-    write_curves(runs[0].files, [{"epoch": 1, "train_loss": 1.0, "val_loss": 1.0, "rank": 1, "population_loss": 0.9}])
-    progress.poll([runs[0].task])
-    progress.say("stopping")
-    progress.close()
-    said = capsys.readouterr().err
-    assert "rank 1: 1/10, loss 1, gap 12.50%" in said
-    assert "\rstopping\n" in said.replace(" ", "")
-
-
-def test_a_resumed_run_says_from_where_and_its_old_epochs_take_no_time(runs, monkeypatch, capsys):
+def test_a_resumed_run_prints_where_it_resumes_and_its_old_epochs_take_no_time(runs, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     run, other = runs
     train(run, 4)
@@ -113,19 +101,5 @@ def test_a_resumed_run_says_from_where_and_its_old_epochs_take_no_time(runs, mon
     progress.poll([run.task])
     progress.poll([run.task])
     progress.close()
-    said = capsys.readouterr().err
-    assert said.count("resumes after") == said.count("rank 1: resumes after epoch 3\n") == 1
-
-
-def test_slow_work_tells_how_far_it_is_after_two_seconds(monkeypatch, capsys):
-    now = [0.0]
-    monkeypatch.setattr("ks.study.progress.time.monotonic", lambda: now[0])
-    work = SlowWork(quiet=False)
-    for second, step in ((1.0, "10%"), (2.1, "20%"), (3.0, "30%"), (4.5, "55%")):
-        now[0] = second
-        work(step)
-    assert capsys.readouterr().err == "20%\n55%\n"
-    quiet = SlowWork(quiet=True)
-    now[0] = 99.0
-    quiet("60%")
-    assert capsys.readouterr().err == ""
+    printed = capsys.readouterr().err
+    assert printed.count("resumes after") == printed.count("rank 1: resumes after epoch 3\n") == 1

@@ -10,11 +10,11 @@ from conftest import ROOT
 from filelock import FileLock, Timeout
 
 from ks.errors import UsageError
-from ks.files.lock import locked
+from ks.files.ownership import locked
 
 HOLD = """
 import sys
-from ks.files.lock import locked
+from ks.files.ownership import locked
 with locked(sys.argv[1], "a test"):
     print(flush=True)
     sys.stdin.read()
@@ -32,7 +32,7 @@ def holder(tmp_path):
         process.kill()
 
 
-def test_the_holder_is_named_and_keeps_its_lock(tmp_path, holder):
+def test_the_message_has_the_holder_and_the_holder_keeps_its_lock(tmp_path, holder):
     for _ in range(2):
         with pytest.raises(UsageError, match=rf"in use by another test \(process {holder.pid} on ") as raised:
             locked(tmp_path / ".lock", "another test").__enter__()
@@ -56,28 +56,20 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path, holder):
         assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
-def test_a_symbolic_link_is_refused_and_its_target_kept(tmp_path):
-    target = tmp_path / "precious"
-    target.write_text("content")
-    (tmp_path / ".lock").symlink_to(target)
+@pytest.mark.parametrize("kind", ["link", "dangling link", "directory"])
+def test_a_link_or_a_directory_in_the_place_of_the_lock_is_refused(tmp_path, kind):
+    lock, target = tmp_path / ".lock", tmp_path / "precious"
+    if kind == "directory":
+        lock.mkdir()
+    else:
+        lock.symlink_to(target)
+    if kind == "link":
+        target.write_text("content")
     with pytest.raises(UsageError, match=r"lock file .*\.lock cannot be opened \(.+\); remove it") as raised:
-        locked(tmp_path / ".lock", "another test").__enter__()
+        locked(lock, "another test").__enter__()
     assert "\n" not in str(raised.value)
-    assert target.read_text() == "content"
-    assert (tmp_path / ".lock").is_symlink()
-
-
-def test_a_dangling_link_is_refused_and_its_target_not_made(tmp_path):
-    (tmp_path / ".lock").symlink_to(tmp_path / "absent")
-    with pytest.raises(UsageError, match="cannot be opened"):
-        locked(tmp_path / ".lock", "another test").__enter__()
-    assert not (tmp_path / "absent").exists()
-
-
-def test_a_directory_in_its_place_is_refused(tmp_path):
-    (tmp_path / ".lock").mkdir()
-    with pytest.raises(UsageError, match=r"cannot be opened \(Is a directory\); remove it"):
-        locked(tmp_path / ".lock", "another test").__enter__()
+    assert lock.is_symlink() == (kind != "directory")
+    assert (target.read_text() if target.exists() else None) == ("content" if kind == "link" else None)
 
 
 def test_a_holder_that_ends_just_then_is_unknown(tmp_path, monkeypatch):
