@@ -5,8 +5,10 @@ from study_rows import CHAIN, CURVES, make_row
 
 from ks.bounds.floors import Floor
 from ks.files import columns
+from ks.files.atomic import read_json
+from ks.files.layout import SweepFiles
 from ks.files.status import OK, Ending, Status
-from ks.report.summary import Reference, rank_row, run_row
+from ks.report.summary import Reference, rank_row, run_row, summary_columns, summary_table, write_summary
 
 DIVERGED = Ending(Status.DIVERGED)
 
@@ -115,3 +117,43 @@ def test_the_status_of_a_rank_is_that_of_its_seeds(endings, text, failed):
     row = rank_row([run_row(2, CURVES, ending, seed) for seed, ending in enumerate(endings)])
     assert str(row["status"]) == text
     assert row["failed"] is failed
+
+
+def whole_row():
+    """A row with two bounds, measured inputs, several seeds and a known duration, so that no column is left out."""
+    curves = [[CURVES[1] | {"population_loss": loss}] for loss in (0.26, 0.36)]
+    runs = [run_row(2, rows, seed=seed, train_seconds=1.25) for seed, rows in enumerate(curves)]
+    measured = Reference(1.0, held_out_predict_zero_loss=1.1, held_out_count=100, isotropic_floors=[1.0] * 9)
+    return rank_row(runs, CHAIN, Floor(2, 0.1, 0.2, False), measured) | {"status": "ok (copy of rank 1)"}
+
+
+def test_the_printed_summary_has_the_columns_that_decide_then_the_details_in_their_forms():
+    row = whole_row() | {"final_cosine": 0.123456, "best_cosine": 0.5}
+    assert columns.names(summary_columns([row])) == [*columns.PRINTED]
+    detailed = summary_table([row], verbose=True)
+    assert detailed.startswith(summary_table([row]))
+    assert "0.1235" in detailed
+    for column in columns.chosen(columns.SUMMARY, (*columns.PRINTED, *columns.DETAILS)):
+        assert {*column.form.format(row[column.name]).split()} <= {*detailed.split()}
+    assert max(map(len, detailed.splitlines())) <= 100
+
+
+def test_columns_that_say_nothing_are_left_out():
+    assert not {"relative_floor_upper", "status"} & {*columns.names(summary_columns([make_row()]))}
+    rows = [make_row(upper=0.22), make_row(ending=Ending(Status.FAILED, "exit 1"))]
+    assert {"relative_floor_upper", "status"} <= {*columns.names(summary_columns(rows))}
+    assert "failed (exit 1)" in summary_table(rows)
+    assert "verdict" not in summary_table([rank_row([run_row(1, CURVES)], CHAIN)])
+
+
+def test_without_a_relative_loss_the_final_losses_are_printed():
+    above, header, values = summary_table([rank_row([run_row(1, CURVES)])]).splitlines()
+    assert (header.split(), values.split()) == (["rank", "val_loss", "train_loss"], ["1", "0.35", "0.25"])
+    assert above.split() == ["final_", "final_"]
+
+
+def test_a_summary_read_from_its_file_is_printed_as_the_one_in_memory(tmp_path):
+    rows = [make_row(), make_row(rank=4), make_row(ending=Ending(Status.DIVERGED))]
+    files = SweepFiles(tmp_path, "p")
+    write_summary(files, rows)
+    assert summary_table(read_json(files.summary_json)) == summary_table(rows)
