@@ -3,9 +3,7 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated
 
-import msgspec
 import numpy as np
 import pandas as pd
 
@@ -14,7 +12,7 @@ from ks.files import columns
 from ks.files.curves import read_curves
 from ks.files.layout import RunFiles, SweepFiles, find_runs
 from ks.files.rows import read_summary, read_table
-from ks.files.schema import StudyRecord, convert, read_json_as
+from ks.files.schema import StudyRecord, read_json_as
 from ks.files.status import OK, ended_well
 from ks.files.table import is_missing
 from ks.report.summary import rank_row, run_row, written_columns
@@ -29,14 +27,13 @@ class Units:
 
     train, validation: loss of the zero predictor on the inputs that each kind of loss is measured on, in the unit of
     the losses; 1 where the losses stay as they are. relative: whether they become fractions of the output energy.
-    label: of an axis. squared_label: of the unit on disk.
+    label: of an axis.
     """
 
     train: float
     validation: float
     relative: bool
     label: str
-    squared_label: str
 
     def show(self, loss: float) -> str:
         """Return a loss of these units as text."""
@@ -98,9 +95,9 @@ class Study:
     def units(self) -> Units:
         """Units of the losses in figures; only mean squared errors with a known zero predictor are relative."""
         if self.loss_label != MEAN_SQUARED_ERROR or self.predict_zero_loss is None:
-            return Units(1.0, 1.0, False, self.loss_label, self.loss_label)
+            return Units(1.0, 1.0, False, self.loss_label)
         held_out = self.held_out_predict_zero_loss or self.predict_zero_loss
-        return Units(self.predict_zero_loss, held_out, True, "relative loss (output energy lost)", self.loss_label)
+        return Units(self.predict_zero_loss, held_out, True, "relative loss (output energy lost)")
 
     @property
     def losses(self) -> pd.DataFrame:
@@ -154,12 +151,6 @@ def summary_frame(rows: list[dict]) -> pd.DataFrame:
     return pd.DataFrame([{name: row.get(name) for name in written_columns(rows)} for row in rows])
 
 
-class Target(msgspec.Struct):
-    """The flag of a sweep that its figures show."""
-
-    target_relative_loss: Annotated[float, msgspec.Meta(gt=0, lt=1)] | None = None
-
-
 def read_study(files: SweepFiles) -> Study:
     """Read a results folder, ours or one of the 2025 ksmm scripts; its summary says which ranks belong to the study.
 
@@ -195,7 +186,7 @@ def read_study(files: SweepFiles) -> Study:
         answer=tuple(config.answer),
         predict_zero_loss=config.problem.predict_zero_loss,
         held_out_predict_zero_loss=config.problem.held_out_predict_zero_loss,
-        target=convert(config.arguments, Target, str(files.config)).target_relative_loss,
+        target=next((row["target_relative_loss"] for row in rows), None),
         config=config,
     )
 

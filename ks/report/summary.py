@@ -42,13 +42,8 @@ def run_row(
         ending: of the run.
         seed, train_seconds, latency: of the run.
     """
-    row: dict[str, Any] = {
-        "rank": rank,
-        "seed": seed,
-        "num_epochs": len(curves),
-        "status": ending,
-        "train_seconds": train_seconds,
-    }
+    row: dict[str, Any] = {"rank": rank, "seed": seed, "num_epochs": len(curves), "status": ending}
+    row["train_seconds"] = train_seconds
     lengths = Counter(int(entry.get("segment", 1)) for entry in curves)
     row["segments"] = " + ".join(str(lengths[number]) for number in sorted(lengths)) or None
     for split in ("train", "val"):
@@ -82,14 +77,8 @@ class Reference:
     identity: Mapping[str, str | None] = field(default_factory=dict)
 
 
-RELATIVE = Reference()
-
-
 def rank_row(
-    runs: list[dict],
-    chain: Chain | None = None,
-    floor: Floor | None = None,
-    reference: Reference = RELATIVE,
+    runs: list[dict], chain: Chain | None = None, floor: Floor | None = None, reference: Reference = Reference()
 ) -> dict:
     """Return the row of one rank: means over its finished seeds, and the comparison with its floor.
 

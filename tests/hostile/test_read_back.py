@@ -70,8 +70,6 @@ CONFIGS = {
     **{
         name: f'{{"settings": {{}}, "ranks": [2], "seeds": [0], {entry}}}'
         for name, entry in {
-            "target a text": '"arguments": {"target_relative_loss": "0.1"}',
-            "target 2": '"arguments": {"target_relative_loss": 2}',
             "inputs a list": '"problem": {"inputs": []}',
             "shape of one": '"problem": {"weight": {"shape": [3]}}',
             "zero predictor 0": '"problem": {"predict_zero_loss": 0}',

@@ -125,18 +125,11 @@ def test_the_report_loads_nothing_runs_nothing_and_holds_no_path_of_this_machine
     text, page = page_of(tmp_path, measured_study())
     assert page.loads == []
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "embed", "img", "base", "form"}
-    assert "http" not in text
-    assert "@import" not in text
-    assert set(re.findall(r"url\(([^)]*)\)", text)) == set(re.findall(r"url\((#[^)]*)\)", text))
-    for secret in ("/home", "someone", "secret-host", "/usr", str(tmp_path)):
+    for secret in ("http", "@import", "/home", "someone", "secret-host", "/usr", str(tmp_path)):
         assert secret not in text
-
-
-def test_every_reference_inside_the_page_leads_to_one_element(tmp_path):
-    text, page = page_of(tmp_path, measured_study())
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len({*ids})
-    used = {*re.findall(r'href="#([^"]*)"', text), *re.findall(r"url\(#([^)]*)\)", text)}
+    used = {*re.findall(r'href="#([^"]*)"', text), *re.findall(r"url\(#?([^)]*)\)", text)}
     assert used
     assert used <= {*ids}
 
@@ -155,10 +148,8 @@ def test_what_a_user_named_is_text_and_never_markup(tmp_path):
 
 
 def test_a_page_for_phone_dark_mode_and_print(tmp_path):
-    text, page = page_of(tmp_path, measured_study())
-    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in [
-        attributes for tag, attributes in page.tags if tag == "meta"
-    ]
+    text, page = page_of(tmp_path, make_study([2, 4]))
+    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in page.tags
     assert "@media screen and (prefers-color-scheme: dark)" in text
     assert "@media print" in text
     svgs = [attributes for tag, attributes in page.tags if tag == "svg"]
@@ -185,14 +176,11 @@ def test_texts_are_set_to_the_left_wherever_their_column_stands(tmp_path):
 
 
 def test_only_a_floor_whose_bounds_differ_by_more_than_rounding_has_two(tmp_path):
-    study = make_study([2, 4], spread=1.2)
-    _, page = page_of(tmp_path, study)
-    assert f"{study.summary['relative_floor_upper'][0]:.2%}" in page.text
     exact = make_study([2, 4])
     exact.summary["loss_floor_upper"] *= 1 + 5e-8
-    _, page = page_of(tmp_path, exact)
-    assert "relative floor upper" not in page.text
-    assert not exact.losses["bracketed"].any()
+    for study, bracketed in ((make_study([2, 4], spread=1.2), True), (exact, False)):
+        assert ("relative floor upper" in page_of(tmp_path, study)[1].text) == bracketed
+        assert study.losses["bracketed"].any() == bracketed
 
 
 ARGUMENTS = [

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from ks.errors import one_line
-from ks.report.read_results import Units
+from ks.report.read_results import MEAN_SQUARED_ERROR, Units
 
 GREY = "0.5"  # legible on white and on black
 # Okabe and Ito, without yellow and black, which white and black paper swallow.
@@ -159,7 +159,7 @@ def add_squared_axis(axes: Axes, units: Units) -> None:
     right.yaxis.set_major_formatter("{x:.2g}")
     right.spines[["right"]].set_visible(False)
     right.tick_params(labelsize="small", colors=GREY)
-    right.set_ylabel(literal(units.squared_label), **NOTE)
+    right.set_ylabel(MEAN_SQUARED_ERROR, **NOTE)
 
 
 def floor_label(family: str, quick: bool) -> str:

@@ -32,25 +32,19 @@ def test_figures_of_one_and_of_many_ranks_are_drawn(tmp_path, ranks, num_epochs,
         assert {"title", "zero predictor", low} <= {*texts(figure)}, name
 
 
-def test_every_rank_has_its_floor_dashed_in_its_colour_and_both_bounds_if_there_are_two():
-    for spread, count in ((1.0, 1), (1.2, 2)):
-        study = make_study([2, 4], spread=spread)
-        axes = study_figures(study)["loss_curves"].axes[1]
-        colors = rank_colors([2, 4])
-        dashed = [(tuple(line.get_color()), line.get_ydata()[0]) for line in axes.lines if line.is_dashed()]
-        assert len(dashed) == 2 * count
-        for row in study.summary.itertuples():
-            bounds = {value for color, value in dashed if color == colors[row.rank]}
-            assert bounds == {row.loss_floor / 2.0, row.loss_floor_upper / 2.0}
-
-
-@pytest.mark.parametrize("spread", [1.0, 1.5])
-def test_final_losses_have_the_bounds_of_their_floors(spread):
-    study = make_study([2, 4], spread=spread)
-    axes = study_figures(study)["final_losses"].axes[0]
-    lower, upper, between = axes.collections
-    for lines, column in ((lower, "loss_floor"), (upper, "loss_floor_upper")):
-        assert [segment[0][1] for segment in lines.get_segments()] == list(study.summary[column] / 2.0)
+@pytest.mark.parametrize("spread", [1.0, 1.2])
+def test_curves_and_final_losses_have_the_floor_of_every_rank_or_both_bounds(spread):
+    study, colors = make_study([2, 4], spread=spread), rank_colors([2, 4])
+    drawn = study_figures(study)
+    lines = [line for line in drawn["loss_curves"].axes[1].lines if line.is_dashed()]
+    dashed = [(tuple(line.get_color()), line.get_ydata()[0]) for line in lines]
+    assert len(dashed) == (4 if spread > 1 else 2)
+    for row in study.summary.itertuples():
+        bounds = {value for color, value in dashed if color == colors[row.rank]}
+        assert bounds == {row.loss_floor / 2.0, row.loss_floor_upper / 2.0}
+    lower, upper, between = drawn["final_losses"].axes[0].collections
+    for ticks, column in ((lower, "loss_floor"), (upper, "loss_floor_upper")):
+        assert [segment[0][1] for segment in ticks.get_segments()] == list(study.summary[column] / 2.0)
     assert len(between.get_segments()) == (2 if spread > 1 else 0)
 
 
@@ -159,14 +153,10 @@ def test_a_metric_has_a_line_for_each_rank_that_has_it():
     assert {"At the end, cosine is 0.5 at rank 2", "2", "4 (failed)"} <= {*texts(drawn["metric_cosine"])}
     low, high = axes.get_ylim()
     assert low < curves["cosine"].min() < curves["cosine"].max() < high
-
-
-@pytest.mark.parametrize(("values", "scale"), [((0.1, 1.0), "log"), ((0.11, 1.0), "linear"), ((-1.0, 1.0), "linear")])
-def test_a_metric_has_a_log_axis_only_if_its_values_are_positive_and_span_a_decade(values, scale):
-    study = make_study([2], num_epochs=2)
-    study = dataclasses.replace(study, curves=study.curves.assign(r2=values))
-    drawn = study_figures(study, log_scale=True, metrics=["r2"])
-    assert drawn["metric_r2"].axes[0].get_yscale() == scale
+    for values, scale in (((0.1, 1.0), "log"), ((0.11, 1.0), "linear"), ((-1.0, 1.0), "linear")):  # within a decade
+        short = make_study([2], num_epochs=2)
+        short = dataclasses.replace(short, curves=short.curves.assign(r2=values))
+        assert study_figures(short, log_scale=True, metrics=["r2"])["metric_r2"].axes[0].get_yscale() == scale
 
 
 def test_chains_side_by_side(tmp_path):
