@@ -28,10 +28,9 @@ from ks.files.layout import SweepFiles
 from ks.files.ownership import check_free, recorded
 from ks.files.table import filled
 from ks.report.figures import draw
-from ks.report.figures.front import chains
 from ks.report.html import write_report
 from ks.report.read_results import read_study
-from ks.report.tables import summary_table
+from ks.report.summary import summary_table
 
 
 def build_parser() -> Parser[PlotConfig]:
@@ -59,12 +58,11 @@ def main(argv=None) -> int:
     config = build_parser().parse(argv)
     look: dict[str, Any] = {"log_scale": config.log_scale, "title": config.title}
     sources = [Path(path).absolute() for path in config.results_dir]
-    if len(sources) > 1 and not config.output_dir:
+    several = len(sources) > 1
+    if several and not config.output_dir:
         raise UsageError("several --results_dir need an --output_dir for their common figure")
-    if len(sources) > 1 and config.report:
-        raise UsageError("--report is that of one sweep: give one --results_dir")
-    if len(sources) > 1 and config.metric:
-        raise UsageError("--metric draws the ranks of one sweep: give one --results_dir")
+    if several and (config.report or config.metric):
+        raise UsageError(f"{'--report' if config.report else '--metric'} needs a single --results_dir")
     try:
         studies = [read_study(SweepFiles(source, config.save_prefix)) for source in sources]
     except OSError as error:
@@ -73,9 +71,8 @@ def main(argv=None) -> int:
         raise UsageError("the --results_dir are studies of different weights: their losses do not compare")
     if unknown := studies[0].unknown_metrics(config.metric):
         raise UsageError(unknown)
-    several = len(studies) > 1
     drawn = (
-        {"chains": chains(studies, **look)}
+        {"chains": draw.chains_figure(studies, **look)}
         if several
         else draw.study_figures(studies[0], metrics=config.metric, **look)
     )

@@ -8,7 +8,7 @@ from ks.bounds.floors import Floor
 from ks.bounds.rank_floors import RankFloors, floor_rows
 from ks.files import columns
 from ks.files.status import OK, Ending, Status
-from ks.report.study import Study, summary_frame
+from ks.report.read_results import Study, summary_frame
 from ks.report.summary import Reference, rank_row, run_row
 
 WEIGHT = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))

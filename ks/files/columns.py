@@ -72,17 +72,20 @@ CURVES = (
            "`--log_to`", plural="grad_norms"),
 )  # fmt: skip
 
-LATENCIES = (
-    *(Column(f"latency_ms_batch_{batch}", Duration, f"time of a forward pass of the chain on {batch} inputs, median of "
-             "rounds after the run", "milliseconds", "{:.3g}") for batch in BATCHES),
-    *(Column(f"lowrank_latency_ms_batch_{batch}", Duration, f"time of a low-rank factorisation of the chain's size on "
-             f"{batch} inputs", "milliseconds", "{:.3g}") for batch in BATCHES),
-    *(Column(f"dense_latency_ms_batch_{batch}", Duration, f"time of W x on {batch} inputs, measured in turn with the "
-             "chain", "milliseconds", "{:.3g}") for batch in BATCHES),
-)  # fmt: skip
+LATENCIES = tuple(
+    Column(f"{kind}latency_ms_batch_{batch}", Duration, text.format(f"on {batch} inputs"), "milliseconds", "{:.3g}")
+    for kind, text in (
+        ("", "time of a forward pass of the chain {}, median of rounds after the run"),
+        ("lowrank_", "time of a low-rank factorisation of the chain's size {}"),
+        ("dense_", "time of W x {}, measured in turn with the chain"),
+    )
+    for batch in BATCHES
+)
 
+RANK = Column("rank", Positive, "rank of the chain")
+SEED = Column("seed", Seed, "seed of samples and initial values")
 SUMMARY = (
-    Column("rank", Positive, "rank of the chain"),
+    RANK,
     Column("final_train_loss", Loss, "training loss of the last epoch", LOSS, "{:.4g}"),
     Column("final_val_loss", Loss, "validation loss of the last epoch", LOSS, "{:.4g}"),
     Column("min_train_loss", Loss, "lowest training loss of any epoch", LOSS, "{:.4g}"),
@@ -155,17 +158,11 @@ DETAILS = (
 # The order of the results of several layers.
 PRINTED_LAYERS = ("weight_key", "rank", "relative_loss", "relative_floor_upper", "share_of_dense", "verdict")
 
-RUNS = (
-    Column("rank", Positive, "rank of the chain"),
-    Column("seed", Seed, "seed of samples and initial values"),
-    *SUMMARY[1:10],
-    Column("train_seconds", Duration, "duration of the run without the start of its process", "seconds"),
-    Column("segments", Text, "epochs of each segment of the run, joined by +"),
-)
+RUNS = (RANK, SEED, *SUMMARY[1:10], *chosen(SUMMARY, ("train_seconds", "segments")))
 
 ALL_CURVES = (
-    Column("rank", Positive, "rank of the chain"),
-    Column("seed", Seed, "seed of samples and initial values"),
+    RANK,
+    SEED,
     Column("epoch", Positive, "number of the epoch, from 1"),
     Column("split", Text, "`train`, `validation` or `population`; the last one in epochs for which it is known"),
     Column("loss", Loss, "loss of the rank and seed on this split", LOSS),
@@ -176,16 +173,14 @@ ALL_CURVES = (
 FLOOR = (
     Column("chain", Text, "family of the chain; `lowrank` rows are for comparison, and so are `isotropic` rows, which "
            "hold the floors for isotropic inputs if the inputs were measured"),
-    Column("rank", Positive, "rank of the chain"),
-    Column("parameters", Positive, "free values of the chain"),
+    *chosen(SUMMARY, ("rank", "parameters")),
     Column("loss_floor", Loss, "lower bound: no chain of this rank has a smaller loss", LOSS),
     Column("relative_loss", Loss, "`loss_floor` / loss of the zero predictor", FRACTION),
 )  # fmt: skip
 
 # What --dry_run prints; no file holds it.
 PLANNED_RANKS = (
-    Column("rank", Positive, "rank of the chain"),
-    *chosen(SUMMARY, ("relative_floor", "relative_floor_upper")),
+    *chosen(SUMMARY, ("rank", "relative_floor", "relative_floor_upper")),
     Column("lowrank_floor", Loss, "floor of low-rank with at most as many parameters", FRACTION, "{:.2%}",
            "the same for a low-rank factorisation of at most that size, whose rank is lowrank_rank"),
     Column("lowrank_rank", Count, "rank of that low-rank factorisation", form="{:.0f}"),
@@ -198,34 +193,36 @@ FAMILIES = (
     Column("none_below", Positive, "rank below which none can reach the target", legend="no smaller rank can reach the "
            "target"),
 )  # fmt: skip
-PATTERNS = (PLANNED_RANKS[0], Column("patterns", Text, "patterns (a, b, c, d) of the factors of each rank"))
+PATTERNS = (RANK, Column("patterns", Text, "patterns (a, b, c, d) of the factors of each rank"))
 
-LAYER_FLOORS = (
+LAYER = (
     Column("layer", Text, "name of the weight in the checkpoint"),
     Column("rows", Positive, "m, output features"),
     Column("cols", Positive, "n, input features"),
-    Column("chain", Text, "family of the chain"),
-    Column("rank", Positive, "rank of the chain"),
-    Column("parameters", Positive, "values of the chain"),
-    Column("share", Loss, "`parameters` / (m·n)", "ratio"),
-    Column("relative_loss", Loss, "relative loss of the best known chain of this rank", FRACTION),
-    Column("relative_loss_lower", Loss, "lower bound on the relative loss of every chain of this rank", FRACTION),
+)
+LAYER_LOSSES = (
+    Column("relative_loss", Loss, "relative loss of the best known chain of this rank", FRACTION, "{:.2%}"),
+    Column("relative_loss_lower", Loss, "lower bound on the relative loss of every chain of this rank", FRACTION,
+           "{:.2%}"),
     Column("interpolated", bool, "whether `relative_loss` was interpolated between ranks"),
 )  # fmt: skip
+LAYER_FLOORS = (
+    *LAYER,
+    Column("chain", Text, "family of the chain"),
+    RANK,
+    Column("parameters", Positive, "values of the chain"),
+    Column("share", Loss, "`parameters` / (m·n)", "ratio"),
+    *LAYER_LOSSES,
+)
 PLAN = (
-    Column("layer", Text, "name of the weight in the checkpoint"),
-    Column("rows", Positive, "m, output features"),
-    Column("cols", Positive, "n, input features"),
+    *LAYER,
     Column("chain", Text, "family of the chain, or `dense` if the weight stays as it is"),
     Column("rank", Positive, "rank of the chain; empty for dense", form="{:.0f}"),
     Column("parameters", Positive, "values of the chain, or m·n for dense; biases are not counted",
            form="{:,.0f}"),
     Column("dense_parameters", Positive, "m·n"),
     Column("share", Loss, "`parameters` / `dense_parameters`", "ratio", "{:.1%}"),
-    Column("relative_loss", Loss, "relative loss of the best known chain", FRACTION, "{:.2%}"),
-    Column("relative_loss_lower", Loss, "lower bound on the relative loss of every chain of this rank", FRACTION,
-           "{:.2%}"),
-    Column("interpolated", bool, "whether `relative_loss` was interpolated between ranks"),
+    *LAYER_LOSSES,
     Column("shared_with", Text, "names of weights that are tied to this one, separated by spaces; they count once"),
 )  # fmt: skip
 

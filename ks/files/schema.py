@@ -14,8 +14,7 @@ from msgspec import UNSET, Meta, Struct, field
 from ks.errors import UsageError, one_line
 from ks.files import columns
 from ks.files.columns import Count, Duration, Loss, Number, Positive, Seed, Text
-from ks.files.readable import readable
-from ks.files.rows import checked_rows
+from ks.files.rows import checked_rows, readable
 from ks.files.torch_files import plain
 
 PositiveLoss = Annotated[float, Meta(gt=0.0, le=1e300)]

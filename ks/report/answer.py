@@ -9,7 +9,7 @@ from math import log
 
 from ks.bounds.rank_floors import TargetRanks
 from ks.files.status import ended_well
-from ks.report.speed import measured_batches, times_of
+from ks.report.summary import times_of
 from ks.report.verdict import NEGLIGIBLE_FLOOR, Limit
 
 # A knee lies below the chord of the front by this fraction of its height and width, in logarithms.
@@ -63,7 +63,7 @@ def answer(rows: list[dict], facts: Facts, target: float | None = None) -> list[
         sentences = _not_reached(named, facts, target)
     sentences += _bounds_of(named)
     sentences += _uncertified(facts)
-    sentences += _lowrank_beside(named, facts)
+    sentences += lowrank_beside(named, facts)
     sentences += _warnings(named, target)
     return sentences + _dominated(known)
 
@@ -240,7 +240,7 @@ def _uncertified(facts: Facts) -> list[str]:
     return [f"To certify the lower bound of {ranks} takes more than {facts.seconds:g} s: raise --tight_bounds."]
 
 
-def _lowrank_beside(row: dict, facts: Facts) -> list[str]:
+def lowrank_beside(row: dict, facts: Facts) -> list[str]:
     """Return the loss that a low-rank factorisation with at most as many parameters can reach."""
     if row["rank"] not in facts.lowrank:
         return []
@@ -256,9 +256,7 @@ def _warnings(row: dict, target: float | None) -> list[str]:
     rank, sentences = row["rank"], []
     if row["compression_ratio"] < 1:
         sentences.append(f"WARNING: rank {rank} has more parameters than the dense weight.")
-    ratios = {
-        batch: times[0] / times[1] for batch in measured_batches([row]) if (times := times_of(row, batch)) is not None
-    }
+    ratios = {batch: chain / dense for batch, (chain, dense) in times_of(row).items()}
     if ratios:
         slower = "WARNING: " if max(ratios.values()) > 1 else ""
         texts = [f"{ratio:.2f} at batch {batch}" for batch, ratio in ratios.items()]

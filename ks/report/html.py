@@ -1,24 +1,30 @@
 """The report of a study: one page in one file, with its figures inside, that needs neither network nor scripts."""
 
+import dataclasses
+import io
+import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
+import matplotlib
 import pandas as pd
+from matplotlib.figure import Figure
 
+from ks.cli.flags import SweepConfig
+from ks.cli.parser import path, to_arguments
 from ks.files import columns
 from ks.files.atomic import atomic_path
 from ks.files.columns import LATENCIES, SUMMARY, Column, chosen
 from ks.files.layout import SweepFiles
+from ks.files.schema import StudyRecord
 from ks.files.table import cell, is_missing
-from ks.report.command import reproducing_command
-from ks.report.figures.draw import DRAWN, study_figures
-from ks.report.figures.svg import inline_svg
+from ks.report.figures.draw import study_figures
+from ks.report.read_results import MEAN_SQUARED_ERROR, Study
 from ks.report.sentences import recommendation
-from ks.report.study import MEAN_SQUARED_ERROR, Study
-from ks.report.tables import summary_columns
-from ks.report.units import losses_of, units_of
+from ks.report.summary import summary_columns
 
 FIGURE_SIZE = (5.2, 4.2)  # inches; in this width, text is legible on a phone
 ON_BOTH_AXES = ("loss_curves", "final_losses")
@@ -49,6 +55,7 @@ GLOSSARY_OF_LOSSES = {
 }
 FRACTIONS_OF_ENERGY = (0.5, 0.9, 0.99)
 
+LEFT_OUT = r"<style[^>]*>.*?</style>|<!--.*?-->|<\?xml[^>]*>|<!DOCTYPE[^>]*>|<metadata>.*?</metadata>"  # of an SVG
 STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --soft: #5a5a5a; --line: #d8d8d8; --page: #fff; --card: #f6f6f4; }
 @media screen and (prefers-color-scheme: dark) {
@@ -104,46 +111,58 @@ def write_report(study: Study, files: SweepFiles, *, log_scale: bool = False, ti
     squashed = _is_squashed(study)
     look: dict[str, Any] = {"title": title or "", "figsize": FIGURE_SIZE}
     drawn = study_figures(study, metrics=study.metrics, log_scale=log_scale or squashed, **look)
+    linear = study_figures(study, names=ON_BOTH_AXES, **look) if squashed and not log_scale else {}
     figures = []
     for name, figure in drawn.items():
-        if name in ON_BOTH_AXES and squashed and not log_scale:
-            figures.append((name, inline_svg(DRAWN[name][0](study, **look), f"{name}_linear")))
-        figures.append((name, inline_svg(figure, name)))
+        if name in linear:
+            figures.append(_figure(name, inline_svg(linear[name], f"{name}_linear")))
+        figures.append(_figure(name, inline_svg(figure, name)))
     with atomic_path(files.report) as temporary:
-        temporary.write_text(report_page(study, figures), encoding="utf-8")
+        temporary.write_text(_page(study, figures), encoding="utf-8")
 
 
 def _is_squashed(study: Study) -> bool:
     """Return whether losses, with the zero predictor, are too far apart for a linear axis."""
-    units = units_of(study)
-    losses = losses_of(study, units)["best"].dropna()
-    return len(losses) > 0 and max(losses.max(), 1.0 if units.relative else 0.0) > SQUASHED * losses.min()
+    losses = study.losses["best"].dropna()
+    return len(losses) > 0 and max(losses.max(), 1.0 if study.units.relative else 0.0) > SQUASHED * losses.min()
 
 
-def report_page(study: Study, figures: Iterable[tuple[str, str]]) -> str:
-    """Return the page as HTML.
+def inline_svg(figure: Figure, name: str) -> str:
+    """Return a figure as an <svg> element: text as shapes, so that no font is needed, and nothing to load.
 
     Args:
-        study: with its answer and its config, as far as they are known.
-        figures: name and <svg> element of each figure.
+        figure: to draw; its first text, the finding, is read aloud instead of it.
+        name: unique in the page; all ids start with it.
     """
-    name = study.title or study.name
+    finding = figure.texts[0].get_text().replace("\n", " ").replace("\\$", "$")
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    svg = re.sub(LEFT_OUT, "", buffer.getvalue(), flags=re.DOTALL).strip()
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'\b(?:xlink:)?href="#', f'href="#{name}-', svg).replace("url(#", f"url(#{name}-")
+    head, _, body = svg.partition(">")
+    (box,) = re.findall(r'viewBox="[\d. ]+"', head)
+    return f'<svg {box} role="img" aria-label="{escape(finding)}">{body}'
+
+
+def _page(study: Study, figures: Iterable[str]) -> str:
+    name, config, rows = study.title or study.name, study.config, study.rows
     first, *others = recommendation(study) or [name]
-    remarks = study.config.advice if study.config else []
-    rows = study.summary.to_dict("records")
     metrics = [f"{columns.FINAL}{metric}" for metric in study.metrics]
     shown = [*summary_columns(rows), *chosen(SUMMARY, ["parameters"]), *columns.metric_columns(metrics)]
+    timed = [row for row in rows if any(not is_missing(row.get(column.name)) for column in LATENCIES)]
     glossary = GLOSSARY | (GLOSSARY_OF_LOSSES if study.loss_label == MEAN_SQUARED_ERROR else {})
     sections = [
         ("Ranks", _table(shown, rows)),
-        ("Figures", '<div class="figures">' + "".join(_figure(*drawn) for drawn in figures) + "</div>"),
-        ("Remarks", _items(remarks)),
-        ("Latency: median milliseconds of a forward pass", _latencies(rows)),
-        ("Weight", _definitions(_weight(study))),
-        ("Inputs", _definitions(_inputs(study))),
+        ("Figures", '<div class="figures">' + "".join(figures) + "</div>"),
+        ("Remarks", _items(config.advice if config else [])),
+        ("Latency: median milliseconds of a forward pass", _table([SUMMARY[0], *LATENCIES], timed) if timed else ""),
+        ("Weight", _definitions(_weight(study, config)) if config else ""),
+        ("Inputs", _definitions(_inputs(config)) if config else ""),
         ("Glossary", _definitions(glossary)),
-        ("Command that reproduces this study", _command(study)),
-        ("Provenance", _definitions(_provenance(study))),
+        ("Command that reproduces this study", _command(config) if config else ""),
+        ("Provenance", _definitions(_provenance(config)) if config else ""),
     ]
     body = "\n".join(f"<section>\n<h2>{title}</h2>\n{content}\n</section>" for title, content in sections if content)
     return f"""<!doctype html>
@@ -178,34 +197,32 @@ def _definitions(pairs: Mapping[str, str | None]) -> str:
 
 
 def _figure(name: str, svg: str) -> str:
-    caption = CAPTIONS[name if name in DRAWN else "metric"]
+    caption = CAPTIONS.get(name, CAPTIONS["metric"])
     return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def _weight(study: Study) -> dict[str, str | None]:
-    config = study.config
-    if config is None:
-        return {}
-    weight = config.problem.weight
-    path = config.arguments.get("weight_path")
-    shape = weight.shape and f"{weight.shape[0]} × {weight.shape[1]}, {weight.shape[0] * weight.shape[1]:,} parameters"
+def _weight(study: Study, config: StudyRecord) -> dict[str, str | None]:
+    weight, criterion = config.problem.weight, config.settings.get("criterion")
+    if study.loss_label == MEAN_SQUARED_ERROR:
+        criterion = None
     return {
-        "file": PurePath(path).name if isinstance(path, str) else None,
+        "file": _file_name(config, "weight_path"),
         "key": weight.key,
-        "shape (out × in)": shape,
+        "shape (out × in)": weight.shape
+        and f"{weight.shape[0]} × {weight.shape[1]}, {weight.shape[0] * weight.shape[1]:,} parameters",
         "dtype": weight.dtype,
         "chain": study.chain,
-        "criterion": _criterion(study),
+        "criterion": criterion
+        and f"{criterion}; losses are those of outputs in units of the root mean square of W x, and no floor holds",
         "spectrum": _spectrum(study),
         "sha256": weight.sha256,
     }
 
 
-def _criterion(study: Study) -> str | None:
-    criterion = study.config and study.config.settings.get("criterion")
-    if criterion is None or study.loss_label == MEAN_SQUARED_ERROR:
-        return None
-    return f"{criterion}; losses are those of outputs in units of the root mean square of W x, and no floor holds"
+def _file_name(config: StudyRecord, flag: str) -> str | None:
+    """Return the name of the file of a flag, without its folder."""
+    given = config.arguments.get(flag)
+    return PurePath(given).name if isinstance(given, str) else None
 
 
 def _spectrum(study: Study) -> str | None:
@@ -222,19 +239,18 @@ def _spectrum(study: Study) -> str | None:
     )
 
 
-def _inputs(study: Study) -> dict[str, str | None]:
-    if study.config is None or study.config.problem.inputs.kind is None:
+def _inputs(config: StudyRecord) -> dict[str, str | None]:
+    inputs = config.problem.inputs
+    if inputs.kind is None:
         return {}
-    inputs = study.config.problem.inputs
     if inputs.kind == columns.ISOTROPIC:
         std = f", standard deviation {inputs.std:g}" if inputs.std is not None else ""
         return {"kind": f"isotropic{std}; the inputs of a real layer differ"}
-    path, count, held_out = study.config.arguments.get("inputs"), inputs.count or 0, inputs.held_out_count or 0
     return {
         "kind": f"measured{', around their mean' if inputs.centred else ''}",
-        "file": PurePath(path).name if isinstance(path, str) else None,
+        "file": _file_name(config, "inputs"),
         "key": inputs.key,
-        "samples": f"{count:,}, and {held_out:,} held out",
+        "samples": f"{inputs.count or 0:,}, and {inputs.held_out_count or 0:,} held out",
         "effective rank": f"{inputs.effective_rank:.1f}" if inputs.effective_rank is not None else None,
         "sha256": inputs.sha256,
     }
@@ -257,16 +273,8 @@ def _table(shown: Sequence[Column], rows: list[dict]) -> str:
     return f'<div class="wide"><table>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
 
 
-def _latencies(rows: list[dict]) -> str:
-    known = [row for row in rows if any(not is_missing(row.get(column.name)) for column in LATENCIES)]
-    return _table([SUMMARY[0], *LATENCIES], known) if known else ""
-
-
-def _provenance(study: Study) -> dict[str, str | None]:
-    if study.config is None:
-        return {}
-    found = study.config.provenance.items()
-    known = {name: str(value) for name, value in found if isinstance(value, (str, int, float))}
+def _provenance(config: StudyRecord) -> dict[str, str | None]:
+    known = {name: str(value) for name, value in config.provenance.items() if isinstance(value, (str, int, float))}
     cores = f"{known['cpu']}, {known['cpu_cores']} cores" if {"cpu", "cpu_cores"} <= known.keys() else known.get("cpu")
     hardware = [known["gpu"], f"CUDA {known.get('cuda')}"] if "gpu" in known else [cores]
     return {
@@ -278,7 +286,24 @@ def _provenance(study: Study) -> dict[str, str | None]:
     }
 
 
-def _command(study: Study) -> str:
-    if study.config is None or not study.config.arguments:
-        return ""
-    return f"<pre><code>{escape(reproducing_command(study.config))}</code></pre>"
+def _command(config: StudyRecord) -> str:
+    return f"<pre><code>{escape(reproducing_command(config))}</code></pre>" if config.arguments else ""
+
+
+def reproducing_command(record: StudyRecord) -> str:
+    """Return the command of a sweep with the flags that are not at their defaults; of files, the names alone.
+
+    Its ranks and seeds may have come from several commands.
+    """
+    arguments = record.arguments | {"ranks": record.ranks, "max_rank": None, "overwrite": False}
+    if record.seeds != [arguments.get("seed", 0)]:
+        arguments["seeds"] = record.seeds
+    settings: dict[str, Any] = {}
+    for field in dataclasses.fields(SweepConfig):
+        value: Any = arguments.get(field.name, field.default)
+        value = tuple(value) if isinstance(value, list) else value
+        if value != field.default:
+            is_path = field.metadata["flag"].convert is path and isinstance(value, str)
+            settings[field.name] = Path(value).name if is_path else value
+    first = {name: settings[name] for name in ("weight_path", "weight_key", "inputs") if name in settings}
+    return "python rank_sweep_study.py " + shlex.join(to_arguments(first | settings))

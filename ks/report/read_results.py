@@ -1,25 +1,154 @@
-"""Reading a results folder, ours or one of the 2025 ksmm scripts, as a study to draw."""
+"""A results folder, ours or one of the 2025 ksmm scripts, as a study: tables for figures, and units of its losses."""
 
-from typing import Annotated
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-import msgspec
+import numpy as np
 import pandas as pd
 
-from ks.errors import UsageError
+from ks.errors import UsageError, one_line
 from ks.files import columns
 from ks.files.curves import read_curves
 from ks.files.layout import RunFiles, SweepFiles, find_runs
 from ks.files.rows import read_summary, read_table
-from ks.files.schema import StudyRecord, convert, read_json_as
-from ks.files.status import OK
-from ks.report.study import Study, curves_table, loss_label, summary_frame
-from ks.report.summary import rank_row, run_row
+from ks.files.schema import StudyRecord, read_json_as
+from ks.files.status import OK, ended_well
+from ks.files.table import is_missing
+from ks.report.summary import rank_row, run_row, written_columns
+
+MEAN_SQUARED_ERROR = "mean squared error per output"
+FLOOR_NAMES = columns.names(columns.FLOOR)
 
 
-class Target(msgspec.Struct):
-    """The flag of a sweep that its figures show."""
+@dataclass(frozen=True)
+class Units:
+    """Divisors of the losses of a study, and the name of the result.
 
-    target_relative_loss: Annotated[float, msgspec.Meta(gt=0, lt=1)] | None = None
+    train, validation: loss of the zero predictor on the inputs that each kind of loss is measured on, in the unit of
+    the losses; 1 where the losses stay as they are. relative: whether they become fractions of the output energy.
+    label: of an axis.
+    """
+
+    train: float
+    validation: float
+    relative: bool
+    label: str
+
+    def show(self, loss: float) -> str:
+        """Return a loss of these units as text."""
+        if not self.relative:
+            return f"{loss:.3g}"
+        return f"{loss:.2%}" if loss >= 0.001 else f"{100 * loss:.2g}%"
+
+
+@dataclass(frozen=True)
+class Study:
+    """One sweep.
+
+    curves: one row for each run and epoch (columns of the curves file, and seed). summary: one row for each rank
+    (columns of the summary; for a 2025 folder only the losses are filled). floor: columns of the floor file, empty if
+    there is no floor. title: weight and chain, None if not known. answer: sentences of `ks.report.answer`.
+    predict_zero_loss, held_out_predict_zero_loss: loss of the zero predictor, in the unit of the losses, on the inputs
+    of the runs and on those held out. target: relative loss that is asked for. config: the config file;
+    None for a 2025 folder.
+    """
+
+    name: str
+    curves: pd.DataFrame
+    summary: pd.DataFrame
+    floor: pd.DataFrame
+    title: str | None = None
+    chain: str | None = None
+    weight_sha256: str | None = None
+    loss_label: str = MEAN_SQUARED_ERROR
+    answer: tuple[str, ...] = ()
+    predict_zero_loss: float | None = None
+    held_out_predict_zero_loss: float | None = None
+    target: float | None = None
+    config: StudyRecord | None = None
+
+    @property
+    def rows(self) -> list[dict]:
+        """Rows of the summary, with None for a missing value."""
+        rows = self.summary.to_dict("records")
+        return [{str(name): None if is_missing(value) else value for name, value in row.items()} for row in rows]
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the metrics that have a value in any epoch."""
+        known = {*columns.names(columns.CURVES), "seed"}
+        return [name for name in self.curves if name not in known and self.curves[name].notna().any()]
+
+    @property
+    def family(self) -> str:
+        """Chain of the floors, as it is called in their table."""
+        others = [name for name in self.floor["chain"].unique() if name not in ("lowrank", columns.ISOTROPIC)]
+        return others[0] if others else "lowrank"
+
+    @property
+    def dense_parameters(self) -> float:
+        product = self.summary["parameters"].astype(float) * self.summary["compression_ratio"].astype(float)
+        return float(product.dropna().iloc[0])
+
+    @property
+    def units(self) -> Units:
+        """Units of the losses in figures; only mean squared errors with a known zero predictor are relative."""
+        if self.loss_label != MEAN_SQUARED_ERROR or self.predict_zero_loss is None:
+            return Units(1.0, 1.0, False, self.loss_label)
+        held_out = self.held_out_predict_zero_loss or self.predict_zero_loss
+        return Units(self.predict_zero_loss, held_out, True, "relative loss (output energy lost)")
+
+    @property
+    def losses(self) -> pd.DataFrame:
+        """Losses of every rank in `units`, as floats; NaN where unknown.
+
+        Columns: rank, status, train, validation, exact (population loss), best (the exact one, else validation), lower
+        and upper (the bounds of its floor), bracketed (whether they differ), train_se, validation_se, parameters.
+        """
+        rows, units = self.summary.sort_values("rank").reset_index(drop=True), self.units
+        losses = pd.DataFrame({"rank": rows["rank"], "status": rows["status"]})
+        for name, column, unit in (
+            ("train", "final_train_loss", units.train),
+            ("validation", "final_val_loss", units.validation),
+            ("exact", "population_loss", units.train),
+            ("lower", "loss_floor", units.train),
+            ("upper", "loss_floor_upper", units.train),
+            ("train_se", "final_train_loss_se", units.train),
+            ("validation_se", "final_val_loss_se", units.validation),
+            ("parameters", "parameters", 1.0),
+        ):
+            losses[name] = rows[column].astype(float) / unit
+        losses["best"] = losses["exact"].fillna(losses["validation"])
+        losses["bracketed"] = rows["loss_floor_is_exact"].eq(False)
+        losses["upper"] = losses["upper"].where(losses["bracketed"], losses["lower"])
+        return losses
+
+    def lowrank_beside(self, parameters: pd.Series) -> pd.DataFrame:
+        """Return the largest rank of low-rank with at most so many parameters each, and its floor.
+
+        Args:
+            parameters: of chains.
+        Returns:
+            columns rank and relative_loss, with the index of `parameters`; rank 0, the zero predictor, where none fits.
+        """
+        lowrank = self.floor[self.floor["chain"] == "lowrank"].sort_values("parameters")
+        found = np.searchsorted(lowrank["parameters"], parameters.astype(float), side="right")
+        columns = {"rank": [0, *lowrank["rank"]], "relative_loss": [1.0, *lowrank["relative_loss"]]}
+        return pd.DataFrame(columns).iloc[found].set_index(parameters.index)
+
+    def unknown_metrics(self, asked: Iterable[str]) -> str:
+        """Return a line that lists the metrics that were asked for but have no values; empty if there are none."""
+        unknown = [name for name in asked if name not in self.metrics]
+        if not unknown:
+            return ""
+        known = f"it has {', '.join(self.metrics)}" if self.metrics else "it has no metrics at all"
+        return f"--metric {' '.join(unknown)}: no run of {self.name} has values of that name; {known}"
+
+
+def summary_frame(rows: list[dict]) -> pd.DataFrame:
+    """Return the rows of the summary with all its columns, in their order, and those of metrics after them."""
+    return pd.DataFrame([{name: row.get(name) for name in written_columns(rows)} for row in rows])
 
 
 def read_study(files: SweepFiles) -> Study:
@@ -43,21 +172,34 @@ def read_study(files: SweepFiles) -> Study:
         runs = [(run_row(rank, curves, OK, seed), curves) for rank, seed, curves in curves_of]
         ranks = dict.fromkeys(rank for rank, *_ in found)
         rows = [rank_row([row for row, _ in runs if row["rank"] == rank]) for rank in ranks]
+    floors = read_table(files.floor_csv, columns.FLOOR, FLOOR_NAMES) if files.floor_csv.is_file() else []
+    tables = (_drawn_curves(runs), summary_frame(rows), pd.DataFrame(floors, columns=FLOOR_NAMES))
+    if config is None:
+        return Study(files.directory.name, *tables)
     return Study(
-        name=files.directory.name,
-        curves=curves_table(runs),
-        summary=summary_frame(rows),
-        floor=_floor_table(files),
-        title=config.title if config else None,
-        chain=config.problem.chain if config else None,
-        weight_sha256=config.problem.weight.sha256 if config else None,
-        loss_label=loss_label(config),
-        answer=tuple(config.answer) if config else (),
-        predict_zero_loss=config.problem.predict_zero_loss if config else None,
-        held_out_predict_zero_loss=config.problem.held_out_predict_zero_loss if config else None,
-        target=convert(config.arguments, Target, str(files.config)).target_relative_loss if config else None,
+        files.directory.name,
+        *tables,
+        title=config.title,
+        chain=config.problem.chain,
+        weight_sha256=config.problem.weight.sha256,
+        loss_label=_loss_label(config),
+        answer=tuple(config.answer),
+        predict_zero_loss=config.problem.predict_zero_loss,
+        held_out_predict_zero_loss=config.problem.held_out_predict_zero_loss,
+        target=next((row["target_relative_loss"] for row in rows), None),
         config=config,
     )
+
+
+def _loss_label(config: StudyRecord) -> str:
+    """Return the label of a study's losses: MEAN_SQUARED_ERROR for the toolkit's own criterion, and for no other."""
+    criterion = config.settings.get("criterion")
+    if criterion is None:  # an earlier version, whose config may hold the label itself
+        return config.loss or MEAN_SQUARED_ERROR
+    if criterion == "mean_squared_error":
+        return MEAN_SQUARED_ERROR
+    name = re.sub(r" (of \S+ [\d.]+|sha256 [0-9a-f]+)$", "", str(criterion))
+    return f"loss, {one_line(name, 40)}"
 
 
 def _summary_rows(files: SweepFiles) -> list[dict]:
@@ -82,7 +224,7 @@ def _runs_of_study(
     status_of: dict = {}
     if files.runs_csv.is_file():
         read = ("rank", "seed", "status")
-        known = read_table(files.runs_csv, [column for column in columns.RUNS if column.name in read], read)
+        known = read_table(files.runs_csv, columns.chosen(columns.RUNS, read), read)
         status_of = {(row["rank"], row["seed"]): row["status"] for row in known}
     return [
         (
@@ -94,7 +236,8 @@ def _runs_of_study(
     ]
 
 
-def _floor_table(files: SweepFiles) -> pd.DataFrame:
-    declared = columns.names(columns.FLOOR)
-    rows = read_table(files.floor_csv, columns.FLOOR, declared) if files.floor_csv.is_file() else []
-    return pd.DataFrame(rows, columns=declared)
+def _drawn_curves(runs: list[tuple[dict, list[dict]]]) -> pd.DataFrame:
+    """Return the curves to draw: failed runs only for ranks of which no seed finished."""
+    well = {row["rank"] for row, _ in runs if ended_well(row["status"])}
+    drawn = [run for run in runs if ended_well(run[0]["status"]) or run[0]["rank"] not in well]
+    return pd.DataFrame([epoch | {"seed": row["seed"]} for row, curves in drawn for epoch in curves])

@@ -1,16 +1,15 @@
-"""The sentences of a study on each rank and above each figure, by stated rules, from the rows of the summary."""
-
-import re
+"""The sentences of a study on each rank, above each figure and at the top of the report, by stated rules."""
 
 import pandas as pd
 
-from ks.files.columns import FINAL
-from ks.report.speed import AS_FAST, measured_batches, times_of
-from ks.report.study import Study, family_of
-from ks.report.units import Units, units_of
+from ks.files.columns import BATCHES, FINAL
+from ks.report.answer import Facts, lowrank_beside, named_row
+from ks.report.read_results import Study
+from ks.report.summary import times_of
 from ks.report.verdict import ROUNDING, SMALL_EXCESS, Limit
 
 NONE_FINISHED = "no rank has finished"
+AS_FAST = 0.95  # a time counts as less than another one below this fraction of it: closer ratios are noise
 
 
 def listed(ranks, total: int) -> str:
@@ -25,25 +24,18 @@ def listed(ranks, total: int) -> str:
     return f"ranks {', '.join(names[:-1])} and {names[-1]}"
 
 
-def _are(ranks, total: int) -> str:
-    """Return the subject of a sentence on some ranks, with its verb."""
-    return f"{listed(ranks, total)} {'is' if len(ranks) in (1, total) else 'are'}"
-
-
-def not_faster(rows: list[dict]) -> str:
-    """Return which ranks are not faster than dense, by batch size; empty if all are, or if nothing was measured."""
-
-    def is_slow(row: dict, batch: int) -> bool:
-        times = times_of(row, batch)
-        return times is not None and times[0] > AS_FAST * times[1]
-
-    slow = {batch: [row["rank"] for row in rows if is_slow(row, batch)] for batch in measured_batches(rows)}
-    texts = [f"{listed(ranks, len(rows))} at batch {batch}" for batch, ranks in slow.items() if ranks]
-    return f"not faster than dense: {'; '.join(texts)}" if texts else ""
+def _slower(rows: list[dict], other: str, factor: float) -> str:
+    """Return the ranks, by batch size, that take more than `factor` of the time of "dense" or "lowrank"; or nothing."""
+    texts = []
+    for batch in BATCHES:
+        times = {row["rank"]: found[batch] for row in rows if batch in (found := times_of(row, other))}
+        if slow := [rank for rank, (chain, beside) in times.items() if chain > factor * beside]:
+            texts.append(f"{listed(slow, len(rows))} at batch {batch}")
+    return "; ".join(texts)
 
 
 def advice(rows: list[dict], sampling: str | None = None) -> list[str]:
-    """Return what to do about each rank that is not at its floor, one line each.
+    """Return what to do about each rank that is not at its floor, one line each; then the ranks that are not faster.
 
     Args:
         rows: of the summary, as `ks.report.summary.rank_row` returns them.
@@ -52,20 +44,21 @@ def advice(rows: list[dict], sampling: str | None = None) -> list[str]:
     sentences = []
     for row in rows:
         rank, verdict = row["rank"], row["verdict"]
+        limit = None if verdict is None else verdict.limit
         if row["failed"]:
             sentences.append(f"Rank {rank}: {row['status']}; see its train.log.")
-        elif verdict is not None and verdict.limit is Limit.SAMPLES:
+        elif limit is Limit.SAMPLES:
             remedy = "--sampling auto or more samples" if sampling == "fixed" else "more samples"
             sentences.append(
                 f"Rank {rank} is sample-limited: its loss is {_above(row)}, and the training loss shows less than half "
                 f"of this gap. Use {remedy}."
             )
-        elif verdict is not None and verdict.limit is Limit.TRAINING:
+        elif limit is Limit.TRAINING:
             sentences.append(
                 f"Rank {rank} is undertrained: its loss is {_above(row)} ({row['removed_share']:.2%} of the achievable "
                 "reduction). Increase --num_epochs."
             )
-        elif verdict is not None and verdict.limit is Limit.SMALL:
+        elif limit is Limit.SMALL:
             sentences.append(
                 f"Rank {rank} is {Limit.SMALL}: its loss exceeds {_reference(row)} by {100 * row['excess']:.2g}% of "
                 "the output energy. A larger --num_epochs gains little."
@@ -78,8 +71,22 @@ def advice(rows: list[dict], sampling: str | None = None) -> list[str]:
     larger = [str(row["rank"]) for row in rows if row["verdict"] is not None and row["verdict"].larger_than_dense]
     if larger:
         sentences.append(f"Larger than the dense weight: rank {', '.join(larger)}.")
-    slow = not_faster(rows)
-    return [*sentences, f"{slow[0].upper()}{slow[1:]}."] if slow else sentences
+    if slow := _slower(rows, "dense", AS_FAST):
+        sentences.append(f"Not faster than dense: {slow}.")
+    if slow := _slower(rows, "lowrank", 1 / AS_FAST):
+        sentences.append(f"Slower than a low-rank factorisation of the same size: {slow}.")
+    return sentences
+
+
+def _reference(row: dict) -> str:
+    return "the floor" if row.get("loss_floor_is_exact") else "that of the best known chain"
+
+
+def _above(row: dict) -> str:
+    if row.get("optimality_gap") is None:
+        return f"{row['excess']:.2%} of the output energy above {_reference(row)}"
+    gap = 100 * row["optimality_gap"]
+    return f"{gap:.0f}% above {_reference(row)}" if gap >= 10 else f"{gap:.2g}% above {_reference(row)}"
 
 
 def recommendation(study: Study) -> list[str]:
@@ -87,54 +94,57 @@ def recommendation(study: Study) -> list[str]:
 
     Low-rank is better if it can lose less than the rank that the answer names, with no more parameters.
     """
-    answer = list(study.answer)
-    named = re.search(r"\brank (\d+)", answer[0], re.IGNORECASE) if answer else None
-    rows = study.summary[study.summary["rank"] == int(named[1])] if named else study.summary.iloc[:0]
-    rows = rows[["parameters", "relative_loss"]].astype(float).dropna()
-    if named is None or rows.empty or study.floor.empty or family_of(study) == "lowrank" or "low-rank" in answer[0]:
-        return answer
-    beside, ours = study.lowrank_beside(rows["parameters"]).iloc[0], rows["relative_loss"].iloc[0]
-    if beside["relative_loss"] >= ours:
-        return answer
-    texts = [units_of(study).show(loss) for loss in (beside["relative_loss"], ours)]
+    row = named_row(study.rows, study.target)
+    if not study.answer or row is None or study.floor.empty or study.family == "lowrank":
+        return list(study.answer)
+    beside = study.lowrank_beside(pd.Series([row["parameters"]])).iloc[0]
+    rank, loss = int(beside["rank"]), beside["relative_loss"]
+    if loss >= row["relative_loss"]:
+        return list(study.answer)
     first = (
-        f"Prefer a low-rank factorisation: at rank {beside['rank']:.0f} it gets down to {texts[0]}, with no more "
-        f"parameters than this chain at rank {named[1]}, which loses {texts[1]}."
+        f"Prefer a low-rank factorisation: at rank {rank} it gets down to {study.units.show(loss)}, with no more "
+        f"parameters than this chain at rank {row['rank']}, which loses {study.units.show(row['relative_loss'])}."
     )
-    return [first, *answer]
+    same = lowrank_beside(row, Facts({row["rank"]: (rank, loss)}))
+    return [first, *(sentence for sentence in study.answer if sentence not in same)]
 
 
-def of_losses(losses: pd.DataFrame, summary: pd.DataFrame, units: Units) -> str:
+def of_losses(study: Study) -> str:
     """Return the loss of the best rank, and which ranks are not at their floors."""
-    known = losses[losses["best"].notna()]
+    return "; ".join(filter(None, [_of_best(study), _of_limits(study.summary)]))
+
+
+def _of_best(study: Study) -> str:
+    known = study.losses.dropna(subset=["best"])
     if known.empty:
         return NONE_FINISHED
     best = known.loc[known["best"].idxmin()]
-    end = "loses {} of the output energy" if units.relative else "ends at {}"
-    start = f"rank {best['rank']} {end.format(units.show(best['best']))}"
-    return "; ".join(filter(None, [start, of_limits(summary)]))
+    loss = study.units.show(best["best"])
+    end = f"loses {loss} of the output energy" if study.units.relative else f"ends at {loss}"
+    return f"rank {best['rank']} {end}"
 
 
-def of_limits(summary: pd.DataFrame) -> str:
+def _of_limits(summary: pd.DataFrame) -> str:
     """Return which ranks are not at their floors; empty if no rank has a verdict on its floor."""
     verdicts = dict(zip(summary["rank"], summary["verdict"].map(lambda verdict: str(verdict).split(", ")[0])))
     judged = {rank: verdict for rank, verdict in verdicts.items() if verdict in [*Limit]}
-    away = {limit: [rank for rank, verdict in judged.items() if verdict == limit] for limit in Limit}
-    del away[Limit.CONVERGED]
-    texts = [f"{_are(ranks, len(summary))} {limit}" for limit, ranks in away.items() if ranks]
-    if len(summary) == 1:
-        texts = [f"it is {limit}" for limit, ranks in away.items() if ranks]
+    texts = []
+    for limit in Limit:
+        ranks = [rank for rank, verdict in judged.items() if verdict == limit]
+        if ranks and limit is not Limit.CONVERGED:
+            subject = "it" if len(summary) == 1 else listed(ranks, len(summary))
+            texts.append(f"{subject} {'is' if len(ranks) in (1, len(summary)) else 'are'} {limit}")
     if texts or not judged:
         return ", ".join(texts)
     state = "at its floor" if summary["loss_floor_is_exact"].fillna(True).all() else "converged"
     return f"every rank is {state}" if len(judged) > 1 else f"it is {state}"
 
 
-def of_range(losses: pd.DataFrame, units: Units) -> str:
+def of_range(study: Study) -> str:
     """Return how the loss falls from the smallest to the largest rank."""
-    known = losses[losses["best"].notna()].sort_values("rank")
+    known, units = study.losses.dropna(subset=["best"]), study.units
     if len(known) < 2:
-        return of_losses(losses, pd.DataFrame({"rank": [], "verdict": [], "loss_floor_is_exact": []}), units)
+        return _of_best(study)
     first, last = known.iloc[0], known.iloc[-1]
     kind = "the relative loss" if units.relative else "the loss"
     change = "falls" if last["best"] < first["best"] else "does not fall"
@@ -144,32 +154,28 @@ def of_range(losses: pd.DataFrame, units: Units) -> str:
     )
 
 
-def of_floors(losses: pd.DataFrame, curve: pd.DataFrame, units: Units, target: float | None) -> str:
-    """Return which rank can reach a target; without one, what the largest trained rank can reach.
-
-    Args:
-        losses: of the trained ranks that have a floor.
-        curve: the floor of every rank; only lower bounds if any trained rank is bracketed.
-        units: of the losses.
-        target: relative loss, or None.
-    """
+def of_floors(study: Study) -> str:
+    """Return which rank can reach the target; without one, what the largest trained rank can reach."""
+    losses, units, target = study.losses.dropna(subset=["lower", "exact"]), study.units, study.target
     last = losses.iloc[-1]
     if target is None:
+        upper, lower = (units.show(last[name]) for name in ("upper", "lower"))
         if last["bracketed"]:
-            upper, lower = (units.show(last[name]) for name in ("upper", "lower"))
             return f"at rank {last['rank']}, the best known chain loses {upper}, and no chain loses less than {lower}"
-        return f"no chain of rank {last['rank']} loses less than {units.show(last['lower'])}"
+        return f"no chain of rank {last['rank']} loses less than {lower}"
     goal = f"reach the target of {100 * target:.6g}%"
-    if losses["bracketed"].any():  # the curve is a weaker bound than those of the trained ranks
+    if losses["bracketed"].any():  # the floor of every rank is then a weaker bound than those of the trained ranks
         able = losses["rank"][losses[["upper", "exact"]].min(axis=1) <= target]
         known = f"rank {able.min()} is the smallest trained rank that" if len(able) else "no trained rank"
         return f"{known} is known to {goal}"
-    able = curve["rank"][curve["relative_loss"] <= target]
+    floor = study.floor[study.floor["chain"] == study.family]
+    able = floor["rank"][floor["relative_loss"] <= target]
     return f"rank {able.min()} is the smallest that can {goal}" if len(able) else f"no rank can {goal}"
 
 
-def of_gaps(losses: pd.DataFrame, summary: pd.DataFrame) -> str:
+def of_gaps(study: Study) -> str:
     """Return how far above its floor the worst rank ends."""
+    losses = study.losses
     excess = (losses["exact"] - losses["upper"]).dropna()
     if excess.empty:
         return NONE_FINISHED
@@ -179,22 +185,22 @@ def of_gaps(losses: pd.DataFrame, summary: pd.DataFrame) -> str:
         return f"no rank ends above {goal}"
     if worst <= SMALL_EXCESS:
         return f"every rank ends at most {100 * worst:.2g}% of the output energy above {goal}"
-    verdict = str(summary.set_index("rank")["verdict"].get(rank)).split(", ")[0]
+    verdict = str(study.summary.set_index("rank")["verdict"].get(rank)).split(", ")[0]
     return f"rank {rank} ends furthest above {goal}, by {worst:.2%} of the output energy; it is {verdict}"
 
 
-def of_front(losses: pd.DataFrame, lowrank_at: pd.Series, family: str) -> str:
+def of_front(study: Study, losses: pd.DataFrame) -> str:
     """Return whether the trained chains lose less than low-rank of the same size.
 
     Args:
-        losses: of the trained ranks.
-        lowrank_at: the floor of low-rank with at most as many parameters, by row.
-        family: name of the chain.
+        study: of the chains.
+        losses: rows of its losses with a population loss and parameters.
     """
+    family = study.family
     if family == "lowrank":
         last = losses.iloc[-1]
         return f"rank {last['rank']} loses {100 * last['best']:.3g}% with {last['parameters']:,.0f} parameters"
-    better = losses["rank"][losses["best"] < lowrank_at]
+    better = losses["rank"][losses["best"] < study.lowrank_beside(losses["parameters"])["relative_loss"]]
     if better.empty:
         return f"at equal size, low-rank can lose less than every trained {family} chain"
     if len(better) == len(losses):
@@ -210,23 +216,13 @@ def of_metric(metric: str, summary: pd.DataFrame) -> str:
     known = summary.dropna(subset=[column]).sort_values("rank") if column in summary else summary.iloc[:0]
     if known.empty:
         return NONE_FINISHED
-    ends = dict.fromkeys((known["rank"].iloc[0], known["rank"].iloc[-1]))
     values = known.set_index("rank")[column]
+    ends = dict.fromkeys((values.index[0], values.index[-1]))
     return f"at the end, {metric} is " + " and ".join(f"{values[rank]:.4g} at rank {rank}" for rank in ends)
 
 
 def of_latency(rows: list[dict]) -> str:
     """Return which ranks are not faster than dense, by batch size; rows are those of the summary."""
-    faster = "every chain is faster than dense at every batch size" if len(rows) > 1 else "faster than dense"
-    return not_faster(rows) or faster
-
-
-def _reference(row: dict) -> str:
-    return "the floor" if row.get("loss_floor_is_exact") else "that of the best known chain"
-
-
-def _above(row: dict) -> str:
-    if row.get("optimality_gap") is None:
-        return f"{row['excess']:.2%} of the output energy above {_reference(row)}"
-    gap = 100 * row["optimality_gap"]
-    return f"{gap:.0f}% above {_reference(row)}" if gap >= 10 else f"{gap:.2g}% above {_reference(row)}"
+    if slow := _slower(rows, "dense", AS_FAST):
+        return f"not faster than dense: {slow}"
+    return "every chain is faster than dense at every batch size" if len(rows) > 1 else "faster than dense"

@@ -1,4 +1,4 @@
-"""The rows of the summary: losses of a rank over its seeds, distance to the floor, verdict."""
+"""The summary of a study: losses of a rank over its seeds, distance to the floor, verdict, time; as file and table."""
 
 import math
 import statistics
@@ -11,10 +11,11 @@ from ks.bounds.floors import Floor
 from ks.chain.patterns import Chain
 from ks.files import columns
 from ks.files.atomic import finite, write_csv, write_json
-from ks.files.columns import BEST, FINAL, LATENCIES, metric_names, names, summary_metrics
+from ks.files.columns import BATCHES, BEST, FINAL, LATENCIES, SUMMARY, Column, chosen, names, summary_metrics
 from ks.files.layout import SweepFiles
 from ks.files.schema import Latency
 from ks.files.status import OK, Ending, Status, ended_well
+from ks.files.table import is_missing, table
 from ks.report.verdict import NEGLIGIBLE_FLOOR, ROUNDING, Verdict, is_calibration_limited, limit_of
 
 LOSSES = ("final_train_loss", "final_val_loss", "min_train_loss", "min_val_loss", "population_loss")
@@ -41,13 +42,8 @@ def run_row(
         ending: of the run.
         seed, train_seconds, latency: of the run.
     """
-    row: dict[str, Any] = {
-        "rank": rank,
-        "seed": seed,
-        "num_epochs": len(curves),
-        "status": ending,
-        "train_seconds": train_seconds,
-    }
+    row: dict[str, Any] = {"rank": rank, "seed": seed, "num_epochs": len(curves), "status": ending}
+    row["train_seconds"] = train_seconds
     lengths = Counter(int(entry.get("segment", 1)) for entry in curves)
     row["segments"] = " + ".join(str(lengths[number]) for number in sorted(lengths)) or None
     for split in ("train", "val"):
@@ -58,7 +54,7 @@ def run_row(
     for name in ("final_train_loss", "final_val_loss", "population_loss"):
         row[name] = finite(last.get(name.removeprefix("final_")))
     chosen: dict = next((entry for entry in curves if entry["epoch"] == row["min_val_epoch"]), {})
-    for metric in metric_names(curves):
+    for metric in columns.metric_names(curves):
         row |= {f"{FINAL}{metric}": finite(last.get(metric)), f"{BEST}{metric}": finite(chosen.get(metric))}
     return row | {name: getattr(latency, name, None) for name in names(LATENCIES)}
 
@@ -81,14 +77,8 @@ class Reference:
     identity: Mapping[str, str | None] = field(default_factory=dict)
 
 
-RELATIVE = Reference()
-
-
 def rank_row(
-    runs: list[dict],
-    chain: Chain | None = None,
-    floor: Floor | None = None,
-    reference: Reference = RELATIVE,
+    runs: list[dict], chain: Chain | None = None, floor: Floor | None = None, reference: Reference = Reference()
 ) -> dict:
     """Return the row of one rank: means over its finished seeds, and the comparison with its floor.
 
@@ -104,7 +94,7 @@ def rank_row(
     predict_zero = reference.predict_zero_loss
     finished = [run for run in runs if ended_well(run["status"])]
     good = finished or runs
-    row: dict[str, Any] = dict.fromkeys(columns.names(columns.SUMMARY))
+    row: dict[str, Any] = dict.fromkeys(names(SUMMARY))
     row |= {key: good[0][key] for key in COPIED}
     row |= {"num_seeds": len(finished), "train_seconds": _mean([run["train_seconds"] for run in runs])}
     row |= {name: _mean([run[name] for run in good]) for name in LOSSES}
@@ -174,8 +164,53 @@ def _standard_error(values: list) -> float | None:
     return statistics.stdev(known) / len(known) ** 0.5 if len(known) > 1 else None
 
 
+def times_of(row: dict, other: str = "dense") -> dict[int, tuple[float, float]]:
+    """Return the milliseconds of the chain and of "dense" or "lowrank" at every batch size at which both are known."""
+    found: dict[int, Any] = {}
+    for batch in BATCHES:
+        chain, beside = (row.get(f"{kind}latency_ms_batch_{batch}") for kind in ("", f"{other}_"))
+        if not is_missing(chain) and not is_missing(beside):
+            found[batch] = (chain, beside)
+    return found
+
+
+def measured_batches(rows: list[dict]) -> list[int]:
+    """Return the batch sizes at which the times of a rank and of dense are known."""
+    return [batch for batch in BATCHES if any(batch in times_of(row) for row in rows)]
+
+
+def written_columns(rows: list[dict]) -> list[str]:
+    """Return the names of the columns of the summary, with those of every metric that any row has."""
+    return [*names(SUMMARY), *summary_metrics(rows)]
+
+
 def write_summary(files: SweepFiles, rows: list[dict]) -> None:
-    """Write the rows of all ranks, with a column for every metric that any of them has."""
-    written = [*names(columns.SUMMARY), *summary_metrics(rows)]
+    """Write the rows of all ranks as CSV and JSON."""
+    written = written_columns(rows)
     write_csv(files.summary_csv, written, rows)
     write_json(files.summary_json, [{name: row.get(name) for name in written} for row in rows])
+
+
+def summary_columns(rows: list[dict]) -> list[Column]:
+    """Return the columns of a summary that decide, without those that say nothing about these rows.
+
+    Where no relative loss is known, the final losses take its place.
+    """
+    order = list(columns.PRINTED)
+    if all(row.get("loss_floor_is_exact") is not False for row in rows):
+        order.remove("relative_floor_upper")
+    if all(str(row.get("status")) in (str(OK), "None") for row in rows):
+        order.remove("status")
+    if all(is_missing(row.get("relative_loss")) for row in rows):  # of another criterion, or of the scripts of 2025
+        order[1:1] = ["final_val_loss", "final_train_loss"]
+    return chosen(SUMMARY, order)
+
+
+def summary_table(rows: list[dict], verbose: bool = False) -> str:
+    """Return the summary as a printed table, a line for each rank; with the details in further tables if verbose."""
+    shown = table(summary_columns(rows), rows)
+    if not verbose:
+        return shown
+    metrics = [name for name in summary_metrics(rows) if name.startswith(FINAL)]
+    details = [*chosen(SUMMARY, ("rank", *columns.DETAILS)), *columns.metric_columns(metrics)]
+    return f"{shown}\n\n{table(details, rows)}"

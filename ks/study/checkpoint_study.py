@@ -7,8 +7,10 @@ from ks import signals
 from ks.cli import console
 from ks.cli.flags import SweepConfig
 from ks.errors import UsageError
+from ks.files.columns import PRINTED_LAYERS, SUMMARY, chosen
 from ks.files.layout import SweepFiles, layer_folder
 from ks.files.status import Status
+from ks.files.table import table
 from ks.files.weights import packed
 from ks.model.candidates import floors_table
 from ks.model.model_plan import LayerPlan
@@ -145,7 +147,6 @@ class CheckpointStudy(Study):
     def conclude(self) -> list[str]:
         """Write summary and figures of every layer, and one summary over all; return the lines to print."""
         from ks.report.summary import write_summary
-        from ks.report.tables import layers_table
 
         rows = []
         for layer in self.layers:
@@ -161,7 +162,8 @@ class CheckpointStudy(Study):
             self.ended += [row["status"].status for row in study.rows_of_runs]
             rows += study.rows
         write_summary(self.files, rows)
-        return [layers_table(rows), str(self.files.summary_csv)]
+        shown = [row | {"verdict": row["verdict"] or row["status"]} for row in rows]
+        return [table(chosen(SUMMARY, PRINTED_LAYERS), shown), str(self.files.summary_csv)]
 
     def statuses(self) -> set[Status]:
         return set(self.ended)

@@ -22,10 +22,10 @@ from ks.files import columns
 from ks.files.atomic import delete_leftovers, write_csv
 from ks.files.layout import SweepFiles
 from ks.files.status import Status
+from ks.files.table import filled, table
 from ks.files.weights import packed
 from ks.moments.read import packed_inputs
 from ks.report.answer import answer, target_note
-from ks.report.tables import plan_table
 from ks.report.verdict import check_above_floor
 from ks.study.folder import claim_folder, held, record_of, refuse_another_study, remedies_of, study_in
 from ks.study.launcher import launcher_of
@@ -115,10 +115,11 @@ class WeightStudy(Study):
         """Return the plan, for --dry_run; with --verbose, the commands of the runs too."""
         for text in self.problem.notes:
             console.note(text, self.config.quiet)
-        table = plan_table(plan_rows(self.planned, self.floors), self.config.verbose)
-        lines = [self.record["title"], *self.remarks(), "", table, ""]
+        rows = plan_rows(self.planned, self.floors)
+        lines = [self.record["title"], *self.remarks(), "", table(columns.PLANNED_RANKS, rows), ""]
         if not self.config.verbose:
             return "\n".join([*lines, "Nothing was trained or written; --verbose shows patterns and commands."])
+        lines += [table(columns.PATTERNS, rows), ""]
         return "\n".join([*lines, *(shlex.join(run.task.command) for run in self.runs if run.rank in self.chosen)])
 
     def remarks(self) -> list[str]:
@@ -197,9 +198,8 @@ class WeightStudy(Study):
 
     def conclude(self) -> list[str]:
         """Certify the bounds that the answer needs, write summary and figures; return the lines to print."""
-        from ks.files.table import filled
         from ks.report.sentences import advice
-        from ks.report.tables import summary_table
+        from ks.report.summary import summary_table
         from ks.study.outputs import summarise, write_outputs
 
         target, seconds = self.config.target_relative_loss, self.config.tight_bounds

@@ -9,27 +9,10 @@ from ks.files.curves import CurvesTail, curves_if_any, long_form, read_curves, w
 from ks.files.layout import RunFiles
 
 ROWS = [
-    {
-        "epoch": 1,
-        "train_loss": 0.3,
-        "val_loss": 0.1 + 0.2,
-        "rank": 4,
-        "population_loss": 0.5,
-        "lr": 1e-3,
-        "epoch_seconds": 0.5,
-        "segment": 1,
-    },
-    {
-        "epoch": 2,
-        "train_loss": 0.25,
-        "val_loss": 0.35,
-        "rank": 4,
-        "population_loss": 0.25,
-        "lr": 5e-4,
-        "epoch_seconds": 0.5,
-        "segment": 1,
-    },
+    {"epoch": 1, "train_loss": 0.3, "val_loss": 0.1 + 0.2, "rank": 4, "population_loss": 0.5, "lr": 1e-3},
+    {"epoch": 2, "train_loss": 0.25, "val_loss": 0.35, "rank": 4, "population_loss": 0.25, "lr": 5e-4},
 ]
+ROWS = [row | {"epoch_seconds": 0.5, "segment": 1} for row in ROWS]
 
 
 def test_curves_survive_a_round_trip_to_the_bit(tmp_path):
@@ -95,8 +78,8 @@ def test_what_holds_no_curves_is_one_line(tmp_path, content, message):
     assert curves_if_any(path) == []
 
 
-def test_the_long_form_has_a_row_for_each_loss_there_is():
-    rows = long_form(4, 7, [ROWS[0] | {"population_loss": math.nan}, ROWS[1]])
+def test_the_long_form_has_a_row_for_each_loss_there_is_and_metrics_beside_the_validation_loss():
+    rows = long_form(4, 7, [ROWS[0] | {"population_loss": math.nan}, ROWS[1] | {"r2": 0.5}])
     assert [(row["epoch"], row["split"], row["loss"]) for row in rows] == [
         (1, "train", 0.3),
         (1, "validation", 0.1 + 0.2),
@@ -106,18 +89,14 @@ def test_the_long_form_has_a_row_for_each_loss_there_is():
     ]
     assert {(row["rank"], row["seed"]) for row in rows} == {(4, 7)}
     assert set(rows[0]) == set(columns.names(columns.ALL_CURVES))
+    assert [row.get("r2") for row in rows if row["split"] == "validation"] == [None, 0.5]
+    assert not [row for row in rows if row["split"] != "validation" and "r2" in row]
 
 
 def test_columns_that_no_metric_can_be_are_left_out(tmp_path):
     path = tmp_path / "c.csv"
     path.write_text("epoch,train_loss,val_loss,rank,,my note,split,r2\n1,0.5,0.5,2,7,good,good,0.25\n")
     assert read_curves(path) == [{"epoch": 1, "train_loss": 0.5, "val_loss": 0.5, "rank": 2, "r2": 0.25}]
-
-
-def test_the_long_form_has_the_metrics_in_the_rows_of_the_validation():
-    rows = long_form(4, 7, [ROWS[0], ROWS[1] | {"r2": 0.5}])
-    assert [row.get("r2") for row in rows if row["split"] == "validation"] == [None, 0.5]
-    assert not [row for row in rows if row["split"] != "validation" and "r2" in row]
 
 
 def test_a_tail_follows_the_file_and_reads_it_only_when_it_has_changed(tmp_path, monkeypatch):

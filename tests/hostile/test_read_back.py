@@ -54,7 +54,6 @@ CONFIGS = {
     "a list": "[1, 2]",
     "weight a text": '{"settings": {}, "ranks": [2], "seeds": [0], "problem": {"weight": "w"}}',
     "seeds a number": '{"settings": {}, "ranks": [2], "seeds": 0}',
-    "target 2": STUDY + '"arguments": {"target_relative_loss": 2}}',
     "shape of one": STUDY + '"problem": {"weight": {"shape": [3]}}}',
     "zero predictor 0": STUDY + '"problem": {"predict_zero_loss": 0}}',
     "nested deep": f'{{"settings": {{"a": {DEEP}}}, "ranks": [2], "seeds": [0]}}',

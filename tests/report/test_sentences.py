@@ -1,5 +1,6 @@
 """Sentences on ranks and above figures say no more than the rows of the summary do."""
 
+import dataclasses
 import math
 
 import pytest
@@ -8,10 +9,7 @@ from study_rows import make_row
 
 from ks.files.status import Ending, Status
 from ks.report.figures.draw import study_figures
-from ks.report.sentences import advice, listed, not_faster
-from ks.report.speed import measured_batches
-
-TIMES = {2: (1.0, 2.0), 4: (3.0, 2.0)}
+from ks.report.sentences import advice, listed, recommendation
 
 
 def headings(study):
@@ -27,6 +25,8 @@ def test_ranks_at_their_floors():
     assert found["floor"] == f"No chain of rank 4 loses less than {floors[4].lower:.2%}"
     worst = study.summary["excess"].max()
     assert found["gap"] == f"Every rank ends at most {100 * worst:.2g}% of the output energy above its floor"
+    study.summary["verdict"] = "within 0.1% of the energy, saturated"
+    assert headings(study)["loss_curves"].endswith("; every rank is within 0.1% of the energy")
 
 
 def test_ranks_away_from_their_floors():
@@ -37,28 +37,25 @@ def test_ranks_away_from_their_floors():
         found["gap"] == f"Rank 2 ends furthest above its floor, by {worst:.2%} of the output energy; it is undertrained"
     )
     assert headings(make_study([4]))["loss_curves"].endswith("; it is undertrained")
-
-
-def test_ranks_better_than_their_best_known_chains():
-    study = make_study([2, 4], level=0.9, num_epochs=3000, spread=1.3)
-    assert (study.summary["excess"] < 0).all()
-    assert headings(study)["gap"] == "No rank ends above its best known chain"
-
-
-def test_a_small_excess_is_named():
-    study = make_study([2, 4], level=1.0, num_epochs=3000)
-    study.summary["verdict"] = "within 0.1% of the energy, saturated"
-    assert headings(study)["loss_curves"].endswith("; every rank is within 0.1% of the energy")
-
-
-def test_many_ranks_are_counted():
-    study = make_study(range(1, 13))
-    study.summary.loc[0, "verdict"] = "converged"
-    assert headings(study)["loss_curves"].endswith("; 11 of 12 ranks are undertrained")
+    many = make_study(range(1, 13))
+    many.summary.loc[0, "verdict"] = "converged"
+    assert headings(many)["loss_curves"].endswith("; 11 of 12 ranks are undertrained")
 
 
 def test_a_failed_rank_is_not_the_best():
     assert headings(make_study([2, 4], endings={4: DIVERGED}))["loss_curves"].startswith("Rank 2 loses ")
+
+
+def test_ranks_between_two_bounds():
+    study = make_study([2, 4], spread=1.2)
+    bounds = study.summary["loss_floor"].iloc[1] / 2, study.summary["loss_floor_upper"].iloc[1] / 2
+    assert headings(study)["floor"] == (
+        f"At rank 4, the best known chain loses {bounds[1]:.2%}, and no chain loses less than {bounds[0]:.2%}"
+    )
+    assert "above its best known chain" in headings(study)["gap"]
+    better = make_study([2, 4], level=0.9, num_epochs=3000, spread=1.3)
+    assert (better.summary["excess"] < 0).all()
+    assert headings(better)["gap"] == "No rank ends above its best known chain"
 
 
 @pytest.mark.parametrize(
@@ -76,15 +73,6 @@ def test_a_target_is_answered_by_the_floors(target, spread, expected):
     assert headings(make_study([2, 4], target=target, spread=spread))["floor"] == expected.format(**ranks)
 
 
-def test_two_bounds_are_both_in_the_sentence():
-    study = make_study([2, 4], spread=1.2)
-    bounds = study.summary["loss_floor"].iloc[1] / 2, study.summary["loss_floor_upper"].iloc[1] / 2
-    assert headings(study)["floor"] == (
-        f"At rank 4, the best known chain loses {bounds[1]:.2%}, and no chain loses less than {bounds[0]:.2%}"
-    )
-    assert "above its best known chain" in headings(study)["gap"]
-
-
 def test_the_front_compares_with_low_rank_at_equal_parameters():
     assert headings(make_study([2, 4], level=1.3))["front"] == (
         "At equal size, low-rank can lose less than every trained monarch chain"
@@ -94,37 +82,56 @@ def test_the_front_compares_with_low_rank_at_equal_parameters():
     )
 
 
-def test_a_chain_slower_than_dense_says_so():
-    found = headings(make_study([2, 4], times=TIMES))["latency"]
-    assert found == "Not faster than dense: rank 4 at batch 1; rank 4 at batch 32; rank 4 at batch 1024"
-    both = {2: (1.0, 2.0), 4: (1.0, 2.0)}
-    assert headings(make_study([2, 4], times=both))["latency"] == (
-        "Every chain is faster than dense at every batch size"
-    )
+def test_low_rank_opens_the_report_once_where_it_loses_less_than_the_rank_of_the_answer():
+    beside = "A low-rank factorisation of the same size (rank 16) gets down to {}, against {} here"
+    for level, better in ((1.3, True), (0.1, False)):
+        study = make_study([2, 4], level=level, num_epochs=1000)
+        row = study.summary.set_index("rank").loc[4]
+        lowrank = study.floor[(study.floor["chain"] == "lowrank") & (study.floor["parameters"] <= row["parameters"])]
+        least, ours = f"{lowrank['relative_loss'].min():.2%}", f"{row['relative_loss']:.2%}"
+        sentence = beside.format(least, ours) + ("; sweep --chain lowrank as well." if better else ".")
+        answer = ("Nothing below here has a number of a rank.", sentence)
+        first = (
+            f"Prefer a low-rank factorisation: at rank {len(lowrank)} it gets down to {least}, with no more parameters "
+            f"than this chain at rank 4, which loses {ours}."
+        )
+        expected = [first, answer[0]] if better else [*answer]
+        assert recommendation(dataclasses.replace(study, answer=answer)) == expected
 
 
-def row(rank, **times):
-    """Return a row with (chain, dense) milliseconds at batch_1, batch_32 or batch_1024."""
-    found = {"rank": rank}
-    for name, (chain, dense) in times.items():
-        found |= {f"latency_ms_{name}": chain, f"dense_latency_ms_{name}": dense}
+def row(rank, kind="dense", **times):
+    """Return a row of a rank at its floor, with milliseconds of the chain and of dense or low-rank by batch size."""
+    found = make_row(population=0.2, train=0.2) | {"rank": rank}
+    for name, (chain, beside) in times.items():
+        found |= {f"latency_ms_{name}": chain, f"{kind}_latency_ms_{name}": beside}
     return found
 
 
-def test_a_chain_is_faster_only_by_more_than_the_noise():
-    rows = [row(2, batch_1=(0.9, 1.0), batch_32=(0.96, 1.0)), row(4, batch_1=(0.9, 1.0), batch_32=(0.1, 1.0))]
-    assert not_faster(rows) == "not faster than dense: rank 2 at batch 32"
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([row(2, batch_1=(0.9, 1.0)), row(4, batch_1=(0.9, 1.0), batch_32=(0.1, 1.0))], []),
+        (
+            [row(2, batch_1=(2.0, 1.0)), row(64, batch_1=(0.96, 1.0), batch_1024=(2.0, 1.0))],
+            ["Not faster than dense: every rank at batch 1; rank 64 at batch 1024."],
+        ),
+        (
+            [row(2, "lowrank", batch_1=(1.06, 1.0)), row(4, "lowrank", batch_1=(1.04, 1.0), batch_32=(0.1, 1.0))],
+            ["Slower than a low-rank factorisation of the same size: rank 2 at batch 1."],
+        ),
+        ([row(2), row(4, batch_1=(math.nan, math.nan), batch_32=(None, None))], []),  # nothing measured
+    ],
+)
+def test_ranks_slower_than_dense_or_low_rank_by_more_than_noise_are_listed_by_batch_size(rows, expected):
+    assert advice(rows) == expected
 
 
-def test_what_is_not_measured_is_not_slow():
-    rows = [row(2), row(4, batch_1=(math.nan, math.nan), batch_32=(None, None))]
-    assert measured_batches(rows) == []
-    assert not_faster(rows) == ""
-
-
-def test_chains_slower_than_dense_say_so_by_batch_size():
-    rows = [row(2, batch_1=(2.0, 1.0)), row(64, batch_1=(0.1051, 0.099), batch_1024=(2.0, 1.0))]
-    assert not_faster(rows) == "not faster than dense: every rank at batch 1; rank 64 at batch 1024"
+def test_the_figure_of_latency_says_whether_chains_are_faster_than_dense():
+    slow, fast = (make_study([2, 4], times={2: (1.0, 2.0), 4: (time, 2.0)}) for time in (3.0, 1.0))
+    assert headings(slow)["latency"] == (
+        "Not faster than dense: rank 4 at batch 1; rank 4 at batch 32; rank 4 at batch 1024"
+    )
+    assert headings(fast)["latency"] == "Every chain is faster than dense at every batch size"
 
 
 def test_lists_of_ranks():
@@ -140,33 +147,19 @@ def test_advice_is_plain():
         make_row(population=0.26, train=0.26, rank=3),
         make_row(ending=DIVERGED),
         make_row(ending=Ending(Status.INTERRUPTED)),
+        make_row(population=0.26, train=0.26, lower=0.0),
+        make_row(population=0.0007, train=0.0007, lower=0.0001, upper=0.000126),  # many times a tiny floor
     ]
-    sentences = advice(rows, "fixed")
-    assert sentences[0].startswith("Rank 2 is sample-limited: its loss is 30% above the floor, and the training loss")
-    assert "--sampling auto or more samples" in sentences[0]
-    assert "--num_epochs" in sentences[1]
-    assert "train.log" in sentences[2]
-    assert "larger" not in sentences[0]
-    assert sentences[3] == "Larger than the dense weight: rank 3."
-    assert len(sentences) == 4
-    assert "Use more samples." in advice(rows[:1], "fresh")[0]
-
-
-def test_advice_on_an_undertrained_rank_gives_the_number_that_decides():
-    (sentence,) = advice([make_row(population=0.26, train=0.26, lower=0.2)])
-    assert sentence == (
-        "Rank 2 is undertrained: its loss is 30% above the floor (92.50% of the achievable reduction). Increase "
-        "--num_epochs."
-    )
-    (without_gap,) = advice([make_row(population=0.26, train=0.26, lower=0.0)])
-    assert "its loss is 26.00% of the output energy above the floor (74.00% of the achievable" in without_gap
-
-
-def test_a_small_excess_over_a_tiny_floor_is_not_called_converged():
-    row = make_row(population=0.0007, train=0.0007, lower=0.0001, upper=0.000126)
-    assert row["optimality_gap"] > 4.5
-    assert "converged" not in str(row["verdict"])
-    assert advice([row]) == [
+    assert advice(rows, "fixed") == [
+        "Rank 2 is sample-limited: its loss is 30% above the floor, and the training loss shows less than half of this "
+        "gap. Use --sampling auto or more samples.",
+        "Rank 3 is undertrained: its loss is 30% above the floor (92.50% of the achievable reduction). Increase "
+        "--num_epochs.",
+        "Rank 2: diverged; see its train.log.",
+        "Rank 2 is undertrained: its loss is 26.00% of the output energy above the floor (74.00% of the achievable "
+        "reduction). Increase --num_epochs.",
         "Rank 2 is within 0.1% of the energy: its loss exceeds that of the best known chain by 0.057% of the output "
-        "energy. A larger --num_epochs gains little."
+        "energy. A larger --num_epochs gains little.",
+        "Larger than the dense weight: rank 3.",
     ]
+    assert "Use more samples." in advice(rows[:1], "fresh")[0]

@@ -5,7 +5,7 @@ from ks.bounds.floors import Floor
 from ks.errors import InternalError
 from ks.files.status import Ending, Status
 from ks.report.summary import Reference, rank_row, run_row
-from ks.report.verdict import Limit, Verdict, check_above_floor, is_calibration_limited
+from ks.report.verdict import check_above_floor, is_calibration_limited
 
 DIVERGED = Ending(Status.DIVERGED)
 
@@ -49,22 +49,13 @@ def test_without_a_floor_only_the_marks_remain():
     assert rank_row([run_row(1, CURVES)], CHAIN, None, Reference(1.0))["verdict"] is None
 
 
-def test_the_text_of_a_verdict():
-    assert str(Verdict(Limit.SAMPLES, False, False)) == "sample-limited"
-    assert str(Verdict(None, True, False)) == "saturated"
-    assert f"{Verdict(Limit.TRAINING, True, True)}" == "undertrained, saturated, larger than dense"
-
-
 @pytest.mark.parametrize("predict_zero", [1.0, 3.0])
 def test_below_the_floor_is_an_error_beyond_rounding(predict_zero):
     floor = Floor(2, 0.2, 0.2, True)
     check_above_floor(0.2 * (1 - 1e-10) * predict_zero, floor, predict_zero)
     with pytest.raises(InternalError, match=r"rank 2: the population loss, .* is below its floor"):
         check_above_floor(0.2 * (1 - 1e-7) * predict_zero, floor, predict_zero)
-
-
-def test_an_unknown_loss_or_floor_is_not_checked():
-    check_above_floor(None, Floor(2, 0.2, 0.2, True))
+    check_above_floor(None, floor)
     check_above_floor(0.1, None)
 
 

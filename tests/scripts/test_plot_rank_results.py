@@ -65,15 +65,14 @@ def blocks_about_style() -> list[str]:
     return re.findall(r"^```\w*\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
 
 
-def test_the_old_name_of_the_title_and_the_documented_style_are_honoured(run, swept, tmp_path):
+def test_the_documented_style_is_honoured(run, swept, tmp_path):
     study = swept[0] / "rank_sweep_results"
     (tmp_path / "style").write_text(blocks_about_style()[0] + "svg.fonttype: none\n")
-    flags = ("--output_dir", "figures", "--formats", "svg", "--plot_title", "An old title")
     environment = {"MATPLOTLIBRC": str(tmp_path / "style")}
+    flags = ("--output_dir", "figures", "--formats", "svg")
     done = run("plot_rank_results.py", "--results_dir", study, *flags, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
     for path in (tmp_path / "figures").glob("*.svg"):
-        assert "An old title" in path.read_text()
         assert "fill: #222222" in path.read_text()
         assert "serif" in path.read_text()
 
@@ -122,11 +121,8 @@ def test_a_metric_is_drawn_by_sweep_and_plot_and_its_figure_is_theirs(run, swept
     assert not figure.exists()  # a rerun draws the figures that it is asked for
     plot = ("plot_rank_results.py", "--results_dir", files.directory)
     refused = run(*plot, "--metric", "unknown")
-    assert refused.returncode == 2
-    assert refused.stderr.splitlines() == [
-        "plot_rank_results.py: error: --metric unknown: no run of rank_sweep_results has values of that name; it has "
-        "cosine"
-    ]
+    assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
+    assert "--metric unknown: no run of rank_sweep_results has values of that name; it has cosine" in refused.stderr
     assert run(*plot, "--metric", "cosine").returncode == 0
     assert figure.exists()
     assert sweep("--metric", "cosine").returncode == 0

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ks.chain.product import chain_product
 from steps import WEIGHT, schedule_of, update
 
+from ks.chain.product import chain_product
 from ks.files.layout import RunFiles
 from ks.layer import KSLinear
 from ks.moments.second_moment import UNIT_MOMENT

@@ -1,60 +1,94 @@
 """All figures of a study: which it has the data for, their files, and windows for them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from matplotlib.figure import Figure
 
 from ks.errors import UsageError
 from ks.files.atomic import atomic_path
-from ks.files.layout import SweepFiles, metric_figure
-from ks.report.figures.final_losses import final_losses
-from ks.report.figures.floor import floor_by_rank, has_floors
-from ks.report.figures.front import loss_by_parameters
-from ks.report.figures.gap import gap_by_epoch, has_gaps
-from ks.report.figures.latency import loss_by_latency
-from ks.report.figures.loss_curves import loss_curves
-from ks.report.figures.metric import metric_by_epoch
-from ks.report.speed import measured_batches
-from ks.report.study import Study
+from ks.files.layout import FIGURES, SweepFiles, metric_figure
+from ks.report.figures import by_cost
+from ks.report.figures.by_cost import loss_by_latency, loss_by_parameters
+from ks.report.figures.by_epoch import gap_by_epoch, has_gaps, loss_curves, metric_by_epoch
+from ks.report.figures.by_rank import final_losses, floor_by_rank, has_floors
+from ks.report.figures.parts import write_heading
+from ks.report.read_results import Study
+from ks.report.summary import measured_batches
 
-# By the name in the file name: what draws it, and whether a study has the data for it.
-DRAWN: dict[str, tuple[Callable[..., Figure], Callable[[Study], bool]]] = {
-    "loss_curves": (loss_curves, lambda study: len(study.curves) > 0),
-    "final_losses": (final_losses, lambda study: True),
-    "floor": (floor_by_rank, has_floors),
-    "gap": (gap_by_epoch, has_gaps),
-    "front": (loss_by_parameters, has_floors),
-    "latency": (loss_by_latency, lambda study: bool(measured_batches(study.summary.to_dict("records")))),
+# By the name in the file name: what draws it, on an empty figure, and returns the finding for its heading; its size in
+# inches; and whether a study has the data for it.
+DRAWN: dict[str, tuple[Callable[[Figure, Study, bool], str], Callable[[Study], tuple], Callable[[Study], bool]]] = {
+    "loss_curves": (loss_curves, lambda study: (12, 5), lambda study: len(study.curves) > 0),
+    "final_losses": (
+        final_losses,
+        lambda study: (max(6.5, 2.8 + 0.75 * len(study.summary)), 4.8),
+        lambda study: True,
+    ),
+    "floor": (floor_by_rank, lambda study: (8.5, 5.2), has_floors),
+    "gap": (gap_by_epoch, lambda study: (8.5, 5), has_gaps),
+    "front": (loss_by_parameters, lambda study: (8.5, 5.2), has_floors),
+    "latency": (
+        loss_by_latency,
+        lambda study: (1.5 + 3.5 * len(measured_batches(study.rows)), 4.6),
+        lambda study: bool(measured_batches(study.rows)),
+    ),
 }
 
 
 def study_figures(
-    study: Study, *, log_scale: bool = False, title: str | None = None, figsize=None, metrics: Iterable[str] = ()
+    study: Study,
+    *,
+    log_scale: bool = False,
+    title: str | None = None,
+    figsize: tuple[float, float] | None = None,
+    metrics: Iterable[str] = (),
+    names: Collection[str] = FIGURES,
 ) -> dict[str, Figure]:
-    """Return every figure that a study has the data for, and one for each known metric, by the name in its file name.
+    """Return the figures that a study has the data for, and one for each known metric, by the name in its file name.
 
     Args:
         study: to draw.
         log_scale: logarithmic loss axes.
         title: instead of the name of the study, below the finding of each figure.
-        figsize: (width, height) in inches.
+        figsize: (width, height) in inches; a narrow figure has its panels one above the other, and becomes as high as
+            they need.
         metrics: names of metrics; those without a value are left out.
+        names: of the figures to draw.
     """
-    look: dict[str, Any] = {"log_scale": log_scale, "title": study.title if title is None else title}
-    look["figsize"] = figsize
-    drawn = {name: draw(study, **look) for name, (draw, has_data) in DRAWN.items() if has_data(study)}
-    known = [name for name in metrics if name in study.metrics]
-    return drawn | {metric_figure(name): metric_by_epoch(study, name, **look) for name in known}
+    shown = study.title if title is None else title
+    figures = {}
+    for name, (draw, size, has_data) in DRAWN.items():
+        if name in names and has_data(study):
+            figures[name] = _figure(draw, study, log_scale, shown, figsize or size(study))
+    for metric in metrics:
+        if metric in study.metrics:
+            draw = partial(metric_by_epoch, metric=metric)
+            figures[metric_figure(metric)] = _figure(draw, study, log_scale, shown, figsize or (8.5, 5))
+    return figures
 
 
-def save_figures(figures: dict[str, Figure], files: SweepFiles, formats, dpi: int) -> list[Path]:
-    """Write figures atomically, each in every format.
+def chains_figure(studies: list[Study], *, log_scale: bool = False, title: str | None = None) -> Figure:
+    """Return several studies in one figure.
 
-    Returns:
-        the paths written.
+    Raises:
+        UsageError: a study has no relative losses and parameters.
     """
+    title = title or "points: trained (number: rank); lines: floors"
+    return _figure(by_cost.chains, studies, log_scale, title, (9, 5.5))
+
+
+def _figure(draw: Callable[..., str], drawn: Any, log_scale: bool, title: str | None, figsize: tuple) -> Figure:
+    figure = Figure(figsize=figsize, layout="constrained")
+    write_heading(figure, draw(figure, drawn, log_scale), title)
+    return figure
+
+
+def save_figures(figures: dict[str, Figure], files: SweepFiles, formats: Iterable[str], dpi: int) -> list[Path]:
+    """Write figures atomically, each in every format, and return the paths."""
     paths = [(figure, files.figure(name, suffix)) for name, figure in figures.items() for suffix in formats]
     for figure, path in paths:
         with atomic_path(path) as temporary:
@@ -62,13 +96,12 @@ def save_figures(figures: dict[str, Figure], files: SweepFiles, formats, dpi: in
     return [path for _, path in paths]
 
 
-def show(figures: list[Figure]) -> None:
+def show(figures: Iterable[Figure]) -> None:
     """Open windows for the figures and wait until they are closed.
 
     Raises:
         UsageError: no display is available.
     """
-    import matplotlib
     from matplotlib import pyplot
 
     if matplotlib.get_backend().lower() == "agg":

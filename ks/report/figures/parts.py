@@ -1,22 +1,28 @@
-"""Axes that a reader can read: ticks, limits, percent, reference lines, headings, labels of lines."""
+"""Parts of figures: colours, ticks, limits, reference lines, headings, labels; the rest is matplotlib's style."""
 
 import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib import colormaps, rcParams
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import XAxis, YAxis
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from ks.errors import one_line
-from ks.report.figures.colors import GREY, paper
-from ks.report.units import Units
+from ks.report.read_results import MEAN_SQUARED_ERROR, Units
 
+GREY = "0.5"  # legible on white and on black
+# Okabe and Ito, without yellow and black, which white and black paper swallow.
+FAMILY_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+MARKERS = "osD^vP"
+RANK_MAP = "plasma"
+LIGHTEST = 0.66  # of the colour map on white; lighter lines have a contrast below 3 : 1
 NOTE: dict[str, Any] = {"color": GREY, "fontsize": "small"}
 PANEL_WIDTH, PANEL_HEIGHT = 3.0, 2.7  # least inches of a panel among several
 LETTER = 0.62  # width of a letter of a heading, as a fraction of the size of its font
@@ -26,9 +32,22 @@ SMALLEST, LARGEST = 1e-200, 1e200
 count = EngFormatter(sep="")  # 12000 → 12k
 
 
-def percent(value: float, _position=None) -> str:
-    """Format a fraction: 0.005 → 0.5%."""
-    return f"{100 * value:.6g}%"
+def ink() -> str:
+    """Return the colour of texts in the style in use."""
+    return rcParams["text.color"]
+
+
+def paper() -> str:
+    """Return the colour behind the data in the style in use."""
+    return rcParams["axes.facecolor"]
+
+
+def rank_colors(ranks) -> dict[int, tuple]:
+    """Return a colour for each rank, from dark to light: readers who see no colour see the order."""
+    ranks = sorted(ranks)
+    start = 0.0 if sum(to_rgb(paper())) > 1.5 else 1.0 - LIGHTEST
+    positions = start + (np.linspace(0.0, LIGHTEST, len(ranks)) if len(ranks) > 1 else np.array([0.3]))
+    return {rank: colormaps[RANK_MAP](position) for rank, position in zip(ranks, positions)}
 
 
 def literal(text: object) -> str:
@@ -45,7 +64,7 @@ def write_heading(figure: Figure, finding: str, name: str | None) -> None:
         (name, 0.9, {"color": GREY}),
     )
     for text, scale, look in lines:
-        size = scale * matplotlib.rcParams["font.size"]
+        size = scale * rcParams["font.size"]
         wrapped = textwrap.wrap(one_line(text or "", 300), int((width - 0.2) * 72 / (LETTER * size)))
         if wrapped:
             place: dict[str, Any] = {"va": "top", "ha": "left", "linespacing": 1.2}
@@ -57,12 +76,7 @@ def write_heading(figure: Figure, finding: str, name: str | None) -> None:
 
 
 def make_panels(figure: Figure, count: int) -> list[Axes]:
-    """Return panels with one loss axis, side by side, or one above the other in a figure that is made high enough.
-
-    Args:
-        figure: without axes.
-        count: of panels.
-    """
+    """Return panels with one loss axis, side by side, or one above the other in a figure that is made high enough."""
     beside = figure.get_figwidth() >= PANEL_WIDTH * count
     if not beside:
         figure.set_figheight(max(figure.get_figheight(), PANEL_HEIGHT * count + 1.0))
@@ -81,7 +95,7 @@ def set_log_axis(axis: XAxis | YAxis, low: float, high: float, form) -> None:
 
     Args:
         axis: x or y.
-        low, high: its ends, positive.
+        low, high: its ends.
         form: value → label.
     """
     low = max(low, SMALLEST)
@@ -104,20 +118,15 @@ def draw_grid(axes: Axes) -> None:
 def finish_loss_axis(
     axes: Axes, units: Units, losses: Iterable[float], floors: Iterable[float] = (), *, log_scale: bool
 ) -> None:
-    """Set limits, ticks and grid of a loss axis that holds all losses, the zero predictor, and dense where it can.
+    """Set limits, ticks, label and grid of an upward loss axis, and mark the zero predictor and dense beside it.
 
-    Floors more than 100 times below every loss are left out of a logarithmic axis: one near zero would stretch it.
-
-    Args:
-        axes: with the loss upwards.
-        units: of the losses.
-        losses, floors: that are drawn.
-        log_scale: logarithmic axis.
+    It holds all losses. Floors more than 100 times below every loss are left out of a logarithmic axis: one near zero
+    would stretch it.
     """
     draw_grid(axes)
     values = np.array([*losses, *([1.0] if units.relative else [])], float)
     values = values[np.isfinite(values)]
-    form = percent if units.relative else "{:g}".format
+    form = (lambda value: f"{100 * value:.6g}%") if units.relative else "{:g}".format
     if not log_scale:
         axes.set_ylim(0, 1.05 * max(values.max(initial=0.0), *floors, 1e-300))
         axes.yaxis.set_major_locator(MaxNLocator(6))
@@ -127,12 +136,10 @@ def finish_loss_axis(
         low = positive.min()
         least = min([low, *(floor for floor in floors if floor > low / 100)])
         set_log_axis(axes.yaxis, least / 1.5, 1.02 * positive.max(), form)  # with room for a note below the least one
-    if units.relative:
-        axes.axhline(1.0, color=GREY, linewidth=1.0, zorder=1)
-
-
-def note_references(axes: Axes, *, log_scale: bool) -> None:
-    """Mark the zero predictor, at its loss, and dense, which loses nothing, beside the axis of the loss."""
+    axes.set_ylabel(literal(units.label))
+    if not units.relative:
+        return
+    axes.axhline(1.0, color=GREY, linewidth=1.0, zorder=1)
     place: dict[str, Any] = {"textcoords": "offset points", "ha": "right", **NOTE}
     axes.annotate("zero predictor", (0.99, 1.0), (0, 2), xycoords=("axes fraction", "data"), **place)
     text, offset = ("dense ↓", (-16, -13)) if log_scale else ("dense", (-10, 8))
@@ -144,20 +151,27 @@ def add_squared_axis(axes: Axes, units: Units) -> None:
     if not units.relative:
         return
 
-    def squared(value: Any) -> Any:
-        return value * units.train
-
-    def relative(value: Any) -> Any:
-        return value / units.train
-
-    right = axes.secondary_yaxis("right", functions=(squared, relative))
+    functions = (lambda loss: loss * units.train, lambda loss: loss / units.train)
+    right = axes.secondary_yaxis("right", functions=functions)
     if axes.get_yscale() == "log":
         right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         right.yaxis.set_minor_locator(NullLocator())
     right.yaxis.set_major_formatter("{x:.2g}")
     right.spines[["right"]].set_visible(False)
     right.tick_params(labelsize="small", colors=GREY)
-    right.set_ylabel(literal(units.squared_label), **NOTE)
+    right.set_ylabel(MEAN_SQUARED_ERROR, **NOTE)
+
+
+def floor_label(family: str, quick: bool) -> str:
+    """Return the label of the line of a family's floors; where bounds differ, the line is only a quick lower bound."""
+    return literal(f"{family}: {'quick lower bound' if quick else 'floor'} of every rank")
+
+
+def mark_dense(axes: Axes, at: float, height: float, text: str, **look: Any) -> None:
+    """Draw a vertical line where dense is on the x axis, with a text on its left."""
+    axes.axvline(at, color=GREY, linewidth=1.0, zorder=1)
+    place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": "right"}
+    axes.annotate(text, (at, height), (-4, 0), **place, **NOTE, **look)
 
 
 def mark_ranks(axes: Axes, ranks: pd.Series, at: pd.Series, losses: pd.Series, colors: dict[int, tuple]) -> None:
@@ -176,7 +190,7 @@ def finish_epoch_axis(axes: Axes) -> None:
 
 
 def label_ends(axes: Axes, ends: list, heading: str) -> None:
-    """Write each label at the end of its line; labels of lines that end close together are moved apart.
+    """Write labels at the ends of lines, below a heading; those of lines that end close together are moved apart.
 
     Args:
         axes: with final limits.

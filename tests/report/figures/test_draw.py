@@ -6,10 +6,10 @@ from drawn_study import CHAIN, DIVERGED, make_study, texts
 
 from ks.errors import UsageError
 from ks.files.layout import FIGURES, SweepFiles
-from ks.report.figures.colors import rank_colors
-from ks.report.figures.draw import DRAWN, save_figures, study_figures
-from ks.report.figures.front import chains, front_of
-from ks.report.study import Study
+from ks.report.figures.by_cost import front_of
+from ks.report.figures.draw import DRAWN, chains_figure, save_figures, study_figures
+from ks.report.figures.parts import rank_colors
+from ks.report.read_results import Study
 
 
 def test_every_figure_has_its_name_in_the_layout():
@@ -17,65 +17,49 @@ def test_every_figure_has_its_name_in_the_layout():
 
 
 @pytest.mark.parametrize("log_scale", [False, True])
-@pytest.mark.parametrize(("ranks", "num_epochs"), [([8], 1), ([2, 4], 1), (list(range(1, 13)), 30)])
+@pytest.mark.parametrize(("ranks", "num_epochs"), [([8], 1), (list(range(1, 13)), 30)])
 def test_figures_of_one_and_of_many_ranks_are_drawn(tmp_path, ranks, num_epochs, log_scale):
+    """The zero predictor and dense are marked in all of them."""
     study = make_study(ranks, num_epochs, times={rank: (1.0, 2.0) for rank in ranks})
     drawn = study_figures(study, log_scale=log_scale)
     paths = save_figures(drawn, SweepFiles(tmp_path, "p"), ["png"], dpi=40)
     assert [path.name for path in paths] == [f"p_{name}.png" for name in FIGURES]
     for axes in drawn["loss_curves"].axes:
-        labels = [text.get_text() for text in axes.texts]
-        assert {*map(str, ranks), "rank", "zero predictor"} < {*labels}
+        assert {*map(str, ranks), "rank"} < {text.get_text() for text in axes.texts}
         assert axes.get_yscale() == ("log" if log_scale else "linear")
-    assert all("title" in texts(figure) for figure in drawn.values())
-
-
-@pytest.mark.parametrize("log_scale", [False, True])
-def test_the_zero_predictor_and_dense_are_in_every_figure(log_scale):
-    study = make_study([2, 4], times={2: (1.0, 2.0), 4: (3.0, 2.0)})
-    for name, figure in study_figures(study, log_scale=log_scale).items():
+    for name, figure in drawn.items():
         low = "dense ↓" if log_scale or name == "gap" else "dense"
-        assert {"zero predictor", low} <= {*texts(figure)}, name
+        assert {"title", "zero predictor", low} <= {*texts(figure)}, name
 
 
-def test_every_rank_has_its_floor_dashed_in_its_colour_and_both_bounds_if_there_are_two():
-    for spread, count in ((1.0, 1), (1.2, 2)):
-        study = make_study([2, 4], spread=spread)
-        axes = study_figures(study)["loss_curves"].axes[1]
-        colors = rank_colors([2, 4])
-        dashed = [(tuple(line.get_color()), line.get_ydata()[0]) for line in axes.lines if line.is_dashed()]
-        assert len(dashed) == 2 * count
-        for row in study.summary.itertuples():
-            bounds = {value for color, value in dashed if color == colors[row.rank]}
-            assert bounds == {row.loss_floor / 2.0, row.loss_floor_upper / 2.0}
-
-
-@pytest.mark.parametrize("spread", [1.0, 1.5])
-def test_final_losses_have_the_bounds_of_their_floors(spread):
-    study = make_study([2, 4], spread=spread)
-    axes = study_figures(study)["final_losses"].axes[0]
-    lower, upper, between = axes.collections
-    for lines, column in ((lower, "loss_floor"), (upper, "loss_floor_upper")):
-        assert [segment[0][1] for segment in lines.get_segments()] == list(study.summary[column] / 2.0)
+@pytest.mark.parametrize("spread", [1.0, 1.2])
+def test_curves_and_final_losses_have_the_floor_of_every_rank_or_both_bounds(spread):
+    study, colors = make_study([2, 4], spread=spread), rank_colors([2, 4])
+    drawn = study_figures(study)
+    lines = [line for line in drawn["loss_curves"].axes[1].lines if line.is_dashed()]
+    dashed = [(tuple(line.get_color()), line.get_ydata()[0]) for line in lines]
+    assert len(dashed) == (4 if spread > 1 else 2)
+    for row in study.summary.itertuples():
+        bounds = {value for color, value in dashed if color == colors[row.rank]}
+        assert bounds == {row.loss_floor / 2.0, row.loss_floor_upper / 2.0}
+    lower, upper, between = drawn["final_losses"].axes[0].collections
+    for ticks, column in ((lower, "loss_floor"), (upper, "loss_floor_upper")):
+        assert [segment[0][1] for segment in ticks.get_segments()] == list(study.summary[column] / 2.0)
     assert len(between.get_segments()) == (2 if spread > 1 else 0)
 
 
-def test_bars_stand_on_zero_and_a_log_axis_has_points():
+def test_bars_stand_on_zero_and_a_log_axis_has_points_and_the_right_axis_has_squared_units():
     study = make_study([2, 4])
-    linear, log = (study_figures(study, log_scale=scale)["final_losses"].axes[0] for scale in (False, True))
+    figures = [study_figures(study, log_scale=scale)["final_losses"] for scale in (False, True)]
+    linear, log = (figure.axes[0] for figure in figures)
     heights = [bar.get_height() for bar in linear.patches]
     assert heights == [*study.summary["final_train_loss"] / 2.0, *study.summary["final_val_loss"] / 2.0]
     assert linear.get_ylim()[0] == 0
     assert not log.patches
-
-
-def test_the_second_axis_has_the_squared_unit():
-    figure = study_figures(make_study([2, 4]))["final_losses"]
-    (relative,) = figure.axes
-    (squared,) = relative.child_axes
-    figure.draw_without_rendering()
+    (squared,) = linear.child_axes
+    figures[0].draw_without_rendering()
     assert squared.get_ylabel() == "mean squared error per output"
-    assert squared.get_ylim() == pytest.approx(2.0 * np.array(relative.get_ylim()))
+    assert squared.get_ylim() == pytest.approx(2.0 * np.array(linear.get_ylim()))
 
 
 def test_the_floor_figure_has_the_trained_ranks_and_the_target():
@@ -93,7 +77,7 @@ def test_the_gap_falls_to_the_distance_at_the_end():
     assert ends == pytest.approx(sorted(study.summary["excess"]))
 
 
-def test_latency_has_the_times_of_every_rank_and_of_dense():
+def test_latency_has_the_times_of_every_rank_and_of_dense_for_each_measured_batch():
     study = make_study([2, 4, 8], times={2: (1.0, 2.0), 4: (3.0, 2.5), 8: (5.0, 7.0)})
     figure = study_figures(study)["latency"]
     assert [axes.get_title(loc="left") for axes in figure.axes] == [
@@ -103,10 +87,6 @@ def test_latency_has_the_times_of_every_rank_and_of_dense():
         points = {line.get_xdata()[0]: line.get_ydata()[0] for line in axes.lines if line.get_marker() == "o"}
         assert points == dict(zip((1.0, 3.0, 5.0), study.summary["relative_loss"]))
         assert [2.5, 2.5] in [list(line.get_xdata()) for line in axes.lines]
-
-
-def test_a_batch_that_was_not_measured_has_no_panel():
-    study = make_study([2, 4], times={2: (1.0, 2.0), 4: (3.0, 2.0)})
     study.summary["latency_ms_batch_1024"] = np.nan
     assert len(study_figures(study)["latency"].axes) == 2
 
@@ -119,12 +99,8 @@ def test_the_front_is_the_least_loss_of_all_families_and_of_what_was_trained():
         trained = study.summary[study.summary["parameters"] <= parameters]["relative_loss"]
         assert least == min([*floors, *trained])
     assert front["relative_loss"].is_monotonic_decreasing
-
-
-def test_a_floor_that_no_chain_is_known_to_reach_is_not_on_the_front():
-    study = make_study([2, 4], spread=2.0, level=1.0)
-    own = study.floor[study.floor["chain"] == "monarch"]
-    front = front_of(study)
+    study = make_study([2, 4], spread=2.0, level=1.0)  # whose floors no chain is known to reach
+    own, front = study.floor[study.floor["chain"] == "monarch"], front_of(study)
     at_own = np.interp(own["parameters"], front["parameters"], front["relative_loss"])
     assert (at_own > own["relative_loss"])[:-1].all()
 
@@ -143,15 +119,12 @@ def test_seeds_give_bands_and_whiskers():
     assert whiskers[1] == whiskers[0] + 2
 
 
-def test_a_failed_rank_is_shown_with_its_status_and_no_bar():
+def test_a_failed_rank_is_shown_with_its_status_and_no_bar(tmp_path):
     drawn = study_figures(make_study([2, 4], endings={4: DIVERGED}))
     assert "diverged" in texts(drawn["final_losses"])
     assert "4 (failed)" in texts(drawn["loss_curves"])
-
-
-def test_a_study_in_which_nothing_finished_still_has_its_comparison(tmp_path):
-    study = make_study([2, 4], num_epochs=0, endings={2: DIVERGED, 4: DIVERGED})
-    drawn = study_figures(study, log_scale=True)
+    nothing = make_study([2, 4], num_epochs=0, endings={2: DIVERGED, 4: DIVERGED})
+    drawn = study_figures(nothing, log_scale=True)
     assert list(drawn) == ["final_losses"]
     assert "No rank has finished" in texts(drawn["final_losses"])
     save_figures(drawn, SweepFiles(tmp_path, "p"), ["svg"], dpi=40)
@@ -180,22 +153,47 @@ def test_a_metric_has_a_line_for_each_rank_that_has_it():
     assert {"At the end, cosine is 0.5 at rank 2", "2", "4 (failed)"} <= {*texts(drawn["metric_cosine"])}
     low, high = axes.get_ylim()
     assert low < curves["cosine"].min() < curves["cosine"].max() < high
-
-
-@pytest.mark.parametrize(("values", "scale"), [((0.1, 1.0), "log"), ((0.11, 1.0), "linear"), ((-1.0, 1.0), "linear")])
-def test_a_metric_has_a_log_axis_only_if_its_values_are_positive_and_span_a_decade(values, scale):
-    study = make_study([2], num_epochs=2)
-    study = dataclasses.replace(study, curves=study.curves.assign(r2=values))
-    drawn = study_figures(study, log_scale=True, metrics=["r2"])
-    assert drawn["metric_r2"].axes[0].get_yscale() == scale
+    for values, scale in (((0.1, 1.0), "log"), ((0.11, 1.0), "linear"), ((-1.0, 1.0), "linear")):  # within a decade
+        short = make_study([2], num_epochs=2)
+        short = dataclasses.replace(short, curves=short.curves.assign(r2=values))
+        assert study_figures(short, log_scale=True, metrics=["r2"])["metric_r2"].axes[0].get_yscale() == scale
 
 
 def test_chains_side_by_side(tmp_path):
     studies = [make_study([2, 4]), make_study([1, 8])]
-    figure = chains(studies, log_scale=True)
+    figure = chains_figure(studies, log_scale=True)
     save_figures({"chains": figure}, SweepFiles(tmp_path, "p"), ["png"], 40)
     assert len(figure.legends[0].get_texts()) == 2
     assert texts(figure)[0].startswith("The least loss is ")
     old = studies[0].summary.assign(population_loss=np.nan)
     with pytest.raises(UsageError, match="no relative losses"):
-        chains([Study("old", studies[0].curves, old, studies[0].floor)])
+        chains_figure([Study("old", studies[0].curves, old, studies[0].floor)])
+
+
+RELATIVE = "relative loss (output energy lost)"
+
+
+@pytest.mark.parametrize(
+    ("described", "label"),
+    [
+        ({}, RELATIVE),
+        ({"loss_label": "l1_loss"}, "l1_loss"),
+        ({"predict_zero_loss": None}, "mean squared error per output"),
+    ],
+)
+def test_the_unit_is_the_relative_loss_wherever_it_is_known(described, label):
+    drawn = study_figures(make_study([2, 4], **described))
+    labels = {name: figure.axes[0].get_ylabel() for name, figure in drawn.items()}
+    if label == RELATIVE:
+        assert all(text.startswith(RELATIVE) for text in labels.values())
+        assert set(labels) == {"loss_curves", "final_losses", "floor", "gap", "front"}
+    else:
+        assert labels == {"loss_curves": label, "final_losses": f"final {label}"}
+        assert "zero predictor" not in texts(drawn["loss_curves"])
+
+
+def test_losses_on_held_out_inputs_are_relative_to_their_own_zero_predictor():
+    study = make_study([2], held_out_predict_zero_loss=4.0)
+    lines = [axes.lines[0].get_ydata()[-1] for axes in study_figures(study)["loss_curves"].axes]
+    last = study.curves.iloc[-1]
+    assert lines == [last["train_loss"] / 2.0, last["val_loss"] / 4.0]

@@ -1,78 +1,44 @@
 import pytest
-import torch
 from study_rows import CHAIN, CURVES
 
-import ks
-from ks.bounds.rank_floors import RankFloors, floor_rows
 from ks.errors import UsageError
 from ks.files import columns
 from ks.files.atomic import write_csv, write_json
 from ks.files.curves import write_curves
 from ks.files.layout import SweepFiles, run_files
 from ks.files.status import OK, Ending, Status
-from ks.report.read_results import read_study
-from ks.report.study import curves_table, summary_frame
+from ks.report.read_results import read_study, summary_frame
 from ks.report.summary import rank_row, run_row, write_summary
 
 DIVERGED = Ending(Status.DIVERGED)
 
 
-def test_floors_on_disk_are_in_the_units_of_the_loss():
-    weight = 100 * torch.randn(16, 24, generator=torch.Generator().manual_seed(0)).double()
-    sigma = 3.0
-    predict_zero = sigma**2 * weight.square().sum().item() / 16
-    plan = RankFloors(sigma * weight / predict_zero**0.5, CHAIN)
-    values = ks.KSLinear.from_dense(weight, rank=2)
-    expected = sigma**2 * (weight - values.to_dense()).square().sum().item() / 16
-    (row,) = [row for row in floor_rows(plan, predict_zero) if (row["chain"], row["rank"]) == ("monarch", 2)]
-    assert row["loss_floor"] == pytest.approx(expected, rel=1e-6)
-    assert row["relative_loss"] == pytest.approx(expected / predict_zero, rel=1e-6)
-    assert plan.floor(2).lower == row["relative_loss"]
-    assert plan.curve[0].item() == pytest.approx(1)
-    assert list(row) == columns.names(columns.FLOOR)
-
-
-def test_a_family_without_floors_has_no_rows():
-    plan = RankFloors(torch.eye(16, 24), ks.make_chain(16, 24, "lowrank_butterfly"))
-    assert floor_rows(plan, 1.0) == []
-
-
-def test_failed_runs_are_drawn_only_for_ranks_of_which_no_seed_finished():
-    runs = [(2, 0, OK), (2, 1, DIVERGED), (4, 0, DIVERGED), (4, 1, DIVERGED)]
-    drawn = curves_table(
-        ({"rank": rank, "seed": seed, "status": ending}, [row | {"rank": rank} for row in CURVES])
-        for rank, seed, ending in runs
-    )
-    assert list(drawn.groupby(["rank", "seed"]).groups) == [(2, 0), (4, 0), (4, 1)]
-
-
 @pytest.fixture
 def folder(tmp_path):
-    """A study of rank 2 with seeds 7 and 8 in a folder that also holds another rank and another seed."""
+    """A study of ranks 2 and 4 with seeds 7 and 8 in a folder that also holds another rank and another seed."""
     files = SweepFiles(tmp_path, "p")
-    runs = [run_row(2, CURVES, OK, 7), run_row(2, CURVES, DIVERGED, 8)]
-    for rank, seed in ((2, 7), (2, 8), (2, 9), (16, 7)):
+    endings = {(2, 7): OK, (2, 8): DIVERGED, (4, 7): DIVERGED, (4, 8): DIVERGED}
+    runs = [run_row(rank, CURVES, ending, seed) for (rank, seed), ending in endings.items()]
+    for rank, seed in (*endings, (2, 9), (16, 7)):
         run = run_files(tmp_path, rank, seed, 7)
         run.directory.mkdir(parents=True)
         write_curves(run, [row | {"rank": rank} for row in CURVES])
-    rows = [rank_row(runs, CHAIN)]
+    rows = [rank_row(runs[:2], CHAIN), rank_row(runs[2:], CHAIN)]
     write_csv(files.runs_csv, columns.names(columns.RUNS), runs)
     write_json(files.summary_json, summary_frame(rows).to_dict("records"))
     return files
 
 
 def test_a_study_is_read_without_the_runs_of_other_studies(folder):
+    """Failed runs are drawn only for ranks of which no seed finished."""
     problem = {"chain": "monarch", "weight": {"sha256": "abc"}}
-    write_json(
-        folder.config,
-        {"settings": {}, "ranks": [2], "seeds": [7, 8], "title": "T", "problem": problem, "loss": "some criterion"},
-    )
+    write_json(folder.config, {"settings": {}, "ranks": [2, 4], "seeds": [7, 8], "title": "T", "problem": problem})
     study = read_study(folder)
-    assert list(study.summary["rank"]) == [2]
-    assert list(study.summary["status"]) == ["diverged (1 of 2 seeds)"]
-    assert list(study.curves.groupby(["rank", "seed"]).groups) == [(2, 7)]
+    assert list(study.summary["rank"]) == [2, 4]
+    assert list(study.summary["status"]) == ["diverged (1 of 2 seeds)", "diverged (2 of 2 seeds)"]
+    assert list(study.curves.groupby(["rank", "seed"]).groups) == [(2, 7), (4, 7), (4, 8)]
     assert (study.title, study.chain, study.weight_sha256) == ("T", "monarch", "abc")
-    assert study.loss_label == "some criterion"
+    assert (len(study.floor), list(study.floor)) == (0, columns.names(columns.FLOOR))
 
 
 OWN = "mean squared error per output"
@@ -82,7 +48,6 @@ OWN = "mean squared error per output"
     ("settings", "loss", "label"),
     [
         ({}, None, OWN),
-        ({}, OWN, OWN),
         ({}, "quadratic criterion", "quadratic criterion"),  # of an earlier version
         ({"criterion": "mean_squared_error"}, None, OWN),
         ({"criterion": "l1_loss of torch 2.13.0"}, None, "loss, l1_loss"),
@@ -110,12 +75,6 @@ def test_metrics_are_read_back_from_curves_and_summary(folder):
     assert study.unknown_metrics(["r2", "rank"]).endswith("has values of that name; it has r2")
 
 
-def test_a_study_without_floors_has_no_rows_of_them(folder):
-    write_json(folder.config, {"settings": {}, "ranks": [2], "seeds": [7]})
-    study = read_study(folder)
-    assert (len(study.floor), list(study.floor)) == (0, columns.names(columns.FLOOR))
-
-
 def test_what_is_no_study_is_one_line(tmp_path, folder):
     for files, message in (
         (SweepFiles(tmp_path / "absent", "p"), "no such folder"),
@@ -126,20 +85,12 @@ def test_what_is_no_study_is_one_line(tmp_path, folder):
             read_study(files)
 
 
-DAMAGE = {
-    "empty": b"",
-    "binary": b"\xff\xfe\x00\x80",
-    "other columns": b"a,b\n1,2\n",
-    "ragged": b"rank,seed\n1,2\n3,4,5,6\n",
-}
-
-
 @pytest.mark.parametrize("name", ["runs_csv", "floor_csv"])
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_table_is_one_line_with_its_name(folder, name, damage):
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00\x80", b"a,b\n1,2\n"], ids=["empty", "binary", "other columns"])
+def test_a_damaged_table_is_one_line_with_its_name(folder, name, content):
     write_json(folder.config, {"settings": {}, "ranks": [2], "seeds": [7, 8]})
     path = getattr(folder, name)
-    path.write_bytes(DAMAGE[damage])
+    path.write_bytes(content)
     with pytest.raises(UsageError, match="cannot be read|lacks the columns") as raised:
         read_study(folder)
     assert str(raised.value).startswith(str(path))
@@ -158,5 +109,5 @@ def test_a_summary_of_another_kind_is_one_line_with_its_name(folder, content):
 def test_a_summary_without_a_config_is_one_of_2025(folder):
     """Its ranks are those that have curves."""
     study = read_study(folder)
-    assert list(study.summary["rank"]) == [2, 16]
-    assert list(study.summary["num_seeds"]) == [3, 1]
+    assert list(study.summary["rank"]) == [2, 4, 16]
+    assert list(study.summary["num_seeds"]) == [3, 2, 1]
