@@ -20,8 +20,7 @@ from ks.files.memory import check_fits
 from ks.files.provenance import now
 from ks.files.schema import CompressedLayer, CompressedModel, read_json_as
 from ks.layer import KSLinear
-from ks.model.linears import checkpoint_name, linears_of, unwrapped
-from ks.model.places import replace_modules
+from ks.model.linears import checkpoint_name, linears_of, replace_modules, unwrapped
 
 TENSORS_FILE, RECORD_FILE = "model.safetensors", "compressed.json"
 MODEL_FORMAT, MODEL_VERSION = "ks_compressed_model", 2
