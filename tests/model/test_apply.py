@@ -246,6 +246,7 @@ def results(tmp_path):
 
 def test_trained_chains_come_from_the_folder_of_their_sweep(results):
     folder, chains = results
+    assert layer_folder(folder, "block/0.weight").parent == folder
     model, dense = Network(), Network()
     ks.compress(model, folder, quiet=True)
     for name, chain in chains.items():
