@@ -1,7 +1,6 @@
 """Choose a chain and a rank for every layer: the least loss at a budget, or the fewest parameters at a target loss."""
 
 import bisect
-import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -97,9 +96,7 @@ def allocate(
 
     Args:
         candidates: of every layer.
-        budget: fraction of the dense parameters, in (0, 1].
-        target_relative_loss: mean relative loss, in (0, 1).
-        rank_multiple: of every rank.
+        budget, target_relative_loss, rank_multiple: as in `plan_model`.
         checkpoint: name of the file of the weights.
     Raises:
         UsageError: neither or both of budget and target, or a budget below the smallest options.
@@ -110,7 +107,7 @@ def allocate(
     costs, losses = [layer.parameters for layer in layers], [layer.losses for layer in layers]
     if budget is not None:
         objective, value = Objective.BUDGET, budget
-        dense = sum(layer.dense.parameters for layer in layers)
+        dense = sum(layer.entry.dense.parameters for layer in layers)
         uniform = [layer.best_within(budget) for layer in layers]
         choice = choose(costs, losses, budget * dense, uniform)
         if choice is None:
@@ -142,35 +139,25 @@ def allocate(
 class _Options:
     """The options of one layer: every rank of every family, and dense as the last one, which has no `chosen`."""
 
-    dense: LayerPlan
+    entry: Candidates
     chosen: list[tuple[LayerFloors, int]]  # family and rank
     parameters: np.ndarray
     losses: np.ndarray
 
     def best_within(self, fraction: float) -> int:
         """Return the option with the least loss and at most this fraction of the dense parameters, or the smallest."""
-        fitting = np.flatnonzero(self.parameters <= fraction * self.dense.parameters)
+        fitting = np.flatnonzero(self.parameters <= fraction * self.entry.dense.parameters)
         return int(fitting[self.losses[fitting].argmin()] if len(fitting) else self.parameters.argmin())
 
     def plan(self, option: int) -> LayerPlan:
         """Return an option as a plan."""
-        if option == len(self.chosen):
-            return self.dense
-        floors, rank = self.chosen[option]
-        return dataclasses.replace(
-            self.dense,
-            chain=floors.chain,
-            rank=rank,
-            relative_loss=float(floors.upper[rank]),
-            relative_loss_lower=float(floors.lower[rank]),
-            interpolated=floors.is_interpolated(rank),
-        )
+        return self.entry.plan(*self.chosen[option]) if option < len(self.chosen) else self.entry.dense
 
 
 def _options(entry: Candidates, rank_multiple: int) -> _Options:
     pairs = [(floors, floors.ranks[floors.ranks % rank_multiple == 0]) for floors in entry.floors]
     return _Options(
-        entry.dense,
+        entry,
         [(floors, int(rank)) for floors, ranks in pairs for rank in ranks],
         np.concatenate([*(floors.parameters[ranks - 1] for floors, ranks in pairs), [entry.dense.parameters]]),
         np.concatenate([*(floors.upper[ranks] for floors, ranks in pairs), [0.0]]),
@@ -179,7 +166,7 @@ def _options(entry: Candidates, rank_multiple: int) -> _Options:
 
 def _smallest_uniform(layers: Sequence[_Options], limit: float) -> list[int]:
     """Return the options of the smallest fraction, the same in every layer, at which the total loss is low enough."""
-    fractions = np.unique(np.concatenate([layer.parameters / layer.dense.parameters for layer in layers]))
+    fractions = np.unique(np.concatenate([layer.parameters / layer.entry.dense.parameters for layer in layers]))
 
     def suffices(fraction: float) -> bool:
         return sum(layer.losses[layer.best_within(fraction)] for layer in layers) <= limit

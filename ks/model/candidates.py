@@ -1,5 +1,6 @@
 """Compute the floors of all chain families on all weights, several layers at a time."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,17 @@ class Candidates:
 
     dense: LayerPlan
     floors: tuple[LayerFloors, ...]
+
+    def plan(self, floors: LayerFloors, rank: int) -> LayerPlan:
+        """Return the plan that replaces the weight by the chain of a family and a rank."""
+        return dataclasses.replace(
+            self.dense,
+            chain=floors.chain,
+            rank=rank,
+            relative_loss=float(floors.upper[rank]),
+            relative_loss_lower=float(floors.lower[rank]),
+            interpolated=floors.is_interpolated(rank),
+        )
 
 
 def find_candidates(

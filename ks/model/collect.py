@@ -87,32 +87,24 @@ def _matching_linears(model: torch.nn.Module, layers: str | Sequence[str]) -> di
 class _Collection:
     """The sums of a collection, filled pass by pass; a pass is one forward call of the model.
 
-    Args:
-        linears: the layers, by name.
-        earlier: moments that are continued; their sharing of inputs is kept.
-        model_name: kept with the moments.
+    Earlier moments that are continued keep their sharing of inputs.
     """
 
     def __init__(self, linears: dict[str, Linear], earlier: InputMoments | None, model_name: str):
         self.linears, self.model_name = linears, model_name
         self.sums: dict[bool, dict[str, InputSums]] = {False: {}, True: {}}  # by whether it is held out
         self.group: dict[str, str] = {}  # layer → NAME of its input tensor
-        self.batch = self.earlier_batches = 0
-        if earlier:
-            self._continue(earlier)
-
-    def _continue(self, earlier: InputMoments) -> None:
-        if earlier.model != self.model_name:
-            names = f"{one_line(earlier.model)!r}, not {one_line(self.model_name)!r}"
+        self.batch = self.earlier_batches = max(earlier.batches.values()) if earlier else 0
+        if earlier and earlier.model != model_name:
+            names = f"{one_line(earlier.model)!r}, not {one_line(model_name)!r}"
             raise UsageError(f"earlier moments are of model {names}; start anew")
-        layer_of = {linear.key: name for name, linear in self.linears.items()}
-        for key, name in earlier.aliases.items():
-            if key not in layer_of or name not in self.linears:
+        layer_of = {linear.key: name for name, linear in linears.items()}
+        for key, name in earlier.aliases.items() if earlier else ():
+            if key not in layer_of or name not in linears:
                 raise UsageError(
                     f"earlier moments have {one_line(key)!r}, which layers does not match; add it to layers"
                 )
             self.group[layer_of[key]] = name
-        self.batch = self.earlier_batches = max(earlier.batches.values())
 
     def start_pass(self, is_held_out: bool, mask: torch.Tensor | None) -> None:
         self.batch += 1
@@ -120,7 +112,7 @@ class _Collection:
         self._met: dict[tuple, str] = {}  # input tensor → NAME
         self._alive: list[StorageWeakRef] = []  # so that no storage of this pass is taken for a later one
         self._received: defaultdict[str, set[tuple]] = defaultdict(set)
-        self._new: set[str] = set()
+        self._earlier = {*self.group.values()}  # groups with sums of earlier passes
         self._added: set[tuple] = set()
 
     def take(self, name: str, inputs: torch.Tensor) -> None:
@@ -132,9 +124,8 @@ class _Collection:
         self._received[name].add(tensor)
         if name not in self.group:
             # A group from an earlier pass has sums that this layer has not seen.
-            shared = self._met.get(tensor)
-            self.group[name] = shared if shared in self._new else name
-            self._new.add(self.group[name])
+            shared = self._met.get(tensor, name)
+            self.group[name] = name if shared in self._earlier else shared
         group = self.group[name]
         self._met.setdefault(tensor, group)
         if (group, tensor) not in self._added:

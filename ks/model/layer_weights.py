@@ -17,32 +17,20 @@ MAX_LISTED = 3  # of the names that a remark lists
 
 @dataclass(frozen=True)
 class LayerWeight:
-    """One weight W of shape (m, n) = (out_features, in_features), which is read when it is needed.
-
-    Args:
-        name: in its checkpoint.
-        read: returns the weight.
-        place: of its values, equal for weights that are tied.
-    """
+    """One weight W of shape (m, n) = (out_features, in_features), which is read when it is needed."""
 
     name: str
     read: Callable[[], Weight]
-    place: Hashable
+    place: Hashable  # of its values, equal for weights that are tied
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The weights that match globs, in the order of the checkpoint.
-
-    Args:
-        weights: 2-D weights.
-        source: name of the checkpoint's file, without folders; empty for weights in memory.
-        notes: the skipped tensors, a line for each reason.
-    """
+    """The 2-D weights that match globs, in the order of the checkpoint."""
 
     weights: tuple[LayerWeight, ...]
-    source: str
-    notes: tuple[str, ...]
+    source: str  # name of the checkpoint's file, without folders; empty for weights in memory
+    notes: tuple[str, ...]  # the skipped tensors, a line for each reason
 
 
 def select_weights(

@@ -10,6 +10,7 @@ from msgspec import Meta, Struct
 
 from ks.chain.patterns import Chain, Pattern
 from ks.errors import UsageError
+from ks.files import columns
 from ks.files.atomic import write_json
 from ks.files.columns import PLAN, chosen
 from ks.files.schema import Loss, Positive, Text, read_json_as
@@ -96,20 +97,8 @@ class LayerPlan:
 
     def row(self) -> dict[str, Any]:
         """Return the columns of `ks.files.columns.PLAN`."""
-        return {
-            "layer": self.layer,
-            "rows": self.rows,
-            "cols": self.cols,
-            "chain": self.family,
-            "rank": self.rank,
-            "parameters": self.parameters,
-            "dense_parameters": self.dense_parameters,
-            "share": self.share,
-            "relative_loss": self.relative_loss,
-            "relative_loss_lower": self.relative_loss_lower,
-            "interpolated": self.interpolated,
-            "shared_with": " ".join(self.shared_with),
-        }
+        row = {name: getattr(self, name) for name in columns.names(PLAN)}
+        return row | {"chain": self.family, "shared_with": " ".join(self.shared_with)}
 
 
 @dataclass(frozen=True)

@@ -224,16 +224,4 @@ def _check_flags(config: SweepConfig) -> None:
 def _floor_rows(candidates: list[Candidates]) -> Iterator[dict]:
     for entry in candidates:
         for floors in entry.floors:
-            for rank, parameters in zip(map(int, floors.ranks), floors.parameters.tolist()):
-                yield {
-                    "layer": entry.dense.layer,
-                    "rows": entry.dense.rows,
-                    "cols": entry.dense.cols,
-                    "chain": floors.chain.family,
-                    "rank": rank,
-                    "parameters": parameters,
-                    "share": parameters / entry.dense.parameters,
-                    "relative_loss": float(floors.upper[rank]),
-                    "relative_loss_lower": float(floors.lower[rank]),
-                    "interpolated": floors.is_interpolated(rank),
-                }
+            yield from (entry.plan(floors, rank).row() for rank in map(int, floors.ranks))
