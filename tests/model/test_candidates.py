@@ -141,25 +141,23 @@ def test_tied_weights_count_once_and_copies_twice(weights, tmp_path, stored):
 
 
 def test_a_file_that_takes_long_to_write_is_not_written_after_every_layer(tmp_path, monkeypatch):
-    generator, writes = torch.Generator().manual_seed(0), []
-    weights = {f"layer.{index}.weight": torch.randn(24, 16, generator=generator) for index in range(12)}
-    write = np.savez_compressed
+    weights = {f"layer.{index}.weight": torch.eye(24, 16) + index for index in range(12)}
+    write, writes, reports = np.savez_compressed, [], []
 
     def slow(*arguments, **named):
         writes.append(len(named))
         time.sleep(0.2)
         write(*arguments, **named)
 
-    def report(text):
+    def interrupt(text):
         if text.startswith("8 of 12"):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(np, "savez_compressed", slow)
     find = partial(find_candidates, select_weights(weights).weights, make_chain, ["lowrank"])
     with pytest.raises(KeyboardInterrupt):
-        find(floors_path=tmp_path / "floors.npz", report=report)
+        find(floors_path=tmp_path / "floors.npz", report=interrupt)
     assert len(writes) == 2  # after the first layer, and at the end
-    reports = []
     find(floors_path=tmp_path / "floors.npz", report=reports.append)
     assert reports[-1] == "floors of 8 layers were computed before"
 

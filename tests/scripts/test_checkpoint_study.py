@@ -1,7 +1,5 @@
 """Several layers of a checkpoint, as users run them: plan, runs, resume, bad input."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -80,7 +78,6 @@ def test_every_planned_layer_is_trained_and_resumed(checkpoint, tmp_path, capsys
         assert chain.num_parameters == layer.parameters
         assert float(row["relative_loss"]) >= layer.relative_loss_lower * (1 - 1e-6)
         assert (folder / layer.layer / "rank_sweep_loss_curves.png").exists()
-    assert json.loads((folder / "rank_sweep_summary.json").read_text())[0]["weight_key"] == trained[0].layer
     capsys.readouterr()
     study(checkpoint, folder, "--budget", 0.5, keys=LAYERS[:2])
     assert capsys.readouterr().err.count("finished before") == len(trained)
