@@ -47,6 +47,7 @@ def test_a_target_is_met_with_no_more_parameters_than_the_same_fraction_everywhe
     plan = allocate(candidates, target_relative_loss=target)
     assert plan.mean_relative_loss <= target * (1 + 1e-9)
     assert plan.as_uniform().mean_relative_loss <= target * (1 + 1e-9)
+    assert target < 0.5 or plan.as_uniform().share < 0.9
     assert plan.parameters <= plan.as_uniform().parameters
 
 
@@ -84,9 +85,9 @@ def test_planned_losses_are_those_of_the_factorised_weights(candidates):
 
 
 def test_ranks_are_multiples(candidates):
-    plan = allocate(candidates, budget=0.7, rank_multiple=4)
+    plan = allocate(candidates, budget=0.7, rank_multiple=5)
     assert any(layer.rank for layer in plan.layers)
-    assert all(layer.rank is None or layer.rank % 4 == 0 for layer in plan.layers)
+    assert all(layer.rank is None or layer.rank % 5 == 0 for layer in plan.layers)
 
 
 @pytest.mark.parametrize("arguments", [{}, {"budget": 0.5, "target_relative_loss": 0.5}])
