@@ -110,6 +110,16 @@ def test_the_folder_of_every_layer_is_locked(checkpoint, tmp_path, capsys, monke
     assert not list(folder.rglob(".sweep.lock"))
 
 
+def test_an_interrupted_study_still_writes_its_summary(checkpoint, tmp_path, monkeypatch):
+    def check():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CheckpointStudy, "run", lambda study: monkeypatch.setattr("ks.signals.check", check))
+    study(checkpoint, tmp_path / "out", "--ranks", 2, keys=LAYERS[:2], code=130)
+    rows = read_table(tmp_path / "out" / "rank_sweep_summary.csv")
+    assert [row["weight_key"] for row in rows] == list(LAYERS[:2])
+
+
 def test_layers_are_planned_for_the_inputs_that_they_see(checkpoint, tmp_path):
     generator, moments = torch.Generator().manual_seed(1), None
     for name, width in zip(LAYERS[:2], (16, 24)):
