@@ -33,9 +33,8 @@ from ks.bounds.factorize import factorize
 from ks.bounds.rank_floors import PLAN_TOLERANCE
 from ks.cli import console
 from ks.layer import KSLinear
-from ks.model.apply import apply_chains
+from ks.model.apply import Place, apply_chains
 from ks.model.model_plan import ModelPlan
-from ks.model.places import Place
 from ks.moments.moments_file import InputMoments
 
 BUDGETS = (0.6, 0.8, 0.4)  # the middle one first, for those who end it early

@@ -1,5 +1,6 @@
 """Choose a chain and a rank for every layer: the least loss at a budget, or the fewest parameters at a target loss."""
 
+import bisect
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -95,9 +96,7 @@ def allocate(
 
     Args:
         candidates: of every layer.
-        budget: fraction of the dense parameters, in (0, 1].
-        target_relative_loss: mean relative loss, in (0, 1).
-        rank_multiple: of every rank.
+        budget, target_relative_loss, rank_multiple: as in `plan_model`.
         checkpoint: name of the file of the weights.
     Raises:
         UsageError: neither or both of budget and target, or a budget below the smallest options.
@@ -106,9 +105,9 @@ def allocate(
         raise UsageError("a plan needs either a budget or a target for the relative loss")
     layers = [_options(entry, rank_multiple) for entry in candidates]
     costs, losses = [layer.parameters for layer in layers], [layer.losses for layer in layers]
-    dense = sum(entry.rows * entry.cols for entry in candidates)
     if budget is not None:
         objective, value = Objective.BUDGET, budget
+        dense = sum(layer.entry.dense.parameters for layer in layers)
         uniform = [layer.best_within(budget) for layer in layers]
         choice = choose(costs, losses, budget * dense, uniform)
         if choice is None:
@@ -124,11 +123,12 @@ def allocate(
         uniform = _smallest_uniform(layers, limit)
         choice = choose(losses, costs, limit, uniform)
         assert choice is not None  # dense layers lose nothing
+    options, gap = choice
     return ModelPlan(
-        layers=tuple(layer.plan(option) for layer, option in zip(layers, choice.options)),
+        layers=tuple(layer.plan(option) for layer, option in zip(layers, options)),
         objective=objective,
         value=value,
-        gap=choice.gap,
+        gap=gap,
         uniform=tuple(layer.plan(option) for layer, option in zip(layers, uniform)),
         rank_multiple=rank_multiple,
         checkpoint=checkpoint,
@@ -137,61 +137,40 @@ def allocate(
 
 @dataclass(frozen=True)
 class _Options:
-    """The options of one layer: every rank of every family, and dense as the last one."""
+    """The options of one layer: every rank of every family, and dense as the last one, which has no `chosen`."""
 
     entry: Candidates
-    families: list[tuple[LayerFloors, int] | None]  # family and rank; None is dense
+    chosen: list[tuple[LayerFloors, int]]  # family and rank
     parameters: np.ndarray
     losses: np.ndarray
 
     def best_within(self, fraction: float) -> int:
         """Return the option with the least loss and at most this fraction of the dense parameters, or the smallest."""
-        fitting = np.flatnonzero(self.parameters <= fraction * self.parameters[-1])
+        fitting = np.flatnonzero(self.parameters <= fraction * self.entry.dense.parameters)
         return int(fitting[self.losses[fitting].argmin()] if len(fitting) else self.parameters.argmin())
 
     def plan(self, option: int) -> LayerPlan:
         """Return an option as a plan."""
-        chosen, entry = self.families[option], self.entry
-        floors, rank = chosen or (None, None)
-        lower = 0.0 if floors is None else float(floors.lower[rank])
-        return LayerPlan(
-            layer=entry.layer,
-            rows=entry.rows,
-            cols=entry.cols,
-            weight_sha256=entry.weight_sha256,
-            chain=None if floors is None else floors.chain,
-            rank=rank,
-            relative_loss=float(self.losses[option]),
-            relative_loss_lower=lower,
-            itemsize=entry.itemsize,
-            interpolated=floors is not None and rank is not None and floors.is_interpolated(rank),
-            shared_with=entry.shared_with,
-            inputs_sha256=entry.inputs_sha256,
-        )
+        return self.entry.plan(*self.chosen[option]) if option < len(self.chosen) else self.entry.dense
 
 
 def _options(entry: Candidates, rank_multiple: int) -> _Options:
-    families: list[tuple[LayerFloors, int] | None] = []
-    parameters, losses = [], []
-    for floors in entry.floors:
-        ranks = floors.ranks[floors.ranks % rank_multiple == 0]
-        families += [(floors, int(rank)) for rank in ranks]
-        parameters.append(floors.parameters[ranks - 1])
-        losses.append(floors.upper[ranks])
+    pairs = [(floors, floors.ranks[floors.ranks % rank_multiple == 0]) for floors in entry.floors]
     return _Options(
         entry,
-        [*families, None],
-        np.concatenate([*parameters, [entry.rows * entry.cols]]),
-        np.concatenate([*losses, [0.0]]),
+        [(floors, int(rank)) for floors, ranks in pairs for rank in ranks],
+        np.concatenate([*(floors.parameters[ranks - 1] for floors, ranks in pairs), [entry.dense.parameters]]),
+        np.concatenate([*(floors.upper[ranks] for floors, ranks in pairs), [0.0]]),
     )
 
 
 def _smallest_uniform(layers: Sequence[_Options], limit: float) -> list[int]:
     """Return the options of the smallest fraction, the same in every layer, at which the total loss is low enough."""
-    fractions = np.unique(np.concatenate([layer.parameters / layer.parameters[-1] for layer in layers]))
-    low, high = 0, len(fractions) - 1  # at a fraction of 1, all layers are dense
-    while low < high:
-        middle = (low + high) // 2
-        loss = sum(layer.losses[layer.best_within(fractions[middle])] for layer in layers)
-        low, high = (low, middle) if loss <= limit else (middle + 1, high)
-    return [layer.best_within(fractions[low]) for layer in layers]
+    fractions = np.unique(np.concatenate([layer.parameters / layer.entry.dense.parameters for layer in layers]))
+
+    def suffices(fraction: float) -> bool:
+        return sum(layer.losses[layer.best_within(fraction)] for layer in layers) <= limit
+
+    # at a fraction of 1, all layers are dense
+    smallest = fractions[bisect.bisect_left(fractions[:-1], True, key=suffices)]
+    return [layer.best_within(smallest) for layer in layers]

@@ -1,20 +1,45 @@
-"""Apply a plan to a model: replace the planned linear layers by chains, factorised or trained."""
+"""Apply a plan to a model: find its planned linear layers and replace them by chains, factorised or trained."""
 
 import copy
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from ks.errors import UsageError, one_line
+from ks.files.globs import find_weight
 from ks.files.layout import layer_folder, run_files
+from ks.files.weights import DTYPES, tensors_sha256
 from ks.layer import KSLinear
-from ks.model.model_plan import ModelPlan
-from ks.model.places import Place, find_places, replace_modules
+from ks.model.linears import Linear, linears_of, replace_modules, unwrapped
+from ks.model.model_plan import LayerPlan, ModelPlan
 from ks.moments.moments_file import InputMoments, as_moments
 from ks.moments.read import inputs_of
 from ks.moments.second_moment import SecondMoment
+
+
+@dataclass(frozen=True)
+class Place:
+    """One planned weight in a model.
+
+    Args:
+        plan: of the weight.
+        linears: every layer that uses it, the planned one first; several if the weight is tied.
+        names: of these layers in this order; a layer may have several.
+    """
+
+    plan: LayerPlan
+    linears: tuple[Linear, ...]
+    names: tuple[str, ...]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """W, shape (m, n)."""
+        return self.linears[0].weight
+
 
 ChainOf = Callable[[Place], KSLinear]
 
@@ -53,14 +78,16 @@ def compress(
         if path.is_dir():
             folder, path = path, _plan_in(path)
         plan = ModelPlan.load(path)
-    if folder is not None and moments is not None:
+    if moments is not None and folder is not None:
         raise UsageError(f"trained chains of {folder} need no moments; leave them out")
-    if folder is None:
-        _check_moments(plan, moments)
+    if moments is not None and not any(layer.inputs_sha256 for layer in plan.layers if layer.chain is not None):
+        raise UsageError("the plan is for isotropic inputs and needs no moments; leave them out, or plan with them")
     given = as_moments(moments)
 
     def chain_of(place: Place) -> KSLinear:
-        return factorised(place, _inputs(place, given), impl) if folder is None else _trained(place, folder, impl)
+        if folder is not None:
+            return _trained(place, folder, impl)
+        return factorised(place, _moment_of(place.plan, given), impl)
 
     return apply_chains(model, plan, chain_of, quiet)
 
@@ -89,19 +116,12 @@ def _plan_in(folder: Path) -> Path:
     return found[0]
 
 
-def _check_moments(plan: ModelPlan, moments) -> None:
-    measured = [layer.layer for layer in plan.layers if layer.chain is not None and layer.inputs_sha256 is not None]
-    if moments is None and measured:
-        raise UsageError(f"the plan of {one_line(measured[0])} is for measured inputs; give their moments")
-    if moments is not None and not measured:
-        raise UsageError("the plan is for isotropic inputs and needs no moments; leave them out, or plan with them")
-
-
-def _inputs(place: Place, moments: InputMoments | None) -> SecondMoment | None:
+def _moment_of(layer: LayerPlan, moments: InputMoments | None) -> SecondMoment | None:
     """Return the inputs that a layer was planned for, None if they are isotropic."""
-    layer = place.plan
-    if layer.inputs_sha256 is None or moments is None:
+    if layer.inputs_sha256 is None:
         return None
+    if moments is None:
+        raise UsageError(f"the plan of {one_line(layer.layer)} is for measured inputs; give their moments")
     given = inputs_of(moments, layer.cols, layer.layer)
     if given.sha256 != layer.inputs_sha256:
         raise UsageError(
@@ -113,21 +133,16 @@ def _inputs(place: Place, moments: InputMoments | None) -> SecondMoment | None:
 
 def factorised(place: Place, moment: SecondMoment | None, impl: str) -> KSLinear:
     """Return the best known chain of a place for inputs, without a bias."""
-    layer = place.plan
-    assert layer.chain is not None
-    assert layer.rank is not None
-    patterns = layer.chain.patterns(layer.rank)
-    return KSLinear.from_dense(place.weight, patterns=patterns, moment=moment, impl=impl)
+    return KSLinear.from_dense(place.weight, patterns=place.plan.patterns, moment=moment, impl=impl)
 
 
 def _trained(place: Place, folder: Path, impl: str) -> KSLinear:
     """Return the trained chain of a place, with the bias that `--fit_bias` gave it or none."""
     layer = place.plan
-    assert layer.chain is not None
     assert layer.rank is not None
     path = run_files(layer_folder(folder, layer.layer), layer.rank, None, None).best
     chain = KSLinear.load(path, impl=impl)
-    if chain.patterns != layer.chain.patterns(layer.rank):
+    if chain.patterns != layer.patterns:
         planned = f"{layer.family} of rank {layer.rank}, {layer.rows} × {layer.cols}"
         raise UsageError(f"{path} is another chain than the planned one ({planned}); train the plan of this folder")
     return chain.to(place.weight)
@@ -141,12 +156,7 @@ def described(place: Place) -> str:
 
 
 def replacements_of(place: Place, chain_of: ChainOf) -> dict[nn.Module, KSLinear]:
-    """Return the new layer for each layer of a place; none if it stays dense.
-
-    Args:
-        place: in the model.
-        chain_of: returns the chain of the place.
-    """
+    """Return the new layer for each layer of a place; none if it stays dense."""
     if place.plan.chain is None:
         return {}
     chain = chain_of(place)
@@ -170,3 +180,83 @@ def _with_extra(bias: nn.Parameter | None, extra: nn.Parameter | None) -> nn.Par
         return bias if extra is None else extra
     total = (bias.detach().double() + extra.detach().double()).to(bias.dtype)
     return nn.Parameter(total, bias.requires_grad)
+
+
+def find_places(model: nn.Module, plan: ModelPlan) -> list[Place]:
+    """Return the places of all planned weights in a model, after comparing them with the plan.
+
+    A weight of the plan may have one or two components more or less before its name than the model gives it.
+
+    Args:
+        model: with nn.Linear layers, or Conv1D layers of transformers.
+        plan: made for a checkpoint of this model. Its hashes are those of the dtype of the checkpoint; a model that
+            holds the same values in a wider dtype fits.
+    Raises:
+        UsageError: the model lacks a weight of the plan, has another one, or uses it outside its linear layers.
+    """
+    model = unwrapped(model)
+    linears = linears_of(model)
+    key_of = {linear.key: name for name, linear in linears.items()}
+    places: list[Place] = []
+    planned_by: dict[nn.Module, LayerPlan] = {}
+    for layer in plan.layers:
+        keys = [find_weight(key_of, key, "the model", "linear layer") for key in (layer.layer, *layer.shared_with)]
+        planned = [linears[key_of[key]] for key in keys]
+        weights = [linear.module.weight for linear in planned]
+        using = [linear for linear in linears.values() if any(linear.module.weight is weight for weight in weights)]
+        users = tuple({linear.module: linear for linear in (*planned, *using)}.values())
+        names = tuple(name for user in users for name, linear in linears.items() if linear.module is user.module)
+        for linear in users:
+            _check_planned(layer, linear)
+            if (other := planned_by.setdefault(linear.module, layer)) is not layer:
+                raise UsageError(
+                    f"{one_line(other.layer)} and {one_line(layer.layer)} share a weight in the model, and the plan "
+                    "has a chain for each; make a plan for this model (ks.plan_model), whose layers are tied"
+                )
+        places.append(Place(layer, users, names))
+    _check_users(model, places)
+    return places
+
+
+def _check_planned(layer: LayerPlan, linear: Linear) -> None:
+    """Compare a weight of the model with its plan."""
+    where = f"{one_line(linear.key)} of the model"
+    parameter = linear.module._parameters.get("weight")
+    if parameter is None:
+        raise UsageError(f"{where} is computed from other parameters; remove its parametrization, or leave it out")
+    if parameter.is_meta:
+        raise UsageError(f"{where} is a meta tensor without values; load the checkpoint into the model first")
+    weight, planned = linear.weight, (layer.rows, layer.cols)
+    if tuple(weight.shape) != planned:
+        advice = "plan it with --transpose" if planned == tuple(weight.t().shape) else "make a plan for this model"
+        raise UsageError(f"{where} has shape {tuple(weight.shape)}, the plan is for {planned}; {advice}")
+    if not _has_hash(weight, layer.weight_sha256):
+        raise UsageError(
+            f"{where} has other values than the weight that the plan was made for (hash {layer.weight_sha256[:12]}…); "
+            "load the checkpoint of the plan, in its dtype or a wider one, or make a plan for this model"
+        )
+
+
+def _has_hash(weight: torch.Tensor, sha256: str) -> bool:
+    """Return whether a weight, or the same values in a narrower dtype, has this hash."""
+    narrower = [dtype for dtype in DTYPES.values() if dtype.itemsize < weight.dtype.itemsize]
+    stored = (weight.to(dtype) for dtype in (weight.dtype, *narrower))
+    return any(torch.equal(same.to(weight.dtype), weight) and tensors_sha256(same.cpu()) == sha256 for same in stored)
+
+
+def _check_users(model: nn.Module, places: list[Place]) -> None:
+    """Check that nothing but the layers of a place uses a weight that is to be replaced."""
+    replaced = {linear.module: place for place in places if place.plan.chain is not None for linear in place.linears}
+    key_of = {module.weight: place.plan.layer for module, place in replaced.items()}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention) and module.out_proj in replaced:
+            raise UsageError(
+                f"{one_line(path)} is an nn.MultiheadAttention, which uses the weight of its out_proj without calling "
+                "it; leave it out of the plan"
+            )
+        for parameter in module.parameters(recurse=False):
+            if module not in replaced and parameter in key_of:
+                raise UsageError(
+                    f"{one_line(key_of[parameter])} is also the weight of {one_line(path)}, a "
+                    f"{type(module).__name__}, which would keep it in full; leave it out of the plan"
+                )

@@ -1,7 +1,8 @@
 """Compute the floors of all chain families on all weights, several layers at a time."""
 
+import dataclasses
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ks.errors import UsageError, one_line
 from ks.files.columns import PLAN, Column, Loss, chosen
 from ks.files.table import table
 from ks.model.layer_weights import LayerWeight
+from ks.model.model_plan import LayerPlan
 from ks.moments.moments_file import InputMoments, as_moments
 from ks.moments.pieces import one_thread_each
 from ks.moments.read import inputs_of, inputs_sha256
@@ -23,37 +25,31 @@ from ks.moments.second_moment import SecondMoment
 
 FRACTIONS = (0.1, 0.25, 0.5, 0.75)  # of the dense parameters, at which floors are printed
 
-MakeChain = Callable[[int, int, str], Chain]
 Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """The chain families that may replace one weight W of shape (m, n), with their floors.
+    """The chain families that may replace one weight: the plan that keeps it dense, and the floors of each family."""
 
-    Args:
-        layer: name of the weight.
-        rows, cols: m and n.
-        weight_sha256: hash of W.
-        inputs_sha256: hash of the moments of its inputs; None for isotropic ones.
-        itemsize: bytes of a value of W.
-        floors: of each family.
-        shared_with: names of weights that are tied to it.
-    """
-
-    layer: str
-    rows: int
-    cols: int
-    weight_sha256: str
-    inputs_sha256: str | None
-    itemsize: int
+    dense: LayerPlan
     floors: tuple[LayerFloors, ...]
-    shared_with: tuple[str, ...] = ()
+
+    def plan(self, floors: LayerFloors, rank: int) -> LayerPlan:
+        """Return the plan that replaces the weight by the chain of a family and a rank."""
+        return dataclasses.replace(
+            self.dense,
+            chain=floors.chain,
+            rank=rank,
+            relative_loss=float(floors.upper[rank]),
+            relative_loss_lower=float(floors.lower[rank]),
+            interpolated=floors.is_interpolated(rank),
+        )
 
 
 def find_candidates(
     weights: Sequence[LayerWeight],
-    make: MakeChain,
+    make: Callable[[int, int, str], Chain],
     chains: Sequence[str],
     moments: InputMoments | str | Path | None = None,
     floors_path: Path | None = None,
@@ -101,8 +97,16 @@ def find_candidates(
             if reason := no_floor_reason(family):
                 raise UsageError(f"{one_line(weight.name)}: no floor: {reason}")
         given = None if moments is None else moments.only(weight.name)
-        sha256, given_sha256 = loaded.sha256(), None if given is None else inputs_sha256(given, weight.name)
-        known = {family: file.find(sha256, given_sha256, family) for family in families}
+        dense = LayerPlan(
+            weight.name,
+            rows,
+            cols,
+            loaded.sha256(),
+            itemsize=loaded.tensor.element_size(),
+            shared_with=tuple(tied[weight.place][1:]),
+            inputs_sha256=None if given is None else inputs_sha256(given, weight.name),
+        )
+        known = {family: file.find(dense.weight_sha256, dense.inputs_sha256, family) for family in families}
         new = {}
         if not all(known.values()):
             moment = SecondMoment.of(None if given is None else inputs_of(given, cols, weight.name).train.second_moment)
@@ -113,21 +117,22 @@ def find_candidates(
                 if floors is None
             }
         complete = tuple(floors for floors in (known | new).values() if floors is not None)
-        itemsize, others = loaded.tensor.element_size(), tuple(tied[weight.place][1:])
-        entry = Candidates(weight.name, rows, cols, sha256, given_sha256, itemsize, complete, others)
-        return entry, [*new.values()], time.monotonic() - started
+        return Candidates(dense, complete), [*new.values()], time.monotonic() - started
 
+    # one layer at a time on a GPU
+    compute_all = one_thread_each if torch.device(device).type == "cpu" else map
     try:
-        for number, (entry, new, seconds) in enumerate(_each(compute, weights, device), start=1):
+        for number, (entry, new, seconds) in enumerate(compute_all(compute, weights), start=1):
             found.append(entry)
-            if entry.shared_with:
-                others = ", ".join(entry.shared_with)
-                report(f"{others}: tied to {entry.layer}; planned once, for the inputs of {entry.layer}")
+            dense = entry.dense
+            if dense.shared_with:
+                others = ", ".join(dense.shared_with)
+                report(f"{others}: tied to {dense.layer}; planned once, for the inputs of {dense.layer}")
             for floors in new:
-                file.add(entry.weight_sha256, entry.inputs_sha256, floors)
+                file.add(dense.weight_sha256, dense.inputs_sha256, floors)
             if new:
                 file.save_if_due()
-                report(f"{number} of {len(weights)}: {entry.layer}, {entry.rows} × {entry.cols}: {seconds:.1f} s")
+                report(f"{number} of {len(weights)}: {dense.layer}, {dense.rows} × {dense.cols}: {seconds:.1f} s")
             else:
                 known_before += 1
     finally:
@@ -152,11 +157,6 @@ def check_inputs(weights: Iterable[LayerWeight], moments: InputMoments | None) -
         raise UsageError(f"{reasons[0]}{others}; collect them, or name other layers")
 
 
-def _each(compute, weights: Iterable[LayerWeight], device) -> Iterator:
-    """Yield compute(weight) for each weight, in order; one at a time on a GPU."""
-    return one_thread_each(compute, weights) if torch.device(device).type == "cpu" else map(compute, weights)
-
-
 def floors_table(candidates: Sequence[Candidates]) -> str:
     """Return a table of the loss of the best known chains with a tenth, a quarter, … of the dense parameters."""
     sizes = [
@@ -166,9 +166,9 @@ def floors_table(candidates: Sequence[Candidates]) -> str:
     rows = []
     for entry in candidates:
         for floors in entry.floors:
-            row = {"layer": entry.layer, "rows": entry.rows, "cols": entry.cols, "chain": floors.chain.family}
+            row = entry.dense.row() | {"chain": floors.chain.family}
             for fraction, column in zip(FRACTIONS, sizes):
-                fitting = np.flatnonzero(floors.parameters <= fraction * entry.rows * entry.cols)
+                fitting = np.flatnonzero(floors.parameters <= fraction * entry.dense.parameters)
                 if len(fitting):
                     rank = int(floors.ranks[fitting[-1]])
                     row[column.name] = f"{'~' * floors.is_interpolated(rank)}{floors.upper[rank]:.2%}"

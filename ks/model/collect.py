@@ -3,15 +3,18 @@
 import contextlib
 import math
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ks.errors import UsageError, one_line
+from ks.files.globs import matching, nearest
 from ks.files.memory import check_fits
-from ks.model.linears import Linear, find_linears, unwrapped
+from ks.model.linears import Linear, linears_of, unwrapped
 from ks.moments.moments_file import InputMoments
 from ks.moments.second_moment import InputSums
 
@@ -53,19 +56,19 @@ def collect_input_moments(
     if not 0 <= held_out < 1:
         raise UsageError(f"a held-out fraction of {held_out}: at least 0 and less than 1 is needed")
     model = unwrapped(model)
-    linears = find_linears(model, layers)
+    linears = _matching_linears(model, layers)
     collection = _Collection(linears, moments, model_name or (moments.model if moments else type(model).__name__))
     if not quiet:
         lines = [f"{one_line(name)}: {linear.width} wide" for name, linear in linears.items()]
         print(f"inputs of {len(linears)} layers:", *lines, sep="\n", file=sys.stderr)
     with _observed(model, linears, collection.take):
         for batch in batches:
-            number = collection.first_batch + collection.passes
+            before = collection.batch
             # 1e-9, because 100 · 0.29 falls below 29
-            is_held_out = math.floor((number + 1) * held_out + 1e-9) > math.floor(number * held_out + 1e-9)
+            is_held_out = math.floor((before + 1) * held_out + 1e-9) > math.floor(before * held_out + 1e-9)
             collection.start_pass(is_held_out, _mask_of(batch, mask))
             _run(model, batch)
-            collection.end_pass()
+            collection.check_pass()
         found = collection.result()
         whole = found if moments is None else moments.merge(found)
     if not quiet:
@@ -73,46 +76,43 @@ def collect_input_moments(
     return whole
 
 
+def _matching_linears(model: torch.nn.Module, layers: str | Sequence[str]) -> dict[str, Linear]:
+    linears = linears_of(model)
+    if matched := matching(linears, layers):
+        return {name: linears[name] for name in matched}
+    wanted = layers if isinstance(layers, str) else ", ".join(layers)
+    raise UsageError(f"no nn.Linear or Conv1D of the model matches {one_line(wanted)!r}; {nearest(wanted, linears)}")
+
+
 class _Collection:
     """The sums of a collection, filled pass by pass; a pass is one forward call of the model.
 
-    Args:
-        linears: the layers, by name.
-        earlier: moments that are continued; their sharing of inputs is kept.
-        model_name: kept with the moments.
+    Earlier moments that are continued keep their sharing of inputs.
     """
 
     def __init__(self, linears: dict[str, Linear], earlier: InputMoments | None, model_name: str):
         self.linears, self.model_name = linears, model_name
         self.sums: dict[bool, dict[str, InputSums]] = {False: {}, True: {}}  # by whether it is held out
         self.group: dict[str, str] = {}  # layer → NAME of its input tensor
-        self.first_batch = self.passes = 0
-        if earlier:
-            self._continue(earlier)
-
-    def _continue(self, earlier: InputMoments) -> None:
-        if earlier.model != self.model_name:
-            names = f"{one_line(earlier.model)!r}, not {one_line(self.model_name)!r}"
+        self.batch = self.earlier_batches = max(earlier.batches.values()) if earlier else 0
+        if earlier and earlier.model != model_name:
+            names = f"{one_line(earlier.model)!r}, not {one_line(model_name)!r}"
             raise UsageError(f"earlier moments are of model {names}; start anew")
-        layer_of = {linear.key: name for name, linear in self.linears.items()}
-        for key, name in earlier.aliases.items():
-            if key not in layer_of or name not in self.linears:
+        layer_of = {linear.key: name for name, linear in linears.items()}
+        for key, name in earlier.aliases.items() if earlier else ():
+            if key not in layer_of or name not in linears:
                 raise UsageError(
                     f"earlier moments have {one_line(key)!r}, which layers does not match; add it to layers"
                 )
-            widths = earlier.train[name].width, self.linears[layer_of[key]].width
-            if widths[0] != widths[1]:
-                raise UsageError(f"inputs of {one_line(key)!r} were {widths[0]} wide and are {widths[1]}; start anew")
             self.group[layer_of[key]] = name
-        self.first_batch = max(earlier.batches.values())
 
     def start_pass(self, is_held_out: bool, mask: torch.Tensor | None) -> None:
+        self.batch += 1
         self.is_held_out, self.mask = is_held_out, mask
-        self._kept: dict[torch.device, torch.Tensor] = {}
         self._met: dict[tuple, str] = {}  # input tensor → NAME
         self._alive: list[StorageWeakRef] = []  # so that no storage of this pass is taken for a later one
-        self._received: dict[str, set[tuple]] = {name: set() for name in self.linears}
-        self._new: set[str] = set()
+        self._received: defaultdict[str, set[tuple]] = defaultdict(set)
+        self._earlier = {*self.group.values()}  # groups with sums of earlier passes
         self._added: set[tuple] = set()
 
     def take(self, name: str, inputs: torch.Tensor) -> None:
@@ -124,9 +124,8 @@ class _Collection:
         self._received[name].add(tensor)
         if name not in self.group:
             # A group from an earlier pass has sums that this layer has not seen.
-            shared = self._met.get(tensor)
-            self.group[name] = shared if shared in self._new else name
-            self._new.add(self.group[name])
+            shared = self._met.get(tensor, name)
+            self.group[name] = name if shared in self._earlier else shared
         group = self.group[name]
         self._met.setdefault(tensor, group)
         if (group, tensor) not in self._added:
@@ -153,30 +152,26 @@ class _Collection:
                 f"layer {one_line(name)} receives inputs of shape {tuple(inputs.shape)}, the mask has shape "
                 f"{tuple(self.mask.shape)}; it must have one entry per input: give another mask, or leave the layer out"
             )
-        if inputs.device not in self._kept:
-            self._kept[inputs.device] = self.mask.flatten().nonzero().squeeze(1).to(inputs.device)
-        kept = self._kept[inputs.device]
-        return rows if len(kept) == len(rows) else rows[kept]
+        return rows[self.mask.flatten().to(inputs.device, torch.bool)]
 
-    def end_pass(self) -> None:
+    def check_pass(self) -> None:
         """Check that layers with one input tensor have still shared it, and that all inputs were finite."""
         for name, group in self.group.items():
             if self._received[name] != self._received[group]:
                 raise UsageError(
                     f"layers {one_line(name)} and {one_line(group)} shared their input at first, but not in batch "
-                    f"{self.first_batch + self.passes + 1}; collect them one at a time, and merge the moments"
+                    f"{self.batch}; collect them one at a time, and merge the moments"
                 )
         for name, sums in self.sums[self.is_held_out].items():
             if not sums.sum_x.isfinite().all():
                 raise UsageError(
-                    f"the inputs of layer {one_line(name)} hold NaN or infinite values in batch "
-                    f"{self.first_batch + self.passes + 1}; run the model in bfloat16 or float32"
+                    f"the inputs of layer {one_line(name)} hold NaN or infinite values in batch {self.batch}; run the "
+                    "model in bfloat16 or float32"
                 )
-        self.passes += 1
 
     def result(self) -> InputMoments:
         """Return the collected moments, on the CPU."""
-        if not self.passes:
+        if self.batch == self.earlier_batches:
             raise UsageError("no batch was given; at least one is needed")
         train, held_out = (
             {name: sums.finished() for name, sums in self.sums[is_held_out].items()} for is_held_out in (False, True)
@@ -193,7 +188,7 @@ class _Collection:
             train,
             held_out,
             {self.linears[name].key: group for name, group in called.items()},
-            dict.fromkeys(train, self.passes),
+            dict.fromkeys(train, self.batch - self.earlier_batches),
             tuple(sorted(self.linears[name].key for name in called if self.linears[name].transposed)),
             self.model_name,
         )
@@ -204,20 +199,15 @@ def _observed(
     model: torch.nn.Module, linears: dict[str, Linear], take: Callable[[str, torch.Tensor], None]
 ) -> Iterator[None]:
     """Hook the layers and put the model into evaluation mode without gradients; undo all of it at the end."""
-    modes = {module: module.training for module in model.modules()}
 
-    def hook_of(name: str):
-        def hook(module, positional, named):
-            inputs = positional[0] if positional else next(iter(named.values()))
-            take(name, inputs.detach())
-
-        return hook
+    def hook(name: str, module: torch.nn.Module, positional: tuple, named: dict) -> None:
+        take(name, (positional[0] if positional else next(iter(named.values()))).detach())
 
     with contextlib.ExitStack() as undo:
-        for module, mode in modes.items():
-            undo.callback(setattr, module, "training", mode)
+        for module in model.modules():
+            undo.callback(setattr, module, "training", module.training)
         for name, linear in linears.items():
-            undo.callback(linear.module.register_forward_pre_hook(hook_of(name), with_kwargs=True).remove)
+            undo.callback(linear.module.register_forward_pre_hook(partial(hook, name), with_kwargs=True).remove)
         model.eval()
         if "torch._dynamo" in sys.modules:  # a compiled part runs without the hooks that came after its compilation
             undo.enter_context(torch.compiler.set_stance("force_eager"))
@@ -246,17 +236,12 @@ def _run(model: torch.nn.Module, batch: Any) -> None:
 
 
 def _mask_of(batch: Any, mask: Callable[[Any], torch.Tensor | None] | None) -> torch.Tensor | None:
-    """Return the mask of a batch, checked."""
     of_batch = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     found = mask(batch) if mask is not None else of_batch
-    if found is None:
-        return None
-    if found.is_floating_point() or found.is_complex():
+    if found is not None and (found.is_floating_point() or found.is_complex()):
         raise UsageError(
             f"a mask of dtype {found.dtype}: a boolean or integer one is needed, true where a token counts"
         )
-    if mask is None and found.ndim != 2:
-        raise UsageError(f"attention_mask has shape {tuple(found.shape)}; give mask=, which returns (batch, tokens)")
     return found
 
 

@@ -11,10 +11,10 @@ from torch import nn
 
 from ks.errors import UsageError, one_line
 from ks.layer import KSLinear
-from ks.model.apply import described, factorised, replacements_of
+from ks.model.apply import described, factorised, find_places, replacements_of
 from ks.model.collect import collect_input_moments
+from ks.model.linears import replace_modules
 from ks.model.model_plan import ModelPlan
-from ks.model.places import Place, find_places, replace_modules
 from ks.moments.moments_file import InputMoments
 from ks.moments.read import inputs_of
 from ks.moments.second_moment import SecondMoment
@@ -54,18 +54,25 @@ def compress_in_order(
     batches = list(batches)
     if max_passes is not None and max_passes < 1:
         raise UsageError(f"max_passes {max_passes}: at least 1 is needed")
-    planned = [place for place in find_places(model, plan) if place.plan.chain is not None]
+    planned = {place.names[0]: place for place in find_places(model, plan) if place.plan.chain is not None}
+    if not planned:
+        return model
+    collect = partial(collect_input_moments, model, mask=mask, held_out=0, quiet=True)
+    groups = _groups(collect(batches[:1], [*planned]), [*planned])
+    passes = min(max_passes or len(groups), len(groups))
+    bounds = [len(groups) * index // passes for index in range(passes + 1)]
     replaced: dict[nn.Module, KSLinear] = {}
     result = model
     try:
-        for names in _passes(model, planned, batches[:1], mask, max_passes):
-            moments = _moments(model, batches, names, mask)
-            found = [place for place in planned if place.names[0] in names]
+        for names in (list(chain.from_iterable(groups[start:stop])) for start, stop in pairwise(bounds)):
+            moments = collect(batches, names)
             new: dict[nn.Module, KSLinear] = {}
-            for place in found:
+            for name, place in planned.items():
+                if name not in names:
+                    continue
                 if not quiet:
                     print(f"{len(replaced) + len(new) + 1} of {len(planned)}: {described(place)}", file=sys.stderr)
-                given = inputs_of(moments, place.plan.cols, f"{place.names[0]}.weight".lstrip("."))
+                given = inputs_of(moments, place.plan.cols, _key_of(name))
                 moment = SecondMoment(given.train.second_moment)
                 new |= replacements_of(place, partial(factorised, moment=moment, impl=impl))
             result = replace_modules(result, new)
@@ -76,25 +83,17 @@ def compress_in_order(
     return result
 
 
-def _passes(
-    model: nn.Module, places: list[Place], batches: list[Any], mask: Any, max_passes: int | None
-) -> list[list[str]]:
-    """Return the names of the layers that each pass measures, in the order in which the model calls them."""
-    if not places:
-        return []
-    names = [place.names[0] for place in places]
-    called = _moments(model, batches, names, mask).aliases
-    keys = {f"{name}.weight".lstrip("."): name for name in names}
-    if missing := [name for key, name in keys.items() if key not in called]:
+def _groups(moments: InputMoments, names: list[str]) -> list[list[str]]:
+    """Return the names of the layers with one input tensor, in the order in which the model calls them."""
+    name_of = {_key_of(name): name for name in names}
+    if missing := [name for key, name in name_of.items() if key not in moments.aliases]:
         raise UsageError(f"the first batch does not call {one_line(', '.join(missing), 300)}; leave it out of the plan")
     groups: dict[str, list[str]] = {}
-    for key, group in called.items():
-        groups.setdefault(group, []).append(keys[key])
-    ordered = list(groups.values())
-    count = min(max_passes or len(ordered), len(ordered))
-    bounds = [len(ordered) * index // count for index in range(count + 1)]
-    return [list(chain.from_iterable(ordered[start:stop])) for start, stop in pairwise(bounds)]
+    for key, group in moments.aliases.items():
+        groups.setdefault(group, []).append(name_of[key])
+    return list(groups.values())
 
 
-def _moments(model: nn.Module, batches: list[Any], names: list[str], mask: Any) -> InputMoments:
-    return collect_input_moments(model, batches, names, mask=mask, held_out=0, quiet=True)
+def _key_of(name: str) -> str:
+    """Return the key of the weight of a layer; a model that is itself a layer has the name ''."""
+    return f"{name}.weight".lstrip(".")

@@ -8,56 +8,37 @@ many layers the hulls come within a fraction of a percent of it, less than the e
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 COST_ROUNDING = 1e-12  # relative
 
 
-@dataclass(frozen=True)
-class Choice:
-    """One option for each layer.
-
-    Args:
-        options: index of the option of each layer.
-        cost, loss: their totals.
-        bound: no choice of the same capacity has a smaller total loss.
-    """
-
-    options: tuple[int, ...]
-    cost: float
-    loss: float
-    bound: float
-
-    @property
-    def gap(self) -> float:
-        """1 − bound / loss: the fraction of the loss that a better choice could save at most."""
-        return 1 - self.bound / self.loss if self.bound < self.loss * (1 - COST_ROUNDING) else 0.0
-
-
 def choose(
-    costs: Sequence[np.ndarray], losses: Sequence[np.ndarray], capacity: float, known: Sequence[int] | None = None
-) -> Choice | None:
-    """Return options with a small Σ loss subject to Σ cost ≤ capacity; None if the cheapest ones cost more.
+    costs: Sequence[np.ndarray], losses: Sequence[np.ndarray], capacity: float, known: Sequence[int]
+) -> tuple[list[int], float] | None:
+    """Choose one option for each layer, with a small Σ loss subject to Σ cost ≤ capacity.
 
     Args:
         costs: of the options of each layer, shape (options,), not negative.
         losses: likewise.
         capacity: of the knapsack.
         known: options of each layer; if they fit, the choice is at least as good.
+    Returns:
+        the index of the option of each layer, and the fraction of the loss that a better choice could save at most;
+        None if the cheapest options cost more than the capacity.
     """
     capacity = capacity * (1 + COST_ROUNDING)
     hulls = [_lower_hull(cost, loss) for cost, loss in zip(costs, losses, strict=True)]
-    cheapest = [hull[0] for hull in hulls]
-    if _total(costs, cheapest) > capacity:
+    if _total(costs, [hull[0] for hull in hulls]) > capacity:
         return None
     picks, slope = _along_hulls(costs, losses, hulls, capacity)
-    starts = [picks] if known is None or _total(costs, known) > capacity else [picks, list(known)]
+    starts = [picks, known] if _total(costs, known) <= capacity else [picks]
     best = min((_spend_rest(costs, losses, start, capacity) for start in starts), key=lambda pick: _total(losses, pick))
-    least = sum(float((loss + slope * cost).min()) for cost, loss in zip(costs, losses))
     loss = _total(losses, best)
-    return Choice(tuple(map(int, best)), _total(costs, best), loss, min(max(least - slope * capacity, 0.0), loss))
+    least = sum(float((loss + slope * cost).min()) for cost, loss in zip(costs, losses))
+    bound = max(least - slope * capacity, 0.0)
+    return best, 1 - bound / loss if bound < loss * (1 - COST_ROUNDING) else 0.0
 
 
 def _total(values: Sequence[np.ndarray], picks: Sequence[int]) -> float:

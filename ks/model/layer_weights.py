@@ -8,40 +8,29 @@ from pathlib import Path
 import torch
 
 from ks.errors import UsageError, one_line
-from ks.files.globs import matches, nearest
+from ks.files.globs import matching, nearest
 from ks.files.weights import Weight, entries_of, is_matrix, load_entry
+from ks.model.linears import linears_of
 
 MAX_LISTED = 3  # of the names that a remark lists
 
 
 @dataclass(frozen=True)
 class LayerWeight:
-    """One weight W of shape (m, n) = (out_features, in_features), which is read when it is needed.
-
-    Args:
-        name: in its checkpoint.
-        read: returns the weight.
-        place: of its values, equal for weights that are tied.
-    """
+    """One weight W of shape (m, n) = (out_features, in_features), which is read when it is needed."""
 
     name: str
     read: Callable[[], Weight]
-    place: Hashable
+    place: Hashable  # of its values, equal for weights that are tied
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The weights that match globs, in the order of the checkpoint.
-
-    Args:
-        weights: 2-D weights.
-        source: name of the checkpoint's file, without folders; empty for weights in memory.
-        notes: the skipped tensors, a line for each reason.
-    """
+    """The 2-D weights that match globs, in the order of the checkpoint."""
 
     weights: tuple[LayerWeight, ...]
-    source: str
-    notes: tuple[str, ...]
+    source: str  # name of the checkpoint's file, without folders; empty for weights in memory
+    notes: tuple[str, ...]  # the skipped tensors, a line for each reason
 
 
 def select_weights(
@@ -64,33 +53,35 @@ def select_weights(
         UsageError: the file cannot be read, or a glob matches no 2-D weight.
     """
     globs = [layers] if isinstance(layers, str) else list(layers)
+    in_model, where, file, stored_transposed = isinstance(source, torch.nn.Module), "the mapping", "", set()
     if isinstance(source, torch.nn.Module):
-        # Here, because the package of inputs need not load for a file.
-        from ks.model.linears import find_linears
-
-        linears = find_linears(source, "**").values()
+        linears = linears_of(source).values()
         entries = {linear.key: linear.module.weight for linear in linears}
-        turned = {linear.key for linear in linears if linear.transposed}
-        where, file = "the model", ""
+        stored_transposed, where = {linear.key for linear in linears if linear.transposed}, "the model"
     elif isinstance(source, Mapping):
-        entries, turned, where, file = dict(source), set(source) if transpose else set(), "the mapping", ""
+        entries = dict(source)
     else:
-        entries = entries_of(Path(source))
-        turned, where, file = set(entries) if transpose else set(), str(source), Path(source).name
+        entries, where, file = entries_of(Path(source)), str(source), Path(source).name
+    if transpose and not in_model:
+        stored_transposed = set(entries)
+    for glob in globs:
+        if not _matching(entries, [glob]):
+            raise UsageError(f"{where}: nothing matches {one_line(glob)!r}; {nearest(glob, entries)}")
     weights, left_out, embeddings = [], [], []
-    for name in _matching(entries, globs, where):
-        if isinstance(source, torch.nn.Module) and entries[name].is_meta:
+    for name in _matching(entries, globs):
+        entry, transposed = entries[name], name in stored_transposed
+        if in_model and entry.is_meta:
             raise UsageError(
                 f"{one_line(name)} of the model has no values: it is offloaded, or on the meta device; plan the file "
                 "of its checkpoint instead"
             )
-        if not is_matrix(entries[name]):
+        if not is_matrix(entry):
             left_out.append(name)
         elif _is_embedding(name) and name not in globs:
             embeddings.append(name)
         else:
-            read = functools.partial(load_entry, entries[name], name, f"{where}, key {name!r}", name in turned)
-            weights.append(LayerWeight(name, read, (_place(entries[name], name), name in turned)))
+            read = functools.partial(load_entry, entry, name, f"{where}, key {name!r}", transposed)
+            weights.append(LayerWeight(name, read, (_place(entry, name), transposed)))
     skipped = {
         "tensors that are not 2-D weights": left_out,
         "embeddings (give their full names to plan them)": embeddings,
@@ -110,17 +101,9 @@ def _place(entry, name: str) -> Hashable:
     return entry.device, entry.data_ptr(), entry.shape, entry.stride()
 
 
-def _matching(entries: Iterable[str], globs: list[str], where: str) -> list[str]:
-    """Return the names that match, and check that every glob matches one."""
-    names = list(entries)
-    for glob in globs:
-        if not any(_matches(name, glob) for name in names):
-            raise UsageError(f"{where}: nothing matches {one_line(glob)!r}; {nearest(glob, names)}")
-    return [name for name in names if any(_matches(name, glob) for glob in globs)]
-
-
-def _matches(name: str, glob: str) -> bool:
-    return matches(name, glob) or matches(name.removesuffix(".weight"), glob)
+def _matching(names: Iterable[str], globs: list[str]) -> list[str]:
+    """Return the names that match a glob, with or without `.weight`."""
+    return [name for name in names if matching([name, name.removesuffix(".weight")], globs)]
 
 
 def _is_embedding(name: str) -> bool:

@@ -1,26 +1,33 @@
-"""The linear layers of a model, by the names that its checkpoint uses."""
+"""The linear layers of a model, by the names that its checkpoint uses; other modules take their place."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
-from ks.errors import UsageError, one_line
-from ks.files.globs import matching, nearest
+from ks.layer import KSLinear
 
 # Components that torch puts into the names of modules; a checkpoint does not have them.
 WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-PARALLEL = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
+PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer of a model: its width n, the key of its weight in a checkpoint, and how that is stored."""
+    """A linear layer of a model: its width n, the key of its weight in a checkpoint, whether that is (in, out)."""
 
-    module: torch.nn.Module
+    module: nn.Module
     width: int
     key: str
     transposed: bool
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """W of shape (m, n), a view of the parameter, which Conv1D keeps as (n, m)."""
+        weight = self.module.weight
+        assert isinstance(weight, torch.Tensor)
+        return weight.detach().t() if self.transposed else weight.detach()
 
 
 def checkpoint_name(path: str) -> str:
@@ -28,35 +35,19 @@ def checkpoint_name(path: str) -> str:
     return ".".join(part for part in path.split(".") if part not in WRAPPERS)
 
 
-def linears_of(model: torch.nn.Module) -> dict[str, Linear]:
+def linears_of(model: nn.Module) -> dict[str, Linear]:
     """Return all nn.Linear and Conv1D layers by the names that a checkpoint uses; the weight's key is `NAME.weight`."""
     linears = {}
     for path, module in unwrapped(model).named_modules(remove_duplicate=False):
         name = checkpoint_name(path)
-        if isinstance(module, torch.nn.Linear):
+        if isinstance(module, nn.Linear):
             linears[name] = Linear(module, module.in_features, f"{name}.weight".lstrip("."), False)
         elif _is_conv1d(module):
             linears[name] = Linear(module, len(module.weight), f"{name}.weight".lstrip("."), True)
     return linears
 
 
-def find_linears(model: torch.nn.Module, layers: str | Sequence[str]) -> dict[str, Linear]:
-    """Return the layers of `linears_of` whose names match.
-
-    Raises:
-        UsageError: no layer matches.
-    """
-    linears = linears_of(model)
-    matched = matching(linears, layers)
-    if not matched:
-        wanted = layers if isinstance(layers, str) else ", ".join(layers)
-        raise UsageError(
-            f"no nn.Linear or Conv1D of the model matches {one_line(wanted)!r}; {nearest(wanted, linears)}"
-        )
-    return {name: linears[name] for name in matched}
-
-
-def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model inside torch.compile and data parallelism."""
     if isinstance(model, PARALLEL):
         return unwrapped(model.module)
@@ -64,6 +55,27 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     return model if compiled is None else unwrapped(compiled)
 
 
-def _is_conv1d(module: torch.nn.Module) -> bool:
+def _is_conv1d(module: nn.Module) -> bool:
     """Recognise the Conv1D of transformers, a linear layer with a weight (in, out), without importing transformers."""
     return any(kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.") for kind in type(module).mro())
+
+
+def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """Put modules in the place of others, under every name that they have.
+
+    Args:
+        model: changed in place, unless it is itself one of those that are replaced.
+        replacements: new module, by the old one.
+    Returns:
+        the model, or its replacement.
+    """
+    for module in list(model.modules()):
+        for name, child in list(module._modules.items()):
+            if child is not None and child in replacements:
+                module._modules[name] = replacements[child]
+                if isinstance(module, nn.TransformerEncoderLayer):
+                    module.activation_relu_or_gelu = 0  # without its fast path, which reads weights
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and any(isinstance(each, KSLinear) for each in module.modules()):
+            module.use_nested_tensor = False  # likewise
+    return replacements.get(model, model)

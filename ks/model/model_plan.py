@@ -8,16 +8,15 @@ from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
-from ks.chain.patterns import Chain
+from ks.chain.patterns import Chain, Pattern
 from ks.errors import UsageError
+from ks.files import columns
 from ks.files.atomic import write_json
 from ks.files.columns import PLAN, chosen
 from ks.files.schema import Loss, Positive, Text, read_json_as
 from ks.files.table import filled, table
 
 PLAN_VERSION = 1
-
-Names = tuple[Text, ...]
 
 
 class Objective(StrEnum):
@@ -52,13 +51,13 @@ class LayerPlan:
     rows: Positive
     cols: Positive
     weight_sha256: Text
-    chain: Chain | None
-    rank: Positive | None
-    relative_loss: Loss
-    relative_loss_lower: Loss
+    chain: Chain | None = None
+    rank: Positive | None = None
+    relative_loss: Loss = 0.0
+    relative_loss_lower: Loss = 0.0
     itemsize: Positive = 4
     interpolated: bool = False
-    shared_with: Names = ()
+    shared_with: tuple[Text, ...] = ()
     inputs_sha256: Text | None = None
 
     def __post_init__(self):
@@ -75,6 +74,13 @@ class LayerPlan:
         return "dense" if self.chain is None else self.chain.family
 
     @property
+    def patterns(self) -> tuple[Pattern, ...]:
+        """Patterns of the chain, which must not be None."""
+        assert self.chain is not None
+        assert self.rank is not None
+        return self.chain.patterns(self.rank)
+
+    @property
     def dense_parameters(self) -> int:
         """m·n."""
         return self.rows * self.cols
@@ -82,9 +88,7 @@ class LayerPlan:
     @property
     def parameters(self) -> int:
         """Free values of the chain, or m·n."""
-        if self.chain is None or self.rank is None:
-            return self.dense_parameters
-        return self.chain.parameters(self.rank)
+        return self.dense_parameters if self.chain is None else sum(pattern.numel for pattern in self.patterns)
 
     @property
     def share(self) -> float:
@@ -93,20 +97,8 @@ class LayerPlan:
 
     def row(self) -> dict[str, Any]:
         """Return the columns of `ks.files.columns.PLAN`."""
-        return {
-            "layer": self.layer,
-            "rows": self.rows,
-            "cols": self.cols,
-            "chain": self.family,
-            "rank": self.rank,
-            "parameters": self.parameters,
-            "dense_parameters": self.dense_parameters,
-            "share": self.share,
-            "relative_loss": self.relative_loss,
-            "relative_loss_lower": self.relative_loss_lower,
-            "interpolated": self.interpolated,
-            "shared_with": " ".join(self.shared_with),
-        }
+        row = {name: getattr(self, name) for name in columns.names(PLAN)}
+        return row | {"chain": self.family, "shared_with": " ".join(self.shared_with)}
 
 
 @dataclass(frozen=True)
@@ -179,11 +171,10 @@ class ModelPlan:
 
     def sentences(self) -> list[str]:
         """Return the result of the plan in words: sizes and losses, and those of the same fraction in every layer."""
-        uniform, kept = self.uniform or self.layers, sum(layer.chain is None for layer in self.layers)
+        same, kept = self.as_uniform() if self.uniform else self, sum(layer.chain is None for layer in self.layers)
         megabytes = f"{self.num_bytes / 1e6:,.2f} of {self.dense_bytes / 1e6:,.2f} MB"
         lower, upper = self.mean_relative_loss_lower, self.mean_relative_loss
         at_least = f" (at least {lower:.2%} at these ranks)" if lower < upper * (1 - 1e-6) else ""
-        same = ModelPlan(uniform, self.objective, self.value)
         sentences = [
             f"The plan keeps {self.share:.2%} of the parameters of {len(self.layers)} weights: {self.parameters:,} of "
             f"{self.dense_parameters:,}, {megabytes}. Biases are not counted.",

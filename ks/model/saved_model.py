@@ -20,8 +20,7 @@ from ks.files.memory import check_fits
 from ks.files.provenance import now
 from ks.files.schema import CompressedLayer, CompressedModel, read_json_as
 from ks.layer import KSLinear
-from ks.model.linears import checkpoint_name, linears_of, unwrapped
-from ks.model.places import replace_modules
+from ks.model.linears import checkpoint_name, linears_of, replace_modules, unwrapped
 
 TENSORS_FILE, RECORD_FILE = "model.safetensors", "compressed.json"
 MODEL_FORMAT, MODEL_VERSION = "ks_compressed_model", 2
@@ -46,16 +45,17 @@ def save_compressed(model: nn.Module, folder, *, densify: bool = False) -> None:
     model = unwrapped(model)
     chains = {checkpoint_name(path): module for path, module in model.named_modules(remove_duplicate=False)}
     chains = {name: module for name, module in chains.items() if isinstance(module, KSLinear)}
-    state = _state_of(model)
+    state = _densified(_state_of(model), chains) if densify else _state_of(model)
     aliases = {} if densify else _ties(state)
-    tensors = _densified(state, chains) if densify else {name: state[name] for name in state if name not in aliases}
+    # on the CPU in memory of their own, as the file needs them
+    tensors = {
+        name: value.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
+        for name, value in state.items()
+        if name not in aliases
+    }
     layers = {name: _described(chain) for name, chain in chains.items()}
     record = CompressedModel(MODEL_FORMAT, MODEL_VERSION, type(model).__name__, layers, aliases, densify)
-    _write_folder(
-        folder,
-        {name: _stored(value) for name, value in tensors.items()},
-        msgspec.to_builtins(record) | {"created": now()},
-    )
+    _write_folder(folder, tensors, msgspec.to_builtins(record) | {"created": now()})
 
 
 def load_compressed(model: nn.Module, folder, *, impl: str = "auto") -> nn.Module:
@@ -115,31 +115,27 @@ def _described(chain: KSLinear) -> CompressedLayer:
 def _ties(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """Return the first name of every tensor that has several, by its other names."""
     first: dict[tuple, str] = {}
+    ties = {}
     for name, value in state.items():
-        if value.numel():
-            first.setdefault(_memory(value), name)
-    return {name: first[_memory(value)] for name, value in state.items() if first.get(_memory(value), name) != name}
-
-
-def _memory(value: torch.Tensor) -> tuple:
-    return value.device, value.data_ptr(), value.shape, value.stride(), value.dtype
+        memory = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
+        if value.numel() and first.setdefault(memory, name) != name:
+            ties[name] = first[memory]
+    return ties
 
 
 def _densified(state: Mapping[str, torch.Tensor], chains: Mapping[str, KSLinear]) -> dict[str, torch.Tensor]:
     """Return a state_dict with one dense weight in the place of the factors of each chain."""
-    tensors = dict(state)
+    blocks = {_joined(name, f"block_{index}") for name, chain in chains.items() for index in range(len(chain.patterns))}
+    tensors = {name: value for name, value in state.items() if name not in blocks}
     for name, chain in chains.items():
-        prefix = f"{name}." if name else ""
-        for index in range(len(chain.patterns)):
-            del tensors[f"{prefix}block_{index}"]
         dense = chain.to_dense()
-        tensors[f"{prefix}weight"] = dense.t() if chain.stored_transposed else dense
+        tensors[_joined(name, "weight")] = dense.t() if chain.stored_transposed else dense
     return tensors
 
 
-def _stored(value: torch.Tensor) -> torch.Tensor:
-    """Return a tensor on the CPU in memory of its own, as the file needs it."""
-    return value.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
+def _joined(path: str, name: str) -> str:
+    """Return the name of a tensor in a state_dict; the model itself has the path ''."""
+    return f"{path}.{name}" if path else name
 
 
 def _check_folder(folder: Path) -> None:
@@ -193,17 +189,15 @@ def _empty_chains(model: nn.Module, record: CompressedModel, folder: Path, impl:
         if isinstance(old, KSLinear) and (old.patterns, old.batch_last) == (patterns, layer.batch_last):
             continue
         linear = linears.get(name)
-        sizes = f"{patterns[0].rows} × {patterns[-1].cols}"
-        where = f"{folder} is for another architecture ({one_line(record.model)})"
+        rows, cols = patterns[0].rows, patterns[-1].cols
+        where = f"{folder} is for another architecture ({one_line(record.model)}): {one_line(name)}"
         if linear is None:
             kind = f"is a {type(old).__name__}" if old is not None else f"is missing ({nearest(name, present)})"
-            raise UsageError(f"{where}: {one_line(name)} {kind}, a linear layer {sizes} is needed")
+            raise UsageError(f"{where} {kind}, a linear layer {rows} × {cols} is needed")
         weight = linear.module.weight
         assert isinstance(weight, nn.Parameter)
-        shape = tuple(weight.shape)
-        wanted = (patterns[0].rows, patterns[-1].cols)
-        if shape != (wanted[::-1] if linear.transposed else wanted):
-            raise UsageError(f"{where}: {one_line(name)} has a weight of shape {shape}, {sizes} is needed")
+        if linear.weight.shape != (rows, cols):
+            raise UsageError(f"{where} has a weight of shape {tuple(weight.shape)}, {rows} × {cols} is needed")
         if linear.module not in chains:
             chain = KSLinear.uninitialised(
                 patterns, layer.bias, impl=impl, batch_last=layer.batch_last, device=weight.device, dtype=weight.dtype
@@ -226,7 +220,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
 def _as_blocks(tensors: dict[str, torch.Tensor], record: CompressedModel):
     """Return tensors and aliases of version 1, whose factor l has values (a, b, c, d) as factors.l, as blocks."""
     name_of = {
-        f"{name}.factors.{index}".removeprefix("."): f"{name}.block_{index}".removeprefix(".")
+        _joined(name, f"factors.{index}"): _joined(name, f"block_{index}")
         for name, layer in record.layers.items()
         for index in range(len(layer.patterns))
     }
@@ -247,49 +241,38 @@ def _check_keys(
     expected = {name: tuple(value.shape) for name, value in state.items()}
     for path, module in model.named_modules(remove_duplicate=False):
         if module in replacements:
-            prefix = f"{checkpoint_name(path)}." if path else ""
+            place = checkpoint_name(path)
             for name in module.state_dict():
-                expected.pop(f"{prefix}{name}", None)
-            expected |= {f"{prefix}{name}": tuple(v.shape) for name, v in replacements[module].state_dict().items()}
+                expected.pop(_joined(place, name), None)
+            expected |= {_joined(place, name): tuple(v.shape) for name, v in replacements[module].state_dict().items()}
     if not set(record.aliases.values()) <= tensors.keys():
         raise UsageError(f"{folder / RECORD_FILE} is not valid: it ties tensors to one that {TENSORS_FILE} lacks")
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    found |= {name: found[stored] for name, stored in record.aliases.items()}
+    stored = {name: name for name in tensors} | record.aliases
+    found = {name: tuple(tensors[first].shape) for name, first in stored.items()}
+    where = f"{folder} is for another architecture ({one_line(record.model)})"
     for name in dict.fromkeys((*expected, *found)):
         if expected.get(name) != found.get(name):
-            sizes = [str(shapes[name]) if name in shapes else "absent" for shapes in (found, expected)]
-            raise UsageError(
-                f"{folder} is for another architecture ({one_line(record.model)}): {one_line(name)} is {sizes[0]} in "
-                f"the file and {sizes[1]} in the model"
-            )
-    stored = {name: record.aliases.get(name, name) for name in found}
+            sizes = [str(shapes.get(name, "absent")) for shapes in (found, expected)]
+            raise UsageError(f"{where}: {one_line(name)} is {sizes[0]} in the file and {sizes[1]} in the model")
     for name, first in _ties({name: value for name, value in state.items() if name in stored}).items():
         if stored[name] != stored[first]:
-            raise UsageError(
-                f"{folder} is for another architecture ({one_line(record.model)}): the model ties {one_line(name)} to "
-                f"{one_line(first)}, the file does not"
-            )
+            raise UsageError(f"{where}: the model ties {one_line(name)} to {one_line(first)}, the file does not")
 
 
 @torch.no_grad()
 def _fill(model: nn.Module, tensors: Mapping[str, torch.Tensor], aliases: Mapping[str, str]) -> None:
     """Copy values, so that chains keep the memory order of their factors, and tie the tied tensors again."""
-    places = _owners(model)
+    owners = {
+        checkpoint_name(_joined(path, name)): (module, name)
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name in (*module._parameters, *module._buffers)
+    }
     for name, value in tensors.items():
-        module, attribute = places[name]
+        module, attribute = owners[name]
         target = getattr(module, attribute)
         if target.dtype != value.dtype:
             target.data = target.data.to(value.dtype)
         target.copy_(value)
     for name, stored in aliases.items():
-        (module, attribute), (first, stored_attribute) = places[name], places[stored]
+        (module, attribute), (first, stored_attribute) = owners[name], owners[stored]
         setattr(module, attribute, getattr(first, stored_attribute))
-
-
-def _owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Return module and attribute of every entry of the state_dict."""
-    owners = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        for name in (*module._parameters, *module._buffers):
-            owners[checkpoint_name(f"{path}.{name}" if path else name)] = (module, name)
-    return owners

@@ -1,38 +1,36 @@
 """A study of several layers of a checkpoint: one plan, one launcher and one summary for all."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 from ks import signals
+from ks.chain.patterns import Chain
 from ks.cli import console
 from ks.cli.flags import SweepConfig
 from ks.errors import UsageError
-from ks.files.columns import PRINTED_LAYERS, SUMMARY, chosen
-from ks.files.layout import SweepFiles, layer_folder
+from ks.files import columns
+from ks.files.atomic import delete_leftovers, write_csv, write_json
+from ks.files.layout import layer_folder
+from ks.files.ownership import check_free, recorded
+from ks.files.provenance import provenance
 from ks.files.status import Status
 from ks.files.table import table
 from ks.files.weights import packed
-from ks.model.candidates import floors_table
-from ks.model.model_plan import LayerPlan
-from ks.study.checkpoint_plan import check_flags, plan_checkpoint, select
+from ks.model.allocate import allocate
+from ks.model.candidates import Candidates, check_inputs, find_candidates, floors_table
+from ks.model.layer_weights import select_weights
+from ks.model.model_plan import ModelPlan
+from ks.moments.moments_file import as_moments
 from ks.study.folder import checkpoint_record_of, claim_folder, held, remedies_of
 from ks.study.processes import Exit
 from ks.study.run_all import finished_before, run_all
-from ks.study.runs import Result, Run, result_of
+from ks.study.runs import Result, Run, result_of, seeds_of
 from ks.study.weight_study import Study, WeightStudy
 from ks.training.edits import edits_of
-from ks.training.problem import choose_device
+from ks.training.problem import chain_of, choose_device
 
-
-@dataclasses.dataclass(frozen=True)
-class _Layer:
-    """One layer of the study: its flags, runs and settings; its weight and its inputs do not stay in memory."""
-
-    name: str
-    config: SweepConfig
-    files: SweepFiles
-    runs: list[Run]
-    settings: dict
+DEFAULT_CHAINS = ("monarch", "lowrank")
 
 
 class CheckpointStudy(Study):
@@ -40,25 +38,28 @@ class CheckpointStudy(Study):
 
     def __init__(self, config: SweepConfig, trainer: Path):
         super().__init__(config, trainer)
-        self.layers: list[_Layer] = []
+        self.settings: dict[Run, dict] = {}  # of the study of its layer, for each run
+        self.planned: ModelPlan | None = None
         self.ended: list[Status] = []
 
     def load(self) -> None:
-        """Find the weights that the flags name; write nothing.
+        """Find the weights that --weight_key matches, or all 2-D weights of the file; write nothing.
 
         Raises:
-            UsageError: flags that do not go together, or no weight matches.
+            UsageError: flags that do not go together, no weight matches, or one has no inputs in the file of --inputs.
         """
-        check_flags(self.config)
-        self.selection = select(self.config)
+        config = self.config
+        _check_flags(config)
+        self.selection = select_weights(config.weight_path, config.weight_key or "**", config.transpose)
+        check_inputs(self.selection.weights, as_moments(config.inputs))
 
     def plan(self) -> None:
         """Lock the results folder, compute the floors of the layers and choose a chain and a rank for each.
 
-        The floors and the plan are kept in the folder.
+        Writes the floors, which the next plan reads, a table of them, and the plan.
 
         Raises:
-            UsageError: the folder is in use or holds another study, or the plan cannot be made.
+            UsageError: the folder is in use, holds another study or a file of the user's, or no plan meets the budget.
         """
         config, files = self.config, self.files
         self.locks.enter_context(held(files))
@@ -66,7 +67,38 @@ class CheckpointStudy(Study):
             names = [weight.name for weight in self.selection.weights]
             record = checkpoint_record_of(config, edits_of(self.trainer), self.selection.source, names)
             claim_folder(files, [], record, config.files_read(), config.overwrite, remedies_of(config))
-        self.candidates, self.planned = plan_checkpoint(config, self.selection, files)
+        delete_leftovers(files.planned())
+        owned = recorded(files.plan_record)
+        check_free(files.planned(), owned, config.files_read(), "choose another --output_dir or --save_prefix")
+        names = [path.name for path in files.planned()]
+        write_json(files.plan_record, {"files": names, "arguments": vars(config), "provenance": provenance()})
+        for text in self.selection.notes:
+            console.note(text, config.quiet)
+
+        def make(rows: int, cols: int, family: str) -> Chain:
+            return chain_of(dataclasses.replace(config, chain=family), rows, cols)
+
+        self.candidates = find_candidates(
+            self.selection.weights,
+            make,
+            config.chains or (DEFAULT_CHAINS if config.chain is None else (config.chain,)),
+            config.inputs,
+            files.floors,
+            choose_device(config.device),
+            lambda text: console.note(text, config.quiet),
+            signals.check,
+        )
+        write_csv(files.layer_floors_csv, columns.names(columns.LAYER_FLOORS), _floor_rows(self.candidates))
+        if config.budget is not None or config.target_relative_loss is not None:
+            self.planned = allocate(
+                self.candidates,
+                budget=config.budget,
+                target_relative_loss=config.target_relative_loss,
+                rank_multiple=config.rank_multiple,
+                checkpoint=self.selection.source,
+            )
+            self.planned.save(files.plan_json)
+            write_csv(files.plan_csv, columns.names(columns.PLAN), self.planned.rows())
 
     def plan_text(self) -> str:
         files, plan = self.files, self.planned
@@ -84,86 +116,69 @@ class CheckpointStudy(Study):
             if self.config.inputs:
                 inputs = Path(self.config.inputs).absolute()
                 files[str(inputs)] = (f"inputs_{inputs.name}", inputs.read_bytes())
-        device = choose_device(self.config.device)
-        ranks = len(self.config.ranks or [1]) * len(self.config.seeds or [1])
-        self._open(device, len(self.selection.weights) * ranks, files)
+        runs = len(self.selection.weights) * len(self.config.ranks or [1]) * len(seeds_of(self.config))
+        self._open(choose_device(self.config.device), runs, files)
 
     def claim(self) -> None:
         """Claim a folder in that of the study for every layer that a chain replaces.
 
         Raises:
-            UsageError: a folder is in use or holds another study.
+            UsageError: a folder is in use or holds another study, or every layer stays dense.
         """
         for text in self.planned.sentences() if self.planned is not None else ():
             console.note(text, self.config.quiet)
-        for layer in self._configs():
+        for study in self._layer_studies():
             signals.check()
-            study = WeightStudy(layer, self.trainer)
-            study.load()
-            study.plan()
             study.claim()
             self.locks.push(study.locks.pop_all())
-            name = str(layer.weight_key)
-            runs = [_named(run, name) for run in study.chosen_runs()]
-            self.layers.append(_Layer(name, layer, study.files, runs, study.record["settings"]))
+            self.settings |= dict.fromkeys(study.chosen_runs(), study.record["settings"])
 
-    def _configs(self) -> list[SweepConfig]:
-        """Return the flags of every layer that is trained."""
-        plan = self.planned
+    def _layer_studies(self) -> Iterator["_LayerStudy"]:
+        """Yield the planned study of each layer to train, one at a time, since memory may not hold all weights."""
+        config, plan = self.config, self.planned
         if plan is None:
-            family = self.config.chains[0] if self.config.chains else self.config.chain or "monarch"
-            chosen = [(weight.name, family, self.config.ranks) for weight in self.selection.weights]
+            family = config.chains[0] if config.chains else config.chain or "monarch"
+            chosen = [(weight.name, family, config.ranks) for weight in self.selection.weights]
         else:
-            chosen = [
-                (layer.layer, layer.family, self.config.ranks or (_rank(layer),))
-                for layer in plan.layers
-                if layer.chain is not None
-            ]
+            chosen = [(layer.layer, layer.family, config.ranks or (layer.rank,)) for layer in plan.layers if layer.rank]
         if not chosen:
             raise UsageError("every layer stays dense in this plan, so that nothing is trained; lower --budget")
-        return [
-            self.config.of_layer(
-                name,
-                chain=family,
-                target_relative_loss=None if plan else self.config.target_relative_loss,
-                ranks=ranks,
-                output_dir=str(layer_folder(self.files.directory, name)),
-            )
-            for name, family, ranks in chosen
-        ]
+        for name, family, ranks in chosen:
+            target = None if plan else config.target_relative_loss
+            folder = str(layer_folder(self.files.directory, name))
+            flags = {"chain": family, "ranks": ranks, "target_relative_loss": target, "output_dir": folder}
+            study = _LayerStudy(config.of_layer(name, **flags), self.trainer)
+            study.load()
+            study.plan()
+            yield study
 
     def run(self) -> None:
         """Train every run of every layer that is not finished yet."""
-        runs = [run for layer in self.layers for run in layer.runs]
+        runs = list(self.settings)
         self.results = finished_before(self.config, runs, self._read_result)
         waiting = [run for run in runs if run not in self.results]
         with self.places:
             self.results |= run_all(self.config, waiting, self.launcher, self._read_result)
 
     def _read_result(self, run: Run, exit: Exit | None = None) -> Result:
-        layer = next(layer for layer in self.layers if run in layer.runs)
-        return result_of(run, self.config.num_epochs, exit, layer.settings)
+        return result_of(run, self.config.num_epochs, exit, self.settings[run])
 
     def conclude(self) -> list[str]:
         """Write summary and figures of every layer, and one summary over all; return the lines to print."""
         from ks.report.summary import write_summary
 
         rows = []
-        for layer in self.layers:
-            console.note(f"{layer.name}: summary and figures", self.config.quiet)
-            study = WeightStudy(layer.config, self.trainer)
-            study.load()
-            study.plan()
-            ended = {run.files: self.results[run] for run in layer.runs if run in self.results}
-            same = {run: ended[run.files] for run in study.runs if run.files in ended}
-            study.results = {run: dataclasses.replace(result, run=run) for run, result in same.items()}
+        result_in = {run.files: result for run, result in self.results.items()}
+        for study in self._layer_studies():
+            console.note(f"{study.config.weight_key}: summary and figures", self.config.quiet)
+            study.results = {run: result_in[run.files] for run in study.runs if run.files in result_in}
             study.conclude()
             study.check_floors()
             self.ended += [row["status"].status for row in study.rows_of_runs]
             rows += study.rows
         write_summary(self.files, rows)
         shown = [row | {"verdict": row["verdict"] or row["status"]} for row in rows]
-        return [table(chosen(SUMMARY, PRINTED_LAYERS), shown), str(self.files.summary_csv)]
+        return [table(columns.chosen(columns.SUMMARY, columns.PRINTED_LAYERS), shown), str(self.files.summary_csv)]
 
     def statuses(self) -> set[Status]:
         return set(self.ended)
@@ -172,11 +187,40 @@ class CheckpointStudy(Study):
         """Do nothing: `conclude` has checked every layer."""
 
 
-def _rank(layer: LayerPlan) -> int:
-    assert layer.rank is not None
-    return layer.rank
+class _LayerStudy(WeightStudy):
+    """The study of one layer, whose runs have its name."""
+
+    def plan(self) -> None:
+        super().plan()
+        names = [f"{self.config.weight_key}, {run.task.name}" for run in self.runs]
+        tasks = [dataclasses.replace(run.task, name=name) for run, name in zip(self.runs, names)]
+        self.runs = [dataclasses.replace(run, task=task) for run, task in zip(self.runs, tasks)]
 
 
-def _named(run: Run, layer: str) -> Run:
-    """Return a run whose name has that of its layer."""
-    return dataclasses.replace(run, task=dataclasses.replace(run.task, name=f"{layer}, {run.task.name}"))
+def _check_flags(config: SweepConfig) -> None:
+    """Raise UsageError if flags do not go together in a study of several layers."""
+    if config.row_splits is not None or config.col_splits is not None:
+        raise UsageError("--row_splits and --col_splits are for one weight; name families by --chains")
+    if config.chain is not None and config.chains is not None:
+        raise UsageError(f"--chain {config.chain} together with --chains: give one or the other")
+    if config.budget is not None and config.target_relative_loss is not None:
+        raise UsageError("--budget together with --target_relative_loss: give one or the other")
+    if config.budget is None and config.target_relative_loss is None:
+        if config.rank_multiple != 1:
+            raise UsageError("--rank_multiple is for a plan; give --budget or --target_relative_loss too")
+        if len(config.chains or ()) > 1 and not config.dry_run:
+            raise UsageError(
+                f"--chains {' '.join(config.chains or ())}: give --budget or --target_relative_loss to choose one for "
+                "each layer, or one --chain for all; --dry_run compares them"
+            )
+    if config.chain == "lowrank_butterfly":
+        raise UsageError("--chain lowrank_butterfly has no floor, and a plan needs one; choose another family")
+    for name in ("inputs_key", "fit_bias"):
+        if getattr(config, name):
+            raise UsageError(f"--{name} is for one weight; leave it out in a study of several layers")
+
+
+def _floor_rows(candidates: list[Candidates]) -> Iterator[dict]:
+    for entry in candidates:
+        for floors in entry.floors:
+            yield from (entry.plan(floors, rank).row() for rank in map(int, floors.ranks))

@@ -5,13 +5,9 @@ from networks import normal
 from torch import nn
 
 from ks.chain.patterns import make_chain
-from ks.files.weights import Weight
+from ks.files.weights import tensors_sha256
 from ks.model.model_plan import LayerPlan, ModelPlan
 from ks.moments.read import inputs_of
-
-
-def sha256(weight):
-    return Weight(weight.detach().contiguous(), None).sha256()
 
 
 def layer_plan(name, weight, family="lowrank", rank=2, moments=None, **more):
@@ -24,7 +20,7 @@ def layer_plan(name, weight, family="lowrank", rank=2, moments=None, **more):
         name,
         rows,
         cols,
-        sha256(weight),
+        tensors_sha256(weight.detach()),
         chain,
         rank if chain else None,
         loss,
@@ -44,6 +40,17 @@ def plan_of(model, families=None, moments=None, **ranks):
         for name, family in families.items()
     ]
     return ModelPlan(tuple(layers), "budget", 0.5, checkpoint="model.safetensors")
+
+
+def single(name, weight, **more):
+    """The plan of one weight."""
+    return ModelPlan((layer_plan(name, weight, **more),), "budget", 0.5)
+
+
+def tied_plan(model):
+    """A plan for `Tied`."""
+    first = layer_plan("first.weight", model.first.weight, shared_with=("second.weight",))
+    return ModelPlan((first, layer_plan("third.weight", model.third.weight, "monarch", 1)), "budget", 0.5)
 
 
 class Network(nn.Module):

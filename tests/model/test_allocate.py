@@ -33,7 +33,7 @@ def candidates():
     return find_candidates(select_weights(WEIGHTS).weights, make_chain, ["monarch", "lowrank"])
 
 
-@pytest.mark.parametrize("budget", [0.15, 0.4, 0.45, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("budget", [0.15, 0.45, 1.0])
 def test_a_budget_is_kept_and_beats_the_same_fraction_everywhere(candidates, budget):
     plan = allocate(candidates, budget=budget)
     assert plan.share <= budget
@@ -42,29 +42,32 @@ def test_a_budget_is_kept_and_beats_the_same_fraction_everywhere(candidates, bud
         assert {layer.family for layer in plan.layers} == {"dense"}
 
 
-@pytest.mark.parametrize("target", [0.5, 0.2, 0.05, 0.001])
+@pytest.mark.parametrize("target", [0.5, 0.05, 0.001])
 def test_a_target_is_met_with_no_more_parameters_than_the_same_fraction_everywhere(candidates, target):
     plan = allocate(candidates, target_relative_loss=target)
     assert plan.mean_relative_loss <= target * (1 + 1e-9)
     assert plan.as_uniform().mean_relative_loss <= target * (1 + 1e-9)
+    assert target < 0.5 or plan.as_uniform().share < 0.9
     assert plan.parameters <= plan.as_uniform().parameters
 
 
 def test_no_plan_saves_more_than_the_gap(candidates):
     budget = 0.45
-    options = []
-    for entry in candidates:
-        chains = [
-            (floors.chain, rank, loss) for floors in entry.floors for rank, loss in enumerate(floors.upper) if rank
+    options = [
+        [
+            (floors.chain.parameters(rank), loss)
+            for floors in entry.floors
+            for rank, loss in enumerate(floors.upper)
+            if rank
         ]
-        options.append(
-            [(chain.parameters(rank), loss) for chain, rank, loss in chains] + [(entry.rows * entry.cols, 0.0)]
-        )
-    dense = sum(entry.rows * entry.cols for entry in candidates)
+        + [(entry.dense.parameters, 0.0)]
+        for entry in candidates
+    ]
+    capacity = budget * sum(entry.dense.parameters for entry in candidates)
     best = min(
         sum(loss for _, loss in picks)
         for picks in itertools.product(*options)
-        if sum(cost for cost, _ in picks) <= budget * dense
+        if sum(cost for cost, _ in picks) <= capacity
     )
     plan = allocate(candidates, budget=budget)
     assert plan.mean_relative_loss * (1 - plan.gap) <= best / 3 * (1 + 1e-9)
@@ -81,31 +84,20 @@ def test_planned_losses_are_those_of_the_factorised_weights(candidates):
             assert loss.item() == pytest.approx(layer.relative_loss, rel=1e-3, abs=1e-6)
 
 
-@pytest.mark.parametrize("multiple", [2, 4, 8])
-def test_ranks_are_multiples(candidates, multiple):
-    plan = allocate(candidates, budget=0.7, rank_multiple=multiple)
+def test_ranks_are_multiples(candidates):
+    plan = allocate(candidates, budget=0.7, rank_multiple=5)
     assert any(layer.rank for layer in plan.layers)
-    assert all(layer.rank is None or layer.rank % multiple == 0 for layer in plan.layers)
+    assert all(layer.rank is None or layer.rank % 5 == 0 for layer in plan.layers)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            {"budget": 0.01},
-            r"the smallest chains have .*% of the dense parameters; give at least 0.0",
-        ),
-        ({}, "either a budget or a target"),
-        ({"budget": 0.5, "target_relative_loss": 0.5}, "either a budget or a target"),
-    ],
-)
-def test_impossible_plans_are_refused_in_one_line(candidates, arguments, message):
-    with pytest.raises(UsageError, match=message):
+@pytest.mark.parametrize("arguments", [{}, {"budget": 0.5, "target_relative_loss": 0.5}])
+def test_a_plan_has_either_a_budget_or_a_target(candidates, arguments):
+    with pytest.raises(UsageError, match="either a budget or a target"):
         allocate(candidates, **arguments)
 
 
-def test_the_least_budget_that_a_message_names_is_enough(candidates):
-    with pytest.raises(UsageError) as error:
+def test_a_budget_that_is_too_small_is_refused_with_one_that_is_enough(candidates):
+    with pytest.raises(UsageError, match=r"the smallest chains have .*% of the dense parameters; give at") as error:
         allocate(candidates, budget=0.01)
     least = float(str(error.value).rpartition("at least ")[2])
     assert allocate(candidates, budget=least).share <= least

@@ -77,14 +77,14 @@ def test_a_file_keeps_the_floors(weights, moments, tmp_path, measured):
     inputs = moments if measured else None
     find = partial(find_candidates, selected, make_chain, moments=inputs, floors_path=tmp_path / "floors.npz")
     first = find(FAMILIES[:2], report=reports.append)
-    assert [entry.layer for entry in first] == list(weights)
+    assert [entry.dense.layer for entry in first] == list(weights)
     assert all(report.endswith(" s") for report in reports)
 
     reports.clear()
     again = find(FAMILIES[:2], report=reports.append)
     assert reports == ["floors of 3 layers were computed before"]
     for old, new in zip(first, again):
-        assert (old.layer, old.inputs_sha256) == (new.layer, new.inputs_sha256)
+        assert old.dense == new.dense
         for known, read in zip(old.floors, new.floors):
             assert (known.chain, known.energy) == (read.chain, read.energy)
             assert np.array_equal(known.upper, read.upper)
@@ -92,35 +92,39 @@ def test_a_file_keeps_the_floors(weights, moments, tmp_path, measured):
     assert [floors.chain.family for floors in more[0].floors] == list(FAMILIES)
 
 
-def test_other_inputs_and_other_values_are_other_floors(weights, moments, tmp_path):
-    path = tmp_path / "floors.npz"
-    [entry] = find_candidates(select_weights(weights, "layer.0").weights, make_chain, ["lowrank"], None, path)
-    file = FloorsFile(path)
-    chain = entry.floors[0].chain
-    assert file.find(entry.weight_sha256, None, chain) is not None
-    assert file.find(entry.weight_sha256, "other", chain) is None
-    assert file.find("other", None, chain) is None
-    assert file.find(entry.weight_sha256, None, make_chain(24, 16)) is None
+@pytest.fixture
+def lowrank(weights, tmp_path):
+    """Compute the floors of one layer with a file, and return how that file answers for these floors."""
+    selected, path = select_weights(weights, "layer.0").weights, tmp_path / "floors.npz"
+
+    def find(**changes):
+        [entry] = find_candidates(selected, make_chain, ["lowrank"], None, path)
+        key = {"weight_sha256": entry.dense.weight_sha256, "inputs_sha256": None, "chain": entry.floors[0].chain}
+        return FloorsFile(path).find(**(key | changes))
+
+    return find
+
+
+def test_other_inputs_values_and_chains_have_other_floors(lowrank):
+    assert lowrank() is not None
+    for change in ({"inputs_sha256": "other"}, {"weight_sha256": "other"}, {"chain": make_chain(24, 16)}):
+        assert lowrank(**change) is None
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 broken"])
-def test_a_damaged_file_counts_as_empty(weights, tmp_path, content):
-    path = tmp_path / "floors.npz"
-    path.write_bytes(content)
-    selected = select_weights(weights, "layer.0").weights
-    [entry] = find_candidates(selected, make_chain, ["lowrank"], None, path)
-    assert FloorsFile(path).find(entry.weight_sha256, None, entry.floors[0].chain) is not None
+def test_a_damaged_file_counts_as_empty(lowrank, tmp_path, content):
+    (tmp_path / "floors.npz").write_bytes(content)
+    assert lowrank() is not None
 
 
-def test_invalid_floors_are_not_believed(weights, tmp_path):
-    path = tmp_path / "floors.npz"
-    [entry] = find_candidates(select_weights(weights, "layer.0").weights, make_chain, ["lowrank"], None, path)
+def test_invalid_floors_are_computed_again(lowrank, tmp_path):
+    path, expected = tmp_path / "floors.npz", lowrank().lower
     with np.load(path) as stored:
         arrays = {name: stored[name] for name in stored.files}
-    lower = next(name for name in arrays if name.endswith("lower"))
-    for broken in (arrays[lower][:-1], -arrays[lower], arrays[lower] * np.nan, arrays[lower].astype(np.float32)):
-        np.savez(path, **(arrays | {lower: broken}))
-        assert FloorsFile(path).find(entry.weight_sha256, None, entry.floors[0].chain) is None
+    name = next(name for name in arrays if name.endswith("lower"))
+    for broken in (expected[:-1], -expected, expected * np.nan, expected.astype(np.float32)):
+        np.savez(path, **(arrays | {name: broken}))
+        assert np.array_equal(lowrank().lower, expected)
 
 
 @pytest.mark.parametrize("stored", [False, True])
@@ -130,32 +134,29 @@ def test_tied_weights_count_once_and_copies_twice(weights, tmp_path, stored):
     torch.save(weights, tmp_path / "model.pth")
     selected = select_weights(tmp_path / "model.pth" if stored else weights).weights
     found = find_candidates(selected, make_chain, ["lowrank"], report=reports.append)
-    assert {entry.layer: entry.shared_with for entry in found} == {
-        **{"layer.0.weight": (), "layer.1.weight": ("tied.weight",), "layer.2.weight": (), "copy.weight": ()},
-    }
+    ties = {"layer.0.weight": (), "layer.1.weight": ("tied.weight",), "layer.2.weight": (), "copy.weight": ()}
+    assert {entry.dense.layer: entry.dense.shared_with for entry in found} == ties
     assert "tied.weight: tied to layer.1.weight; planned once, for the inputs of layer.1.weight" in reports
 
 
 def test_a_file_that_takes_long_to_write_is_not_written_after_every_layer(tmp_path, monkeypatch):
-    generator, writes = torch.Generator().manual_seed(0), []
-    weights = {f"layer.{index}.weight": torch.randn(24, 16, generator=generator) for index in range(12)}
-    write = np.savez_compressed
+    weights = {f"layer.{index}.weight": torch.eye(24, 16) + index for index in range(12)}
+    write, writes, reports = np.savez_compressed, [], []
 
     def slow(*arguments, **named):
         writes.append(len(named))
         time.sleep(0.2)
         write(*arguments, **named)
 
-    def report(text):
+    def interrupt(text):
         if text.startswith("8 of 12"):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(np, "savez_compressed", slow)
     find = partial(find_candidates, select_weights(weights).weights, make_chain, ["lowrank"])
     with pytest.raises(KeyboardInterrupt):
-        find(floors_path=tmp_path / "floors.npz", report=report)
+        find(floors_path=tmp_path / "floors.npz", report=interrupt)
     assert len(writes) == 2  # after the first layer, and at the end
-    reports = []
     find(floors_path=tmp_path / "floors.npz", report=reports.append)
     assert reports[-1] == "floors of 8 layers were computed before"
 
@@ -166,14 +167,12 @@ def test_layers_without_inputs_are_counted(weights, moments):
         find_candidates(select_weights(weights).weights, make_chain, ["lowrank"], moments)
 
 
-def test_a_family_without_floors_is_refused(weights):
-    with pytest.raises(UsageError, match="no floor"):
-        find_candidates(select_weights(weights).weights, make_chain, ["lowrank_butterfly"])
-
-
-def test_a_stop_ends_the_work(weights, moments):
+def test_a_family_without_floors_is_refused_and_a_stop_ends_the_work(weights, moments):
     def stop():
         raise KeyboardInterrupt
 
+    selected = select_weights(weights).weights
+    with pytest.raises(UsageError, match="no floor"):
+        find_candidates(selected, make_chain, ["lowrank_butterfly"])
     with pytest.raises(KeyboardInterrupt):
-        find_candidates(select_weights(weights).weights, make_chain, ["monarch"], moments, check_stop=stop)
+        find_candidates(selected, make_chain, ["monarch"], moments, check_stop=stop)

@@ -1,6 +1,7 @@
 """Sequential calibration: each layer is made for the inputs that the chains before it cause."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -18,8 +19,8 @@ X = normal(60, 8) * torch.linspace(0.2, 2, 8)
 BATCHES = [X[:30], X[30:]]
 
 
-def plan_for(model, names=NAMES):
-    return plan_of(model, dict.fromkeys(names, "lowrank"))
+def plan_for(model):
+    return plan_of(model, dict.fromkeys(NAMES, "lowrank"))
 
 
 def seen_by(model, name):
@@ -37,9 +38,10 @@ def second_moment(rows):
     return rows.double().t() @ rows.double() / len(rows)
 
 
-def test_every_layer_is_made_for_the_inputs_that_the_chains_before_it_cause():
+def test_every_layer_is_made_for_the_inputs_that_the_chains_before_it_cause(tmp_path):
     model, dense = Network(), Network()
-    ks.compress_in_order(model, plan_for(model), BATCHES, quiet=True)
+    plan_for(model).save(tmp_path / "x_plan.json")
+    ks.compress_in_order(model, tmp_path / "x_plan.json", BATCHES, quiet=True)
     for name in NAMES:
         chain = model.get_submodule(name)
         assert isinstance(chain, ks.KSLinear)
@@ -53,34 +55,16 @@ def test_every_layer_is_made_for_the_inputs_that_the_chains_before_it_cause():
 
 def test_one_pass_is_the_plan_for_the_dense_model():
     one, other = Network(), Network()
-    plan = plan_for(one)
-    ks.compress_in_order(one, plan, BATCHES, max_passes=1, quiet=True)
+    ks.compress_in_order(one, plan_for(one), BATCHES, max_passes=1, quiet=True)
     moments = ks.collect_input_moments(other, BATCHES, NAMES, held_out=0, quiet=True)
     ks.compress(other, plan_of(other, dict.fromkeys(NAMES, "lowrank"), moments), moments=moments, quiet=True)
-    for name in NAMES:
-        for factor, values in zip(one.get_submodule(name).factors, other.get_submodule(name).factors):
-            torch.testing.assert_close(factor, values)
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(value, other.state_dict()[name])
 
 
-def loss(model, target):
-    with torch.no_grad():
-        return (model.eval()(X) - target).square().mean().item()
-
-
-def test_more_passes_lose_less_on_this_network():
-    with torch.no_grad():
-        target = Network().eval()(X)
-    losses = []
-    for passes in (1, 2, None):
-        model = Network()
-        ks.compress_in_order(model, plan_for(model), BATCHES, max_passes=passes, quiet=True)
-        losses.append(loss(model, target))
-    assert losses[2] < losses[0]
-
-
-@pytest.mark.parametrize(("max_passes", "calls"), [(None, 2 * 4 + 1), (2, 2 * 2 + 1), (1, 2 + 1), (99, 2 * 4 + 1)])
+@pytest.mark.parametrize(("max_passes", "calls"), [(None, 2 * 4 + 1), (2, 2 * 2 + 1), (99, 2 * 4 + 1)])
 def test_the_number_of_passes(max_passes, calls):
-    """The first batch alone tells the order."""
+    """The order comes from one call, on the first batch."""
     model = Network()
     count = []
     model.register_forward_hook(lambda *_: count.append(1))
@@ -97,14 +81,13 @@ def test_layers_with_one_input_are_one_group_in_the_order_of_the_calls(capsys):
         def forward(self, x):
             return self.down(torch.relu(self.gate(x)) * self.up(x))
 
-    model = Gated()
-    count = []
-    model.register_forward_hook(lambda *_: count.append(1))
+    model, calls = Gated(), []
+    model.register_forward_hook(lambda *_: calls.append(1))
     ks.compress_in_order(model, plan_of(model), BATCHES)
+    assert len(calls) == 2 * 2 + 1
     names = [line.split(": ")[1] for line in capsys.readouterr().err.splitlines()]
     assert sorted(names[:2]) == ["gate", "up"]
     assert names[2:] == ["down"]
-    assert len(count) == 2 * 2 + 1
 
 
 def test_tied_layers_and_dense_ones():
@@ -122,20 +105,14 @@ def test_tied_layers_and_dense_ones():
     torch.testing.assert_close(model.second.factors[0].detach(), expected[0], rtol=1e-3, atol=1e-4)
 
 
-class Unlucky(Network):
-    """Its fifth call fails, after the first layer was replaced."""
-
-    calls = 0
-
-    def forward(self, x):
-        self.calls += 1
-        if self.calls > 4:
-            raise RuntimeError("out of memory")
-        return super().forward(x)
-
-
 def test_an_error_leaves_the_model_as_it_was():
-    model = Unlucky()
+    model, calls = Network(), itertools.count(1)
+
+    def fail(*_):
+        if next(calls) > 4:  # after the first layer was replaced
+            raise RuntimeError("out of memory")
+
+    model.register_forward_hook(fail)
     modules = list(model.modules())
     with pytest.raises(RuntimeError, match="out of memory"):
         ks.compress_in_order(model, plan_for(model), BATCHES, quiet=True)
@@ -153,10 +130,3 @@ def test_passes_batches_and_layers_that_cannot_be_used_are_refused():
     with pytest.raises(UsageError, match="the first batch does not call unused"):
         ks.compress_in_order(unused, plan_of(unused), BATCHES, quiet=True)
     assert isinstance(unused["used"], nn.Linear)
-
-
-def test_a_file_of_a_plan(tmp_path):
-    model = Network()
-    plan_for(model).save(tmp_path / "x_plan.json")
-    ks.compress_in_order(model, tmp_path / "x_plan.json", BATCHES, quiet=True)
-    assert isinstance(model.blocks[1]["down"], ks.KSLinear)

@@ -1,8 +1,5 @@
 """Several layers of a checkpoint, as users run them: plan, runs, resume, bad input."""
 
-import contextlib
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -81,7 +78,6 @@ def test_every_planned_layer_is_trained_and_resumed(checkpoint, tmp_path, capsys
         assert chain.num_parameters == layer.parameters
         assert float(row["relative_loss"]) >= layer.relative_loss_lower * (1 - 1e-6)
         assert (folder / layer.layer / "rank_sweep_loss_curves.png").exists()
-    assert json.loads((folder / "rank_sweep_summary.json").read_text())[0]["weight_key"] == trained[0].layer
     capsys.readouterr()
     study(checkpoint, folder, "--budget", 0.5, keys=LAYERS[:2])
     assert capsys.readouterr().err.count("finished before") == len(trained)
@@ -114,10 +110,19 @@ def test_the_folder_of_every_layer_is_locked(checkpoint, tmp_path, capsys, monke
     assert not list(folder.rglob(".sweep.lock"))
 
 
+def test_an_interrupted_study_still_writes_its_summary(checkpoint, tmp_path, monkeypatch):
+    def check():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CheckpointStudy, "run", lambda study: monkeypatch.setattr("ks.signals.check", check))
+    study(checkpoint, tmp_path / "out", "--ranks", 2, keys=LAYERS[:2], code=130)
+    rows = read_table(tmp_path / "out" / "rank_sweep_summary.csv")
+    assert [row["weight_key"] for row in rows] == list(LAYERS[:2])
+
+
 def test_layers_are_planned_for_the_inputs_that_they_see(checkpoint, tmp_path):
     generator, moments = torch.Generator().manual_seed(1), None
-    for name in LAYERS:
-        width = 16 if "up" in name else 24
+    for name, width in zip(LAYERS[:2], (16, 24)):
         rows = torch.randn(200, width, generator=generator) @ torch.randn(width, width, generator=generator)
         part = InputMoments.load(save_moments(tmp_path / "part.safetensors", rows, rows[:40], name))
         moments = part if moments is None else moments.merge(part)
@@ -131,16 +136,9 @@ def test_layers_are_planned_for_the_inputs_that_they_see(checkpoint, tmp_path):
         assert float(row["held_out_relative_loss"]) > 0
 
 
-def test_a_failed_layer_stays_visible(checkpoint, tmp_path):
-    (tmp_path / "out" / LAYERS[0] / "rank_3" / "rank_3_rank_3_loss_curves.csv").mkdir(parents=True)
-    study(checkpoint, tmp_path / "out", "--chain", "lowrank", "--ranks", 3, keys=LAYERS[:2], code=2)
-
-
 BAD = {
     "glob": ((), ("block.*.upp.weight",), "nothing matches 'block.*.upp.weight'; nearest of 6: block.1.up.weight"),
-    "no matrix": ((), ("block.*.norm.weight",), "matches no 2-D weight that a chain can replace"),
     "budget and target": (("--budget", 0.5, "--target_relative_loss", 0.1), LAYERS, "give one or the other"),
-    "budget above 1": (("--budget", 1.5), LAYERS, "'1.5' is not a number above 0, at most 1"),
     "chain and chains": (("--chain", "lowrank", "--chains", "monarch"), LAYERS, "give one or the other"),
     "several chains": (("--chains", "lowrank", "monarch"), LAYERS, "to choose one for each layer"),
     "multiple": (("--rank_multiple", 8), LAYERS, "give --budget or --target_relative_loss too"),
@@ -157,17 +155,10 @@ def test_bad_input_is_one_line_and_nothing_is_written(checkpoint, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     save_moments(tmp_path / "x.safetensors", torch.randn(50, 16), None, "other.layer.proj")
     np.save(tmp_path / "x.npy", torch.randn(50, 16).numpy())
-    with contextlib.suppress(SystemExit):  # argparse
-        study(checkpoint, tmp_path / "out", *flags, keys=keys, code=2)
+    study(checkpoint, tmp_path / "out", *flags, keys=keys, code=2)
     [line] = capsys.readouterr().err.splitlines()
     assert message in line
     assert not (tmp_path / "out").exists()
-
-
-def test_a_budget_that_no_plan_meets_names_one_that_is_met(checkpoint, tmp_path, capsys):
-    study(checkpoint, tmp_path / "out", "--budget", 0.01, "--dry_run", code=2)
-    line = capsys.readouterr().err.splitlines()[-1]
-    study(checkpoint, tmp_path / "out", "--budget", line.rpartition("at least ")[2], "--dry_run")
 
 
 def test_a_file_of_the_user_is_not_overwritten(checkpoint, tmp_path, capsys):
