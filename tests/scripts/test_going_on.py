@@ -174,7 +174,7 @@ def test_a_rank_stops_at_its_floor(sweep, tmp_path):
 def test_a_smaller_rank_above_saturation_joins_without_a_run_of_its_own(sweep, tmp_path):
     study = tmp_path / "rank_sweep_results"
     sweep("--ranks", 9, *SMALL, "--num_epochs", 2)
-    assert "rank 4: finished before" in sweep("--ranks", 4, 9).stderr
+    assert "rank 9: finished before" in sweep("--ranks", 4, 9).stderr
     assert [row["status"] for row in read_table(study / "rank_sweep_summary.csv")] == ["ok (as rank 9)", "ok"]
     sweep("--num_epochs", 3)
     assert [row["num_epochs"] for row in read_table(study / "rank_sweep_summary.csv")] == ["3", "3"]
