@@ -11,8 +11,8 @@ demo: $(VENV)/requirements
 test: $(VENV)/requirements-dev
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# Tests everything that must not be lost, believed or left running: twenty kills where make test has three, signals at
-# every moment; counts the cases by class.
+# Tests kills, signals, damaged files and full disks: twenty kills where make test has three, signals at every moment.
+# Prints the number of cases of each class.
 test-faults: $(VENV)/requirements-dev
 	KS_TEST_KILLS=20 $(RUN) -m pytest -n 2 --dist loadgroup tests/hostile tests/study/test_survival.py \
 	    tests/model/test_saved_model.py
@@ -34,8 +34,8 @@ build/trackers: requirements-trackers.txt
 test-gpu:
 	$(PYTHON) -m pytest -m gpu
 
-# Measures on a GPU, unattended: runs, tests, layers and the step in the first ten minutes. A rerun resumes with what is
-# left; the long sweeps at the end need make gpu MINUTES=180.
+# Measures on a GPU, unattended: runs, tests, layers and the step in the first ten minutes. A rerun resumes with the rest;
+# the long sweeps at the end need make gpu MINUTES=180.
 MINUTES ?= 10
 gpu:
 	$(PYTHON) benchmarks/card.py --output_dir build/gpu --minutes $(MINUTES)
@@ -66,7 +66,7 @@ pictures: demo inputs
 	    --title "all-MiniLM-L6-v2, encoder.layer.0.output.dense.weight, 384 × 1536, 4 × 4 grid"
 	cp build/pictures/minilm/rank_sweep_front.png docs/minilm_front.png
 
-# Collects the moments of what the layers of a real model see on English text. Takes two minutes.
+# Collects the moments of the inputs of a real model's layers on English text. Takes two minutes.
 inputs: $(VENV)/requirements
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-examples.txt -c constraints.txt
 	$(RUN) benchmarks/minilm_inputs.py

@@ -1,9 +1,9 @@
-"""Write the tables of the documentation that are made from the code: flags in flags.md, columns in files.md.
+"""Write the tables of the documentation that come from the code: flags in flags.md, columns in files.md.
 
     python docs/generate.py
     python docs/generate.py --check
 
-Every table stands between `<!-- generated: NAME -->` and `<!-- end -->`. --check writes nothing, names the pages that
+A table stands between `<!-- generated: NAME -->` and `<!-- end -->`. --check writes nothing; it lists the pages that
 are out of date on stderr and exits with 1 if there are any.
 """
 
@@ -22,11 +22,8 @@ from ks.cli.parser import Flag, groups  # noqa: E402
 from ks.files import columns  # noqa: E402
 
 SCRIPTS = (
-    "train_with_random",
-    "rank_sweep_study",
-    "generate_test_weight",
-    "plot_rank_results",
-    "example_rank_sweep",
+    *("train_with_random", "rank_sweep_study"),
+    *("generate_test_weight", "plot_rank_results", "example_rank_sweep"),
 )
 COLUMNS = {
     "curves": columns.CURVES,
@@ -48,7 +45,7 @@ def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def flag_tables() -> dict[str, str]:
-    """Return the table of every group of flags, by name; its first line says which scripts take the group."""
+    """Return the table of every group of flags, by name, below a line with the scripts that have the group."""
     takers: dict[str, dict[str, list[dataclasses.Field]]] = {}
     for script in SCRIPTS:
         for title, fields in groups(importlib.import_module(script).build_parser().config):
@@ -57,11 +54,7 @@ def flag_tables() -> dict[str, str]:
 
 
 def _flag_table(fields_of: dict[str, list[dataclasses.Field]]) -> str:
-    """Return the table of one group.
-
-    Args:
-        fields_of: the group's fields by script; the scripts differ in defaults alone.
-    """
+    """Return the table of one group, from its fields by script; the scripts differ in defaults alone."""
     choices = any(field.metadata["flag"].choices for fields in fields_of.values() for field in fields)
     rows = []
     for same in zip(*fields_of.values(), strict=True):
@@ -81,7 +74,7 @@ def _listed(names: Iterable[str], last: str = " and ") -> str:
 
 
 def _default(field_of: dict[str, dataclasses.Field]) -> str:
-    """Return the default of a flag; the scripts that have another one are named with it."""
+    """Return the default of a flag, and other defaults with the scripts that have them."""
     scripts_of: dict[str, list[str]] = {}
     for script, field in field_of.items():
         scripts_of.setdefault(field.metadata["flag"].default_text(field.default), []).append(script)
@@ -90,24 +83,20 @@ def _default(field_of: dict[str, dataclasses.Field]) -> str:
 
 
 def column_tables() -> dict[str, str]:
-    """Return the table of the columns of every file, by name; the curves have their keys in JSON too."""
+    """Return the table of the columns of every file, by name; that of the curves has their keys in JSON too."""
     tables = {}
     for name, declared in COLUMNS.items():
         keys = any(column.plural for column in declared)
-        rows = []
-        for column in declared:
-            cells = [f"`{column.name}`", *([f"`{column.plural}`"] if keys else []), column.unit, column.description]
-            rows.append(cells)
+        rows = [
+            [f"`{column.name}`", *([f"`{column.plural}`"] if keys else []), column.unit, column.description]
+            for column in declared
+        ]
         tables[f"columns, {name}"] = markdown(("column", *(["key in JSON"] if keys else []), "unit", "meaning"), rows)
     return tables
 
 
 def filled(text: str, tables: dict[str, str]) -> str:
-    """Return a page with every table between its markers.
-
-    Raises:
-        KeyError: a marker names no table.
-    """
+    """Return a page with every table between its markers."""
     return MARKED.sub(lambda found: f"<!-- generated: {found[1]} -->\n\n{tables[found[1]]}\n\n<!-- end -->", text)
 
 

@@ -1,4 +1,4 @@
-"""Fixtures shared by the tests: scripts run as users run them, from another folder; their files read afterwards."""
+"""Fixtures and helpers of all tests: they start scripts as users do, in another folder, and read the files."""
 
 import contextlib
 import csv
@@ -34,7 +34,7 @@ QUICK = ("--num_samples", "80", "--batch_size", "16", "--num_epochs", "3", "--la
 
 @pytest.fixture
 def run(tmp_path):
-    """Run one of the scripts in a subprocess whose working directory is not the repository."""
+    """Run one of the scripts, or a copy with its full path, in a subprocess; its working directory is tmp_path."""
 
     def run_script(script: str, *arguments, env: dict | None = None, timeout: float = 120):
         return subprocess.run(
@@ -56,7 +56,7 @@ def nursery():
         yield
         return
     with pytest.MonkeyPatch.context() as patch, contextlib.closing(warm.Nursery()) as nursery:
-        patch.setattr(subprocess, "_fork_exec", nursery.fork_exec)
+        patch.setattr(subprocess, "_fork_exec", warm.stand_in(nursery.fork))
         yield
 
 
@@ -73,7 +73,7 @@ def blank_pictures(monkeypatch):
 
 
 def processes_in(folder) -> list[int]:
-    """The processes whose working directory is the folder or lies in it; Linux alone tells."""
+    """The processes whose working directory is the folder or lies in it; none but on Linux."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -174,13 +174,8 @@ def read_table(path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def printed_table(text: str) -> list[str]:
-    """The lines of the table that a sweep prints, from its header on."""
-    return text.split("\n\n", 1)[1].splitlines()
-
-
 def files_of(results_dir, rank: int, seed: int | None = None) -> RunFiles:
-    """The files of one rank of a sweep, of its first seed unless told."""
+    """The files of one rank of a sweep; of its first seed, if none is given."""
     return run_files(results_dir, rank, seed, None)
 
 
@@ -210,7 +205,7 @@ def save_moments(path, rows: torch.Tensor, held_out: torch.Tensor | None = None,
 
 
 def interrupt_in_epoch(monkeypatch, epoch: int) -> None:
-    """Interrupt runs after they have recorded this epoch and before their resume state holds it: what a kill leaves."""
+    """Interrupt a run after it recorded this epoch and before its resume state holds it, as a kill may."""
     offer = ResumeState.offer
 
     def stop(self, threads, curves, *state):
@@ -229,13 +224,9 @@ def wait_for(condition, seconds=60):
 
 
 LONGEST_FIRST = (
-    *(
-        "study/test_survival.py",
-        "hostile/test_stops.py",
-        "bounds/test_coupled_floors.py",
-        "hostile/test_surroundings.py",
-    ),
-    *("test_docs.py", "scripts/test_going_on.py", "scripts/test_checkpoint_study.py", "model/test_in_order.py"),
+    *("study/test_survival.py", "hostile/test_stops.py", "bounds/test_coupled_floors.py"),
+    *("hostile/test_surroundings.py", "test_docs.py", "scripts/test_going_on.py"),
+    *("scripts/test_checkpoint_study.py", "model/test_in_order.py"),
 )
 
 
@@ -246,7 +237,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Count the hostile cases by class; say which optional tests were not run, so that it never looks a pass."""
+    """Count the hostile cases by class, and report optional tests that were not run: they are no pass."""
     hostile: dict[str, list[str]] = {}
     for outcome in ("passed", "failed"):
         for report in terminalreporter.getreports(outcome):

@@ -19,10 +19,10 @@ DIVERGED = Ending(Status.DIVERGED)
 
 
 def make_study(ranks, num_epochs=10, level=1.1, endings=None, seeds=(None,), spread=1.0, times=None, **described):
-    """Return a study with curves that fall towards `level` times the upper bound of each rank.
+    """Return a study whose curves fall towards `level` times the upper bound of each rank.
 
     Args:
-        spread: of each floor's upper bound over the lower one.
+        spread: the upper bound of each floor over the lower one.
         times: milliseconds of chain and dense at every batch size, by rank.
     """
     epochs, rows = [], []

@@ -1,21 +1,18 @@
-"""README, docs and docstrings say what the scripts do: commands run, flags exist, tables and links are up to date."""
+"""README, docs and docstrings are right: commands and snippets run, flags exist, tables and links are up to date."""
 
 import dataclasses
 import importlib
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, read_table
+from conftest import QUICK, ROOT, read_table, sums_of
 
 import ks
 from ks.moments.moments_file import InputMoments
-from ks.moments.second_moment import InputSums
 
 SCRIPTS = [
     "train_with_random",
@@ -40,22 +37,11 @@ COMMANDS = {
     "docs/models.md": (1, "model_plan/rank_sweep_plan.csv"),
     "docs/inputs.md": (1, "rank_sweep_results/rank_sweep_floor.png"),
 }
-# Flags of other programs: pip, ray, tensorboard, docs/generate.py, benchmarks/minilm_layers.py.
+# Flags of argparse, of pip, ray and tensorboard, and of the programs in benchmarks/.
 FOREIGN = {
-    *(
-        "--help",
-        "--help_all",
-        *("--compiled", "--earlier", "--rounds", "--csv", "--dtypes"),  # of bench_layer.py
-        "--without_first",
-        "--no-deps",
-        "--generate",
-        "--train",
-        "--head",
-        "--port",
-        "--address",
-        "--disable-usage-stats",
-    ),
-    "--logdir",
+    *("--help", "--help_all"),
+    *("--no-deps", "--head", "--port", "--address", "--disable-usage-stats", "--logdir"),
+    *("--compiled", "--earlier", "--rounds", "--csv", "--dtypes", "--without_first", "--generate", "--train"),
 }
 
 
@@ -84,6 +70,19 @@ def flags_of(script):
 KNOWN_FLAGS = set().union(*map(flags_of, SCRIPTS))
 
 
+@pytest.fixture
+def run_code(run, tmp_path):
+    """Run lines of Python that can import ks, in tmp_path; return what they print."""
+
+    def run_lines(*lines):
+        (tmp_path / "snippet.py").write_text("\n".join([f"import sys; sys.path.insert(0, {str(ROOT)!r})", *lines]))
+        done = run(tmp_path / "snippet.py", env={"MPLBACKEND": "agg"})
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run_lines
+
+
 def slug(heading):
     """The anchor that a Markdown renderer gives to a heading."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
@@ -94,7 +93,7 @@ def links(page):
 
 
 @pytest.mark.parametrize("page", COMMANDS)
-def test_the_commands_of_a_page_run_as_written(page, tmp_path):
+def test_the_commands_of_a_page_run_as_written(page, run, tmp_path):
     number, left = COMMANDS[page]
     assert len(commands(page)) == number
     if not any("generate_test_weight.py" in command for command in commands(page)):
@@ -108,54 +107,40 @@ def test_the_commands_of_a_page_run_as_written(page, tmp_path):
     weights = {f"{name}.weight": torch.randn(shape) for name, shape in shapes.items()}
     safetensors.torch.save_file(weights, model)
     (tmp_path / "build").mkdir()
-    train = {}
-    for name, (_, width) in shapes.items():
-        sums = InputSums.zeros(width)
-        sums.add(torch.randn(500, width))
-        train[name] = sums.finished()
+    train = {name: sums_of(torch.randn(500, width)) for name, (_, width) in shapes.items()}
     moments = InputMoments(train, {}, {f"{name}.weight": name for name in train}, dict.fromkeys(train, 1))
-    moments.save(tmp_path / "build/minilm_inputs.safetensors")
+    moments.save(tmp_path / "build" / "minilm_inputs.safetensors")
     for command in commands(page):
         _, script, *arguments = shlex.split(command.replace("$MODEL", str(model)))
-        small = [sys.executable, str(ROOT / script), *arguments, *SMALL[script].split()]
-        done = subprocess.run(small, cwd=tmp_path, capture_output=True, text=True)
+        done = run(script, *arguments, *SMALL[script].split())
         assert done.returncode == 0, done.stderr
     assert (tmp_path / left).exists()
 
 
-def test_no_other_page_has_commands_that_are_not_run():
+def test_no_other_page_has_commands():
     assert {page for page in PAGES if commands(page)} == set(COMMANDS)
 
 
-def test_the_analysis_snippet_runs_as_written(run, weight_path, tmp_path):
+def test_the_analysis_snippet_runs_as_written(run, run_code, weight_path):
     [snippet] = [block for block in blocks("docs/files.md", "python") if "read_csv" in block]
-    sweep = ("--weight_path", weight_path, "--ranks", 2, 4, "--num_epochs", 1, "--num_samples", 80)
-    assert run("rank_sweep_study.py", *sweep).returncode == 0
-    (tmp_path / "snippet.py").write_text(snippet)
-    done = run(tmp_path / "snippet.py", env={"MPLBACKEND": "agg"})
-    assert done.returncode == 0, done.stderr
-    assert "Optimal rank: " in done.stdout
+    assert run("rank_sweep_study.py", "--weight_path", weight_path, "--ranks", 2, 4, *QUICK).returncode == 0
+    assert "Optimal rank: " in run_code(snippet)
 
 
-def test_the_rule_of_the_readme_picks_the_rank_of_the_answer(run, weight_path, tmp_path):
+def test_the_rule_of_the_readme_picks_the_rank_of_the_answer(run, run_code, weight_path):
     [snippet] = [block for block in blocks("README.md", "python") if "read_csv" in block]
     sweep = ("--weight_path", weight_path, "--ranks", 3, 4, 9, "--num_epochs", 20, "--num_samples", 800)
     done = run("rank_sweep_study.py", *sweep, "--target_relative_loss", 0.1)
     assert done.stdout.startswith("Rank 3 is the smallest trained rank that loses at most 10%"), done.stdout
-    (tmp_path / "snippet.py").write_text(snippet)
-    picked = run(tmp_path / "snippet.py")
-    assert picked.returncode == 0, picked.stderr
-    assert picked.stdout.splitlines()[1].split()[1] == "3"
+    assert run_code(snippet).splitlines()[1].split()[1] == "3"
 
 
 @pytest.mark.parametrize("edit", ["criterion", "metrics"])
-def test_the_edits_of_the_readme_run_as_written(edited_toolkit, weight_path, tmp_path, edit):
+def test_the_edits_of_the_readme_run_as_written(edited_toolkit, run, weight_path, tmp_path, edit):
     snippet = next(block for block in blocks("README.md", "python") if block.startswith(f"def {edit}"))
     edited_toolkit(**{edit: snippet if edit == "criterion" else snippet.split("\n", 1)[1]})
-    sweep = ["rank_sweep_study.py", "--weight_path", weight_path, "--ranks", 2, "--num_epochs", 1, "--num_samples", 80]
-    drawn = ["--metric", "cosine"] if edit == "metrics" else []
-    command = [sys.executable, *map(str, sweep), *drawn, "--latency_seconds", "0"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    flags = ("--metric", "cosine") if edit == "metrics" else ()
+    done = run(tmp_path / "rank_sweep_study.py", "--weight_path", weight_path, "--ranks", 2, *QUICK, *flags)
     assert done.returncode == 0, done.stderr
     (row,) = read_table(tmp_path / "rank_sweep_results" / "rank_sweep_summary.csv")
     if edit == "criterion":
@@ -166,39 +151,31 @@ def test_the_edits_of_the_readme_run_as_written(edited_toolkit, weight_path, tmp
         assert (tmp_path / "rank_sweep_results" / "rank_sweep_metric_cosine.png").exists()
 
 
-def test_the_layer_example_runs_as_written(tmp_path):
+def test_the_layer_example_runs_as_written(run_code, tmp_path):
     snippet = next(block for block in blocks("README.md", "python") if "from_linear" in block)
-    smaller = snippet.replace("4096", "48").replace("2048", "32").replace("rank=16", "rank=2").replace("[16]", "[2]")
     ks.KSLinear(48, 32).save(tmp_path / "rank_16_final.pth")
-    checks = (
+    run_code(
+        snippet.replace("4096", "48").replace("2048", "32").replace("rank=16", "rank=2").replace("[16]", "[2]"),
         "assert floor.exact and len(small.factors) == 2",
         "x = torch.randn(3, 48)",
         "assert model(x).shape == (3, 32)",
         "assert torch.equal(chain(x), ks.load('rank_16_final.pth')(x) + linear.bias)",
     )
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{smaller}" + "\n".join(checks)
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
-def test_the_example_of_a_whole_model_runs_as_written(tmp_path):
-    snippet = next(block for block in blocks("README.md", "python") if "ks.compress(" in block)
-    checks = (
+def test_the_example_of_a_whole_model_runs_as_written(run_code):
+    run_code(
+        next(block for block in blocks("README.md", "python") if "ks.compress(" in block),
         "assert plan.share <= 0.5 and isinstance(model[0], ks.KSLinear)",
-        "again = ks.load_compressed(torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), "
-        "torch.nn.Linear(256, 64)), 'small_model')",
-        "assert torch.equal(again(batches[0]), model(batches[0]))",
+        "dense = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 64))",
+        "assert torch.equal(ks.load_compressed(dense, 'small_model')(batches[0]), model(batches[0]))",
     )
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{snippet}" + "\n".join(checks)
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
-def test_the_examples_of_measured_inputs_run_as_written(tmp_path):
-    linear = "torch.nn.Linear(8, 8)"
+def test_the_examples_of_measured_inputs_run_as_written(run_code):
     setup = (
-        f"import sys, torch; sys.path.insert(0, {str(ROOT)!r})",
-        f"model = torch.nn.ModuleDict({{'encoder': torch.nn.ModuleDict({{'dense': {linear}}})}})",
+        "import torch",
+        "model = torch.nn.ModuleDict({'encoder': torch.nn.ModuleDict({'dense': torch.nn.Linear(8, 8)})})",
         "model.forward = lambda input_ids, attention_mask: model['encoder']['dense'](input_ids.float())",
         "batch = {'input_ids': torch.randn(30, 8, 8), 'attention_mask': torch.ones(30, 8, dtype=torch.int64)}",
         "loader = [batch] * 10",
@@ -206,14 +183,12 @@ def test_the_examples_of_measured_inputs_run_as_written(tmp_path):
     snippets = [block.replace("layer.*.output.dense", "dense") for block in blocks("docs/inputs.md", "python")]
     assert len(snippets) == 3
     smaller = [block.replace("layer.0.output.dense", "dense").replace("1536", "8") for block in snippets]
-    code = "\n".join([*setup, *smaller, "assert given.train.count == 8 * 240 * 3, given.train.count"])
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_code(*setup, *smaller, "assert given.train.count == 8 * 240 * 3, given.train.count")
 
 
-def test_the_examples_of_whole_models_run_as_written(tmp_path):
+def test_the_examples_of_whole_models_run_as_written(run_code, tmp_path):
     setup = (
-        f"import sys, torch; sys.path.insert(0, {str(ROOT)!r})",
+        "import torch",
         "def network():",
         "    torch.manual_seed(0)",
         "    mlp = {'up': torch.nn.Linear(8, 24), 'down': torch.nn.Linear(24, 8)}",
@@ -229,10 +204,8 @@ def test_the_examples_of_whole_models_run_as_written(tmp_path):
         "ks.compress_in_order(other, plan, batches, max_passes=6)",
         "assert other(x).shape == (3, 8)",
     )
-    code = "\n".join([*setup, *blocks("docs/models.md", "python"), *checks])
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"small_model", "ordinary_checkpoint"}
+    run_code(*setup, *blocks("docs/models.md", "python"), *checks)
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"small_model", "ordinary_checkpoint"}
 
 
 def test_every_flag_is_documented():
@@ -247,25 +220,18 @@ def test_every_flag_that_a_page_names_exists(page):
     assert named - FOREIGN <= KNOWN_FLAGS
 
 
-def test_the_generated_tables_are_up_to_date():
-    check = [sys.executable, str(ROOT / "docs" / "generate.py"), "--check"]
-    done = subprocess.run(check, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def test_a_table_that_is_out_of_date_is_found_and_written(tmp_path, monkeypatch, capsys):
+def test_the_generated_tables_are_up_to_date_and_one_that_is_not_is_written_again(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "docs")
     generate = importlib.import_module("generate")
-    docs = shutil.copytree(ROOT / "docs", tmp_path / "docs")
-    monkeypatch.setattr(generate, "DOCS", docs)
-    page = docs / "files.md"
+    assert generate.main(["--check"]) == 0, capsys.readouterr().err
+    monkeypatch.setattr(generate, "DOCS", shutil.copytree(ROOT / "docs", tmp_path / "docs"))
+    page = tmp_path / "docs" / "files.md"
     page.write_text(page.read_text().replace("| `val_loss` |", "| `validation_loss` |"))
     assert generate.main(["--check"]) == 1
     assert capsys.readouterr().err.startswith("docs/files.md is out of date")
     assert "validation_loss" in page.read_text()
     assert generate.main([]) == 0
     assert page.read_text() == PAGES["docs/files.md"]
-    assert generate.main(["--check"]) == 0
 
 
 def test_the_readme_is_a_front_page():

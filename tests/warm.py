@@ -1,11 +1,10 @@
-"""Start scripts in processes of their own that need not import torch: a fork of a process that has the libraries.
+"""Start scripts as forks of a process that has loaded torch, because imports take most of the time of a test.
 
-A test starts a script with `subprocess`, as a user's shell would. Most of its time would be imports, so `start_warm`
-has such processes forked by a nursery that has loaded the libraries and nothing of this project. A script that starts
-scripts itself, as a sweep does, forks them likewise. Only Linux can hand a grandchild to the process that asked for it;
-elsewhere, and for whatever is more than `python SCRIPT.py ...` in the test's own environment, processes start as usual.
-Scripts that are forked save empty pictures; tests that look at pictures, at the start of a process or at its command
-line use the fixture `cold`.
+A test starts a script with `subprocess`, as a user's shell would. The fixture `nursery` of conftest.py replaces the
+system call below it: a `Nursery`, which has loaded the libraries and nothing of this project, forks the script. A
+script that starts scripts itself, as a sweep does, forks itself for them. Outside Linux, and for any command but
+`python SCRIPT.py ...` in the test's own environment, processes start as usual.
+Forked scripts save empty pictures. Tests of pictures, of start-up or of command lines use the fixture `cold`.
 """
 
 import atexit
@@ -44,13 +43,9 @@ class FileSizeLimit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.RLIM_INFINITY))
 
 
-def request_of(args, keep, cwd, env, stdin, stdout, stderr, errors, new_session, preexec):
-    """Return what `become` needs to stand in for a command, or None where the command needs a process of its own kind.
-
-    Args:
-        args, keep, cwd, env, errors, new_session, preexec: as in `subprocess._fork_exec`, errors its errpipe_write.
-        stdin, stdout, stderr: descriptors for the standard streams, -1 where they are this process's own.
-    """
+def request_of(args, keep, cwd, env, rest):
+    """Return the arguments of `become` for those of `subprocess._fork_exec`, or None if the command is no script."""
+    stdin, _, _, stdout, _, stderr, _, errors, _, new_session, *_, preexec = rest[:16]
     given = dict(os.environ) if env is None else dict(os.fsdecode(entry).split("=", 1) for entry in env)
     changed = {name for name in {*given} | {*os.environ} if given.get(name) != os.environ.get(name)}
     command = [*map(os.fsdecode, args)]
@@ -59,6 +54,7 @@ def request_of(args, keep, cwd, env, stdin, stdout, stderr, errors, new_session,
         return None
     if not changed <= SET_BY_A_SWEEP or given.get("OMP_NUM_THREADS") != "1":
         return None
+    # -1 stands for this process's own stream
     places = {number: own if own != -1 else number for number, own in enumerate((stdin, stdout, stderr))}
     places |= {number: number for number in {*keep} - {errors}}
     return command, os.fsdecode(cwd or os.getcwd()), given, bool(new_session), preexec and preexec.size, places
@@ -95,10 +91,10 @@ def become(args, cwd, env, new_session, largest_file, places) -> None:
         os.environ.update(env)
         os.chdir(cwd)
         for name in [name for name in sys.modules if name.partition(".")[0] == "ks"]:
-            del sys.modules[name]  # what a sweep has in memory is nothing to its runs
+            del sys.modules[name]  # a run imports its own, whatever the sweep has in memory
         gc.enable()
         sys.argv, sys.path[0] = args[1:], os.path.dirname(os.path.abspath(args[1]))
-        subprocess._fork_exec = fork_here  # type: ignore[attr-defined]
+        subprocess._fork_exec = stand_in(fork)  # type: ignore[attr-defined]
         runpy.run_path(args[1], run_name="__main__")
         code = 0
     except SystemExit as left:
@@ -112,16 +108,22 @@ def become(args, cwd, env, new_session, largest_file, places) -> None:
         os._exit(code)
 
 
-def fork_here(args, executables, close_fds, keep, cwd, env, *rest) -> int:
-    """Stand in for `subprocess._fork_exec` in a script: the scripts that it starts are forks of itself."""
-    stdin, _, _, stdout, _, stderr, _, errors, _, new_session, *_, preexec = rest[:16]
-    request = request_of(args, keep, cwd, env, stdin, stdout, stderr, errors, new_session, preexec)
-    if not request:
-        return start_cold(args, executables, close_fds, keep, cwd, env, *rest)
+def fork(*request) -> int:
+    """Fork this process to become a script; a script starts scripts in this way."""
     pid = os.fork()
     if not pid:
         become(*request)
     return pid
+
+
+def stand_in(start):
+    """Return a stand-in for `subprocess._fork_exec` that starts scripts by `start`, with the arguments of `become`."""
+
+    def fork_exec(args, executables, close_fds, keep, cwd, env, *rest) -> int:
+        request = request_of(args, keep, cwd, env, rest)
+        return start(*request) if request else start_cold(args, executables, close_fds, keep, cwd, env, *rest)
+
+    return fork_exec
 
 
 class Nursery:
@@ -133,12 +135,8 @@ class Nursery:
             number = theirs.fileno()
             self.process = subprocess.Popen([sys.executable, __file__, str(number)], pass_fds=[number])
 
-    def fork_exec(self, args, executables, close_fds, keep, cwd, env, *rest) -> int:
-        """Stand in for `subprocess._fork_exec` in a test: the nursery forks scripts, as children of this process."""
-        stdin, _, _, stdout, _, stderr, _, errors, _, new_session, *_, preexec = rest[:16]
-        request = request_of(args, keep, cwd, env, stdin, stdout, stderr, errors, new_session, preexec)
-        if not request:
-            return start_cold(args, executables, close_fds, keep, cwd, env, *rest)
+    def fork(self, *request) -> int:
+        """Let the nursery fork a script, as a child of this process; a test starts scripts in this way."""
         *request, places = request
         message = json.dumps([*request, [*places]]).encode()
         prctl = ctypes.CDLL(None).prctl
@@ -154,7 +152,7 @@ class Nursery:
 
 
 def serve(requests: socket.socket) -> None:
-    """Fork a script for every request; the process between ends, so that whoever asked becomes the parent."""
+    """Fork a script for every request; the process between ends, so that the script becomes a child of the test."""
     while True:
         message, descriptors, *_ = socket.recv_fds(requests, 2**20, 16)
         if not message:
@@ -163,9 +161,7 @@ def serve(requests: socket.socket) -> None:
         read, write = os.pipe()
         between = os.fork()
         if not between:
-            pid = os.fork()
-            if not pid:
-                become(*request, dict(zip(places, descriptors)))
+            pid = fork(*request, dict(zip(places, descriptors)))
             os.write(write, b"%d" % pid)
             os._exit(0)
         os.waitpid(between, 0)

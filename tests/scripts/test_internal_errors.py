@@ -1,7 +1,4 @@
-"""A fault of the program is never taken for bad input: a traceback, exit code 4, and a line that asks for a report."""
-
-import subprocess
-import sys
+"""A bug is never reported as bad input: it ends with a traceback, exit code 4 and a request to report it."""
 
 import pytest
 import torch
@@ -9,9 +6,7 @@ from conftest import QUICK, read_table
 
 import example_rank_sweep
 import generate_test_weight
-import ks.study.weight_study
 import ks.training.problem
-import ks.training.recorder
 import plot_rank_results
 import rank_sweep_study
 import train_with_random
@@ -27,8 +22,6 @@ def broken(*arguments, **options):
     ("script", "place", "name", "arguments"),
     [
         (train_with_random, ks.training.problem, "load_weight", ["--weight_path", "w.pth"]),
-        (train_with_random, ks.training.recorder, "settings_of", ["--weight_path", "w.pth"]),
-        (rank_sweep_study, ks.training.problem, "load_weight", ["--weight_path", "w.pth"]),
         (rank_sweep_study, weight_study, "claim_folder", ["--weight_path", "w.pth", "--ranks", "2"]),
         (plot_rank_results, plot_rank_results, "read_study", ["--results_dir", "."]),
         (generate_test_weight, generate_test_weight, "make_weight", []),
@@ -36,7 +29,7 @@ def broken(*arguments, **options):
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_a_value_error_of_a_bug(tmp_path, monkeypatch, capsys, script, place, name, arguments):
+def test_a_bug_has_a_traceback_and_exit_code_4(tmp_path, monkeypatch, capsys, script, place, name, arguments):
     monkeypatch.chdir(tmp_path)
     torch.save(torch.randn(16, 24), "w.pth")
     monkeypatch.setattr(place, name, broken)
@@ -49,15 +42,13 @@ def test_a_value_error_of_a_bug(tmp_path, monkeypatch, capsys, script, place, na
     ]
 
 
-def test_a_bug_of_a_training_is_in_its_log_and_its_exit_code_in_the_summary(edited_toolkit, weight_path, tmp_path):
-    """Of a rank that fails with 4, the sweep shows the traceback, and trains the others."""
+def test_a_sweep_shows_the_traceback_of_a_rank_and_trains_the_other(edited_toolkit, run, weight_path, tmp_path):
     edited_toolkit()
     trainer, start = tmp_path / "train_with_random.py", "    weight = problem.internal_weight()\n"
     assert start in trainer.read_text()
     bug = f"{start}    if config.rank == 2:\n        raise ValueError('a bug')\n"
     trainer.write_text(trainer.read_text().replace(start, bug))
-    command = [sys.executable, "rank_sweep_study.py", "--weight_path", str(weight_path), "--ranks", "1", "2", *QUICK]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = run(tmp_path / "rank_sweep_study.py", "--weight_path", weight_path, "--ranks", 1, 2, *QUICK)
     assert done.returncode == 3, done.stderr
     assert "rank 2: failed (exit 4)" in done.stderr
     assert "ValueError: a bug" in done.stderr
