@@ -8,9 +8,8 @@ import torch
 from ks.bounds.factorize import factorize
 from ks.chain.backend import choose_impl
 from ks.chain.dense import dense_chain
-from ks.chain.merge import merge_runs
 from ks.chain.patterns import Pattern, check_patterns, make_chain
-from ks.chain.product import ChainLayout, blocks_of, empty_blocks, multiply, values_of
+from ks.chain.product import blocks_of, chain_layout, empty_blocks, multiply, values_of
 from ks.errors import UsageError
 from ks.files.memory import check_fits
 from ks.files.torch_files import plain, read_torch_file
@@ -69,7 +68,7 @@ class KSLinear(torch.nn.Module):
         self.patterns = check_patterns(patterns)
         self.out_features, self.in_features = self.patterns[0].rows, self.patterns[-1].cols
         self.batch_last, self.impl = batch_last, impl
-        self._layout = ChainLayout(self.patterns, merge_runs(self.patterns), batch_last)
+        self._layout = chain_layout(self.patterns, batch_last)
         self._names = tuple(f"block_{index}" for index in range(len(self.patterns)))
         for name, pattern in zip(self._names, self.patterns):
             self.register_parameter(name, torch.nn.Parameter(empty_blocks(pattern, device, dtype)))
@@ -203,8 +202,8 @@ class KSLinear(torch.nn.Module):
             raise UsageError(
                 f"blocks of {first} cannot go to {last}: (1, b, c, d) and (d, b', b, 1) are needed, in one layout"
             )
-        self._layout = self._layout._replace(runs=(), blocks_out=True)
-        consumer._layout = consumer._layout._replace(runs=(), blocks_in=True)
+        self._layout = self._layout._replace(runs=(), blocks_out=True, grid=None)
+        consumer._layout = consumer._layout._replace(runs=(), blocks_in=True, grid=None)
         return torch.arange(self.out_features).view(-1, first.d).t().flatten()
 
     @property
