@@ -31,7 +31,7 @@ SMALL = {
 }
 # Pages with commands: how many of them, and a file that they leave.
 COMMANDS = {
-    "README.md": (5, "rank_sweep_results/my_study_loss_curves.png"),
+    "README.md": (6, "rank_sweep_results/my_study_loss_curves.png"),
     "docs/flags.md": (3, "figures/rank_sweep_chains.png"),
     "docs/results.md": (4, "butterfly_results/rank_sweep_summary.csv"),
     "docs/models.md": (1, "model_plan/rank_sweep_plan.csv"),
@@ -122,13 +122,13 @@ def test_no_other_page_has_commands():
 
 
 def test_the_analysis_snippet_runs_as_written(run, run_code, weight_path):
-    [snippet] = [block for block in blocks("docs/files.md", "python") if "read_csv" in block]
+    snippet, _ = [block for block in blocks("docs/files.md", "python") if "read_csv" in block]
     assert run("rank_sweep_study.py", "--weight_path", weight_path, "--ranks", 2, 4, *QUICK).returncode == 0
     assert "Optimal rank: " in run_code(snippet)
 
 
-def test_the_rule_of_the_readme_picks_the_rank_of_the_answer(run, run_code, weight_path):
-    [snippet] = [block for block in blocks("README.md", "python") if "read_csv" in block]
+def test_the_documented_rule_picks_the_rank_of_the_answer(run, run_code, weight_path):
+    _, snippet = [block for block in blocks("docs/files.md", "python") if "read_csv" in block]
     sweep = ("--weight_path", weight_path, "--ranks", 3, 4, 9, "--num_epochs", 20, "--num_samples", 800)
     done = run("rank_sweep_study.py", *sweep, "--target_relative_loss", 0.1)
     assert done.stdout.startswith("Rank 3 is the smallest trained rank that loses at most 10%"), done.stdout

@@ -56,13 +56,14 @@ def compare_families(config: SweepConfig) -> str:
     found = [plan_floors(config, problem, path) for problem in problems]
     for text in problems[0].layer_inputs.notes:
         console.note(text, config.quiet)
-    target = config.target_relative_loss
+    target, family = config.target_relative_loss, problems[0].chain.family
     if target is None:
         text = families_by_size([(floors.chain, [_at_size(floors, size) for size in FRACTIONS]) for floors in found])
     else:
-        text = families_at_target([(floors.chain, floors.target_ranks(target)) for floors in found])
-    command = command_line("rank_sweep_study.py", dataclasses.replace(alone, chain="FAMILY"))
-    return f"{text}\n\nNothing was trained or written. To train chains: {command}"
+        reaching = [(floors.chain, floors.target_ranks(target)) for floors in found]
+        text, family = families_at_target(reaching), _smallest(reaching)[0].family
+    command = command_line("rank_sweep_study.py", dataclasses.replace(alone, chain=family))
+    return f"{text}\n\nNothing was trained or written. To train {family} chains: {command}"
 
 
 def _at_size(floors: RankFloors, fraction: float) -> AtSize:
@@ -75,7 +76,7 @@ def _at_size(floors: RankFloors, fraction: float) -> AtSize:
 
 def families_at_target(found: Sequence[tuple[Chain, TargetRanks]]) -> str:
     """Return the smallest chain that reaches a target, and those of the other families in a table."""
-    chain, ranks = min(found, key=lambda one: one[0].parameters(one[1].reaching))
+    chain, ranks = _smallest(found)
     parameters, dense = chain.parameters(ranks.reaching), chain.rows * chain.cols
     loss, limit, size = percents(ranks.loss, ranks.target, parameters / dense)
     sentences = [
@@ -102,6 +103,10 @@ def families_at_target(found: Sequence[tuple[Chain, TargetRanks]]) -> str:
         for family, its in found
     ]
     return "\n".join([*filled(sentences), "", table(FAMILIES, rows)])
+
+
+def _smallest(found: Sequence[tuple[Chain, TargetRanks]]) -> tuple[Chain, TargetRanks]:
+    return min(found, key=lambda one: one[0].parameters(one[1].reaching))
 
 
 def families_by_size(found: Sequence[tuple[Chain, Sequence[AtSize]]]) -> str:

@@ -21,7 +21,7 @@ def plan_floors(config: SweepConfig, problem: Problem, path: Path) -> RankFloors
     ours = problem.edits.criterion_is_ours
     known = FloorsFile(path).find_bounds(*_identity(problem)) if ours else None
     if known is not None and known.curve is None and (problem.rows * problem.cols > LARGE_WEIGHT or config.inputs):
-        console.note(f"computing the floors of {problem.rows} × {problem.cols}", config.quiet)
+        console.note(f"computing the floors of {problem.rows} × {problem.cols}, {problem.chain.family}", config.quiet)
     return RankFloors(
         problem.internal_weight(),
         problem.chain,
