@@ -271,7 +271,7 @@ def to_arguments(settings: dict[str, Any]) -> list[str]:
         if value is True:
             arguments.append(f"--{name}")
         else:
-            texts = [str(entry) for entry in (value if isinstance(value, tuple) else (value,))]
+            texts = [str(entry) for entry in (value if isinstance(value, tuple | list) else (value,))]
             odd = len(texts) == 1 and texts[0].startswith("-")
             arguments += [f"--{name}={texts[0]}"] if odd else [f"--{name}", *texts]
     return arguments

@@ -78,14 +78,14 @@ def parse(parser: Parser[SweepConfig], argv: list[str]) -> SweepConfig:
     if study is None or not _is_of_same_weight(config, given, study):
         return config
     splits = {"chain"} if given & SPLITS else SPLITS if "chain" in given else set()  # they exclude each other
-    values = {name: study.arguments.get(name) for name in TAKEN if name not in given | splits}
-    taken = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    taken = {name: study.arguments.get(name) for name in TAKEN if name not in given | splits}
     merged = parser.parse([*to_arguments(taken), *argv])
     if not given & {"ranks", "target_relative_loss"}:
         merged = dataclasses.replace(merged, ranks=tuple(study.ranks))  # so that a refusal prints them
+    values = {name: getattr(merged, name) for name in taken}
     shown = [
         f"--{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
-        for name, value in taken.items()
+        for name, value in values.items()
         if value not in (None, getattr(config, name))
     ]
     if shown:
