@@ -70,7 +70,7 @@ class Measured:
     unseen: InputSums
 
     def share(self, values, part: InputSums, centre: torch.Tensor | None = None) -> float:
-        """Return the loss of a chain on some inputs, relative to predicting 0 on them.
+        """Return the loss of a chain on some inputs, relative to the zero predictor on them.
 
         Args:
             values: the factors, output side first.

@@ -31,7 +31,7 @@ HEADERS = (
 
 
 def cells(name: str, row: dict) -> list[str]:
-    """Return one line of the table; relative loss and floor are shares of the loss of predicting 0."""
+    """Return one line of the table; relative loss and floor are fractions of the loss of the zero predictor."""
     predict_zero_loss = row["population_loss"] / row["relative_loss"]
     return [
         name,

@@ -5,9 +5,9 @@
 
 The program trains chains at lr 1e-3 on whitened samples (fresh ones where they are fewer than the columns), in batches
 of 32 and on one thread: gauss_newton for --num_epochs, and adamw for as many, twice and four times as many, each with
-its own cosine to zero. It adds CSV rows for ten evaluations of each training, with the CPU seconds of the steps so
+its own cosine to zero. It adds CSV rows for ten evaluations of each run, with the CPU seconds of the steps so
 far, and prints a Markdown table of (population loss / floor − 1) at the end of every training. Where the floor is zero,
-the gap is the loss as a share of predicting 0; a chain of three factors is compared with the upper bound.
+the gap is the loss as a fraction of the zero predictor; a chain of three factors is compared with the upper bound.
 """
 
 import argparse
@@ -41,11 +41,11 @@ CASES += [(name, rank, {}) for name in WEIGHTS for rank in (4, 16, 48)]
 CASES += [("exact_chain", 8, {}), ("lowrank_plus_noise", 8, {})]
 CASES += [("power_law", 16, {"family": "butterfly"}), ("xavier_uniform", 16, {"family": "butterfly"})]
 RUNS = {"gauss_newton": ("gauss_newton", 1), "adamw": ("adamw", 1), "adamw 2×": ("adamw", 2), "adamw 4×": ("adamw", 4)}
-EXACT = 1e-10  # of predicting 0; a floor below this is zero
+EXACT = 1e-10  # of the zero predictor; a floor below this is zero
 
 
 def weight_of(source: str) -> torch.Tensor:
-    """Return a weight scaled so that predicting 0 has a loss of 1."""
+    """Return a weight scaled so that the zero predictor has a loss of 1."""
     if source in WEIGHTS:
         weight = load_weight(checkpoint(), WEIGHTS[source]).tensor
     else:

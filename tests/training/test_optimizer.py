@@ -11,7 +11,7 @@ from ks.training.optimizer import LossScale, Optimizer
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
 def test_updates_equal_those_of_torch_optim(name):
-    """The library's optimizer, told the per-factor rates, on the same clipped gradients."""
+    """The library's optimizer with the per-factor rates, on the same clipped gradients."""
     ours = [torch.randn(2, 3, 4, 1, requires_grad=True), torch.randn(1, 2, 9, 3, requires_grad=True)]
     theirs = copy.deepcopy(ours)
     optimizer = Optimizer(name, ours, weight_decay=0.1, max_grad_norm=0.5)
