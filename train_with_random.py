@@ -25,7 +25,7 @@ from ks.cli.parser import Parser
 from ks.study.processes import stop_with_parent
 from ks.training.choose_optimizer import make_optimizer
 from ks.training.criterion import GuardedMetrics, averages, check_edits, loss_and_gradient, loss_of, mean_squared_error
-from ks.training.edits import edits_of
+from ks.training.criterion_identity import edits_of
 from ks.training.problem import Problem, resolve
 from ks.training.recorder import Recorder, run_recorded
 from ks.training.samples import Samples, make_samples

@@ -4,7 +4,8 @@
     python benchmarks/structure.py
 
 The program prints a Markdown table of floors relative to the zero predictor. The weights are three of
-all-MiniLM-L6-v2, a Hadamard matrix, the real part of a DFT with bit-reversed columns, and random blocks on a 4 × 4 grid.
+all-MiniLM-L6-v2, a Hadamard matrix, the real part of a DFT with bit-reversed columns, and random blocks on a
+4 × 4 grid.
 """
 
 import sys

@@ -11,7 +11,7 @@ import torch
 from ks.chain import bmm
 from ks.chain.bmm import empty_values, feature_blocks, float32_products
 from ks.chain.patterns import Pattern
-from ks.chain.splits import SplitMatrices, scale_gradient
+from ks.chain.split_grams import SplitMatrices, scale_gradient
 
 
 class ChainPasses:

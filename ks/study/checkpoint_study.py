@@ -27,7 +27,7 @@ from ks.study.processes import Exit
 from ks.study.run_all import finished_before, run_all
 from ks.study.runs import Result, Run, result_of, seeds_of
 from ks.study.weight_study import Study, WeightStudy
-from ks.training.edits import edits_of
+from ks.training.criterion_identity import edits_of
 from ks.training.problem import chain_of, choose_device
 
 DEFAULT_CHAINS = ("monarch", "lowrank")

@@ -17,7 +17,7 @@ from ks.files.ownership import check_free, delete, locked, recorded
 from ks.files.provenance import provenance
 from ks.files.schema import StudyRecord, read_json_as
 from ks.study.runs import Run, seeds_of
-from ks.training.edits import Edits
+from ks.training.criterion_identity import Edits
 from ks.training.problem import Problem
 from ks.training.run_state import NOT_COMPARED, changes, settings_in, settings_of
 

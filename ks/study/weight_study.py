@@ -33,7 +33,7 @@ from ks.study.processes import Exit
 from ks.study.run_all import finished_before, run_all
 from ks.study.runs import Result, Run, as_rank, ranks_of, result_of, runs_of, seeds_of, stop_losses, trained_ranks
 from ks.study.study_floors import certify, find_facts, keep_floors, plan_floors, ranks_of_answer
-from ks.training.edits import TOOLKIT, Edits, edits_of
+from ks.training.criterion_identity import TOOLKIT, Edits, edits_of
 from ks.training.problem import chain_notes, resolve
 from ks.training.run_state import changes, settings_in
 from ks.training.samples import samples_in_files

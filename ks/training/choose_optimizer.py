@@ -5,11 +5,11 @@ from typing import Any
 import torch
 
 from ks.chain.patterns import Chain
-from ks.chain.splits import is_chainable
+from ks.chain.split_grams import is_chainable
 from ks.cli.flags import TrainingFlags
 from ks.errors import UsageError
 from ks.moments.second_moment import SecondMoment
-from ks.training.edits import Edits
+from ks.training.criterion_identity import Edits
 from ks.training.gauss_newton import GaussNewton
 from ks.training.optimizer import Optimizer
 

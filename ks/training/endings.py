@@ -13,7 +13,7 @@ from ks.cli.flags import TrainerConfig
 from ks.errors import InternalError, UsageError
 from ks.files.status import OK, Ending, Status
 from ks.layer import KSLinear
-from ks.training.edits import Edits
+from ks.training.criterion_identity import Edits
 from ks.training.problem import Problem
 
 

@@ -2,8 +2,9 @@
 
 Factor l has the prefix P = K_1 ⋯ K_{l-1} to its left, and z = K_{l+1} ⋯ K_L x enters it. The curvature of half the
 squared error in a block of its values is (PᵀP) ⊗ E[z zᵀ], so the step is G̃ = (PᵀP + λI)⁻¹ G (E[z zᵀ] + λI)⁻¹; both
-matrices are those of a split of the chain (`ks.chain.splits`). Inputs whose second moment C couples the column groups
-of the right-most factor couple all features that enter a block: there E[z zᵀ] is a c × c matrix instead of r × r ones.
+matrices are those of a split of the chain (`ks.chain.split_grams`). Inputs whose second moment C couples the column
+groups of the right-most factor couple all features that enter a block: there E[z zᵀ] is a c × c matrix instead of
+r × r ones.
 
 Source: Tong, Ma, Chi, "Accelerating ill-conditioned low-rank matrix estimation via scaled gradient descent" (2021), for
 two factors; Martens, Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature" (2015).
@@ -15,7 +16,7 @@ import torch
 
 from ks.chain.bmm import empty_values
 from ks.chain.patterns import Pattern
-from ks.chain.splits import SplitMatrices, coupled_moments, prefix_grams, split_patterns, suffix_grams
+from ks.chain.split_grams import SplitMatrices, coupled_moments, prefix_grams, split_patterns, suffix_grams
 from ks.moments.second_moment import SecondMoment
 from ks.training.optimizer import Optimizer
 from ks.training.steps import cuda_graph

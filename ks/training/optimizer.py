@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ks.chain.splits import SplitMatrices
+from ks.chain.split_grams import SplitMatrices
 
 # A value of a factor has the natural size 1/√c (it keeps the variance of its input). One Adam step of learning rate lr
 # moves it by RELATIVE_STEP · lr of that, whatever rank, shape and scale. Of what was tried, this and the second-moment

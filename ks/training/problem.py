@@ -19,7 +19,7 @@ from ks.layer import KSLinear
 from ks.moments.read import Calibration, read_input_moments
 from ks.moments.second_moment import UNIT_MOMENT, InputSums, SecondMoment
 from ks.training.choose_optimizer import choose_optimizer
-from ks.training.edits import TOOLKIT, Edits
+from ks.training.criterion_identity import TOOLKIT, Edits
 from ks.training.trackers import check_installed
 from ks.training.whitening import Coordinates, isotropic_coordinates, measured_coordinates
 

@@ -12,7 +12,7 @@ from ks.files.layout import RunFiles
 from ks.files.schema import CurveLists, RunConfig, TrainingLog, read_json_as
 from ks.files.status import OK, Ending, Status
 from ks.layer import load
-from ks.training.edits import TOOLKIT, Edits
+from ks.training.criterion_identity import TOOLKIT, Edits
 from ks.training.problem import Problem
 
 # Their effect is compared instead (weight, inputs, chain, device, sampling), or they only change reports and files.

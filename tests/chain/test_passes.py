@@ -11,7 +11,7 @@ from ks.chain.bmm import empty_values
 from ks.chain.passes import ChainPasses
 from ks.chain.patterns import make_chain
 from ks.chain.reference import factor_to_dense
-from ks.chain.splits import (
+from ks.chain.split_grams import (
     SplitMatrices,
     is_chainable,
     prefix_grams,

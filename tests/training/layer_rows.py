@@ -4,7 +4,7 @@ import torch
 
 from ks.cli.flags import TrainerConfig
 from ks.cli.parser import Parser
-from ks.training.edits import TOOLKIT
+from ks.training.criterion_identity import TOOLKIT
 from ks.training.problem import resolve
 
 KINDS = ("regular", "steep", "fewer than features", "unused feature")

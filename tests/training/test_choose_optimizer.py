@@ -10,7 +10,7 @@ from ks.errors import UsageError
 from ks.layer import KSLinear
 from ks.moments.second_moment import UNIT_MOMENT
 from ks.training.choose_optimizer import choose_optimizer, make_optimizer
-from ks.training.edits import TOOLKIT, Edits
+from ks.training.criterion_identity import TOOLKIT, Edits
 from ks.training.gauss_newton import GaussNewton
 from ks.training.optimizer import Optimizer
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 from ks.chain.reference import chain_to_dense
 from ks.errors import UsageError
 from ks.training.criterion import GuardedMetrics, averages, check_edits, loss_and_gradient, loss_of, mean_squared_error
-from ks.training.edits import TOOLKIT, Edits
+from ks.training.criterion_identity import TOOLKIT, Edits
 from ks.training.optimizer import Optimizer
 from ks.training.samples import make_samples
 from ks.training.trainable_chain import TrainableChain

@@ -12,7 +12,7 @@ from ks.bounds.population_loss import population_loss
 from ks.errors import InternalError
 from ks.layer import KSLinear
 from ks.moments.second_moment import UNIT_MOMENT
-from ks.training.edits import TOOLKIT, Edits
+from ks.training.criterion_identity import TOOLKIT, Edits
 from ks.training.endings import Diverged, check_finite, check_validation
 
 

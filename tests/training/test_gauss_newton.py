@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ks.chain.passes import ChainPasses
 from ks.chain.patterns import make_chain
 from ks.chain.reference import chain_to_dense, factor_to_dense, support
-from ks.chain.splits import scale_gradient
+from ks.chain.split_grams import scale_gradient
 from ks.layer import KSLinear
 from ks.moments.second_moment import UNIT_MOMENT, SecondMoment
 from ks.training import gauss_newton

@@ -5,7 +5,7 @@ import torch
 from conftest import METRICS, ROOT, edited_text
 
 from ks.errors import UsageError
-from ks.training.edits import TOOLKIT, edits_of
+from ks.training.criterion_identity import TOOLKIT, edits_of
 
 VERSION = torch.__version__.split("+")[0]
 
