@@ -251,6 +251,7 @@ class SweepConfig(LayersFlags, TargetFlags, TrainingFlags, OutputFlags, PlotFlag
         *("weight_path", "ranks", "max_rank", "num_epochs", "batch_size", "lr", "num_samples"),
         *("output_dir", "save_prefix", "log_scale"),
         *("weight_key", "inputs", "chain", "target_relative_loss", "dry_run", "chains", "budget"),
+        "tight_bounds",
         *("optimizer", "seeds", "jobs", "device", "dtype", "overwrite", "quiet", "verbose"),
     )
     RETIRED: ClassVar = {
@@ -276,8 +277,8 @@ class SweepConfig(LayersFlags, TargetFlags, TrainingFlags, OutputFlags, PlotFlag
     )
     tight_bounds: float = flag(
         30.0,
-        "seconds for lower bounds that are not exact (grids with --inputs, three or more factors): up to 30 for the "
-        "ranks in the answer, more also for the other ranks and for tighter bounds; without a number, 3600",
+        "seconds for tighter lower bounds (of grids with --inputs, and of three or more factors), 0 for none; from 30 "
+        "on, also for ranks that the answer does not name; without a number, 3600",
         convert=non_negative_float,
         nargs="?",
         const=3600.0,

@@ -237,7 +237,13 @@ def _uncertified(facts: Facts) -> list[str]:
         return []
     ranks = "ranks " if len(facts.uncertified) > 1 else "rank "
     ranks += " and ".join(map(str, sorted(facts.uncertified)))
-    return [f"To certify the lower bound of {ranks} takes more than {facts.seconds:g} s: raise --tight_bounds."]
+    return [f"The lower bound of {ranks} can be tighter, but not within {facts.seconds:g} s: raise --tight_bounds."]
+
+
+def best_known(row: dict) -> float:
+    """Return the relative loss of the best chain of a rank that is known: the trained one, or that of the floor."""
+    upper = row.get("relative_floor_upper")
+    return row["relative_loss"] if upper is None or upper != upper else min(row["relative_loss"], upper)
 
 
 def lowrank_beside(row: dict, facts: Facts) -> list[str]:
@@ -246,7 +252,7 @@ def lowrank_beside(row: dict, facts: Facts) -> list[str]:
         return []
     rank, floor = facts.lowrank[row["rank"]]
     loss, ours = percents(floor, row["relative_loss"])
-    advice = "; sweep --chain lowrank as well" if floor < row["relative_loss"] else ""
+    advice = "; sweep --chain lowrank as well" if floor < best_known(row) else ""
     start = f"A low-rank factorisation of the same size (rank {rank}) gets down to {loss}"
     return [f"{start}, against {ours} here{advice}."]
 
@@ -274,7 +280,7 @@ def _size(row: dict) -> str:
 
 def target_note(found: TargetRanks, isotropic: bool) -> str:
     """Return the ranks around a target as a sentence, before any run."""
-    text = "that reaches it"
+    text = "that can reach it"
     if not found.exact and found.none_below < found.reaching:
         text = f"whose best known chain reaches it; no rank below {found.none_below} can"
     inputs = "isotropic" if isotropic else "the measured"

@@ -3,7 +3,7 @@
 import pandas as pd
 
 from ks.files.columns import BATCHES, FINAL
-from ks.report.answer import Facts, lowrank_beside, named_row
+from ks.report.answer import Facts, best_known, lowrank_beside, named_row
 from ks.report.read_results import Study
 from ks.report.summary import times_of
 from ks.report.verdict import ROUNDING, SMALL_EXCESS, Limit
@@ -92,14 +92,14 @@ def _above(row: dict) -> str:
 def recommendation(study: Study) -> list[str]:
     """Return the sentences that open a report: the answer of the study, after low-rank where that is the better choice.
 
-    Low-rank is better if it can lose less than the rank that the answer names, with no more parameters.
+    Low-rank is better if it can lose less than the rank that the answer names can, with no more parameters.
     """
     row = named_row(study.rows, study.target)
     if not study.answer or row is None or study.floor.empty or study.family == "lowrank":
         return list(study.answer)
     beside = study.lowrank_beside(pd.Series([row["parameters"]])).iloc[0]
     rank, loss = int(beside["rank"]), beside["relative_loss"]
-    if loss >= row["relative_loss"]:
+    if loss >= best_known(row):
         return list(study.answer)
     first = (
         f"Prefer a low-rank factorisation: at rank {rank} it gets down to {study.units.show(loss)}, with no more "
@@ -167,7 +167,7 @@ def of_floors(study: Study) -> str:
     if losses["bracketed"].any():  # the floor of every rank is then a weaker bound than those of the trained ranks
         able = losses["rank"][losses[["upper", "exact"]].min(axis=1) <= target]
         known = f"rank {able.min()} is the smallest trained rank that" if len(able) else "no trained rank"
-        return f"{known} is known to {goal}"
+        return f"{known} is known to be able to {goal}"
     floor = study.floor[study.floor["chain"] == study.family]
     able = floor["rank"][floor["relative_loss"] <= target]
     return f"rank {able.min()} is the smallest that can {goal}" if len(able) else f"no rank can {goal}"

@@ -28,7 +28,7 @@ from ks.study.run_all import finished_before, run_all
 from ks.study.runs import Result, Run, result_of, seeds_of
 from ks.study.weight_study import Study, WeightStudy
 from ks.training.criterion_identity import edits_of
-from ks.training.problem import chain_of, choose_device
+from ks.training.problem import ISOTROPIC_NOTE, chain_of, choose_device
 
 DEFAULT_CHAINS = ("monarch", "lowrank")
 
@@ -72,7 +72,7 @@ class CheckpointStudy(Study):
         check_free(files.planned(), owned, config.files_read(), "choose another --output_dir or --save_prefix")
         names = [path.name for path in files.planned()]
         write_json(files.plan_record, {"files": names, "arguments": vars(config), "provenance": provenance()})
-        for text in self.selection.notes:
+        for text in (*self.selection.notes, *([] if config.inputs else [ISOTROPIC_NOTE])):
             console.note(text, config.quiet)
 
         def make(rows: int, cols: int, family: str) -> Chain:

@@ -27,6 +27,9 @@ MEASURED = "measured"
 SMALLEST_VARIANCE = 1e-12  # of the mean square of the inputs; float64 sums keep about three digits of it
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # inputs and their targets, one sample a row
+ISOTROPIC_NOTE = (
+    "Using isotropic random inputs. Floors and losses will differ on the layer's real inputs; pass those with --inputs."
+)
 
 
 @dataclass(frozen=True)
@@ -310,12 +313,8 @@ def layer_inputs(config: TrainingFlags, weight: Weight, chain: Chain) -> LayerIn
             if getattr(config, name):
                 raise UsageError(f"--{name} without --inputs: give the file with the measured inputs too")
         zero_loss = SecondMoment.isotropic(config.input_std).output_energy(weight.tensor) / len(weight.tensor)
-        note = (
-            "Using isotropic random inputs. Floors and losses will differ on the layer's real inputs; pass those with "
-            "--inputs."
-        )
         description = {"kind": ISOTROPIC, "std": config.input_std}
-        return LayerInputs(isotropic_coordinates(weight.tensor), UNIT_MOMENT, zero_loss, description, (note,))
+        return LayerInputs(isotropic_coordinates(weight.tensor), UNIT_MOMENT, zero_loss, description, (ISOTROPIC_NOTE,))
     if config.input_std != 1.0:
         raise UsageError(f"--input_std {config.input_std:g} together with --inputs: give one or the other")
     given = read_input_moments(

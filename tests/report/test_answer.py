@@ -166,9 +166,9 @@ def test_what_smaller_ranks_can_do_comes_from_the_facts(none_below, reaching, se
 def test_bounds_that_ran_out_of_time_are_reported():
     rows = bracketed_rows({4: (0.08, 0.07)}, 0.1)
     lines = answer(rows, Facts(uncertified=(4,), seconds=30.0), 0.1)
-    assert "To certify the lower bound of rank 4 takes more than 30 s: raise --tight_bounds." in lines
+    assert "The lower bound of rank 4 can be tighter, but not within 30 s: raise --tight_bounds." in lines
     lines = answer(rows, Facts(uncertified=(4, 3), seconds=0.0), 0.1)
-    assert "To certify the lower bound of ranks 3 and 4 takes more than 0 s: raise --tight_bounds." in lines
+    assert "The lower bound of ranks 3 and 4 can be tighter, but not within 0 s: raise --tight_bounds." in lines
 
 
 def test_the_bounds_that_the_answer_depends_on_are_those_of_few_ranks():
@@ -187,7 +187,7 @@ def test_the_bounds_that_the_answer_depends_on_are_those_of_few_ranks():
 
 def test_the_note_on_a_target_has_one_rank_where_bounds_meet_and_two_where_they_do_not():
     assert target_note(TargetRanks(0.3, 4, 4, 0.29, True), True) == (
-        "target 0.3, for isotropic inputs: rank 4 is the smallest that reaches it"
+        "target 0.3, for isotropic inputs: rank 4 is the smallest that can reach it"
     )
     assert target_note(TargetRanks(0.3, 2, 4, 0.29, False), False) == (
         "target 0.3, for the measured inputs: rank 4 is the smallest whose best known chain reaches it; "

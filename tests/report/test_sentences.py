@@ -62,8 +62,8 @@ def test_ranks_between_two_bounds():
     ("target", "spread", "expected"),
     [
         (0.5, 1.0, "Rank {least} is the smallest that can reach the target of 50%"),
-        (0.5, 1.01, "Rank 4 is the smallest trained rank that is known to reach the target of 50%"),
-        (0.5, 2.0, "No trained rank is known to reach the target of 50%"),
+        (0.5, 1.01, "Rank 4 is the smallest trained rank that is known to be able to reach the target of 50%"),
+        (0.5, 2.0, "No trained rank is known to be able to reach the target of 50%"),
         (1e-9, 1.0, "Rank {saturation} is the smallest that can reach the target of 1e-07%"),
     ],
 )
@@ -82,10 +82,18 @@ def test_the_front_compares_with_low_rank_at_equal_parameters():
     )
 
 
-def test_low_rank_opens_the_report_once_where_it_loses_less_than_the_rank_of_the_answer():
+def test_low_rank_opens_the_report_once_where_it_can_lose_less_than_the_rank_of_the_answer():
     beside = "A low-rank factorisation of the same size (rank 16) gets down to {}, against {} here"
-    for level, better in ((1.3, True), (0.1, False)):
+    for level, factor, better in (
+        (1.3, 0.1, True),
+        (1.3, 1, False),
+        (0.1, 1, False),
+    ):  # in the second, more epochs help
         study = make_study([2, 4], level=level, num_epochs=1000)
+        losses = study.floor["relative_loss"].where(
+            study.floor["chain"] != "lowrank", study.floor["relative_loss"] * factor
+        )
+        study = dataclasses.replace(study, floor=study.floor.assign(relative_loss=losses))
         row = study.summary.set_index("rank").loc[4]
         lowrank = study.floor[(study.floor["chain"] == "lowrank") & (study.floor["parameters"] <= row["parameters"])]
         least, ours = f"{lowrank['relative_loss'].min():.2%}", f"{row['relative_loss']:.2%}"
