@@ -30,7 +30,7 @@ from torch import nn
 
 import ks
 from ks.bounds.factorize import factorize
-from ks.bounds.rank_floors import PLAN_TOLERANCE
+from ks.bounds.layer_floors import PLAN_TOLERANCE
 from ks.cli import console
 from ks.layer import KSLinear
 from ks.model.apply import Place, apply_chains

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ks.bounds.rank_floors import Certified, KnownBounds, LayerFloors
+from ks.bounds.layer_floors import LayerFloors
+from ks.bounds.rank_floors import Certified, KnownBounds
 from ks.chain.patterns import Chain
 from ks.files.atomic import atomic_path
 

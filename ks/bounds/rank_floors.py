@@ -1,8 +1,7 @@
-"""The floors of every rank of a chain family on one weight.
+"""The floors of every rank of a chain family on one weight, cheap bounds first.
 
-`RankFloors` serves the study of one weight, cheap bounds first; `LayerFloors` has all ranks at once for the plan of a
-model. There are three kinds of bounds, by price: one curve of lower bounds for all ranks, a few seconds; the best known
-chain of one rank, seconds each; a certified lower bound of one rank, often minutes. Only `certify` computes the last.
+There are three kinds of bounds, by price: one curve of lower bounds for all ranks, a few seconds; the best known chain
+of one rank, seconds each; a certified lower bound of one rank, often minutes. Only `certify` computes the last.
 """
 
 import math
@@ -12,7 +11,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 
 from ks.bounds.factorize import low_rank_energies
@@ -24,8 +22,6 @@ from ks.moments.second_moment import MomentLike, SecondMoment
 
 # Best known chain over simple lower bound, for a first guess; they are about as far apart on layers of MiniLM.
 USUAL_RATIO = 1.2
-KNOWN_RANKS = 8  # at which an upper bound is computed where it takes a descent
-PLAN_TOLERANCE = 1e-3  # of that descent, which ends within about 1% of the one that runs are compared with
 
 
 @dataclass(frozen=True)
@@ -332,70 +328,3 @@ def plan_rows(plan: RankFloors, floors: dict[int, Floor | None]) -> list[dict]:
             row["isotropic_floor"] = plan.isotropic_curve[rank:][:1].sum().item()
         rows.append(row)
     return rows
-
-
-@dataclass(frozen=True)
-class LayerFloors:
-    """Bounds on the relative loss of the chains of one family on one weight.
-
-    Args:
-        chain: the family.
-        lower: no chain of rank r = 0 … R loses a smaller fraction of the output energy, float64 of shape (R + 1,). R is
-            the largest rank with fewer parameters than the dense weight, at most the rank of saturation.
-        upper: the loss of the best known chain, shape (R + 1,).
-        known: the ranks for which such a chain is known; between them, `upper` is interpolated. All where the floors
-            are exact.
-        energy: tr(W C Wᵀ), the output energy of which losses are fractions.
-    """
-
-    chain: Chain
-    lower: np.ndarray
-    upper: np.ndarray
-    known: np.ndarray
-    energy: float
-
-    @property
-    def ranks(self) -> np.ndarray:
-        """Ranks 1 … R."""
-        return np.arange(1, len(self.upper))
-
-    @property
-    def parameters(self) -> np.ndarray:
-        """Parameters of ranks 1 … R."""
-        return np.array([self.chain.parameters(int(rank)) for rank in self.ranks], dtype=np.int64)
-
-    def is_interpolated(self, rank: int) -> bool:
-        """Return whether the upper bound of a rank is interpolated."""
-        return rank not in self.known
-
-
-@torch.no_grad()
-def layer_floors(
-    weight: torch.Tensor, chain: Chain, moment: MomentLike, progress: Progress | None = None
-) -> LayerFloors:
-    """Return the floors of every rank below the dense number of parameters, relative to the zero predictor.
-
-    Low-rank chains, and two factors under inputs that couple no column groups, have exact floors for all ranks at once.
-    Other chains get upper bounds at up to eight ranks; between them the logarithm of the loss is interpolated.
-
-    Args:
-        weight: W, shape (m, n), any float dtype, CPU or CUDA.
-        chain: with a floor (`ks.bounds.floors.no_floor_reason`).
-        moment: C = E[x xᵀ], a tensor of shape (n, n) or a `SecondMoment`; None means I.
-        progress: called with a few words before every longer computation; an exception from it ends the work.
-    """
-    bounds = chain_bounds(weight, chain, moment, tolerance=PLAN_TOLERANCE, progress=progress)
-    energy = SecondMoment.of(moment).output_energy(weight)
-    predict_zero_loss = energy / chain.rows
-    highest = min((chain.parity_rank() or chain.saturation_rank + 1) - 1, chain.saturation_rank)
-    lower = (bounds.curve[: highest + 1] / predict_zero_loss).clamp(0, 1).numpy()
-    lower[0] = 1.0
-    if bounds.curve_is_exact:
-        return LayerFloors(chain, lower, lower, np.arange(highest + 1), energy)
-    known = np.unique(np.geomspace(1, max(1, highest), KNOWN_RANKS).round().astype(int))
-    known = known[known <= highest]
-    losses = np.minimum([bounds.upper(int(rank)) / predict_zero_loss for rank in known], 1.0)
-    known, losses = np.r_[0, known], np.minimum.accumulate(np.r_[1.0, losses])
-    # A loss of 0 has no logarithm, and counts as 1e-30.
-    upper = np.exp(np.interp(np.arange(highest + 1), known, np.log(np.maximum(losses, 1e-30))))
-    return LayerFloors(chain, lower, np.maximum(np.where(upper <= 1e-29, 0.0, upper), lower), known, energy)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ks.bounds.rank_floors import LayerFloors
+from ks.bounds.layer_floors import LayerFloors
 from ks.chain.patterns import make_chain
 from ks.errors import UsageError
 from ks.model.candidates import Candidates, find_candidates

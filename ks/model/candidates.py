@@ -11,7 +11,7 @@ import torch
 
 from ks.bounds.floors import no_floor_reason
 from ks.bounds.floors_file import FloorsFile
-from ks.bounds.rank_floors import LayerFloors, layer_floors
+from ks.bounds.layer_floors import LayerFloors, layer_floors
 from ks.chain.patterns import Chain
 from ks.errors import UsageError, one_line
 from ks.files.columns import PLAN, Column, Loss, chosen

@@ -9,7 +9,7 @@ import torch
 
 from ks.bounds.floors import loss_floor
 from ks.bounds.floors_file import FloorsFile
-from ks.bounds.rank_floors import layer_floors
+from ks.bounds.layer_floors import layer_floors
 from ks.chain.patterns import make_chain
 from ks.errors import UsageError
 from ks.model.candidates import find_candidates
