@@ -30,7 +30,7 @@ from ks.cli import console
 from ks.files.atomic import write_csv
 from ks.files.weights import load_weight
 from ks.moments.read import read_input_moments
-from ks.moments.second_moment import InputSums, SecondMoment
+from ks.moments.second_moment import SecondMoment, VectorSums
 
 LAYERS = ("0.output.dense", "3.output.dense", "3.intermediate.dense", "3.attention.output.dense")
 RANKS = (4, 16, 32, 48)
@@ -65,11 +65,11 @@ class Measured:
 
     key: str
     weight: torch.Tensor
-    train: InputSums
-    held_out: InputSums
-    unseen: InputSums
+    train: VectorSums
+    held_out: VectorSums
+    unseen: VectorSums
 
-    def share(self, values, part: InputSums, centre: torch.Tensor | None = None) -> float:
+    def share(self, values, part: VectorSums, centre: torch.Tensor | None = None) -> float:
         """Return the loss of a chain on some inputs, relative to the zero predictor on them.
 
         Args:

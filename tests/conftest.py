@@ -19,7 +19,7 @@ import warm
 
 import ks
 from ks.files.layout import RunFiles, run_files
-from ks.moments.second_moment import InputSums
+from ks.moments.second_moment import VectorSums
 from ks.training.resume_state import ResumeState
 
 torch.set_num_threads(1)
@@ -188,8 +188,8 @@ def floor_of(weight: torch.Tensor, rank: int) -> float:
     return ks.loss_floor(weight, ks.make_chain(*weight.shape), [rank])[0].lower
 
 
-def sums_of(rows: torch.Tensor) -> InputSums:
-    sums = InputSums.zeros(rows.shape[1])
+def sums_of(rows: torch.Tensor) -> VectorSums:
+    sums = VectorSums.zeros(rows.shape[1])
     sums.add(rows)
     return sums.finished()
 

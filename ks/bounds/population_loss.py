@@ -3,13 +3,14 @@
 import torch
 
 from ks.chain.dense import subtract_chain
+from ks.moments.metric import Metric, MetricLike
 from ks.moments.pieces import lower_gram
 from ks.moments.second_moment import UNIT_MOMENT, MomentLike, SecondMoment
 
 
 @torch.no_grad()
-def population_loss(weight: torch.Tensor, values, moment: MomentLike = None) -> float:
-    """Return the expected squared error per output, tr(E C Eᵀ) / m with E = W − K_1 … K_L; σ²‖E‖_F² / m for C = σ²I.
+def population_loss(weight: torch.Tensor, values, metric: MetricLike = None) -> float:
+    """Return tr(G E C Eᵀ) / m with E = W − K_1 … K_L: the expected squared error per output for G = I.
 
     E is formed block by block in float64 (m·n·r multiply-adds for two factors), because ‖W‖² − 2⟨W, Ŵ⟩ + ‖Ŵ‖² would
     cancel to 1e-16 of ‖W‖²: an entry of E is accurate to a few times 1e-16 of that of W, so that losses are resolved
@@ -18,9 +19,9 @@ def population_loss(weight: torch.Tensor, values, moment: MomentLike = None) -> 
     Args:
         weight: W, shape (m, n), any float dtype.
         values: the factors, shapes (a_l, b_l, c_l, d_l), output side first; multiplied in float64.
-        moment: C = E[x xᵀ], a tensor of shape (n, n) or a `SecondMoment`; None means I.
+        metric: C = E[x xᵀ], a tensor of shape (n, n) or a `SecondMoment`; or a `Metric`, G ⊗ C. None means I.
     """
-    return SecondMoment.of(moment).output_energy(_residual(weight, values)) / len(weight)
+    return Metric.of(metric).loss(_residual(weight, values)) / len(weight)
 
 
 def _residual(weight: torch.Tensor, values) -> torch.Tensor:

@@ -16,7 +16,7 @@ from ks.files.globs import matching, nearest
 from ks.files.memory import check_fits
 from ks.model.linears import Linear, linears_of, unwrapped
 from ks.moments.moments_file import InputMoments
-from ks.moments.second_moment import InputSums
+from ks.moments.second_moment import VectorSums
 
 
 def collect_input_moments(
@@ -92,7 +92,7 @@ class _Collection:
 
     def __init__(self, linears: dict[str, Linear], earlier: InputMoments | None, model_name: str):
         self.linears, self.model_name = linears, model_name
-        self.sums: dict[bool, dict[str, InputSums]] = {False: {}, True: {}}  # by whether it is held out
+        self.sums: dict[bool, dict[str, VectorSums]] = {False: {}, True: {}}  # by whether it is held out
         self.group: dict[str, str] = {}  # layer → NAME of its input tensor
         self.batch = self.earlier_batches = max(earlier.batches.values()) if earlier else 0
         if earlier and earlier.model != model_name:
@@ -138,7 +138,7 @@ class _Collection:
             device = inputs.device if inputs.device.type != "mps" else torch.device("cpu")  # MPS has no float64
             if device.type == "cpu":
                 check_fits(f"the sums of {one_line(name)}", 4 * width * width * 8, "collect fewer layers at a time")
-            part[group] = InputSums.zeros(width, device)
+            part[group] = VectorSums.zeros(width, device)
         part[group].add(self._tokens(name, inputs))
 
     def _tokens(self, name: str, inputs: torch.Tensor) -> torch.Tensor:
@@ -182,7 +182,7 @@ class _Collection:
                 "seen (nn.MultiheadAttention uses the weight of its out_proj only)"
             )
         for name, sums in held_out.items():  # all its batches were held out
-            train.setdefault(name, InputSums.zeros(sums.width))
+            train.setdefault(name, VectorSums.zeros(sums.width))
         called = {name: group for name, group in self.group.items() if group in train}
         return InputMoments(
             train,

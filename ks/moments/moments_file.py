@@ -1,9 +1,9 @@
-"""Moments of the inputs of a model's layers: merged, saved and read."""
+"""Moments of the inputs of a model's layers, and of the gradients at their outputs: merged, saved and read."""
 
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,11 +18,11 @@ from ks.files.globs import find_weight, nearest
 from ks.files.memory import check_fits
 from ks.files.provenance import now
 from ks.files.schema import Count, Positive, Text
-from ks.moments.second_moment import InputSums
+from ks.moments.second_moment import VectorSums
 
 METADATA = "ks_input_moments"  # the entry of the file's metadata, as JSON
-MOMENTS_VERSION = 1
-HELD_OUT = "held_out/"
+MOMENTS_VERSION = 2  # 1 for moments without gradients
+HELD_OUT, GRADIENTS = "held_out/", "gradients/"
 SUM_LABELS = ("sum_xx", "sum_x", "count")
 
 
@@ -35,6 +35,9 @@ class _Metadata(msgspec.Struct):
     created: Text
     transposed: list[Text] = msgspec.field(default_factory=list)
     model: Text = ""
+    gradients: list[Text] = msgspec.field(default_factory=list)
+    loss: Text = ""
+    unit: Text = ""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class InputMoments:
     """Sums over the inputs of a model's layers, for training and held out.
 
     An input tensor has the NAME of the first layer that received it; layers that receive the same tensor have one sum.
+    The gradients of a loss at the outputs of every layer are its own, and there are none unless a loss was given.
 
     Args:
         train: the sums of every input tensor, by NAME.
@@ -51,15 +55,23 @@ class InputMoments:
         transposed: keys of the weights that are stored as (in, out).
         model: name of the model.
         source: their file, for messages.
+        gradients: the sums of g = ∂loss/∂y over the tokens of `train`, by the key of the weight.
+        held_out_gradients: likewise, over held-out tokens.
+        loss: name of that loss.
+        unit: of the loss, such as `nats`.
     """
 
-    train: Mapping[str, InputSums]
-    held_out: Mapping[str, InputSums]
+    train: Mapping[str, VectorSums]
+    held_out: Mapping[str, VectorSums]
     aliases: dict[str, str]
     batches: dict[str, int]
     transposed: tuple[str, ...] = ()
     model: str = ""
     source: str = "these moments"
+    gradients: Mapping[str, VectorSums] = field(default_factory=dict)
+    held_out_gradients: Mapping[str, VectorSums] = field(default_factory=dict)
+    loss: str = ""
+    unit: str = ""
 
     def key_of(self, key: str | None) -> str:
         """Return the key of a weight as these moments spell it.
@@ -90,6 +102,8 @@ class InputMoments:
             aliases={found: name},
             batches={name: self.batches.get(name, 0)},
             transposed=tuple(key for key in self.transposed if key == found),
+            gradients={key: self.gradients[key] for key in self.gradients if key == found},
+            held_out_gradients={key: self.held_out_gradients[key] for key in self.held_out_gradients if key == found},
         )
 
     def second_moment(self, key: str, held_out: bool = False) -> torch.Tensor:
@@ -122,6 +136,11 @@ class InputMoments:
                 f"moments of model {one_line(self.model)!r} and of {one_line(other.model)!r} are not to be merged; "
                 "give one model_name when you collect both"
             )
+        if self.loss != other.loss:
+            raise UsageError(
+                f"moments with gradients of {one_line(self.loss or 'no loss')!r} and of "
+                f"{one_line(other.loss or 'no loss')!r} are not to be merged; collect both with one loss"
+            )
         for key in self.aliases.keys() & other.aliases.keys():
             if self.aliases[key] != other.aliases[key]:
                 raise UsageError(
@@ -138,6 +157,10 @@ class InputMoments:
             },
             tuple(sorted({*self.transposed, *other.transposed})),
             self.model,
+            gradients=_added(self.gradients, other.gradients),
+            held_out_gradients=_added(self.held_out_gradients, other.held_out_gradients),
+            loss=self.loss,
+            unit=self.unit,
         )
 
     def save(self, path) -> None:
@@ -162,12 +185,31 @@ class InputMoments:
 
     def _content(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         tensors: dict[str, torch.Tensor] = {}
-        for prefix, part in (("", self.train), (HELD_OUT, self.held_out)):
+        for prefix, part in self._parts().items():
             for name, sums in part.items():
                 values = (sums.sum_xx, sums.sum_x, torch.tensor(sums.count))
                 tensors |= {f"{name}/{prefix}{label}": value for label, value in zip(SUM_LABELS, values)}
-        record = _Metadata(MOMENTS_VERSION, self.aliases, self.batches, now(), list(self.transposed), self.model)
+        record = _Metadata(
+            MOMENTS_VERSION if self.loss else 1,
+            self.aliases,
+            self.batches,
+            now(),
+            list(self.transposed),
+            self.model,
+            list(self.gradients),
+            self.loss,
+            self.unit,
+        )
         return tensors, {METADATA: json.dumps(msgspec.to_builtins(record))}
+
+    def _parts(self) -> dict[str, Mapping[str, VectorSums]]:
+        """Return all sums by the prefix that they have in the file."""
+        return {
+            "": self.train,
+            HELD_OUT: self.held_out,
+            GRADIENTS: self.gradients,
+            GRADIENTS + HELD_OUT: self.held_out_gradients,
+        }
 
     @classmethod
     def load(cls, path) -> "InputMoments":
@@ -177,7 +219,13 @@ class InputMoments:
             UsageError: the file is missing, damaged, of a newer version, holds invalid sums or exceeds the memory.
         """
         stored = cls.open(path)
-        return dataclasses.replace(stored, train={**stored.train}, held_out={**stored.held_out})
+        return dataclasses.replace(
+            stored,
+            train={**stored.train},
+            held_out={**stored.held_out},
+            gradients={**stored.gradients},
+            held_out_gradients={**stored.held_out_gradients},
+        )
 
     @classmethod
     def open(cls, path) -> "InputMoments":
@@ -197,15 +245,26 @@ class InputMoments:
             raise UsageError(f"{path} has version {record.version}; {MOMENTS_VERSION} is the newest known, update ks")
         names = list(dict.fromkeys(record.aliases.values()))
         stored = set(file.keys())
-        with_held_out = [name for name in names if any(f"{name}/{HELD_OUT}{label}" in stored for label in SUM_LABELS)]
+
+        def sums(names: list[str], prefix: str) -> _StoredSums:
+            held = HELD_OUT in prefix
+            kept = [
+                name for name in names if not held or any(f"{name}/{prefix}{each}" in stored for each in SUM_LABELS)
+            ]
+            return _StoredSums(file, str(path), kept, prefix)
+
         return cls(
-            _StoredSums(file, str(path), names, ""),
-            _StoredSums(file, str(path), with_held_out, HELD_OUT),
+            sums(names, ""),
+            sums(names, HELD_OUT),
             record.aliases,
             {name: record.batches.get(name, 0) for name in names},
             tuple(record.transposed),
             record.model,
             str(path),
+            sums(record.gradients, GRADIENTS),
+            sums(record.gradients, GRADIENTS + HELD_OUT),
+            record.loss,
+            record.unit,
         )
 
 
@@ -214,7 +273,7 @@ def as_moments(moments: InputMoments | str | Path | None) -> InputMoments | None
     return moments if moments is None or isinstance(moments, InputMoments) else InputMoments.open(moments)
 
 
-class _StoredSums(Mapping[str, InputSums]):
+class _StoredSums(Mapping[str, VectorSums]):
     """The sums of one part of an open file, by NAME; they are read and checked when one is asked for."""
 
     def __init__(self, file, path: str, names: list[str], prefix: str):
@@ -229,7 +288,7 @@ class _StoredSums(Mapping[str, InputSums]):
     def __contains__(self, name) -> bool:
         return name in self._names
 
-    def __getitem__(self, name: str) -> InputSums:
+    def __getitem__(self, name: str) -> VectorSums:
         """Return the sums of an input tensor.
 
         Raises:
@@ -261,10 +320,10 @@ class _StoredSums(Mapping[str, InputSums]):
         square, sum_x = square.double(), sum_x.double()
         if not (square.isfinite().all() and sum_x.isfinite().all()):
             raise UsageError(f"{where} holds NaN or infinite sums; collect the moments again")
-        return InputSums(square, sum_x, int(count.item()))
+        return VectorSums(square, sum_x, int(count.item()))
 
 
-def _added(first: Mapping[str, InputSums], second: Mapping[str, InputSums]) -> dict[str, InputSums]:
+def _added(first: Mapping[str, VectorSums], second: Mapping[str, VectorSums]) -> dict[str, VectorSums]:
     """Return the sums of both, by name."""
     added = {**second, **first}
     for name in first.keys() & second.keys():

@@ -9,8 +9,9 @@ from ks.errors import UsageError, one_line
 from ks.files.globs import nearest
 from ks.files.memory import check_fits
 from ks.files.weights import entries_of, read_entry, tensors_sha256
+from ks.moments.metric import LossMetric, Metric
 from ks.moments.moments_file import METADATA, InputMoments, open_safetensors
-from ks.moments.second_moment import FLOAT32_ROUNDING, InputSums, is_semi_definite
+from ks.moments.second_moment import FLOAT32_ROUNDING, VectorSums, is_semi_definite
 
 ENOUGH_PER_FEATURE = 10  # inputs; in a trial with 13 per feature, a floor was still 30% too low
 
@@ -28,15 +29,41 @@ class Calibration:
             rows, then those held out. None for a moments file.
         transposed: whether the weight is stored as (in, out); None if the file has no such record.
         notes: remarks for the user, a line each.
+        gradients, held_out_gradients: sums of the gradients at the outputs; None if there are none.
+        gradients_sha256: hash of these values; None if there are none.
+        unit: of the loss of the gradients.
     """
 
-    train: InputSums
-    held_out: InputSums | None
+    train: VectorSums
+    held_out: VectorSums | None
     key: str | None
     sha256: str
     samples: torch.Tensor | None = None
     transposed: bool | None = None
     notes: tuple[str, ...] = ()
+    gradients: VectorSums | None = None
+    held_out_gradients: VectorSums | None = None
+    gradients_sha256: str | None = None
+    unit: str = ""
+
+    def metric(self, kind: LossMetric, held_out: bool = False) -> Metric:
+        """Return the metric of the training part, or of the held-out part, which must not be None.
+
+        Raises:
+            UsageError: the loss of the model is asked for, and there are no gradients.
+        """
+        inputs, gradients = self.train, self.gradients
+        if held_out:
+            assert self.held_out is not None
+            inputs, gradients = self.held_out, self.held_out_gradients or self.gradients
+        if kind is LossMetric.OUTPUT_ENERGY:
+            return Metric(inputs.second_moment)
+        if gradients is None:
+            raise UsageError(
+                "these inputs come without gradients of the loss of the model; collect them with loss=… "
+                "(ks.collect_input_moments), or minimise the output energy"
+            )
+        return Metric(inputs.second_moment, gradients.second_moment)
 
 
 def read_input_moments(
@@ -99,6 +126,10 @@ def inputs_of(moments: InputMoments, width: int, weight_key: str | None) -> Cali
         raise UsageError(f"{where}: count is 0, so no input was seen; collect the moments from more batches")
     if held_out is not None and held_out.width != width:
         raise UsageError(f"{where}: the held-out part is {held_out.width} wide, not {width}; collect the moments again")
+    gradients, held_out_gradients = (
+        None if (sums := part.get(found)) is None or not sums.count else _checked(sums, f"{where}, gradients")
+        for part in (moments.gradients, moments.held_out_gradients)
+    )
     same = weight_key is None or found in (weight_key, f"{weight_key}.weight")
     renamed = [] if same else [f"inputs of {one_line(str(weight_key))}: found in {moments.source} as {one_line(found)}"]
     return Calibration(
@@ -108,6 +139,10 @@ def inputs_of(moments: InputMoments, width: int, weight_key: str | None) -> Cali
         _sums_sha256(train, held_out),
         transposed=transposed,
         notes=(*renamed, *_few(where, train)),
+        gradients=gradients,
+        held_out_gradients=held_out_gradients,
+        gradients_sha256=None if gradients is None else _sums_sha256(gradients, held_out_gradients),
+        unit=moments.unit,
     )
 
 
@@ -117,7 +152,7 @@ def inputs_sha256(moments: InputMoments, weight_key: str) -> str:
     return _sums_sha256(moments.train[name], moments.held_out.get(name))
 
 
-def _sums_sha256(train: InputSums, held_out: InputSums | None) -> str:
+def _sums_sha256(train: VectorSums, held_out: VectorSums | None) -> str:
     parts = [part for part in (train, held_out) if part is not None and part.count]
     return tensors_sha256(*(tensor for part in parts for tensor in (part.sum_xx, part.sum_x, torch.tensor(part.count))))
 
@@ -145,7 +180,7 @@ def _read_samples(path: Path, width: int, key: str | None, val_split: float, wei
     check_fits(f"the second moment of {where}", 6 * width * width * 8, "use a machine with more memory")
     parts = []
     for rows in (samples[:num_train], samples[num_train:]):
-        sums = InputSums.zeros(width)
+        sums = VectorSums.zeros(width)
         sums.add(rows)
         parts.append(sums.finished())
     train, held_out = parts
@@ -174,7 +209,7 @@ def _samples_key(path: Path, entries: dict, key: str | None, weight_key: str | N
     return name, [f"samples of {path}: its only tensor, {one_line(name)}"] if weight_key else []
 
 
-def _checked(sums: InputSums, where: str) -> InputSums:
+def _checked(sums: VectorSums, where: str) -> VectorSums:
     """Return sums with an exactly symmetric Σ x xᵀ, checked for properties that all sums over real inputs have.
 
     C − μμᵀ, a covariance, is positive semi-definite, so that C is so too and Σ x belongs to it.
@@ -188,7 +223,7 @@ def _checked(sums: InputSums, where: str) -> InputSums:
     asymmetry = (second_moment - second_moment.t()).abs().max().item()
     if asymmetry > FLOAT32_ROUNDING * size:
         raise UsageError(f"{where}: sum_xx is not symmetric (by {asymmetry / size:.1e} of its norm); collect it again")
-    symmetric = InputSums((sums.sum_xx + sums.sum_xx.t()) / 2, sums.sum_x, sums.count)
+    symmetric = VectorSums((sums.sum_xx + sums.sum_xx.t()) / 2, sums.sum_x, sums.count)
     second_moment = symmetric.second_moment
     if not is_semi_definite(second_moment - mean.outer(mean), FLOAT32_ROUNDING * size):
         if is_semi_definite(second_moment, FLOAT32_ROUNDING * size):
@@ -201,7 +236,7 @@ def _checked(sums: InputSums, where: str) -> InputSums:
     return symmetric
 
 
-def _few(where: str, train: InputSums) -> list[str]:
+def _few(where: str, train: VectorSums) -> list[str]:
     """Return a remark if there are too few training inputs for their width."""
     count, width = train.count, train.width
     if count >= ENOUGH_PER_FEATURE * width:

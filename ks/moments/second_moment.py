@@ -111,6 +111,15 @@ class SecondMoment:
         wide = self._sized(weight)
         return wide @ self._root.to(wide.device)
 
+    def times_inverse_root(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return W C^{-1/2} in float64; directions without energy count as zero."""
+        if self._std is not None:
+            return weight.double() / self._std
+        wide = self._sized(weight)
+        eigenvalues, vectors = (part.to(wide.device) for part in self._spectrum)
+        kept = eigenvalues > len(eigenvalues) * torch.finfo(torch.float64).eps * eigenvalues[-1]
+        return (wide @ vectors * (torch.where(kept, eigenvalues, 1).rsqrt() * kept)) @ vectors.mT
+
     def output_moment(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the second moment W C Wᵀ of the outputs in float64, shape (m, m); only its lower triangle counts."""
         if self._std is not None:
@@ -189,7 +198,7 @@ def is_semi_definite(matrix: torch.Tensor, tolerance: float) -> bool:
 
 
 @dataclass
-class InputSums:
+class VectorSums:
     """Sums over N inputs x of width n.
 
     Args:
@@ -203,7 +212,7 @@ class InputSums:
     count: int
 
     @classmethod
-    def zeros(cls, width: int, device: torch.device | str = "cpu") -> "InputSums":
+    def zeros(cls, width: int, device: torch.device | str = "cpu") -> "VectorSums":
         """Return the sums over no inputs of n features."""
         square = torch.zeros(width, width, dtype=torch.float64, device=device)
         return cls(square, torch.zeros(width, dtype=torch.float64, device=device), 0)
@@ -238,11 +247,11 @@ class InputSums:
                 self.sum_xx[start : start + step, start:].addmm_(panel.t(), chunk[:, start:])
         self.count += len(rows)
 
-    def finished(self) -> "InputSums":
+    def finished(self) -> "VectorSums":
         """Return the sums on the CPU, with an exactly symmetric Σ x xᵀ."""
         square = self.sum_xx.cpu()
-        return InputSums(square.triu() + square.triu(1).t(), self.sum_x.cpu(), self.count)
+        return VectorSums(square.triu() + square.triu(1).t(), self.sum_x.cpu(), self.count)
 
-    def plus(self, other: "InputSums") -> "InputSums":
+    def plus(self, other: "VectorSums") -> "VectorSums":
         """Return the sums over the inputs of both."""
-        return InputSums(self.sum_xx + other.sum_xx, self.sum_x + other.sum_x, self.count + other.count)
+        return VectorSums(self.sum_xx + other.sum_xx, self.sum_x + other.sum_x, self.count + other.count)

@@ -17,7 +17,7 @@ from ks.files.memory import check_fits
 from ks.files.weights import Weight, load_weight
 from ks.layer import KSLinear
 from ks.moments.read import Calibration, read_input_moments
-from ks.moments.second_moment import UNIT_MOMENT, InputSums, SecondMoment
+from ks.moments.second_moment import UNIT_MOMENT, SecondMoment, VectorSums
 from ks.training.choose_optimizer import choose_optimizer
 from ks.training.criterion_identity import TOOLKIT, Edits
 from ks.training.trackers import check_installed
@@ -376,7 +376,7 @@ def _centred(given: Calibration, path: str | None) -> SecondMoment:
         raise UsageError(f"{trouble} ({error}); leave it out") from error
 
 
-def _around(part: InputSums, centre: torch.Tensor) -> torch.Tensor:
+def _around(part: VectorSums, centre: torch.Tensor) -> torch.Tensor:
     """Return the second moment of x − μ: C − m μᵀ − μ mᵀ + μ μᵀ with m the mean of x; C − μ μᵀ if m is μ."""
     cross = part.mean.outer(centre)
     moment = part.second_moment - cross - cross.t() + centre.outer(centre)

@@ -15,7 +15,7 @@ from ks.errors import UsageError
 from ks.model.candidates import find_candidates
 from ks.model.layer_weights import select_weights
 from ks.moments.moments_file import InputMoments
-from ks.moments.second_moment import UNIT_MOMENT, InputSums, SecondMoment
+from ks.moments.second_moment import UNIT_MOMENT, SecondMoment, VectorSums
 
 FAMILIES = ("monarch", "lowrank", "butterfly")
 
@@ -36,7 +36,7 @@ def weights():
 def moments(weights):
     train = {}
     for index, name in enumerate(weights):
-        train[name] = InputSums.zeros(16)
+        train[name] = VectorSums.zeros(16)
         train[name].add(moment_of(16, index))
         train[name] = train[name].finished()
     return InputMoments(train, {}, {name: name for name in weights}, dict.fromkeys(weights, 1))

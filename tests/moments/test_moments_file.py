@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from ks.errors import UsageError
 from ks.moments.moments_file import InputMoments
-from ks.moments.second_moment import InputSums
+from ks.moments.second_moment import VectorSums
 
 
 def sums(rows):
-    found = InputSums.zeros(rows.shape[1])
+    found = VectorSums.zeros(rows.shape[1])
     found.add(rows)
     return found.finished()
 
@@ -143,7 +143,7 @@ def test_invalid_sums_are_refused(tmp_path, case):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"version": 2}, "has version 2; 1 is the newest known"),
+        ({"version": 3}, "has version 3; 2 is the newest known"),
         ({"aliases": {}}, "invalid metadata"),
         ({"batches": {"a.q": -1}}, "invalid metadata"),
         ({"metadata": "{"}, "invalid metadata"),

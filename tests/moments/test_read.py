@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from ks.errors import UsageError
 from ks.moments.moments_file import InputMoments
 from ks.moments.read import inputs_of, packed_inputs, read_input_moments
-from ks.moments.second_moment import InputSums
+from ks.moments.second_moment import VectorSums
 
 WIDTH = 6
 KEY = "encoder.layer.0.output.dense.weight"
@@ -26,7 +26,7 @@ def no_warning():
 
 
 def sums(rows):
-    found = InputSums.zeros(rows.shape[1])
+    found = VectorSums.zeros(rows.shape[1])
     found.add(rows)
     return found.finished()
 
@@ -88,7 +88,7 @@ def test_a_note_reports_a_key_that_is_found_behind_a_prefix_and_a_missing_key_ha
 
 def test_no_held_out_part_is_none(tmp_path):
     assert read_input_moments(saved(tmp_path / "m.safetensors"), WIDTH, KEY).held_out is None
-    empty = saved(tmp_path / "empty.safetensors", held_out=InputSums.zeros(WIDTH))
+    empty = saved(tmp_path / "empty.safetensors", held_out=VectorSums.zeros(WIDTH))
     assert read_input_moments(empty, WIDTH, KEY).held_out is None
 
 
@@ -125,7 +125,7 @@ FAULTS = {
     ),
     "overflow": (changed(sum_xx=lambda square: square * 1e300), "the second moment overflows"),
     "count 0": (changed(count=lambda count: 0), "count is 0"),
-    "all zero": (InputSums(torch.zeros(WIDTH, WIDTH).double(), torch.zeros(WIDTH).double(), 9), "all inputs are zero"),
+    "all zero": (VectorSums(torch.zeros(WIDTH, WIDTH).double(), torch.zeros(WIDTH).double(), 9), "all inputs are zero"),
 }
 
 
@@ -145,7 +145,7 @@ def test_rounding_is_no_fault(tmp_path, dtype):
     """Sums in float32 over inputs of rank 2: eigenvalues that are zero are rounded to both sides of it."""
     rows = (normal(5000, 2) @ normal(2, 40, seed=1)).to(dtype)
     square = rows.t() @ rows
-    found = InputSums(square.double(), rows.double().sum(0), len(rows))
+    found = VectorSums(square.double(), rows.double().sum(0), len(rows))
     read = read_input_moments(saved(tmp_path / "m.safetensors", found), 40, KEY)
     assert torch.linalg.eigvalsh(read.train.second_moment)[0] < 1e-9
     torch.testing.assert_close(read.train.second_moment, square.double() / 5000, rtol=1e-5, atol=1e-5)

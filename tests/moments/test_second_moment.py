@@ -9,7 +9,7 @@ from networks import hand_computed, normal
 
 from ks.errors import UsageError
 from ks.moments import second_moment
-from ks.moments.second_moment import InputSums, SecondMoment
+from ks.moments.second_moment import SecondMoment, VectorSums
 
 WEIGHT = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
 STDS = (1.0, 3.0, 1e-3)
@@ -86,7 +86,7 @@ def test_the_energy_of_a_diverged_chain_is_not_a_number():
 @pytest.mark.parametrize("width", [1, 7, 9, 30])
 def test_sums_of_parts_are_those_computed_by_hand(width, monkeypatch):
     monkeypatch.setattr(second_moment, "CHUNK_ROWS", 8)
-    rows, found, other = normal(50, width), InputSums.zeros(width), InputSums.zeros(width)
+    rows, found, other = normal(50, width), VectorSums.zeros(width), VectorSums.zeros(width)
     for part in (rows[:13], rows[:0], rows[13:30]):
         found.add(part)
     other.add(rows[30:])
@@ -101,6 +101,6 @@ def test_sums_of_parts_are_those_computed_by_hand(width, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_every_dtype_is_promoted_before_it_is_multiplied(dtype):
     rows = (300 * normal(2000, 5)).to(dtype)  # squares overflow float16, and float32 sums of them lose seven digits
-    found = InputSums.zeros(5)
+    found = VectorSums.zeros(5)
     found.add(rows)
     torch.testing.assert_close(found.finished().sum_xx, hand_computed(rows)[0], rtol=1e-12, atol=0)
