@@ -9,8 +9,8 @@ from ks.errors import UsageError, one_line
 
 
 def is_glob(name: str) -> bool:
-    """Return whether a name has wildcards: *, ? or characters in brackets."""
-    return re.search(r"[*?]|\[.+\]", name) is not None
+    """Return whether a name has wildcards: *, ? or several characters in brackets; blocks[0] is a name."""
+    return re.search(r"[*?]|\[..+\]", name) is not None
 
 
 def matches(name: str, glob: str) -> bool:
@@ -19,9 +19,9 @@ def matches(name: str, glob: str) -> bool:
     Args:
         name: components joined by dots.
         glob: components joined by dots. `*` stands for any text within one component, `**` as a whole component for
-            any number of components, also none; `?` and `[…]` work as in `fnmatch`.
+            any number of components, also none; `?` and `[…]` work as in `fnmatch`. A name matches itself.
     """
-    return _match(name.split("."), glob.split("."))
+    return name == glob or _match(name.split("."), glob.split("."))
 
 
 def _match(parts: Sequence[str], globs: Sequence[str]) -> bool:
@@ -49,7 +49,7 @@ def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:
 def find_weight(known_keys: Collection[str], key: str, where: str, what: str = "inputs") -> str:
     """Return the key of a weight as a file, or a model, spells it.
 
-    Exact keys come first, then names of layers, then the one key that differs by a prefix of one or two components,
+    Exact keys come first, then names of layers, then the one key that differs by a prefix of up to three components,
     as `bert.encoder.layer.0.output.dense.weight` does from `encoder.layer.0.output.dense.weight`.
 
     Args:
@@ -71,6 +71,6 @@ def find_weight(known_keys: Collection[str], key: str, where: str, what: str = "
 
 
 def _differ_by_prefix(one: str, other: str) -> bool:
-    """Return whether one name is the other with one or two components before it."""
+    """Return whether one name is the other with one to three components before it."""
     shorter, longer = sorted((one, other), key=len)
-    return "." in shorter and longer.endswith(f".{shorter}") and longer.removesuffix(f".{shorter}").count(".") < 2
+    return "." in shorter and longer.endswith(f".{shorter}") and longer.removesuffix(f".{shorter}").count(".") < 3

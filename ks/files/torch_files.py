@@ -1,6 +1,7 @@
 """Torch files from anywhere: read without running code, and without allocating more than the machine has."""
 
 import pickle
+import re
 import warnings
 import zipfile
 from pathlib import Path
@@ -10,6 +11,8 @@ import torch
 
 from ks.errors import UsageError, one_line
 from ks.files.memory import check_fits
+
+AS_TENSORS = "tensors alone, as in torch.save(model.state_dict(), path)"
 
 
 def read_torch_file(path, what: str = "weights") -> Any:
@@ -27,16 +30,19 @@ def read_torch_file(path, what: str = "weights") -> Any:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 declared = sum(entry.file_size for entry in archive.infolist())
+                if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                    raise UsageError(
+                        f"{path} is a TorchScript program; load it by torch.jit.load, and save {AS_TENSORS}"
+                    )
             check_fits(f"{path}, unpacked,", declared, "use a smaller file, or one tensor of it as .safetensors")
         with warnings.catch_warnings(action="ignore"):  # of torch, about kinds of tensors that are refused later
             return torch.load(path, map_location="cpu", weights_only=True)
     except UsageError:
         raise
     except pickle.UnpicklingError as error:
-        raise UsageError(
-            f"{path} cannot be read as {what}: it is no torch file, or it holds Python objects; save tensors, as in "
-            "torch.save(model.state_dict(), path)"
-        ) from error
+        stored = re.search(r"GLOBAL ([\w.]+)", str(error))  # the class that is not allowed
+        reason = f"it holds an object of {stored[1]}" if stored else "it is no torch file, or it holds Python objects"
+        raise UsageError(f"{path} cannot be read as {what}: {reason}; save {AS_TENSORS}") from error
     except Exception as error:  # a damaged file can raise nearly anything
         raise UsageError(f"{path} cannot be read as {what} ({type(error).__name__}: {one_line(error, 160)})") from error
 

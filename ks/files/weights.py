@@ -17,10 +17,12 @@ from ks.errors import UsageError, one_line
 from ks.files.globs import nearest
 from ks.files.memory import check_fits
 from ks.files.schema import CheckpointIndex, read_json_as
+from ks.files.tensor_kinds import REFUSED, kinds_of
 from ks.files.torch_files import plain, read_torch_file, tensors_in
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-SUFFIXES = (".pth", ".pt", ".safetensors", ".npy")
+TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+SUFFIXES = (*TORCH_SUFFIXES, ".safetensors", ".npy")
 INDEX_SUFFIX = ".index.json"  # of a checkpoint in several files
 
 
@@ -61,8 +63,8 @@ def load_weight(path, key: str | None = None, transpose: bool = False) -> Weight
     """Load one 2-D weight.
 
     Args:
-        path: .pth or .pt (tensor, Parameter, state_dict or nested dicts and lists of them), .safetensors or .npy; or
-            the .index.json of a checkpoint in several .safetensors files.
+        path: .pth, .pt, .bin or .ckpt (tensor, Parameter, state_dict or nested dicts and lists of them), .safetensors
+            or .npy; or the .index.json of a checkpoint in several files.
         key: name of the tensor in the file, nested names joined by dots; may be left out where the file holds
             exactly one 2-D floating tensor.
         transpose: for weights stored as (in, out).
@@ -77,6 +79,8 @@ def load_weight(path, key: str | None = None, transpose: bool = False) -> Weight
     except OSError as error:  # a folder above it is closed, or the name is too long
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
     key = _find_key(path, tensors, key)
+    if (kind := kinds_of(tensors).get(key)) in REFUSED:
+        raise UsageError(f"{path}, key {key!r} is no weight of a layer: {kind}")
     return load_entry(tensors[key], key, f"{path}, key {key!r}" if key else f"{path}", transpose)
 
 
@@ -110,17 +114,24 @@ def entries_of(path: Path, what: str = "weights") -> dict:
     if not path.is_file():
         kind = "a directory" if path.is_dir() else "no regular file"
         raise UsageError(f"{path} is {kind}; a file ({', '.join(SUFFIXES)}) is needed")
-    if path.suffix not in SUFFIXES and not path.name.endswith(INDEX_SUFFIX):
+    suffix, is_index = path.suffix.lower(), path.name.lower().endswith(INDEX_SUFFIX)
+    if suffix not in SUFFIXES and not is_index:
         known = ", ".join((*SUFFIXES, INDEX_SUFFIX))
         raise UsageError(f"{path}: suffix {path.suffix!r} is not known; use one of {known}")
-    if path.stat().st_size == 0:
-        raise UsageError(f"{path} is empty (0 bytes)")
-    if path.name.endswith(INDEX_SUFFIX):
+    with path.open("rb") as file:
+        start = file.read(64).lstrip().lower()
+    if not start:
+        raise UsageError(f"{path} is empty ({path.stat().st_size} bytes)")
+    if start.startswith(b"version https://git-lfs"):
+        raise UsageError(f"{path} is a pointer of Git LFS in the place of the file; fetch the file (git lfs pull)")
+    if start.startswith((b"<!doctype", b"<html")):
+        raise UsageError(f"{path} is a web page, perhaps of a failed download; download the file itself")
+    if is_index:
         return _read_sharded(path, what)
-    if path.suffix in (".pth", ".pt"):
+    if suffix in TORCH_SUFFIXES:
         return tensors_in(read_torch_file(path, what), str(path))
     try:
-        if path.suffix == ".npy":
+        if suffix == ".npy":
             mapped = np.load(path, mmap_mode="r", allow_pickle=False)  # a map cannot be larger than its file
             check_fits(str(path), mapped.nbytes, "use a smaller weight")
             return {"": torch.from_numpy(np.array(mapped))}
@@ -135,10 +146,11 @@ def entries_of(path: Path, what: str = "weights") -> dict:
 class _Lazy:
     """One entry of a .safetensors file: its shape and type are known, its values are read when called."""
 
+    is_nested = False
+
     def __init__(self, path: Path, name: str, file):
-        self.path, self.name = path, name
-        self.shape = tuple(file.get_slice(name).get_shape())
-        self.is_real_floating = file.get_slice(name).get_dtype() in ("F64", "F32", "F16", "BF16")
+        self.path, self.name, stored = path, name, file.get_slice(name)
+        self.shape, self.dtype = tuple(stored.get_shape()), stored.get_dtype()
 
     def __call__(self) -> torch.Tensor:
         try:
@@ -149,12 +161,12 @@ class _Lazy:
 
 
 def _read_sharded(path: Path, what: str) -> dict:
-    """Return the entries of all files that an index such as model.safetensors.index.json names."""
+    """Return the entries of all files that are listed in an index such as model.safetensors.index.json."""
     file_of = read_json_as(path, CheckpointIndex, "the index of a checkpoint").weight_map
     entries: dict = {}
     for name in sorted(set(file_of.values())):
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise UsageError(f"{path} names {one_line(name)!r}; .safetensors files in the same folder are needed")
+        if Path(name).name != name or not name.endswith((".safetensors", ".bin")):
+            raise UsageError(f"{path} names {one_line(name)!r}; .safetensors or .bin files in its folder are needed")
         entries |= entries_of(path.with_name(name), what)
     if missing := [key for key in file_of if key not in entries]:
         raise UsageError(f"{path} names {one_line(missing[0])!r}, which is not in {file_of[missing[0]]}")
@@ -163,13 +175,13 @@ def _read_sharded(path: Path, what: str) -> dict:
 
 def shape_of(entry) -> tuple:
     """Return the sizes of an entry; a nested tensor has none."""
-    return () if isinstance(entry, torch.Tensor) and entry.is_nested else tuple(entry.shape)
+    return () if entry.is_nested else tuple(entry.shape)
 
 
 def is_matrix(entry) -> bool:
-    """Return whether an entry of `entries_of` is a real floating 2-D tensor."""
-    floating = entry.is_real_floating if isinstance(entry, _Lazy) else entry.is_floating_point()
-    return len(shape_of(entry)) == 2 and floating
+    """Return whether an entry of `entries_of` is a 2-D tensor of a dtype that a weight may have."""
+    allowed = ("F64", "F32", "F16", "BF16") if isinstance(entry, _Lazy) else (torch.float64, *DTYPES.values())
+    return len(shape_of(entry)) == 2 and entry.dtype in allowed
 
 
 def _names_and_shapes(tensors: dict) -> str:
@@ -187,13 +199,15 @@ def _find_key(path: Path, tensors: dict, key: str | None) -> str:
         return key
     if key is None and list(tensors) == [""]:
         return ""
-    matrices = {name: entry for name, entry in tensors.items() if is_matrix(entry)}
+    refused = {name: kind for name, kind in kinds_of(tensors).items() if kind in REFUSED}
+    matrices = {name: entry for name, entry in tensors.items() if is_matrix(entry) and name not in refused}
     if key is None and len(matrices) == 1:
         return next(iter(matrices))
     start = f"{path}: " if key is None else f"{path} has no key {key!r}; "
     if not matrices:
+        kinds = "".join(f"; {kind}" for kind in dict.fromkeys(refused.values()))
         found = _names_and_shapes(tensors) or "no tensor at all"
-        raise UsageError(f"{start}it holds no 2-D floating weight (found: {found})")
+        raise UsageError(f"{start}it holds no 2-D floating weight (found: {found}{kinds})")
     if key is None:
         listed = _names_and_shapes(matrices)
         raise UsageError(f"{start}2-D weights in it: {listed}; choose one by its key (--weight_key)")

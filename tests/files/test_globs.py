@@ -1,7 +1,7 @@
 import pytest
 
 from ks.errors import UsageError
-from ks.files.globs import find_weight, matches, matching, nearest
+from ks.files.globs import find_weight, is_glob, matches, matching, nearest
 
 NAMES = [
     "encoder.layer.0.output.dense",
@@ -63,7 +63,7 @@ def test_keys_of_a_checkpoint_may_differ_by_a_prefix(key, found):
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        ("a.b.c.encoder.layer.0.output.dense.weight", "m: no inputs for key"),
+        ("a.b.c.d.encoder.layer.0.output.dense.weight", "m: no inputs for key"),
         ("xencoder.layer.0.output.dense.weight", "no inputs for key"),
         ("layer.0.output.dense.weight", r"fits encoder\.layer.*, decoder\.layer.*; give one of them in full"),
         ("encoder.layer.0.output.dense.bias", r"nearest of 3: encoder\.layer\.0\.output\.dense\.weight"),
@@ -74,3 +74,12 @@ def test_keys_of_a_checkpoint_may_differ_by_a_prefix(key, found):
 def test_a_key_that_fits_none_or_several_is_refused(key, message):
     with pytest.raises(UsageError, match=message):
         find_weight(ALIASES, key, "m")
+
+
+def test_a_name_with_brackets_matches_itself():
+    assert matching(["blocks[0].weight", "blocks0.weight"], "blocks[0].weight") == [
+        "blocks[0].weight",
+        "blocks0.weight",
+    ]
+    assert not is_glob("blocks[0].weight")
+    assert is_glob("blocks.[01].weight")

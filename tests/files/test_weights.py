@@ -141,8 +141,8 @@ def test_saved_weights_load(tmp_path, suffix):
 def test_saving_refuses_what_it_cannot_write(tmp_path):
     with pytest.raises(UsageError, match="no bfloat16"):
         save_weight(WEIGHT.bfloat16(), tmp_path / "w.npy")
-    with pytest.raises(UsageError, match="suffix '.bin'"):
-        save_weight(WEIGHT, tmp_path / "w.bin")
+    with pytest.raises(UsageError, match="suffix '.txt'"):
+        save_weight(WEIGHT, tmp_path / "w.txt")
 
 
 @pytest.mark.parametrize("transpose", [False, True])
