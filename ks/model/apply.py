@@ -2,7 +2,7 @@
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from ks.files.globs import find_weight
 from ks.files.layout import layer_folder, run_files
 from ks.files.weights import DTYPES, tensors_sha256
 from ks.layer import KSLinear
-from ks.model.linears import Linear, linears_of, replace_modules, unwrapped
+from ks.model.linears import Linear, linears_of, refusals, replace_modules, unwrapped
 from ks.model.model_plan import LayerPlan, ModelPlan
 from ks.moments.moments_file import InputMoments, as_moments
 from ks.moments.read import inputs_of
@@ -170,6 +170,9 @@ def replacements_of(place: Place, chain_of: ChainOf) -> dict[nn.Module, KSLinear
         twin.bias = _with_extra(linear.module._parameters.get("bias"), extra)
         twin.stored_transposed = linear.transposed
         twin.train(linear.module.training)
+        for name, hooks in vars(linear.module).items():
+            if name.startswith(("_forward", "_backward")) and "hooks" in name:
+                setattr(twin, name, hooks)
         made[linear.module] = twin
     return made
 
@@ -185,17 +188,18 @@ def _with_extra(bias: nn.Parameter | None, extra: nn.Parameter | None) -> nn.Par
 def find_places(model: nn.Module, plan: ModelPlan) -> list[Place]:
     """Return the places of all planned weights in a model, after comparing them with the plan.
 
-    A weight of the plan may have one or two components more or less before its name than the model gives it.
+    A weight of the plan may have up to three components more or less before its name than the model gives it.
 
     Args:
         model: with nn.Linear layers, or Conv1D layers of transformers.
         plan: made for a checkpoint of this model. Its hashes are those of the dtype of the checkpoint; a model that
             holds the same values in a wider dtype fits.
     Raises:
-        UsageError: the model lacks a weight of the plan, has another one, or uses it outside its linear layers.
+        UsageError: the model lacks a weight of the plan, has another one, or a layer that is more than a linear one.
     """
     model = unwrapped(model)
     linears = linears_of(model)
+    refused = refusals(model)
     key_of = {linear.key: name for name, linear in linears.items()}
     places: list[Place] = []
     planned_by: dict[nn.Module, LayerPlan] = {}
@@ -207,24 +211,22 @@ def find_places(model: nn.Module, plan: ModelPlan) -> list[Place]:
         users = tuple({linear.module: linear for linear in (*planned, *using)}.values())
         names = tuple(name for user in users for name, linear in linears.items() if linear.module is user.module)
         for linear in users:
-            _check_planned(layer, linear)
+            _check_planned(layer, linear, refused)
             if (other := planned_by.setdefault(linear.module, layer)) is not layer:
                 raise UsageError(
                     f"{one_line(other.layer)} and {one_line(layer.layer)} share a weight in the model, and the plan "
                     "has a chain for each; make a plan for this model (ks.plan_model), whose layers are tied"
                 )
         places.append(Place(layer, users, names))
-    _check_users(model, places)
     return places
 
 
-def _check_planned(layer: LayerPlan, linear: Linear) -> None:
-    """Compare a weight of the model with its plan."""
+def _check_planned(layer: LayerPlan, linear: Linear, refused: Mapping[str, str]) -> None:
+    """Compare a weight of the model with its plan; `refused` is that of `ks.model.linears.refusals`."""
     where = f"{one_line(linear.key)} of the model"
-    parameter = linear.module._parameters.get("weight")
-    if parameter is None:
-        raise UsageError(f"{where} is computed from other parameters; remove its parametrization, or leave it out")
-    if parameter.is_meta:
+    if layer.chain is not None and linear.key in refused:
+        raise UsageError(f"{where} cannot be replaced by a chain: {refused[linear.key]}; leave it out of the plan")
+    if linear.weight.is_meta:
         raise UsageError(f"{where} is a meta tensor without values; load the checkpoint into the model first")
     weight, planned = linear.weight, (layer.rows, layer.cols)
     if tuple(weight.shape) != planned:
@@ -242,21 +244,3 @@ def _has_hash(weight: torch.Tensor, sha256: str) -> bool:
     narrower = [dtype for dtype in DTYPES.values() if dtype.itemsize < weight.dtype.itemsize]
     stored = (weight.to(dtype) for dtype in (weight.dtype, *narrower))
     return any(torch.equal(same.to(weight.dtype), weight) and tensors_sha256(same.cpu()) == sha256 for same in stored)
-
-
-def _check_users(model: nn.Module, places: list[Place]) -> None:
-    """Check that nothing but the layers of a place uses a weight that is to be replaced."""
-    replaced = {linear.module: place for place in places if place.plan.chain is not None for linear in place.linears}
-    key_of = {module.weight: place.plan.layer for module, place in replaced.items()}
-    for path, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention) and module.out_proj in replaced:
-            raise UsageError(
-                f"{one_line(path)} is an nn.MultiheadAttention, which uses the weight of its out_proj without calling "
-                "it; leave it out of the plan"
-            )
-        for parameter in module.parameters(recurse=False):
-            if module not in replaced and parameter in key_of:
-                raise UsageError(
-                    f"{one_line(key_of[parameter])} is also the weight of {one_line(path)}, a "
-                    f"{type(module).__name__}, which would keep it in full; leave it out of the plan"
-                )

@@ -1,6 +1,7 @@
 """The weights of a checkpoint or of a model that match globs, read one at a time."""
 
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,9 @@ import torch
 
 from ks.errors import UsageError, one_line
 from ks.files.globs import matching, nearest
+from ks.files.tensor_kinds import REFUSED, kinds_of
 from ks.files.weights import Weight, entries_of, is_matrix, load_entry
-from ks.model.linears import linears_of
+from ks.model.linears import linears_of, refusals
 
 MAX_LISTED = 3  # of the names that a remark lists
 
@@ -41,8 +43,8 @@ def select_weights(
     """Find the weights that match globs.
 
     Globs match the names of weights (`encoder.layer.*.output.dense.weight`) or those names without `.weight`. Tensors
-    that are not 2-D weights are skipped, and so are embeddings, which do not multiply activations, unless a name
-    without wildcards asks for them; a note lists the skipped tensors.
+    that are not weights of linear layers are skipped (`ks.files.tensor_kinds`), and of a model the layers that a chain
+    cannot replace (`ks.model.linears.refusals`); notes list them with the reasons.
 
     Args:
         source: a file of weights or the .index.json of a sharded checkpoint; tensors by name; or a model, whose
@@ -50,7 +52,8 @@ def select_weights(
         layers: globs, as in `ks.files.globs.matches`.
         transpose: weights of a file or mapping are stored as (in, out).
     Raises:
-        UsageError: the file cannot be read, or a glob matches no 2-D weight.
+        UsageError: the file cannot be read, a glob matches no 2-D weight, or a name without wildcards one that is
+            skipped; embeddings and averages in a file are planned if they are named so.
     """
     globs = [layers] if isinstance(layers, str) else list(layers)
     in_model, where, file, stored_transposed = isinstance(source, torch.nn.Module), "the mapping", "", set()
@@ -58,16 +61,18 @@ def select_weights(
         linears = linears_of(source).values()
         entries = {linear.key: linear.module.weight for linear in linears}
         stored_transposed, where = {linear.key for linear in linears if linear.transposed}, "the model"
+        kinds = refusals(source)
     elif isinstance(source, Mapping):
         entries = dict(source)
     else:
         entries, where, file = entries_of(Path(source)), str(source), Path(source).name
-    if transpose and not in_model:
-        stored_transposed = set(entries)
+    if not in_model:
+        kinds = kinds_of(entries)
+        stored_transposed = set(entries) if transpose else set()
     for glob in globs:
         if not _matching(entries, [glob]):
             raise UsageError(f"{where}: nothing matches {one_line(glob)!r}; {nearest(glob, entries)}")
-    weights, left_out, embeddings = [], [], []
+    weights, skipped = [], defaultdict(list)
     for name in _matching(entries, globs):
         entry, transposed = entries[name], name in stored_transposed
         if in_model and entry.is_meta:
@@ -75,18 +80,17 @@ def select_weights(
                 f"{one_line(name)} of the model has no values: it is offloaded, or on the meta device; plan the file "
                 "of its checkpoint instead"
             )
-        if not is_matrix(entry):
-            left_out.append(name)
-        elif _is_embedding(name) and name not in globs:
-            embeddings.append(name)
+        kind, is_named = kinds.get(name), name in globs or name.removesuffix(".weight") in globs
+        if kind and is_named and (in_model or kind in REFUSED):
+            raise UsageError(f"{where}: {one_line(name)} cannot be planned: {kind}")
+        if kind and not is_named:
+            skipped[kind].append(name)
+        elif not is_matrix(entry):
+            skipped["not 2-D weights"].append(name)
         else:
             read = functools.partial(load_entry, entry, name, f"{where}, key {name!r}", transposed)
             weights.append(LayerWeight(name, read, (_place(entry, name), transposed)))
-    skipped = {
-        "tensors that are not 2-D weights": left_out,
-        "embeddings (give their full names to plan them)": embeddings,
-    }
-    notes = [f"skipped {kind}: {_listed(names)}" for kind, names in skipped.items() if names]
+    notes = [f"skipped {_listed(names)}: {kind}" for kind, names in skipped.items()]
     if not weights:
         raise UsageError(
             f"{where}: {' '.join(globs)} matches no 2-D weight that a chain can replace; {'; '.join(notes)}"
@@ -104,10 +108,6 @@ def _place(entry, name: str) -> Hashable:
 def _matching(names: Iterable[str], globs: list[str]) -> list[str]:
     """Return the names that match a glob, with or without `.weight`."""
     return [name for name in names if matching([name, name.removesuffix(".weight")], globs)]
-
-
-def _is_embedding(name: str) -> bool:
-    return any("embed" in part or part in ("wte", "wpe") for part in name.lower().split("."))
 
 
 def _listed(names: list[str]) -> str:

@@ -1,5 +1,6 @@
 """The linear layers of a model, by the names that its checkpoint uses; other modules take their place."""
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -45,6 +46,65 @@ def linears_of(model: nn.Module) -> dict[str, Linear]:
         elif _is_conv1d(module):
             linears[name] = Linear(module, len(module.weight), f"{name}.weight".lstrip("."), True)
     return linears
+
+
+def refusals(model: nn.Module) -> dict[str, str]:
+    """Return why a chain cannot take the place of a layer, by the key of its weight; other layers are not listed.
+
+    A layer can be replaced if it computes x Wᵀ + b with its weight and its bias alone, and nothing else uses them.
+    """
+    users: defaultdict[torch.Tensor, list[str]] = defaultdict(list)
+    linears = linears_of(model)
+    replaceable = {linear.module for linear in linears.values()}
+    reasons = {}
+    for path, module in unwrapped(model).named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            users[module.out_proj.weight].append("nn.MultiheadAttention uses it without calling its layer")
+        for parameter in module.parameters(recurse=False):
+            if module not in replaceable:
+                users[parameter].append(f"{path}, {_a(module)}, uses it too")
+    for linear in linears.values():
+        weight = linear.module.weight
+        assert isinstance(weight, torch.Tensor)
+        if reason := _more_than_linear(linear) or next(iter(users[weight]), None):
+            reasons[linear.key] = reason
+    return reasons
+
+
+def _more_than_linear(linear: Linear) -> str | None:
+    """Return in which way a layer is more than x Wᵀ + b, or None."""
+    module = linear.module
+    if isinstance(module.weight, nn.UninitializedParameter):
+        return "a lazy layer without values; run the model once"
+    for name in ("weight", "bias"):
+        if getattr(module, name, None) is not None and name not in module._parameters:
+            return f"its {name} is computed from other tensors; remove its parametrization"
+    if own := sorted({name for name, _ in (*module.named_parameters(), *module.named_buffers())} - {"weight", "bias"}):
+        return f"{_a(module)} with tensors of its own ({', '.join(own[:3])})"
+    is_plain = type(module).forward is nn.Linear.forward and "forward" not in vars(module)
+    if is_plain or module.weight.is_meta or _computes_linear(linear):
+        return None
+    return f"{_a(module)} that does not compute x Wᵀ + b"
+
+
+@torch.no_grad()
+def _computes_linear(linear: Linear) -> bool:
+    """Return whether a layer maps random inputs to x Wᵀ + b in both modes, hooks left out."""
+    module, mode = linear.module, linear.module.training
+    x = torch.randn(8, linear.width, generator=torch.Generator().manual_seed(0)).to(linear.weight)
+    expected = nn.functional.linear(x, linear.weight, module._parameters.get("bias"))
+    try:
+        for module.training in (False, True):
+            torch.testing.assert_close(module.forward(x), expected, rtol=1e-2, atol=1e-3 * expected.norm().item())
+    except Exception:  # anything may go wrong in a forward that takes other inputs
+        return False
+    finally:
+        module.training = mode
+    return True
+
+
+def _a(module: nn.Module) -> str:
+    return f"a {type(module).__name__}"
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -174,7 +174,7 @@ def test_a_weight_that_an_embedding_keeps_is_refused():
     model = nn.ModuleDict({"table": nn.Embedding(12, 8), "head": nn.Linear(8, 12)})
     model["head"].weight = model["table"].weight
     plan = plan_of(model, {"head": "lowrank"})
-    refused(model, plan, "head.weight is also the weight of table, a Embedding")
+    refused(model, plan, "head.weight of the model cannot be replaced by a chain: table, a Embedding, uses it too")
     kept = plan_of(model, {"head": None})
     assert ks.compress(model, kept, quiet=True)["head"].weight is model["table"].weight
 
@@ -182,7 +182,7 @@ def test_a_weight_that_an_embedding_keeps_is_refused():
 def test_weights_that_are_used_without_a_call_are_refused():
     attention = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
     plan = single("attention.out_proj.weight", attention["attention"].out_proj.weight)
-    refused(attention, plan, "without calling it")
+    refused(attention, plan, "nn.MultiheadAttention uses it without calling its layer")
     model = Network()
     plan = plan_of(model, FAMILIES)
     nn.utils.parametrizations.weight_norm(model.blocks[0]["up"])

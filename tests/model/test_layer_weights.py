@@ -58,8 +58,8 @@ def test_a_sharded_checkpoint_is_one(tensors, tmp_path):
 @pytest.mark.parametrize(
     ("weight_map", "message"),
     [
-        ({"a": "../other.safetensors"}, "in the same folder"),
-        ({"a": "pytorch_model.bin"}, ".safetensors files in the same folder are needed"),
+        ({"a": "../other.safetensors"}, "in its folder are needed"),
+        ({"a": "model.h5"}, r"\.safetensors or \.bin files in its folder are needed"),
         ({"a": "missing.safetensors"}, "no such file"),
         ({"b": "one.safetensors"}, "which is not in one.safetensors"),
     ],
@@ -76,8 +76,8 @@ def test_other_tensors_and_embeddings_are_skipped_with_a_note(tensors):
     selection = select_weights(tensors)
     assert names(selection) == DENSE
     assert selection.notes == (
-        "skipped tensors that are not 2-D weights: layer.0.dense.bias, layer.0.conv.weight, layer.1.norm.weight",
-        "skipped embeddings (give their full names to plan them): embeddings.word.weight",
+        "skipped embeddings.word.weight: embeddings, by their names (give their full names to plan them)",
+        "skipped layer.0.dense.bias, layer.0.conv.weight, layer.1.norm.weight: not 2-D weights",
     )
     assert names(select_weights(tensors, ["embeddings.word.weight"])) == ["embeddings.word.weight"]
 
@@ -85,7 +85,9 @@ def test_other_tensors_and_embeddings_are_skipped_with_a_note(tensors):
 def test_a_glob_that_matches_nothing_names_the_nearest(tensors):
     with pytest.raises(UsageError, match=r"nothing matches 'layer.\*.dens.weight'; nearest of 6: layer.1.dense.weight"):
         select_weights(tensors, ["layer.0.dense.weight", "layer.*.dens.weight"])
-    with pytest.raises(UsageError, match="matches no 2-D weight that a chain can replace; skipped tensors"):
+    with pytest.raises(
+        UsageError, match="matches no 2-D weight that a chain can replace; skipped layer.0.dense.bias: not"
+    ):
         select_weights(tensors, "**.bias")
 
 

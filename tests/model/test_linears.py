@@ -1,0 +1,125 @@
+"""Which layers of a model a chain may replace: those that compute x Wᵀ + b with their weight and bias alone."""
+
+import pytest
+import torch
+from networks import Conv1D
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+import ks
+from ks.errors import UsageError
+from ks.model.layer_weights import select_weights
+from ks.model.linears import refusals
+
+
+class Adapter(nn.Linear):
+    def __init__(self):
+        super().__init__(8, 6)
+        self.up = nn.Parameter(torch.zeros(6, 8))  # an adapter starts without an effect
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight + self.up, self.bias)
+
+
+class Activated(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class Dropping(nn.Linear):
+    def forward(self, x):
+        return super().forward(nn.functional.dropout(x, 0.5, self.training))
+
+
+class Pair(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), None
+
+
+class Casting(nn.Linear):  # harmless
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class Initialised(nn.Linear):  # harmless
+    def reset_parameters(self):
+        nn.init.normal_(self.weight)
+
+
+def linear():
+    return nn.Linear(8, 6)
+
+
+def patched(layer, forward):
+    layer.forward = forward
+    return layer
+
+
+def tripled():
+    layer = linear()
+    return patched(layer, lambda x: 3 * nn.functional.linear(x, layer.weight, layer.bias))
+
+
+def same():
+    layer = linear()
+    return patched(layer, lambda x: nn.functional.linear(x, layer.weight, layer.bias))
+
+
+MORE = {
+    "adapter": (lambda: Adapter(), r"a Adapter with tensors of its own \(up\)"),
+    "activation": (lambda: Activated(8, 6), "a Activated that does not compute"),
+    "dropout": (lambda: Dropping(8, 6), "a Dropping that does not compute"),
+    "two outputs": (lambda: Pair(8, 6), "a Pair that does not compute"),
+    "patched": (tripled, "a Linear that does not compute"),
+    "pruned weight": (lambda: prune.l1_unstructured(linear(), "weight", 0.3), "its weight is computed"),
+    "pruned bias": (lambda: prune.l1_unstructured(linear(), "bias", 0.3), "its bias is computed"),
+    "weight norm": (lambda: parametrizations.weight_norm(linear()), "its weight is computed"),
+    "parametrised bias": (
+        lambda: parametrize.register_parametrization(linear(), "bias", nn.Tanh()),
+        "its bias is computed",
+    ),
+    "lazy": (lambda: nn.LazyLinear(6), "a lazy layer without values"),
+}
+
+
+@pytest.mark.parametrize("make", [*MORE])
+def test_a_layer_that_is_more_is_left_out_of_the_plan_with_the_reason(make):
+    layer, reason = MORE[make]
+    model = nn.ModuleDict({"more": layer(), "plain": linear()})
+    assert [*refusals(model)] == ["more.weight"]
+    found = select_weights(model)
+    assert [weight.name for weight in found.weights] == ["plain.weight"]
+    (note,) = found.notes
+    assert note.startswith("skipped more.weight: ")
+    with pytest.raises(UsageError, match=reason):
+        select_weights(model, "more")
+
+
+@pytest.mark.parametrize(
+    "layer", [linear, lambda: Casting(8, 6), lambda: Initialised(8, 6), same, lambda: Conv1D(6, 8)]
+)
+def test_a_harmless_subclass_may_be_replaced(layer):
+    assert refusals(nn.Sequential(layer())) == {}
+
+
+def test_a_weight_with_other_users_is_left_out():
+    model = nn.ModuleDict(
+        {"table": nn.Embedding(12, 8), "head": nn.Linear(8, 12), "attention": nn.MultiheadAttention(8, 2)}
+    )
+    model["head"].weight = model["table"].weight
+    assert refusals(model) == {
+        "head.weight": "table, a Embedding, uses it too",
+        "attention.out_proj.weight": "nn.MultiheadAttention uses it without calling its layer",
+    }
+
+
+def test_a_chain_takes_over_the_hooks_of_its_layer():
+    weight = torch.outer(torch.arange(6.0), torch.arange(8.0))  # of rank 1
+    model, x = nn.Sequential(nn.Linear(8, 6)), torch.randn(5, 8)
+    model[0].weight.data = weight
+    model[0].register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
+    model[0].register_forward_hook(lambda module, inputs, named, output: output + 3, with_kwargs=True)
+    expected = model(x)
+    small = ks.compress(model, ks.plan_model(model, budget=0.3, chains=["lowrank"], quiet=True), quiet=True)
+    assert isinstance(small[0], ks.KSLinear)
+    torch.testing.assert_close(small(x), expected, rtol=1e-4, atol=1e-4)
