@@ -11,6 +11,8 @@ Writes --output_path (.pth, .pt, .safetensors or .npy). A file there that holds 
 import sys
 from pathlib import Path
 
+sys.path.insert(0, __file__.rpartition("/")[0])  # python -I and PYTHONSAFEPATH leave the folder of a script out
+
 from ks.cli import console
 
 if __name__ == "__main__":

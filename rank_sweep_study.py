@@ -17,6 +17,8 @@ import dataclasses
 import sys
 from pathlib import Path
 
+sys.path.insert(0, __file__.rpartition("/")[0])  # python -I and PYTHONSAFEPATH leave the folder of a script out
+
 from ks.cli import console
 
 if __name__ == "__main__":

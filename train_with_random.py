@@ -13,6 +13,8 @@ Exit codes: 0 finished, 1 diverged or out of memory, 2 bad input, 4 internal err
 
 import sys
 
+sys.path.insert(0, __file__.rpartition("/")[0])  # python -I and PYTHONSAFEPATH leave the folder of a script out
+
 from ks.cli import console
 
 if __name__ == "__main__":

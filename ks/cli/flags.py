@@ -40,7 +40,9 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightFlags:
     TITLE: ClassVar = "weight"
-    weight_path: str = flag("", "dense weight: a .pth, .pt, .safetensors or .npy file", convert=path, required=True)
+    weight_path: str = flag(
+        "", "dense weight: a .pth, .pt, .bin, .ckpt, .safetensors or .npy file", convert=path, required=True
+    )
     weight_key: str | None = flag(None, "name of the tensor in a file of several; a sweep takes globs", convert=key)
     transpose: bool = flag(False, "the file stores the weight as (in, out) instead of (out, in)")
 

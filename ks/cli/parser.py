@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -57,7 +58,7 @@ def auto_or(convert: Callable[[str], Any]) -> Callable[[str], Any]:
 def path(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("a path must not be empty; . is the current folder")
-    return text
+    return os.path.expanduser(text)  # a shell leaves ~ alone in --flag=~/x
 
 
 def key(text: str) -> str:

@@ -200,3 +200,8 @@ def test_a_bad_command_line_is_one_line(capsys, arguments, message):
 
 def test_a_value_may_look_like_a_flag_if_it_has_a_space():
     assert Parser(SweepConfig, "").parse(["--weight_path", "w.pth", "--title", "--my title"]).title == "--my title"
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert Parser(SweepConfig, "").parse(["--weight_path=~/w.pth"]).weight_path == "/home/someone/w.pth"

@@ -46,7 +46,7 @@ def test_an_output_that_cannot_be_written_costs_only_the_text(weight_path, tmp_p
     "environment",
     [
         {"OMP_NUM_THREADS": "²", "MPLBACKEND": "nonsense", "KS_LIFELINE": "0:1"},
-        {"OMP_NUM_THREADS": "-3", "CUDA_VISIBLE_DEVICES": "²", "KS_LIFELINE": f"{10**30}:1"},
+        {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "-3", "CUDA_VISIBLE_DEVICES": "²", "KS_LIFELINE": f"{10**30}:1"},
     ],
     ids=str,
 )
