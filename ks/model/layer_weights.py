@@ -1,6 +1,7 @@
 """The weights of a checkpoint or of a model that match globs, read one at a time."""
 
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,8 @@ import torch
 from ks.errors import UsageError, one_line
 from ks.files.globs import matching, nearest
 from ks.files.tensor_kinds import REFUSED, kinds_of
-from ks.files.weights import Weight, entries_of, is_matrix, load_entry
-from ks.model.linears import linears_of, refusals
+from ks.files.weights import Weight, entries_of, is_matrix, load_entry, shape_of
+from ks.model.linears import coverage, linears_of, parameters_of, refusals
 
 MAX_LISTED = 3  # of the names that a remark lists
 
@@ -33,6 +34,7 @@ class Selection:
     weights: tuple[LayerWeight, ...]
     source: str  # name of the checkpoint's file, without folders; empty for weights in memory
     notes: tuple[str, ...]  # the skipped tensors, a line for each reason
+    coverage: str  # how many parameters these weights have, and where the others are
 
 
 def select_weights(
@@ -95,7 +97,17 @@ def select_weights(
         raise UsageError(
             f"{where}: {' '.join(globs)} matches no 2-D weight that a chain can replace; {'; '.join(notes)}"
         )
-    return Selection(tuple(weights), file, tuple(notes))
+    if isinstance(source, torch.nn.Module):
+        parts = parameters_of(source)
+    else:
+        parts = {
+            name: (math.prod(shape_of(entry)), kinds.get(name) or _kind_of(entry)) for name, entry in entries.items()
+        }
+    return Selection(tuple(weights), file, tuple(notes), coverage(parts, {weight.name for weight in weights}))
+
+
+def _kind_of(entry) -> str:
+    return "other 2-D weights" if is_matrix(entry) else "tensors that are not 2-D"
 
 
 def _place(entry, name: str) -> Hashable:

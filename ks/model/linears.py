@@ -1,7 +1,7 @@
 """The linear layers of a model, by the names that its checkpoint uses; other modules take their place."""
 
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -69,6 +69,35 @@ def refusals(model: nn.Module) -> dict[str, str]:
         if reason := _more_than_linear(linear) or next(iter(users[weight]), None):
             reasons[linear.key] = reason
     return reasons
+
+
+def parameters_of(model: nn.Module) -> dict[str, tuple[int, str]]:
+    """Return the number of values of every parameter of a model, 0 for one that has come before, and the kind of its
+    module, by name."""
+    parts, seen = {}, set()
+    for path, module in unwrapped(model).named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            key = checkpoint_name(f"{path}.{name}".lstrip("."))
+            size = 0 if parameter in seen else parameter.numel()
+            seen.add(parameter)
+            parts[key] = size, "biases" if name == "bias" else type(module).__name__
+    return parts
+
+
+def coverage(parts: Mapping[str, tuple[int, str]], chosen: Collection[str]) -> str:
+    """Return a sentence: how many parameters the chosen weights have, and where the others are.
+
+    Args:
+        parts: number of values and kind of every parameter, by name.
+        chosen: names among them.
+    """
+    total, others = sum(size for size, _ in parts.values()), Counter[str]()
+    for name, (size, kind) in parts.items():
+        if name not in chosen:
+            others[kind] += size
+    planned = total - others.total()
+    where = ", ".join(f"{size / total:.1%} {kind}" for kind, size in others.most_common(4) if size)
+    return f"{planned:,} of {total:,} parameters ({planned / total:.1%})" + (f"; the others: {where}" if where else "")
 
 
 def _more_than_linear(linear: Linear) -> str | None:

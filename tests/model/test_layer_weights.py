@@ -109,3 +109,15 @@ def test_an_offloaded_model_is_planned_by_its_file():
 def test_a_mapping_may_be_transposed(tensors):
     [weight] = select_weights(tensors, "layer.0.dense", transpose=True).weights
     assert torch.equal(weight.read().tensor, tensors["layer.0.dense.weight"].t())
+
+
+def test_the_coverage_counts_parameters_once_and_says_where_the_others_are():
+    model = torch.nn.ModuleDict(
+        {"table": torch.nn.Embedding(12, 8), "fc": torch.nn.Linear(8, 4), "head": torch.nn.Linear(8, 12, bias=False)}
+    )
+    model["head"].weight = model["table"].weight
+    assert select_weights(model).coverage == "32 of 132 parameters (24.2%); the others: 72.7% Embedding, 3.0% biases"
+    state = {"fc.weight": torch.ones(4, 8), "experts": torch.ones(3, 4, 8), "other.weight": torch.ones(2, 2)}
+    assert select_weights(state, "fc").coverage == (
+        "32 of 132 parameters (24.2%); the others: 72.7% tensors that are not 2-D, 3.0% other 2-D weights"
+    )
