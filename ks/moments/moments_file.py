@@ -304,8 +304,10 @@ class _StoredSums(Mapping[str, VectorSums]):
             raise KeyError(name)
         stored = set(self._file.keys())
         key_of = {label: f"{name}/{self._prefix}{label}" for label in SUM_LABELS}
-        what = "gradients" if self._prefix.startswith(GRADIENTS) else "inputs"
-        where = f"{self._path}, {what} {one_line(f'{name}/{self._prefix}').rstrip('/')!r}"
+        what, shown = "inputs", f"{name}/{self._prefix}".rstrip("/")
+        if self._prefix.startswith(GRADIENTS):
+            what, shown = "gradients", f"{name}/{self._prefix.removeprefix(GRADIENTS)}".rstrip("/")
+        where = f"{self._path}, {what} {one_line(shown)!r}"
         if missing := [label for label, key in key_of.items() if key not in stored]:
             raise UsageError(f"{where}: the file lacks {', '.join(missing)}; collect the moments again")
         shape = self._file.get_slice(key_of["sum_xx"]).get_shape()
