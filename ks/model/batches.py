@@ -1,24 +1,33 @@
 """Batches for a model: put on its device, cut, passed through it in evaluation mode; and the tokens that count."""
 
 import contextlib
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
-from ks.errors import UsageError
+from ks.errors import UsageError, one_line
+from ks.files.globs import matches
 
-Mask = Callable[[Any], torch.Tensor | None]
+Mask = Callable[[Any], torch.Tensor | None] | Mapping[str, Callable[[Any], torch.Tensor | None]]
 
 
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module, gradients: bool = False) -> Iterator[None]:
-    """Put a model into evaluation mode, without gradients or with them; every module has its mode back at the end."""
+    """Put a model into evaluation mode, without gradients or with them; every module has its mode back at the end.
+
+    The mode is set without calling `eval` and `train`, which may do work: those of adapters change weights. Nested
+    tensors, which nn.TransformerEncoder makes of padded batches, have no shape to compare with a mask, and are off.
+    """
     with contextlib.ExitStack() as undo:
         for module in model.modules():
             undo.callback(setattr, module, "training", module.training)
-        model.eval()
+            module.training = False
+            if isinstance(module, torch.nn.TransformerEncoder):
+                undo.callback(setattr, module, "use_nested_tensor", module.use_nested_tensor)
+                module.use_nested_tensor = False
         if "torch._dynamo" in sys.modules:  # a compiled part runs without the hooks that came after its compilation
             undo.enter_context(torch.compiler.set_stance("force_eager"))
         with torch.inference_mode(False), torch.set_grad_enabled(gradients):
@@ -83,13 +92,65 @@ def _first_tensor(batch: Any) -> torch.Tensor:
 
 
 def call(model: torch.nn.Module, batch: Any) -> Any:
-    """Return the output of a model for a batch of `on_device_of`."""
+    """Return the output of a model for a batch of `on_device_of`; of a list, as many parts as the model takes.
+
+    So a DataLoader may give (x, labels) to a model of x.
+    """
     if isinstance(batch, dict):
         return model(**batch)
-    return model(*batch) if isinstance(batch, list) else model(batch)
+    if not isinstance(batch, list):
+        return model(batch)
+    kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        return model(*batch)
+    return model(*batch[: sum(kind.name.startswith("POSITIONAL") for kind in kinds)])
 
 
-def mask_of(batch: Any, mask: Mask | None = None) -> torch.Tensor | None:
+def masks_of(model: torch.nn.Module, batch: Any, mask: Mask | None) -> Callable[[str], torch.Tensor | None]:
+    """Return a function that returns the tokens of a batch that count for a layer of this name, or None for all.
+
+    Args:
+        mask: a function of the batch; functions by globs over the names of layers, of which the first that matches
+            counts; or None for a mapping's `attention_mask`.
+    Raises:
+        UsageError: as `mask_of`; the function, for a layer that no glob matches.
+    """
+    if not isinstance(mask, Mapping):
+        found = mask_of(batch, mask)
+        if mask is None and found is not None and (others := _sequences(model, batch, found)):
+            raise UsageError(
+                f"the attention_mask speaks of one sequence, and the batch has several ({', '.join(others)}); give a "
+                'mask for each part of the model, as in mask={"encoder.**": lambda batch: batch["attention_mask"], '
+                '"**": lambda batch: None}'
+            )
+        return lambda name: found
+    masks = {glob: mask_of(batch, function) for glob, function in mask.items()}
+
+    def of_layer(name: str) -> torch.Tensor | None:
+        for glob, counted in masks.items():
+            if matches(name, glob):
+                return counted
+        raise UsageError(f'no glob of mask= matches layer {one_line(name)}; add "**": lambda batch: None for the rest')
+
+    return of_layer
+
+
+def _sequences(model: torch.nn.Module, batch: Mapping[str, Any], mask: torch.Tensor) -> list[str]:
+    """Return the names of the sequences in a batch if there are several, so that a mask may not speak of all."""
+    of_its_size = [
+        name
+        for name, value in batch.items()
+        if isinstance(value, torch.Tensor)
+        and value.shape[:2] == mask.shape
+        and (value.is_floating_point() or name.endswith("input_ids"))
+    ]
+    names = list(dict.fromkeys(of_its_size + [name for name in batch if name.startswith("decoder_")]))
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return names or ["encoder and decoder"]
+    return names if len(names) > 1 else []
+
+
+def mask_of(batch: Any, mask: Callable[[Any], torch.Tensor | None] | None = None) -> torch.Tensor | None:
     """Return the tokens of a batch that count, or None for all: by a function, or a mapping's `attention_mask`.
 
     Raises:

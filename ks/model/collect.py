@@ -4,7 +4,7 @@ import contextlib
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ks.errors import UsageError, one_line
 from ks.files.globs import matching, nearest
 from ks.files.memory import check_fits
-from ks.model.batches import Mask, call, cut, mask_of, on_device_of, size_of
+from ks.model.batches import Mask, call, cut, masks_of, on_device_of, size_of
 from ks.model.hooks import observed
-from ks.model.linears import Linear, linears_of, unwrapped
+from ks.model.linears import Linear, coverage, linears_of, parameters_of, unwrapped
 from ks.model.losses import FunctionLoss, Loss, LossLike, as_loss, checked_loss
 from ks.moments.moments_file import InputMoments
 from ks.moments.second_moment import VectorSums
@@ -49,8 +49,9 @@ def collect_input_moments(
         layers: globs over the names of the layers, as in `ks.files.globs.matches`: `encoder.layer.*.output.dense`.
         loss: of the model's output and the batch, summed over all that counts, no mean: `ks.NextTokenLoss()`,
             `ks.ClassifierLoss()`, `ks.RandomDirections(…)`, or a function of both.
-        mask: returns the tokens of a batch that count, boolean or integer of shape (batch, tokens), or None for all.
-            By default a mapping's `attention_mask` is used.
+        mask: returns the tokens of a batch that count, boolean or integer of shape (batch, tokens), or None for all;
+            for a model of several sequences, such functions by globs over the names of layers. By default a mapping's
+            `attention_mask` is used. Layers whose inputs it does not fit are left out.
         held_out: fraction of the batches that are held out; every fifth at 0.2.
         moments: of earlier batches, to be continued; it stays as it is. With its number of batches the held-out
             batches are those of an uninterrupted collection.
@@ -77,7 +78,7 @@ def collect_input_moments(
             before = collection.batch
             # 1e-9, because 100 · 0.29 falls below 29
             is_held_out = math.floor((before + 1) * held_out + 1e-9) > math.floor(before * held_out + 1e-9)
-            collection.start_pass(is_held_out, mask_of(batch, mask))
+            collection.start_pass(is_held_out, masks_of(model, batch, mask))
             placed = on_device_of(model, batch)
             output = call(model, placed)
             if collection.loss is not None:
@@ -88,7 +89,8 @@ def collect_input_moments(
         found = collection.result()
         whole = found if moments is None else moments.merge(found)
     if not quiet:
-        _report(found, linears)
+        _report(found, linears, collection.left_out)
+        print(f"inputs are known for {coverage(parameters_of(model), {*found.aliases})}", file=sys.stderr)
     return whole
 
 
@@ -111,6 +113,7 @@ class _Collection:
         self.sums: dict[bool, dict[str, VectorSums]] = {False: {}, True: {}}  # by whether it is held out
         self.gradients: dict[bool, dict[str, VectorSums]] = {False: {}, True: {}}  # by the name of the layer
         self.paused = False
+        self.left_out: dict[str, str] = {}  # reasons, by the name of the layer
         self.group: dict[str, str] = {}  # layer → NAME of its input tensor
         self.batch = self.earlier_batches = max(earlier.batches.values()) if earlier else 0
         if earlier and earlier.model != model_name:
@@ -127,9 +130,9 @@ class _Collection:
                 )
             self.group[layer_of[key]] = name
 
-    def start_pass(self, is_held_out: bool, mask: torch.Tensor | None) -> None:
+    def start_pass(self, is_held_out: bool, mask_of: Callable[[str], torch.Tensor | None]) -> None:
         self.batch += 1
-        self.is_held_out, self.mask = is_held_out, mask
+        self.is_held_out, self.mask_of = is_held_out, mask_of
         self._met: dict[tuple, str] = {}  # input tensor → NAME
         self._alive: list[StorageWeakRef] = []  # so that no storage of this pass is taken for a later one
         self._received: defaultdict[str, set[tuple]] = defaultdict(set)
@@ -138,7 +141,9 @@ class _Collection:
 
     def take(self, name: str, inputs: torch.Tensor) -> None:
         """Add the inputs of a layer, unless another layer of its group has received the same tensor in this pass."""
-        if self.paused:
+        if self.paused or name in self.left_out:
+            return
+        if not self._fits(name, inputs):
             return
         storage = StorageWeakRef(inputs.untyped_storage())
         self._alive.append(storage)
@@ -157,6 +162,8 @@ class _Collection:
 
     def take_gradient(self, name: str, gradients: torch.Tensor) -> None:
         """Add the gradients at the outputs of a layer."""
+        if name in self.left_out:
+            return
         dtype = torch.float64 if gradients.dtype == torch.float64 else torch.float32
         self._add(self.gradients[self.is_held_out], name, name, gradients, dtype)
 
@@ -171,16 +178,24 @@ class _Collection:
 
     def _tokens(self, name: str, vectors: torch.Tensor) -> torch.Tensor:
         """Return the inputs or gradients that count, shape (N, n)."""
-        rows = vectors.reshape(-1, vectors.shape[-1])
-        if self.mask is None:
-            return rows
-        flattened = vectors.ndim == 2 and len(vectors) == self.mask.numel()
-        if vectors.shape[:-1] != self.mask.shape and not flattened:
-            raise UsageError(
-                f"layer {one_line(name)} receives inputs of shape {tuple(vectors.shape)}, the mask has shape "
-                f"{tuple(self.mask.shape)}; it must have one entry per input: give another mask, or leave the layer out"
-            )
-        return rows[self.mask.flatten().to(vectors.device, torch.bool)]
+        rows, mask = vectors.reshape(-1, vectors.shape[-1]), self.mask_of(name)
+        return rows if mask is None else rows[mask.flatten().to(vectors.device, torch.bool)]
+
+    def _fits(self, name: str, inputs: torch.Tensor) -> bool:
+        """Return whether a mask has one entry for each input of a layer; one that never fitted is left out from now on.
+
+        Raises:
+            UsageError: the mask has fitted before.
+        """
+        mask = self.mask_of(name)
+        flattened = mask is not None and inputs.ndim == 2 and len(inputs) == mask.numel()
+        if mask is None or inputs.shape[:-1] == mask.shape or flattened:
+            return True
+        reason = f"its inputs have shape {tuple(inputs.shape)}, and the mask has shape {tuple(mask.shape)}"
+        if name in self.group:
+            raise UsageError(f"layer {one_line(name)}: {reason} in batch {self.batch}; give another mask")
+        self.left_out[name] = f"{reason} (mask= takes masks by globs)"
+        return False
 
     def go_back(self, loss: Loss, output: Any, batch: Any) -> float:
         """Run the backward pass from the loss of an output, and return the loss."""
@@ -238,6 +253,9 @@ class _Collection:
         gradients, held_out_gradients = (
             {self.linears[name].key: sums for name, sums in part.items()} for part in _finished(self.gradients)
         )
+        if not train and not held_out and self.left_out:
+            name, reason = next(iter(self.left_out.items()))
+            raise UsageError(f"no layer has inputs that the mask fits; {one_line(name)}: {reason}")
         if not train and not held_out:
             raise UsageError(
                 f"no layer of {one_line(', '.join(self.linears), 300)} was called as a module, so that nothing was "
@@ -270,8 +288,8 @@ def _finished(sums: dict[bool, dict[str, VectorSums]]) -> tuple[dict[str, Vector
     return train | empty, held_out
 
 
-def _report(found: InputMoments, linears: dict[str, Linear]) -> None:
-    """Print how many inputs were summed, and the layers that were not called."""
+def _report(found: InputMoments, linears: dict[str, Linear], reasons: dict[str, str]) -> None:
+    """Print how many inputs were summed, and the layers that were left out with the reasons."""
     counts = [max([sums.count for sums in part.values()], default=0) for part in (found.train, found.held_out)]
     print(
         f"{len(found.train)} input tensors of {len(found.aliases)} layers, {max(found.batches.values())} batches: "
@@ -280,6 +298,6 @@ def _report(found: InputMoments, linears: dict[str, Linear]) -> None:
     )
     for name, linear in linears.items():
         if linear.key not in found.aliases:
-            print(f"{one_line(name)}: left out, because no batch called it", file=sys.stderr)
+            print(f"{one_line(name)}: left out, {reasons.get(name, 'no batch called it')}", file=sys.stderr)
         elif found.loss and linear.key not in found.gradients:
             print(f"{one_line(name)}: inputs alone, because the loss gives it no gradient", file=sys.stderr)
