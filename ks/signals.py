@@ -1,4 +1,4 @@
-"""Signals: INT, TERM, HUP, QUIT and XCPU interrupt a script once, from its first import to its last file.
+"""Signals: INT, TERM, HUP, QUIT, XCPU and USR1 interrupt a script once, from its first import to its last file.
 
 The first signal raises KeyboardInterrupt; while `deferred` holds, at the next `check` or at its end. All further
 signals are ignored, so that nothing disturbs the saving of results. Scripts call `install`; without it, as in a
@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU)
+# Windows has the first two alone; USR1 is the notice of a scheduler before it ends a job.
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGXCPU", "SIGUSR1")
+STOPPING = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 EXIT_INTERRUPTED = 130
 
 
@@ -43,8 +45,11 @@ def install(script: str) -> None:
         if not _State.depth:
             check()
 
-    under_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    _State.handled = tuple(number for number in STOPPING if not (under_nohup and number == signal.SIGHUP))
+    _State.handled = tuple(
+        number
+        for number in STOPPING
+        if not (number.name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN)  # under nohup
+    )
     for number in _State.handled:
         signal.signal(number, handle)
 

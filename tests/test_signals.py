@@ -97,3 +97,11 @@ def test_without_a_script_no_handler_changes():
         "assert before == [signal.getsignal(n) for n in signal.valid_signals()]"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+
+
+def test_signals_that_a_platform_lacks_are_left_out():
+    code = (
+        "import signal; del signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU, signal.SIGUSR1; from ks import signals;"
+        "signals.install('a.py'); assert [each.name for each in signals.STOPPING] == ['SIGINT', 'SIGTERM']"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)

@@ -30,6 +30,7 @@ MOMENTS = (0.0, 0.4, 1.5, 3.0, 6.0)  # seconds after the first import: imports, 
 STORMS = [
     ("train_with_random.py", 0.5, (INT,)),
     ("train_with_random.py", 3.0, (HUP, QUIT, TERM)),
+    ("train_with_random.py", 3.0, (signal.SIGUSR1,)),
     ("rank_sweep_study.py", 1.5, (INT,)),
     ("rank_sweep_study.py", 6.0, (TERM, INT)),
     ("example_rank_sweep.py", 6.0, (INT,)),
