@@ -25,7 +25,7 @@ def plan_floors(config: SweepConfig, problem: Problem, path: Path) -> RankFloors
     return RankFloors(
         problem.internal_weight(),
         problem.chain,
-        problem.metric.inputs,
+        problem.metric,
         isotropic_weight=problem.isotropic_weight if config.inputs else None,
         known=known,
         progress=SlowWork(config.quiet),

@@ -64,7 +64,7 @@ def check_validation(
         rounding *= torch.linalg.cond(root).item()  # the outputs may be far larger than they are after it
     held_out = problem.held_out_samples()
     if held_out is None:
-        low, high = sampled_loss_range(weight, model.factors, problem.num_validation, problem.metric.inputs)
+        low, high = sampled_loss_range(weight, model.factors, problem.num_validation, problem.metric)
     else:  # its samples have exactly the held-out second moment
         low = high = problem.held_out_loss(model)
         # Held-out inputs may be far larger than those that were whitened, also where their outputs nearly cancel.
