@@ -231,7 +231,7 @@ def floors_table(candidates: Sequence[Candidates]) -> str:
         Column(f"at_{fraction:.0%}", Loss, f"loss with {fraction:.0%} of the dense parameters", form=form)
         for fraction in FRACTIONS
     ]
-    sizes[0] = dataclasses.replace(sizes[0], legend=f"{legend} with {FRACTIONS[0]:.0%} of the dense parameters")
+    sizes[-1] = dataclasses.replace(sizes[-1], legend=f"{legend} with {FRACTIONS[-1]:.0%} of the dense parameters")
     rows = []
     for entry in candidates:
         for floors in entry.floors:
