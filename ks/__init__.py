@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from ks.model.measure import measure_loss as measure_loss
     from ks.model.saved_model import load_compressed as load_compressed
     from ks.model.saved_model import save_compressed as save_compressed
+    from ks.moments.metric import LossMetric as LossMetric
+    from ks.moments.metric import Metric as Metric
     from ks.moments.moments_file import InputMoments as InputMoments
 
 __version__ = "0.1.0"
@@ -35,6 +37,8 @@ _HOMES = {
     "ClassifierLoss": "ks.model.losses",
     "InputMoments": "ks.moments.moments_file",
     "KSLinear": "ks.layer",
+    "LossMetric": "ks.moments.metric",
+    "Metric": "ks.moments.metric",
     "NextTokenLoss": "ks.model.losses",
     "Pattern": "ks.chain.patterns",
     "RandomDirections": "ks.model.losses",

@@ -26,6 +26,10 @@ SUFFIXES = (*TORCH_SUFFIXES, ".safetensors", ".npy")
 INDEX_SUFFIX = ".index.json"  # of a checkpoint in several files
 
 
+class NothingToLearn(UsageError):
+    """A weight of zeros, or one that is not finite: a plan of many layers goes on without it."""
+
+
 @dataclass(frozen=True, eq=False)
 class Weight:
     """A loaded weight: the m × n tensor in its stored dtype on the CPU, and the key that it had in its file."""
@@ -224,9 +228,9 @@ def _check_weight(where: str, tensor: torch.Tensor) -> None:
         raise UsageError(f"{where} has shape {shape}; a non-empty 2-D weight (out_features, in_features) is needed")
     low, high = torch.aminmax(tensor)  # NaN if any entry is
     if not (torch.isfinite(low) and torch.isfinite(high)):
-        raise UsageError(f"{where} holds NaN or infinite values; finite values are needed")
+        raise NothingToLearn(f"{where} holds NaN or infinite values; finite values are needed")
     if low == high == 0:
-        raise UsageError(f"{where} is all zero: there is nothing to learn, and no relative loss")
+        raise NothingToLearn(f"{where} is all zero: there is nothing to learn, and no relative loss")
 
 
 def save_weight(tensor: torch.Tensor, path) -> None:

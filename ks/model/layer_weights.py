@@ -92,7 +92,7 @@ def select_weights(
         else:
             read = functools.partial(load_entry, entry, name, f"{where}, key {name!r}", transposed)
             weights.append(LayerWeight(name, read, (_place(entry, name), transposed)))
-    notes = [f"skipped {_listed(names)}: {kind}" for kind, names in skipped.items()]
+    notes = [f"skipped {listed(names)}: {kind}" for kind, names in skipped.items()]
     if not weights:
         raise UsageError(
             f"{where}: {' '.join(globs)} matches no 2-D weight that a chain can replace; {'; '.join(notes)}"
@@ -122,6 +122,7 @@ def _matching(names: Iterable[str], globs: list[str]) -> list[str]:
     return [name for name in names if matching([name, name.removesuffix(".weight")], globs)]
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """Return names in one line, the first ones alone if there are many."""
     more = f", … ({len(names)} in all)" if len(names) > MAX_LISTED else ""
     return one_line(", ".join(names[:MAX_LISTED]) + more)

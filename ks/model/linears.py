@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from ks.layer import KSLinear
 
@@ -78,7 +79,7 @@ def parameters_of(model: nn.Module) -> dict[str, tuple[int, str]]:
     for path, module in unwrapped(model).named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             key = checkpoint_name(f"{path}.{name}".lstrip("."))
-            size = 0 if parameter in seen else parameter.numel()
+            size = 0 if parameter in seen or isinstance(parameter, UninitializedParameter) else parameter.numel()
             seen.add(parameter)
             parts[key] = size, "biases" if name == "bias" else type(module).__name__
     return parts
@@ -103,7 +104,7 @@ def coverage(parts: Mapping[str, tuple[int, str]], chosen: Collection[str]) -> s
 def _more_than_linear(linear: Linear) -> str | None:
     """Return in which way a layer is more than x Wᵀ + b, or None."""
     module = linear.module
-    if isinstance(module.weight, nn.UninitializedParameter):
+    if isinstance(module.weight, UninitializedParameter):
         return "a lazy layer without values; run the model once"
     for name in ("weight", "bias"):
         if getattr(module, name, None) is not None and name not in module._parameters:
