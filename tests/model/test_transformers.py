@@ -1,4 +1,4 @@
-"""Tiny models of transformers: compressed, run, generated from, exported; skipped where transformers is missing."""
+"""Tiny models of transformers, one of each kind, from collecting to generating; skipped where transformers is missing."""
 
 import pytest
 import torch
@@ -6,33 +6,102 @@ import torch
 import ks
 
 transformers = pytest.importorskip("transformers")
+
 SIZES = {"vocab_size": 40, "num_attention_heads": 2, "num_hidden_layers": 2}
-LLAMA = {"hidden_size": 16, "intermediate_size": 32, "max_position_embeddings": 64} | SIZES
+PLAIN = {"hidden_size": 16, "intermediate_size": 32, "max_position_embeddings": 64} | SIZES
+VISION = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "intermediate_size": 32} | SIZES
 T5 = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
-MAKE = {
-    "GPT2LMHeadModel": lambda: transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=64),
-    "LlamaForCausalLM": lambda: transformers.LlamaConfig(**LLAMA),
-    "T5ForConditionalGeneration": lambda: transformers.T5Config(**T5, decoder_start_token_id=0),
+WHISPER = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2} | {
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "vocab_size": 40,
+    "num_mel_bins": 8,
+    "max_source_positions": 10,
+    "max_target_positions": 20,
 }
-LAYERS = {
-    "GPT2LMHeadModel": "**.mlp.*",
-    "LlamaForCausalLM": "**.mlp.*",
-    "T5ForConditionalGeneration": "**.DenseReluDense.*",
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+EXPERTS = PLAIN | {"num_key_value_heads": 2}
+# name: (configuration, layers)
+MODELS = {
+    "GPT2LMHeadModel": (lambda: transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2), "**.mlp.*"),
+    "OPTForCausalLM": (lambda: transformers.OPTConfig(ffn_dim=32, word_embed_proj_dim=16, **PLAIN), "**.fc*"),
+    "LlamaForCausalLM": (lambda: transformers.LlamaConfig(**PLAIN), "**.mlp.*"),
+    "MixtralForCausalLM": (lambda: transformers.MixtralConfig(num_local_experts=2, **EXPERTS), "**.self_attn.*"),
+    "Qwen3MoeForCausalLM": (
+        lambda: transformers.Qwen3MoeConfig(num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, head_dim=8, **EXPERTS),
+        "**.self_attn.*",
+    ),
+    "MambaForCausalLM": (
+        lambda: transformers.MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, state_size=4),
+        "**.in_proj",
+    ),
+    "T5ForConditionalGeneration": (
+        lambda: transformers.T5Config(**T5, decoder_start_token_id=0),
+        "**.DenseReluDense.*",
+    ),
+    "WhisperForConditionalGeneration": (
+        lambda: transformers.WhisperConfig(**WHISPER, **SPECIAL, decoder_start_token_id=1),
+        "**.fc*",
+    ),
+    "BertForSequenceClassification": (lambda: transformers.BertConfig(**PLAIN, num_labels=3), "**.layer.*.**.dense"),
+    "ViTForImageClassification": (lambda: transformers.ViTConfig(**VISION, num_labels=3), "**.layers.**"),
+    "CLIPModel": (
+        lambda: transformers.CLIPConfig(text_config=PLAIN | SPECIAL, vision_config=VISION, projection_dim=8),
+        "**.mlp.*",
+    ),
 }
+EXPORTED = ("GPT2LMHeadModel", "LlamaForCausalLM", "T5ForConditionalGeneration")
+TOKENS = torch.randint(3, 40, (2, 7), generator=torch.Generator().manual_seed(0))
+MASK = torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
 
 
-@pytest.mark.parametrize("name", MAKE)
-def test_a_tiny_model_is_compressed_run_generated_from_and_exported(name):
+def batch_for(name):
+    pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    if name.startswith("ViT"):
+        return {"pixel_values": pixels}
+    if name.startswith("Whisper"):
+        return {"input_features": torch.randn(2, 8, 20), "decoder_input_ids": TOKENS}
+    tokens = {"input_ids": TOKENS, "attention_mask": MASK}
+    if name.startswith("T5"):
+        return tokens | {"decoder_input_ids": TOKENS[:, :3]}
+    return tokens | {"pixel_values": pixels} if name.startswith("CLIP") else tokens
+
+
+def loss_for(name):
+    if "LM" in name:
+        return ks.NextTokenLoss()
+    if "Classification" in name:
+        return ks.ClassifierLoss(labels="model")
+    return lambda output, batch: (output.logits_per_image if name.startswith("CLIP") else output.logits).square().sum()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_tiny_model_is_collected_planned_compressed_saved_loaded_and_generates(name, tmp_path):
+    make, layers = MODELS[name]
     torch.manual_seed(0)
-    model = getattr(transformers, name)(MAKE[name]()).eval()
-    tokens = torch.randint(3, 40, (2, 7))
-    inputs = {"input_ids": tokens} | ({"decoder_input_ids": tokens[:, :3]} if name.startswith("T5") else {})
-    plan = ks.plan_model(model, LAYERS[name], budget=0.7, chains=["monarch"], quiet=True)
-    ks.compress(model, plan, quiet=True)
+    model, batch = getattr(transformers, name)(make()).eval(), batch_for(name)
+    mask = None
+    if name.startswith("T5"):  # its attention mask is that of the encoder
+        mask = {"encoder.**": lambda batch: batch["attention_mask"], "decoder.**": lambda batch: None}
+    if name.startswith("CLIP"):
+        mask = {"text_model.**": lambda batch: batch["attention_mask"], "vision_model.**": lambda batch: None}
+    moments = ks.collect_input_moments(model, [batch] * 2, layers, loss=loss_for(name), mask=mask, quiet=True)
+    plan = ks.plan_model(model, layers, budget=0.7, chains=["lowrank"], moments=moments, quiet=True)
+    assert plan.loss_increase > 0
+    ks.compress(model, plan, moments=moments, quiet=True)
     assert any(isinstance(module, ks.KSLinear) for module in model.modules())
+    ks.save_compressed(model, tmp_path / "small")
+    loaded = ks.load_compressed(getattr(transformers, name)(make()).eval(), tmp_path / "small")
     with torch.no_grad():
-        logits = model(**inputs, use_cache=False).logits
-        exported = torch.export.export(model, (), inputs | {"use_cache": False}, strict=False).module()
-        torch.testing.assert_close(exported(**inputs, use_cache=False).logits, logits)
-    assert logits.isfinite().all()
-    assert model.generate(tokens, max_new_tokens=4, do_sample=False).shape[0] == 2
+        found, expected = loaded(**batch), model(**batch)
+        kept = "logits_per_image" if name.startswith("CLIP") else "logits"
+        assert torch.equal(found[kept], expected[kept])
+    assert expected[kept].isfinite().all()
+    if name in EXPORTED:
+        named = batch | {"use_cache": False}
+        exported = torch.export.export(model, (), named, strict=False).module()
+        torch.testing.assert_close(exported(**named).logits, expected.logits)
+    if "LM" in name or "Generation" in name:
+        inputs = batch["input_features"] if name.startswith("Whisper") else TOKENS
+        assert len(loaded.generate(inputs, max_new_tokens=4, do_sample=False)) == 2
