@@ -105,7 +105,7 @@ def main(argv=None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is out of date")
     check = parser.parse_args(argv).check
     tables = flag_tables() | column_tables()
-    pages = {path: path.read_text() for path in sorted(DOCS.glob("*.md"))}
+    pages = {path: path.read_text("utf-8") for path in sorted(DOCS.glob("*.md"))}
     placed = [name for text in pages.values() for name in MARKED.findall(text)]
     if sorted(placed) != sorted(tables):
         raise SystemExit(f"each table needs one pair of markers: {sorted(set(placed) ^ set(tables)) or placed}")
@@ -114,7 +114,7 @@ def main(argv=None) -> int:
         if check:
             print(f"{path.relative_to(DOCS.parent)} is out of date: run python docs/generate.py", file=sys.stderr)
         else:
-            path.write_text(new)
+            path.write_text(new, "utf-8")
     return 1 if check and stale else 0
 
 

@@ -83,12 +83,12 @@ def write_safetensors(path, tensors: dict[str, Any], metadata: dict[str, str]) -
 def write_json(path, value: Any) -> None:
     """Write JSON atomically; NaN and infinities become null."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(finite(value), indent=2, allow_nan=False, default=str) + "\n")
+        temporary.write_text(json.dumps(finite(value), indent=2, allow_nan=False, default=str) + "\n", "utf-8")
 
 
 def write_csv(path, columns: Iterable[str], rows: Iterable[dict]) -> None:
     """Write dicts as CSV atomically; missing, None and non-finite cells are empty."""
-    with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(columns), lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
         writer.writerows({name: _cell(value) for name, value in finite(row).items()} for row in rows)
@@ -105,7 +105,7 @@ def _cell(value: Any) -> Any:
 def read_json(path) -> Any:
     """Parse a JSON file; return None if it is missing, broken or no regular file (a FIFO would block)."""
     try:
-        return json.loads(Path(path).read_text()) if Path(path).is_file() else None
+        return json.loads(Path(path).read_text("utf-8")) if Path(path).is_file() else None
     except (OSError, ValueError, RecursionError):
         return None
 

@@ -5,15 +5,18 @@ A record is a JSON config with the names under `files`: `PREFIX_config.json` of 
 """
 
 import contextlib
+import errno
 import os
 import platform
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from ks.errors import UsageError
 from ks.files.atomic import read_json_object
+
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of a file system without locks
 
 
 def recorded(record: Path, without_list: Iterable[Path] = ()) -> set[Path]:
@@ -72,6 +75,9 @@ def delete(paths: Iterable[Path], inputs: Iterable[Path] = ()) -> None:
 def locked(path, what: str, wait: float = 0.0) -> Iterator[None]:
     """Hold a lock file; a lock that a killed process left is taken over, a symbolic link is refused.
 
+    File systems without locks (some NFS and Lustre) get a file PATH.soft instead, which names host and process; one
+    whose process has ended is taken over on the same host.
+
     Args:
         path: of the lock file, in an existing folder.
         what: kind of process that may hold it, for the message.
@@ -80,13 +86,12 @@ def locked(path, what: str, wait: float = 0.0) -> Iterator[None]:
         UsageError: another process holds it, or it cannot be opened.
     """
     path = Path(path)
-    lock = FileLock(path, timeout=wait)
     try:
-        lock.acquire()
+        lock = _acquired(path, wait)
     except Timeout as error:
         holder = ""
         with contextlib.suppress(OSError):  # it may have ended just now
-            holder = path.read_text(errors="replace").strip()
+            holder = path.read_text("utf-8", errors="replace").strip()
         raise UsageError(
             f"{path.parent} is in use by {what} ({holder or 'unknown'}); wait for it or choose another folder"
         ) from error
@@ -94,7 +99,7 @@ def locked(path, what: str, wait: float = 0.0) -> Iterator[None]:
         raise UsageError(f"lock file {path} cannot be opened ({error.strerror}); remove it") from error
     try:
         with contextlib.suppress(OSError):  # on a full disk the lock holds without a name in it
-            path.write_text(f"process {os.getpid()} on {platform.node()}")
+            path.write_text(f"process {os.getpid()} on {platform.node()}", "utf-8")
         yield
     finally:
         # Deleting the file before the lock is given up is safe: a process that waited for this file compares its inode
@@ -102,3 +107,15 @@ def locked(path, what: str, wait: float = 0.0) -> Iterator[None]:
         with contextlib.suppress(OSError):  # in a folder that has become read-only the file stays, without a lock
             path.unlink(missing_ok=True)
         lock.release()
+
+
+def _acquired(path: Path, wait: float) -> BaseFileLock:
+    lock: BaseFileLock = FileLock(path, timeout=wait)
+    try:
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        lock = SoftFileLock(f"{path}.soft", timeout=wait)
+        lock.acquire()
+    return lock

@@ -101,7 +101,7 @@ def read_table(
     Raises:
         UsageError: no regular file, too large, no CSV, columns missing, or not valid; the message has the line.
     """
-    with readable(Path(path), what) as path, open(path, newline="") as file:
+    with readable(Path(path), what) as path, open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         header = dict.fromkeys(reader.fieldnames or [])
         if missing := [name for name in needed if name not in header]:

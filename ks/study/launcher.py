@@ -119,7 +119,7 @@ def _call(task: Task) -> tuple[int, str]:
     _, script, *arguments = task.command
     try:
         task.log.parent.mkdir(parents=True, exist_ok=True)
-        task.log.write_text("This run printed to the terminal of its sweep (--launcher inline).\n")
+        task.log.write_text("This run printed to the terminal of its sweep (--launcher inline).\n", "utf-8")
         main = runpy.run_path(script)["main"]
         main = getattr(main, "__wrapped__", main)  # without the end of signals and the exit that a process has
     except OSError as error:

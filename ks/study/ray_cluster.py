@@ -112,7 +112,7 @@ class RayLauncher(Launcher):
             try:
                 ended, files, names = ray.get(reference)
             except ray.exceptions.RayError as error:
-                with open(task.log, "a") as log:
+                with open(task.log, "a", encoding="utf-8") as log:
                     log.write(f"Ray: {error}\n")
                 return Exit(1, 0.0)
             receive(task, files)

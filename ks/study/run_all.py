@@ -164,6 +164,6 @@ class Progress:
 def _tail(task: Task) -> list[str]:
     """Return the last lines of a task's log."""
     try:
-        return [one_line(line) for line in task.log.read_text(errors="replace").splitlines()[-15:]]
+        return [one_line(line) for line in task.log.read_text("utf-8", errors="replace").splitlines()[-15:]]
     except OSError as error:
         return [f"({error.strerror})"]

@@ -199,7 +199,9 @@ def as_rank(result: Result, run: Run) -> Result:
                 with atomic_path(path) as temporary:
                     shutil.copyfile(saved, temporary)
         write_json(target.training_log, read_json_object(source.training_log) | {"as_rank": result.run.rank})
-        target.log.write_text(f"The chain of rank {run.rank} is that of rank {result.run.rank}; see {source.log}\n")
+        target.log.write_text(
+            f"The chain of rank {run.rank} is that of rank {result.run.rank}; see {source.log}\n", "utf-8"
+        )
     ending = result.ending
     if ended_well(ending):
         ending = dataclasses.replace(ending, detail=f"as rank {result.run.rank}")

@@ -1,5 +1,6 @@
 """The lock of a folder: held by one process, ended with it, and never written through a link."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -21,10 +22,23 @@ with locked(sys.argv[1], "a test"):
 """
 
 
-@pytest.fixture
-def holder(tmp_path):
-    """A process that holds the lock until the end of its stdin."""
-    command = [sys.executable, "-c", HOLD, str(tmp_path / ".lock")]
+NO_LOCKS = """
+import errno, fcntl
+def refuse(*arguments):
+    raise OSError(errno.ENOLCK, "no locks here")
+fcntl.flock = refuse
+"""
+
+
+@pytest.fixture(params=["with locks", "without locks"])
+def holder(tmp_path, request, monkeypatch):
+    """A process that holds the lock until the end of its stdin, on a file system with or without locks."""
+    code = HOLD
+    if request.param == "without locks":
+        code = NO_LOCKS + HOLD
+        monkeypatch.setattr(fcntl, "flock", fcntl.flock)  # is put back at the end
+        exec(NO_LOCKS, {})
+    command = [sys.executable, "-c", code, str(tmp_path / ".lock")]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
         process.stdout.readline()
@@ -45,7 +59,7 @@ def test_a_lock_that_is_given_back_is_taken_and_removed(tmp_path, holder):
     with locked(tmp_path / ".lock", "another test", wait=30):
         assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
     giving_back.join()
-    assert not (tmp_path / ".lock").exists()
+    assert not [*tmp_path.iterdir()]
 
 
 def test_the_lock_of_a_killed_process_is_taken_over(tmp_path, holder):

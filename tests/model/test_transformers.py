@@ -29,7 +29,9 @@ MODELS = {
     "LlamaForCausalLM": (lambda: transformers.LlamaConfig(**PLAIN), "**.mlp.*"),
     "MixtralForCausalLM": (lambda: transformers.MixtralConfig(num_local_experts=2, **EXPERTS), "**.self_attn.*"),
     "Qwen3MoeForCausalLM": (
-        lambda: transformers.Qwen3MoeConfig(num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, head_dim=8, **EXPERTS),
+        lambda: transformers.Qwen3MoeConfig(
+            num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, head_dim=8, **EXPERTS
+        ),
         "**.self_attn.*",
     ),
     "MambaForCausalLM": (
