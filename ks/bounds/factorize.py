@@ -1,85 +1,19 @@
-"""Factorisation of a weight into a chain, its loss for any rank, and the singular values behind both.
+"""Factorisation of a weight into a chain, and its loss for any rank.
 
 Source: Le, Zheng, Riccietti, Gribonval, "Butterfly factorization with error guarantees" (2024).
 """
 
-from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
 
 from ks.bounds.descent import GRID_TOLERANCE, GridDescent, refine_factors
+from ks.bounds.low_rank import low_rank_factors
+from ks.bounds.tails import tail_energies
 from ks.chain.bmm import empty_values
 from ks.chain.patterns import Chain, Pattern, chainability, check_patterns
 from ks.errors import UsageError
-from ks.moments.pieces import lower_gram, one_thread_each
-from ks.moments.second_moment import MomentLike, SecondMoment
-
-GROUP_VALUES = 2**20  # of the blocks that a thread copies at a time: bounds the memory
-
-
-@torch.no_grad()
-def tail_energies(matrices: torch.Tensor) -> torch.Tensor:
-    """Return Σ over a batch of matrices of the squared singular values beyond the r-th, r = 0 … min(height, width).
-
-    They are eigenvalues of the smaller Gram matrix, in float64: the absolute error is a few times 1e-16 of the energy
-    ‖·‖_F², in a third of the time of an SVD.
-
-    Args:
-        matrices: shape (..., height, width), any float dtype and strides; a large batch is not copied.
-    Returns:
-        float64 tensor of shape (min(height, width) + 1,), not increasing, last entry 0.
-    """
-    height, width = matrices.shape[-2:]
-    total = torch.zeros(min(height, width), dtype=torch.float64, device=matrices.device)
-    several = matrices.device.type == "cpu" and matrices.numel() > height * width
-    for energies in (one_thread_each if several else map)(_group_energies, _groups(matrices)):
-        total += energies
-    return tail_sums(total)
-
-
-@torch.no_grad()
-def low_rank_energies(weight: torch.Tensor, moment: SecondMoment) -> torch.Tensor:
-    """Return the least tr((W − Ŵ) C (W − Ŵ)ᵀ) of low-rank Ŵ, Σ_{k>r} λ_k(W C Wᵀ), r = 0 … min(m, n).
-
-    Source: Swift-SVD (arXiv 2604.01609), theorem 3.1. No root of C is needed where m ≤ n.
-
-    Args:
-        weight: W, shape (m, n), any float dtype.
-        moment: C, the second moment of x.
-    Returns:
-        float64 tensor of shape (min(m, n) + 1,), not increasing, last entry 0.
-    """
-    if weight.shape[0] > weight.shape[1]:
-        return tail_energies(moment.times_root(weight))
-    return tail_sums(torch.linalg.eigvalsh(moment.output_moment(weight)).clamp_(min=0))
-
-
-def tail_sums(energies: torch.Tensor) -> torch.Tensor:
-    """Return sums of all but the r largest of ascending energies of shape (..., count), r = 0 … count."""
-    return torch.nn.functional.pad(energies.cumsum(-1), (1, 0)).flip(-1)
-
-
-@torch.no_grad()  # a thread starts with gradients
-def _group_energies(group: torch.Tensor) -> torch.Tensor:
-    """Return the sums of the squared singular values over a group, ascending, shape (min(height, width),).
-
-    Args:
-        group: shape (count, height, width).
-    """
-    wide = group.double() if group.shape[1] <= group.shape[2] else group.double().mT
-    return torch.linalg.eigvalsh(lower_gram(wide)).clamp_(min=0).sum(0)
-
-
-def _groups(matrices: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield all matrices of a batch as groups of shape (count, height, width); a group of one is a view."""
-    size = matrices[..., 0, 0].numel()
-    if matrices.dim() > 3 and matrices.numel() > GROUP_VALUES:
-        for part in matrices.split(max(1, len(matrices) * GROUP_VALUES // matrices.numel())):
-            yield from _groups(part[0]) if len(part) == 1 else [part.reshape(-1, *part.shape[-2:])]
-    else:
-        flat = matrices.reshape(-1, *matrices.shape[-2:])
-        yield from flat.split(max(1, size * GROUP_VALUES // matrices.numel()))
+from ks.moments.metric import Metric, MetricLike
 
 
 class HierarchicalLoss:
@@ -109,9 +43,9 @@ class HierarchicalLoss:
 
 @torch.no_grad()
 def factorize(
-    weight: torch.Tensor, patterns, moment: MomentLike = None, *, tolerance: float = GRID_TOLERANCE
+    weight: torch.Tensor, patterns, metric: MetricLike = None, *, tolerance: float = GRID_TOLERANCE
 ) -> list[torch.Tensor]:
-    """Factorise W into a chainable chain for inputs of second moment C, so that tr((W − Ŵ) C (W − Ŵ)ᵀ) is small.
+    """Factorise W into a chainable chain, so that tr(G E C Eᵀ) is small for E = W − Ŵ.
 
     Where C couples none of the column groups of the right-most factor (C = I, which is the default; any C for low-rank
     chains), the factorisation is hierarchical from left to right and optimal for two factors: at split l the best
@@ -120,6 +54,10 @@ def factorize(
     choice of the SVD. For any other C, two factors are a local optimum of block coordinate descent; more factors start
     from the descent at every split and are refined by a descent over factors.
 
+    Where G couples none of the row groups t::q of the left-most factor, q = d_1, all of this is done for G^{1/2} W, and
+    G_tt^{-1/2}, a pseudo-inverse if need be, goes into the blocks of that factor; low-rank chains need a root of G or C
+    of their smaller side alone. Any other G takes descents too.
+
     Other moments than I cost one eigendecomposition of C, about 10 n³ operations. Coupled inputs cost another 4 n³/p +
     4 m n² + 100 · (6 r q n² + 8 r m n) for two factors, with q row groups (5 seconds for 384 × 1536 and half a minute
     for 1024 × 4096 at rank 32 and q = 4, on one thread), and up to 50 · 4 m n² more for more factors.
@@ -127,33 +65,56 @@ def factorize(
     Args:
         weight: W, shape (m, n), any float dtype, CPU or CUDA; the work is done in float64.
         patterns: (a, b, c, d) output side first, with a_1 = 1, d_L = 1, neighbours chainable.
-        moment: C = E[x xᵀ], a tensor of shape (n, n) or a `SecondMoment`; None means I.
+        metric: C = E[x xᵀ], a tensor of shape (n, n) or a `SecondMoment`; or a `Metric`, G ⊗ C. None means I.
         tolerance: relative progress of a sweep at which the descent for coupled inputs ends.
     Returns:
         values of shape (a_l, b_l, c_l, d_l), output side first, dtype and device of the weight.
     Raises:
-        UsageError: patterns that are not of that kind, or of another size than the weight; C of another size, not
+        UsageError: patterns that are not of that kind, or of another size than the weight; C or G of another size, not
             symmetric or not positive semi-definite.
     """
     patterns = check_patterns(patterns)
     check_shape(weight, (patterns[0].rows, patterns[-1].cols))
     ranks = _chain_ranks(patterns)
-    moment = SecondMoment.of(moment)
-    moment.check_features(weight.shape[1])
-    wide = weight.double()
-    coupled = moment.coupling(patterns[-1].a)
-    if coupled is None:
-        values = _hierarchical(wide, moment.times_root(weight), patterns, ranks)
+    metric = Metric.of(metric)
+    metric.check_shape(weight)
+    row_groups, column_groups = patterns[0].d, patterns[-1].a
+    coupled = metric.couples_rows(row_groups) or metric.inputs.coupling(column_groups) is not None
+    if len(patterns) == 2 and coupled:
+        left, right = GridDescent(weight, metric, row_groups, column_groups).factors(ranks[0], tolerance=tolerance)
+        values = _two_factors(left, right.mT, patterns, ranks[0])
+    elif len(patterns) == 2 and row_groups == column_groups == 1:
+        left, right = low_rank_factors(weight, metric, ranks[0])
+        values = _two_factors(left[None, None], right[None, None], patterns, ranks[0])
     else:
-        coupled = coupled.to(weight.device)
-        values = _coupled_hierarchical(wide, coupled, patterns, ranks, tolerance)
-        if len(patterns) > 2:
-            values, _ = refine_factors(wide, coupled, values)
+        values = _hierarchical(weight, metric, patterns, ranks, tolerance)
+        if coupled:
+            values, _ = refine_factors(weight.double(), metric, values)
     stored = [empty_values(pattern, weight.device, weight.dtype) for pattern in patterns]
     return [place.copy_(factor) for place, factor in zip(stored, values)]
 
 
-def _hierarchical(weight: torch.Tensor, rooted: torch.Tensor, patterns, ranks) -> list[torch.Tensor]:
+def _two_factors(left: torch.Tensor, right: torch.Tensor, patterns, rank: int) -> list[torch.Tensor]:
+    """Return the values of two factors from blocks left · right, shapes (q, p, M, kept) and (q, p, kept, k)."""
+    value, rest = _placed(left[None], right[None], rank)
+    return [value, rest.reshape(*patterns[1])]
+
+
+def _hierarchical(weight: torch.Tensor, metric: Metric, patterns, ranks, tolerance: float) -> list[torch.Tensor]:
+    """Return the factors of left-to-right cuts, made without what G couples between row groups."""
+    metric = metric.without_row_coupling(patterns[0].d)
+    wide, moment = metric.weighted(weight), metric.inputs.coupling(patterns[-1].a)
+    if moment is None:
+        values = _cuts(wide, metric.inputs.times_root(wide), patterns, ranks)
+    else:
+        values = _coupled_cuts(wide, moment.to(weight.device), patterns, ranks, tolerance)
+    _, b, c, d = values[0].shape
+    columns = metric.unweighted(values[0].transpose(2, 3).reshape(b * d, c))  # (b d) c
+    values[0] = columns.reshape(1, b, d, c).transpose(2, 3)
+    return values
+
+
+def _cuts(weight: torch.Tensor, rooted: torch.Tensor, patterns, ranks) -> list[torch.Tensor]:
     """Return factors with columns from SVDs of W C^{1/2}; the last remainder is a projection of W itself."""
     remainder, rooted = weight.unsqueeze(0), rooted.unsqueeze(0)  # shape: (a, r·M, N), of each column block
     values = []
@@ -167,9 +128,7 @@ def _hierarchical(weight: torch.Tensor, rooted: torch.Tensor, patterns, ranks) -
     return [*values, remainder.reshape(*patterns[-1])]
 
 
-def _coupled_hierarchical(
-    weight: torch.Tensor, moment: torch.Tensor, patterns, ranks, tolerance: float
-) -> list[torch.Tensor]:
+def _coupled_cuts(weight: torch.Tensor, moment: torch.Tensor, patterns, ranks, tolerance: float) -> list[torch.Tensor]:
     """Return the factors of descents at every split; those behind the first drop the coupling of its column blocks."""
     remainder, values = weight.unsqueeze(0), []  # shape: (a, r·M, N), of each column block
     for pattern, rank in zip(patterns, ranks):

@@ -133,7 +133,7 @@ def _moment_of(layer: LayerPlan, moments: InputMoments | None) -> SecondMoment |
 
 def factorised(place: Place, moment: SecondMoment | None, impl: str) -> KSLinear:
     """Return the best known chain of a place for inputs, without a bias."""
-    return KSLinear.from_dense(place.weight, patterns=place.plan.patterns, moment=moment, impl=impl)
+    return KSLinear.from_dense(place.weight, patterns=place.plan.patterns, metric=moment, impl=impl)
 
 
 def _trained(place: Place, folder: Path, impl: str) -> KSLinear:
