@@ -141,6 +141,12 @@ def test_a_model_whose_vectors_come_from_no_parameter(around):
     agrees(collect(model, [TOKENS]).gradients["blocks.0.0.weight"], by_autograd(model, TOKENS)["blocks.0.0"])
 
 
+def test_a_layer_whose_weight_is_computed_from_other_parameters():
+    first = torch.nn.utils.parametrizations.weight_norm(Linear(6, 8, bias=False))
+    model = torch.nn.Sequential(first, Linear(8, 6))
+    agrees(collect(model, [normal(5, 6)], "0").gradients["0.weight"], by_autograd(model, normal(5, 6))["0"])
+
+
 def test_a_model_that_changes_the_output_of_its_first_layer_in_place():
     model = torch.nn.Sequential(Linear(6, 8), torch.nn.ReLU(inplace=True), Linear(8, 6))
     agrees(collect(model, [normal(5, 6)]).gradients["0.weight"], by_autograd(model, normal(5, 6))["0"])
@@ -192,10 +198,13 @@ def test_offloading_replaces_parameters_and_they_require_gradients_again():
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_it_works_where_gradients_are_off(mode):
+    def loss(output, batch):
+        return (output[:, :6] * batch).sum()  # keeps the batch for the backward pass
+
     model = Attention()
     with mode():
-        found = collect(model, [normal(3, 6)])
-    agrees(found.gradients[f"{LAYER}.up.weight"], by_autograd(model.eval(), normal(3, 6))[f"{LAYER}.up"])
+        found = collect(model, [normal(3, 6)], loss=loss)
+    agrees(found.gradients[f"{LAYER}.query.weight"], by_autograd(model.eval(), normal(3, 6), loss)[f"{LAYER}.query"])
 
 
 def test_a_model_of_inference_mode_is_refused():
