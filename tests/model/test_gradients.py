@@ -246,14 +246,6 @@ def test_a_collection_in_parts_is_that_of_the_whole():
                 assert sums.count == other[key].count
 
 
-def test_moments_of_another_loss_or_of_none_are_not_continued():
-    earlier = collect(Attention(), [normal(3, 6)])
-    with pytest.raises(UsageError, match="have gradients of 'squares', not 'no loss'; give the same loss, or start"):
-        ks.collect_input_moments(Attention(), [normal(3, 6)], "**", moments=earlier)
-    with pytest.raises(UsageError, match="have gradients of 'squares', not 'NextTokenLoss"):
-        collect(Attention(), [], loss=ks.NextTokenLoss(), moments=earlier)
-
-
 class Two(torch.nn.Module):
     """The loss depends on the first layer, and on the second one if `used`."""
 
@@ -264,6 +256,27 @@ class Two(torch.nn.Module):
     def forward(self, x):
         second = self.second(x)
         return self.first(x) + (second if self.used else second.detach())
+
+
+def test_a_layer_that_held_out_batches_alone_call_has_an_empty_training_part():
+    class Sometimes(Two):
+        def forward(self, x):
+            return self.first(x) + (self.second(x) if len(x) == 3 else 0)
+
+    found = collect(Sometimes(True), [normal(2, 6), normal(3, 6)], held_out=0.5)
+    for train, held_out, name in (
+        (found.train, found.held_out, found.aliases["second.weight"]),
+        (found.gradients, found.held_out_gradients, "second.weight"),
+    ):
+        assert (train[name].count, held_out[name].count) == (0, 3)
+
+
+def test_moments_of_another_loss_or_of_none_are_not_continued():
+    earlier = collect(Attention(), [normal(3, 6)])
+    with pytest.raises(UsageError, match="have gradients of 'squares', not 'no loss'; give the same loss, or start"):
+        ks.collect_input_moments(Attention(), [normal(3, 6)], "**", moments=earlier)
+    with pytest.raises(UsageError, match="have gradients of 'squares', not 'NextTokenLoss"):
+        collect(Attention(), [], loss=ks.NextTokenLoss(), moments=earlier)
 
 
 def test_a_layer_without_a_gradient_is_named(capsys):
