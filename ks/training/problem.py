@@ -16,6 +16,7 @@ from ks.files.columns import ISOTROPIC
 from ks.files.memory import check_fits
 from ks.files.weights import Weight, load_weight
 from ks.layer import KSLinear
+from ks.model.prediction import per_token
 from ks.moments.metric import LossMetric, Metric
 from ks.moments.read import Calibration, read_input_moments
 from ks.moments.second_moment import UNIT_MOMENT, SecondMoment, VectorSums
@@ -307,7 +308,7 @@ def relative_target(config: TargetFlags, problem: Problem) -> float | None:
         return config.target_relative_loss
     if increase >= zero:
         raise UsageError(
-            f"--target_loss_increase {increase:g}: the zero predictor costs {zero:.3g} {problem.unit} per token by the "
+            f"--target_loss_increase {increase:g}: the zero predictor costs {per_token(zero, problem.unit)} by the "
             "same prediction, so that every rank reaches it; give less"
         )
     return increase / zero
@@ -491,8 +492,8 @@ def _measured(given: Calibration, weight: torch.Tensor, chain: Chain, config: Tr
 
 def _gradient_notes(given: Calibration, kind: LossMetric) -> list[str]:
     if kind is LossMetric.MODEL_LOSS:
-        unit = given.unit or "the unit of the loss"
-        return [f"Losses are the predicted increase of the loss of the model, in {unit} per token."]
+        unit = f" ({given.unit})" if given.unit else ""
+        return [f"Losses are the predicted increase of the loss of the model{unit} per token."]
     hint = "These inputs come with gradients; --loss_metric model_loss minimises what the model loses."
     return [] if given.gradients is None else [hint]
 
