@@ -57,7 +57,7 @@ def test_every_block_of_a_converged_grid_is_the_best_given_the_others(gradients)
         outputs = random_moment(gradients, 20, groups=2, seed=1)[grouped][:, grouped]
     metric = Metric(moment, outputs if gradients else None)
     outputs = metric.outputs.matrix_of(20)
-    dense = dense_grid(*GridDescent(weight, metric, 2, 3).factors(2, 5000, 1e-14))
+    dense = dense_grid(*GridDescent(weight, metric, 2, 3).factors(2, 2000, 1e-12))
     for t in range(2):
         for i in range(3):
             own, rows = slice(8 * i, 8 * i + 8), slice(t, None, 2)
