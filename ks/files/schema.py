@@ -43,6 +43,9 @@ class TrainingLog(Struct):
     train_seconds: Duration | None = None
     epochs: Positive | None = None
     relative_loss: Loss | None = None
+    loss_increase: Loss | None = None
+    held_out_loss_increase: Loss | None = None
+    energy_loss: Loss | None = None
     resumed_after: Count | None = None
     latency: Latency | None = None
 

@@ -16,7 +16,7 @@ from ks.files.columns import FAMILIES, Column, Text
 from ks.files.layout import SweepFiles
 from ks.files.table import filled, table
 from ks.model.layer_weights import select_weights
-from ks.report.answer import percents
+from ks.report.words import percents
 from ks.study.study_floors import plan_floors
 from ks.training.problem import resolve
 

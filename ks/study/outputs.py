@@ -44,10 +44,7 @@ def summarise(
     count = problem.layer_inputs.description.get("held_out_count", 0)
     isotropic = None if plan.isotropic_curve is None else plan.isotropic_curve.tolist()
     reference = Reference(problem.predict_zero_loss, held_out, count, isotropic, config.target_relative_loss, identity)
-    runs = [
-        run_row(result.run.rank, result.curves, result.ending, result.run.seed, result.train_seconds, result.latency)
-        for result in results
-    ]
+    runs = [run_row(result.run.rank, result.curves, result.ending, result.run.seed, result.log) for result in results]
     measured = all(row["population_loss"] is not None for row in runs if ended_well(row["status"]))
     rows = [
         rank_row([row for row in runs if row["rank"] == rank], problem.chain, floor if measured else None, reference)

@@ -149,6 +149,8 @@ class Progress:
         task, curves = result.run.task, result.curves
         self._print_resumed(task)
         loss = f", validation loss {curves[-1]['val_loss']:.6g}" if curves else ""
+        if (relative := result.log.relative_loss) is not None:
+            loss = f", relative loss {relative:.2%}"
         message = f"{task.name}: {result.ending}{loss}, {exit.seconds:.1f} s"
         if not ended_well(result.ending):
             message = "\n  ".join([f"{message}; end of {task.log}:", *_tail(task)])

@@ -16,7 +16,7 @@ from ks.errors import UsageError
 from ks.files.atomic import atomic_path, prepare_output_dir, read_json_object, write_json
 from ks.files.curves import write_curves
 from ks.files.layout import RunFiles, run_files
-from ks.files.schema import Latency, RunConfig, StudyRecord, read_json_as
+from ks.files.schema import RunConfig, StudyRecord, TrainingLog, read_json_as
 from ks.files.status import OK, Ending, Status, ended_well
 from ks.report.verdict import converged_loss
 from ks.study.processes import Exit, Task
@@ -38,13 +38,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended, with its curves. train_seconds, latency: of the run; None if unknown."""
+    """How a run ended, with its curves and its log."""
 
     run: Run
     ending: Ending
     curves: list[dict]
-    train_seconds: float | None
-    latency: Latency | None = None
+    log: TrainingLog
 
 
 def ranks_of(config: SweepConfig, plan: RankFloors, study: StudyRecord | None) -> tuple[set[int], list[int]]:
@@ -145,7 +144,7 @@ def result_of(run: Run, num_epochs: int, exit: Exit | None = None, study: dict |
     ending = state.ending if exit is None else _ending_after(exit, state)
     if study is not None and ended_well(ending) and (replaced := _replaced(run.files, study)):
         ending = Ending(Status.FAILED, replaced)
-    return Result(run, ending, state.curves, state.log.train_seconds, state.log.latency)
+    return Result(run, ending, state.curves, state.log)
 
 
 def _ending_after(exit: Exit, state: RunState) -> Ending:

@@ -59,7 +59,7 @@ def final_losses(figure: Figure, study: Study, log_scale: bool) -> str:
     axes.set_xlim(-0.7, len(losses) - 0.3)
     axes.grid(visible=False, axis="x")
     axes.set_xlabel("rank")
-    if not units.relative:
+    if units.zero is None:
         axes.set_ylabel(parts.literal(f"final {units.label}"))
     parts.add_squared_axis(axes, units)
     parts.write_legend(figure, _legend(study, log_scale))
@@ -85,7 +85,7 @@ def _legend(study: Study, log_scale: bool) -> list[Artist]:
 def has_floors(study: Study) -> bool:
     """Return whether a rank of the study has a floor, a loss and parameters."""
     needed = study.summary[["relative_loss", "parameters", "loss_floor"]]
-    return len(study.floor) > 0 and study.units.relative and bool(needed.notna().all(axis=1).any())
+    return len(study.floor) > 0 and study.units.zero is not None and bool(needed.notna().all(axis=1).any())
 
 
 def floor_by_rank(figure: Figure, study: Study, log_scale: bool) -> str:
@@ -99,10 +99,10 @@ def floor_by_rank(figure: Figure, study: Study, log_scale: bool) -> str:
     bounds = losses[["lower", "upper"]].to_numpy().ravel()
     parts.finish_loss_axis(axes, units, losses["exact"], bounds, log_scale=log_scale)
     label = parts.floor_label(family, quick=len(between) > 0)
-    axes.plot(own["rank"], own["relative_loss"], color=ink(), linewidth=1.5, label=label)
+    axes.plot(own["rank"], own["relative_loss"] * units.zero, color=ink(), linewidth=1.5, label=label)
     if len(isotropic):
         look: dict[str, Any] = {"color": GREY, "linestyle": (0, (1, 2)), "label": "floor if inputs were isotropic"}
-        axes.plot(isotropic["rank"], isotropic["relative_loss"], **look)
+        axes.plot(isotropic["rank"], isotropic["relative_loss"] * units.zero, **look)
     parts.mark_ranks(axes, losses["rank"], losses["rank"], losses["exact"], colors)
     if len(between):
         axes.vlines(between["rank"], between["lower"], between["upper"], color=ink(), linewidth=1.2, zorder=3)
@@ -110,7 +110,9 @@ def floor_by_rank(figure: Figure, study: Study, log_scale: bool) -> str:
         axes.plot(between["rank"], between["lower"], marker="_", **caps)
         axes.plot(between["rank"], between["upper"], marker="_", label="bounds of a trained rank", **caps)
     if study.target is not None:
-        axes.axhline(study.target, color="#009E73", linewidth=1.2, linestyle=(0, (6, 2)), label="target", zorder=1)
+        axes.axhline(
+            study.target * units.zero, color="#009E73", linewidth=1.2, linestyle=(0, (6, 2)), label="target", zorder=1
+        )
     parts.set_log_axis(axes.xaxis, 1, max(own["rank"].max(), losses["rank"].max()), parts.count)
     dense = own["rank"][own["parameters"] >= study.dense_parameters]
     if len(dense):

@@ -1,0 +1,136 @@
+"""The words for the losses of a study: fractions of the output energy, or increases of the loss of the model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import expm1
+from typing import Any
+
+from ks.moments.metric import LossMetric
+from ks.report.verdict import Limit
+
+PERPLEXITY_UNIT = "nats"  # an increase of the loss in nats multiplies the perplexity by its exponential
+MOST_NATS = 20.0  # beyond, the factor of the perplexity is no number to read
+
+
+@dataclass(frozen=True)
+class Words:
+    """How texts speak of a loss. Losses are given relative to the zero predictor.
+
+    loss_metric: of the study. unit: of the loss of the model; empty if no gradients were measured.
+    predict_zero_loss: with `LossMetric.MODEL_LOSS`, the increase of the loss by the zero predictor, in this unit.
+    """
+
+    loss_metric: LossMetric = LossMetric.OUTPUT_ENERGY
+    unit: str = ""
+    predict_zero_loss: float = 1.0
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> "Words":
+        """Return the words for a row of the summary; those of earlier versions are about output energy."""
+        metric = LossMetric(row.get("loss_metric") or LossMetric.OUTPUT_ENERGY)
+        return cls(metric, row.get("loss_unit") or "", row.get("predict_zero_loss") or 1.0)
+
+    @property
+    def of_model(self) -> bool:
+        return self.loss_metric is LossMetric.MODEL_LOSS
+
+    @property
+    def lose(self) -> str:
+        return "cost" if self.of_model else "lose"
+
+    @property
+    def loses(self) -> str:
+        return f"{self.lose}s"
+
+    @property
+    def quantity(self) -> str:
+        return "the increase of the loss of the model" if self.of_model else "the fraction of the output energy lost"
+
+    @property
+    def zero_loss(self) -> str:
+        return "zero predictor's loss" if self.of_model else "output energy"
+
+    @property
+    def in_unit(self) -> str:
+        return f", in {self.unit}" if self.unit else ""
+
+    @property
+    def relative(self) -> str:
+        """Return the name of a loss in the middle of a sentence."""
+        return "the predicted increase of the loss" if self.of_model else "the relative loss"
+
+    @property
+    def label(self) -> str:
+        """Return the label of an axis."""
+        unit = f"{self.unit} per token".strip() if len(self.unit.split()) < 2 else f"per token: {self.unit}"
+        return f"predicted increase of the loss ({unit})" if self.of_model else "relative loss (output energy lost)"
+
+    @property
+    def small(self) -> Limit:
+        """Return the limit of a rank that has little to gain."""
+        return Limit.SMALL_INCREASE if self.of_model else Limit.SMALL
+
+    @property
+    def target_flag(self) -> str:
+        return "--target_loss_increase" if self.of_model else "--target_relative_loss"
+
+    def amounts(self, *losses: float) -> list[str]:
+        """Return losses as '2%' or '0.004 nats', with as many digits as tell different ones apart.
+
+        A unit of several words does not stand behind a number.
+        """
+        if not self.of_model:
+            return percents(*losses)
+        unit = f" {self.unit}" if len(self.unit.split()) == 1 else ""
+        return [f"{number}{unit}" for number in self.numbers(*losses)]
+
+    def numbers(self, *losses: float) -> list[str]:
+        """Return losses as in `amounts`, for a table: an increase without its unit."""
+        return significant(*(loss * self.predict_zero_loss for loss in losses)) if self.of_model else percents(*losses)
+
+    def whole(self, amount: str) -> str:
+        """Return '2% of the output energy' or '0.004 nats per token'."""
+        return f"{amount} per token" if self.of_model else f"{amount} of the output energy"
+
+    def show(self, loss: float) -> str:
+        return self.whole(*self.amounts(loss))
+
+    def held_out(self, row: Mapping[str, Any]) -> float | None:
+        """Return the loss on held-out inputs, relative as the losses on the inputs of the runs are."""
+        if not self.of_model:
+            return row.get("held_out_relative_loss")
+        increase = row.get("held_out_loss_increase")
+        return None if increase is None else increase / self.predict_zero_loss
+
+    def both_metrics(self, row: Mapping[str, Any]) -> list[str]:
+        """Return a sentence with the increase of the loss of the model and the output energy lost, if both are known."""
+        increase, energy = row.get("loss_increase"), row.get("energy_loss")
+        if increase is None or energy is None:
+            return []
+        one_word = len(self.unit.split()) == 1
+        text = f"Rank {row['rank']} costs the model about {increase:.2g}{f' {self.unit}' * one_word} per token"
+        notes = ["predicted" if one_word else f"predicted{self.in_unit}"]
+        if self.unit == PERPLEXITY_UNIT and increase < MOST_NATS:
+            notes.append(f"perplexity × {1 + float(f'{expm1(increase):.2g}'):g}")
+        return [f"{text} ({'; '.join(notes)}); it loses {percents(energy)[0]} of the output energy."]
+
+
+def percents(*values: float) -> list[str]:
+    """Return fractions in percent with two decimals, or with as many as tell different ones apart, six at most.
+
+    Below 0.1%, these are significant digits.
+    """
+    for digits in range(2, 7):
+        texts = [f"{100 * value:.{digits}{'f' if abs(value) >= 0.001 or not value else 'g'}}" for value in values]
+        if len({*texts}) == len({*values}):
+            break
+    return [(text.partition(".")[0] if float(text).is_integer() else text) + "%" for text in texts]
+
+
+def significant(*values: float) -> list[str]:
+    """Return numbers with three significant digits, or with as many as tell different ones apart, six at most."""
+    for digits in range(3, 7):
+        texts = [f"{float(f'{value:.{digits}g}'):g}" for value in values]
+        if len({*texts}) == len({*values}):
+            break
+    return texts
