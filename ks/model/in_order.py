@@ -15,9 +15,9 @@ from ks.model.apply import described, factorised, find_places, replacements_of
 from ks.model.collect import collect_input_moments
 from ks.model.linears import replace_modules
 from ks.model.model_plan import ModelPlan
+from ks.moments.metric import Metric
 from ks.moments.moments_file import InputMoments
 from ks.moments.read import inputs_of
-from ks.moments.second_moment import SecondMoment
 
 
 def compress_in_order(
@@ -73,8 +73,8 @@ def compress_in_order(
                 if not quiet:
                     print(f"{len(replaced) + len(new) + 1} of {len(planned)}: {described(place)}", file=sys.stderr)
                 given = inputs_of(moments, place.plan.cols, _key_of(name))
-                moment = SecondMoment(given.train.second_moment)
-                new |= replacements_of(place, partial(factorised, moment=moment, impl=impl))
+                metric = Metric(given.train.second_moment)
+                new |= replacements_of(place, partial(factorised, metric=metric, impl=impl))
             result = replace_modules(result, new)
             replaced |= new
     except BaseException:
