@@ -97,7 +97,7 @@ SUMMARY = (
     Column("status", Text, "`ok`, or why the run failed; its final losses are then empty"),
     Column("population_loss", Loss, "exact expected loss of the last epoch's chain", LOSS, "{:.4g}"),
     Column("loss_floor", Loss, "lower bound: no chain of this rank has a smaller loss", LOSS, "{:.4g}",
-           "no chain of the rank has a smaller loss"),
+           "the least loss that any chain of the rank can have"),
     Column("loss_floor_upper", Loss, "upper bound: the best known chain of this rank has this loss; where the bounds "
            "differ, a run may beat it", LOSS, "{:.4g}",
            "the loss of the best chain known, where the floor lies between two bounds"),
@@ -115,8 +115,9 @@ SUMMARY = (
     Column("compression_ratio", Loss, "parameters of the dense weight over those of the chain", "ratio", "{:.2f}"),
     Column("saturated", bool, "whether the rank is so large that a larger one changes nothing"),
     Column("verdict", Text, "limit of this rank: converged, between its bounds, within 0.1% of the energy (with "
-           "`model_loss`, of the zero predictor's loss), sample-limited or undertrained; and the marks saturated, larger than dense, better than the best known "
-           "chain and calibration-limited (the loss on held-out inputs is larger)"),
+           "`model_loss`, of the zero predictor's loss), sample-limited or undertrained; and the marks saturated, "
+           "larger than dense, better than the best known chain and calibration-limited (the loss on held-out inputs "
+           "is larger)"),
     Column("num_seeds", Count, "number of seeds that finished", form="{:.0f}"),
     Column("final_train_loss_se", Loss, "standard error of `final_train_loss` over the seeds", LOSS, "{:.2g}"),
     Column("final_val_loss_se", Loss, "standard error of `final_val_loss` over the seeds", LOSS, "{:.2g}"),
@@ -153,7 +154,7 @@ SUMMARY = (
     Column("loss_unit", Text, "unit of the loss of the model, as `nats`; empty without gradients in `--inputs`"),
     Column("loss_increase", Loss, "with gradients in `--inputs`: ½ tr(G (W − Ŵ) C (W − Ŵ)ᵀ), the increase of the loss "
            "of the model that is predicted to second order, whichever metric trained", INCREASE, "{:.3g}",
-           "the predicted increase of the loss of the model per token"),
+           "the predicted increase of the loss of the model, per token"),
     Column("held_out_loss_increase", Loss, "`loss_increase` with the moments of the held-out part", INCREASE, "{:.3g}"),
     Column("energy_loss", Loss, "with gradients in `--inputs`: fraction of the output energy that is lost, whichever "
            "metric trained", "ratio", "{:.2%}", "the fraction of the output energy that is lost"),

@@ -10,6 +10,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import matplotlib
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -57,11 +58,12 @@ GLOSSARY_OF_ENERGY = {
     "zero predictor",
 }
 GLOSSARY_OF_INCREASES = {
-    "loss increase": "½ tr(G (W − Ŵ) C (W − Ŵ)ᵀ), with C = E[x xᵀ] of the inputs and G = E[g gᵀ] of the gradients of the "
-    "loss of the model at the outputs, a token each: by how much the chain is predicted to raise the loss of the model "
-    "per token{unit}. It is the second-order term, for x and g that are independent: it ranks chains, and the measured "
-    "increase of a language model was about twice as large (ks.measure_loss)",
-    "energy loss": "E‖Wx − Ŵx‖² / E‖Wx‖², the fraction of the output energy that is lost; the two rank chains differently",
+    "loss increase": "½ tr(G (W − Ŵ) C (W − Ŵ)ᵀ), with C = E[x xᵀ] of the inputs and G = E[g gᵀ] of the gradients of "
+    "the loss of the model at the outputs of the layer: the increase of the loss per token{unit} that is predicted to "
+    "second order, with x and g taken as independent. The prediction ranks chains; the increase that was measured on a "
+    "language model is about twice as large, and ks.measure_loss measures yours",
+    "energy loss": "E‖Wx − Ŵx‖² / E‖Wx‖², the fraction of the output energy that is lost; a chain that loses less of "
+    "it may cost the model more",
 }
 FRACTIONS_OF_ENERGY = (0.5, 0.9, 0.99)
 
@@ -134,7 +136,7 @@ def write_report(study: Study, files: SweepFiles, *, log_scale: bool = False, ti
 def _is_squashed(study: Study) -> bool:
     """Return whether losses, with the zero predictor, are too far apart for a linear axis."""
     losses = study.losses["best"].dropna()
-    return len(losses) > 0 and max(losses.max(), study.units.zero or 0.0) > SQUASHED * losses.min()
+    return len(losses) > 0 and np.nanmax([losses.max(), study.units.zero]) > SQUASHED * losses.min()
 
 
 def inline_svg(figure: Figure, name: str) -> str:

@@ -1,8 +1,9 @@
 """A results folder, ours or one of the 2025 ksmm scripts, as a study: tables for figures, and units of its losses."""
 
+import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -28,27 +29,32 @@ class Units:
 
     train, validation: loss of the zero predictor on the inputs that each kind of loss is measured on, in the unit of
     the losses; 1 where the losses stay as they are. label: of an axis. zero: loss of the zero predictor in these
-    units; None if it is not known, and losses are numbers without `words`.
+    units; NaN if it is not known, and losses are numbers without `words`.
     """
 
     train: float
     validation: float
     label: str
-    zero: float | None = None
-    words: Words = Words()
+    zero: float = math.nan
+    words: Words = field(default_factory=Words)
+
+    @property
+    def relative(self) -> bool:
+        """Whether the loss of the zero predictor is known."""
+        return not math.isnan(self.zero)
 
     @property
     def fractions(self) -> bool:
         """Whether losses are fractions of the output energy."""
-        return self.zero is not None and not self.words.of_model
+        return self.relative and not self.words.of_model
 
     def show(self, loss: float) -> str:
         """Return a loss of these units as text."""
-        return f"{loss:.3g}" if self.zero is None else self.words.amounts(loss / self.zero)[0]
+        return self.words.amounts(loss / self.zero)[0] if self.relative else f"{loss:.3g}"
 
     def whole(self, loss: float) -> str:
         """Return `show` with what the loss is a part of."""
-        return self.show(loss) if self.zero is None else self.words.whole(self.show(loss))
+        return self.words.whole(self.show(loss)) if self.relative else self.show(loss)
 
 
 @dataclass(frozen=True)

@@ -51,13 +51,13 @@ def advice(rows: list[dict], sampling: str | None = None) -> list[str]:
         elif limit is Limit.SAMPLES:
             remedy = "--sampling auto or more samples" if sampling == "fixed" else "more samples"
             sentences.append(
-                f"Rank {rank} is sample-limited: its loss is {_above(row, words)}, and the training loss shows less than half "
-                f"of this gap. Use {remedy}."
+                f"Rank {rank} is sample-limited: its loss is {_above(row, words)}, and the training loss shows less "
+                f"than half of this gap. Use {remedy}."
             )
         elif limit is Limit.TRAINING:
             sentences.append(
-                f"Rank {rank} is undertrained: its loss is {_above(row, words)} ({row['removed_share']:.2%} of the achievable "
-                "reduction). Increase --num_epochs."
+                f"Rank {rank} is undertrained: its loss is {_above(row, words)} ({row['removed_share']:.2%} of the "
+                "achievable reduction). Increase --num_epochs."
             )
         elif limit is words.small:
             sentences.append(
@@ -122,7 +122,7 @@ def _of_best(study: Study) -> str:
     if known.empty:
         return NONE_FINISHED
     best = known.loc[known["best"].idxmin()]
-    verb = "ends at" if study.units.zero is None else study.words.loses
+    verb = study.words.loses if study.units.relative else "ends at"
     return f"rank {best['rank']} {verb} {study.units.whole(best['best'])}"
 
 
@@ -148,7 +148,7 @@ def of_range(study: Study) -> str:
     if len(known) < 2:
         return _of_best(study)
     first, last = known.iloc[0], known.iloc[-1]
-    kind = "the loss" if units.zero is None else units.words.relative
+    kind = units.words.relative if units.relative else "the loss"
     change = "falls" if last["best"] < first["best"] else "does not fall"
     return (
         f"from rank {first['rank']} to rank {last['rank']}, {kind} {change} from {units.show(first['best'])} to "

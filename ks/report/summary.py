@@ -4,7 +4,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from ks.bounds.floors import Floor
@@ -20,6 +20,7 @@ from ks.report.verdict import NEGLIGIBLE_FLOOR, ROUNDING, Verdict, is_calibratio
 from ks.report.words import Words
 
 LOSSES = ("final_train_loss", "final_val_loss", "min_train_loss", "min_val_loss", "population_loss", *columns.INCREASES)
+NO_LOG = TrainingLog("")
 COPIED = ("rank", "min_train_epoch", "min_val_epoch", "num_epochs", "segments")
 WITH_ERROR = ("final_train_loss", "final_val_loss", "population_loss")
 
@@ -29,7 +30,7 @@ def run_row(
     curves: list[dict],
     ending: Ending = OK,
     seed: int | None = None,
-    log: TrainingLog = TrainingLog(""),
+    log: TrainingLog = NO_LOG,
 ) -> dict:
     """Return the row of one run, with the keys of `ks.files.columns.RUNS`, its latencies and its metrics.
 
@@ -206,10 +207,7 @@ def summary_columns(rows: list[dict]) -> list[Column]:
         order.remove("status")
     if all(is_missing(row.get("relative_loss")) for row in rows):  # of another criterion, or of the scripts of 2025
         order[1:1] = ["final_val_loss", "final_train_loss"]
-    return [
-        replace(column, legend=f"{column.legend}{words.in_unit}") if column.name == "loss_increase" else column
-        for column in chosen(SUMMARY, order)
-    ]
+    return words.with_units(chosen(SUMMARY, order))
 
 
 def summary_table(rows: list[dict], verbose: bool = False) -> str:

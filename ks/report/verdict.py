@@ -58,7 +58,7 @@ def limit_of(population_loss: float, train_loss: float, floor: Floor, small: Lim
 
     converged: above the floor by at most 1% of the smaller of the floor and of the loss that the rank can remove.
     between its bounds: the same holds for the upper bound of the floor, but not for the lower one.
-    within 0.1% of the energy (`small`): neither, and above the upper bound by at most 0.1% of the zero predictor's loss.
+    within 0.1% of the energy (or `small`): neither, and above the upper bound by at most 0.1% of the zero predictor's.
     sample-limited: none of these, and the training loss shows less than half of the gap to the upper bound.
     undertrained: none of these.
     """

@@ -1,15 +1,13 @@
 """The words for the losses of a study: fractions of the output energy, or increases of the loss of the model."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from math import expm1
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+from ks.files.columns import Column
+from ks.model.prediction import per_token
 from ks.moments.metric import LossMetric
 from ks.report.verdict import Limit
-
-PERPLEXITY_UNIT = "nats"  # an increase of the loss in nats multiplies the perplexity by its exponential
-MOST_NATS = 20.0  # beyond, the factor of the perplexity is no number to read
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,11 @@ class Words:
         return f"{self.lose}s"
 
     @property
+    def may_lose(self) -> str:
+        """Return the verb for a chain that nobody has trained."""
+        return "is predicted to cost" if self.of_model else "loses"
+
+    @property
     def quantity(self) -> str:
         return "the increase of the loss of the model" if self.of_model else "the fraction of the output energy lost"
 
@@ -62,8 +65,9 @@ class Words:
     @property
     def label(self) -> str:
         """Return the label of an axis."""
-        unit = f"{self.unit} per token".strip() if len(self.unit.split()) < 2 else f"per token: {self.unit}"
-        return f"predicted increase of the loss ({unit})" if self.of_model else "relative loss (output energy lost)"
+        if not self.of_model:
+            return "relative loss (output energy lost)"
+        return f"predicted increase of the loss per token{self.in_unit}"
 
     @property
     def small(self) -> Limit:
@@ -82,11 +86,7 @@ class Words:
         if not self.of_model:
             return percents(*losses)
         unit = f" {self.unit}" if len(self.unit.split()) == 1 else ""
-        return [f"{number}{unit}" for number in self.numbers(*losses)]
-
-    def numbers(self, *losses: float) -> list[str]:
-        """Return losses as in `amounts`, for a table: an increase without its unit."""
-        return significant(*(loss * self.predict_zero_loss for loss in losses)) if self.of_model else percents(*losses)
+        return [f"{number}{unit}" for number in significant(*(loss * self.predict_zero_loss for loss in losses))]
 
     def whole(self, amount: str) -> str:
         """Return '2% of the output energy' or '0.004 nats per token'."""
@@ -95,24 +95,29 @@ class Words:
     def show(self, loss: float) -> str:
         return self.whole(*self.amounts(loss))
 
-    def held_out(self, row: Mapping[str, Any]) -> float | None:
-        """Return the loss on held-out inputs, relative as the losses on the inputs of the runs are."""
-        if not self.of_model:
-            return row.get("held_out_relative_loss")
-        increase = row.get("held_out_loss_increase")
-        return None if increase is None else increase / self.predict_zero_loss
+    def with_units(self, shown: Iterable[Column]) -> list[Column]:
+        """Return columns of a table, with the unit in the legends of increases of the loss of the model."""
+        increases = ("loss_increase", *(["loss_floor"] if self.of_model else []))
+        return [
+            replace(column, legend=f"{column.legend}{self.in_unit}") if column.name in increases else column
+            for column in shown
+        ]
+
+    def held_out(self, row: Mapping[str, Any]) -> Any:
+        """Return the loss on held-out inputs, None without any, over that of the zero predictor on the other inputs.
+
+        For the output energy, it is over that of the zero predictor on the held-out inputs.
+        """
+        relative = row.get("held_out_relative_loss")
+        return relative if relative is None or not self.of_model else row["final_val_loss"] / self.predict_zero_loss
 
     def both_metrics(self, row: Mapping[str, Any]) -> list[str]:
-        """Return a sentence with the increase of the loss of the model and the output energy lost, if both are known."""
+        """Return a sentence with the increase of the loss of the model and the energy lost; none if not known."""
         increase, energy = row.get("loss_increase"), row.get("energy_loss")
         if increase is None or energy is None:
             return []
-        one_word = len(self.unit.split()) == 1
-        text = f"Rank {row['rank']} costs the model about {increase:.2g}{f' {self.unit}' * one_word} per token"
-        notes = ["predicted" if one_word else f"predicted{self.in_unit}"]
-        if self.unit == PERPLEXITY_UNIT and increase < MOST_NATS:
-            notes.append(f"perplexity × {1 + float(f'{expm1(increase):.2g}'):g}")
-        return [f"{text} ({'; '.join(notes)}); it loses {percents(energy)[0]} of the output energy."]
+        cost = f"Rank {row['rank']} is predicted to cost the model about {per_token(increase, self.unit)}"
+        return [f"{cost}; it loses {percents(energy)[0]} of the output energy."]
 
 
 def percents(*values: float) -> list[str]:

@@ -82,7 +82,7 @@ def chains(figure: Figure, studies: list[Study], log_scale: bool) -> str:
     axes = figure.subplots()
     units, tables = studies[0].units, [_with_parameters(study).sort_values("parameters") for study in studies]
     for study, losses in zip(studies, tables):
-        if losses.empty or study.units.zero is None:
+        if losses.empty or not study.units.relative:
             raise UsageError(
                 f"{study.name} has no relative losses and parameters; only studies of this toolkit compare"
             )

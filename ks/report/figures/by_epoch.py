@@ -82,7 +82,7 @@ def loss_curves(figure: Figure, study: Study, log_scale: bool) -> str:
 
 def has_gaps(study: Study) -> bool:
     """Return whether a rank has both a floor and population losses by epoch."""
-    known = {"population_loss", "rank"} <= {*study.curves.columns} and study.units.zero is not None
+    known = {"population_loss", "rank"} <= {*study.curves.columns} and study.units.relative
     floored = study.summary["rank"][study.summary["loss_floor_upper"].notna()]
     return known and bool(study.curves["population_loss"][study.curves["rank"].isin(floored)].notna().any())
 

@@ -59,7 +59,7 @@ def final_losses(figure: Figure, study: Study, log_scale: bool) -> str:
     axes.set_xlim(-0.7, len(losses) - 0.3)
     axes.grid(visible=False, axis="x")
     axes.set_xlabel("rank")
-    if units.zero is None:
+    if not units.relative:
         axes.set_ylabel(parts.literal(f"final {units.label}"))
     parts.add_squared_axis(axes, units)
     parts.write_legend(figure, _legend(study, log_scale))
@@ -85,7 +85,7 @@ def _legend(study: Study, log_scale: bool) -> list[Artist]:
 def has_floors(study: Study) -> bool:
     """Return whether a rank of the study has a floor, a loss and parameters."""
     needed = study.summary[["relative_loss", "parameters", "loss_floor"]]
-    return len(study.floor) > 0 and study.units.zero is not None and bool(needed.notna().all(axis=1).any())
+    return len(study.floor) > 0 and study.units.relative and bool(needed.notna().all(axis=1).any())
 
 
 def floor_by_rank(figure: Figure, study: Study, log_scale: bool) -> str:

@@ -124,7 +124,7 @@ def finish_loss_axis(
     would stretch it.
     """
     draw_grid(axes)
-    values = np.array([*losses, *([] if units.zero is None else [units.zero])], float)
+    values = np.array([*losses, units.zero], float)
     values = values[np.isfinite(values)]
     form = (lambda value: f"{100 * value:.6g}%") if units.fractions else "{:g}".format
     if not log_scale:
@@ -137,7 +137,7 @@ def finish_loss_axis(
         least = min([low, *(floor for floor in floors if floor > low / 100)])
         set_log_axis(axes.yaxis, least / 1.5, 1.02 * positive.max(), form)  # with room for a note below the least one
     axes.set_ylabel(literal(units.label))
-    if units.zero is None:
+    if not units.relative:
         return
     axes.axhline(units.zero, color=GREY, linewidth=1.0, zorder=1)
     place: dict[str, Any] = {"textcoords": "offset points", "ha": "right", **NOTE}
