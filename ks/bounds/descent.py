@@ -144,7 +144,9 @@ class GridDescent:
                 fixed = fixed.clone()
                 left, right = blocks[i] = self._rows_in_turn(fixed, free, blocks[i], rank, bases)
             # ‖X̃_b‖² − 2⟨H_b − Σ_{b'<b} G̃ X̃_b' C̃, X̃_b⟩, whose sum over the blocks b counts every pair of blocks once
-            loss += (right.square().sum((1, 2)) - 2 * ((fixed @ right) * left).sum((1, 2))).reshape(len(loss), -1).sum(1)
+            loss += (
+                (right.square().sum((1, 2)) - 2 * ((fixed @ right) * left).sum((1, 2))).reshape(len(loss), -1).sum(1)
+            )
         return blocks, loss
 
     def _rows_in_turn(self, fixed: torch.Tensor, free: torch.Tensor, old, rank: int, bases: torch.Tensor):

@@ -154,7 +154,7 @@ SUMMARY = (
     Column("loss_unit", Text, "unit of the loss of the model, as `nats`; empty without gradients in `--inputs`"),
     Column("loss_increase", Loss, "with gradients in `--inputs`: ½ tr(G (W − Ŵ) C (W − Ŵ)ᵀ), the increase of the loss "
            "of the model that is predicted to second order, whichever metric trained", INCREASE, "{:.3g}",
-           "the predicted increase of the loss of the model, per token"),
+           "the predicted increase of the loss of the model"),
     Column("held_out_loss_increase", Loss, "`loss_increase` with the moments of the held-out part", INCREASE, "{:.3g}"),
     Column("energy_loss", Loss, "with gradients in `--inputs`: fraction of the output energy that is lost, whichever "
            "metric trained", "ratio", "{:.2%}", "the fraction of the output energy that is lost"),
@@ -178,6 +178,9 @@ DETAILS = (
 # The order of the results of several layers.
 PRINTED_LAYERS = (
     *("weight_key", "rank", "relative_loss", "relative_floor_upper", "loss_increase", "share_of_dense", "verdict"),
+)
+PRINTED_LAYER_INCREASES = (
+    *("weight_key", "rank", "loss_increase", "loss_floor_upper", "energy_loss", "share_of_dense", "verdict"),
 )
 
 INCREASES = ("loss_increase", "held_out_loss_increase", "energy_loss")  # of a run, at its end

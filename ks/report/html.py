@@ -59,7 +59,7 @@ GLOSSARY_OF_ENERGY = {
 }
 GLOSSARY_OF_INCREASES = {
     "loss increase": "½ tr(G (W − Ŵ) C (W − Ŵ)ᵀ), with C = E[x xᵀ] of the inputs and G = E[g gᵀ] of the gradients of "
-    "the loss of the model at the outputs of the layer: the increase of the loss per token{unit} that is predicted to "
+    "the loss of the model at the outputs of the layer: the increase of the loss{unit}, that is predicted to "
     "second order, with x and g taken as independent. The prediction ranks chains; the increase that was measured on a "
     "language model is about twice as large, and ks.measure_loss measures yours",
     "energy loss": "E‖Wx − Ŵx‖² / E‖Wx‖², the fraction of the output energy that is lost; a chain that loses less of "

@@ -210,6 +210,14 @@ def summary_columns(rows: list[dict]) -> list[Column]:
     return words.with_units(chosen(SUMMARY, order))
 
 
+def layers_table(rows: list[dict]) -> str:
+    """Return the results of several layers as a printed table, a line for each layer and rank."""
+    words = Words.of(rows[0])
+    order = columns.PRINTED_LAYER_INCREASES if words.of_model else columns.PRINTED_LAYERS
+    shown = [row | {"verdict": row["verdict"] or row["status"]} for row in rows]
+    return table(words.with_units(chosen(SUMMARY, order)), shown)
+
+
 def summary_table(rows: list[dict], verbose: bool = False) -> str:
     """Return the summary as a printed table, a line for each rank; with the details in further tables if verbose."""
     shown = table(summary_columns(rows), rows)

@@ -55,7 +55,12 @@ class Words:
 
     @property
     def in_unit(self) -> str:
-        return f", in {self.unit}" if self.unit else ""
+        return f", in {self.unit} per token" if self.unit else ", per token"
+
+    @property
+    def _short_unit(self) -> str:
+        """Return a unit of one word with a space behind it; a longer one is no part of a number."""
+        return f"{self.unit} " if len(self.unit.split()) == 1 else ""
 
     @property
     def relative(self) -> str:
@@ -65,9 +70,11 @@ class Words:
     @property
     def label(self) -> str:
         """Return the label of an axis."""
-        if not self.of_model:
-            return "relative loss (output energy lost)"
-        return f"predicted increase of the loss per token{self.in_unit}"
+        return f"loss increase ({self.per_token})" if self.of_model else "relative loss (output energy lost)"
+
+    @property
+    def per_token(self) -> str:
+        return f"{self._short_unit}per token"
 
     @property
     def small(self) -> Limit:
@@ -79,14 +86,11 @@ class Words:
         return "--target_loss_increase" if self.of_model else "--target_relative_loss"
 
     def amounts(self, *losses: float) -> list[str]:
-        """Return losses as '2%' or '0.004 nats', with as many digits as tell different ones apart.
-
-        A unit of several words does not stand behind a number.
-        """
+        """Return losses as '2%' or '0.004 nats', with as many digits as tell different ones apart."""
         if not self.of_model:
             return percents(*losses)
-        unit = f" {self.unit}" if len(self.unit.split()) == 1 else ""
-        return [f"{number}{unit}" for number in significant(*(loss * self.predict_zero_loss for loss in losses))]
+        numbers = significant(*(loss * self.predict_zero_loss for loss in losses))
+        return [f"{number} {self._short_unit}".strip() for number in numbers]
 
     def whole(self, amount: str) -> str:
         """Return '2% of the output energy' or '0.004 nats per token'."""

@@ -53,10 +53,10 @@ def compare_families(config: SweepConfig) -> str:
     path = SweepFiles(Path(config.output_dir).absolute(), config.save_prefix).bounds
     alone = config.of_layer(config.weight_key[0] if config.weight_key else None, dry_run=False)
     problems = [resolve(dataclasses.replace(alone, chain=family)) for family in config.chains or ()]
+    target, family = relative_target(config, problems[0]), problems[0].chain.family
     found = [plan_floors(config, problem, path) for problem in problems]
     for text in problems[0].layer_inputs.notes:
         console.note(text, config.quiet)
-    target, family = relative_target(config, problems[0]), problems[0].chain.family
     words = Words(problems[0].loss_metric, problems[0].unit, problems[0].predict_zero_loss)
     if target is None:
         sizes = [(floors.chain, [_at_size(floors, size) for size in FRACTIONS]) for floors in found]
