@@ -87,7 +87,7 @@ def compress(
     def chain_of(place: Place) -> KSLinear:
         if folder is not None:
             return _trained(place, folder, impl)
-        return factorised(place, _metric_of(place.plan, given, plan.loss_metric), impl)
+        return factorised(place, metric_of(place.plan, given, plan.loss_metric), impl)
 
     return apply_chains(model, plan, chain_of, quiet)
 
@@ -116,7 +116,7 @@ def _plan_in(folder: Path) -> Path:
     return found[0]
 
 
-def _metric_of(layer: LayerPlan, moments: InputMoments | None, loss_metric: LossMetric) -> Metric | None:
+def metric_of(layer: LayerPlan, moments: InputMoments | None, loss_metric: LossMetric) -> Metric | None:
     """Return the metric that a layer was planned in, None for isotropic inputs."""
     if layer.inputs_sha256 is None:
         return None
