@@ -62,8 +62,8 @@ def measured_plans(folder: Path) -> list[ModelPlan]:
     Raises:
         UsageError: one of them is not valid.
     """
-    measured = [path for path in sorted(folder.glob("*_plan.json")) if "measured_increase" in read_json_object(path)]
-    return [plan for plan in map(ModelPlan.load, measured) if increases_of([plan])]
+    paths = [path for path in sorted(folder.glob("*_plan.json")) if read_json_object(path).get("measured_increase")]
+    return [plan for plan in map(ModelPlan.load, paths) if increases_of([plan])]
 
 
 @console.script
@@ -78,10 +78,8 @@ def main(argv=None) -> int:
         raise UsageError(f"{'--report' if config.report else '--metric'} needs a single --results_dir")
     try:
         plans = [] if several else measured_plans(sources[0])
-        without_sweep = (
-            bool(plans) and not config.report and not SweepFiles(sources[0], config.save_prefix).config.exists()
-        )
-        studies = [] if without_sweep else [read_study(SweepFiles(source, config.save_prefix)) for source in sources]
+        given = [SweepFiles(source, config.save_prefix) for source in sources]
+        studies = [read_study(files) for files in given if not plans or config.report or files.floor_csv.exists()]
     except OSError as error:
         raise UsageError(f"{error.filename} cannot be read: {error.strerror}") from error
     if len({study.weight_sha256 for study in studies}) > 1:
@@ -113,7 +111,7 @@ def main(argv=None) -> int:
             print(f"{study.name}: {study.chain}")
         if study.answer:
             print("\n".join(filled(study.answer)) + "\n")
-        print(summary_table(study.summary.to_dict("records"), config.verbose))
+        print(summary_table(study.rows, config.verbose))
     for path in written:
         print(path)
     if config.show:

@@ -81,6 +81,8 @@ class InputsRecord(Struct):
     held_out_count: Count | None = None
     effective_rank: Number | None = None
     centred: bool = False
+    gradients_sha256: Text | None = None
+    damping: Number | None = None
 
 
 class ProblemRecord(Struct):

@@ -276,6 +276,8 @@ def _inputs(config: StudyRecord) -> dict[str, str | None]:
         "samples": f"{inputs.count or 0:,}, and {inputs.held_out_count or 0:,} held out",
         "effective rank": f"{inputs.effective_rank:.1f}" if inputs.effective_rank is not None else None,
         "sha256": inputs.sha256,
+        "gradients": inputs.gradients_sha256
+        and f"sha256 {inputs.gradients_sha256}; G is damped by {inputs.damping:g} of its mean diagonal",
     }
 
 

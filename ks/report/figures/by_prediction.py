@@ -93,8 +93,9 @@ def measured_by_predicted(figure: Figure, increases: Sequence[Increase], unit: s
         look = {"linestyle": "", "markersize": 8, "markeredgecolor": paper(), "zorder": 4, "label": label}
         axes.plot([one.predicted for one in shown], [one.measured for one in shown], marker, color=color, **look)
         place: dict[str, Any] = {"textcoords": "offset points", "fontsize": "small", "fontweight": "bold"}
+        place |= {"xytext": (-8, 3), "ha": "right"} if planned else {"xytext": (8, -9)}
         for one in shown:
-            axes.annotate(f"{one.fraction:.0%}", (one.predicted, one.measured), (7, -9), color=color, **place)
+            axes.annotate(f"{one.fraction:.0%}", (one.predicted, one.measured), color=color, **place)
     per_token = Words(unit=unit).per_token
     axes.set_xlabel(f"predicted loss increase ({per_token})")
     axes.set_ylabel(f"measured loss increase ({per_token})")
