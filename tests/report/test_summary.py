@@ -128,7 +128,7 @@ def test_under_the_loss_of_the_model_all_losses_are_increases_and_the_energy_sta
     row = whole_row() | {"loss_metric": "model_loss", "loss_unit": "nats"}
     assert columns.names(summary_columns([row])) == [*columns.PRINTED_INCREASES]
     printed = summary_table([row])
-    assert "loss_increase: the predicted increase of the loss of the model per token, in nats." in printed
+    assert "loss_increase: the predicted increase of the loss of the model, in nats per token." in printed
     assert "energy_loss: the fraction of the output energy that is lost." in printed
     assert "relative" not in printed
 
