@@ -53,7 +53,7 @@ def chosen(columns: Iterable[Column], order: Iterable[str]) -> list[Column]:
 
 ISOTROPIC = "isotropic"  # kind of inputs, and name of the floors for them
 BATCHES = (1, 32, 1024)  # batch sizes at which the latency of a chain is measured
-LOSS = "squared unit of the outputs"
+LOSS = "unit of the losses"
 FRACTION = "fraction of the zero predictor's loss"
 INCREASE = "unit of the loss of the model, per token"
 
