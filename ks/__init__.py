@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ks.model.apply import compress as compress
     from ks.model.collect import collect_input_moments as collect_input_moments
     from ks.model.in_order import compress_in_order as compress_in_order
+    from ks.model.refine import refine as refine
     from ks.model.saved_model import load_compressed as load_compressed
     from ks.model.saved_model import save_compressed as save_compressed
     from ks.moments.moments_file import InputMoments as InputMoments
@@ -39,6 +40,7 @@ _HOMES = {
     "loss_floor": "ks.bounds.floors",
     "make_chain": "ks.chain.patterns",
     "plan_model": "ks.model.allocate",
+    "refine": "ks.model.refine",
     "save_compressed": "ks.model.saved_model",
 }
 __all__ = [*_HOMES]  # type checkers read the imports above

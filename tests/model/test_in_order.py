@@ -53,6 +53,33 @@ def test_every_layer_is_made_for_the_inputs_that_the_chains_before_it_cause(tmp_
     assert moved.norm() > 0.1
 
 
+def anchored_to(anchor, batches=BATCHES, model=None, **options):
+    """The model of `Network` with three chains before a layer whose full-rank chain is the target itself."""
+    model, families = model or Network(), dict.fromkeys(NAMES[:3], "lowrank")
+    plan = ModelPlan(
+        tuple(
+            layer_plan(f"{n}.weight", model.get_submodule(n).weight, f, 8 if n == NAMES[2] else 2)
+            for n, f in families.items()
+        ),
+        "budget",
+        0.5,
+    )
+    ks.compress_in_order(model, plan, batches, anchor=anchor, quiet=True, **options)
+    return model
+
+
+@pytest.mark.parametrize("anchor", [0.5, 1.0])
+def test_with_an_anchor_the_target_turns_to_the_output_of_the_dense_model(anchor):
+    """With 1 it is the least squares of W x over x̃, checked with torch.linalg.lstsq on the inputs themselves."""
+    name, dense, model = NAMES[2], Network(), anchored_to(anchor)
+    weight = dense.get_submodule(name).weight.detach().double()
+    x, seen = (seen_by(each, name).double() for each in (dense, model))
+    least = torch.linalg.lstsq(seen, x @ weight.mT).solution.mT
+    assert (least - weight).norm() > 0.1 * weight.norm()
+    expected = (1 - anchor) * weight + anchor * least
+    torch.testing.assert_close(model.get_submodule(name).to_dense().double(), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_one_pass_is_the_plan_for_the_dense_model():
     one, other = Network(), Network()
     ks.compress_in_order(one, plan_for(one), BATCHES, max_passes=1, quiet=True)
