@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from ks.model.refine import refine as refine
     from ks.model.saved_model import load_compressed as load_compressed
     from ks.model.saved_model import save_compressed as save_compressed
+    from ks.moments.metric import LossMetric as LossMetric
+    from ks.moments.metric import Metric as Metric
     from ks.moments.moments_file import InputMoments as InputMoments
 
 __version__ = "0.1.0"
@@ -29,6 +31,8 @@ _HOMES = {
     "Chain": "ks.chain.patterns",
     "InputMoments": "ks.moments.moments_file",
     "KSLinear": "ks.layer",
+    "LossMetric": "ks.moments.metric",
+    "Metric": "ks.moments.metric",
     "Pattern": "ks.chain.patterns",
     "chain_product": "ks.chain.product",
     "collect_input_moments": "ks.model.collect",

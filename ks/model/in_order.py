@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import chain, pairwise
 from typing import Any
@@ -12,13 +12,15 @@ from torch import nn
 
 from ks.errors import UsageError, one_line
 from ks.layer import KSLinear
-from ks.model.apply import Place, described, find_places, replacements_of
-from ks.model.collect import _mask_of, _run, collect_input_moments
+from ks.model.apply import Place, described, factorised, find_places, metric_of, replacements_of
+from ks.model.batches import Mask, call, mask_of, on_device_of
+from ks.model.collect import collect_input_moments
 from ks.model.linears import light_copy, linears_of, replace_modules, unwrapped
 from ks.model.model_plan import ModelPlan
+from ks.moments.metric import LossMetric, Metric
 from ks.moments.moments_file import InputMoments, as_moments
 from ks.moments.read import inputs_of
-from ks.moments.second_moment import SecondMoment, VectorSums
+from ks.moments.second_moment import SecondMoment
 
 
 def compress_in_order(
@@ -28,7 +30,7 @@ def compress_in_order(
     *,
     moments=None,
     anchor: float = 0.0,
-    mask: Callable[[Any], torch.Tensor | None] | None = None,
+    mask: Mask | None = None,
     max_passes: int | None = None,
     impl: str = "auto",
     quiet: bool = False,
@@ -70,6 +72,8 @@ def compress_in_order(
         raise UsageError(f"max_passes {max_passes}: at least 1 is needed")
     if not 0 <= anchor <= 1:
         raise UsageError(f"an anchor of {anchor}: 0 to 1 is allowed")
+    if moments is not None and plan.loss_metric is not LossMetric.MODEL_LOSS:
+        raise UsageError("the plan minimises the output energy and needs no moments in order; leave them out")
     planned = {place.names[0]: place for place in find_places(model, plan) if place.plan.chain is not None}
     if not planned:
         return model
@@ -77,6 +81,11 @@ def compress_in_order(
     groups = _groups(collect(batches[:1], [*planned]), [*planned])
     passes = min(max_passes or len(groups), len(groups))
     bounds = [len(groups) * index // passes for index in range(passes + 1)]
+
+    def outputs_of(place: Place) -> SecondMoment | None:
+        metric = None if moments is None else metric_of(place.plan, moments, plan.loss_metric)
+        return None if metric is None else metric.outputs
+
     dense = light_copy(unwrapped(model)).eval() if anchor else None
     replaced: dict[nn.Module, KSLinear] = {}
     result = model
@@ -91,8 +100,9 @@ def compress_in_order(
                     if not quiet:
                         print(f"{len(replaced) + len(new) + 1} of {len(planned)}: {described(place)}", file=sys.stderr)
                     inputs = inputs_of(found, place.plan.cols, _key_of(name)).train
-                    made = partial(_made_for, inputs, drifts.get(group[0]), moments, anchor, impl)
-                    new |= replacements_of(place, made)
+                    metric = Metric(inputs.second_moment, outputs_of(place), damping=0)  # G was damped before
+                    drift = drifts[group[0]] / inputs.count if drifts else None
+                    new |= replacements_of(place, partial(_anchored, metric, drift, anchor, impl))
             result = replace_modules(result, new)
             replaced |= new
     except BaseException:
@@ -101,21 +111,19 @@ def compress_in_order(
     return result
 
 
-def _made_for(
-    inputs: VectorSums, drift: torch.Tensor | None, moments: InputMoments | None, anchor: float, impl: str, place: Place
-) -> KSLinear:
-    """Return the chain of a place for its inputs x̃ and for the target T.
+def _anchored(metric: Metric, drift: torch.Tensor | None, anchor: float, impl: str, place: Place) -> KSLinear:
+    """Return the chain of a place for the target T.
 
     Args:
-        inputs: sums over x̃.
-        drift: Σ (x − x̃) x̃ᵀ; None where x̃ = x.
+        metric: C of the inputs x̃, and G.
+        drift: E[(x − x̃) x̃ᵀ]; None where x̃ = x or β = 0, and T = W.
+        anchor: β.
     """
-    moment, target = SecondMoment(inputs.second_moment), place.weight
-    if drift is not None:
-        moved = target.double() @ (drift / inputs.count).to(target.device)
-        target = target + anchor * moment.times_inverse_root(moment.times_inverse_root(moved))
-    made = KSLinear.from_dense(target, patterns=place.plan.patterns, moment=moment, impl=impl)
-    return made.to(place.weight)
+    if drift is None:
+        return factorised(place, metric, impl)
+    once = metric.inputs.times_inverse_root(place.weight.double() @ drift.to(place.weight.device))
+    target = place.weight + anchor * metric.inputs.times_inverse_root(once)
+    return KSLinear.from_dense(target, patterns=place.plan.patterns, metric=metric, impl=impl).to(place.weight)
 
 
 @contextlib.contextmanager
@@ -124,7 +132,7 @@ def _paired(
     small: nn.Module,
     groups: list[list[str]],
     batches: list[Any],
-    mask: Callable[[Any], torch.Tensor | None] | None,
+    mask: Mask | None,
 ) -> Iterator[tuple[Iterable[Any], dict[str, torch.Tensor]]]:
     """Yield batches for a pass through the compressed model, and Σ (x − x̃) x̃ᵀ by the first layer of each group.
 
@@ -144,9 +152,9 @@ def _paired(
     def passes() -> Iterator[Any]:
         for batch in batches:
             kept.clear()
-            _run(dense, batch)
+            call(dense, on_device_of(dense, batch))
             yield batch
-            counted = _mask_of(batch, mask)
+            counted = mask_of(batch, mask)
             for name, *_ in groups:
                 calls, others = kept.get((dense, name), []), kept.get((small, name), [])
                 if [each.shape for each in calls] != [each.shape for each in others]:
