@@ -3,7 +3,7 @@
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from ks.files.globs import matching, nearest
 from ks.files.torch_files import read_torch_file
 from ks.files.weights import tensors_sha256
 from ks.layer import KSLinear
-from ks.model.collect import _mask_of, _run
+from ks.model.batches import Mask, call, evaluating, mask_of, on_device_of
 from ks.model.linears import unwrapped
 
 Values = dict[str, torch.Tensor]  # of the trained parameters of a block, by name
@@ -49,7 +49,7 @@ def refine(
     batches: Iterable[Any],
     blocks: str | Sequence[str],
     *,
-    mask: Callable[[Any], torch.Tensor | None] | None = None,
+    mask: Mask | None = None,
     held_out: float = 0.2,
     passes: int = 3,
     lr: float = 3e-3,
@@ -94,10 +94,10 @@ def refine(
     split = [math.floor((i + 1) * held_out + 1e-9) > math.floor(i * held_out + 1e-9) for i in range(len(batches))]
     if len({*split}) < 2:
         raise UsageError(f"of {len(batches)} batches, {held_out} is to be held out; both parts need at least one batch")
-    names, masks = _blocks(model, small, blocks), [_mask_of(batch, mask) for batch in batches]
+    names, masks = _blocks(model, small, blocks), [mask_of(batch, mask) for batch in batches]
     files = None if folder is None else _Files(folder, model, batches, masks, f"{split} {passes} {lr}")
     done: list[RefinedBlock] = []
-    with _evaluated(model, small):
+    with evaluating(model), evaluating(small):
         dense, stream = _Stream(model, names, batches), _Stream(small, names, batches)
         for name in stream.order:
             dense.advance(name)
@@ -145,18 +145,6 @@ def _trained(small: nn.Module, name: str) -> dict[str, nn.Parameter]:
     return {key: each for key, each in named if (each in chains or each.ndim == 1) and each not in outside}
 
 
-@contextlib.contextmanager
-def _evaluated(*models: nn.Module) -> Iterator[None]:
-    """Put models into evaluation mode, and undo it at the end."""
-    with contextlib.ExitStack() as undo:
-        for model in models:
-            for module in model.modules():
-                undo.callback(setattr, module, "training", module.training)
-            model.eval()
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-
-
 class _Stream:
     """The inputs of one block of a model for all batches, on the CPU; in the beginning those of the first block.
 
@@ -170,12 +158,12 @@ class _Stream:
         for batch in batches:
             self.order: list[str] = []
             self._last: torch.Tensor | None = None
-            with contextlib.ExitStack() as hooks, torch.no_grad():
+            with contextlib.ExitStack() as hooks:
                 for name in names:
                     block = model.get_submodule(name)
                     hooks.callback(block.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True).remove)
                     hooks.callback(block.register_forward_hook(self._leave).remove)
-                _run(model, batch)
+                call(model, on_device_of(model, batch))
             if missing := [name for name in names if name not in self.order]:
                 raise UsageError(f"a batch does not call block {one_line(missing[0])}; leave it out of the blocks")
             if len(self.hidden) == 1:
@@ -215,7 +203,6 @@ class _Stream:
         hidden = self.hidden[index].to(next(block.parameters()).device)
         return _first(functional_call(block, values or {}, (hidden, *positional), named))
 
-    @torch.no_grad()
     def advance(self, name: str) -> None:
         """Take the inputs through a block, to the next one."""
         self.hidden = [self.output(name, index).cpu() for index in range(len(self.hidden))]
@@ -251,6 +238,7 @@ class _Task(NamedTuple):
     def held_out_error(self, values: Values) -> float:
         return torch.cat([self.errors(i, values) for i, held_out in enumerate(self.split) if held_out]).mean().item()
 
+    @torch.enable_grad()
     def train(self, start: Values, passes: int, lr: float) -> tuple[RefinedBlock, Values]:
         """Return the result, and the values with the least held-out error."""
         training = [index for index, held_out in enumerate(self.split) if not held_out]
