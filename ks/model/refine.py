@@ -101,15 +101,14 @@ def refine(
         dense, stream = _Stream(model, names, batches), _Stream(small, names, batches)
         for name in stream.order:
             dense.advance(name)
-            block = small.get_submodule(name)
-            if any(isinstance(module, KSLinear) for module in block.modules()):
+            block, trained = small.get_submodule(name), _trained(small, name)
+            if trained and _has_chain(block):
                 found = files.read(block, name) if files else None
-                start = {key: parameter.detach().clone() for key, parameter in _trained(small, name).items()}
+                start = {key: parameter.detach().clone() for key, parameter in trained.items()}
                 refined, values = found or _Task(name, stream, dense.hidden, masks, split).train(start, passes, lr)
-                before = _hash(block)
-                _assign(block, values, {*model.parameters()})
                 if files and not found:
-                    files.write(refined, values, [before, _hash(block)])
+                    files.write(block, refined, values)
+                _assign(block, values, {*model.parameters()})
                 done.append(refined)
                 if not quiet:
                     print(f"{len(done)}: {refined}{', from the folder' if found else ''}", file=sys.stderr)
@@ -124,15 +123,19 @@ def _blocks(model: nn.Module, small: nn.Module, blocks: str | Sequence[str]) -> 
     names = matching(known, blocks)
     if not names:
         raise UsageError(f"no module of the model matches {wanted!r}; {nearest(wanted, known)}")
-    if any(isinstance(module, KSLinear) for module in dense.values()):
+    if _has_chain(model):
         raise UsageError("the dense model holds chains itself; compress a copy of it (copy.deepcopy), and give both")
     if missing := [name for name in names if name not in dense]:
         raise UsageError(f"the dense model has no block {one_line(missing[0])!r}; give the model that was compressed")
-    if not any(isinstance(module, KSLinear) for name in names for module in known[name].modules()):
+    if not any(_has_chain(known[name]) for name in names):
         raise UsageError(f"no module that {wanted!r} matches holds a chain; compress the model first")
     if others := {each.dtype for name in names for each in _trained(small, name).values()} - {torch.float32}:
         raise UsageError(f"the blocks have values in {others.pop()}; refine them in float32: small.float()")
     return names
+
+
+def _has_chain(module: nn.Module) -> bool:
+    return any(isinstance(each, KSLinear) for each in module.modules())
 
 
 def _trained(small: nn.Module, name: str) -> dict[str, nn.Parameter]:
@@ -296,15 +299,22 @@ class _Files:
         if not path.exists():
             return None
         found = read_torch_file(path, "a refined block")
-        of_these = isinstance(found, dict) and found.get("identity") == self.identity
-        if not of_these or _hash(block) not in found["hashes"]:
+        if not isinstance(found, dict) or found.get("identity") != self.identity or not _starts_or_ends(found, block):
             raise UsageError(f"{path} is of another refinement; give another folder, or the models as they were")
         return RefinedBlock(*found["refined"]), found["values"]
 
-    def write(self, refined: RefinedBlock, values: Values, hashes: list[str]) -> None:
-        """Write the file of a block; `hashes` are of the block before and after."""
-        content = {"identity": self.identity, "hashes": hashes, "refined": [*refined], "values": values}
+    def write(self, block: nn.Module, refined: RefinedBlock, values: Values) -> None:
+        """Write the file of a block that still has its values from before."""
+        content = {"identity": self.identity, "start": _hash(block), "refined": [*refined], "values": values}
         save_tensors(content, self.folder / f"{refined.name}.pth")
+
+
+def _starts_or_ends(found: dict, block: nn.Module) -> bool:
+    """Return whether a block has its values from before the refinement, or those from after it."""
+    values = found["values"]
+    return found["start"] == _hash(block) or all(
+        torch.equal(block.get_parameter(key).cpu(), value.cpu()) for key, value in values.items()
+    )
 
 
 def _hash(block: nn.Module) -> str:
