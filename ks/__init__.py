@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ks.model.losses import sentence_embedding as sentence_embedding
     from ks.model.measure import compare as compare
     from ks.model.measure import measure_loss as measure_loss
+    from ks.model.refine import refine as refine
     from ks.model.saved_model import load_compressed as load_compressed
     from ks.model.saved_model import save_compressed as save_compressed
     from ks.moments.metric import LossMetric as LossMetric
@@ -54,6 +55,7 @@ _HOMES = {
     "make_chain": "ks.chain.patterns",
     "measure_loss": "ks.model.measure",
     "plan_model": "ks.model.allocate",
+    "refine": "ks.model.refine",
     "save_compressed": "ks.model.saved_model",
     "sentence_embedding": "ks.model.losses",
 }
