@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from ks.model.apply import compress as compress
     from ks.model.collect import collect_input_moments as collect_input_moments
     from ks.model.in_order import compress_in_order as compress_in_order
+    from ks.model.losses import ClassifierLoss as ClassifierLoss
+    from ks.model.losses import NextTokenLoss as NextTokenLoss
+    from ks.model.losses import RandomDirections as RandomDirections
+    from ks.model.losses import sentence_embedding as sentence_embedding
     from ks.model.saved_model import load_compressed as load_compressed
     from ks.model.saved_model import save_compressed as save_compressed
     from ks.moments.moments_file import InputMoments as InputMoments
@@ -26,9 +30,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 _HOMES = {
     "Chain": "ks.chain.patterns",
+    "ClassifierLoss": "ks.model.losses",
     "InputMoments": "ks.moments.moments_file",
     "KSLinear": "ks.layer",
+    "NextTokenLoss": "ks.model.losses",
     "Pattern": "ks.chain.patterns",
+    "RandomDirections": "ks.model.losses",
     "chain_product": "ks.chain.product",
     "collect_input_moments": "ks.model.collect",
     "compress": "ks.model.apply",
@@ -40,6 +47,7 @@ _HOMES = {
     "make_chain": "ks.chain.patterns",
     "plan_model": "ks.model.allocate",
     "save_compressed": "ks.model.saved_model",
+    "sentence_embedding": "ks.model.losses",
 }
 __all__ = [*_HOMES]  # type checkers read the imports above
 

@@ -4,7 +4,7 @@ import contextlib
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ks.errors import UsageError, one_line
 from ks.files.globs import matching, nearest
 from ks.files.memory import check_fits
+from ks.model.batches import Mask, call, evaluating, mask_of, on_device_of
 from ks.model.linears import Linear, linears_of, unwrapped
+from ks.model.losses import Loss, LossLike, as_loss, checked_loss
 from ks.moments.moments_file import InputMoments
 from ks.moments.second_moment import VectorSums
 
@@ -24,7 +26,8 @@ def collect_input_moments(
     batches: Iterable[Any],
     layers: str | Sequence[str],
     *,
-    mask: Callable[[Any], torch.Tensor | None] | None = None,
+    loss: LossLike | None = None,
+    mask: Mask | None = None,
     held_out: float = 0.2,
     moments: InputMoments | None = None,
     model_name: str | None = None,
@@ -57,18 +60,19 @@ def collect_input_moments(
         raise UsageError(f"a held-out fraction of {held_out}: at least 0 and less than 1 is needed")
     model = unwrapped(model)
     linears = _matching_linears(model, layers)
-    collection = _Collection(linears, moments, model_name or (moments.model if moments else type(model).__name__))
+    model_name = model_name or (moments.model if moments else type(model).__name__)
+    collection = _Collection(linears, moments, model_name, None if loss is None else as_loss(loss))
     if not quiet:
         lines = [f"{one_line(name)}: {linear.width} wide" for name, linear in linears.items()]
         print(f"inputs of {len(linears)} layers:", *lines, sep="\n", file=sys.stderr)
-    with _observed(model, linears, collection.take):
+    with _observed(model, collection):
         for batch in batches:
             before = collection.batch
             # 1e-9, because 100 · 0.29 falls below 29
             is_held_out = math.floor((before + 1) * held_out + 1e-9) > math.floor(before * held_out + 1e-9)
-            collection.start_pass(is_held_out, _mask_of(batch, mask))
-            _run(model, batch)
-            collection.check_pass()
+            collection.start_pass(is_held_out, mask_of(batch, mask))
+            placed = on_device_of(model, batch)
+            collection.finish_pass(call(model, placed), placed)
         found = collection.result()
         whole = found if moments is None else moments.merge(found)
     if not quiet:
@@ -90,14 +94,19 @@ class _Collection:
     Earlier moments that are continued keep their sharing of inputs.
     """
 
-    def __init__(self, linears: dict[str, Linear], earlier: InputMoments | None, model_name: str):
-        self.linears, self.model_name = linears, model_name
+    def __init__(self, linears: dict[str, Linear], earlier: InputMoments | None, model_name: str, loss: Loss | None):
+        self.linears, self.model_name, self.loss = linears, model_name, loss
         self.sums: dict[bool, dict[str, VectorSums]] = {False: {}, True: {}}  # by whether it is held out
+        self.gradients: dict[bool, dict[str, VectorSums]] = {False: {}, True: {}}  # by the name of the layer
+        self.in_backward = False
         self.group: dict[str, str] = {}  # layer → NAME of its input tensor
         self.batch = self.earlier_batches = max(earlier.batches.values()) if earlier else 0
         if earlier and earlier.model != model_name:
             names = f"{one_line(earlier.model)!r}, not {one_line(model_name)!r}"
             raise UsageError(f"earlier moments are of model {names}; start anew")
+        if earlier and earlier.loss != (loss.name if loss else ""):
+            names = f"{one_line(earlier.loss or 'no loss')!r}, not {one_line(loss.name if loss else 'no loss')!r}"
+            raise UsageError(f"earlier moments have gradients of {names}; give the same loss, or start anew")
         layer_of = {linear.key: name for name, linear in linears.items()}
         for key, name in earlier.aliases.items() if earlier else ():
             if key not in layer_of or name not in linears:
@@ -117,6 +126,8 @@ class _Collection:
 
     def take(self, name: str, inputs: torch.Tensor) -> None:
         """Add the inputs of a layer, unless another layer of its group has received the same tensor in this pass."""
+        if self.in_backward:  # a checkpoint runs its part of the forward pass again
+            return
         storage = StorageWeakRef(inputs.untyped_storage())
         self._alive.append(storage)
         version = 0 if inputs.is_inference() else inputs._version  # changes when a tensor is modified in place
@@ -130,59 +141,83 @@ class _Collection:
         self._met.setdefault(tensor, group)
         if (group, tensor) not in self._added:
             self._added.add((group, tensor))
-            self._add(group, name, inputs)
+            self._add(self.sums[self.is_held_out], group, name, inputs, torch.float64)
 
-    def _add(self, group: str, name: str, inputs: torch.Tensor) -> None:
-        part, width = self.sums[self.is_held_out], self.linears[name].width
-        if group not in part:
-            device = inputs.device if inputs.device.type != "mps" else torch.device("cpu")  # MPS has no float64
+    def take_gradient(self, name: str, gradients: torch.Tensor) -> None:
+        """Add the gradients at the outputs of a layer."""
+        dtype = torch.float64 if gradients.dtype == torch.float64 else torch.float32
+        self._add(self.gradients[self.is_held_out], name, name, gradients, dtype)
+
+    def _add(self, part: dict[str, VectorSums], key: str, name: str, vectors: torch.Tensor, dtype: torch.dtype) -> None:
+        width = vectors.shape[-1]
+        if key not in part:
+            device = vectors.device if vectors.device.type != "mps" else torch.device("cpu")  # MPS has no float64
             if device.type == "cpu":
                 check_fits(f"the sums of {one_line(name)}", 4 * width * width * 8, "collect fewer layers at a time")
-            part[group] = VectorSums.zeros(width, device)
-        part[group].add(self._tokens(name, inputs))
+            part[key] = VectorSums.zeros(width, device)
+        part[key].add(self._tokens(name, vectors), dtype)
 
-    def _tokens(self, name: str, inputs: torch.Tensor) -> torch.Tensor:
-        """Return the inputs that count, shape (N, n)."""
-        rows = inputs.reshape(-1, inputs.shape[-1])
+    def _tokens(self, name: str, vectors: torch.Tensor) -> torch.Tensor:
+        """Return the inputs or gradients that count, shape (N, n)."""
+        rows = vectors.reshape(-1, vectors.shape[-1])
         if self.mask is None:
             return rows
-        flattened = inputs.ndim == 2 and len(inputs) == self.mask.numel()
-        if inputs.shape[:-1] != self.mask.shape and not flattened:
+        flattened = vectors.ndim == 2 and len(vectors) == self.mask.numel()
+        if vectors.shape[:-1] != self.mask.shape and not flattened:
             raise UsageError(
-                f"layer {one_line(name)} receives inputs of shape {tuple(inputs.shape)}, the mask has shape "
+                f"layer {one_line(name)} receives inputs of shape {tuple(vectors.shape)}, the mask has shape "
                 f"{tuple(self.mask.shape)}; it must have one entry per input: give another mask, or leave the layer out"
             )
-        return rows[self.mask.flatten().to(inputs.device, torch.bool)]
+        return rows[self.mask.flatten().to(vectors.device, torch.bool)]
 
-    def check_pass(self) -> None:
-        """Check that layers with one input tensor have still shared it, and that all inputs were finite."""
+    def finish_pass(self, output: Any, batch: Any) -> None:
+        """Go back from the loss, and check that the sums of this pass are valid."""
+        if self.loss is not None:
+            value = checked_loss(self.loss, output, batch)
+            if not value.requires_grad:
+                raise UsageError(
+                    f"the loss {one_line(self.loss.name)} needs no gradient: it does not depend on the model's "
+                    "parameters by operations of torch that have one (.item(), .detach() and argmax have none)"
+                )
+            self.in_backward = True
+            value.backward()
+            self.in_backward = False
+        self._check_pass()
+
+    def _check_pass(self) -> None:
+        """Check that layers with one input tensor have still shared it, and that all vectors were finite."""
         for name, group in self.group.items():
             if self._received[name] != self._received[group]:
                 raise UsageError(
                     f"layers {one_line(name)} and {one_line(group)} shared their input at first, but not in batch "
                     f"{self.batch}; collect them one at a time, and merge the moments"
                 )
-        for name, sums in self.sums[self.is_held_out].items():
-            if not sums.sum_x.isfinite().all():
-                raise UsageError(
-                    f"the inputs of layer {one_line(name)} hold NaN or infinite values in batch {self.batch}; run the "
-                    "model in bfloat16 or float32"
-                )
+        for what, parts in (("inputs", self.sums), ("gradients at the outputs", self.gradients)):
+            for name, sums in parts[self.is_held_out].items():
+                if not sums.sum_x.isfinite().all():
+                    raise UsageError(
+                        f"the {what} of layer {one_line(name)} hold NaN or infinite values in batch {self.batch}; run "
+                        "the model in bfloat16 or float32"
+                    )
 
     def result(self) -> InputMoments:
         """Return the collected moments, on the CPU."""
         if self.batch == self.earlier_batches:
             raise UsageError("no batch was given; at least one is needed")
-        train, held_out = (
-            {name: sums.finished() for name, sums in self.sums[is_held_out].items()} for is_held_out in (False, True)
+        train, held_out = _finished(self.sums)
+        gradients, held_out_gradients = (
+            {self.linears[name].key: sums for name, sums in part.items()} for part in _finished(self.gradients)
         )
         if not train and not held_out:
             raise UsageError(
                 f"no layer of {one_line(', '.join(self.linears), 300)} was called as a module, so that nothing was "
                 "seen (nn.MultiheadAttention uses the weight of its out_proj only)"
             )
-        for name, sums in held_out.items():  # all its batches were held out
-            train.setdefault(name, VectorSums.zeros(sums.width))
+        if self.loss is not None and not gradients:
+            raise UsageError(
+                f"the loss {one_line(self.loss.name)} gives no gradient to any layer of "
+                f"{one_line(', '.join(self.linears), 300)}; give layers that it depends on"
+            )
         called = {name: group for name, group in self.group.items() if group in train}
         return InputMoments(
             train,
@@ -191,58 +226,67 @@ class _Collection:
             dict.fromkeys(train, self.batch - self.earlier_batches),
             tuple(sorted(self.linears[name].key for name in called if self.linears[name].transposed)),
             self.model_name,
+            gradients=gradients,
+            held_out_gradients=held_out_gradients,
+            loss=self.loss.name if self.loss else "",
+            unit=self.loss.unit if self.loss else "",
         )
+
+
+def _finished(sums: dict[bool, dict[str, VectorSums]]) -> tuple[dict[str, VectorSums], dict[str, VectorSums]]:
+    """Return the training and the held-out part on the CPU; where all batches were held out, the first one is empty."""
+    train, held_out = ({name: each.finished() for name, each in sums[part].items()} for part in (False, True))
+    empty = {name: VectorSums.zeros(each.width) for name, each in held_out.items() if name not in train}
+    return train | empty, held_out
 
 
 @contextlib.contextmanager
-def _observed(
-    model: torch.nn.Module, linears: dict[str, Linear], take: Callable[[str, torch.Tensor], None]
-) -> Iterator[None]:
-    """Hook the layers and put the model into evaluation mode without gradients; undo all of it at the end."""
+def _observed(model: torch.nn.Module, collection: "_Collection") -> Iterator[None]:
+    """Hook the layers of a collection, and leave the model as it was at the end.
 
-    def hook(name: str, module: torch.nn.Module, positional: tuple, named: dict) -> None:
-        take(name, (positional[0] if positional else next(iter(named.values()))).detach())
+    For gradients, no parameter requires one in the meantime: the graph starts at the outputs of the modules that have
+    parameters, so that it is the usual one without the gradients of the weights.
+    """
 
+    def inputs(name: str, module: torch.nn.Module, positional: tuple, named: dict) -> None:
+        collection.take(name, (positional[0] if positional else next(iter(named.values()))).detach())
+
+    def start(module: torch.nn.Module, positional: tuple, output: Any) -> torch.Tensor | None:
+        if not torch.is_tensor(output) or not output.is_floating_point() or output.requires_grad:
+            return None
+        return output + output.new_zeros((), requires_grad=True) if torch.is_grad_enabled() else None
+
+    def outputs(name: str, module: torch.nn.Module, positional: tuple, output: torch.Tensor) -> None:
+        if output.requires_grad:  # not in the first pass of a reentrant checkpoint
+            output.register_hook(partial(collection.take_gradient, name))
+
+    layers = {linear.module for linear in collection.linears.values()}
     with contextlib.ExitStack() as undo:
-        for module in model.modules():
-            undo.callback(setattr, module, "training", module.training)
-        for name, linear in linears.items():
-            undo.callback(linear.module.register_forward_pre_hook(partial(hook, name), with_kwargs=True).remove)
-        model.eval()
-        if "torch._dynamo" in sys.modules:  # a compiled part runs without the hooks that came after its compilation
-            undo.enter_context(torch.compiler.set_stance("force_eager"))
-        with torch.inference_mode(False), torch.no_grad():
+        for name, linear in collection.linears.items():
+            undo.callback(linear.module.register_forward_pre_hook(partial(inputs, name), with_kwargs=True).remove)
+        if collection.loss is not None:
+            undo.enter_context(_frozen(model))
+            for module in model.modules():
+                if module in layers or next(module.parameters(recurse=False), None) is not None:
+                    undo.callback(module.register_forward_hook(start).remove)
+            for name, linear in collection.linears.items():
+                undo.callback(linear.module.register_forward_hook(partial(outputs, name)).remove)
+        with evaluating(model, gradients=collection.loss is not None):
             yield
 
 
-def _run(model: torch.nn.Module, batch: Any) -> None:
-    """Call the model on a batch, whose tensors are moved to the model's device.
-
-    Parameters on meta are offloaded: a hook brings their values, and moves the inputs, when their module is called.
-    """
-    device = next((parameter.device for parameter in model.parameters() if not parameter.is_meta), None)
-
-    def place(value: Any) -> Any:
-        return value.to(device) if isinstance(value, torch.Tensor) else value
-
-    if isinstance(batch, Mapping):
-        model(**{name: place(value) for name, value in batch.items()})
-    elif isinstance(batch, (list, tuple)):
-        model(*map(place, batch))
-    elif isinstance(batch, torch.Tensor):
-        model(place(batch))
-    else:
-        raise UsageError(f"a batch of type {type(batch).__name__}: a tensor, list, tuple or mapping is needed")
-
-
-def _mask_of(batch: Any, mask: Callable[[Any], torch.Tensor | None] | None) -> torch.Tensor | None:
-    of_batch = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    found = mask(batch) if mask is not None else of_batch
-    if found is not None and (found.is_floating_point() or found.is_complex()):
-        raise UsageError(
-            f"a mask of dtype {found.dtype}: a boolean or integer one is needed, true where a token counts"
-        )
-    return found
+@contextlib.contextmanager
+def _frozen(model: torch.nn.Module) -> Iterator[None]:
+    """Let no parameter require a gradient for a time; found again by name, since offloading replaces parameters."""
+    required = {name: each.requires_grad for name, each in model.named_parameters(remove_duplicate=False)}
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise UsageError("the model was made in inference mode, which has no gradients; make it outside")
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(required[name])
 
 
 def _report(found: InputMoments, linears: dict[str, Linear]) -> None:
@@ -256,3 +300,5 @@ def _report(found: InputMoments, linears: dict[str, Linear]) -> None:
     for name, linear in linears.items():
         if linear.key not in found.aliases:
             print(f"{one_line(name)}: left out, because no batch called it", file=sys.stderr)
+        elif found.loss and linear.key not in found.gradients:
+            print(f"{one_line(name)}: inputs alone, because the loss gives it no gradient", file=sys.stderr)

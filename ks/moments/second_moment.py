@@ -199,7 +199,7 @@ def is_semi_definite(matrix: torch.Tensor, tolerance: float) -> bool:
 
 @dataclass
 class VectorSums:
-    """Sums over N inputs x of width n.
+    """Sums over N vectors x of width n: the inputs of a layer, or the gradients at its outputs.
 
     Args:
         sum_xx: Σ x xᵀ, shape (n, n), float64. While rows are added, only its upper triangle is maintained.
@@ -213,7 +213,7 @@ class VectorSums:
 
     @classmethod
     def zeros(cls, width: int, device: torch.device | str = "cpu") -> "VectorSums":
-        """Return the sums over no inputs of n features."""
+        """Return the sums over no vectors of n features."""
         square = torch.zeros(width, width, dtype=torch.float64, device=device)
         return cls(square, torch.zeros(width, dtype=torch.float64, device=device), 0)
 
@@ -232,19 +232,24 @@ class VectorSums:
         """Σ x / N, shape (n,), float64."""
         return self.sum_x / self.count
 
-    def add(self, rows: torch.Tensor) -> None:
-        """Add inputs to the sums.
+    def add(self, rows: torch.Tensor, dtype: torch.dtype = torch.float64) -> None:
+        """Add vectors to the sums.
 
         Args:
-            rows: shape (N, n), any float dtype, on any device; promoted to float64 before they are multiplied.
+            rows: shape (N, n), any float dtype, on any device.
+            dtype: of the products of up to 4096 rows; they are summed in float64.
         """
         step = -(-self.width // PANELS)
         for chunk in rows.split(CHUNK_ROWS):
-            chunk = chunk.to(self.sum_x.device).double()
-            self.sum_x += chunk.sum(0)
+            chunk = chunk.to(self.sum_x.device, dtype)
+            self.sum_x += chunk.sum(0, dtype=torch.float64)
             for start in range(0, self.width, step):
-                panel = chunk[:, start : start + step]
-                self.sum_xx[start : start + step, start:].addmm_(panel.t(), chunk[:, start:])
+                panel, rest = chunk[:, start : start + step].t(), chunk[:, start:]
+                sums = self.sum_xx[start : start + step, start:]
+                if dtype == torch.float64:
+                    sums.addmm_(panel, rest)
+                else:
+                    sums += chunk.new_zeros(sums.shape).addmm_(panel, rest)  # in place, because autocast would round it
         self.count += len(rows)
 
     def finished(self) -> "VectorSums":
@@ -253,5 +258,5 @@ class VectorSums:
         return VectorSums(square.triu() + square.triu(1).t(), self.sum_x.cpu(), self.count)
 
     def plus(self, other: "VectorSums") -> "VectorSums":
-        """Return the sums over the inputs of both."""
+        """Return the sums over the vectors of both."""
         return VectorSums(self.sum_xx + other.sum_xx, self.sum_x + other.sum_x, self.count + other.count)

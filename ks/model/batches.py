@@ -1,0 +1,80 @@
+"""Batches for a model: put on its device, cut, passed through it in evaluation mode; and the tokens that count."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from ks.errors import UsageError
+
+Mask = Callable[[Any], torch.Tensor | None]
+
+
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module, gradients: bool = False) -> Iterator[None]:
+    """Put a model into evaluation mode, without gradients or with them; every module has its mode back at the end."""
+    with contextlib.ExitStack() as undo:
+        for module in model.modules():
+            undo.callback(setattr, module, "training", module.training)
+        model.eval()
+        if "torch._dynamo" in sys.modules:  # a compiled part runs without the hooks that came after its compilation
+            undo.enter_context(torch.compiler.set_stance("force_eager"))
+        with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+            yield
+
+
+def on_device_of(model: torch.nn.Module, batch: Any) -> Any:
+    """Return a batch with its tensors on the model's device, apart from any graph and inference mode.
+
+    Parameters on meta are offloaded: a hook brings their values, and moves the inputs, when their module is called.
+    """
+    device = next((parameter.device for parameter in model.parameters() if not parameter.is_meta), None)
+
+    def place(tensor: torch.Tensor) -> torch.Tensor:
+        placed = tensor.to(device)
+        return placed.clone() if placed.is_inference() else placed.detach()
+
+    return changed(batch, place)
+
+
+def changed(batch: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Return a batch with every tensor changed.
+
+    Raises:
+        UsageError: no tensor, list, tuple or mapping.
+    """
+
+    def each(value: Any) -> Any:
+        return change(value) if isinstance(value, torch.Tensor) else value
+
+    if isinstance(batch, Mapping):
+        return {name: each(value) for name, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return [*map(each, batch)]
+    if isinstance(batch, torch.Tensor):
+        return change(batch)
+    raise UsageError(f"a batch of type {type(batch).__name__}: a tensor, list, tuple or mapping is needed")
+
+
+def call(model: torch.nn.Module, batch: Any) -> Any:
+    """Return the output of a model for a batch of `on_device_of`."""
+    if isinstance(batch, dict):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, list) else model(batch)
+
+
+def mask_of(batch: Any, mask: Mask | None = None) -> torch.Tensor | None:
+    """Return the tokens of a batch that count, or None for all: by a function, or a mapping's `attention_mask`.
+
+    Raises:
+        UsageError: a mask that is neither boolean nor integer.
+    """
+    of_batch = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    found = mask(batch) if mask is not None else of_batch
+    if found is not None and (found.is_floating_point() or found.is_complex()):
+        raise UsageError(
+            f"a mask of dtype {found.dtype}: a boolean or integer one is needed, true where a token counts"
+        )
+    return found
