@@ -23,8 +23,11 @@ if TYPE_CHECKING:
     from ks.model.losses import NextTokenLoss as NextTokenLoss
     from ks.model.losses import RandomDirections as RandomDirections
     from ks.model.losses import sentence_embedding as sentence_embedding
+    from ks.model.refine import refine as refine
     from ks.model.saved_model import load_compressed as load_compressed
     from ks.model.saved_model import save_compressed as save_compressed
+    from ks.moments.metric import LossMetric as LossMetric
+    from ks.moments.metric import Metric as Metric
     from ks.moments.moments_file import InputMoments as InputMoments
 
 __version__ = "0.1.0"
@@ -33,6 +36,8 @@ _HOMES = {
     "ClassifierLoss": "ks.model.losses",
     "InputMoments": "ks.moments.moments_file",
     "KSLinear": "ks.layer",
+    "LossMetric": "ks.moments.metric",
+    "Metric": "ks.moments.metric",
     "NextTokenLoss": "ks.model.losses",
     "Pattern": "ks.chain.patterns",
     "RandomDirections": "ks.model.losses",
@@ -46,6 +51,7 @@ _HOMES = {
     "loss_floor": "ks.bounds.floors",
     "make_chain": "ks.chain.patterns",
     "plan_model": "ks.model.allocate",
+    "refine": "ks.model.refine",
     "save_compressed": "ks.model.saved_model",
     "sentence_embedding": "ks.model.losses",
 }

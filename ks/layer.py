@@ -13,7 +13,7 @@ from ks.chain.product import blocks_of, chain_layout, empty_blocks, multiply, va
 from ks.errors import UsageError
 from ks.files.memory import check_fits
 from ks.files.torch_files import plain, read_torch_file
-from ks.moments.second_moment import MomentLike
+from ks.moments.metric import MetricLike
 
 FILE_FORMAT = "ks_chain"
 FILE_VERSION = 1
@@ -124,14 +124,14 @@ class KSLinear(torch.nn.Module):
         *,
         patterns=None,
         bias=None,
-        moment: MomentLike = None,
+        metric: MetricLike = None,
         impl: str = "auto",
         batch_last: bool = False,
         **chain_options,
     ) -> "KSLinear":
-        """Compress a dense weight without training, so that tr((W − Ŵ) C (W − Ŵ)ᵀ) is small for the inputs it sees.
+        """Compress a dense weight without training, so that tr(G (W − Ŵ) C (W − Ŵ)ᵀ) is small.
 
-        Without `moment`, C = I and the factorisation is hierarchical (optimal for two factors). Inputs that
+        Without `metric`, G = C = I and the factorisation is hierarchical (optimal for two factors). Inputs that
         couple column groups need a descent; `ks.bounds.factorize.factorize` states its cost.
 
         Args:
@@ -139,7 +139,8 @@ class KSLinear(torch.nn.Module):
             rank: of the chain that `chain_options` (chain, blocks, num_factors, row_splits, col_splits) name.
             patterns: instead of a rank, explicit patterns that `ks.bounds.factorize.factorize` takes.
             bias: shape (m,), copied.
-            moment: C = E[x xᵀ], the second moment of the inputs: a tensor of shape (n, n), or a `SecondMoment`.
+            metric: C = E[x xᵀ], the second moment of the inputs: a tensor of shape (n, n), or a `SecondMoment`; or a
+                `Metric`, G ⊗ C.
             impl, batch_last: as the class's.
         Raises:
             UsageError: neither or both of rank and patterns, chain options beside patterns, or a chain that cannot be
@@ -150,7 +151,7 @@ class KSLinear(torch.nn.Module):
         if rank is not None:
             rows, cols = weight.shape
             patterns = make_chain(rows, cols, chain_options.pop("chain", "monarch"), **chain_options).patterns(rank)
-        factors = factorize(weight, patterns, moment)
+        factors = factorize(weight, patterns, metric)
         place = {"device": weight.device, "dtype": weight.dtype}
         layer = cls.uninitialised(patterns, bias is not None, impl=impl, batch_last=batch_last, **place)
         with torch.no_grad():

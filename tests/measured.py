@@ -1,6 +1,9 @@
-"""Random second moments of every kind, and the loss under them by its definition: shared by the tests of the bounds."""
+"""Random second moments of every kind, and the loss under them by its definition: shared by several tests."""
 
 import torch
+
+from ks.moments.moments_file import InputMoments
+from ks.moments.second_moment import VectorSums
 
 KINDS = ("regular", "steep", "low energy feature", "singular", "rank one", "block diagonal", "isotropic")
 
@@ -26,6 +29,22 @@ def random_moment(kind, features, groups=1, seed=0):
         return mixing.mT @ mixing
     inputs = samples @ mixing
     return inputs.mT @ inputs / len(inputs)
+
+
+def measured_moments(weights, without_gradients=(), seed=0):
+    """Return moments of the inputs of weights, shape (m, n), by name, and of the gradients at their outputs."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def sums(width):
+        found = VectorSums.zeros(width)
+        mixing = torch.randn(width, width, generator=generator) * torch.logspace(0, -1.5, width)[:, None]
+        found.add(torch.randn(6 * width, width, generator=generator) @ mixing)
+        return found.finished()
+
+    train = {name: sums(weight.shape[1]) for name, weight in weights.items()}
+    gradients = {name: sums(weight.shape[0]) for name, weight in weights.items() if name not in without_gradients}
+    names = {name: name for name in weights}
+    return InputMoments(train, {}, names, dict.fromkeys(names, 1), gradients=gradients, loss="a loss", unit="nats")
 
 
 def weighted_loss(weight, dense, moment):

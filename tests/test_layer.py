@@ -236,11 +236,11 @@ def test_from_linear_for_measured_inputs_keeps_the_bias_and_loses_less_of_their_
     (floor,) = loss_floor(linear.weight, ks.make_chain(36, 24), [2], inputs)
     losses = {}
     for given in (moment, inputs, None):
-        layer = KSLinear.from_linear(linear, rank=2, moment=given)
+        layer = KSLinear.from_linear(linear, rank=2, metric=given)
         torch.testing.assert_close(layer.bias, linear.bias)
         with torch.no_grad():
             losses[given] = (layer(samples) - linear(samples)).square().mean().item()
     assert losses[moment] == losses[inputs] == pytest.approx(floor.upper, rel=1e-4)
     assert losses[inputs] < 0.9 * losses[None]
     with pytest.raises(UsageError, match="second moment of 36 features"):
-        KSLinear.from_dense(linear.weight, rank=2, moment=torch.eye(36))
+        KSLinear.from_dense(linear.weight, rank=2, metric=torch.eye(36))

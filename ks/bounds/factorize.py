@@ -12,8 +12,9 @@ from ks.bounds.descent import GRID_TOLERANCE, GridDescent, refine_factors
 from ks.chain.bmm import empty_values
 from ks.chain.patterns import Chain, Pattern, chainability, check_patterns
 from ks.errors import UsageError
+from ks.moments.metric import Metric, MetricLike
 from ks.moments.pieces import lower_gram, one_thread_each
-from ks.moments.second_moment import MomentLike, SecondMoment
+from ks.moments.second_moment import SecondMoment
 
 GROUP_VALUES = 2**20  # of the blocks that a thread copies at a time: bounds the memory
 
@@ -109,9 +110,9 @@ class HierarchicalLoss:
 
 @torch.no_grad()
 def factorize(
-    weight: torch.Tensor, patterns, moment: MomentLike = None, *, tolerance: float = GRID_TOLERANCE
+    weight: torch.Tensor, patterns, metric: MetricLike = None, *, tolerance: float = GRID_TOLERANCE
 ) -> list[torch.Tensor]:
-    """Factorise W into a chainable chain for inputs of second moment C, so that tr((W − Ŵ) C (W − Ŵ)ᵀ) is small.
+    """Factorise W into a chainable chain, so that tr(G E C Eᵀ) is small for E = W − Ŵ.
 
     Where C couples none of the column groups of the right-most factor (C = I, which is the default; any C for low-rank
     chains), the factorisation is hierarchical from left to right and optimal for two factors: at split l the best
@@ -120,6 +121,9 @@ def factorize(
     choice of the SVD. For any other C, two factors are a local optimum of block coordinate descent; more factors start
     from the descent at every split and are refined by a descent over factors.
 
+    Where G couples none of the row groups t::q of the left-most factor, q = d_1, all of this is done for G^{1/2} W, and
+    G_tt^{-1/2}, a pseudo-inverse if need be, goes into the blocks of that factor.
+
     Other moments than I cost one eigendecomposition of C, about 10 n³ operations. Coupled inputs cost another 4 n³/p +
     4 m n² + 100 · (6 r q n² + 8 r m n) for two factors, with q row groups (5 seconds for 384 × 1536 and half a minute
     for 1024 × 4096 at rank 32 and q = 4, on one thread), and up to 50 · 4 m n² more for more factors.
@@ -127,28 +131,30 @@ def factorize(
     Args:
         weight: W, shape (m, n), any float dtype, CPU or CUDA; the work is done in float64.
         patterns: (a, b, c, d) output side first, with a_1 = 1, d_L = 1, neighbours chainable.
-        moment: C = E[x xᵀ], a tensor of shape (n, n) or a `SecondMoment`; None means I.
+        metric: C = E[x xᵀ], a tensor of shape (n, n) or a `SecondMoment`; or a `Metric`, G ⊗ C. None means I.
         tolerance: relative progress of a sweep at which the descent for coupled inputs ends.
     Returns:
         values of shape (a_l, b_l, c_l, d_l), output side first, dtype and device of the weight.
     Raises:
-        UsageError: patterns that are not of that kind, or of another size than the weight; C of another size, not
+        UsageError: patterns that are not of that kind, or of another size than the weight; C or G of another size, not
             symmetric or not positive semi-definite.
     """
     patterns = check_patterns(patterns)
     check_shape(weight, (patterns[0].rows, patterns[-1].cols))
     ranks = _chain_ranks(patterns)
-    moment = SecondMoment.of(moment)
-    moment.check_features(weight.shape[1])
-    wide = weight.double()
-    coupled = moment.coupling(patterns[-1].a)
+    metric = Metric.of(metric)
+    metric.check_shape(weight)
+    check_rows(metric, patterns[0].d)
+    wide = metric.weighted(weight)
+    coupled = metric.inputs.coupling(patterns[-1].a)
     if coupled is None:
-        values = _hierarchical(wide, moment.times_root(weight), patterns, ranks)
+        values = _hierarchical(wide, metric.inputs.times_root(wide), patterns, ranks)
     else:
         coupled = coupled.to(weight.device)
         values = _coupled_hierarchical(wide, coupled, patterns, ranks, tolerance)
         if len(patterns) > 2:
             values, _ = refine_factors(wide, coupled, values)
+    values[0] = _unweighted(values[0], metric)
     stored = [empty_values(pattern, weight.device, weight.dtype) for pattern in patterns]
     return [place.copy_(factor) for place, factor in zip(stored, values)]
 
@@ -182,6 +188,19 @@ def _coupled_hierarchical(
         value, remainder = _placed(left, right.mT, rank)
         values.append(value)
     return [*values, remainder.reshape(*patterns[-1])]
+
+
+def _unweighted(values: torch.Tensor, metric: Metric) -> torch.Tensor:
+    """Return the values of G^{-1/2} K_1, shape (1, b, c, d), for a G that couples none of the d row groups."""
+    _, b, c, d = values.shape
+    columns = values[0].transpose(1, 2).reshape(b * d, c)  # (b d) c
+    return metric.unweighted(columns).reshape(1, b, d, c).transpose(2, 3)
+
+
+def check_rows(metric: Metric, groups: int) -> None:
+    """Raise UsageError if G couples row groups t::q of a chain, q = `groups`."""
+    if metric.couples_rows(groups):
+        raise UsageError(f"gradients that couple {groups} row groups: low-rank chains, or another G, are possible")
 
 
 def _chain_ranks(patterns: tuple[Pattern, ...]) -> list[int]:

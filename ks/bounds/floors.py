@@ -11,6 +11,9 @@ is block diagonal over the column groups of the right-most factor, W stands for 
 factor. That includes C = σ²I, and every C for low-rank chains. Any other C couples the groups; then the lower bound is
 that of `ks.bounds.lower_bound`, and the upper one the loss of the best chain that a descent finds.
 
+Under a metric G ⊗ C, G^{1/2} W stands for W where G couples none of the row groups t::q of the left-most factor, as for
+low-rank chains, whose q is 1: G_tt^{1/2} can be folded into that factor.
+
 Source: Le, Zheng, Riccietti, Gribonval, "Butterfly factorization with error guarantees" (2024).
 """
 
@@ -22,13 +25,14 @@ from math import isclose
 import torch
 
 from ks.bounds.descent import GRID_TOLERANCE, GridDescent
-from ks.bounds.factorize import HierarchicalLoss, check_shape, factorize, low_rank_energies, tail_energies
+from ks.bounds.factorize import HierarchicalLoss, check_rows, check_shape, factorize, low_rank_energies, tail_energies
 from ks.bounds.lift_and_shift import never
 from ks.bounds.lower_bound import CoupledLowerBound, Expired, isotropic_joint_bound
 from ks.bounds.population_loss import population_loss
 from ks.chain.patterns import Chain
 from ks.errors import UsageError
-from ks.moments.second_moment import MomentLike, SecondMoment
+from ks.moments.metric import Metric, MetricLike
+from ks.moments.second_moment import SecondMoment
 
 Progress = Callable[[str], None]
 
@@ -170,7 +174,7 @@ ChainBounds = UncoupledBounds | CoupledBounds
 def chain_bounds(
     weight: torch.Tensor,
     chain: Chain,
-    moment: MomentLike = None,
+    metric: MetricLike = None,
     *,
     tolerance: float = GRID_TOLERANCE,
     progress: Progress | None = None,
@@ -180,7 +184,7 @@ def chain_bounds(
     Args:
         weight: W, shape (m, n), any float dtype, CPU or CUDA.
         chain: with a floor (`no_floor_reason`).
-        moment: C = E[x xᵀ], a tensor of shape (n, n) or a `SecondMoment`; None means I.
+        metric: C = E[x xᵀ], a tensor of shape (n, n) or a `SecondMoment`; or a `Metric`, G ⊗ C. None means I.
         tolerance: relative progress of a sweep at which the descent to the upper bound of a grid ends.
         progress: called with a few words before every longer computation.
     Raises:
@@ -189,15 +193,22 @@ def chain_bounds(
     check_shape(weight, (chain.rows, chain.cols))
     if reason := no_floor_reason(chain):
         raise UsageError(f"no floor: {reason}")
-    moment = SecondMoment.of(moment)
-    moment.check_features(chain.cols)
-    progress = progress or (lambda text: None)
-    if moment.coupling(chain.block_shape(chain.num_splits)[2]) is None:
-        return UncoupledBounds(weight, chain, moment, progress)
-    return CoupledBounds(weight, chain, moment, tolerance, progress)
+    metric = Metric.of(metric)
+    metric.check_shape(weight)
+    check_rows(metric, chain.block_shape(1)[1])
+    weight, progress = metric.weighted(weight), progress or (lambda text: None)
+    if couples(chain, metric):
+        return CoupledBounds(weight, chain, metric.inputs, tolerance, progress)
+    return UncoupledBounds(weight, chain, metric.inputs, progress)
 
 
-def floor_curve(weight: torch.Tensor, chain: Chain, moment: MomentLike = None) -> torch.Tensor:
+def couples(chain: Chain, metric: Metric) -> bool:
+    """Return whether G couples row groups of the left-most factor, or C column groups of the right-most one."""
+    column_groups = chain.block_shape(chain.num_splits)[2]
+    return metric.couples_rows(chain.block_shape(1)[1]) or metric.inputs.coupling(column_groups) is not None
+
+
+def floor_curve(weight: torch.Tensor, chain: Chain, metric: MetricLike = None) -> torch.Tensor:
     """Return a lower bound for every rank r = 0 … saturation; r = 0 is the zero predictor.
 
     It is max_l E_l(r)² / m where the inputs couple no column groups of the right-most factor, and the optimum of
@@ -207,20 +218,20 @@ def floor_curve(weight: torch.Tensor, chain: Chain, moment: MomentLike = None) -
     Args:
         weight: W, shape (m, n).
         chain: with a floor (`no_floor_reason`).
-        moment: C = E[x xᵀ], a tensor of shape (n, n) or a `SecondMoment`; None means I.
+        metric: C = E[x xᵀ], a tensor of shape (n, n) or a `SecondMoment`; or a `Metric`, G ⊗ C. None means I.
     Returns:
         float64 tensor of shape (saturation rank + 1,), on the CPU.
     Raises:
         UsageError: the chain has no floor, or another shape.
     """
-    return chain_bounds(weight, chain, moment).curve
+    return chain_bounds(weight, chain, metric).curve
 
 
 def loss_floor(
     weight: torch.Tensor,
     chain: Chain,
     ranks: Sequence[int],
-    moment: MomentLike = None,
+    metric: MetricLike = None,
     *,
     tight: bool = False,
     progress: Progress | None = None,
@@ -236,7 +247,7 @@ def loss_floor(
         weight: W, shape (m, n), any float dtype, CPU or CUDA.
         chain: with a floor (`no_floor_reason`).
         ranks: positive integers; those above saturation have the bounds of saturation.
-        moment: C = E[x xᵀ], a tensor of shape (n, n) or a `SecondMoment`; None means I.
+        metric: C = E[x xᵀ], a tensor of shape (n, n) or a `SecondMoment`; or a `Metric`, G ⊗ C. None means I.
         tight: spend longer on the lower bounds of coupled inputs and of more than two factors.
         progress: called with a few words before every longer computation.
     Returns:
@@ -244,7 +255,7 @@ def loss_floor(
     Raises:
         UsageError: as `floor_curve`, or a rank that is not a positive integer.
     """
-    bounds = chain_bounds(weight, chain, moment, progress=progress)
+    bounds = chain_bounds(weight, chain, metric, progress=progress)
     for rank in ranks:
         chain.patterns(rank)  # checks the rank
     zero = bounds.curve[0].item()

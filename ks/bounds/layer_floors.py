@@ -7,7 +7,7 @@ import torch
 
 from ks.bounds.floors import Progress, chain_bounds
 from ks.chain.patterns import Chain
-from ks.moments.second_moment import MomentLike, SecondMoment
+from ks.moments.metric import Metric, MetricLike
 
 KNOWN_RANKS = 8  # at which an upper bound is computed where it takes a descent
 PLAN_TOLERANCE = 1e-3  # of that descent, which ends within about 1% of the one that runs are compared with
@@ -19,12 +19,12 @@ class LayerFloors:
 
     Args:
         chain: the family.
-        lower: no chain of rank r = 0 … R loses a smaller fraction of the output energy, float64 of shape (R + 1,). R is
+        lower: no chain of rank r = 0 … R loses a smaller fraction of `energy`, float64 of shape (R + 1,). R is
             the largest rank with fewer parameters than the dense weight, at most the rank of saturation.
         upper: the loss of the best known chain, shape (R + 1,).
         known: the ranks for which such a chain is known; between them, `upper` is interpolated. All where the floors
             are exact.
-        energy: tr(W C Wᵀ), the output energy of which losses are fractions.
+        energy: tr(G W C Wᵀ), of which losses are fractions: the output energy for G = I.
     """
 
     chain: Chain
@@ -50,7 +50,7 @@ class LayerFloors:
 
 @torch.no_grad()
 def layer_floors(
-    weight: torch.Tensor, chain: Chain, moment: MomentLike, progress: Progress | None = None
+    weight: torch.Tensor, chain: Chain, metric: MetricLike, progress: Progress | None = None
 ) -> LayerFloors:
     """Return the floors of every rank below the dense number of parameters, relative to the zero predictor.
 
@@ -60,11 +60,11 @@ def layer_floors(
     Args:
         weight: W, shape (m, n), any float dtype, CPU or CUDA.
         chain: with a floor (`ks.bounds.floors.no_floor_reason`).
-        moment: C = E[x xᵀ], a tensor of shape (n, n) or a `SecondMoment`; None means I.
+        metric: C = E[x xᵀ], a tensor of shape (n, n) or a `SecondMoment`; or a `Metric`, G ⊗ C. None means I.
         progress: called with a few words before every longer computation; an exception from it ends the work.
     """
-    bounds = chain_bounds(weight, chain, moment, tolerance=PLAN_TOLERANCE, progress=progress)
-    energy = SecondMoment.of(moment).output_energy(weight)
+    bounds = chain_bounds(weight, chain, metric, tolerance=PLAN_TOLERANCE, progress=progress)
+    energy = Metric.of(metric).loss(weight)
     predict_zero_loss = energy / chain.rows
     highest = min((chain.parity_rank() or chain.saturation_rank + 1) - 1, chain.saturation_rank)
     lower = (bounds.curve[: highest + 1] / predict_zero_loss).clamp(0, 1).numpy()

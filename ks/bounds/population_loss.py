@@ -5,7 +5,7 @@ import torch
 from ks.chain.dense import subtract_chain
 from ks.moments.metric import Metric, MetricLike
 from ks.moments.pieces import lower_gram
-from ks.moments.second_moment import UNIT_MOMENT, MomentLike, SecondMoment
+from ks.moments.second_moment import UNIT_MOMENT
 
 
 @torch.no_grad()
@@ -31,24 +31,25 @@ def _residual(weight: torch.Tensor, values) -> torch.Tensor:
 
 @torch.no_grad()
 def sampled_loss_range(
-    weight: torch.Tensor, values, num_samples: int, moment: MomentLike = None
+    weight: torch.Tensor, values, num_samples: int, metric: MetricLike = None
 ) -> tuple[float, float]:
     """Return a range that the mean squared error over random Gaussian inputs leaves once in 10^13 times.
 
-    With λ the eigenvalues of E C Eᵀ / m, the mean over N samples is a weighted sum of squared normal variables with
-    expectation Σλ. It lies between Σλ − 2√(t/N)·‖λ‖₂ and Σλ + 2√(t/N)·‖λ‖₂ + 2(t/N)·max λ with probability 1 − 2e^−t;
-    here t = 30, and ‖λ‖₂ stands for max λ.
+    With λ the eigenvalues of G^{1/2} E C Eᵀ G^{1/2} / m, the mean over N samples is a weighted sum of squared normal
+    variables with expectation Σλ. It lies between Σλ − 2√(t/N)·‖λ‖₂ and Σλ + 2√(t/N)·‖λ‖₂ + 2(t/N)·max λ with
+    probability 1 − 2e^−t; here t = 30, and ‖λ‖₂ stands for max λ.
 
     Args:
         weight: W, shape (m, n), any float dtype.
         values: the factors, output side first.
         num_samples: N.
-        moment: C = E[x xᵀ], a tensor of shape (n, n) or a `SecondMoment`; None means I.
+        metric: C = E[x xᵀ], a tensor of shape (n, n) or a `SecondMoment`; or a `Metric`, G ⊗ C. None means I.
     Returns:
         (lowest, highest), squared error per output.
     Source: Laurent and Massart, "Adaptive estimation of a quadratic functional by model selection" (2000), lemma 1.
     """
-    residual = SecondMoment.of(moment).times_root(_residual(weight, values))
+    metric = Metric.of(metric)
+    residual = metric.inputs.times_root(metric.weighted(_residual(weight, values)))
     expected = UNIT_MOMENT.output_energy(residual) / len(weight)
     narrow = (residual if len(residual) <= residual.shape[1] else residual.t()).float()  # float32 is enough for a range
     gram = lower_gram(narrow).tril_()

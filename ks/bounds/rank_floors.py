@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from ks.bounds.factorize import low_rank_energies
-from ks.bounds.floors import ChainBounds, Floor, Progress, chain_bounds, floor_curve, no_floor_reason
+from ks.bounds.floors import ChainBounds, Floor, Progress, chain_bounds, couples, floor_curve, no_floor_reason
 from ks.bounds.lift_and_shift import never
 from ks.chain.patterns import Chain, make_chain
 from ks.files.columns import ISOTROPIC
-from ks.moments.second_moment import MomentLike, SecondMoment
+from ks.moments.metric import Metric, MetricLike
 
 # Best known chain over simple lower bound, for a first guess; they are about as far apart on layers of MiniLM.
 USUAL_RATIO = 1.2
@@ -73,10 +73,10 @@ class RankFloors:
     A bound is computed when it is first asked for, and kept in `known`.
 
     Args:
-        weight: W, shape (m, n), any float dtype, CPU or CUDA, scaled so that tr(W C Wᵀ) = m, and the
+        weight: W, shape (m, n), any float dtype, CPU or CUDA, scaled so that tr(G W C Wᵀ) = m, and the
             zero predictor loses 1.
         chain: the family, of the same shape.
-        moment: C = E[x xᵀ], a tensor of shape (n, n) or a `SecondMoment`; None means I.
+        metric: C = E[x xᵀ], a tensor of shape (n, n) or a `SecondMoment`; or a `Metric`, G ⊗ C. None means I.
         isotropic_weight: returns W, scaled so that the zero predictor loses 1 on isotropic inputs, for comparison.
         known: bounds that were computed before.
         progress: called with a few words before every longer computation.
@@ -87,14 +87,14 @@ class RankFloors:
         self,
         weight: torch.Tensor,
         chain: Chain,
-        moment: MomentLike = None,
+        metric: MetricLike = None,
         *,
         isotropic_weight: Callable[[], torch.Tensor] | None = None,
         known: KnownBounds | None = None,
         progress: Progress | None = None,
         reason: str | None = None,
     ):
-        self.weight, self.chain, self.moment = weight, chain, SecondMoment.of(moment)
+        self.weight, self.chain, self.metric = weight, chain, Metric.of(metric)
         self.known = KnownBounds() if known is None else known
         self.isotropic_weight, self.progress = isotropic_weight, progress
         self.reason = reason or no_floor_reason(chain)
@@ -106,11 +106,11 @@ class RankFloors:
 
     @cached_property
     def _bounds(self) -> ChainBounds:
-        return chain_bounds(self.weight, self.chain, self.moment, progress=self.progress)
+        return chain_bounds(self.weight, self.chain, self.metric, progress=self.progress)
 
     @property
     def curve(self) -> torch.Tensor:
-        """A lower bound of every rank 0 … saturation, float64 on the CPU; exact for two factors and uncoupled inputs.
+        """A lower bound of every rank 0 … saturation, float64 on the CPU; exact for two factors that no group couples.
 
         Raises:
             UsageError: the family has no floor.
@@ -122,7 +122,7 @@ class RankFloors:
     @cached_property
     def curve_is_exact(self) -> bool:
         """Whether the curve is the optimum of every rank."""
-        return self.chain.num_splits == 1 and self.moment.coupling(self.chain.block_shape(1)[2]) is None
+        return self.chain.num_splits == 1 and not couples(self.chain, self.metric)
 
     @property
     def lowrank_curve(self) -> torch.Tensor:
@@ -130,7 +130,8 @@ class RankFloors:
         if self.chain.family == "lowrank":
             return self.curve
         if self.known.lowrank is None:
-            self.known.lowrank = low_rank_energies(self.weight, self.moment).cpu() / self.chain.rows
+            weight = self.metric.weighted(self.weight)
+            self.known.lowrank = low_rank_energies(weight, self.metric.inputs).cpu() / self.chain.rows
         return self.known.lowrank
 
     @property

@@ -201,10 +201,16 @@ LAYER = (
     Column("cols", Positive, "n, input features"),
 )
 LAYER_LOSSES = (
-    Column("relative_loss", Loss, "relative loss of the best known chain of this rank", FRACTION, "{:.2%}"),
-    Column("relative_loss_lower", Loss, "lower bound on the relative loss of every chain of this rank", FRACTION,
-           "{:.2%}"),
-    Column("interpolated", bool, "whether `relative_loss` was interpolated between ranks"),
+    Column("loss_increase", Loss, "predicted increase of the loss of the model by the best known chain of this rank; "
+           "only with gradients in the inputs", "unit of the loss, per token", "{:.4g}",
+           "predicted increase of the loss of the model, per token"),
+    Column("loss_increase_lower", Loss, "lower bound on `loss_increase` of every chain of this rank; empty if the plan "
+           "minimises the output energy", "unit of the loss, per token", "{:.4g}"),
+    Column("relative_loss", Loss, "fraction of the output energy that the best known chain of this rank loses",
+           FRACTION, "{:.2%}", "the fraction of the output energy that is lost"),
+    Column("relative_loss_lower", Loss, "lower bound on `relative_loss` of every chain of this rank; empty if the plan "
+           "minimises the loss of the model", FRACTION, "{:.2%}"),
+    Column("interpolated", bool, "whether both losses were interpolated between ranks"),
 )  # fmt: skip
 LAYER_FLOORS = (
     *LAYER,

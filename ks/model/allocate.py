@@ -16,7 +16,8 @@ from ks.model.candidates import Candidates, find_candidates
 from ks.model.knapsack import choose
 from ks.model.layer_weights import select_weights
 from ks.model.model_plan import LayerPlan, ModelPlan, Objective
-from ks.moments.moments_file import InputMoments
+from ks.moments.metric import LossMetric
+from ks.moments.moments_file import InputMoments, as_moments
 
 
 def plan_model(
@@ -25,6 +26,8 @@ def plan_model(
     *,
     budget: float | None = None,
     target_relative_loss: float | None = None,
+    target_loss_increase: float | None = None,
+    loss_metric: LossMetric | str | None = None,
     moments: InputMoments | str | Path | None = None,
     chains: Sequence[str] = ("monarch", "lowrank"),
     blocks: int = 4,
@@ -41,7 +44,13 @@ def plan_model(
         weights: a file, the .index.json of a sharded checkpoint, tensors by name, or a model.
         layers: globs over the names of the weights; `*` matches one component of a name, `**` any number of them.
         budget: the largest fraction of the dense parameters, in (0, 1]; the plan loses as little as possible.
-        target_relative_loss: the largest mean relative loss, in (0, 1); the plan has as few parameters as possible.
+        target_relative_loss: the largest mean fraction of the output energy that the layers may lose, in (0, 1); the
+            plan has as few parameters as possible.
+        target_loss_increase: likewise, the largest predicted increase of the loss of the model per token, in the unit
+            of the loss.
+        loss_metric: 'model_loss' to minimise the increase of the loss of the model, summed over the layers;
+            'output_energy' to minimise the sum of the fractions of output energy that they lose. None for the loss of
+            the model if the moments have its gradients, and a target for the output energy does not ask otherwise.
         moments: of the inputs of these layers (`ks.collect_input_moments`), or their file; None for isotropic inputs.
         chains: families to choose from, best for each layer.
         blocks, num_factors: of the families, as in `ks.make_chain`.
@@ -51,8 +60,10 @@ def plan_model(
         device: on which floors are computed.
         quiet: whether to omit a line for each layer on stderr.
     Raises:
-        UsageError: no weight matches, a weight without moments, a budget that no plan meets.
+        UsageError: no weight matches, a weight without moments or gradients, a budget that no plan meets.
     """
+    moments = as_moments(moments)
+    metric = plan_metric(loss_metric, moments, budget, target_relative_loss, target_loss_increase)
 
     def say(text: str) -> None:
         if not quiet:
@@ -69,14 +80,50 @@ def plan_model(
         None if floors_path is None else Path(floors_path),
         device,
         say,
+        loss_metric=metric,
     )
     return allocate(
         candidates,
         budget=budget,
         target_relative_loss=target_relative_loss,
+        target_loss_increase=target_loss_increase,
         rank_multiple=rank_multiple,
         checkpoint=selection.source,
     )
+
+
+def plan_metric(
+    loss_metric: LossMetric | str | None,
+    moments: InputMoments | None,
+    budget: float | None = None,
+    target_relative_loss: float | None = None,
+    target_loss_increase: float | None = None,
+) -> LossMetric:
+    """Return the metric of a plan, from the arguments of `plan_model`.
+
+    Raises:
+        UsageError: a metric that does not exist, that the target excludes, or for which there are no gradients.
+    """
+    if loss_metric is not None and loss_metric not in [*LossMetric]:
+        raise UsageError(f"a loss metric {loss_metric!r}: {' or '.join(LossMetric)} is possible")
+    has_gradients = moments is not None and len(moments.gradients) > 0
+    if target_loss_increase is not None:
+        found = LossMetric.MODEL_LOSS
+    elif target_relative_loss is not None:
+        found = LossMetric.OUTPUT_ENERGY
+    elif loss_metric is not None:
+        found = LossMetric(loss_metric)
+    else:
+        found = LossMetric.MODEL_LOSS if budget is not None and has_gradients else LossMetric.OUTPUT_ENERGY
+    if loss_metric is not None and found != loss_metric:
+        target = "target_relative_loss" if target_loss_increase is None else "target_loss_increase"
+        raise UsageError(f"{target} is a target for {found}; leave out the loss metric {loss_metric}, or the target")
+    if found is LossMetric.MODEL_LOSS and not has_gradients:
+        raise UsageError(
+            "a plan by the loss of the model needs moments with its gradients; collect them with loss=… "
+            "(ks.collect_input_moments)"
+        )
+    return found
 
 
 def allocate(
@@ -84,45 +131,47 @@ def allocate(
     *,
     budget: float | None = None,
     target_relative_loss: float | None = None,
+    target_loss_increase: float | None = None,
     rank_multiple: int = 1,
     checkpoint: str = "",
 ) -> ModelPlan:
     """Choose a chain and a rank for every layer, or leave it dense.
 
-    With a budget, minimise Σ relative loss such that Σ parameters ≤ budget · Σ m n. With a target, minimise
-    Σ parameters such that the mean relative loss is at most the target. Relative losses are upper bounds, those of the
-    best known chains; a dense layer loses nothing and has m n parameters. No plan is worse than the same fraction in
-    every layer.
+    With a budget, minimise Σ loss such that Σ parameters ≤ budget · Σ m n. With a target, minimise Σ parameters such
+    that the mean relative loss, or Σ loss increase, is at most the target. The losses are `Candidates.losses`, upper
+    bounds, those of the best known chains; a dense layer loses nothing and has m n parameters. No plan is worse than
+    the same fraction in every layer.
 
     Args:
-        candidates: of every layer.
-        budget, target_relative_loss, rank_multiple: as in `plan_model`.
+        candidates: of every layer, in one metric, which is that of the target.
+        budget, target_relative_loss, target_loss_increase, rank_multiple: as in `plan_model`.
         checkpoint: name of the file of the weights.
     Raises:
-        UsageError: neither or both of budget and target, or a budget below the smallest options.
+        UsageError: not exactly one of budget and targets, or a budget below the smallest options.
     """
-    if (budget is None) == (target_relative_loss is None):
-        raise UsageError("a plan needs either a budget or a target for the relative loss")
+    goals = (budget, target_relative_loss, target_loss_increase)
+    asked = [(objective, goal) for objective, goal in zip(Objective, goals) if goal is not None]
+    if len(asked) != 1:
+        raise UsageError("a plan needs either a budget or a target: for the relative loss, or for the loss increase")
+    [(objective, value)] = asked
     layers = [_options(entry, rank_multiple) for entry in candidates]
     costs, losses = [layer.parameters for layer in layers], [layer.losses for layer in layers]
-    if budget is not None:
-        objective, value = Objective.BUDGET, budget
+    if objective is Objective.BUDGET:
         dense = sum(layer.entry.dense.parameters for layer in layers)
-        uniform = [layer.best_within(budget) for layer in layers]
-        choice = choose(costs, losses, budget * dense, uniform)
+        uniform = [layer.best_within(value) for layer in layers]
+        choice = choose(costs, losses, value * dense, uniform)
         if choice is None:
             least = sum(cost.min() for cost in costs) / dense
             raise UsageError(
-                f"a budget of {budget:g}: the smallest chains have {least:.2%} of the dense parameters; give at least "
+                f"a budget of {value:g}: the smallest chains have {least:.2%} of the dense parameters; give at least "
                 f"{np.ceil(least * 1e4) / 1e4:g}"
             )
     else:
-        assert target_relative_loss is not None
-        objective, value = Objective.TARGET, target_relative_loss
-        limit = target_relative_loss * len(layers)
+        limit = value * len(layers) if objective is Objective.TARGET else value
         uniform = _smallest_uniform(layers, limit)
         choice = choose(losses, costs, limit, uniform)
-        assert choice is not None  # dense layers lose nothing
+        if choice is None:
+            raise UsageError(f"a target of {value:g}: at least 0 is needed")
     options, gap = choice
     return ModelPlan(
         layers=tuple(layer.plan(option) for layer, option in zip(layers, options)),
@@ -132,6 +181,8 @@ def allocate(
         uniform=tuple(layer.plan(option) for layer, option in zip(layers, uniform)),
         rank_multiple=rank_multiple,
         checkpoint=checkpoint,
+        loss_metric=candidates[0].loss_metric,
+        unit=candidates[0].unit,
     )
 
 
@@ -160,7 +211,7 @@ def _options(entry: Candidates, rank_multiple: int) -> _Options:
         entry,
         [(floors, int(rank)) for floors, ranks in pairs for rank in ranks],
         np.concatenate([*(floors.parameters[ranks - 1] for floors, ranks in pairs), [entry.dense.parameters]]),
-        np.concatenate([*(floors.upper[ranks] for floors, ranks in pairs), [0.0]]),
+        np.concatenate([*(entry.losses(floors)[ranks] for floors, ranks in pairs), [0.0]]),
     )
 
 

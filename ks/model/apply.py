@@ -16,9 +16,9 @@ from ks.files.weights import DTYPES, tensors_sha256
 from ks.layer import KSLinear
 from ks.model.linears import Linear, linears_of, replace_modules, unwrapped
 from ks.model.model_plan import LayerPlan, ModelPlan
+from ks.moments.metric import LossMetric, Metric
 from ks.moments.moments_file import InputMoments, as_moments
 from ks.moments.read import inputs_of
-from ks.moments.second_moment import SecondMoment
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def compress(
             training; or the results folder of a sweep over a checkpoint, to take its trained chains
             (LAYER/rank_R/rank_R_best.pth beside PREFIX_plan.json).
         moments: an `InputMoments` or its file, needed for a plan that was made for measured inputs: the chains are
-            then made for the same inputs.
+            then made for the same inputs, and in a plan by the loss of the model for the same gradients.
         impl: backend of the chains, 'auto', 'triton' or 'bmm'.
         quiet: whether to omit the lines on stderr, one for each layer.
     Returns:
@@ -87,7 +87,7 @@ def compress(
     def chain_of(place: Place) -> KSLinear:
         if folder is not None:
             return _trained(place, folder, impl)
-        return factorised(place, _moment_of(place.plan, given), impl)
+        return factorised(place, metric_of(place.plan, given, plan.loss_metric), impl)
 
     return apply_chains(model, plan, chain_of, quiet)
 
@@ -116,8 +116,8 @@ def _plan_in(folder: Path) -> Path:
     return found[0]
 
 
-def _moment_of(layer: LayerPlan, moments: InputMoments | None) -> SecondMoment | None:
-    """Return the inputs that a layer was planned for, None if they are isotropic."""
+def metric_of(layer: LayerPlan, moments: InputMoments | None, loss_metric: LossMetric) -> Metric | None:
+    """Return the metric that a layer was planned in, None for isotropic inputs."""
     if layer.inputs_sha256 is None:
         return None
     if moments is None:
@@ -128,12 +128,17 @@ def _moment_of(layer: LayerPlan, moments: InputMoments | None) -> SecondMoment |
             f"the moments of the inputs of {one_line(layer.layer)} (hash {given.sha256[:12]}…) are not those of the "
             f"plan ({layer.inputs_sha256[:12]}…); give the moments that the plan was made with, or plan anew"
         )
-    return SecondMoment(given.train.second_moment)
+    if loss_metric is LossMetric.MODEL_LOSS and given.gradients_sha256 != layer.gradients_sha256:
+        raise UsageError(
+            f"the gradients at the outputs of {one_line(layer.layer)} are missing or not those of the plan; give the "
+            "moments that the plan was made with, or plan anew"
+        )
+    return given.metric(loss_metric)
 
 
-def factorised(place: Place, moment: SecondMoment | None, impl: str) -> KSLinear:
-    """Return the best known chain of a place for inputs, without a bias."""
-    return KSLinear.from_dense(place.weight, patterns=place.plan.patterns, moment=moment, impl=impl)
+def factorised(place: Place, metric: Metric | None, impl: str) -> KSLinear:
+    """Return the best known chain of a place in a metric, without a bias."""
+    return KSLinear.from_dense(place.weight, patterns=place.plan.patterns, metric=metric, impl=impl)
 
 
 def _trained(place: Place, folder: Path, impl: str) -> KSLinear:

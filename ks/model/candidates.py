@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,13 +16,13 @@ from ks.bounds.layer_floors import LayerFloors, layer_floors
 from ks.chain.patterns import Chain
 from ks.errors import UsageError, one_line
 from ks.files.columns import PLAN, Column, Loss, chosen
-from ks.files.table import table
-from ks.model.layer_weights import LayerWeight
+from ks.files.table import cell, table
+from ks.model.layer_weights import LayerWeight, listed
 from ks.model.model_plan import LayerPlan
+from ks.moments.metric import DAMPING, LossMetric, Metric
 from ks.moments.moments_file import InputMoments, as_moments
 from ks.moments.pieces import one_thread_each
-from ks.moments.read import inputs_of, inputs_sha256
-from ks.moments.second_moment import SecondMoment
+from ks.moments.read import gradients_sha256, inputs_of, inputs_sha256
 
 FRACTIONS = (0.1, 0.25, 0.5, 0.75)  # of the dense parameters, at which floors are printed
 
@@ -30,20 +31,39 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Candidates:
-    """The chain families that may replace one weight: the plan that keeps it dense, and the floors of each family."""
+    """The chain families that may replace one weight: the plan that keeps it dense, and the floors of each family.
+
+    Args:
+        dense: plan.
+        floors: of each family in `loss_metric`, with the relative losses in the other metric if there are gradients.
+        loss_metric: that chains are made for and compared in.
+        unit: of the loss of the model; empty without gradients.
+    """
 
     dense: LayerPlan
     floors: tuple[LayerFloors, ...]
+    loss_metric: LossMetric = LossMetric.OUTPUT_ENERGY
+    unit: str = ""
+
+    def losses(self, floors: LayerFloors) -> np.ndarray:
+        """Return the loss of the best known chains of ranks 0 … R: what the sum over the layers of a plan is made of.
+
+        It is the fraction of the output energy that is lost; or the increase of the loss of the model.
+        """
+        return floors.upper * (floors.energy / 2 if self.loss_metric is LossMetric.MODEL_LOSS else 1.0)
 
     def plan(self, floors: LayerFloors, rank: int) -> LayerPlan:
         """Return the plan that replaces the weight by the chain of a family and a rank."""
+        upper, lower = float(floors.upper[rank]), float(floors.lower[rank])
+        losses: dict[str, Any] = {"relative_loss": upper, "relative_loss_lower": lower}
+        if floors.other is not None:
+            other = float(floors.other[rank])
+            losses |= {"loss_increase": floors.other_energy / 2 * other, "loss_increase_lower": None}
+            if self.loss_metric is LossMetric.MODEL_LOSS:
+                losses = {"relative_loss": other, "relative_loss_lower": None}
+                losses |= {"loss_increase": floors.energy / 2 * upper, "loss_increase_lower": floors.energy / 2 * lower}
         return dataclasses.replace(
-            self.dense,
-            chain=floors.chain,
-            rank=rank,
-            relative_loss=float(floors.upper[rank]),
-            relative_loss_lower=float(floors.lower[rank]),
-            interpolated=floors.is_interpolated(rank),
+            self.dense, chain=floors.chain, rank=rank, interpolated=floors.is_interpolated(rank), **losses
         )
 
 
@@ -56,6 +76,7 @@ def find_candidates(
     device: torch.device | str = "cpu",
     report: Report = lambda text: None,
     check_stop: Callable[[], None] = lambda: None,
+    loss_metric: LossMetric = LossMetric.OUTPUT_ENERGY,
 ) -> list[Candidates]:
     """Compute the floors of every family on every weight, or take them from a file.
 
@@ -71,13 +92,14 @@ def find_candidates(
         device: on which floors are computed.
         report: called with a line about each layer.
         check_stop: called before every longer computation; an exception from it ends the work.
+        loss_metric: that floors are computed in.
     Returns:
         one entry for each weight in their order; of tied weights the first alone.
     Raises:
-        UsageError: a family without floors, a layer without moments, or moments that do not fit.
+        UsageError: a family without floors, a layer without moments or gradients, or moments that do not fit.
     """
     moments = as_moments(moments)
-    check_inputs(weights, moments)
+    check_inputs(weights, moments, loss_metric)
     file = FloorsFile(floors_path)
     tied: dict[Hashable, list[str]] = {}
     for weight in weights:
@@ -97,6 +119,8 @@ def find_candidates(
             if reason := no_floor_reason(family):
                 raise UsageError(f"{one_line(weight.name)}: no floor: {reason}")
         given = None if moments is None else moments.only(weight.name)
+        gradients = None if given is None else gradients_sha256(given, weight.name)
+        unchanged = None if gradients is None else 0.0
         dense = LayerPlan(
             weight.name,
             rows,
@@ -105,19 +129,25 @@ def find_candidates(
             itemsize=loaded.tensor.element_size(),
             shared_with=tuple(tied[weight.place][1:]),
             inputs_sha256=None if given is None else inputs_sha256(given, weight.name),
+            loss_increase=unchanged,
+            loss_increase_lower=unchanged,
+            gradients_sha256=gradients,
         )
-        known = {family: file.find(dense.weight_sha256, dense.inputs_sha256, family) for family in families}
+        known = {
+            family: file.find(dense.weight_sha256, _metric_name(dense, loss_metric), family) for family in families
+        }
         new = {}
         if not all(known.values()):
-            moment = SecondMoment.of(None if given is None else inputs_of(given, cols, weight.name).train.second_moment)
+            metrics = _metrics_of(loaded.tensor, weight.name, given, loss_metric)
             tensor = loaded.tensor.to(device)
             new = {
-                family: layer_floors(tensor, family, moment, lambda text: check_stop())
+                family: layer_floors(tensor, family, metrics[0], lambda text: check_stop(), other=metrics[1])
                 for family, floors in known.items()
                 if floors is None
             }
         complete = tuple(floors for floors in (known | new).values() if floors is not None)
-        return Candidates(dense, complete), [*new.values()], time.monotonic() - started
+        unit = moments.unit if moments and gradients else ""
+        return Candidates(dense, complete, loss_metric, unit), [*new.values()], time.monotonic() - started
 
     # one layer at a time on a GPU
     compute_all = one_thread_each if torch.device(device).type == "cpu" else map
@@ -129,7 +159,7 @@ def find_candidates(
                 others = ", ".join(dense.shared_with)
                 report(f"{others}: tied to {dense.layer}; planned once, for the inputs of {dense.layer}")
             for floors in new:
-                file.add(dense.weight_sha256, dense.inputs_sha256, floors)
+                file.add(dense.weight_sha256, _metric_name(dense, loss_metric), floors)
             if new:
                 file.save_if_due()
                 report(f"{number} of {len(weights)}: {dense.layer}, {dense.rows} × {dense.cols}: {seconds:.1f} s")
@@ -142,8 +172,36 @@ def find_candidates(
     return found
 
 
-def check_inputs(weights: Iterable[LayerWeight], moments: InputMoments | None) -> None:
-    """Raise UsageError unless moments hold the inputs of every weight; the message counts those that lack them."""
+def _metrics_of(
+    weight: torch.Tensor, name: str, moments: InputMoments | None, loss_metric: LossMetric
+) -> tuple[Metric, Metric | None]:
+    """Return the metric of a weight in which its floors are computed, and the other one if there are gradients."""
+    if moments is None:
+        return Metric(), None
+    given = inputs_of(moments, weight.shape[1], name)
+    energy = given.metric(LossMetric.OUTPUT_ENERGY)
+    if given.gradients is None:
+        return energy, None
+    model_loss = Metric(energy.inputs, given.gradients.second_moment)
+    try:
+        model_loss.check_shape(weight)
+    except UsageError as error:
+        raise UsageError(f"{one_line(name)}: {error}; give the moments of this model") from error
+    return (model_loss, energy) if loss_metric is LossMetric.MODEL_LOSS else (energy, model_loss)
+
+
+def _metric_name(dense: LayerPlan, loss_metric: LossMetric) -> str | None:
+    """Return the name that the metrics of a layer have in the file of the floors."""
+    if dense.gradients_sha256 is None:
+        return dense.inputs_sha256
+    return f"{dense.inputs_sha256} {loss_metric} {dense.gradients_sha256} {DAMPING:g}"
+
+
+def check_inputs(weights: Iterable[LayerWeight], moments: InputMoments | None, loss_metric: LossMetric) -> None:
+    """Raise UsageError unless moments hold what a metric needs of every weight.
+
+    The message counts the layers without inputs, and lists the layers without gradients.
+    """
     if moments is None:
         return
     reasons = []
@@ -155,14 +213,25 @@ def check_inputs(weights: Iterable[LayerWeight], moments: InputMoments | None) -
     if reasons:
         others = f" ({len(reasons)} layers lack them)" if len(reasons) > 1 else ""
         raise UsageError(f"{reasons[0]}{others}; collect them, or name other layers")
+    if loss_metric is LossMetric.OUTPUT_ENERGY:
+        return
+    if lacking := [weight.name for weight in weights if gradients_sha256(moments, weight.name) is None]:
+        raise UsageError(
+            f"{moments.source}: no gradients of the loss of the model for {listed(lacking)}; collect them with loss=… "
+            "(ks.collect_input_moments), name other layers, or minimise the output energy"
+        )
 
 
 def floors_table(candidates: Sequence[Candidates]) -> str:
     """Return a table of the loss of the best known chains with a tenth, a quarter, … of the dense parameters."""
+    form, legend = "{:.2%}", "the fraction of the output energy that is lost"
+    if candidates[0].loss_metric is LossMetric.MODEL_LOSS:
+        form, legend = "{:.3g}", f"the predicted increase of the loss of the model per token ({candidates[0].unit})"
     sizes = [
-        Column(f"at_{fraction:.0%}", Loss, f"loss with {fraction:.0%} of the dense parameters")
+        Column(f"at_{fraction:.0%}", Loss, f"loss with {fraction:.0%} of the dense parameters", form=form)
         for fraction in FRACTIONS
     ]
+    sizes[0] = dataclasses.replace(sizes[0], legend=f"{legend} with {FRACTIONS[0]:.0%} of the dense parameters")
     rows = []
     for entry in candidates:
         for floors in entry.floors:
@@ -171,6 +240,7 @@ def floors_table(candidates: Sequence[Candidates]) -> str:
                 fitting = np.flatnonzero(floors.parameters <= fraction * entry.dense.parameters)
                 if len(fitting):
                     rank = int(floors.ranks[fitting[-1]])
-                    row[column.name] = f"{'~' * floors.is_interpolated(rank)}{floors.upper[rank]:.2%}"
+                    loss = cell(column, entry.losses(floors)[rank])
+                    row[column.name] = "~" * floors.is_interpolated(rank) + loss
             rows.append(row)
     return table([*chosen(PLAN, ("layer", "rows", "cols", "chain")), *sizes], rows)

@@ -1,7 +1,8 @@
 """Sequential calibration: every layer is compressed for the inputs that the compressed layers before it give."""
 
+import contextlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import chain, pairwise
 from typing import Any
@@ -11,11 +12,13 @@ from torch import nn
 
 from ks.errors import UsageError, one_line
 from ks.layer import KSLinear
-from ks.model.apply import described, factorised, find_places, replacements_of
+from ks.model.apply import Place, described, factorised, find_places, metric_of, replacements_of
+from ks.model.batches import Mask, call, mask_of, on_device_of
 from ks.model.collect import collect_input_moments
-from ks.model.linears import replace_modules
+from ks.model.linears import light_copy, linears_of, replace_modules, unwrapped
 from ks.model.model_plan import ModelPlan
-from ks.moments.moments_file import InputMoments
+from ks.moments.metric import LossMetric, Metric
+from ks.moments.moments_file import InputMoments, as_moments
 from ks.moments.read import inputs_of
 from ks.moments.second_moment import SecondMoment
 
@@ -25,35 +28,52 @@ def compress_in_order(
     plan,
     batches: Iterable[Any],
     *,
-    mask: Callable[[Any], torch.Tensor | None] | None = None,
+    moments=None,
+    anchor: float = 0.0,
+    mask: Mask | None = None,
     max_passes: int | None = None,
     impl: str = "auto",
     quiet: bool = False,
 ) -> nn.Module:
     """Replace the planned layers in the order in which the model calls them, each made for its inputs at that moment.
 
-    `compress` makes all chains for the inputs of the dense model. Here the layers behind a chain see x̃, the inputs that
-    the chains before them cause, and minimise E‖(W − Ŵ) x̃‖²: the target stays W x̃. Chains and ranks are those of the
-    plan, whatever inputs it was made for.
+    `compress` makes all chains for the inputs x of the dense model. Here the layers behind a chain see x̃, the inputs
+    that the chains before them cause, and minimise tr(G (T − Ŵ) C (T − Ŵ)ᵀ) with C = E[x̃ x̃ᵀ] and the target
+
+        T = W (I + β (E[x x̃ᵀ] C⁺ − I)),
+
+    x and x̃ of the same token. With β = 0 the target is the output W x̃ for the inputs at hand; with β = 1 it is W x, the
+    output of the dense model. Chains and ranks are those of the plan, whatever inputs it was made for.
 
     A group is the layers with one input tensor. All batches pass through the model once for each group, or fewer times
-    with `max_passes`: then neighbouring groups are measured in the same pass, before any of them is replaced.
+    with `max_passes`: then neighbouring groups are measured in the same pass, before any of them is replaced. With
+    β > 0 they pass through the dense model too, a copy that shares its tensors, and a group of width n has one more sum
+    of n² float64 numbers. C⁺ leaves out eigenvalues below n · 2.2e-16 of the largest.
+
+    Source: AA-SVD (arXiv 2604.02119) for β = 1, SAES-SVD (arXiv 2602.03051) for β between.
 
     Args:
         model, plan, impl, quiet: as in `ks.compress`; a plan or its file.
         batches: that all passes use, as in `ks.collect_input_moments`.
+        moments: an `InputMoments` of the dense model with gradients, or its file, for the G of every planned layer;
+            None for G = I, the output energy.
+        anchor: β, from 0 to 1.
         mask: of the tokens that count, as in `ks.collect_input_moments`.
         max_passes: at least 1; with 1, the chains are those for the inputs of the dense model. None for one per group.
     Returns:
         the model; the new layer, if the model is itself a planned one.
     Raises:
-        UsageError: as `ks.compress` and `ks.collect_input_moments`, or no batch calls a planned layer. The model is
-            then as it was.
+        UsageError: as `ks.compress` and `ks.collect_input_moments`, no batch calls a planned layer, or with β > 0 a
+            layer has other tokens in the dense model. The model is then as it was.
     """
     plan = plan if isinstance(plan, ModelPlan) else ModelPlan.load(plan)
-    batches = list(batches)
+    batches, moments = list(batches), as_moments(moments)
     if max_passes is not None and max_passes < 1:
         raise UsageError(f"max_passes {max_passes}: at least 1 is needed")
+    if not 0 <= anchor <= 1:
+        raise UsageError(f"an anchor of {anchor}: 0 to 1 is allowed")
+    if moments is not None and plan.loss_metric is not LossMetric.MODEL_LOSS:
+        raise UsageError("the plan minimises the output energy and needs no moments in order; leave them out")
     planned = {place.names[0]: place for place in find_places(model, plan) if place.plan.chain is not None}
     if not planned:
         return model
@@ -61,26 +81,104 @@ def compress_in_order(
     groups = _groups(collect(batches[:1], [*planned]), [*planned])
     passes = min(max_passes or len(groups), len(groups))
     bounds = [len(groups) * index // passes for index in range(passes + 1)]
+
+    def outputs_of(place: Place) -> SecondMoment | None:
+        metric = None if moments is None else metric_of(place.plan, moments, plan.loss_metric)
+        return None if metric is None else metric.outputs
+
+    dense = light_copy(unwrapped(model)).eval() if anchor else None
     replaced: dict[nn.Module, KSLinear] = {}
     result = model
     try:
-        for names in (list(chain.from_iterable(groups[start:stop])) for start, stop in pairwise(bounds)):
-            moments = collect(batches, names)
+        for several in (groups[start:stop] for start, stop in pairwise(bounds)):
+            with _paired(dense if replaced else None, model, several, batches, mask) as (given, drifts):
+                found = collect(given, [*chain.from_iterable(several)])
             new: dict[nn.Module, KSLinear] = {}
-            for name, place in planned.items():
-                if name not in names:
-                    continue
-                if not quiet:
-                    print(f"{len(replaced) + len(new) + 1} of {len(planned)}: {described(place)}", file=sys.stderr)
-                given = inputs_of(moments, place.plan.cols, _key_of(name))
-                moment = SecondMoment(given.train.second_moment)
-                new |= replacements_of(place, partial(factorised, moment=moment, impl=impl))
+            for group in several:
+                for name in group:
+                    place = planned[name]
+                    if not quiet:
+                        print(f"{len(replaced) + len(new) + 1} of {len(planned)}: {described(place)}", file=sys.stderr)
+                    inputs = inputs_of(found, place.plan.cols, _key_of(name)).train
+                    metric = Metric(inputs.second_moment, outputs_of(place), damping=0)  # G was damped before
+                    drift = drifts[group[0]] / inputs.count if drifts else None
+                    new |= replacements_of(place, partial(_anchored, metric, drift, anchor, impl))
             result = replace_modules(result, new)
             replaced |= new
     except BaseException:
         replace_modules(model, {new: linear for linear, new in replaced.items()})
         raise
     return result
+
+
+def _anchored(metric: Metric, drift: torch.Tensor | None, anchor: float, impl: str, place: Place) -> KSLinear:
+    """Return the chain of a place for the target T.
+
+    Args:
+        metric: C of the inputs x̃, and G.
+        drift: E[(x − x̃) x̃ᵀ]; None where x̃ = x or β = 0, and T = W.
+        anchor: β.
+    """
+    if drift is None:
+        return factorised(place, metric, impl)
+    once = metric.inputs.times_inverse_root(place.weight.double() @ drift.to(place.weight.device))
+    target = place.weight + anchor * metric.inputs.times_inverse_root(once)
+    return KSLinear.from_dense(target, patterns=place.plan.patterns, metric=metric, impl=impl).to(place.weight)
+
+
+@contextlib.contextmanager
+def _paired(
+    dense: nn.Module | None,
+    small: nn.Module,
+    groups: list[list[str]],
+    batches: list[Any],
+    mask: Mask | None,
+) -> Iterator[tuple[Iterable[Any], dict[str, torch.Tensor]]]:
+    """Yield batches for a pass through the compressed model, and Σ (x − x̃) x̃ᵀ by the first layer of each group.
+
+    The sums are complete after the pass. A batch goes through the dense model before it is yielded; without a dense
+    model there are no sums.
+    """
+    drifts: dict[str, torch.Tensor] = {}
+    if dense is None:
+        yield batches, drifts
+        return
+    kept: dict[tuple[nn.Module, str], list[torch.Tensor]] = {}
+
+    def keep(at: tuple[nn.Module, str], _: nn.Module, positional: tuple, named: dict) -> None:
+        given = positional[0] if positional else next(iter(named.values()))
+        kept.setdefault(at, []).append(given.detach().clone())
+
+    def passes() -> Iterator[Any]:
+        for batch in batches:
+            kept.clear()
+            call(dense, on_device_of(dense, batch))
+            yield batch
+            counted = mask_of(batch, mask)
+            for name, *_ in groups:
+                calls, others = kept.get((dense, name), []), kept.get((small, name), [])
+                if [each.shape for each in calls] != [each.shape for each in others]:
+                    raise UsageError(
+                        f"layer {one_line(name)} sees other tokens in the compressed model than in the dense one, so "
+                        "that they have no pairs; leave it out of the plan, or take anchor 0"
+                    )
+                for pair in zip(calls, others):
+                    place = "cpu" if pair[0].device.type == "mps" else pair[0].device  # MPS has no float64
+                    x, seen = (_rows(each, counted).to(place, torch.float64) for each in pair)
+                    drifts[name] = drifts.get(name, 0) + (x - seen).mT @ seen
+
+    with contextlib.ExitStack() as hooks:
+        for model in (dense, small):
+            for name, *_ in groups:
+                module = linears_of(model)[name].module
+                hooks.callback(module.register_forward_pre_hook(partial(keep, (model, name)), with_kwargs=True).remove)
+        yield passes(), drifts
+
+
+def _rows(inputs: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
+    """Return the inputs of the tokens that count, shape (N, n)."""
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    return rows if counted is None else rows[counted.flatten().to(rows.device, torch.bool)]
 
 
 def _groups(moments: InputMoments, names: list[str]) -> list[list[str]]:

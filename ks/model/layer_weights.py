@@ -86,7 +86,7 @@ def select_weights(
         "tensors that are not 2-D weights": left_out,
         "embeddings (give their full names to plan them)": embeddings,
     }
-    notes = [f"skipped {kind}: {_listed(names)}" for kind, names in skipped.items() if names]
+    notes = [f"skipped {kind}: {listed(names)}" for kind, names in skipped.items() if names]
     if not weights:
         raise UsageError(
             f"{where}: {' '.join(globs)} matches no 2-D weight that a chain can replace; {'; '.join(notes)}"
@@ -110,6 +110,7 @@ def _is_embedding(name: str) -> bool:
     return any("embed" in part or part in ("wte", "wpe") for part in name.lower().split("."))
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """Return names in one line, the first ones alone if there are many."""
     more = f", … ({len(names)} in all)" if len(names) > MAX_LISTED else ""
     return one_line(", ".join(names[:MAX_LISTED]) + more)

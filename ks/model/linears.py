@@ -1,5 +1,6 @@
 """The linear layers of a model, by the names that its checkpoint uses; other modules take their place."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -53,6 +54,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
         return unwrapped(model.module)
     compiled = getattr(model, "_orig_mod", None)
     return model if compiled is None else unwrapped(compiled)
+
+
+def light_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of a model whose modules are its own and whose tensors are shared."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def _is_conv1d(module: nn.Module) -> bool:

@@ -1,6 +1,8 @@
 """`ModelPlan`, a chain and a rank for every planned weight of a model, or that it stays dense; and its JSON file."""
 
 import dataclasses
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -13,10 +15,12 @@ from ks.errors import UsageError
 from ks.files import columns
 from ks.files.atomic import write_json
 from ks.files.columns import PLAN, chosen
-from ks.files.schema import Loss, Positive, Text, read_json_as
-from ks.files.table import filled, table
+from ks.files.schema import Count, Loss, Number, Positive, PositiveLoss, Text, read_json_as
+from ks.files.table import cell, filled, table
+from ks.model.prediction import measured_over_predicted, per_token
+from ks.moments.metric import DAMPING, LossMetric
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2  # 1 for plans by output energy alone
 
 
 class Objective(StrEnum):
@@ -24,6 +28,7 @@ class Objective(StrEnum):
 
     BUDGET = "budget"
     TARGET = "target"
+    TARGET_LOSS_INCREASE = "target_loss_increase"
 
 
 @dataclass(frozen=True)
@@ -37,12 +42,16 @@ class LayerPlan:
         weight_sha256: hash of W, `ks.files.weights.Weight.sha256`.
         chain: that takes the place of W; None if W stays dense.
         rank: of the chain, None without one.
-        relative_loss: of the best known chain of this rank; 0 for dense.
-        relative_loss_lower: no chain of this rank has a smaller relative loss.
+        relative_loss: the fraction of the output energy that the best known chain of this rank loses; 0 for dense.
+        relative_loss_lower: no chain of this rank loses less; None if the plan minimises the loss of the model.
         itemsize: bytes of a value of W.
-        interpolated: whether `relative_loss` was interpolated between the ranks for which it is known.
+        interpolated: whether the losses were interpolated between the ranks for which they are known.
         shared_with: names of weights that are tied to W, whose values count once.
         inputs_sha256: hash of the moments of its inputs, `ks.moments.read.Calibration.sha256`; None for isotropic ones.
+        loss_increase: predicted increase of the loss of the model per token, ½ tr(G Δ C Δᵀ), by the same chain; None
+            without gradients.
+        loss_increase_lower: no chain of this rank has a smaller one; None if the plan minimises the output energy.
+        gradients_sha256: hash of the gradients, `ks.moments.read.Calibration.gradients_sha256`; None without them.
     Raises:
         UsageError: a chain without a rank or the other way round, or a chain of another shape.
     """
@@ -54,11 +63,14 @@ class LayerPlan:
     chain: Chain | None = None
     rank: Positive | None = None
     relative_loss: Loss = 0.0
-    relative_loss_lower: Loss = 0.0
+    relative_loss_lower: Loss | None = 0.0
     itemsize: Positive = 4
     interpolated: bool = False
     shared_with: tuple[Text, ...] = ()
     inputs_sha256: Text | None = None
+    loss_increase: Loss | None = None
+    loss_increase_lower: Loss | None = None
+    gradients_sha256: Text | None = None
 
     def __post_init__(self):
         if (self.chain is None) != (self.rank is None):
@@ -107,14 +119,21 @@ class ModelPlan:
 
     Args:
         layers: one plan for each weight; of tied weights the first.
-        objective: 'budget', the least loss with at most the fraction `value` of the dense parameters; or 'target', the
-            fewest parameters with a mean relative loss of at most `value`.
+        objective: 'budget', the least loss with at most the fraction `value` of the dense parameters; 'target', the
+            fewest parameters with a mean relative loss of at most `value`; or 'target_loss_increase', the fewest with a
+            predicted increase of the loss of the model of at most `value`.
         value: of the objective.
         gap: the fraction of the loss (of the parameters, for a target) that another choice could save at most, by the
             upper bounds of the losses.
         uniform: for comparison, the plans of the same layers with the same fraction in every layer.
         rank_multiple: every rank is a multiple of it.
         checkpoint: name of its file, without folders; empty for a model in memory.
+        loss_metric: whether the loss is the sum of the increases of the loss of the model, or of the relative losses.
+        unit: of the loss of the model.
+        measured_increase: the increase of the loss per token that was measured on the compressed model; see `measured`.
+        measured_uniform: likewise, on the model compressed by `as_uniform`.
+        factor: of measured over predicted increases, by `calibrated`.
+        calibrated_by: number of measured plans behind `factor`.
     Raises:
         UsageError: no layers, two with one name, or a uniform plan of another number of layers.
     """
@@ -126,6 +145,12 @@ class ModelPlan:
     uniform: tuple[LayerPlan, ...] = ()
     rank_multiple: Positive = 1
     checkpoint: Text = ""
+    loss_metric: LossMetric = LossMetric.OUTPUT_ENERGY
+    unit: Text = ""
+    measured_increase: Number | None = None
+    measured_uniform: Number | None = None
+    factor: PositiveLoss | None = None
+    calibrated_by: Count = 0
 
     def __post_init__(self):
         names = [name for layer in self.layers for name in (layer.layer, *layer.shared_with)]
@@ -165,39 +190,105 @@ class ModelPlan:
         return sum(layer.relative_loss for layer in self.layers) / len(self.layers)
 
     @property
-    def mean_relative_loss_lower(self) -> float:
-        """Mean of the lower bounds of these chains."""
-        return sum(layer.relative_loss_lower for layer in self.layers) / len(self.layers)
+    def mean_relative_loss_lower(self) -> float | None:
+        """Mean of the lower bounds of these chains; None if the plan minimises the loss of the model."""
+        total = _total(layer.relative_loss_lower for layer in self.layers)
+        return None if total is None else total / len(self.layers)
+
+    @property
+    def loss_increase(self) -> float | None:
+        """Predicted increase of the loss of the model per token, the sum over the layers; None without gradients."""
+        return _total(layer.loss_increase for layer in self.layers)
+
+    @property
+    def loss_increase_lower(self) -> float | None:
+        """Sum of the lower bounds of these chains; None if the plan minimises the output energy."""
+        return _total(layer.loss_increase_lower for layer in self.layers)
+
+    @property
+    def is_misjudged(self) -> bool:
+        """Whether the plan is predicted to be better than its uniform one, and was measured to be worse."""
+        if self.measured_increase is None or self.measured_uniform is None:
+            return False
+        uniform = self.as_uniform()
+        predicted = self.mean_relative_loss - uniform.mean_relative_loss
+        if self.loss_increase is not None and uniform.loss_increase is not None:
+            predicted = self.loss_increase - uniform.loss_increase
+        return predicted < 0 and self.measured_increase > self.measured_uniform
 
     def sentences(self) -> list[str]:
         """Return the result of the plan in words: sizes and losses, and those of the same fraction in every layer."""
-        same, kept = self.as_uniform() if self.uniform else self, sum(layer.chain is None for layer in self.layers)
         megabytes = f"{self.num_bytes / 1e6:,.2f} of {self.dense_bytes / 1e6:,.2f} MB"
-        lower, upper = self.mean_relative_loss_lower, self.mean_relative_loss
-        at_least = f" (at least {lower:.2%} at these ranks)" if lower < upper * (1 - 1e-6) else ""
         sentences = [
+            *self._warnings(),
             f"The plan keeps {self.share:.2%} of the parameters of {len(self.layers)} weights: {self.parameters:,} of "
             f"{self.dense_parameters:,}, {megabytes}. Biases are not counted.",
-            f"The mean relative loss of the layers is {upper:.2%}{at_least}; with the same fraction of parameters in "
-            f"every layer, {same.share:.2%}, it is {same.mean_relative_loss:.2%}.",
+            *self._losses(),
         ]
         if self.gap >= 1e-4:
             saved = "loss" if self.objective is Objective.BUDGET else "parameters"
             sentences.append(f"Another choice of these chains could save at most {self.gap:.2%} of the {saved}.")
         if any(layer.interpolated for layer in self.layers):
             sentences.append("~ marks a loss that is interpolated between ranks for which a chain is known.")
-        if kept:
+        if kept := sum(layer.chain is None for layer in self.layers):
             sentences.append(
                 f"{kept} of {len(self.layers)} layers stay dense because no chain saves enough parameters for its loss."
             )
         return sentences
 
+    def _warnings(self) -> list[str]:
+        """Return the reasons to distrust the plan."""
+        warnings = []
+        if self.is_misjudged:
+            warnings.append(
+                "WARNING: this plan is predicted to be better than the same fraction of parameters in every layer, and "
+                f"was measured to be worse: {self.measured_increase:.3g} against {self.measured_uniform:.3g} per "
+                "token. Use that one, plan.as_uniform()."
+            )
+        if self.loss_metric is LossMetric.OUTPUT_ENERGY:
+            advice = "Plan by the loss of the model, whose gradients these moments have"
+            if self.loss_increase is None:
+                advice = "Give moments with gradients (ks.collect_input_moments with loss=…)"
+            warnings.append(
+                "WARNING: this plan minimises the output energy that the layers lose, which is not the loss of the "
+                f"model. {advice}, or compare the result with ks.compare."
+            )
+        return warnings
+
+    def _losses(self) -> list[str]:
+        """Return what the plan costs: increase of the loss, predicted and measured, and lost output energy."""
+        predicted, measured, lost = self.loss_increase, self.measured_increase, self.mean_relative_loss
+        uniform, sentences = self.as_uniform() if self.uniform else self, []
+        same = f"; with the same fraction of parameters in every layer, {uniform.share:.2%}, " if self.uniform else ""
+        if predicted is not None:
+            at_least = _at_least(predicted, self.loss_increase_lower, ".3g")
+            beside = same and f"{same}by {uniform.loss_increase:.3g}"
+            amount = f"{per_token(predicted, self.unit)}{at_least}{beside}"
+            sentences.append(f"The loss of the model is predicted to increase by {amount}.")
+        if measured is not None:
+            ratio = f", {measured / predicted:.2f} times the prediction" if predicted else ""
+            beside = "" if self.measured_uniform is None else f"{same}{self.measured_uniform:.3g}"
+            sentences.append(f"Measured: {per_token(measured, self.unit)}{ratio}{beside}.")
+        elif predicted is not None and self.factor is not None:
+            about = per_token(self.factor * predicted, self.unit)
+            sentences.append(f"By the {self.calibrated_by} plans that were measured, this is about {about}.")
+        elif predicted is not None:
+            sentences.append("The true increase may be twice as large; measure it (ks.compare).")
+        at_least = _at_least(lost, self.mean_relative_loss_lower, ".2%")
+        beside = same and f"{same}{uniform.mean_relative_loss:.2%}"
+        minimised = " The plan does not minimise this." if self.loss_metric is LossMetric.MODEL_LOSS else ""
+        sentences.append(f"The layers lose {lost:.2%} of their output energy on average{at_least}{beside}.{minimised}")
+        return sentences
+
     def __str__(self) -> str:
         """Return the sentences, and a table with one line for each layer."""
-        shown = chosen(PLAN, ("layer", "rows", "cols", "chain", "rank", "parameters", "share", "relative_loss"))
-        losses = [f"{'~' * layer.interpolated}{layer.relative_loss:.2%}" for layer in self.layers]
-        rows = [layer.row() | {"relative_loss": loss} for layer, loss in zip(self.layers, losses)]
-        return "\n".join([*filled(self.sentences()), "", table(shown, rows)])
+        shapes = ("layer", "rows", "cols", "chain", "rank", "parameters", "share")
+        losses = chosen(PLAN, ("loss_increase", "relative_loss"))
+        rows = self.rows()
+        for row, column in itertools.product(rows, losses):
+            if row["interpolated"] and row[column.name] is not None:
+                row[column.name] = "~" + cell(column, row[column.name])
+        return "\n".join([*filled(self.sentences()), "", table([*chosen(PLAN, shapes), *losses], rows)])
 
     def rows(self) -> list[dict[str, Any]]:
         """Return a row for each layer, with the columns of `ks.files.columns.PLAN`."""
@@ -211,7 +302,39 @@ class ModelPlan:
         """
         if not self.uniform:
             raise UsageError("this plan has no uniform one beside it")
-        return dataclasses.replace(self, layers=self.uniform, uniform=())
+        return dataclasses.replace(
+            self,
+            layers=self.uniform,
+            uniform=(),
+            gap=0.0,
+            measured_increase=self.measured_uniform,
+            measured_uniform=None,
+        )
+
+    def measured(self, increase: float, uniform: float | None = None) -> "ModelPlan":
+        """Return the plan with the increase of the loss that was measured on the compressed model.
+
+        Args:
+            increase: mean loss per token of the compressed model − that of the dense one, on the same text.
+            uniform: likewise of the model that was compressed by `as_uniform`.
+        """
+        return dataclasses.replace(self, measured_increase=increase, measured_uniform=uniform)
+
+    def calibrated(self, plans: Iterable["ModelPlan"]) -> "ModelPlan":
+        """Return the plan with the factor by which measured plans, and their uniform ones, exceed their prediction.
+
+        Args:
+            plans: of the same model and loss, with `measured`.
+        Raises:
+            UsageError: none of them has a predicted and a measured increase, or one is not positive.
+        """
+        both = [each for plan in plans for each in (plan, *([plan.as_uniform()] if plan.uniform else ()))]
+        pairs = [
+            (plan.loss_increase, plan.measured_increase)
+            for plan in both
+            if plan.loss_increase is not None and plan.measured_increase is not None
+        ]
+        return dataclasses.replace(self, factor=measured_over_predicted(pairs), calibrated_by=len(pairs))
 
     def save(self, path) -> None:
         """Write the plan as JSON, atomically; the totals in it are for other readers, `load` ignores them.
@@ -228,6 +351,9 @@ class ModelPlan:
             "dense_bytes": self.dense_bytes,
             "mean_relative_loss": self.mean_relative_loss,
             "mean_relative_loss_lower": self.mean_relative_loss_lower,
+            "loss_increase": self.loss_increase,
+            "loss_increase_lower": self.loss_increase_lower,
+            "damping": DAMPING if self.loss_increase is not None else None,
             **dataclasses.asdict(self),
         }
         for name in ("layers", "uniform"):
@@ -248,6 +374,21 @@ class ModelPlan:
         if version > PLAN_VERSION:
             raise UsageError(f"{Path(path)} has version {version}; {PLAN_VERSION} is the newest known, update ks")
         return read_json_as(path, cls, "a plan of a model")
+
+
+def _total(values: Iterable[float | None]) -> float | None:
+    """Return the sum of values; None if one is missing."""
+    total = 0.0
+    for value in values:
+        if value is None:
+            return None
+        total += value
+    return total
+
+
+def _at_least(upper: float, lower: float | None, form: str) -> str:
+    """Return the lower bound of a loss in words, unless it is unknown or equal."""
+    return f", at least {lower:{form}} at these ranks" if lower is not None and lower < upper * (1 - 1e-6) else ""
 
 
 class _Version(Struct):

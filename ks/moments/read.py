@@ -141,7 +141,7 @@ def inputs_of(moments: InputMoments, width: int, weight_key: str | None) -> Cali
         notes=(*renamed, *_few(where, train)),
         gradients=gradients,
         held_out_gradients=held_out_gradients,
-        gradients_sha256=None if gradients is None else _sums_sha256(gradients, held_out_gradients),
+        gradients_sha256=gradients_sha256(moments, found),
         unit=moments.unit,
     )
 
@@ -150,6 +150,15 @@ def inputs_sha256(moments: InputMoments, weight_key: str) -> str:
     """Return the hash of the inputs of a weight, `Calibration.sha256`, without the checks of `inputs_of`."""
     name = moments.aliases[moments.key_of(weight_key)]
     return _sums_sha256(moments.train[name], moments.held_out.get(name))
+
+
+def gradients_sha256(moments: InputMoments, weight_key: str) -> str | None:
+    """Return the hash of the gradients of a weight, `Calibration.gradients_sha256`; None if there are none."""
+    found = moments.key_of(weight_key)
+    gradients = moments.gradients.get(found)
+    if gradients is None or not gradients.count:
+        return None
+    return _sums_sha256(gradients, moments.held_out_gradients.get(found))
 
 
 def _sums_sha256(train: VectorSums, held_out: VectorSums | None) -> str:

@@ -17,7 +17,7 @@ from ks.files.provenance import provenance
 from ks.files.status import Status
 from ks.files.table import table
 from ks.files.weights import packed
-from ks.model.allocate import allocate
+from ks.model.allocate import allocate, plan_metric
 from ks.model.candidates import Candidates, check_inputs, find_candidates, floors_table
 from ks.model.layer_weights import select_weights
 from ks.model.model_plan import ModelPlan
@@ -51,7 +51,9 @@ class CheckpointStudy(Study):
         config = self.config
         _check_flags(config)
         self.selection = select_weights(config.weight_path, config.weight_key or "**", config.transpose)
-        check_inputs(self.selection.weights, as_moments(config.inputs))
+        moments = as_moments(config.inputs)
+        self.loss_metric = plan_metric(config.loss_metric, moments, **_goals(config))
+        check_inputs(self.selection.weights, moments, self.loss_metric)
 
     def plan(self) -> None:
         """Lock the results folder, compute the floors of the layers and choose a chain and a rank for each.
@@ -87,13 +89,13 @@ class CheckpointStudy(Study):
             choose_device(config.device),
             lambda text: console.note(text, config.quiet),
             signals.check,
+            self.loss_metric,
         )
         write_csv(files.layer_floors_csv, columns.names(columns.LAYER_FLOORS), _floor_rows(self.candidates))
-        if config.budget is not None or config.target_relative_loss is not None:
+        if any(goal is not None for goal in _goals(config).values()):
             self.planned = allocate(
                 self.candidates,
-                budget=config.budget,
-                target_relative_loss=config.target_relative_loss,
+                **_goals(config),
                 rank_multiple=config.rank_multiple,
                 checkpoint=self.selection.source,
             )
@@ -144,10 +146,9 @@ class CheckpointStudy(Study):
         if not chosen:
             raise UsageError("every layer stays dense in this plan, so that nothing is trained; lower --budget")
         for name, family, ranks in chosen:
-            target = None if plan else config.target_relative_loss
             folder = str(layer_folder(self.files.directory, name))
-            flags = {"chain": family, "ranks": ranks, "target_relative_loss": target, "output_dir": folder}
-            study = _LayerStudy(config.of_layer(name, **flags), self.trainer)
+            flags = {"chain": family, "ranks": ranks, "loss_metric": self.loss_metric.value, "output_dir": folder}
+            study = _LayerStudy(config.of_layer(name, **dict.fromkeys(_goals(config)), **flags), self.trainer)
             study.load()
             study.plan()
             yield study
@@ -203,21 +204,27 @@ def _check_flags(config: SweepConfig) -> None:
         raise UsageError("--row_splits and --col_splits are for one weight; name families by --chains")
     if config.chain is not None and config.chains is not None:
         raise UsageError(f"--chain {config.chain} together with --chains: give one or the other")
-    if config.budget is not None and config.target_relative_loss is not None:
-        raise UsageError("--budget together with --target_relative_loss: give one or the other")
-    if config.budget is None and config.target_relative_loss is None:
+    given = [f"--{name}" for name, goal in _goals(config).items() if goal is not None]
+    if len(given) > 1:
+        raise UsageError(f"{' together with '.join(given)}: give one or the other")
+    if not given:
         if config.rank_multiple != 1:
-            raise UsageError("--rank_multiple is for a plan; give --budget or --target_relative_loss too")
+            raise UsageError("--rank_multiple is for a plan; give --budget or a target too")
         if len(config.chains or ()) > 1 and not config.dry_run:
             raise UsageError(
-                f"--chains {' '.join(config.chains or ())}: give --budget or --target_relative_loss to choose one for "
-                "each layer, or one --chain for all; --dry_run compares them"
+                f"--chains {' '.join(config.chains or ())}: give --budget or a target to choose one for each layer, or "
+                "one --chain for all; --dry_run compares them"
             )
     if config.chain == "lowrank_butterfly":
         raise UsageError("--chain lowrank_butterfly has no floor, and a plan needs one; choose another family")
     for name in ("inputs_key", "fit_bias"):
         if getattr(config, name):
             raise UsageError(f"--{name} is for one weight; leave it out in a study of several layers")
+
+
+def _goals(config: SweepConfig) -> dict[str, float | None]:
+    """Return the flags of which a plan needs one, by name."""
+    return {name: getattr(config, name) for name in ("budget", "target_relative_loss", "target_loss_increase")}
 
 
 def _floor_rows(candidates: list[Candidates]) -> Iterator[dict]:

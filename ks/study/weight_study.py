@@ -127,7 +127,7 @@ class WeightStudy(Study):
         notes, target = chain_notes(self.problem.chain), self.config.target_relative_loss
         if target is None or not self.planned.has_floors:
             return notes
-        return [*notes, target_note(self.planned.target_ranks(target), self.planned.moment.is_isotropic)]
+        return [*notes, target_note(self.planned.target_ranks(target), self.planned.metric.inputs.is_isotropic)]
 
     def check_folder(self) -> None:
         if self.files.directory.is_dir():

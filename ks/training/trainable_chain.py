@@ -90,7 +90,7 @@ def _initial_model(config: TrainerConfig, problem: Problem, weight: torch.Tensor
     """
     patterns = problem.chain.patterns(config.rank)
     if config.init == "hierarchical":
-        start = KSLinear.from_dense(weight, patterns=patterns, moment=problem.moment, batch_last=config.bs_last)
+        start = KSLinear.from_dense(weight, patterns=patterns, metric=problem.moment, batch_last=config.bs_last)
         return start.float()
     model = KSLinear.from_patterns(patterns, batch_last=config.bs_last)
     generator = seeded_generator(config.seed, "init")

@@ -76,11 +76,11 @@ def test_a_search_of_the_whole_grid_of_rank_one_blocks_lies_between_the_bounds(s
 def test_a_second_moment_may_be_a_tensor_or_an_object():
     weight, moment = random_weight(ks.make_chain(12, 20)), random_moment("regular", 20)
     chain = ks.make_chain(12, 20)
-    given = ks.loss_floor(weight, chain, [1, 2], moment=moment)
-    assert given == ks.loss_floor(weight, chain, [1, 2], moment=SecondMoment(moment))
+    given = ks.loss_floor(weight, chain, [1, 2], metric=moment)
+    assert given == ks.loss_floor(weight, chain, [1, 2], metric=SecondMoment(moment))
     assert given != ks.loss_floor(weight, chain, [1, 2])
     with pytest.raises(UsageError, match="19 features"):
-        ks.loss_floor(weight, chain, [1], moment=moment[1:, 1:])
+        ks.loss_floor(weight, chain, [1], metric=moment[1:, 1:])
 
 
 @pytest.mark.parametrize("family", ["monarch", "lowrank", "butterfly"])

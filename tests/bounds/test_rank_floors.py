@@ -33,7 +33,7 @@ def test_certified_floors_are_those_of_loss_floor_and_target_ranks_follow_them(f
     before = floors.floors(ranks)
     floors.certify(ranks, 1000)
     certified = floors.floors(ranks)
-    for rank, expected in zip(ranks, loss_floor(floors.weight, floors.chain, ranks, floors.moment), strict=True):
+    for rank, expected in zip(ranks, loss_floor(floors.weight, floors.chain, ranks, floors.metric), strict=True):
         assert before[rank].lower <= expected.lower <= certified[rank].lower <= certified[rank].upper
         assert certified[rank].upper == expected.upper
     for target in (0.9, 0.5, 0.1, 1e-3):
@@ -111,7 +111,7 @@ def test_bounds_from_a_file_answer_without_computing(tmp_path, measured, monkeyp
     for other in (("v", "x", floors.chain), ("w", None, floors.chain), ("w", "x", ks.make_chain(24, 36, blocks=2))):
         assert stored.find_bounds(*other) == KnownBounds()
     known = stored.find_bounds("w", "x", floors.chain)
-    again = RankFloors(floors.weight, floors.chain, floors.moment, known=known)
+    again = RankFloors(floors.weight, floors.chain, floors.metric, known=known)
     for name in ("chain_bounds", "floor_curve", "low_rank_energies"):
         monkeypatch.delattr(rank_floors, name)
     assert answers_of(again) == answers
@@ -145,7 +145,7 @@ def test_low_rank_chains_are_shown_beside_the_family():
     (family, curve), (lowrank, tail) = floors.family_curves()
     assert (family, lowrank.family) == (floors.chain, "lowrank")
     assert torch.equal(curve, floors.curve)
-    torch.testing.assert_close(tail, floor_curve(floors.weight, lowrank, floors.moment))
+    torch.testing.assert_close(tail, floor_curve(floors.weight, lowrank, floors.metric))
     assert floors.lowrank_beside(floors.chain.parameters(2)) == (8, tail[8].item())
     assert [chain.family for chain, _ in floors_of("lowrank").family_curves()] == ["lowrank"]
 

@@ -1,17 +1,20 @@
 """The plan of a model: within its budget or target, and never worse than the same fraction in every layer."""
 
+import copy
 import itertools
 
 import pytest
 import torch
+from measured import measured_moments
 
 import ks
 from ks.chain.patterns import make_chain
 from ks.errors import UsageError
-from ks.model.allocate import allocate
+from ks.model.allocate import allocate, plan_metric
 from ks.model.candidates import find_candidates
 from ks.model.layer_weights import select_weights
 from ks.model.model_plan import ModelPlan
+from ks.moments.metric import LossMetric
 
 
 def weight(rows, cols, decay, seed):
@@ -74,6 +77,91 @@ def test_no_plan_saves_more_than_the_gap(candidates):
     assert best / 3 <= plan.mean_relative_loss * (1 + 1e-9)
 
 
+@pytest.fixture(scope="module")
+def moments():
+    return measured_moments(WEIGHTS)
+
+
+@pytest.fixture(scope="module")
+def by_loss(moments):
+    selected = select_weights(WEIGHTS).weights
+    return find_candidates(selected, make_chain, ["monarch", "lowrank"], moments, loss_metric=LossMetric.MODEL_LOSS)
+
+
+def combinations(candidates):
+    """Parameters and increase of the loss of the model of every combination of chains, and of every target."""
+    options = []
+    for entry in candidates:
+        plans = [entry.plan(floors, int(rank)) for floors in entry.floors for rank in floors.ranks]
+        options.append([(plan.parameters, plan.loss_increase) for plan in (entry.dense, *plans)])
+    for picks in itertools.product(*options):
+        yield sum(cost for cost, _ in picks), sum(loss for _, loss in picks)
+
+
+@pytest.mark.parametrize("budget", [0.2, 0.45, 0.7])
+def test_a_plan_by_the_loss_of_the_model_is_the_best_of_all_combinations(by_loss, budget):
+    plan = allocate(by_loss, budget=budget)
+    least = min(loss for cost, loss in combinations(by_loss) if cost <= budget * plan.dense_parameters)
+    assert plan.loss_increase == pytest.approx(least, rel=1e-9)
+    assert plan.loss_increase == pytest.approx(sum(layer.loss_increase for layer in plan.layers))
+    assert plan.loss_increase <= plan.as_uniform().loss_increase * (1 + 1e-12)
+    assert plan.unit == "nats"
+
+
+def test_a_target_for_the_loss_of_the_model_takes_the_fewest_parameters(by_loss):
+    zero = sum(entry.floors[0].energy / 2 for entry in by_loss)
+    for target in (0.3 * zero, 0.01 * zero):
+        plan = allocate(by_loss, target_loss_increase=target)
+        fewest = min(cost for cost, loss in combinations(by_loss) if loss <= target)
+        assert plan.loss_increase <= target * (1 + 1e-9)
+        assert fewest <= plan.parameters <= fewest * 1.02
+        assert plan.parameters <= plan.as_uniform().parameters
+
+
+def test_a_plan_in_each_metric_is_the_better_one_in_its_own(by_loss, moments):
+    energy = ks.plan_model(WEIGHTS, budget=0.4, moments=moments, loss_metric="output_energy", quiet=True)
+    loss = ks.plan_model(WEIGHTS, budget=0.4, moments=moments, quiet=True)
+    assert (energy.loss_metric, loss.loss_metric) == tuple(LossMetric)
+    assert loss == allocate(by_loss, budget=0.4)
+    assert loss.loss_increase < energy.loss_increase * 0.99
+    assert energy.mean_relative_loss < loss.mean_relative_loss * 0.99
+    assert energy.loss_increase_lower is loss.mean_relative_loss_lower is None
+    assert loss.loss_increase_lower <= loss.loss_increase
+
+
+METRICS = [
+    ({}, False, "output_energy"),
+    ({}, True, "output_energy"),
+    ({"budget": 0.5}, False, "output_energy"),
+    ({"budget": 0.5}, True, "model_loss"),
+    ({"budget": 0.5, "loss_metric": "output_energy"}, True, "output_energy"),
+    ({"loss_metric": "model_loss"}, True, "model_loss"),
+    ({"target_relative_loss": 0.5}, True, "output_energy"),
+    ({"target_loss_increase": 0.5}, True, "model_loss"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "gradients", "metric"), METRICS)
+def test_the_metric_follows_from_target_and_gradients(moments, arguments, gradients, metric):
+    given = moments if gradients else measured_moments(WEIGHTS, WEIGHTS)
+    assert plan_metric(**({"loss_metric": None} | arguments), moments=given) == metric
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"loss_metric": "energy"}, "'energy': output_energy or model_loss is possible"),
+        ({"loss_metric": "model_loss", "target_relative_loss": 0.5}, "is a target for output_energy; leave out"),
+        ({"loss_metric": "output_energy", "target_loss_increase": 0.5}, "is a target for model_loss; leave out"),
+        ({"loss_metric": "model_loss", "budget": 0.5}, "needs moments with its gradients"),
+        ({"target_loss_increase": 0.5}, "needs moments with its gradients"),
+    ],
+)
+def test_a_metric_that_is_not_possible_is_refused(arguments, message):
+    with pytest.raises(UsageError, match=message):
+        ks.plan_model(WEIGHTS, moments=measured_moments(WEIGHTS, WEIGHTS), quiet=True, **arguments)
+
+
 def test_planned_losses_are_those_of_the_factorised_weights(candidates):
     for layer in allocate(candidates, budget=0.5).layers:
         dense = WEIGHTS[layer.layer]
@@ -82,6 +170,31 @@ def test_planned_losses_are_those_of_the_factorised_weights(candidates):
             assert chain.num_parameters == layer.parameters
             loss = (dense - chain.to_dense()).square().sum() / dense.square().sum()
             assert loss.item() == pytest.approx(layer.relative_loss, rel=1e-3, abs=1e-6)
+
+
+def test_planned_increases_of_the_loss_are_those_of_the_compressed_model(moments):
+    model = torch.nn.ModuleDict({name[:-7]: torch.nn.Linear(*weight.shape[::-1]) for name, weight in WEIGHTS.items()})
+    with torch.no_grad():
+        for name, weight in WEIGHTS.items():
+            model[name[:-7]].weight.copy_(weight)
+    for loss_metric in LossMetric:
+        options = {"chains": ["lowrank"], "loss_metric": loss_metric, "quiet": True}
+        plan = ks.plan_model(model, budget=0.4, moments=moments, **options)
+        small = ks.compress(copy.deepcopy(model), plan, moments=moments, quiet=True)
+        for layer in plan.layers:
+            error = WEIGHTS[layer.layer] - _dense(small[layer.layer[:-7]])
+            inputs, gradients = moments.train[layer.layer].second_moment, moments.gradients[layer.layer].second_moment
+            damped = 0.9 * gradients + 0.1 * gradients.diagonal().mean() * torch.eye(len(gradients))
+            error = error.detach().double()
+            increase = (damped @ error @ inputs @ error.mT).trace() / 2
+            assert layer.loss_increase == pytest.approx(increase.item(), rel=1e-3, abs=1e-9)
+            energy = WEIGHTS[layer.layer].double()
+            lost = (error @ inputs @ error.mT).trace() / (energy @ inputs @ energy.mT).trace()
+            assert layer.relative_loss == pytest.approx(lost.item(), rel=1e-3, abs=1e-9)
+
+
+def _dense(layer):
+    return layer.to_dense() if isinstance(layer, ks.KSLinear) else layer.weight
 
 
 def test_ranks_are_multiples(candidates):

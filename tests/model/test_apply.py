@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from measured import measured_moments
 from networks import Conv1D, normal
 from planned import FAMILIES, Network, Tied, layer_plan, plan_of, single, tied_plan
 from torch import nn
@@ -105,6 +106,24 @@ def test_moments_must_be_those_of_the_plan():
     refused(model, plan, "are not those of the plan", moments=other)
     refused(model, plan, "no inputs for key 'blocks.0.up.weight'", moments=moments_of(model, "blocks.1.up"))
     refused(model, plan_of(model, FAMILIES), "needs no moments", moments=moments)
+
+
+def test_a_plan_by_the_loss_of_the_model_takes_its_gradients():
+    model = Network()
+    weights = {f"blocks.{index}.up.weight": model.blocks[index]["up"].weight.detach() for index in range(2)}
+    moments = measured_moments(weights)
+    plan = ks.plan_model(weights, budget=0.5, moments=moments, chains=["lowrank"], quiet=True)
+    refused(model, plan, "give their moments")
+    other = dataclasses.replace(moments, gradients=measured_moments(weights, seed=1).gradients)
+    refused(model, plan, "the gradients at the outputs of blocks.0.up.weight are missing or not those", moments=other)
+    refused(model, plan, "are missing or not those", moments=dataclasses.replace(moments, gradients={}))
+    ks.compress(model, plan, moments=moments, quiet=True)
+    name, weight = next(iter(weights.items()))
+    metric = ks.Metric(moments.second_moment(name), moments.gradients[name].second_moment)
+    expected = ks.KSLinear.from_dense(weight, patterns=plan.layers[0].patterns, metric=metric)
+    torch.testing.assert_close(model.blocks[0]["up"].to_dense(), expected.to_dense())
+    by_energy = ks.KSLinear.from_dense(weight, patterns=plan.layers[0].patterns, metric=metric.inputs)
+    assert not torch.allclose(by_energy.to_dense(), expected.to_dense(), rtol=1e-2, atol=1e-2)
 
 
 def test_another_checkpoint_is_refused():

@@ -1,11 +1,13 @@
 """Floors of many layers: those of one layer, kept in a file, in any family, under isotropic and measured inputs."""
 
+import dataclasses
 import time
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from measured import measured_moments
 
 from ks.bounds.floors import loss_floor
 from ks.bounds.floors_file import FloorsFile
@@ -14,6 +16,7 @@ from ks.chain.patterns import make_chain
 from ks.errors import UsageError
 from ks.model.candidates import find_candidates
 from ks.model.layer_weights import select_weights
+from ks.moments.metric import LossMetric, Metric
 from ks.moments.moments_file import InputMoments
 from ks.moments.second_moment import UNIT_MOMENT, SecondMoment, VectorSums
 
@@ -165,6 +168,49 @@ def test_layers_without_inputs_are_counted(weights, moments):
     weights |= {"block.7.weight": weights["layer.0.weight"] + 1, "block.8.weight": weights["layer.0.weight"] + 2}
     with pytest.raises(UsageError, match=r"no inputs for key 'block.7.weight'.*\(2 layers lack them\); collect them"):
         find_candidates(select_weights(weights).weights, make_chain, ["lowrank"], moments)
+
+
+def test_floors_in_both_metrics_are_kept_beside_each_other(weights, tmp_path):
+    selected, reports = select_weights(weights).weights, []
+    known = "floors of 3 layers were computed before"
+
+    def find(moments, loss_metric):
+        reports.clear()
+        path = tmp_path / "floors.npz"
+        return find_candidates(
+            selected, make_chain, FAMILIES[:2], moments, path, report=reports.append, loss_metric=loss_metric
+        )
+
+    moments = measured_moments(weights)
+    for loss_metric in LossMetric:
+        first = find(moments, loss_metric)
+        assert known not in reports
+        again = find(moments, loss_metric)
+        assert reports == [known]
+        name, entry = next(iter(weights)), again[0]
+        metric = Metric(moments.train[name].second_moment, moments.gradients[name].second_moment)
+        energy = metric.loss(weights[name]) if loss_metric is LossMetric.MODEL_LOSS else None
+        for old, new in zip(first[0].floors, entry.floors):
+            assert old.energy == new.energy == pytest.approx(energy or metric.inputs.output_energy(weights[name]))
+            assert entry.plan(new, 1) == first[0].plan(old, 1)
+            assert entry.plan(new, 1).loss_increase > 0
+    find(dataclasses.replace(moments, gradients=measured_moments(weights, seed=1).gradients), LossMetric.MODEL_LOSS)
+    assert known not in reports
+
+
+def test_moments_with_gradients_of_some_layers_or_of_another_model_are_refused(weights):
+    selected = select_weights(weights).weights
+    find = partial(find_candidates, selected, make_chain, ["lowrank"])
+    names = [*weights]
+    with pytest.raises(UsageError, match=r"no gradients .* for layer.0.weight, layer.2.weight; collect them") as caught:
+        find(measured_moments(weights, (names[0], names[2])), loss_metric=LossMetric.MODEL_LOSS)
+    assert "\n" not in str(caught.value)
+    [entry, *_] = find(measured_moments(weights, names[:1]))
+    assert entry.plan(entry.floors[0], 1).loss_increase is None
+    moments = measured_moments(weights)
+    other = measured_moments({name: torch.zeros(20, 16) for name in weights}).gradients
+    with pytest.raises(UsageError, match=r"layer.\d.weight: gradients of 20 outputs: .* 24 rows .*this model"):
+        find(dataclasses.replace(moments, gradients=other))
 
 
 def test_a_family_without_floors_is_refused_and_a_stop_ends_the_work(weights, moments):

@@ -1,10 +1,12 @@
 """Sequential calibration: each layer is made for the inputs that the chains before it cause."""
 
 import copy
+import dataclasses
 import itertools
 
 import pytest
 import torch
+from measured import measured_moments
 from networks import normal
 from planned import Network, Tied, layer_plan, plan_of
 from torch import nn
@@ -13,6 +15,7 @@ import ks
 from ks.bounds.factorize import factorize
 from ks.errors import UsageError
 from ks.model.model_plan import ModelPlan
+from ks.moments.read import inputs_of
 
 NAMES = ("blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down")
 X = normal(60, 8) * torch.linspace(0.2, 2, 8)
@@ -51,6 +54,58 @@ def test_every_layer_is_made_for_the_inputs_that_the_chains_before_it_cause(tmp_
         torch.testing.assert_close(chain.to_dense().double(), product, rtol=1e-3, atol=1e-4)
     moved = second_moment(seen_by(model, NAMES[2])) - second_moment(seen_by(dense, NAMES[2]))
     assert moved.norm() > 0.1
+
+
+def wanted(dense, model, anchor):
+    """T of the third layer, by torch.linalg.lstsq on the inputs of the third layer in both models."""
+    weight = dense.get_submodule(NAMES[2]).weight.detach().double()
+    x, seen = (seen_by(each, NAMES[2]).double() for each in (dense, model))
+    least = torch.linalg.lstsq(seen, x @ weight.mT).solution.mT
+    assert (least - weight).norm() > 0.1 * weight.norm()
+    return (1 - anchor) * weight + anchor * least
+
+
+@pytest.mark.parametrize("anchor", [0.5, 1.0])
+def test_with_an_anchor_the_target_turns_to_the_output_of_the_dense_model(anchor):
+    """A chain of full rank is the target; with anchor 1, W x is its least squares over x̃."""
+    model = Network()
+    plan = plan_of(model, dict.fromkeys(NAMES[:3], "lowrank"), **{NAMES[2]: 8})
+    ks.compress_in_order(model, plan, BATCHES, anchor=anchor, quiet=True)
+    expected = wanted(Network(), model, anchor)
+    torch.testing.assert_close(model.get_submodule(NAMES[2]).to_dense().double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_plan_by_the_loss_of_the_model_keeps_its_gradients_and_takes_the_new_inputs():
+    model = Network()
+    moments = measured_moments({f"{name}.weight": model.get_submodule(name).weight.detach() for name in NAMES})
+    plan = plan_of(model, dict.fromkeys(NAMES, "lowrank"), moments)
+    layers = [
+        dataclasses.replace(layer, gradients_sha256=inputs_of(moments, layer.cols, layer.layer).gradients_sha256)
+        for layer in plan.layers
+    ]
+    plan = dataclasses.replace(plan, layers=tuple(layers), loss_metric=ks.LossMetric.MODEL_LOSS)
+    ks.compress_in_order(model, plan, BATCHES, moments=moments, anchor=1.0, quiet=True)
+    chain = model.get_submodule(NAMES[2])
+    gradients = moments.gradients[f"{NAMES[2]}.weight"].second_moment
+    metric = ks.Metric(second_moment(seen_by(model, NAMES[2])), gradients)
+    expected = ks.KSLinear.from_dense(wanted(Network(), model, 1.0), patterns=chain.patterns, metric=metric)
+    torch.testing.assert_close(chain.to_dense().double(), expected.to_dense(), rtol=1e-3, atol=1e-3)
+    by_energy = ks.KSLinear.from_dense(wanted(Network(), model, 1.0), patterns=chain.patterns, metric=metric.inputs)
+    assert not torch.allclose(by_energy.to_dense(), expected.to_dense(), rtol=1e-2, atol=1e-2)
+
+
+def test_masked_tokens_do_not_move_the_target():
+    batches = [{"x": X[:30]}, {"x": X[30:]}]
+    padded = [{"x": torch.cat([batch["x"], 5 + normal(9, 8)])} for batch in batches]
+    models = []
+    for given in (batches, padded):
+        model = Network()
+        plan = plan_of(model, dict.fromkeys(NAMES[:3], "lowrank"), **{NAMES[2]: 8})
+        mask = lambda batch: torch.arange(len(batch["x"])) < 30  # noqa: E731
+        ks.compress_in_order(model, plan, given, anchor=1.0, mask=mask, quiet=True)
+        models.append(model)
+    for name, value in models[0].state_dict().items():
+        torch.testing.assert_close(models[1].state_dict()[name], value, rtol=1e-3, atol=1e-3)
 
 
 def test_one_pass_is_the_plan_for_the_dense_model():
@@ -123,6 +178,10 @@ def test_passes_batches_and_layers_that_cannot_be_used_are_refused():
     model = Network()
     with pytest.raises(UsageError, match="max_passes 0: at least 1"):
         ks.compress_in_order(model, plan_for(model), BATCHES, max_passes=0)
+    with pytest.raises(UsageError, match="an anchor of 1.5: 0 to 1 is allowed"):
+        ks.compress_in_order(model, plan_for(model), BATCHES, anchor=1.5)
+    with pytest.raises(UsageError, match="minimises the output energy and needs no moments in order"):
+        ks.compress_in_order(model, plan_for(model), BATCHES, moments=measured_moments({"a": torch.ones(3, 4)}))
     with pytest.raises(UsageError, match="no batch was given"):
         ks.compress_in_order(model, plan_for(model), [], quiet=True)
     unused = nn.ModuleDict({"used": nn.Linear(8, 8), "unused": nn.Linear(8, 8)})
@@ -130,3 +189,23 @@ def test_passes_batches_and_layers_that_cannot_be_used_are_refused():
     with pytest.raises(UsageError, match="the first batch does not call unused"):
         ks.compress_in_order(unused, plan_of(unused), BATCHES, quiet=True)
     assert isinstance(unused["used"], nn.Linear)
+
+
+def test_tokens_that_have_no_pair_in_the_dense_model_are_refused():
+    class Sparse(nn.Module):
+        """Its second layer sees the tokens whose output of the first one is positive."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            y = self.first(x)
+            return self.second(y[y[:, 0] > 0])
+
+    model = Sparse()
+    modules = [*model.modules()]
+    with pytest.raises(UsageError, match="layer second sees other tokens in the compressed model"):
+        ks.compress_in_order(model, plan_of(model), BATCHES, anchor=0.5, quiet=True)
+    assert [*model.modules()] == modules
+    assert not model.second._forward_pre_hooks

@@ -9,6 +9,7 @@ from ks.chain.patterns import make_chain
 from ks.errors import UsageError
 from ks.files import columns
 from ks.model.model_plan import LayerPlan, ModelPlan
+from ks.moments.metric import LossMetric
 
 
 def layer(name, family="lowrank", rank=2, loss=0.25, rows=8, cols=12, **more):
@@ -45,10 +46,83 @@ def test_totals_count_chains_dense_layers_and_tied_weights_once():
     assert made.rows()[1]["shared_with"] == "c.weight"
 
 
+def by_loss(**more):
+    """A plan by the loss of the model, which costs 0.5 nats where the same fraction in every layer costs 0.8."""
+    layers = (
+        layer("a.weight", loss=0.3, loss_increase=0.4, loss_increase_lower=0.3, gradients_sha256="2" * 64),
+        layer("b.weight", "monarch", 1, 0.5, loss_increase=0.1, loss_increase_lower=0.1, interpolated=True),
+        layer("d.weight", None, loss=0.0, loss_increase=0.0, loss_increase_lower=0.0),
+    )
+    layers = tuple(dataclasses.replace(each, relative_loss_lower=None) for each in layers)
+    uniform = tuple(dataclasses.replace(each, loss_increase=0.8 / 3, relative_loss=0.2) for each in layers)
+    made = ModelPlan(layers, "budget", 0.7, 0.01, uniform, loss_metric=LossMetric.MODEL_LOSS, unit="nats")
+    return dataclasses.replace(made, **more)
+
+
+def test_the_increase_of_the_loss_is_a_sum_and_unknown_if_that_of_a_layer_is():
+    assert by_loss().loss_increase == pytest.approx(0.5)
+    assert by_loss().loss_increase_lower == pytest.approx(0.4)
+    assert by_loss().mean_relative_loss_lower is None
+    assert by_loss().as_uniform().loss_increase == pytest.approx(0.8)
+    assert plan().loss_increase is None
+    mixed = (by_loss().layers[0], layer("b.weight"))
+    assert by_loss(layers=mixed, uniform=()).loss_increase is None
+
+
+def test_both_metrics_are_printed_and_a_plan_by_output_energy_begins_with_a_warning():
+    first, *others = str(plan()).splitlines()
+    assert first.startswith(
+        "WARNING: this plan minimises the output energy that the layers lose, which is not the loss"
+    )
+    assert "loss_" not in others[others.index("") + 1]
+    text = " ".join(str(by_loss()).split())
+    assert text.startswith("The plan keeps 75.00% of the parameters")
+    assert (
+        "The loss of the model is predicted to increase by 0.5 nats per token (perplexity × 1.649), at least 0.4 at "
+        "these ranks; with the same fraction of parameters in every layer, 75.00%, by 0.8."
+    ) in text
+    assert "lose 26.67% of their output energy on average; with" in text
+    assert "20.00%. The plan does not minimise this." in text
+    assert "monarch 1 80 83.3% ~0.1 ~50.00%" in text
+    energy = dataclasses.replace(by_loss(), loss_metric=LossMetric.OUTPUT_ENERGY)
+    assert "Plan by the loss of the model, whose gradients these moments have" in energy.sentences()[0]
+
+
+def test_a_measured_plan_calibrates_the_prediction_of_another():
+    first = by_loss().measured(1.0, uniform=1.6)
+    assert first.as_uniform().measured_increase == 1.6
+    assert "Measured: 1 nats per token (perplexity × 2.718), 2.00 times the prediction; with" in " ".join(
+        first.sentences()
+    )
+    second = by_loss().measured(4.0)
+    made = by_loss().calibrated([first, second, plan().measured(3.0), by_loss()])
+    assert made.calibrated_by == 3
+    assert made.factor == pytest.approx((2 * 2 * 8) ** (1 / 3))
+    assert "By the 3 plans that were measured, this is about 1.59 nats per token" in " ".join(made.sentences())
+    with pytest.raises(UsageError, match="calibrated by plans with a predicted and a measured increase above 0"):
+        by_loss().calibrated([by_loss()])
+    with pytest.raises(UsageError, match="above 0"):
+        by_loss().calibrated([by_loss().measured(-0.1)])
+
+
+def test_a_plan_that_is_worse_than_the_same_fraction_in_every_layer_is_reported_first():
+    wrong = by_loss().measured(1.0, uniform=0.9)
+    assert wrong.sentences()[0].startswith("WARNING: this plan is predicted to be better than the same fraction of")
+    assert "measured to be worse: 1 against 0.9 per token. Use that one, plan.as_uniform()" in wrong.sentences()[0]
+    assert not by_loss().measured(0.9, uniform=1.0).is_misjudged
+    level = dataclasses.replace(wrong, uniform=wrong.layers)
+    assert not level.is_misjudged
+
+
 def test_a_saved_plan_is_read_back(tmp_path):
     path = tmp_path / "x_plan.json"
+    measured = by_loss().measured(1.0, uniform=0.9).calibrated([by_loss().measured(2.0)])
+    for made in (plan(), by_loss(), measured):
+        made.save(path)
+        assert ModelPlan.load(path) == made
+    content = json.loads(path.read_text())
+    assert (content["loss_increase"], content["damping"], content["unit"]) == (0.5, 0.1, "nats")
     plan().save(path)
-    assert ModelPlan.load(path) == plan()
     content = json.loads(path.read_text())
     assert content["parameters"] == 216
     assert content["layers"][1]["parameters"] == 80
@@ -59,14 +133,19 @@ def test_a_saved_plan_is_read_back(tmp_path):
 def test_a_plan_of_an_earlier_version_is_read(tmp_path):
     path = tmp_path / "x_plan.json"
     plan().save(path)
-    earlier = {"weighting": "energy", "weights": [1.0, 2.0, 1.0], "exact": True}
-    path.write_text(json.dumps(json.loads(path.read_text()) | earlier))
+    content = json.loads(path.read_text()) | {"version": 1, "weighting": "energy", "weights": [1.0, 2.0, 1.0]}
+    for name in ("loss_metric", "unit", "measured_increase", "measured_uniform", "factor", "calibrated_by"):
+        del content[name]
+    for entry in content["layers"] + content["uniform"]:
+        for name in ("loss_increase", "loss_increase_lower", "gradients_sha256"):
+            del entry[name]
+    path.write_text(json.dumps(content))
     assert ModelPlan.load(path) == plan()
 
 
 DAMAGE = {
     "no plan": (lambda content: content.clear(), "version"),
-    "newer": (lambda content: content.update(version=2), "newest known"),
+    "newer": (lambda content: content.update(version=3), "newest known"),
     "null": (lambda content: content["layers"][0].update(relative_loss=None), "relative_loss"),
     "no rank": (lambda content: content["layers"][0].update(rank=None), "needs a rank"),
     "shape": (lambda content: content["layers"][0].update(rows=9), "its chain 8 × 12"),

@@ -173,7 +173,7 @@ def test_bounds_that_ran_out_of_time_are_reported():
 
 def test_the_bounds_that_the_answer_depends_on_are_those_of_few_ranks():
     floors = RankFloors(make_weight(), CHAIN, random_moment("regular", 96))
-    floors = RankFloors(floors.weight / floors.curve[0].sqrt(), CHAIN, floors.moment)
+    floors = RankFloors(floors.weight / floors.curve[0].sqrt(), CHAIN, floors.metric)
     target = (floors.upper(5) + floors.upper(6)) / 2
     rows = rows_of({2: 0.01, 8: 0.001, 12: 0.0}, floors)
     assert named_row(rows, target)["rank"] == 8

@@ -1,14 +1,18 @@
 """Several layers of a checkpoint, as users run them: plan, runs, resume, bad input."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from conftest import QUICK, read_table, save_moments
+from measured import measured_moments
 
 import ks
 import rank_sweep_study
 from ks.files.ownership import locked
 from ks.model.model_plan import ModelPlan
+from ks.moments.metric import LossMetric
 from ks.moments.moments_file import InputMoments
 from ks.study.checkpoint_study import CheckpointStudy
 
@@ -136,12 +140,66 @@ def test_layers_are_planned_for_the_inputs_that_they_see(checkpoint, tmp_path):
         assert float(row["held_out_relative_loss"]) > 0
 
 
+def test_gradients_in_the_inputs_make_a_plan_by_the_loss_of_the_model(checkpoint, tmp_path, capsys):
+    weights = {name: torch.load(checkpoint)[name] for name in LAYERS}
+    measured_moments(weights).save(tmp_path / "inputs.safetensors")
+    inputs = ("--inputs", tmp_path / "inputs.safetensors", "--dry_run")
+
+    def planned(*flags):
+        study(checkpoint, tmp_path / "out", *inputs, *flags)
+        return ModelPlan.load(tmp_path / "out" / "rank_sweep_plan.json"), capsys.readouterr().out
+
+    plan, printed = planned("--budget", 0.5)
+    assert plan.loss_metric is LossMetric.MODEL_LOSS
+    assert printed.startswith("The plan keeps")
+    assert "nats per token (perplexity ×" in printed
+    assert "WARNING" not in printed
+    for row, layer in zip(read_table(tmp_path / "out" / "rank_sweep_plan.csv"), plan.layers):
+        assert float(row["loss_increase"]) == pytest.approx(layer.loss_increase)
+        assert float(row["relative_loss"]) == pytest.approx(layer.relative_loss)
+    energy, printed = planned("--budget", 0.5, "--loss_metric", "output_energy")
+    assert energy.loss_metric is LossMetric.OUTPUT_ENERGY
+    assert printed.startswith("WARNING: this plan minimises the output energy")
+    assert energy.loss_increase > plan.loss_increase
+    target, _ = planned("--target_loss_increase", plan.loss_increase * 1.001)
+    assert target.parameters <= plan.parameters
+    assert target.loss_increase <= plan.loss_increase * 1.001
+    study(checkpoint, tmp_path / "families", *inputs, "--loss_metric", "model_loss")
+    assert "at_10%: the predicted increase of the loss of the model per token (nats)" in capsys.readouterr().out
+
+
+def test_planned_layers_are_trained_in_the_metric_of_the_plan(checkpoint, tmp_path):
+    weights = {name: torch.load(checkpoint)[name] for name in LAYERS[:2]}
+    measured_moments(weights).save(tmp_path / "inputs.safetensors")
+    study(checkpoint, tmp_path / "out", "--inputs", tmp_path / "inputs.safetensors", "--budget", 0.5, keys=LAYERS[:2])
+    plan = ModelPlan.load(tmp_path / "out" / "rank_sweep_plan.json")
+    for layer in plan.layers:
+        config = tmp_path / "out" / layer.layer / f"rank_{layer.rank}" / f"rank_{layer.rank}_config.json"
+        assert json.loads(config.read_text())["settings"]["loss_metric"] == "model_loss"
+
+
 BAD = {
+    "gradients of some layers": (
+        ("--inputs", "some.safetensors", "--budget", 0.5),
+        LAYERS,
+        "no gradients of the loss of the model for block.0.up.weight, block.1.down.weight; collect them",
+    ),
+    "no gradients": (
+        ("--inputs", "none.safetensors", "--target_loss_increase", 0.1),
+        LAYERS,
+        "moments with its gradients",
+    ),
+    "metric of the target": (
+        ("--inputs", "some.safetensors", "--target_relative_loss", 0.1, "--loss_metric", "model_loss"),
+        LAYERS,
+        "target_relative_loss is a target for output_energy",
+    ),
+    "budget and increase": (("--budget", 0.5, "--target_loss_increase", 0.1), LAYERS, "give one or the other"),
     "glob": ((), ("block.*.upp.weight",), "nothing matches 'block.*.upp.weight'; nearest of 6: block.1.up.weight"),
     "budget and target": (("--budget", 0.5, "--target_relative_loss", 0.1), LAYERS, "give one or the other"),
     "chain and chains": (("--chain", "lowrank", "--chains", "monarch"), LAYERS, "give one or the other"),
     "several chains": (("--chains", "lowrank", "monarch"), LAYERS, "to choose one for each layer"),
-    "multiple": (("--rank_multiple", 8), LAYERS, "give --budget or --target_relative_loss too"),
+    "multiple": (("--rank_multiple", 8), LAYERS, "give --budget or a target too"),
     "splits": (("--row_splits", 4, 6, "--col_splits", 4, 4), LAYERS, "are for one weight"),
     "no floor": (("--chain", "lowrank_butterfly"), LAYERS, "has no floor, and a plan needs one"),
     "inputs": (("--inputs", "x.safetensors"), LAYERS, "(4 layers lack them); collect them, or name other layers"),
@@ -155,6 +213,9 @@ def test_bad_input_is_one_line_and_nothing_is_written(checkpoint, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     save_moments(tmp_path / "x.safetensors", torch.randn(50, 16), None, "other.layer.proj")
     np.save(tmp_path / "x.npy", torch.randn(50, 16).numpy())
+    weights = {name: torch.load(checkpoint)[name] for name in LAYERS}
+    measured_moments(weights, (LAYERS[0], LAYERS[3])).save(tmp_path / "some.safetensors")
+    measured_moments(weights, LAYERS).save(tmp_path / "none.safetensors")
     study(checkpoint, tmp_path / "out", *flags, keys=keys, code=2)
     [line] = capsys.readouterr().err.splitlines()
     assert message in line
