@@ -194,13 +194,31 @@ def sums_of(rows: torch.Tensor) -> VectorSums:
     return sums.finished()
 
 
-def save_moments(path, rows: torch.Tensor, held_out: torch.Tensor | None = None, key: str = "layer.weight") -> Path:
-    """Save the moments of the inputs of one weight; its key is needed nowhere."""
+def save_moments(
+    path,
+    rows: torch.Tensor,
+    held_out: torch.Tensor | None = None,
+    key: str = "layer.weight",
+    gradients: torch.Tensor | None = None,
+    held_out_gradients: torch.Tensor | None = None,
+) -> Path:
+    """Save the moments of the inputs of one weight, and of the gradients at its outputs; its key is needed nowhere."""
     from ks.moments.moments_file import InputMoments  # the tests of a borrowed card run without its msgspec
 
+    def sums(name: str, given: torch.Tensor | None) -> dict[str, VectorSums]:
+        return {} if given is None else {name: sums_of(given)}
+
     name = key.removesuffix(".weight")
-    held = {} if held_out is None else {name: sums_of(held_out)}
-    InputMoments({name: sums_of(rows)}, held, {key: name}, {name: 1}).save(path)
+    loss = {} if gradients is None else {"loss": "next token", "unit": "nats"}
+    InputMoments(
+        sums(name, rows),
+        sums(name, held_out),
+        {key: name},
+        {name: 1},
+        gradients=sums(key, gradients),
+        held_out_gradients=sums(key, held_out_gradients),
+        **loss,
+    ).save(path)
     return path
 
 

@@ -20,8 +20,8 @@ class SplitMatrices(NamedTuple):
     """Symmetric matrices that multiply the gradient of every factor from its left and from its right.
 
     `left` and `right` have one tensor per split, of shape (a_{l+1}, r_l, r_l, d_l): factor l is multiplied by the left
-    one of split l − 1 and by the right one of split l. A right one may also couple all groups of a block, with the
-    shape (a_l, c_l, c_l, d_l).
+    one of split l − 1 and by the right one of split l. They may also couple all groups of a block: a left one then has
+    the shape (a_l, b_l, b_l, d_l), a right one (a_l, c_l, c_l, d_l).
     """
 
     left: list[torch.Tensor]
@@ -124,6 +124,30 @@ def coupled_moments(values: Sequence[torch.Tensor], moment: torch.Tensor) -> lis
         moments.insert(0, torch.einsum("aurtvj,avstj->aurvst", mixed, rows).reshape(a, c, c, d))
         suffix = merge_factors(factor, suffix)
     return moments
+
+
+def coupled_grams(values: Sequence[torch.Tensor], metric: torch.Tensor) -> list[torch.Tensor]:
+    """Return, for every factor except the left-most, the metric of the features that leave each of its blocks:
+    blocks of Pᵀ G P, for outputs of metric G. It mirrors `coupled_moments`.
+
+    Args:
+        values: of the factors, shapes (a_l, b_l, c_l, d_l), output side first.
+        metric: G, shape (m, m).
+    Returns:
+        one tensor of shape (a_l, b_l, b_l, d_l) per split, in about r p m² / d multiply-adds, with p = a_l.
+    """
+    grams: list[torch.Tensor] = []
+    prefix = values[0]
+    for factor in values[1:]:
+        a, b, _, d = factor.shape
+        _, height, _, groups = prefix.shape
+        w = groups // d
+        columns = prefix.reshape(height, a, -1, w, d)  # h (a ρ) (w t) -> h a ρ w t
+        within = metric.view(height, w, d, height, w, d).diagonal(dim1=2, dim2=5)
+        mixed = torch.einsum("harwt,hwjvt->arwjvt", columns, within)
+        grams.append(torch.einsum("arwjvt,jasvt->arwsvt", mixed, columns).reshape(a, b, b, d))
+        prefix = merge_factors(prefix, factor)
+    return grams
 
 
 def scale_gradient(

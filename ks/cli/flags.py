@@ -29,10 +29,12 @@ from ks.cli.parser import (
     redefault,
     seed_number,
 )
+from ks.errors import UsageError
 from ks.files.globs import is_glob
 from ks.files.layout import FIGURE_FORMATS
 from ks.files.make_weight import INIT_METHODS
 from ks.files.weights import DTYPES
+from ks.moments.metric import LossMetric
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
@@ -109,6 +111,12 @@ class SampleFlags:
     )
     fit_bias: bool = flag(
         False, "with --inputs: learn the centred outputs, and save the chain with the bias (W − Ŵ) E[x]"
+    )
+    loss_metric: str | None = flag(
+        None,
+        "what to minimise; model_loss needs gradients in --inputs",
+        choices=tuple(metric.value for metric in LossMetric),
+        shown_default="output_energy, for a plan model_loss if it can",
     )
     sampling: str = flag(
         "auto",
@@ -200,6 +208,12 @@ class TargetFlags:
         "the ranks around it",
         convert=open_fraction,
     )
+    target_loss_increase: float | None = flag(
+        None,
+        "the same for an increase of the loss of the model per token",
+        convert=positive_float,
+        metavar="X",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -209,7 +223,7 @@ class TrainerConfig(TrainingFlags, OutputFlags):
     TITLE: ClassVar = "one run"
     MAIN: ClassVar = (
         *("weight_path", "weight_key", "rank", "num_epochs", "batch_size", "lr", "num_samples"),
-        *("chain", "inputs", "optimizer", "init", "seed", "device", "dtype"),
+        *("chain", "inputs", "loss_metric", "optimizer", "init", "seed", "device", "dtype"),
         *("output_dir", "save_prefix", "resume", "check", "quiet"),
     )
     rank: int = flag(4, "rank of the chain", convert=positive_int)
@@ -250,8 +264,8 @@ class SweepConfig(LayersFlags, TargetFlags, TrainingFlags, OutputFlags, PlotFlag
     MAIN: ClassVar = (
         *("weight_path", "ranks", "max_rank", "num_epochs", "batch_size", "lr", "num_samples"),
         *("output_dir", "save_prefix", "log_scale"),
-        *("weight_key", "inputs", "chain", "target_relative_loss", "dry_run", "chains", "budget"),
-        "tight_bounds",
+        *("weight_key", "inputs", "loss_metric", "chain", "target_relative_loss", "target_loss_increase"),
+        *("dry_run", "chains", "budget", "tight_bounds"),
         *("optimizer", "seeds", "jobs", "device", "dtype", "overwrite", "quiet", "verbose"),
     )
     RETIRED: ClassVar = {
@@ -304,6 +318,21 @@ class SweepConfig(LayersFlags, TargetFlags, TrainingFlags, OutputFlags, PlotFlag
         "auto", "head of the Ray cluster; auto is the cluster that this machine has joined", metavar="HOST:PORT"
     )
     gpus: str = flag("auto", "GPUs to use: auto (all), none, or numbers such as 0,1 among the visible ones")
+
+    def __post_init__(self) -> None:
+        """Let a target in the unit of the loss choose its metric, so that the runs get it.
+
+        Raises:
+            UsageError: two targets, or a target of another metric.
+        """
+        if self.target_loss_increase is None:
+            return
+        target = f"--target_loss_increase {self.target_loss_increase:g} together with"
+        if self.target_relative_loss is not None:
+            raise UsageError(f"{target} --target_relative_loss: give one or the other")
+        if self.loss_metric == LossMetric.OUTPUT_ENERGY:
+            raise UsageError(f"{target} --loss_metric output_energy: it is a target of model_loss")
+        object.__setattr__(self, "loss_metric", LossMetric.MODEL_LOSS.value)  # frozen
 
     def is_of_several_layers(self) -> bool:
         """Return whether the flags ask for the layers of a checkpoint instead of one weight."""

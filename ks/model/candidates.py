@@ -179,9 +179,9 @@ def _metrics_of(
     if moments is None:
         return Metric(), None
     given = inputs_of(moments, weight.shape[1], name)
-    energy = given.metric(LossMetric.OUTPUT_ENERGY)
     if given.gradients is None:
-        return energy, None
+        return given.metric(loss_metric), None
+    energy = given.metric(LossMetric.OUTPUT_ENERGY)
     model_loss = Metric(energy.inputs, given.gradients.second_moment)
     try:
         model_loss.check_shape(weight)
@@ -215,7 +215,7 @@ def check_inputs(weights: Iterable[LayerWeight], moments: InputMoments | None, l
         raise UsageError(f"{reasons[0]}{others}; collect them, or name other layers")
     if loss_metric is LossMetric.OUTPUT_ENERGY:
         return
-    if lacking := [weight.name for weight in weights if gradients_sha256(moments, weight.name) is None]:
+    if lacking := [weight.name for weight in weights if moments.key_of(weight.name) not in moments.gradients]:
         raise UsageError(
             f"{moments.source}: no gradients of the loss of the model for {listed(lacking)}; collect them with loss=… "
             "(ks.collect_input_moments), name other layers, or minimise the output energy"
@@ -231,7 +231,7 @@ def floors_table(candidates: Sequence[Candidates]) -> str:
         Column(f"at_{fraction:.0%}", Loss, f"loss with {fraction:.0%} of the dense parameters", form=form)
         for fraction in FRACTIONS
     ]
-    sizes[0] = dataclasses.replace(sizes[0], legend=f"{legend} with {FRACTIONS[0]:.0%} of the dense parameters")
+    sizes[-1] = dataclasses.replace(sizes[-1], legend=f"{legend} with {FRACTIONS[-1]:.0%} of the dense parameters")
     rows = []
     for entry in candidates:
         for floors in entry.floors:

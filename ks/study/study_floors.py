@@ -25,7 +25,7 @@ def plan_floors(config: SweepConfig, problem: Problem, path: Path) -> RankFloors
     return RankFloors(
         problem.internal_weight(),
         problem.chain,
-        problem.moment,
+        problem.metric,
         isotropic_weight=problem.isotropic_weight if config.inputs else None,
         known=known,
         progress=SlowWork(config.quiet),
@@ -44,8 +44,8 @@ def keep_floors(floors: RankFloors, problem: Problem, path: Path) -> None:
 def _identity(problem: Problem) -> tuple[str, str | None, Chain]:
     """Return the hashes of weight and inputs, and the chain; the scale of isotropic inputs changes no relative loss."""
     inputs = problem.layer_inputs.description
-    names = ("sha256", "count", "held_out_count", "centred")
-    measured = " ".join(str(inputs[name]) for name in names) if "sha256" in inputs else None
+    names = ("sha256", "count", "held_out_count", "centred", "gradients_sha256", "damping")
+    measured = " ".join(str(inputs[name]) for name in names if name in inputs) if "sha256" in inputs else None
     return problem.weight.sha256(), measured, problem.chain
 
 

@@ -8,7 +8,7 @@ import torch
 from ks.bounds.population_loss import population_loss
 from ks.files.schema import BestRecord
 from ks.layer import KSLinear
-from ks.moments.second_moment import SecondMoment
+from ks.moments.metric import Metric
 from ks.training.trainable_chain import TrainableChain
 
 
@@ -18,14 +18,14 @@ class BestModel:
     Args:
         chain: that trains, at its start.
         weight: W in internal units, float64.
-        moment: second moment of x in internal units.
+        metric: of an error in internal units.
         keep_start: whether the start is a result in its own right (a factorisation of W).
 
     `kept` is the model, and `row` the curves' row of its epoch; empty before the first finite loss.
     """
 
-    def __init__(self, chain: TrainableChain, weight: torch.Tensor, moment: SecondMoment, keep_start: bool):
-        self.chain, self.weight, self.moment = chain, weight, moment
+    def __init__(self, chain: TrainableChain, weight: torch.Tensor, metric: Metric, keep_start: bool):
+        self.chain, self.weight, self.metric = chain, weight, metric
         self.val_loss, self.kept = math.inf, copy.deepcopy(chain.model)
         self.row: dict = {}
         self.start = self.kept if keep_start else None
@@ -48,7 +48,7 @@ class BestModel:
 
     def population_loss(self, model: KSLinear | None = None) -> float:
         """Return the relative population loss of the kept model, or of another one."""
-        return population_loss(self.weight, (model or self.kept).factors, self.moment)
+        return population_loss(self.weight, (model or self.kept).factors, self.metric)
 
     def chosen(self) -> KSLinear:
         """Return the start if it was never beaten, else the kept model."""

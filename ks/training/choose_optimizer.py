@@ -8,7 +8,7 @@ from ks.chain.patterns import Chain
 from ks.chain.split_grams import is_chainable
 from ks.cli.flags import TrainingFlags
 from ks.errors import UsageError
-from ks.moments.second_moment import SecondMoment
+from ks.moments.metric import Metric
 from ks.training.criterion_identity import Edits
 from ks.training.gauss_newton import GaussNewton
 from ks.training.optimizer import Optimizer
@@ -46,16 +46,16 @@ def choose_optimizer(name: str, chain: Chain, edits: Edits) -> tuple[str, str]:
     return "gauss_newton", f"the chain has {len(patterns)} chainable factors"
 
 
-def make_optimizer(name: str, config: TrainingFlags, factors: list[torch.Tensor], moment: SecondMoment) -> Optimizer:
+def make_optimizer(name: str, config: TrainingFlags, factors: list[torch.Tensor], metric: Metric) -> Optimizer:
     """Return an optimizer of the factors.
 
     Args:
         name: 'gauss_newton', 'adamw', 'adam' or 'sgd'.
         config: with weight decay, clipping, batch size and dtype.
         factors: values of the chain, output side first, float32; updated in place.
-        moment: second moment of x in internal units.
+        metric: of an error in internal units.
     """
     settings: dict[str, Any] = {"weight_decay": config.weight_decay, "loss_scaling": config.dtype == "float16"}
     if name == "gauss_newton":
-        return GaussNewton(factors, moment, config.batch_size, **settings)
+        return GaussNewton(factors, metric, config.batch_size, **settings)
     return Optimizer(name, factors, max_grad_norm=config.max_grad_norm, **settings)

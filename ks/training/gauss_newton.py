@@ -1,10 +1,11 @@
 """The Gauss–Newton step of a chain: the gradient of every factor, divided by its curvature from both sides.
 
 Factor l has the prefix P = K_1 ⋯ K_{l-1} to its left, and z = K_{l+1} ⋯ K_L x enters it. The curvature of half the
-squared error in a block of its values is (PᵀP) ⊗ E[z zᵀ], so the step is G̃ = (PᵀP + λI)⁻¹ G (E[z zᵀ] + λI)⁻¹; both
-matrices are those of a split of the chain (`ks.chain.split_grams`). Inputs whose second moment C couples the column
-groups of the right-most factor couple all features that enter a block: there E[z zᵀ] is a c × c matrix instead of
-r × r ones.
+squared error in a block of its values is (PᵀP) ⊗ E[z zᵀ], so the step is V = (PᵀP + λI)⁻¹ U (E[z zᵀ] + λI)⁻¹ with the
+gradient U; both matrices are those of a split of the chain (`ks.chain.split_grams`). Inputs whose second moment C
+couples the column groups of the right-most factor couple all features that enter a block: there E[z zᵀ] is a c × c
+matrix instead of r × r ones. Likewise, with a metric G that couples the row groups of the left-most factor, Pᵀ G P is a
+b × b matrix in the place of PᵀP.
 
 Source: Tong, Ma, Chi, "Accelerating ill-conditioned low-rank matrix estimation via scaled gradient descent" (2021), for
 two factors; Martens, Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature" (2015).
@@ -16,8 +17,15 @@ import torch
 
 from ks.chain.bmm import empty_values
 from ks.chain.patterns import Pattern
-from ks.chain.split_grams import SplitMatrices, coupled_moments, prefix_grams, split_patterns, suffix_grams
-from ks.moments.second_moment import SecondMoment
+from ks.chain.split_grams import (
+    SplitMatrices,
+    coupled_grams,
+    coupled_moments,
+    prefix_grams,
+    split_patterns,
+    suffix_grams,
+)
+from ks.moments.metric import Metric, MetricLike
 from ks.training.optimizer import Optimizer
 from ks.training.steps import cuda_graph
 
@@ -50,7 +58,8 @@ class GaussNewton(Optimizer):
 
     Args:
         parameters: values of shape (a, b, c, d) of a chainable chain, output side first, float32; updated in place.
-        moment: C, the second moment of x; within every column group of the right-most factor it is I.
+        metric: G ⊗ C with C the second moment of x; C is I within every column group of the right-most factor, and G
+            within every row group of the left-most one.
         batch_size: samples of a batch, B.
         weight_decay: per unit of lr.
         loss_scaling: for float16.
@@ -59,7 +68,7 @@ class GaussNewton(Optimizer):
     def __init__(
         self,
         parameters: list[torch.Tensor],
-        moment: SecondMoment,
+        metric: MetricLike,
         batch_size: int,
         *,
         weight_decay: float = 0.0,
@@ -69,22 +78,31 @@ class GaussNewton(Optimizer):
         self.weight_decay, self.decoupled = weight_decay, True
         patterns = [Pattern(*values.shape) for values in self.parameters]
         rows, cols = patterns[0].rows, patterns[-1].cols
-        largest = moment.largest_of_batch(batch_size, cols)
+        metric = Metric.of(metric)
+        gradients = metric.outputs.coupling(patterns[0].d)
+        largest = metric.inputs.largest_of_batch(batch_size, cols)
+        if gradients is not None:
+            largest *= torch.linalg.eigvalsh(gradients)[-1].item()
         # The curvature belongs to half the squared error summed over outputs, the loss is its mean.
         self.rate_factors = [rows / 2 * STEP_SIZE / REFERENCE_LR / largest] * len(patterns)
         # The mean diagonal of PᵀP if outputs of mean square 1 are spread evenly over features of mean square 1.
         self._natural = [rows / pattern.cols for pattern in patterns[:-1]]
         device = self.parameters[0].device
         before = behind = split_patterns(patterns)
-        coupled = moment.coupling(patterns[-1].a)
-        self._moment = None if coupled is None else coupled.to(device, torch.float32)
-        if coupled is not None:
+        moment = metric.inputs.coupling(patterns[-1].a)
+        self._gradients, self._moment = (
+            None if matrix is None else matrix.to(device, torch.float32) for matrix in (gradients, moment)
+        )
+        if gradients is not None:
+            before = [Pattern(a, b, b, d) for a, b, _, d in patterns[1:]]
+        if moment is not None:
             behind = [Pattern(a, c, c, d) for a, _, c, d in patterns[:-1]]
+        self._is_coupled = gradients is not None or moment is not None
         self.scaling = self._inverses = SplitMatrices(
             *([_identities(pattern, device) for pattern in side] for side in (before, behind))
         )
         self._most_growth = 1.0
-        if coupled is not None:
+        if self._is_coupled:
             noise = STEP_SIZE / largest * 10 * (cols + patterns[0].c) / batch_size
             first = min(noise, FIRST_NOISE)
             self.rate_factors = [factor * first / noise for factor in self.rate_factors]
@@ -106,7 +124,7 @@ class GaussNewton(Optimizer):
         The fraction by which the factors change in a step falls about as 1 / step, so the interval grows with it, in
         powers of two.
         """
-        longest = LONGEST_INTERVAL if self._moment is None else LONGEST_COUPLED_INTERVAL
+        longest = LONGEST_COUPLED_INTERVAL if self._is_coupled else LONGEST_INTERVAL
         interval = min(2 ** ((1 + step // 100).bit_length() - 1), longest)
         if step % interval == 0:
             growth = 1 + (self._most_growth - 1) * step / (step + GROWTH_STEPS)
@@ -145,9 +163,12 @@ class GaussNewton(Optimizer):
     def _compute_inverses(self) -> None:
         damping = self._loss_damping * self.relative_loss.square()
         # Every factor meets the growth once: the right-most one from its left, the others from their right.
-        growth = None if self._moment is None else self._growth
+        growth = self._growth if self._is_coupled else None
         growths = [None] * (len(self._natural) - 1) + [growth]
-        grams = prefix_grams(self.parameters)
+        if self._gradients is None:
+            grams = prefix_grams(self.parameters)
+        else:
+            grams = coupled_grams(self.parameters, self._gradients)
         for place, gram, natural, growth in zip(self._inverses.left, grams, self._natural, growths, strict=True):
             self._invert(gram, damping * natural, place, growth)
         if self._moment is None:

@@ -10,12 +10,13 @@ from ks.bounds.floors import no_floor_reason
 from ks.bounds.population_loss import population_loss
 from ks.chain.backend import choose_impl
 from ks.chain.patterns import Chain, make_chain
-from ks.cli.flags import ChainFlags, TrainingFlags
+from ks.cli.flags import ChainFlags, TargetFlags, TrainingFlags
 from ks.errors import UsageError, one_line
 from ks.files.columns import ISOTROPIC
 from ks.files.memory import check_fits
 from ks.files.weights import Weight, load_weight
 from ks.layer import KSLinear
+from ks.moments.metric import LossMetric, Metric
 from ks.moments.read import Calibration, read_input_moments
 from ks.moments.second_moment import UNIT_MOMENT, SecondMoment, VectorSums
 from ks.training.choose_optimizer import choose_optimizer
@@ -38,23 +39,63 @@ class LayerInputs:
 
     Args:
         coordinates: y' and x'.
-        moment: second moment of x', around the centre.
-        predict_zero_loss: tr(W C Wᵀ) / m, in the user's units.
+        metric: of an error in y' and x', around the centre.
+        predict_zero_loss: tr(W C Wᵀ) / m, or ½ tr(G W C Wᵀ) for the loss of the model, in the user's units.
         description: for config files; it identifies the inputs.
         notes: remarks for the user, a line each.
-        held_out: second moment of held-out x around the same centre, in the user's coordinates; None if there is none.
+        loss_metric: the kind of the metric.
+        held_out: the metric of held-out inputs around the same centre, in the user's coordinates; None if there are
+            none.
         held_out_predict_zero_loss: loss of the zero predictor on held-out inputs.
         given: raw samples to train on, shape (N, n); None unless --sampling is fixed.
+        effects: losses that every trained chain has too; None without gradients of the loss of the model.
     """
 
     coordinates: Coordinates
-    moment: SecondMoment
+    metric: Metric
     predict_zero_loss: float
     description: dict[str, Any]
     notes: tuple[str, ...]
-    held_out: SecondMoment | None = None
+    loss_metric: LossMetric = LossMetric.OUTPUT_ENERGY
+    held_out: Metric | None = None
     held_out_predict_zero_loss: float | None = None
     given: torch.Tensor | None = None
+    effects: "Effects | None" = None
+
+
+@dataclass(frozen=True)
+class Effects:
+    """What an error of the weight does to the model, whichever metric a chain is trained by.
+
+    Args:
+        model_loss: G ⊗ C with C around the centre.
+        held_out: the same of the held-out part; None if there is none.
+        energy: tr(W C Wᵀ) with C around 0.
+        unit: of the loss of the model.
+    """
+
+    model_loss: Metric
+    held_out: Metric | None
+    energy: float
+    unit: str
+
+    def of_chain(self, weight: torch.Tensor, values: list[torch.Tensor]) -> dict[str, float | None]:
+        """Return loss_increase and held_out_loss_increase, ½ tr(G E C Eᵀ) per token with E = W − K_1 … K_L, and
+        energy_loss, the fraction of the output energy that is lost.
+
+        Args:
+            weight: W, shape (m, n).
+            values: of the factors, which act on x and give y.
+        """
+
+        def loss(metric: Metric | SecondMoment) -> float:
+            return population_loss(weight, values, metric) * len(weight)
+
+        return {
+            "loss_increase": loss(self.model_loss) / 2,
+            "held_out_loss_increase": None if self.held_out is None else loss(self.held_out) / 2,
+            "energy_loss": loss(self.model_loss.inputs) / self.energy,
+        }
 
 
 @dataclass(frozen=True)
@@ -63,7 +104,7 @@ class Problem:
 
     Everything inside is in internal coordinates (`ks.training.whitening`), in which the zero predictor has a loss of 1
     whatever the scale of W and x: losses and floors are relative. Only results are converted, by the factor
-    `predict_zero_loss` = tr(W C Wᵀ) / m.
+    `predict_zero_loss`: tr(W C Wᵀ) / m for output energy, ½ tr(G W C Wᵀ) for the loss of the model, G damped.
     """
 
     weight: Weight
@@ -90,9 +131,20 @@ class Problem:
         return self.layer_inputs.coordinates
 
     @property
-    def moment(self) -> SecondMoment:
-        """Return the second moment of the inputs in internal coordinates."""
-        return self.layer_inputs.moment
+    def metric(self) -> Metric:
+        """Return the metric of an error in internal coordinates; its loss of W is m."""
+        return self.layer_inputs.metric
+
+    @property
+    def loss_metric(self) -> LossMetric:
+        """Return what is minimised."""
+        return self.layer_inputs.loss_metric
+
+    @property
+    def unit(self) -> str:
+        """Return the unit of the loss of the model, as nats; empty without gradients."""
+        effects = self.layer_inputs.effects
+        return "" if effects is None else effects.unit
 
     @property
     def predict_zero_loss(self) -> float:
@@ -113,18 +165,42 @@ class Problem:
         return isotropic_coordinates(weight).weight(weight.to(self.device, torch.float64, copy=True))
 
     def held_out_loss(self, model: KSLinear) -> float:
-        """Return the exact relative loss of a chain of internal coordinates on the held-out inputs."""
+        """Return the exact loss of a chain of internal coordinates on the held-out inputs, in internal units."""
         assert self.layer_inputs.held_out is not None
-        outside = self.coordinates.outside(model)
-        weight = self.weight.tensor.to(outside.factors[0].device)
-        return population_loss(weight, outside.factors, self.layer_inputs.held_out) / self.predict_zero_loss
+        weight, values = self._outside(model)
+        return population_loss(weight, values, self.layer_inputs.held_out) / self.coordinates.unit**2
+
+    def effects(self, model: KSLinear) -> dict[str, float | None]:
+        """Return the losses in `Effects` of a chain of internal coordinates as it is saved; none without gradients."""
+        effects = self.layer_inputs.effects
+        return {} if effects is None else effects.of_chain(*self._outside(model))
+
+    def _outside(self, model: KSLinear) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        values = self.coordinates.outside(model).factors
+        return self.weight.tensor.to(values[0].device), values
+
+    def output_root(self, held_out: bool = False) -> torch.Tensor | None:
+        """Return G^{1/2} in internal coordinates, by which predictions and targets are multiplied, so that their mean
+        squared error is the loss; None where it is I.
+
+        Args:
+            held_out: that of the held-out gradients, if there are any, which validation uses.
+        Returns:
+            symmetric, shape (m, m), float64, on the CPU.
+        """
+        outputs = self.metric.outputs
+        if held_out and self.loss_metric is LossMetric.MODEL_LOSS and self.layer_inputs.held_out is not None:
+            outputs = SecondMoment(self.coordinates.gradients(self.layer_inputs.held_out))
+        return None if outputs.is_isotropic else outputs.times_root(torch.eye(self.rows, dtype=torch.float64))
 
     def held_out_samples(self) -> Pair | None:
-        """Return n samples x' whose second moment is that of the held-out inputs, and their targets y', float64."""
+        """Return n samples x' whose second moment is that of the held-out inputs, and their targets, float64."""
         if self.layer_inputs.held_out is None:
             return None
         unit = torch.eye(self.cols, dtype=torch.float64).mul_(self.cols**0.5)
-        return self._inside(self.layer_inputs.held_out.transform(unit))
+        samples, targets = self._inside(self.layer_inputs.held_out.inputs.transform(unit))
+        root = self.output_root(held_out=True)
+        return samples, targets if root is None else targets @ root
 
     def given_samples(self) -> Pair | None:
         """Return the raw samples to train on as x', and their targets y', float64; None unless sampling is fixed."""
@@ -134,8 +210,8 @@ class Problem:
         return self._inside(given.double() if centre is None else given.double() - centre)
 
     def _inside(self, samples: torch.Tensor) -> Pair:
-        targets = samples @ self.weight.tensor.double().cpu().t() / self.predict_zero_loss**0.5
-        return self.coordinates.samples(samples), targets
+        weight = self.coordinates.outputs(self.weight.tensor.double().cpu())
+        return self.coordinates.samples(samples), samples @ weight.t() / self.coordinates.unit
 
     def save(self, model: KSLinear, path: Path) -> None:
         """Save a chain of internal coordinates as one that acts on x."""
@@ -152,6 +228,8 @@ class Problem:
             },
             "chain": self.chain.describe(),
             "unit": self.coordinates.unit,
+            "loss_metric": self.loss_metric.value,
+            "unit_of_model_loss": self.unit,
             "inputs": self.layer_inputs.description,
             "predict_zero_loss": self.predict_zero_loss,
             "held_out_predict_zero_loss": self.layer_inputs.held_out_predict_zero_loss,
@@ -184,6 +262,11 @@ def resolve(config: TrainingFlags, edits: Edits = TOOLKIT) -> Problem:
     sampling, sampling_reason = choose_sampling(config.sampling, num_train, cols)
     if config.init == "hierarchical" and (reason := no_floor_reason(chain)):
         raise UsageError(f"--init hierarchical: {reason}; use --init random")
+    if config.loss_metric == LossMetric.MODEL_LOSS and not edits.criterion_is_ours:
+        raise UsageError(
+            "--loss_metric model_loss needs the criterion mean_squared_error of the toolkit, and that of "
+            f"train_with_random.py is {edits.criterion}; leave the flag out"
+        )
     optimizer, optimizer_reason = choose_optimizer(config.optimizer, chain, edits)
     if not 1e-280 < inputs.predict_zero_loss < 1e280:
         raise UsageError(
@@ -211,6 +294,23 @@ def resolve(config: TrainingFlags, edits: Edits = TOOLKIT) -> Problem:
             "because they hold for mean_squared_error alone; outputs are in units of the root mean square of W x",
         ),
     )
+
+
+def relative_target(config: TargetFlags, problem: Problem) -> float | None:
+    """Return the target of a sweep as a fraction of the loss of the zero predictor; None without one.
+
+    Raises:
+        UsageError: --target_loss_increase that the zero predictor reaches.
+    """
+    increase, zero = config.target_loss_increase, problem.predict_zero_loss
+    if increase is None:
+        return config.target_relative_loss
+    if increase >= zero:
+        raise UsageError(
+            f"--target_loss_increase {increase:g}: the zero predictor costs {zero:.3g} {problem.unit} per token by the "
+            "same prediction, so that every rank reaches it; give less"
+        )
+    return increase / zero
 
 
 def chain_notes(chain: Chain) -> list[str]:
@@ -309,12 +409,19 @@ def layer_inputs(config: TrainingFlags, weight: Weight, chain: Chain) -> LayerIn
         UsageError: flags that do not go together, or a file that does not fit the weight.
     """
     if config.inputs is None:
-        for name in ("inputs_key", "fit_bias"):
-            if getattr(config, name):
+        wants_model_loss = config.loss_metric == LossMetric.MODEL_LOSS
+        needing = {
+            "inputs_key": config.inputs_key,
+            "fit_bias": config.fit_bias,
+            "loss_metric model_loss": wants_model_loss,
+        }
+        for name, is_given in needing.items():
+            if is_given:
                 raise UsageError(f"--{name} without --inputs: give the file with the measured inputs too")
         zero_loss = SecondMoment.isotropic(config.input_std).output_energy(weight.tensor) / len(weight.tensor)
         description = {"kind": ISOTROPIC, "std": config.input_std}
-        return LayerInputs(isotropic_coordinates(weight.tensor), UNIT_MOMENT, zero_loss, description, (ISOTROPIC_NOTE,))
+        coordinates = isotropic_coordinates(weight.tensor)
+        return LayerInputs(coordinates, Metric(UNIT_MOMENT), zero_loss, description, (ISOTROPIC_NOTE,))
     if config.input_std != 1.0:
         raise UsageError(f"--input_std {config.input_std:g} together with --inputs: give one or the other")
     given = read_input_moments(
@@ -326,16 +433,35 @@ def layer_inputs(config: TrainingFlags, weight: Weight, chain: Chain) -> LayerIn
 
 
 def _measured(given: Calibration, weight: torch.Tensor, chain: Chain, config: TrainingFlags) -> LayerInputs:
-    moment = SecondMoment(given.train.second_moment)
-    centre = given.train.mean if config.fit_bias else None
-    energy = moment.output_energy(weight)
+    kind = LossMetric(config.loss_metric or LossMetric.OUTPUT_ENERGY)
+    is_model_loss = kind is LossMetric.MODEL_LOSS
+    moment, centre = SecondMoment(given.train.second_moment), given.train.mean if config.fit_bias else None
     around = moment if centre is None else _centred(given, config.inputs)
-    coordinates, inside = measured_coordinates(chain, energy / len(weight), around.matrix, centre)
-    held_out, held_out_loss = None, None
+    gradients, held_out_gradients = (
+        None if sums is None else SecondMoment(sums.second_moment)
+        for sums in (given.gradients, given.held_out_gradients or given.gradients)
+    )
+    if is_model_loss and gradients is None:
+        raise UsageError(
+            f"{config.inputs} comes without gradients of the loss of the model, which --loss_metric model_loss and "
+            "--target_loss_increase need; collect moments with loss=… (ks.collect_input_moments), or leave the flag out"
+        )
+    effects, held_out, held_out_loss = None, None, None
+    divisor = 2 if is_model_loss else len(weight)  # half the form is the increase of the loss; or energy per output
+    loss = Metric(moment, gradients if is_model_loss else None).loss(weight)
+    metric = Metric(around, gradients)
+    metric.check_shape(weight)
     if given.held_out is not None:
         uncentred = SecondMoment(given.held_out.second_moment)
-        held_out = uncentred if centre is None else SecondMoment(_around(given.held_out, centre))
-        held_out_loss = uncentred.output_energy(weight) / len(weight)
+        held_out = Metric(
+            uncentred if centre is None else SecondMoment(_around(given.held_out, centre)), held_out_gradients
+        )
+        held_out_loss = Metric(uncentred, held_out_gradients if is_model_loss else None).loss(weight) / divisor
+    if gradients is not None:
+        effects = Effects(metric, held_out, moment.output_energy(weight), given.unit)
+    if not is_model_loss:
+        metric, held_out = Metric(around), None if held_out is None else Metric(held_out.inputs)
+    coordinates, inside = measured_coordinates(chain, (loss / len(weight)) ** 0.5, metric, centre)
     count, held_out_count = given.train.count, given.held_out.count if given.held_out else 0
     description = {
         "kind": MEASURED,
@@ -346,18 +472,29 @@ def _measured(given: Calibration, weight: torch.Tensor, chain: Chain, config: Tr
         "effective_rank": moment.effective_rank,
         "centred": config.fit_bias,
     }
+    if is_model_loss:
+        description |= {"gradients_sha256": given.gradients_sha256, "damping": metric.damping}
     name = f" {one_line(given.key)}" if given.key else ""
     note = (
         f"Using the measured inputs of {one_line(config.inputs)}{name}: {count} inputs and {held_out_count} held out, "
         f"effective rank {moment.effective_rank:.1f} of {weight.shape[1]}."
     )
-    notes = [note, *given.notes]
+    notes = [note, *_gradient_notes(given, kind), *given.notes]
     if given.transposed and not config.transpose:
         notes.append("The model of these inputs stores the weight as (in, out): give --transpose if the file does too.")
     rows = given.samples[: given.train.count] if config.sampling == "fixed" and given.samples is not None else None
+    zero_loss = loss / divisor
     return LayerInputs(
-        coordinates, inside, energy / len(weight), description, tuple(notes), held_out, held_out_loss, rows
+        coordinates, inside, zero_loss, description, tuple(notes), kind, held_out, held_out_loss, rows, effects
     )
+
+
+def _gradient_notes(given: Calibration, kind: LossMetric) -> list[str]:
+    if kind is LossMetric.MODEL_LOSS:
+        unit = given.unit or "the unit of the loss"
+        return [f"Losses are the predicted increase of the loss of the model, in {unit} per token."]
+    hint = "These inputs come with gradients; --loss_metric model_loss minimises what the model loses."
+    return [] if given.gradients is None else [hint]
 
 
 def _centred(given: Calibration, path: str | None) -> SecondMoment:

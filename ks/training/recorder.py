@@ -99,7 +99,7 @@ class Recorder:
         self._weight, self._chain, self._optimizer, self._schedule = weight, chain, optimizer, schedule
         torch.set_num_threads(useful_threads(self.problem.chain.parameters(self.config.rank) * self.config.batch_size))
         keep_start = self.problem.edits.criterion_is_ours and self.config.init == "hierarchical"
-        self._best = BestModel(chain, weight, self.problem.moment, keep_start)
+        self._best = BestModel(chain, weight, self.problem.metric, keep_start)
         self.curves = self.resume_state.restore(optimizer, schedule, self._best)
         if self.resume_state.found:
             write_curves(self.files, self.curves)
@@ -161,6 +161,7 @@ class Recorder:
         if math.isfinite(relative_loss := self._relative_loss(self.curves[-1])):
             self.log["relative_loss"] = relative_loss
         problem.save(chain.model, self.files.final)
+        self.log |= problem.effects(chain.model)
         if problem.edits.criterion_is_ours:
             val_loss = self.curves[-1]["val_loss"] / problem.unit_of_loss
             tf32 = config.float32_precision == "tf32"
@@ -220,7 +221,7 @@ class Recorder:
         }
         interval = math.ceil(config.num_epochs / 10) if config.stop_below is None else 1
         if problem.edits.criterion_is_ours and (epoch % interval == 0 or epoch == config.num_epochs):
-            row["population_loss"] = population_loss(self._weight, self._chain.factors, problem.moment) * unit
+            row["population_loss"] = population_loss(self._weight, self._chain.factors, problem.metric) * unit
         return row
 
     def _relative_loss(self, row: dict) -> float:
@@ -266,6 +267,8 @@ class Recorder:
             text += f", relative loss {self._relative_loss(last):.2%}"
             if held_out := self.problem.layer_inputs.held_out_predict_zero_loss:
                 text += f", {last['val_loss'] / held_out:.2%} on held-out inputs"
+        if "loss_increase" in self.log:
+            text += f", the model loses about {self.log['loss_increase']:.3g} {self.problem.unit} per token"
         return f"{text}; {self.files.final}"
 
 

@@ -12,13 +12,14 @@ from ks.files.layout import RunFiles
 from ks.files.schema import CurveLists, RunConfig, TrainingLog, read_json_as
 from ks.files.status import OK, Ending, Status
 from ks.layer import load
+from ks.moments.metric import LossMetric
 from ks.training.criterion_identity import TOOLKIT, Edits
 from ks.training.problem import Problem
 
 # Their effect is compared instead (weight, inputs, chain, device, sampling), or they only change reports and files.
 NOT_COMPARED = (
     *("weight_path", "weight_key", "transpose", "chain", "blocks", "num_factors", "row_splits", "col_splits"),
-    *("inputs", "inputs_key"),
+    *("inputs", "inputs_key", "loss_metric"),
     *("device", "sampling", "optimizer", "log_to", "log_interval", "verbose", "quiet"),
     *("latency_seconds", "save_interval"),
 )
@@ -30,6 +31,10 @@ def settings_of(config: TrainingFlags, problem: Problem) -> dict[str, Any]:
     settings = {name: value for name, value in config.training_settings().items() if name not in NOT_COMPARED}
     settings |= {name: description[name] for name in ("chain", "device", "sampling", "optimizer")}
     settings |= {"criterion": problem.edits.criterion, "metrics": problem.edits.metrics}
+    settings["loss_metric"] = problem.loss_metric.value
+    if "gradients_sha256" in description["inputs"]:
+        inputs = description["inputs"]
+        settings |= {"gradients": f"sha256 {inputs['gradients_sha256'][:16]}", "damping": inputs["damping"]}
     for name in ("weight", "inputs"):  # isotropic inputs have no hash
         sha256 = description[name].get("sha256")
         settings[name] = f"sha256 {sha256[:16]}" if sha256 else description[name]["kind"]
@@ -46,14 +51,16 @@ def changes(before: dict, now: dict) -> str:
 
 
 def settings_in(settings: dict, loss: str | None) -> dict:
-    """Return recorded settings; version 0.1.0 named no criterion, but recorded a label of its loss.
+    """Return recorded settings; version 0.1.0 named no criterion, but recorded a label of its loss, and there was no
+    other metric than output energy.
 
     Args:
         settings: of a run or a study.
         loss: the label, if there is one.
     """
     ours = loss in (None, "mean squared error per output")
-    return dataclasses.asdict(TOOLKIT if ours else Edits(str(loss))) | settings
+    metric = {"loss_metric": LossMetric.OUTPUT_ENERGY.value}
+    return dataclasses.asdict(TOOLKIT if ours else Edits(str(loss))) | metric | settings
 
 
 @dataclasses.dataclass(frozen=True)

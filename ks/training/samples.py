@@ -184,6 +184,7 @@ def make_samples(
         seed: of the samples; None for that of the config.
     """
     seed = config.seed if seed is None else seed
+    weight = problem.metric.weighted(weight)  # its outputs are those that the chain makes
     stored = _read(seed, _settings(config, problem, seed))
     return Samples(
         weight.float(),
@@ -192,7 +193,7 @@ def make_samples(
         config.batch_size,
         sampling=problem.sampling,
         seed=seed,
-        moment=problem.moment,
+        moment=problem.metric.inputs,
         output_rows=output_rows,
         batch_last=config.bs_last,
         dtype=DTYPES[config.dtype],

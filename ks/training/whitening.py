@@ -1,9 +1,10 @@
 """Whitening: of a set of samples, and of the coordinates in which a chain learns.
 
-In these coordinates the zero predictor has a loss of 1 and every column group of x is white. Neither losses nor floors
-nor the shape of a chain depend on them: with C_ii = G_i G_iᵀ the second moment of column
-group i of the right-most factor, y' = y / u and x'_i = G_i⁺ (x_i − μ_i) turn W into W ⊕G_i / u and that factor into
-K_L ⊕G_i, up to u. Optimizers need far fewer steps there: inputs of real layers have conditions up to 1e9.
+In these coordinates the zero predictor has a loss of 1, and the metric G ⊗ C is I on every column group of the
+right-most factor and on every row group t::q of the left-most one. Neither losses nor floors nor the shape of a chain
+depend on them: with C_ii = F_i F_iᵀ and G_tt = R_t R_tᵀ, x'_i = F_i⁺ (x_i − μ_i) and y'_t = R_tᵀ y_t / u turn W into
+⊕R_tᵀ W ⊕F_i / u, the right-most factor into K_L ⊕F_i and the left-most one into ⊕R_tᵀ K_1, up to u. Optimizers need far
+fewer steps there: inputs of real layers have conditions up to 1e9.
 """
 
 import copy
@@ -15,6 +16,7 @@ from ks.bounds.descent import root_and_inverse
 from ks.chain.patterns import Chain
 from ks.files.atomic import save_tensors
 from ks.layer import KSLinear
+from ks.moments.metric import LossMetric, Metric
 from ks.moments.pieces import in_pieces, lower_gram, sum_of_squares
 from ks.moments.second_moment import FLOAT32_ROUNDING, SecondMoment, is_semi_definite
 
@@ -25,32 +27,48 @@ LARGEST_FLOAT32_CONDITION = 1e4
 
 @dataclass(frozen=True)
 class Coordinates:
-    """The change of coordinates for one weight, chain family and second moment.
+    """The change of coordinates for one weight, chain family and metric.
 
     Args:
-        unit: of the weight: W' = W ⊕G_i / unit.
-        root, inverse: G_i and G_i⁺, shape (p, n/p, n/p), float64; None where they are the identity.
+        unit: u.
+        root, inverse: F_i and F_i⁺, shape (p, n/p, n/p), float64; None where they are the identity.
         centre: μ, shape (n,), float64; None for 0.
+        row_root, row_inverse: R_t and R_t⁺, shape (q, m/q, m/q), float64; None where they are the identity.
     """
 
     unit: float
     root: torch.Tensor | None = None
     inverse: torch.Tensor | None = None
     centre: torch.Tensor | None = None
+    row_root: torch.Tensor | None = None
+    row_inverse: torch.Tensor | None = None
 
     def weight(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return W ⊕G_i / unit.
+        """Return ⊕R_tᵀ W ⊕F_i / u.
 
         Args:
             weight: W, shape (m, n), float64; overwritten.
         """
         if self.root is not None:
             weight = _times_block_diagonal(weight, self.root)
-        return weight.div_(self.unit)
+        return self.outputs(weight).div_(self.unit)
+
+    def outputs(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return ⊕R_tᵀ Y for a matrix Y of m rows, float64."""
+        if self.row_root is None:
+            return rows
+        groups = rows.view(-1, len(self.row_root), rows.shape[1]).transpose(0, 1)  # (m/q q) n -> q m/q n
+        return (self.row_root.to(rows.device).mT @ groups).transpose(0, 1).reshape(rows.shape)
 
     def samples(self, samples: torch.Tensor) -> torch.Tensor:
         """Return samples x' of centred samples x, shape (N, n), float64."""
         return samples if self.inverse is None else _times_block_diagonal(samples, self.inverse.mT)
+
+    def gradients(self, metric: Metric) -> torch.Tensor:
+        """Return ⊕R_t⁺ G ⊕R_t⁺ᵀ, with the rows in their natural order, shape (m, m), float64."""
+        assert self.row_inverse is not None
+        groups = len(self.row_inverse)
+        return _in_natural_order(_congruent(metric.rows_in_groups(groups).matrix, self.row_inverse), groups)
 
     def save(self, model: KSLinear, weight: torch.Tensor, path) -> None:
         """Save a trained chain as one that acts on x and gives y.
@@ -72,18 +90,24 @@ class Coordinates:
     def outside(self, model: KSLinear) -> KSLinear:
         """Return a copy of a chain that acts on centred x and gives y, in its dtype or in float64."""
         outside, dtype = copy.deepcopy(model).double(), model.factors[0].dtype
+        left, right = outside.factors[0], outside.factors[-1]
         condition = 1.0
         if self.root is not None and self.inverse is not None:
-            right = outside.factors[-1]
             folded = right.squeeze(-1) @ self.inverse.to(right.device)  # p (r q) (n/p)
-            norms = [torch.linalg.matrix_norm(matrices, 2) for matrices in (self.root, self.inverse)]
-            condition = (norms[0] * norms[1]).max().item()
             right.copy_(folded.unsqueeze(-1))
+            condition *= _condition(self.root, self.inverse)
+        if self.row_root is not None and self.row_inverse is not None:
+            left.copy_(torch.einsum("tji,ajct->aict", self.row_inverse.to(left.device), left))
+            condition *= _condition(self.row_root, self.row_inverse)
         scale = self.unit ** (1 / len(outside.factors))
         for factor in outside.factors:
             factor.mul_(scale)
         precise = condition > LARGEST_FLOAT32_CONDITION or not 1e-25 < self.unit < 1e25
         return outside if precise else outside.to(dtype)
+
+
+def _condition(root: torch.Tensor, inverse: torch.Tensor) -> float:
+    return (torch.linalg.matrix_norm(root, 2) * torch.linalg.matrix_norm(inverse, 2)).max().item()
 
 
 def isotropic_coordinates(weight: torch.Tensor) -> Coordinates:
@@ -92,28 +116,50 @@ def isotropic_coordinates(weight: torch.Tensor) -> Coordinates:
 
 
 def measured_coordinates(
-    chain: Chain, predict_zero_loss: float, moment: torch.Tensor, centre: torch.Tensor | None
-) -> tuple[Coordinates, SecondMoment]:
-    """Return the coordinates for measured inputs, and the second moment of x'.
+    chain: Chain, unit: float, metric: Metric, centre: torch.Tensor | None
+) -> tuple[Coordinates, Metric]:
+    """Return the coordinates for measured inputs, and the metric in them, without G where its row groups are uncoupled.
 
     Args:
         chain: a family.
-        predict_zero_loss: mean square of an output.
-        moment: second moment of x around the centre, shape (n, n), float64.
+        unit: u, in which the zero predictor has a loss of 1.
+        metric: G ⊗ C with the second moment C of x around the centre.
         centre: as in `Coordinates`.
     """
-    groups = chain.patterns(1)[-1].a
+    left, right = chain.patterns(1)[0], chain.patterns(1)[-1]
+    root, inverse, inputs = _whitened(metric.inputs.matrix, right.a)
+    if metric.kind is LossMetric.OUTPUT_ENERGY:
+        return Coordinates(unit, root, inverse, centre), Metric(inputs)
+    row_root, row_inverse, grouped = _whitened(metric.rows_in_groups(left.d).matrix, left.d)
+    coordinates = Coordinates(unit, root, inverse, centre, row_root, row_inverse)
+    if grouped.coupling(left.d) is None:
+        return coordinates, Metric(inputs)
+    return coordinates, Metric(inputs, _in_natural_order(grouped.matrix, left.d), damping=0.0)
+
+
+def _whitened(moment: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor, SecondMoment]:
+    """Return the root and the inverse of every group of features, and the second moment of the whitened ones."""
     root, inverse = root_and_inverse(_diagonal_blocks(moment, groups))
-    coordinates = Coordinates(predict_zero_loss**0.5, root, inverse, centre)
-    whitened = _times_block_diagonal(_times_block_diagonal(moment, inverse.mT).mT, inverse.mT)
-    whitened = (whitened + whitened.mT) / 2
+    whitened = _congruent(moment, inverse)
     for place, own in zip(_diagonal_blocks(whitened, groups), inverse @ root, strict=True):
         place.copy_(own)  # the identity, or a projection
-    # Whitening has multiplied the rounding of C by its condition.
+    # Whitening has multiplied the rounding of the moment by its condition.
     if not is_semi_definite(whitened, FLOAT32_ROUNDING / 2):
         eigenvalues, vectors = torch.linalg.eigh(whitened)
         whitened = (vectors * eigenvalues.clamp(min=0)) @ vectors.mT
-    return coordinates, SecondMoment(whitened)
+    return root, inverse, SecondMoment(whitened)
+
+
+def _congruent(moment: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """Return ⊕B_i M ⊕B_iᵀ for M of shape (n, n) and B of shape (p, n/p, n/p), exactly symmetric."""
+    product = _times_block_diagonal(_times_block_diagonal(moment, inverse.mT).mT, inverse.mT)
+    return (product + product.mT) / 2
+
+
+def _in_natural_order(moment: torch.Tensor, groups: int) -> torch.Tensor:
+    """Return the moment of rows that were ordered by their groups t::q, in the order of the rows of W."""
+    order = torch.arange(len(moment)).view(groups, -1).t().flatten()
+    return moment[order][:, order]
 
 
 def _diagonal_blocks(matrix: torch.Tensor, groups: int) -> torch.Tensor:

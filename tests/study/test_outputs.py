@@ -29,7 +29,7 @@ def write(weight_path, tmp_path):
         arguments += ["--metric", "r2"]
         config = rank_sweep_study.build_parser().parse(arguments)
         problem = resolve(config)
-        plan = RankFloors(problem.internal_weight(), problem.chain, problem.moment)
+        plan = RankFloors(problem.internal_weight(), problem.chain, problem.metric)
         runs = runs_of(config, [2, 4], tmp_path, Path("trainer.py"))
         row = {"epoch": 1, "train_loss": 9.0, "val_loss": 9.5, "rank": 4} | added
         for run in runs:

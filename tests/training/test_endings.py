@@ -11,7 +11,7 @@ from steps import WEIGHT
 from ks.bounds.population_loss import population_loss
 from ks.errors import InternalError
 from ks.layer import KSLinear
-from ks.moments.second_moment import UNIT_MOMENT
+from ks.moments.metric import Metric
 from ks.training.criterion_identity import TOOLKIT, Edits
 from ks.training.endings import Diverged, check_finite, check_validation
 
@@ -38,7 +38,9 @@ def test_a_validation_loss_that_contradicts_the_population_loss_is_a_fault(dtype
     weight = WEIGHT.double() * 6**0.5 / WEIGHT.norm()
     torch.manual_seed(0)
     model = KSLinear(10, 6, rank=2)
-    problem = SimpleNamespace(num_validation=10**7, moment=UNIT_MOMENT, held_out_samples=lambda: None)
+    problem = SimpleNamespace(
+        num_validation=10**7, metric=Metric(), held_out_samples=lambda: None, output_root=lambda held_out: None
+    )
     loss = population_loss(weight, model.factors)
     check_validation(loss, weight, model, problem, dtype, tf32)
     for factor in (1 - wrong, 1 + wrong):
@@ -57,6 +59,7 @@ def test_a_validation_loss_on_held_out_inputs_must_be_the_exact_one(energy, hold
     weight = WEIGHT.double() * 6**0.5 / WEIGHT.norm()
     torch.manual_seed(0)
     problem = SimpleNamespace(
+        output_root=lambda held_out: None,
         held_out_loss=lambda model: 0.25,
         held_out_samples=lambda: (torch.full((1, 10), energy**0.5, dtype=torch.float64), None),
     )

@@ -56,7 +56,7 @@ def test_training_samples_have_exactly_the_second_moment_of_the_inputs(tmp_path,
     weight = problem.internal_weight()
     samples = make_samples(config, problem, weight)
     inputs, targets = (batches.flatten(0, 1).double() for batches in (samples.inputs, samples.targets))
-    torch.testing.assert_close(second_moment(inputs), problem.moment.matrix, rtol=0, atol=1e-4)
+    torch.testing.assert_close(second_moment(inputs), problem.metric.inputs.matrix, rtol=0, atol=1e-4)
     torch.testing.assert_close(targets, inputs @ weight.t(), rtol=1e-4, atol=1e-4)
 
 
@@ -89,7 +89,7 @@ def test_losses_are_those_of_the_inputs_relative_to_predicting_zero(tmp_path, ki
     outputs = rows @ WEIGHT.double().t()
     assert problem.predict_zero_loss == pytest.approx(outputs.square().mean().item(), rel=1e-9)
     model = random_chain(problem)
-    loss = population_loss(problem.internal_weight(), model.factors, problem.moment) * problem.predict_zero_loss
+    loss = population_loss(problem.internal_weight(), model.factors, problem.metric.inputs) * problem.predict_zero_loss
     outside = problem.coordinates.outside(model)
     assert loss == pytest.approx((outside(rows) - outputs).square().mean().item(), rel=1e-9)
 

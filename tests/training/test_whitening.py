@@ -7,6 +7,7 @@ from layer_rows import KINDS, WEIGHT, layer_rows, second_moment
 import ks
 from ks.bounds.population_loss import population_loss
 from ks.layer import KSLinear
+from ks.moments.metric import Metric
 from ks.moments.second_moment import SecondMoment
 from ks.training.whitening import measured_coordinates
 
@@ -20,8 +21,8 @@ def inside(kind, family="monarch", weight=WEIGHT, centred=False):
     energy = SecondMoment(second_moment(rows)).output_energy(weight) / len(weight)
     moment = second_moment(rows, mean)
     chain = ks.make_chain(*weight.shape, family)
-    coordinates, inputs = measured_coordinates(chain, energy, moment, mean)
-    return rows, moment, energy, chain, coordinates, inputs, coordinates.weight(weight.double().clone())
+    coordinates, metric = measured_coordinates(chain, energy**0.5, Metric(moment), mean)
+    return rows, moment, energy, chain, coordinates, metric.inputs, coordinates.weight(weight.double().clone())
 
 
 def random_chain(chain, rank=2, dtype=torch.float64):
@@ -102,9 +103,9 @@ def test_rounding_that_whitening_enlarges_is_no_reason_to_refuse(digits, dtype):
     chain = ks.make_chain(16, 24)
     for seed in range(25):
         measured = SecondMoment(ill_conditioned(digits, seed).to(dtype))
-        coordinates, inputs = measured_coordinates(chain, 1.0, measured.matrix, None)
-        assert torch.linalg.eigvalsh(inputs.matrix)[0] > -1e-9
+        coordinates, metric = measured_coordinates(chain, 1.0, Metric(measured), None)
+        assert torch.linalg.eigvalsh(metric.inputs.matrix)[0] > -1e-9
         model = random_chain(chain)
         weight = coordinates.weight(WEIGHT.double().clone())
         outside = population_loss(WEIGHT, coordinates.outside(model).factors, measured)
-        assert population_loss(weight, model.factors, inputs) == pytest.approx(outside, rel=1e-3)
+        assert population_loss(weight, model.factors, metric) == pytest.approx(outside, rel=1e-3)
