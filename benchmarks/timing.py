@@ -11,7 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ks.files.provenance import provenance
-from ks.training.latency import interleaved_medians
+from ks.model.timing import interleaved_medians
 
 
 def interleaved_ms(functions: dict, device: torch.device, rounds: int = 15, clock=time.perf_counter) -> dict:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from ks.model.losses import NextTokenLoss as NextTokenLoss
     from ks.model.losses import RandomDirections as RandomDirections
     from ks.model.losses import sentence_embedding as sentence_embedding
+    from ks.model.measure import compare as compare
+    from ks.model.measure import measure_loss as measure_loss
     from ks.model.refine import refine as refine
     from ks.model.saved_model import load_compressed as load_compressed
     from ks.model.saved_model import save_compressed as save_compressed
@@ -43,6 +45,7 @@ _HOMES = {
     "RandomDirections": "ks.model.losses",
     "chain_product": "ks.chain.product",
     "collect_input_moments": "ks.model.collect",
+    "compare": "ks.model.measure",
     "compress": "ks.model.apply",
     "compress_in_order": "ks.model.in_order",
     "factorize": "ks.bounds.factorize",
@@ -50,6 +53,7 @@ _HOMES = {
     "load_compressed": "ks.model.saved_model",
     "loss_floor": "ks.bounds.floors",
     "make_chain": "ks.chain.patterns",
+    "measure_loss": "ks.model.measure",
     "plan_model": "ks.model.allocate",
     "refine": "ks.model.refine",
     "save_compressed": "ks.model.saved_model",

@@ -58,6 +58,30 @@ def changed(batch: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     raise UsageError(f"a batch of type {type(batch).__name__}: a tensor, list, tuple or mapping is needed")
 
 
+def size_of(batch: Any) -> int:
+    """Return the number of entries of a batch: the length of its first tensor."""
+    return len(_first_tensor(batch))
+
+
+def cut(batch: Any, start: int, stop: int) -> Any:
+    """Return some entries of a batch; tensors of another length than its first one stay whole."""
+    size = size_of(batch)
+    return changed(batch, lambda tensor: tensor[start:stop] if tensor.ndim and len(tensor) == size else tensor)
+
+
+def num_tokens(batch: Any) -> int:
+    """Return the number of tokens that count: of the mask, or of the first tensor, of token ids or vectors."""
+    mask, first = mask_of(batch), _first_tensor(batch)
+    if mask is not None:
+        return int(mask.bool().sum())
+    return (first.shape[:-1] if first.is_floating_point() else first.shape).numel()
+
+
+def _first_tensor(batch: Any) -> torch.Tensor:
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else [batch]
+    return next(value for value in values if isinstance(value, torch.Tensor) and value.ndim)
+
+
 def call(model: torch.nn.Module, batch: Any) -> Any:
     """Return the output of a model for a batch of `on_device_of`."""
     if isinstance(batch, dict):

@@ -14,9 +14,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ks.errors import UsageError, one_line
 from ks.files.globs import matching, nearest
 from ks.files.memory import check_fits
-from ks.model.batches import Mask, call, evaluating, mask_of, on_device_of
+from ks.model.batches import Mask, call, cut, evaluating, mask_of, on_device_of, size_of
 from ks.model.linears import Linear, linears_of, unwrapped
-from ks.model.losses import Loss, LossLike, as_loss, checked_loss
+from ks.model.losses import FunctionLoss, Loss, LossLike, as_loss, checked_loss
 from ks.moments.moments_file import InputMoments
 from ks.moments.second_moment import VectorSums
 
@@ -72,7 +72,9 @@ def collect_input_moments(
             is_held_out = math.floor((before + 1) * held_out + 1e-9) > math.floor(before * held_out + 1e-9)
             collection.start_pass(is_held_out, mask_of(batch, mask))
             placed = on_device_of(model, batch)
-            collection.finish_pass(call(model, placed), placed)
+            value = collection.finish_pass(call(model, placed), placed)
+            if before == collection.earlier_batches and isinstance(collection.loss, FunctionLoss):
+                collection.warn_of_a_mean(model, placed, value)
         found = collection.result()
         whole = found if moments is None else moments.merge(found)
     if not quiet:
@@ -98,7 +100,7 @@ class _Collection:
         self.linears, self.model_name, self.loss = linears, model_name, loss
         self.sums: dict[bool, dict[str, VectorSums]] = {False: {}, True: {}}  # by whether it is held out
         self.gradients: dict[bool, dict[str, VectorSums]] = {False: {}, True: {}}  # by the name of the layer
-        self.in_backward = False
+        self.paused = False
         self.group: dict[str, str] = {}  # layer → NAME of its input tensor
         self.batch = self.earlier_batches = max(earlier.batches.values()) if earlier else 0
         if earlier and earlier.model != model_name:
@@ -126,7 +128,7 @@ class _Collection:
 
     def take(self, name: str, inputs: torch.Tensor) -> None:
         """Add the inputs of a layer, unless another layer of its group has received the same tensor in this pass."""
-        if self.in_backward:  # a checkpoint runs its part of the forward pass again
+        if self.paused:
             return
         storage = StorageWeakRef(inputs.untyped_storage())
         self._alive.append(storage)
@@ -170,8 +172,9 @@ class _Collection:
             )
         return rows[self.mask.flatten().to(vectors.device, torch.bool)]
 
-    def finish_pass(self, output: Any, batch: Any) -> None:
-        """Go back from the loss, and check that the sums of this pass are valid."""
+    def finish_pass(self, output: Any, batch: Any) -> float:
+        """Go back from the loss, which is returned, and check that the sums of this pass are valid."""
+        value = torch.zeros(())
         if self.loss is not None:
             value = checked_loss(self.loss, output, batch)
             if not value.requires_grad:
@@ -179,10 +182,31 @@ class _Collection:
                     f"the loss {one_line(self.loss.name)} needs no gradient: it does not depend on the model's "
                     "parameters by operations of torch that have one (.item(), .detach() and argmax have none)"
                 )
-            self.in_backward = True
-            value.backward()
-            self.in_backward = False
+            with self._paused():
+                value.backward()
         self._check_pass()
+        return value.item()
+
+    @contextlib.contextmanager
+    def _paused(self) -> Iterator[None]:
+        """Take no inputs of a forward pass: a checkpoint runs its part again in the backward pass."""
+        self.paused = True
+        yield
+        self.paused = False
+
+    def warn_of_a_mean(self, model: torch.nn.Module, batch: Any, whole: float) -> None:
+        """Print a warning if the losses of the halves of a batch have the loss of the whole as their mean, not sum."""
+        assert self.loss is not None
+        size = size_of(batch)
+        with self._paused(), torch.no_grad():
+            halves = [cut(batch, 0, size // 2), cut(batch, size // 2, size)] if size > 1 else []
+            parts = sum(checked_loss(self.loss, call(model, half), half).item() for half in halves)
+        if 0 < whole < 0.75 * parts:
+            print(
+                f"warning: the loss {one_line(self.loss.name)} is {whole:.4g} for a batch and {parts:.4g} for its "
+                "halves together, as a mean is; return a sum, or the gradients shrink with the size of the batch",
+                file=sys.stderr,
+            )
 
     def _check_pass(self) -> None:
         """Check that layers with one input tensor have still shared it, and that all vectors were finite."""
@@ -256,9 +280,12 @@ def _observed(model: torch.nn.Module, collection: "_Collection") -> Iterator[Non
             return None
         return output + output.new_zeros((), requires_grad=True) if torch.is_grad_enabled() else None
 
-    def outputs(name: str, module: torch.nn.Module, positional: tuple, output: torch.Tensor) -> None:
-        if output.requires_grad:  # not in the first pass of a reentrant checkpoint
-            output.register_hook(partial(collection.take_gradient, name))
+    def outputs(name: str, module: torch.nn.Module, positional: tuple, output: torch.Tensor) -> torch.Tensor | None:
+        if not output.requires_grad:  # in the first pass of a reentrant checkpoint, or of torch.no_grad
+            return None
+        observed = output.clone() if output._is_view() else output  # changed in place, a view loses its hooks
+        observed.register_hook(partial(collection.take_gradient, name))
+        return observed
 
     layers = {linear.module for linear in collection.linears.values()}
     with contextlib.ExitStack() as undo:

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy, normalize
 
 from ks.errors import UsageError, one_line
-from ks.model.batches import mask_of
+from ks.model.batches import mask_of, num_tokens
 
 IGNORED = -100  # the label that torch and transformers leave out
 
@@ -52,8 +52,8 @@ class LogitsLoss:
 
     @property
     def name(self) -> str:
-        """Such as NextTokenLoss(labels='text')."""
-        return f"{type(self).__name__}(labels={self.labels!r})"
+        """Such as `NextTokenLoss, labels of the text`."""
+        return f"{type(self).__name__}, labels of the {self.labels}"
 
     def __call__(self, output: Any, batch: Any) -> torch.Tensor:
         """Return Σ −log p(label) in float32, or float64 for float64 logits."""
@@ -176,13 +176,8 @@ class FunctionLoss:
         return self.function(output, batch)
 
     def count(self, output: Any, batch: Any) -> int:
-        """Return the number of tokens: those of the mask, or all of the first tensor."""
-        mask = mask_of(batch)
-        if mask is not None:
-            return int(mask.bool().sum())
-        values = batch.values() if isinstance(batch, Mapping) else [batch] if torch.is_tensor(batch) else batch
-        first = next(value for value in values if torch.is_tensor(value))
-        return (first.shape[:-1] if first.is_floating_point() else first.shape).numel()
+        """Return the number of tokens of the batch that count."""
+        return num_tokens(batch)
 
 
 LossLike = Loss | Callable[[Any, Any], torch.Tensor]
@@ -207,33 +202,31 @@ def checked_loss(loss: Loss, output: Any, batch: Any) -> torch.Tensor:
     return value
 
 
+def tensor_of(output: Any, *names: str) -> torch.Tensor:
+    """Return the output of a model, if it is a tensor, or the first of these attributes that it has.
+
+    Raises:
+        UsageError: it has none.
+    """
+    found = next(
+        (each for each in (output, *(getattr(output, name, None) for name in names)) if torch.is_tensor(each)), None
+    )
+    if found is None or found.ndim < 2:
+        raise UsageError(
+            f"the output of the model is {_described(output)}; a tensor (batch, …, d), or an object with such a "
+            f"{' or '.join(names)}, is needed: give a loss of your own"
+        )
+    return found
+
+
 def logits_of(output: Any) -> torch.Tensor:
-    """Return the logits of an output: itself, if it is a tensor, or its `.logits`.
-
-    Raises:
-        UsageError: it has none.
-    """
-    found = getattr(output, "logits", output)
-    if isinstance(found, torch.Tensor) and found.ndim > 1:
-        return found
-    raise UsageError(f"the output of the model, {_described(output)}, has no logits; give a loss of your own")
-
-
-def states_of(output: Any) -> torch.Tensor:
-    """Return the last hidden states of an output: itself, if it is a tensor, or its `.last_hidden_state`.
-
-    Raises:
-        UsageError: it has none.
-    """
-    found = getattr(output, "last_hidden_state", output)
-    if isinstance(found, torch.Tensor) and found.ndim > 1:
-        return found
-    raise UsageError(f"the output of the model, {_described(output)}, has no last_hidden_state")
+    """Return the logits of an output, itself or its `.logits`."""
+    return tensor_of(output, "logits")
 
 
 def sentence_embedding(output: Any, batch: Any) -> torch.Tensor:
     """Return the mean of the last hidden states over the tokens that count, normalised, shape (batch, d)."""
-    states, mask = states_of(output), mask_of(batch)
+    states, mask = tensor_of(output, "last_hidden_state"), mask_of(batch)
     if mask is None:
         return normalize(states.mean(1), dim=-1)
     kept = mask.to(states).unsqueeze(-1)

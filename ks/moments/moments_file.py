@@ -129,7 +129,8 @@ class InputMoments:
         Args:
             other: of the same model, from other batches or of other layers.
         Raises:
-            UsageError: another model, or a layer with another width or another shared input.
+            UsageError: another model or loss, or a layer with another width or another shared input, or with gradients
+                in one of them only.
         """
         if self.model != other.model:
             raise UsageError(
@@ -147,6 +148,10 @@ class InputMoments:
                     f"weight {one_line(key)!r} has inputs {one_line(self.aliases[key])!r} in one of the moments and "
                     f"{one_line(other.aliases[key])!r} in the other; collect both with the same layers"
                 )
+            if (key in self.gradients) != (key in other.gradients):
+                raise UsageError(
+                    f"weight {one_line(key)!r} has gradients in one of the moments only; collect both with one loss"
+                )
         return InputMoments(
             _added(self.train, other.train),
             _added(self.held_out, other.held_out),
@@ -157,8 +162,8 @@ class InputMoments:
             },
             tuple(sorted({*self.transposed, *other.transposed})),
             self.model,
-            gradients=_added(self.gradients, other.gradients),
-            held_out_gradients=_added(self.held_out_gradients, other.held_out_gradients),
+            gradients=_added(self.gradients, other.gradients, "gradients of"),
+            held_out_gradients=_added(self.held_out_gradients, other.held_out_gradients, "gradients of"),
             loss=self.loss,
             unit=self.unit,
         )
@@ -299,7 +304,10 @@ class _StoredSums(Mapping[str, VectorSums]):
             raise KeyError(name)
         stored = set(self._file.keys())
         key_of = {label: f"{name}/{self._prefix}{label}" for label in SUM_LABELS}
-        where = f"{self._path}, inputs {one_line(f'{name}/{self._prefix}').rstrip('/')!r}"
+        what, shown = "inputs", f"{name}/{self._prefix}".rstrip("/")
+        if self._prefix.startswith(GRADIENTS):
+            what, shown = "gradients", f"{name}/{self._prefix.removeprefix(GRADIENTS)}".rstrip("/")
+        where = f"{self._path}, {what} {one_line(shown)!r}"
         if missing := [label for label, key in key_of.items() if key not in stored]:
             raise UsageError(f"{where}: the file lacks {', '.join(missing)}; collect the moments again")
         shape = self._file.get_slice(key_of["sum_xx"]).get_shape()
@@ -323,14 +331,16 @@ class _StoredSums(Mapping[str, VectorSums]):
         return VectorSums(square, sum_x, int(count.item()))
 
 
-def _added(first: Mapping[str, VectorSums], second: Mapping[str, VectorSums]) -> dict[str, VectorSums]:
+def _added(
+    first: Mapping[str, VectorSums], second: Mapping[str, VectorSums], what: str = "inputs"
+) -> dict[str, VectorSums]:
     """Return the sums of both, by name."""
     added = {**second, **first}
     for name in first.keys() & second.keys():
         widths = first[name].width, second[name].width
         if widths[0] != widths[1]:
             raise UsageError(
-                f"inputs {one_line(name)!r} are {widths[0]} wide in one of the moments and {widths[1]} in the other"
+                f"{what} {one_line(name)!r} are {widths[0]} wide in one of the moments and {widths[1]} in the other"
             )
         added[name] = first[name].plus(second[name])
     return added

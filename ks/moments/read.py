@@ -126,9 +126,10 @@ def inputs_of(moments: InputMoments, width: int, weight_key: str | None) -> Cali
         raise UsageError(f"{where}: count is 0, so no input was seen; collect the moments from more batches")
     if held_out is not None and held_out.width != width:
         raise UsageError(f"{where}: the held-out part is {held_out.width} wide, not {width}; collect the moments again")
+    of = f"{moments.source}, gradients of {one_line(found)!r}"
     gradients, held_out_gradients = (
-        None if (sums := part.get(found)) is None or not sums.count else _checked(sums, f"{where}, gradients")
-        for part in (moments.gradients, moments.held_out_gradients)
+        None if (sums := part.get(found)) is None or not sums.count else _checked(sums, f"{of}{label}", "gradients")
+        for part, label in ((moments.gradients, ""), (moments.held_out_gradients, ", held out"))
     )
     same = weight_key is None or found in (weight_key, f"{weight_key}.weight")
     renamed = [] if same else [f"inputs of {one_line(str(weight_key))}: found in {moments.source} as {one_line(found)}"]
@@ -218,17 +219,18 @@ def _samples_key(path: Path, entries: dict, key: str | None, weight_key: str | N
     return name, [f"samples of {path}: its only tensor, {one_line(name)}"] if weight_key else []
 
 
-def _checked(sums: VectorSums, where: str) -> VectorSums:
-    """Return sums with an exactly symmetric Σ x xᵀ, checked for properties that all sums over real inputs have.
+def _checked(sums: VectorSums, where: str, what: str = "inputs") -> VectorSums:
+    """Return sums with an exactly symmetric Σ x xᵀ, checked for properties that all sums over real vectors have.
 
     C − μμᵀ, a covariance, is positive semi-definite, so that C is so too and Σ x belongs to it.
     """
     second_moment, mean = sums.second_moment, sums.mean
     size = second_moment.norm().item()
     if not size < float("inf"):
-        raise UsageError(f"{where}: the second moment overflows; scale the inputs down")
+        raise UsageError(f"{where}: the second moment overflows; scale the {what} down")
     if size == 0:
-        raise UsageError(f"{where}: all inputs are zero, so that every output is; choose another layer")
+        effect = "so that every output is" if what == "inputs" else "so that the loss does not depend on the outputs"
+        raise UsageError(f"{where}: all {what} are zero, {effect}; choose another layer")
     asymmetry = (second_moment - second_moment.t()).abs().max().item()
     if asymmetry > FLOAT32_ROUNDING * size:
         raise UsageError(f"{where}: sum_xx is not symmetric (by {asymmetry / size:.1e} of its norm); collect it again")

@@ -1,10 +1,12 @@
-"""Collected gradients at the outputs of layers against autograd, for models of every kind; the model stays as it was."""
+"""Collected gradients at the outputs of layers against autograd, for models of every kind; the model stays as is."""
 
 import contextlib
+from functools import partial
 
 import pytest
 import torch
 from networks import Attention, hand_computed, normal
+from torch.nn import Linear
 from torch.utils.checkpoint import checkpoint
 
 import ks
@@ -18,41 +20,296 @@ def squares(output, batch):
     return output.square().sum()
 
 
-def collect(model, batches, layers=ALL, loss=squares, **options):
-    return ks.collect_input_moments(model, batches, layers, loss=loss, quiet=True, **options)
+def collect(model, batches, layers="**", loss=squares, held_out=0.0, **options):
+    return ks.collect_input_moments(model, batches, layers, loss=loss, held_out=held_out, quiet=True, **options)
 
 
-def agrees(sums, rows, rtol=1e-5):
+def agrees(sums, rows, tolerance=1e-5):
     square, total = hand_computed(rows)
-    torch.testing.assert_close(sums.sum_xx, square, rtol=rtol, atol=rtol * square.abs().max().item())
-    torch.testing.assert_close(sums.sum_x, total, rtol=rtol, atol=rtol * total.abs().max().item())
+    torch.testing.assert_close(sums.sum_xx, square, rtol=tolerance, atol=tolerance * square.abs().max().item())
+    torch.testing.assert_close(sums.sum_x, total, rtol=tolerance, atol=tolerance * total.abs().max().item())
     assert sums.count == rows.numel() // rows.shape[-1]
 
 
-def gradients_of(model, x, loss=squares):
-    """g at the output of every layer, by torch.autograd.grad of a model whose parameters require gradients."""
+def by_autograd(model, batch, loss=squares):
+    """g at the outputs of every nn.Linear, of parameters that require gradients, all calls in one tensor."""
     outputs = {}
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    hooks = [
-        module.register_forward_hook(lambda module, x, y, name=name: outputs.setdefault(name, []).append(y))
-        for name, module in layers.items()
-    ]
-    value = loss(model(x), x)
-    for hook in hooks:
-        hook.remove()
-    return {name: torch.cat(torch.autograd.grad(value, each, retain_graph=True)) for name, each in outputs.items()}
+
+    def tap(kept, module, inputs, output):
+        kept.append(output)
+        return output * 1  # may be changed in place
+
+    with contextlib.ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if isinstance(module, Linear):
+                kept = outputs.setdefault(name, [])
+                hooks.callback(module.register_forward_hook(partial(tap, kept)).remove)
+        value = loss(model(batch), batch)
+    found = {}
+    for name, each in outputs.items():
+        parts = torch.autograd.grad(value, each, retain_graph=True)
+        found[name] = torch.cat([part.flatten(0, -2) for part in parts])
+    return found
 
 
 def test_the_gradients_are_those_of_autograd():
     model, x = Attention().eval(), normal(4, 3, 6)
-    found = collect(model, [x[:2], x[2:]], held_out=0.5)
-    expected, unseen = gradients_of(model, x[:2]), gradients_of(model, x[2:])
+    found = collect(model, [x[:2], x[2:]], ALL, held_out=0.5)
+    expected, unseen = by_autograd(model, x[:2]), by_autograd(model, x[2:])
     assert set(found.gradients) == set(found.held_out_gradients) == set(found.aliases)
     for name in expected:
         agrees(found.gradients[f"{name}.weight"], expected[name])
         agrees(found.held_out_gradients[f"{name}.weight"], unseen[name])
     assert (found.loss, found.unit) == ("squares", "nats")
-    without = ks.collect_input_moments(model, [x[:2], x[2:]], ALL, held_out=0.5, quiet=True)
-    assert without.loss == "" and without.gradients == {}
+
+
+def test_the_inputs_are_those_that_are_collected_without_a_loss():
+    model, x = Attention(), normal(4, 3, 6)
+    found, without = collect(model, [x], ALL), ks.collect_input_moments(model, [x], ALL, held_out=0, quiet=True)
+    assert found.aliases == without.aliases
+    assert (without.loss, without.gradients) == ("", {})
     for name, sums in without.train.items():
         assert torch.equal(found.train[name].sum_xx, sums.sum_xx)
+        assert found.train[name].count == sums.count
+
+
+def test_float64_models_are_summed_in_float64():
+    model, x = Attention().double().eval(), normal(50, 6).double()
+    agrees(collect(model, [x]).gradients[f"{LAYER}.query.weight"], by_autograd(model, x)[f"{LAYER}.query"], 1e-13)
+
+
+def test_padding_is_left_out_on_both_sides():
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    model, x = Attention().eval(), normal(2, 3, 6)
+    found = collect(model, [{"x": x, "attention_mask": mask}])
+    rows = by_autograd(model, x)[f"{LAYER}.up"].view(2, 3, -1)[mask.bool()]
+    agrees(found.gradients[f"{LAYER}.up.weight"], rows)
+    assert found.gradients[f"{LAYER}.up.weight"].count == found.train[f"{LAYER}.up"].count == 3
+
+
+class Blocks(torch.nn.Module):
+    """Token vectors from a table or a convolution, then blocks whose forward pass `around` calls."""
+
+    def __init__(self, around, embed, tied=False):
+        super().__init__()
+        self.around, self.embed = around, embed
+        blocks = [torch.nn.Sequential(Linear(6, 8), torch.nn.ReLU(inplace=True), Linear(8, 6)) for _ in range(2)]
+        self.blocks = torch.nn.ModuleList([blocks[0], blocks[0]] if tied else blocks)
+
+    def forward(self, x):
+        x = self.embed(x)
+        for block in self.blocks:
+            x = x + self.around(block, x)
+        return x
+
+
+class Unnoticed(torch.nn.Module):
+    """Vectors for tokens from a table that is no parameter."""
+
+    def forward(self, tokens):
+        return normal(10, 6)[tokens]
+
+
+TOKENS = torch.tensor([[1, 2, 3], [4, 5, 6]])
+ROUNDS = {
+    "plain": lambda block, x: block(x),
+    "reentrant checkpoint": lambda block, x: checkpoint(block, x, use_reentrant=True),
+    "checkpoint": lambda block, x: checkpoint(block, x, use_reentrant=False),
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("around", ROUNDS)
+def test_checkpointed_and_tied_blocks(around, tied):
+    torch.manual_seed(0)
+    model = Blocks(ROUNDS[around], torch.nn.Embedding(10, 6), tied)
+    found = collect(model, [TOKENS, TOKENS + 1])
+    model.around = ROUNDS["plain"]
+    parts = [by_autograd(model, TOKENS), by_autograd(model, TOKENS + 1)]
+    plain = ks.collect_input_moments(model, [TOKENS, TOKENS + 1], "**", held_out=0, quiet=True)
+    for name in parts[0]:
+        agrees(found.gradients[f"{name}.weight"], torch.cat([part[name] for part in parts]))
+        assert found.train[name].count == plain.train[name].count
+        assert torch.equal(found.train[name].sum_xx, plain.train[name].sum_xx)
+    if tied:
+        assert found.gradients["blocks.1.0.weight"].count == 2 * 12
+
+
+@pytest.mark.parametrize("around", ["plain", "checkpoint"])
+def test_a_model_whose_vectors_come_from_no_parameter(around):
+    model = Blocks(ROUNDS[around], Unnoticed())
+    agrees(collect(model, [TOKENS]).gradients["blocks.0.0.weight"], by_autograd(model, TOKENS)["blocks.0.0"])
+
+
+def test_a_model_that_changes_the_output_of_its_first_layer_in_place():
+    model = torch.nn.Sequential(Linear(6, 8), torch.nn.ReLU(inplace=True), Linear(8, 6))
+    agrees(collect(model, [normal(5, 6)]).gradients["0.weight"], by_autograd(model, normal(5, 6))["0"])
+
+
+def state_of(model):
+    hooks = sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
+    parameters = [(each.requires_grad, None if each.grad is None else each.grad.clone()) for each in model.parameters()]
+    return hooks, [module.training for module in model.modules()], parameters
+
+
+@pytest.mark.parametrize("fails", [None, "forward", "loss"])
+def test_the_model_is_left_as_it_was(fails):
+    model, required = Attention(), normal(3, 6).requires_grad_()
+    model.encoder["layer"][0]["key"].requires_grad_(False).eval()
+    model.encoder["layer"][0]["up"].weight.grad = torch.ones(10, 6)
+    seen = []
+
+    def loss(output, batch):
+        seen.extend(parameter.requires_grad for parameter in model.parameters())
+        return output.sum() if fails != "loss" else output
+
+    before = state_of(model)
+    message = {"forward": "must match", "loss": "the loss loss is a tensor of shape"}.get(fails)
+    with pytest.raises((RuntimeError, UsageError), match=message) if fails else contextlib.nullcontext():
+        collect(model, [required, normal(3, 7 if fails == "forward" else 6)], loss=loss)
+    after = state_of(model)
+    assert after[:2] == before[:2]
+    for (requires, grad), (required_before, grad_before) in zip(after[2], before[2]):
+        assert requires == required_before
+        assert grad is grad_before is None or torch.equal(grad, grad_before)
+    assert not any(seen)
+    assert required.grad is None
+    assert torch.is_grad_enabled()
+
+
+def test_offloading_replaces_parameters_and_they_require_gradients_again():
+    model = torch.nn.Sequential(Linear(6, 5), Linear(5, 4))
+    model[0].bias.requires_grad_(False)
+
+    def replace(module, inputs):
+        for name, each in list(module._parameters.items()):
+            module._parameters[name] = torch.nn.Parameter(each.detach().clone(), each.requires_grad)
+
+    model[0].register_forward_pre_hook(replace)
+    collect(model, [normal(3, 6)])
+    assert [each.requires_grad for each in model.parameters()] == [True, False, True, True]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_works_where_gradients_are_off(mode):
+    model = Attention()
+    with mode():
+        found = collect(model, [normal(3, 6)])
+    agrees(found.gradients[f"{LAYER}.up.weight"], by_autograd(model.eval(), normal(3, 6))[f"{LAYER}.up"])
+
+
+def test_a_model_of_inference_mode_is_refused():
+    with torch.inference_mode():
+        model = Attention()
+    with pytest.raises(UsageError, match="the model was made in inference mode"):
+        collect(model, [normal(3, 6)])
+
+
+def test_autocast_does_not_round_the_sums():
+    model, x = Attention().eval(), normal(300, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = collect(model, [x], loss=lambda output, batch: output.float().square().sum())
+        expected = by_autograd(model, x, lambda output, batch: output.float().square().sum())
+    agrees(found.gradients[f"{LAYER}.up.weight"], expected[f"{LAYER}.up"])
+
+
+def test_compiled_models_are_observed():
+    model = torch.nn.Sequential(Linear(6, 5), torch.nn.ReLU(), Linear(5, 4)).eval()
+    compiled = torch.compile(model, backend="eager")
+    compiled(normal(3, 6))
+    agrees(collect(compiled, [normal(3, 6)]).gradients["0.weight"], by_autograd(model, normal(3, 6))["0"])
+
+
+def test_a_collection_in_parts_is_that_of_the_whole():
+    model, batches = Attention(), [normal(2, 6, seed=number) for number in range(7)]
+    whole = collect(model, batches, held_out=0.2)
+    continued = collect(model, batches[3:], held_out=0.2, moments=collect(model, batches[:3], held_out=0.2))
+    merged = collect(model, batches[:5], held_out=0.2).merge(collect(model, batches[5:], held_out=0.2))
+    for found in (continued, merged):
+        assert (found.loss, found.unit) == (whole.loss, whole.unit)
+        for part, other in (
+            (found.gradients, whole.gradients),
+            (found.held_out_gradients, whole.held_out_gradients),
+        ):
+            assert part.keys() == other.keys()
+            for key, sums in part.items():
+                torch.testing.assert_close(sums.sum_xx, other[key].sum_xx, rtol=1e-6, atol=1e-6)
+                assert sums.count == other[key].count
+
+
+def test_moments_of_another_loss_or_of_none_are_not_continued():
+    earlier = collect(Attention(), [normal(3, 6)])
+    with pytest.raises(UsageError, match="have gradients of 'squares', not 'no loss'; give the same loss, or start"):
+        ks.collect_input_moments(Attention(), [normal(3, 6)], "**", moments=earlier)
+    with pytest.raises(UsageError, match="have gradients of 'squares', not 'NextTokenLoss"):
+        collect(Attention(), [], loss=ks.NextTokenLoss(), moments=earlier)
+
+
+class Two(torch.nn.Module):
+    """The loss depends on the first layer, and on the second one if `used`."""
+
+    def __init__(self, used):
+        super().__init__()
+        self.first, self.second, self.used = Linear(6, 5), Linear(6, 5), used
+
+    def forward(self, x):
+        second = self.second(x)
+        return self.first(x) + (second if self.used else second.detach())
+
+
+def test_a_layer_without_a_gradient_is_named(capsys):
+    found = ks.collect_input_moments(Two(False), [normal(3, 6)] * 5, "*", loss=squares)
+    assert set(found.gradients) == set(found.held_out_gradients) == {"first.weight"}
+    assert set(found.aliases) == {"first.weight", "second.weight"}
+    assert capsys.readouterr().err.splitlines()[-1] == "second: inputs alone, because the loss gives it no gradient"
+    with pytest.raises(UsageError, match="the loss squares gives no gradient to any layer of second; give layers"):
+        collect(Two(False), [normal(3, 6)], "second")
+
+
+def test_gradients_of_some_batches_only_are_not_merged():
+    with pytest.raises(UsageError, match="weight 'second.weight' has gradients in one of the moments only; collect"):
+        collect(Two(True), [normal(3, 6)]).merge(collect(Two(False), [normal(3, 6)]))
+
+
+FAULTS = {
+    "a tensor of shape (3, 10); one number, summed over all that counts, is needed": lambda output, batch: output,
+    "a float; one number": lambda output, batch: output.sum().item(),
+    "nan; a finite one is needed": lambda output, batch: output.sum() * float("nan"),
+    "needs no gradient: it does not depend on the model's parameters": lambda output, batch: output.detach().sum(),
+}
+
+
+@pytest.mark.parametrize("message", FAULTS)
+def test_a_loss_that_is_none_is_refused(message):
+    with pytest.raises(UsageError) as raised:
+        collect(Attention(), [normal(3, 6)], loss=FAULTS[message])
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_gradients_that_are_not_finite_are_refused():
+    with pytest.raises(
+        UsageError, match=r"the gradients at the outputs of layer encoder.* hold NaN or infinite values"
+    ):
+        collect(Attention(), [normal(3, 6)], loss=lambda output, batch: (output - output).abs().sqrt().sum())
+
+
+def test_a_mean_is_warned_of_once_and_a_sum_is_not(capsys):
+    batches = [normal(4, 6), normal(4, 6)]
+    collect(Attention(), batches, loss=lambda output, batch: output.square().mean())
+    [warning] = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: the loss <lambda> is ")
+    assert "for its halves together, as a mean is; return a sum" in warning
+    found = collect(Attention(), batches)
+    collect(Attention(), [normal(1, 6)], loss=lambda output, batch: output.square().mean())  # cannot be cut
+    assert capsys.readouterr().err == ""
+    assert found.train[f"{LAYER}.query"].count == found.gradients[f"{LAYER}.query.weight"].count == 8
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_gradients_on_a_gpu_are_those_of_the_cpu():
+    torch.manual_seed(0)
+    model = Blocks(ROUNDS["reentrant checkpoint"], torch.nn.Embedding(10, 6))
+    expected = by_autograd(model, TOKENS)["blocks.0.0"]
+    agrees(collect(model.cuda(), [TOKENS]).gradients["blocks.0.0.weight"], expected, 1e-4)

@@ -33,13 +33,26 @@ def moments(rows=40, width=6, model="MiniLM", **changed):
     return InputMoments(**values | changed)
 
 
-def test_saved_moments_are_loaded_to_the_bit(tmp_path):
-    other = moments()
+def with_gradients(rows=40, loss="next token", keys=("a.q.weight", "a.up.weight"), **changed):
+    """The same with gradients at the outputs of two weights, of which one has a held-out part."""
+    values = {
+        "gradients": {key: sums(normal(rows, 3, seed=seed)) for seed, key in enumerate(keys)},
+        "held_out_gradients": {"a.q.weight": sums(normal(9, 3, seed=2))},
+        "loss": loss,
+        "unit": "nats",
+    }
+    return moments(rows, **values | changed)
+
+
+@pytest.mark.parametrize("make", [moments, with_gradients])
+def test_saved_moments_are_loaded_to_the_bit(tmp_path, make):
+    other = make()
     other.save(tmp_path / "m.safetensors")
     one = InputMoments.load(tmp_path / "m.safetensors")
-    for field in ("aliases", "batches", "transposed", "model"):
+    for field in ("aliases", "batches", "transposed", "model", "loss", "unit"):
         assert getattr(one, field) == getattr(other, field)
-    for part, counterpart in ((one.train, other.train), (one.held_out, other.held_out)):
+    for name in ("train", "held_out", "gradients", "held_out_gradients"):
+        part, counterpart = getattr(one, name), getattr(other, name)
         assert part.keys() == counterpart.keys()
         for name in part:
             assert part[name].count == counterpart[name].count
@@ -62,6 +75,52 @@ def test_the_format_of_the_file(tmp_path):
     assert record["model"] == "MiniLM"
     assert record["created"].startswith("20")
     assert list(tmp_path.iterdir()) == [tmp_path / "m.safetensors"]
+
+
+def test_the_format_of_a_file_with_gradients(tmp_path):
+    with_gradients().save(tmp_path / "m.safetensors")
+    tensors = load_file(tmp_path / "m.safetensors")
+    own = ("a.q.weight/gradients", "a.up.weight/gradients", "a.q.weight/gradients/held_out")
+    assert {f"{name}/sum_xx" for name in own} < set(tensors)
+    torch.testing.assert_close(tensors["a.q.weight/gradients/sum_xx"], hand_computed(normal(40, 3))[0])
+    with safetensors.safe_open(tmp_path / "m.safetensors", "pt") as file:
+        record = json.loads(file.metadata()["ks_input_moments"])
+    assert {name: record[name] for name in ("version", "loss", "unit", "gradients")} == {
+        "version": 2,
+        "loss": "next token",
+        "unit": "nats",
+        "gradients": ["a.q.weight", "a.up.weight"],
+    }
+
+
+def test_gradients_are_merged_too():
+    merged = with_gradients().merge(with_gradients(rows=7, held_out_gradients={}))
+    torch.testing.assert_close(
+        merged.gradients["a.q.weight"].sum_xx,
+        hand_computed(torch.cat([normal(40, 3), normal(7, 3)]))[0],
+        rtol=1e-13,
+        atol=1e-13,
+    )
+    assert merged.gradients["a.up.weight"].count == 47
+    assert merged.held_out_gradients["a.q.weight"].count == 9
+    assert (merged.loss, merged.unit) == ("next token", "nats")
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (moments(), "gradients of 'next token' and of 'no loss' are not to be merged; collect both with one loss"),
+        (with_gradients(loss="classes"), "gradients of 'next token' and of 'classes' are not to be merged"),
+        (with_gradients(keys=("a.q.weight",)), "weight 'a.up.weight' has gradients in one of the moments only"),
+        (
+            with_gradients(gradients={key: sums(normal(4, 2)) for key in ("a.q.weight", "a.up.weight")}),
+            "gradients of 'a..*.weight' are 3 wide in one of the moments and 2 in the other",
+        ),
+    ],
+)
+def test_gradients_that_do_not_belong_together_are_not_merged(other, message):
+    with pytest.raises(UsageError, match=message):
+        with_gradients().merge(other)
 
 
 def test_a_path_that_cannot_be_written_is_one_line(tmp_path):
@@ -173,6 +232,17 @@ def test_other_files_are_refused(tmp_path):
         with pytest.raises(UsageError, match=message) as raised:
             InputMoments.load(tmp_path / name)
         assert "\n" not in str(raised.value)
+
+
+def test_invalid_gradients_are_refused(tmp_path):
+    with_gradients().save(tmp_path / "m.safetensors")
+    with safetensors.safe_open(tmp_path / "m.safetensors", "pt") as file:
+        metadata = file.metadata()
+    kept = load_file(tmp_path / "m.safetensors")
+    del kept["a.up.weight/gradients/count"]
+    save_file(kept, tmp_path / "m.safetensors", metadata)
+    with pytest.raises(UsageError, match=r"gradients 'a\.up\.weight': the file lacks count; collect the moments again"):
+        InputMoments.load(tmp_path / "m.safetensors")
 
 
 def test_sums_that_exceed_the_memory_are_not_read(tmp_path, monkeypatch):

@@ -140,6 +140,39 @@ def test_the_held_out_part_is_checked_too(tmp_path):
     refused(saved(tmp_path / "m.safetensors", held_out=sums(normal(9, 5))), "the held-out part is 5 wide, not 6")
 
 
+def with_gradients(path, gradients, unseen=None, **changed):
+    parts = {"gradients": {KEY: gradients}} | ({"held_out_gradients": {KEY: unseen}} if unseen else {})
+    return saved(path, loss="next token", unit="nats", **parts | changed)
+
+
+def test_gradients_are_read_with_the_inputs(tmp_path):
+    outputs = normal(90, 3), normal(20, 3, seed=1)
+    path = with_gradients(tmp_path / "m.safetensors", sums(outputs[0]), sums(outputs[1]), held_out=sums(UNSEEN))
+    found = read_input_moments(path, WIDTH, KEY)
+    is_moments_of(found.gradients, outputs[0])
+    is_moments_of(found.held_out_gradients, outputs[1])
+    assert found.unit == "nats"
+    other = read_input_moments(path, WIDTH, KEY.replace("output", "other"))
+    assert other.gradients is None is other.gradients_sha256
+    again = with_gradients(tmp_path / "again.safetensors", sums(outputs[0] + 1), sums(outputs[1]))
+    assert read_input_moments(again, WIDTH, KEY).gradients_sha256 not in (None, found.gradients_sha256)
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("all zero", "all gradients are zero, so that the loss does not depend on the outputs; choose another layer"),
+        ("overflow", "the second moment overflows; scale the gradients down"),
+        ("not symmetric", "sum_xx is not symmetric"),
+        ("mean of others", "sum_x does not belong to sum_xx"),
+    ],
+)
+def test_sums_that_real_gradients_cannot_have_are_refused_by_name(tmp_path, case, message):
+    refused(with_gradients(tmp_path / "m.safetensors", FAULTS[case][0]), f"gradients of '{KEY}': {message}")
+    held_out = with_gradients(tmp_path / "other.safetensors", sums(ROWS), FAULTS[case][0])
+    refused(held_out, f"gradients of '{KEY}', held out: {message}")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rounding_is_no_fault(tmp_path, dtype):
     """Sums in float32 over inputs of rank 2: eigenvalues that are zero are rounded to both sides of it."""

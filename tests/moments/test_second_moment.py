@@ -104,3 +104,16 @@ def test_every_dtype_is_promoted_before_it_is_multiplied(dtype):
     found = VectorSums.zeros(5)
     found.add(rows)
     torch.testing.assert_close(found.finished().sum_xx, hand_computed(rows)[0], rtol=1e-12, atol=0)
+
+
+def test_products_in_float32_are_summed_in_float64(monkeypatch):
+    monkeypatch.setattr(second_moment, "CHUNK_ROWS", 8)
+    rows = torch.cat([torch.full((8, 20), 2.0**15), torch.ones(64, 20)])  # a float32 sum of 2³³ loses the ones
+    found = VectorSums.zeros(20)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found.add(rows * 1.001, torch.float32)
+    square = hand_computed(rows * 1.001)[0]
+    torch.testing.assert_close(found.finished().sum_xx, square, rtol=1e-7, atol=0)
+    exact = VectorSums.zeros(20)
+    exact.add(rows, torch.float32)
+    assert torch.equal(exact.finished().sum_xx, hand_computed(rows)[0])

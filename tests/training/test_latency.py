@@ -11,8 +11,9 @@ import train_with_random
 from ks.files.columns import BATCHES, LATENCIES, names
 from ks.files.layout import RunFiles
 from ks.files.schema import Latency, TrainingLog, read_json_as
+from ks.model.timing import ROUNDS, interleaved_medians
 from ks.training import latency, recorder
-from ks.training.latency import ROUNDS, interleaved_medians, measure_latency
+from ks.training.latency import measure_latency
 
 CPU = torch.device("cpu")
 
