@@ -7,8 +7,8 @@
 The program writes build/minilm_inputs.safetensors (50,000 tokens for training, 12,500 held out) and
 build/minilm_inputs_unseen.safetensors (20,000 tokens of other source files). The text is the docstrings of pandas,
 matplotlib and networkx in a fixed order. The program checks the forward pass on four sentences, and prints effective
-rank and condition of every second moment as a Markdown table. `--measure` compares collecting with the bare forward
-pass instead.
+rank and condition of every second moment as a Markdown table. `--measure` compares collecting, without and with
+gradients, with the bare passes instead.
 """
 
 import argparse
@@ -61,40 +61,50 @@ def spectrum_table(moments: InputMoments) -> str:
 
 
 def measure(model, batches, rounds: int) -> None:
-    """Print the CPU time of the forward pass, and what collecting adds to it and holds in memory, as Markdown.
+    """Print the CPU time of the bare passes, and what collecting adds to it and holds in memory, as Markdown.
 
+    With gradients, of random directions of the sentence embedding, collecting stands beside forward and backward.
     Every round takes all variants in turn, and the medians count; CPU time, because other programs may run.
     """
 
-    def collect(layers):
-        return ks.collect_input_moments(model, batches, layers, quiet=True)
+    def collect(layers, loss):
+        return ks.collect_input_moments(model, batches, layers, loss=loss, quiet=True)
 
     @torch.no_grad()
     def forward():
         for batch in batches:
             model(**batch)
 
+    def backward():
+        for batch in batches:
+            directions(model(**batch), batch).backward()
+        model.zero_grad()
+
+    directions = ks.RandomDirections(ks.sentence_embedding)
+    bare = {None: ("forward", forward), directions: ("forward and backward", backward)}
     choices = {"`output.dense`": OUTPUTS, "all": ALL_LAYERS}
-    variants = {"bare": forward} | {name: functools.partial(collect, layers) for name, layers in choices.items()}
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    found = {name: variant() for name, variant in variants.items()}  # a round that warms up
+    kinds = [(name, loss) for loss in bare for name in choices]
+    variants = dict(bare.values()) | {kind: functools.partial(collect, choices[kind[0]], kind[1]) for kind in kinds}
+    times: dict = {kind: [] for kind in variants}
+    found = {kind: variant() for kind, variant in variants.items()}  # a round that warms up
     for _ in range(rounds):
-        for name, variant in variants.items():
+        for kind, variant in variants.items():
             started = time.process_time()
             variant()
-            times[name].append(time.process_time() - started)
+            times[kind].append(time.process_time() - started)
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
     padded = sum(batch["input_ids"].numel() for batch in batches)
     threads = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
     print(f"{tokens} tokens and {padded - tokens} of padding in {len(batches)} batches; {cpu_name()}, {threads}\n")
-    print("| layers | input tensors | forward pass, CPU s | with collecting, CPU s | overhead | sums, MiB |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for name in choices:
-        sums = [*found[name].train.values(), *found[name].held_out.values()]
-        mib = sum(part.sum_xx.nbytes + part.sum_x.nbytes for part in sums) / 2**20
-        bare, collecting = median(times["bare"]), median(times[name])
-        cells = f"{bare:.1f} | {collecting:.1f} | {collecting / bare - 1:.0%} | {mib:.0f}"
-        print(f"| {name} {len(found[name].aliases)} | {len(found[name].train)} | {cells} |")
+    print("| layers | input tensors | bare passes | bare, CPU s | with collecting, CPU s | factor | sums, MiB |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for name, loss in kinds:
+        moments = found[name, loss]
+        parts = (moments.train, moments.held_out, moments.gradients, moments.held_out_gradients)
+        mib = sum(sums.sum_xx.nbytes + sums.sum_x.nbytes for part in parts for sums in part.values()) / 2**20
+        passes, collecting = median(times[bare[loss][0]]), median(times[name, loss])
+        cells = f"{bare[loss][0]} | {passes:.1f} | {collecting:.1f} | {collecting / passes:.2f} | {mib:.0f}"
+        print(f"| {name} ({len(moments.aliases)}) | {len(moments.train)} | {cells} |")
 
 
 @console.script

@@ -1,11 +1,10 @@
-"""Collect the moments of a model's inputs, by hooks on its linear layers while batches pass through it."""
+"""Collect the moments of a model's inputs and gradients, at its linear layers while batches pass through it."""
 
 import contextlib
 import math
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +13,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ks.errors import UsageError, one_line
 from ks.files.globs import matching, nearest
 from ks.files.memory import check_fits
-from ks.model.batches import Mask, call, cut, evaluating, mask_of, on_device_of, size_of
+from ks.model.batches import Mask, call, cut, mask_of, on_device_of, size_of
+from ks.model.hooks import observed
 from ks.model.linears import Linear, linears_of, unwrapped
 from ks.model.losses import FunctionLoss, Loss, LossLike, as_loss, checked_loss
 from ks.moments.moments_file import InputMoments
@@ -35,15 +35,20 @@ def collect_input_moments(
 ) -> InputMoments:
     """Sum x xᵀ, x and the number of inputs x of linear layers, in float64, while a model runs on batches.
 
-    The model runs in evaluation mode and without gradients on its own device. Afterwards no hook is left on it and
-    every module has its mode back, also after an exception. An input tensor of width n takes n² + n float64 numbers on
-    the layer's device, twice with a held-out part; layers that receive the same tensor (query, key and value; gate and
-    up) share them.
+    With a loss, g gᵀ, g and their number are summed too, of the gradients g = ∂loss/∂y at the outputs y of every layer.
+
+    The model runs in evaluation mode on its own device, without gradients of its parameters. Afterwards no hook is left
+    on it, every module has its mode back, and every parameter its `requires_grad` and `.grad`, also after an exception.
+    An input tensor of width n takes n² + n float64 numbers on the layer's device, twice with a held-out part; layers
+    that receive the same tensor (query, key and value; gate and up) share them. So do the gradients at m outputs, for
+    every layer. Products of gradients are in float32, of float64 models in float64.
 
     Args:
         model: with nn.Linear layers, or Conv1D layers of transformers.
         batches: a batch is a tensor (model(batch)), a list or tuple (model(*batch)) or a mapping (model(**batch)).
         layers: globs over the names of the layers, as in `ks.files.globs.matches`: `encoder.layer.*.output.dense`.
+        loss: of the model's output and the batch, summed over all that counts, no mean: `ks.NextTokenLoss()`,
+            `ks.ClassifierLoss()`, `ks.RandomDirections(…)`, or a function of both.
         mask: returns the tokens of a batch that count, boolean or integer of shape (batch, tokens), or None for all.
             By default a mapping's `attention_mask` is used.
         held_out: fraction of the batches that are held out; every fifth at 0.2.
@@ -54,7 +59,8 @@ def collect_input_moments(
     Returns:
         the moments, on the CPU.
     Raises:
-        UsageError: no layer matches or none is called, an input is not finite, or a mask does not fit its layer.
+        UsageError: no layer matches or none is called, an input or a gradient is not finite, or a mask does not fit its
+            layer; the loss is no finite scalar, needs no gradient, gives none to any layer, or is not that of before.
     """
     if not 0 <= held_out < 1:
         raise UsageError(f"a held-out fraction of {held_out}: at least 0 and less than 1 is needed")
@@ -65,16 +71,20 @@ def collect_input_moments(
     if not quiet:
         lines = [f"{one_line(name)}: {linear.width} wide" for name, linear in linears.items()]
         print(f"inputs of {len(linears)} layers:", *lines, sep="\n", file=sys.stderr)
-    with _observed(model, collection):
+    gradients = None if loss is None else collection.take_gradient
+    with observed(model, linears, collection.take, gradients):
         for batch in batches:
             before = collection.batch
             # 1e-9, because 100 · 0.29 falls below 29
             is_held_out = math.floor((before + 1) * held_out + 1e-9) > math.floor(before * held_out + 1e-9)
             collection.start_pass(is_held_out, mask_of(batch, mask))
             placed = on_device_of(model, batch)
-            value = collection.finish_pass(call(model, placed), placed)
-            if before == collection.earlier_batches and isinstance(collection.loss, FunctionLoss):
-                collection.warn_of_a_mean(model, placed, value)
+            output = call(model, placed)
+            if collection.loss is not None:
+                value = collection.go_back(collection.loss, output, placed)
+                if before == collection.earlier_batches and isinstance(collection.loss, FunctionLoss):
+                    collection.warn_of_a_mean(collection.loss, model, placed, value)
+            collection.check_pass()
         found = collection.result()
         whole = found if moments is None else moments.merge(found)
     if not quiet:
@@ -172,19 +182,16 @@ class _Collection:
             )
         return rows[self.mask.flatten().to(vectors.device, torch.bool)]
 
-    def finish_pass(self, output: Any, batch: Any) -> float:
-        """Go back from the loss, which is returned, and check that the sums of this pass are valid."""
-        value = torch.zeros(())
-        if self.loss is not None:
-            value = checked_loss(self.loss, output, batch)
-            if not value.requires_grad:
-                raise UsageError(
-                    f"the loss {one_line(self.loss.name)} needs no gradient: it does not depend on the model's "
-                    "parameters by operations of torch that have one (.item(), .detach() and argmax have none)"
-                )
-            with self._paused():
-                value.backward()
-        self._check_pass()
+    def go_back(self, loss: Loss, output: Any, batch: Any) -> float:
+        """Run the backward pass from the loss of an output, and return the loss."""
+        value = checked_loss(loss, output, batch)
+        if not value.requires_grad:
+            raise UsageError(
+                f"the loss {one_line(loss.name)} needs no gradient: it does not depend on the model's parameters by "
+                "operations of torch that have one (.item(), .detach() and argmax have none)"
+            )
+        with self._paused():
+            value.backward()
         return value.item()
 
     @contextlib.contextmanager
@@ -194,21 +201,20 @@ class _Collection:
         yield
         self.paused = False
 
-    def warn_of_a_mean(self, model: torch.nn.Module, batch: Any, whole: float) -> None:
+    def warn_of_a_mean(self, loss: Loss, model: torch.nn.Module, batch: Any, whole: float) -> None:
         """Print a warning if the losses of the halves of a batch have the loss of the whole as their mean, not sum."""
-        assert self.loss is not None
         size = size_of(batch)
         with self._paused(), torch.no_grad():
             halves = [cut(batch, 0, size // 2), cut(batch, size // 2, size)] if size > 1 else []
-            parts = sum(checked_loss(self.loss, call(model, half), half).item() for half in halves)
+            parts = sum(checked_loss(loss, call(model, half), half).item() for half in halves)
         if 0 < whole < 0.75 * parts:
             print(
-                f"warning: the loss {one_line(self.loss.name)} is {whole:.4g} for a batch and {parts:.4g} for its "
-                "halves together, as a mean is; return a sum, or the gradients shrink with the size of the batch",
+                f"warning: the loss {one_line(loss.name)} is {whole:.4g} for a batch and {parts:.4g} for its halves "
+                "together, as a mean is; return a sum, or the gradients shrink with the size of the batch",
                 file=sys.stderr,
             )
 
-    def _check_pass(self) -> None:
+    def check_pass(self) -> None:
         """Check that layers with one input tensor have still shared it, and that all vectors were finite."""
         for name, group in self.group.items():
             if self._received[name] != self._received[group]:
@@ -262,58 +268,6 @@ def _finished(sums: dict[bool, dict[str, VectorSums]]) -> tuple[dict[str, Vector
     train, held_out = ({name: each.finished() for name, each in sums[part].items()} for part in (False, True))
     empty = {name: VectorSums.zeros(each.width) for name, each in held_out.items() if name not in train}
     return train | empty, held_out
-
-
-@contextlib.contextmanager
-def _observed(model: torch.nn.Module, collection: "_Collection") -> Iterator[None]:
-    """Hook the layers of a collection, and leave the model as it was at the end.
-
-    For gradients, no parameter requires one in the meantime: the graph starts at the outputs of the modules that have
-    parameters, so that it is the usual one without the gradients of the weights.
-    """
-
-    def inputs(name: str, module: torch.nn.Module, positional: tuple, named: dict) -> None:
-        collection.take(name, (positional[0] if positional else next(iter(named.values()))).detach())
-
-    def start(module: torch.nn.Module, positional: tuple, output: Any) -> torch.Tensor | None:
-        if not torch.is_tensor(output) or not output.is_floating_point() or output.requires_grad:
-            return None
-        return output + output.new_zeros((), requires_grad=True) if torch.is_grad_enabled() else None
-
-    def outputs(name: str, module: torch.nn.Module, positional: tuple, output: torch.Tensor) -> torch.Tensor | None:
-        if not output.requires_grad:  # in the first pass of a reentrant checkpoint, or of torch.no_grad
-            return None
-        observed = output.clone() if output._is_view() else output  # changed in place, a view loses its hooks
-        observed.register_hook(partial(collection.take_gradient, name))
-        return observed
-
-    layers = {linear.module for linear in collection.linears.values()}
-    with contextlib.ExitStack() as undo:
-        for name, linear in collection.linears.items():
-            undo.callback(linear.module.register_forward_pre_hook(partial(inputs, name), with_kwargs=True).remove)
-        if collection.loss is not None:
-            undo.enter_context(_frozen(model))
-            for module in model.modules():
-                if module in layers or next(module.parameters(recurse=False), None) is not None:
-                    undo.callback(module.register_forward_hook(start).remove)
-            for name, linear in collection.linears.items():
-                undo.callback(linear.module.register_forward_hook(partial(outputs, name)).remove)
-        with evaluating(model, gradients=collection.loss is not None):
-            yield
-
-
-@contextlib.contextmanager
-def _frozen(model: torch.nn.Module) -> Iterator[None]:
-    """Let no parameter require a gradient for a time; found again by name, since offloading replaces parameters."""
-    required = {name: each.requires_grad for name, each in model.named_parameters(remove_duplicate=False)}
-    if any(parameter.is_inference() for parameter in model.parameters()):
-        raise UsageError("the model was made in inference mode, which has no gradients; make it outside")
-    model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            parameter.requires_grad_(required[name])
 
 
 def _report(found: InputMoments, linears: dict[str, Linear]) -> None:
