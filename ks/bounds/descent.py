@@ -1,20 +1,23 @@
-"""Descents to the best known chain for coupled inputs: local optima, whose losses are upper bounds of the least loss.
+"""Descents to the best known chain for a metric G ⊗ C: local optima, whose losses are upper bounds of the least loss.
 
-**Over the blocks of a grid.** A grid Ŵ has blocks X[t, i] = Ŵ[t::q, group i] of rank r; its loss
-tr((W − Ŵ) C (W − Ŵ)ᵀ) separates over the row groups t. In block-whitened columns, with C_ii = G_i G_iᵀ, X̃_i = X_i G_i
-and C̃_ij = G_i⁺ C_ij G_j⁺ᵀ, so that C̃_ii = I. With H = W C ⊕G_i⁺ᵀ the optimum of one block given the others is the
-truncated SVD of T_i = H_i − Σ_{j≠i} X̃_j C̃_ji. Blocks are kept as products left · rightᵀ, so that a sweep costs about
-6 r q n² + 8 r m n operations.
+**Over the blocks of a grid.** A grid Ŵ has blocks X[t, i] = Ŵ[t::q, group i] of rank r. The loss is
+tr(G (W − Ŵ) C (W − Ŵ)ᵀ). In block-whitened rows and columns, with G_tt = A_t A_tᵀ, C_ii = B_i B_iᵀ and
+X̃_ti = A_tᵀ X_ti B_i, the couplings are G̃_ts = A_t⁺ G_ts A_s⁺ᵀ and C̃_ji = B_j⁺ C_ji B_i⁺ᵀ, so that G̃_tt = C̃_ii = I. With
+H_ti = A_t⁺ (G W C)_ti B_i⁺ᵀ, the optimum of one block given the others is the truncated SVD of
+T_ti = H_ti − Σ_{(s,j)≠(t,i)} G̃_ts X̃_sj C̃_ji. Row groups that G does not couple (G = I) are done at once. Blocks are kept
+as products left · rightᵀ, so that a sweep costs about 6 r q n² + 8 r m n operations, and 4 m² n + 4 r q m n more where G
+couples row groups.
 
 **Over the factors of a chain of any length.** With P = K_1 … K_{l-1} and Q = K_{l+1} … K_L, the loss
-tr((W − P K_l Q) C (W − P K_l Q)ᵀ) is quadratic in K_l. Its block (i, t), a b × c matrix, has the curvature
-(P_iᵀP_i)_t ⊗ (Q_i C Q_iᵀ)_t, and blocks of different t do not interact. So the exact step of block i, for all t at
-once, is  Δ = (P_iᵀP_i)⁺ · P_iᵀ (W − Ŵ) C Q_iᵀ · (Q_i C Q_iᵀ)⁺, and no step raises the loss.
+tr(G (W − P K_l Q) C (W − P K_l Q)ᵀ) is quadratic in K_l. Its block (i, t), a b × c matrix, has the curvature
+(PᵀGP)_it ⊗ (Q C Qᵀ)_it, so its exact step is  Δ = (P_itᵀ G P_it)⁺ · P_itᵀ G (W − Ŵ) C Q_itᵀ · (Q_it C Q_itᵀ)⁺, and no
+step raises the loss. Blocks of different t do not interact for G = I: then block i is done for all t at once.
 """
 
 import torch
 
 from ks.chain.product import chain_product
+from ks.moments.metric import Metric, MetricLike
 
 MAX_GRID_SWEEPS = 200  # for the worst case; about thirty come close on layers of MiniLM
 TRIAL_SWEEPS = 6  # from each start
@@ -27,28 +30,39 @@ PINV_RTOL = 1e-12  # of the largest eigenvalue, in pseudo-inverses of curvatures
 
 
 class GridDescent:
-    """Descent for one weight and second moment, prepared once for all ranks in about 4 n³/p + 4 m n² operations.
+    """Descent for one weight and metric, prepared once for all ranks in about 4 n³/p + 4 m n² operations.
+
+    Where the metric has a G, 4 m³/q + 2 m² n more.
 
     Args:
         weight: W, shape (m, n), any float dtype, CPU or CUDA; the work is done in float64.
-        moment: C, shape (n, n), float64.
+        metric: G ⊗ C, or C alone.
         row_groups: q, a divisor of m.
         column_groups: p, a divisor of n.
     """
 
-    def __init__(self, weight: torch.Tensor, moment: torch.Tensor, row_groups: int, column_groups: int):
+    def __init__(self, weight: torch.Tensor, metric: MetricLike, row_groups: int, column_groups: int):
         q, p = row_groups, column_groups
-        moment = moment.to(weight.device)
-        height, width = weight.shape[0] // q, weight.shape[1] // p
-        self.weight = _grid_blocks(weight.double(), q, p)  # shape: (q, p, M, k)
-        coupling = moment.reshape(p, width, p, width).transpose(1, 2)  # shape: (p, p, k, k)
-        own = torch.stack([coupling[i, i] for i in range(p)])
-        self.root, self.inverse = root_and_inverse(own)
-        self.coupling = self.inverse[:, None] @ coupling @ self.inverse.mT
-        outputs = weight.double() @ moment
-        self.energy = (outputs * weight).reshape(height, q, -1).sum((0, 2))  # shape: (q,)
+        metric, weight = Metric.of(metric), weight.double()
+        moment = metric.inputs.matrix_of(weight.shape[1]).to(weight.device)
+        outputs = weight @ moment  # W C, and G W C from here on
+        self.weight = _grid_blocks(weight, q, p)  # shape: (q, p, M, k)
+        self.coupling, self.root, self.inverse = _block_whitened(moment, p)
         self.target = _grid_blocks(outputs, q, p) @ self.inverse.mT  # H
         self.whitened = self.weight @ self.root
+        self.row_root: torch.Tensor | None = None
+        self.row_coupling: torch.Tensor | None = None
+        if not metric.outputs.is_isotropic:
+            outputs = metric.outputs.matrix.to(weight.device) @ outputs
+            gradients = metric.rows_in_groups(q).matrix.to(weight.device)
+            row_coupling, self.row_root, self.row_inverse = _block_whitened(gradients, q)
+            self.target = self.row_inverse[:, None] @ _grid_blocks(outputs, q, p) @ self.inverse.mT
+            self.whitened = self.row_root.mT[:, None] @ self.whitened
+            if metric.couples_rows(q):
+                self.row_coupling = row_coupling
+        energy = (outputs * weight).reshape(-1, q, weight.shape[1]).sum((0, 2))
+        # Of every row group, shape (q,); of all together where they are coupled, shape (1,).
+        self.energy = energy if self.row_coupling is None else energy.sum(0, keepdim=True)
         self.history: list[float] = []  # the loss after each sweep of the last descent
 
     def factors(
@@ -56,7 +70,7 @@ class GridDescent:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Descend; return Ŵ[t::q, group i] = left[t, i] right[t, i]ᵀ.
 
-        A few sweeps are made from each of several starts; every row group goes on from the best of them.
+        A few sweeps are made from each of several starts; every row group, or all if they are coupled, go on from the best.
 
         Args:
             rank: r.
@@ -74,8 +88,8 @@ class GridDescent:
             loss = torch.where(better, trial_loss, loss)
         best, _ = self._descend(best, loss, rank, max_sweeps, tolerance)
         left = torch.stack([left for left, _ in best], 1)
-        right = self.inverse.mT @ torch.stack([right for _, right in best], 1)
-        return left, right + self._outside(left)
+        right = torch.stack([right for _, right in best], 1)
+        return self._with_null_spaces(left, right)
 
     def _starts(self, rank: int):
         """Yield the truncated SVD of every block, zero, and projections of every block on random subspaces."""
@@ -114,25 +128,60 @@ class GridDescent:
         return now, loss
 
     def _sweep(self, start, rank: int, basis=None):
-        """Give every block its optimum in turn; return the blocks and the loss per row group.
+        """Give every block its optimum in turn; return the blocks and the loss per row group, or of all if coupled.
 
-        start: per column group (left, right), shapes (q, M, ·) and (q, k, ·), in whitened columns.
+        start: per column group (left, right), shapes (q, M, ·) and (q, k, ·), in whitened rows and columns.
         basis: blocks whose left factors start the subspace iteration; `start` if not given.
         """
         blocks, loss = list(start), self.energy.clone()
         for i in range(len(blocks)):
-            target = self.target[:, i]
-            fixed = target - sum(_times(blocks[j], self.coupling[j, i]) for j in range(i)) if i else target
-            free = fixed - sum(_times(blocks[j], self.coupling[j, i]) for j in range(i + 1, len(blocks)))
-            left, right = blocks[i] = _best_of_rank(free, rank, (basis or start)[i][0])
-            # ‖X̃_i‖² − 2⟨H_i − Σ_{j<i} X̃_j C̃_ji, X̃_i⟩, whose sum over i counts every pair of blocks once
-            loss += right.square().sum((1, 2)) - 2 * ((fixed @ right) * left).sum((1, 2))
+            target, bases = self.target[:, i], (basis or start)[i][0]
+            fixed = target - self._seen(sum(_times(blocks[j], self.coupling[j, i]) for j in range(i))) if i else target
+            free = fixed - self._seen(sum(_times(blocks[j], self.coupling[j, i]) for j in range(i + 1, len(blocks))))
+            if self.row_coupling is None:
+                left, right = blocks[i] = _best_of_rank(free, rank, bases)
+            else:
+                fixed = fixed.clone()
+                left, right = blocks[i] = self._rows_in_turn(fixed, free, blocks[i], rank, bases)
+            # ‖X̃_b‖² − 2⟨H_b − Σ_{b'<b} G̃ X̃_b' C̃, X̃_b⟩, whose sum over the blocks b counts every pair of blocks once
+            loss += (right.square().sum((1, 2)) - 2 * ((fixed @ right) * left).sum((1, 2))).reshape(len(loss), -1).sum(1)
         return blocks, loss
 
-    def _outside(self, left: torch.Tensor) -> torch.Tensor:
-        """Return right factors in the null space of C_ii, where they cost nothing: those of the projected weight."""
-        raw = self.weight.mT @ left
-        return raw - self.inverse.mT @ (self.root.mT @ raw)
+    def _rows_in_turn(self, fixed: torch.Tensor, free: torch.Tensor, old, rank: int, bases: torch.Tensor):
+        """Give the blocks of one column group, coupled by G̃, their optimum in turn; return them.
+
+        fixed: shape (q, M, k); what the row groups before each one take of it is taken off here.
+        free: without anything of this column group.
+        """
+        coupling, found = self.row_coupling, []
+        assert coupling is not None
+        seen = [(left[None], right[None]) for left, right in zip(*old)]
+        for t in range(len(free)):
+            before = sum((coupling[t, s] @ seen[s][0]) @ seen[s][1].mT for s in range(t))
+            after = sum((coupling[t, s] @ seen[s][0]) @ seen[s][1].mT for s in range(t + 1, len(free)))
+            own = slice(t, t + 1)
+            fixed[own] -= before
+            seen[t] = _best_of_rank(free[own] - before - after, rank, bases[own])
+        return tuple(torch.cat(parts) for parts in zip(*seen))
+
+    def _seen(self, blocks):
+        """Return G̃ Y for the blocks of one column group, shape (q, M, k); Y itself if G couples no row groups."""
+        if self.row_coupling is None or isinstance(blocks, int):
+            return blocks
+        return (self.row_coupling @ blocks).sum(1)
+
+    def _with_null_spaces(self, left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return left and right of X from those of X̃; in the null spaces of G_tt and C_ii, where errors cost nothing,
+        they are those of a projected weight.
+        """
+        weight = self.weight if self.row_root is None else self.row_root.mT[:, None] @ self.weight
+        raw = weight.mT @ left
+        full = self.inverse.mT @ right + (raw - self.inverse.mT @ (self.root.mT @ raw))
+        if self.row_root is None:
+            return left, full
+        inverse, root = self.row_inverse.mT[:, None], self.row_root.mT[:, None]
+        raw = self.weight @ self.root @ torch.linalg.pinv(right.mT, rtol=PINV_RTOL)
+        return inverse @ left + (raw - inverse @ (root @ raw)), full
 
 
 def root_and_inverse(moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,6 +196,14 @@ def root_and_inverse(moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     root = torch.where(kept, eigenvalues, 0).sqrt()
     inverse = torch.where(kept, eigenvalues, 1).rsqrt() * kept
     return scale * vectors * root.unsqueeze(-2), (unscale * vectors * inverse.unsqueeze(-2)).mT
+
+
+def _block_whitened(moment: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return C̃_ij, shape (p, p, k, k), and the roots and inverse roots of the C_ii, for p groups of k features."""
+    width = len(moment) // groups
+    coupling = moment.reshape(groups, width, groups, width).transpose(1, 2)
+    root, inverse = root_and_inverse(torch.stack([coupling[i, i] for i in range(groups)]))
+    return inverse[:, None] @ coupling @ inverse.mT, root, inverse
 
 
 def _grid_blocks(matrix: torch.Tensor, row_groups: int, column_groups: int) -> torch.Tensor:

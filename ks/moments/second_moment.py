@@ -83,6 +83,10 @@ class SecondMoment:
             raise ValueError("an isotropic second moment has no size, so there is no matrix of it")
         return self._matrix
 
+    def matrix_of(self, features: int) -> torch.Tensor:
+        """Return C, shape (n, n), float64, for n features, also where it is σ²I."""
+        return self._matrix if self._std is None else self._std**2 * torch.eye(features, dtype=torch.float64)
+
     @cached_property
     def _spectrum(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Eigenvalues, ascending, and eigenvectors of C."""
