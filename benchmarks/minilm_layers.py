@@ -23,9 +23,10 @@ from minilm import ROOT, checkpoint
 from timing import place
 
 import ks
-from ks.bounds.factorize import factorize, tail_energies
+from ks.bounds.factorize import factorize
 from ks.bounds.floors import chain_bounds
 from ks.bounds.population_loss import population_loss
+from ks.bounds.tails import tail_energies
 from ks.cli import console
 from ks.files.atomic import write_csv
 from ks.files.weights import load_weight

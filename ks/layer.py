@@ -164,6 +164,8 @@ class KSLinear(torch.nn.Module):
     @classmethod
     def from_linear(cls, linear: torch.nn.Linear, rank: int | None = None, **options) -> "KSLinear":
         """Compress an nn.Linear, weight and bias, by `from_dense` with its options; the result can take its place."""
+        if not isinstance(linear, torch.nn.Linear):
+            raise UsageError(f"{type(linear).__name__}: an nn.Linear is needed; from_dense takes a weight")
         return cls.from_dense(linear.weight, rank, bias=linear.bias, **options)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

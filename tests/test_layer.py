@@ -225,6 +225,8 @@ def test_from_linear_keeps_bias_and_stands_in_for_the_layer():
     assert len(butterfly.factors) == 3
     with pytest.raises(UsageError, match="either a rank"):
         KSLinear.from_linear(linear)
+    with pytest.raises(UsageError, match=r"Parameter: an nn\.Linear is needed"):
+        KSLinear.from_linear(linear.weight, rank=2)
 
 
 def test_from_linear_for_measured_inputs_keeps_the_bias_and_loses_less_of_their_energy():

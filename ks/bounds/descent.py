@@ -144,7 +144,9 @@ class GridDescent:
                 fixed = fixed.clone()
                 left, right = blocks[i] = self._rows_in_turn(fixed, free, blocks[i], rank, bases)
             # ‖X̃_b‖² − 2⟨H_b − Σ_{b'<b} G̃ X̃_b' C̃, X̃_b⟩, whose sum over the blocks b counts every pair of blocks once
-            loss += (right.square().sum((1, 2)) - 2 * ((fixed @ right) * left).sum((1, 2))).reshape(len(loss), -1).sum(1)
+            loss += (
+                (right.square().sum((1, 2)) - 2 * ((fixed @ right) * left).sum((1, 2))).reshape(len(loss), -1).sum(1)
+            )
         return blocks, loss
 
     def _rows_in_turn(self, fixed: torch.Tensor, free: torch.Tensor, old, rank: int, bases: torch.Tensor):
@@ -255,7 +257,7 @@ def _leading_vectors(matrices: torch.Tensor, rank: int) -> torch.Tensor:
 @torch.no_grad()
 def refine_factors(
     weight: torch.Tensor,
-    moment: torch.Tensor,
+    metric: MetricLike,
     values: list[torch.Tensor],
     max_sweeps: int = MAX_FACTOR_SWEEPS,
     tolerance: float = FACTOR_TOLERANCE,
@@ -266,19 +268,21 @@ def refine_factors(
 
     Args:
         weight: W, shape (m, n), float64.
-        moment: C, shape (n, n), float64.
+        metric: G ⊗ C, or C alone.
         values: the factors, shapes (a_l, b_l, c_l, d_l), output side first, float64.
         max_sweeps, tolerance: end of the descent.
     Returns:
         the factors, and the loss before the first and after each sweep, not increasing.
     """
-    outputs = weight @ moment  # W C
-    best, history = list(values), [_loss(weight, moment, values)]
+    metric = Metric.of(metric)
+    moment = metric.inputs.matrix_of(weight.shape[1]).to(weight.device)
+    outputs = metric.weighted(weight) @ moment  # G^{1/2} W C
+    best, history = list(values), [_loss(weight, metric, values)]
     for _ in range(max_sweeps):
         trial = list(best)
         for index in range(len(trial)):
-            trial[index] = trial[index] + _step(outputs, moment, trial, index)
-        loss = _loss(weight, moment, trial)
+            trial[index] = trial[index] + _step(outputs, moment, metric, trial, index)
+        loss = _loss(weight, metric, trial)
         if not loss <= history[-1]:
             break  # at the accuracy of float64
         best, progress = trial, history[-1] - loss
@@ -288,28 +292,36 @@ def refine_factors(
     return best, history
 
 
-def _step(outputs: torch.Tensor, moment: torch.Tensor, values: list[torch.Tensor], index: int) -> torch.Tensor:
-    """Return the change of one factor, shape (a, b, c, d), by exact steps of its blocks i = 0 … a − 1 in turn."""
+def _step(
+    outputs: torch.Tensor, moment: torch.Tensor, metric: Metric, values: list[torch.Tensor], index: int
+) -> torch.Tensor:
+    """Return the change of one factor, shape (a, b, c, d), by exact steps of its blocks in turn.
+
+    Blocks (i, t), i = 0 … a − 1, of all t are done at once without a G, one after the other with one.
+    """
     a, b, c, d = values[index].shape
     rows, cols = outputs.shape
-    before = _dense(values[:index], rows, moment).reshape(-1, d, a, b, d)
-    before = before.diagonal(dim1=1, dim2=4).permute(3, 1, 0, 2)  # P, shape: (d, a, m/d, b); other entries are zero
-    after = _dense(values[index + 1 :], cols, moment).reshape(a, c, d, cols)
-    after = after.permute(2, 0, 1, 3).reshape(d, a * c, cols)  # Q
+    together = d if metric.outputs.is_isotropic else 1
+    turns = d // together
+    before = metric.weighted(_dense(values[:index], rows, moment)).reshape(-1, together, a, b, turns, together)
+    # P, other entries are zero; M a b turns together -> together (a turns) M b
+    before = before.diagonal(dim1=1, dim2=5).permute(4, 1, 3, 0, 2).reshape(together, a * turns, -1, b)
+    after = _dense(values[index + 1 :], cols, moment).reshape(a, c, turns, together, cols)
+    after = after.permute(3, 0, 2, 1, 4).reshape(together, a * turns * c, cols)  # Q
     weighted = after @ moment
-    gram = weighted @ after.mT  # Q C Qᵀ, shape: (d, a c, a c)
-    blocks = values[index].permute(3, 0, 1, 2)  # shape: (d, a, b, c)
-    product = (before @ blocks).transpose(1, 2).reshape(d, -1, a * c)  # P K, shape: (d, m/d, a c)
-    # W C Qᵀ − P K Q C Qᵀ; (M d) n -> d M n
-    slope = outputs.reshape(-1, d, cols).transpose(0, 1) @ after.mT - product @ gram
+    gram = weighted @ after.mT  # Q C Qᵀ
+    blocks = values[index].reshape(a, b, c, turns, together).permute(4, 0, 3, 1, 2).reshape(together, a * turns, b, c)
+    product = (before @ blocks).transpose(1, 2).reshape(together, -1, a * turns * c)  # P K
+    # W C Qᵀ − P K Q C Qᵀ; (M together) n -> together M n
+    slope = outputs.reshape(-1, together, cols).transpose(0, 1) @ after.mT - product @ gram
     change = torch.zeros_like(blocks)
-    for i in range(a):
+    for i in range(a * turns):
         own = slice(i * c, (i + 1) * c)
         left = torch.linalg.pinv(before[:, i].mT @ before[:, i], rtol=PINV_RTOL, hermitian=True)
         right = torch.linalg.pinv(gram[:, own, own], rtol=PINV_RTOL, hermitian=True)
         change[:, i] = left @ (before[:, i].mT @ slope[:, :, own]) @ right
         slope = slope - before[:, i] @ (change[:, i] @ gram[:, own])
-    return change.permute(1, 2, 3, 0)
+    return change.reshape(together, a, turns, b, c).permute(1, 3, 4, 2, 0).reshape(a, b, c, d)
 
 
 def _dense(values: list[torch.Tensor], size: int, like: torch.Tensor) -> torch.Tensor:
@@ -320,6 +332,5 @@ def _dense(values: list[torch.Tensor], size: int, like: torch.Tensor) -> torch.T
     return chain_product(torch.eye(a * c * d, dtype=like.dtype, device=like.device), values, batch_last=True)
 
 
-def _loss(weight: torch.Tensor, moment: torch.Tensor, values: list[torch.Tensor]) -> float:
-    error = weight - _dense(values, 0, moment)
-    return ((error @ moment) * error).sum().item()
+def _loss(weight: torch.Tensor, metric: Metric, values: list[torch.Tensor]) -> float:
+    return metric.loss(weight - _dense(values, 0, weight))

@@ -1,86 +1,19 @@
-"""Factorisation of a weight into a chain, its loss for any rank, and the singular values behind both.
+"""Factorisation of a weight into a chain, and its loss for any rank.
 
 Source: Le, Zheng, Riccietti, Gribonval, "Butterfly factorization with error guarantees" (2024).
 """
 
-from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
 
 from ks.bounds.descent import GRID_TOLERANCE, GridDescent, refine_factors
+from ks.bounds.low_rank import low_rank_factors
+from ks.bounds.tails import tail_energies
 from ks.chain.bmm import empty_values
 from ks.chain.patterns import Chain, Pattern, chainability, check_patterns
 from ks.errors import UsageError
 from ks.moments.metric import Metric, MetricLike
-from ks.moments.pieces import lower_gram, one_thread_each
-from ks.moments.second_moment import SecondMoment
-
-GROUP_VALUES = 2**20  # of the blocks that a thread copies at a time: bounds the memory
-
-
-@torch.no_grad()
-def tail_energies(matrices: torch.Tensor) -> torch.Tensor:
-    """Return Σ over a batch of matrices of the squared singular values beyond the r-th, r = 0 … min(height, width).
-
-    They are eigenvalues of the smaller Gram matrix, in float64: the absolute error is a few times 1e-16 of the energy
-    ‖·‖_F², in a third of the time of an SVD.
-
-    Args:
-        matrices: shape (..., height, width), any float dtype and strides; a large batch is not copied.
-    Returns:
-        float64 tensor of shape (min(height, width) + 1,), not increasing, last entry 0.
-    """
-    height, width = matrices.shape[-2:]
-    total = torch.zeros(min(height, width), dtype=torch.float64, device=matrices.device)
-    several = matrices.device.type == "cpu" and matrices.numel() > height * width
-    for energies in (one_thread_each if several else map)(_group_energies, _groups(matrices)):
-        total += energies
-    return tail_sums(total)
-
-
-@torch.no_grad()
-def low_rank_energies(weight: torch.Tensor, moment: SecondMoment) -> torch.Tensor:
-    """Return the least tr((W − Ŵ) C (W − Ŵ)ᵀ) of low-rank Ŵ, Σ_{k>r} λ_k(W C Wᵀ), r = 0 … min(m, n).
-
-    Source: Swift-SVD (arXiv 2604.01609), theorem 3.1. No root of C is needed where m ≤ n.
-
-    Args:
-        weight: W, shape (m, n), any float dtype.
-        moment: C, the second moment of x.
-    Returns:
-        float64 tensor of shape (min(m, n) + 1,), not increasing, last entry 0.
-    """
-    if weight.shape[0] > weight.shape[1]:
-        return tail_energies(moment.times_root(weight))
-    return tail_sums(torch.linalg.eigvalsh(moment.output_moment(weight)).clamp_(min=0))
-
-
-def tail_sums(energies: torch.Tensor) -> torch.Tensor:
-    """Return sums of all but the r largest of ascending energies of shape (..., count), r = 0 … count."""
-    return torch.nn.functional.pad(energies.cumsum(-1), (1, 0)).flip(-1)
-
-
-@torch.no_grad()  # a thread starts with gradients
-def _group_energies(group: torch.Tensor) -> torch.Tensor:
-    """Return the sums of the squared singular values over a group, ascending, shape (min(height, width),).
-
-    Args:
-        group: shape (count, height, width).
-    """
-    wide = group.double() if group.shape[1] <= group.shape[2] else group.double().mT
-    return torch.linalg.eigvalsh(lower_gram(wide)).clamp_(min=0).sum(0)
-
-
-def _groups(matrices: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield all matrices of a batch as groups of shape (count, height, width); a group of one is a view."""
-    size = matrices[..., 0, 0].numel()
-    if matrices.dim() > 3 and matrices.numel() > GROUP_VALUES:
-        for part in matrices.split(max(1, len(matrices) * GROUP_VALUES // matrices.numel())):
-            yield from _groups(part[0]) if len(part) == 1 else [part.reshape(-1, *part.shape[-2:])]
-    else:
-        flat = matrices.reshape(-1, *matrices.shape[-2:])
-        yield from flat.split(max(1, size * GROUP_VALUES // matrices.numel()))
 
 
 class HierarchicalLoss:
@@ -145,16 +78,21 @@ def factorize(
     metric = Metric.of(metric)
     metric.check_shape(weight)
     check_rows(metric, patterns[0].d)
-    wide = metric.weighted(weight)
-    coupled = metric.inputs.coupling(patterns[-1].a)
-    if coupled is None:
-        values = _hierarchical(wide, metric.inputs.times_root(wide), patterns, ranks)
+    if len(patterns) == 2 and patterns[0].d == patterns[1].a == 1:
+        left, right = low_rank_factors(weight, metric, ranks[0])
+        value, rest = _placed(left[None, None, None], right[None, None, None], ranks[0])
+        values = [value, rest.reshape(*patterns[1])]
     else:
-        coupled = coupled.to(weight.device)
-        values = _coupled_hierarchical(wide, coupled, patterns, ranks, tolerance)
-        if len(patterns) > 2:
-            values, _ = refine_factors(wide, coupled, values)
-    values[0] = _unweighted(values[0], metric)
+        wide = metric.weighted(weight)
+        coupled = metric.inputs.coupling(patterns[-1].a)
+        if coupled is None:
+            values = _hierarchical(wide, metric.inputs.times_root(wide), patterns, ranks)
+        else:
+            coupled = coupled.to(weight.device)
+            values = _coupled_hierarchical(wide, coupled, patterns, ranks, tolerance)
+            if len(patterns) > 2:
+                values, _ = refine_factors(wide, coupled, values)
+        values[0] = _unweighted(values[0], metric)
     stored = [empty_values(pattern, weight.device, weight.dtype) for pattern in patterns]
     return [place.copy_(factor) for place, factor in zip(stored, values)]
 

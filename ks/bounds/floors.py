@@ -25,14 +25,15 @@ from math import isclose
 import torch
 
 from ks.bounds.descent import GRID_TOLERANCE, GridDescent
-from ks.bounds.factorize import HierarchicalLoss, check_rows, check_shape, factorize, low_rank_energies, tail_energies
+from ks.bounds.factorize import HierarchicalLoss, check_rows, check_shape, factorize
 from ks.bounds.lift_and_shift import never
+from ks.bounds.low_rank import low_rank_energies
 from ks.bounds.lower_bound import CoupledLowerBound, Expired, isotropic_joint_bound
-from ks.bounds.population_loss import population_loss
+from ks.bounds.population_loss import residual
+from ks.bounds.tails import tail_energies
 from ks.chain.patterns import Chain
 from ks.errors import UsageError
 from ks.moments.metric import Metric, MetricLike
-from ks.moments.second_moment import SecondMoment
 
 Progress = Callable[[str], None]
 
@@ -65,6 +66,11 @@ def no_floor_reason(chain: Chain) -> str | None:
     return None
 
 
+def is_low_rank(chain: Chain) -> bool:
+    """Return whether a chain has two factors and one block."""
+    return chain.num_splits == 1 and chain.block_shape(1) == (chain.rows, 1, 1, chain.cols)
+
+
 def split_blocks(weight: torch.Tensor, chain: Chain, split: int) -> torch.Tensor:
     """Return the blocks of split l, a view of W.
 
@@ -80,16 +86,16 @@ def split_blocks(weight: torch.Tensor, chain: Chain, split: int) -> torch.Tensor
 
 
 class UncoupledBounds:
-    """Bounds for inputs that couple none of the column groups of the right-most factor."""
+    """Bounds for a metric that couples no row groups of the left-most factor and no column groups of the right-most."""
 
-    def __init__(self, weight: torch.Tensor, chain: Chain, moment: SecondMoment, progress: Progress):
-        self.given, self.chain, self.moment, self.progress = weight, chain, moment, progress
+    def __init__(self, weight: torch.Tensor, chain: Chain, metric: Metric, progress: Progress):
+        self.given, self.chain, self.metric, self.progress = weight, chain, metric, progress
         self.curve_is_exact = chain.num_splits == 1
 
     @cached_property
     def weight(self) -> torch.Tensor:
-        """W C^{1/2}, which stands for W."""
-        return self.moment.times_root(self.given)
+        """G^{1/2} W C^{1/2}, which stands for W."""
+        return self.metric.inputs.times_root(self.metric.weighted(self.given))
 
     @cached_property
     def _hierarchical(self) -> HierarchicalLoss:
@@ -98,8 +104,8 @@ class UncoupledBounds:
     @cached_property
     def curve(self) -> torch.Tensor:
         """max_l E_l(r)² / m for every rank r."""
-        if self.chain.num_splits == 1 and self.chain.block_shape(1) == (self.chain.rows, 1, 1, self.chain.cols):
-            return low_rank_energies(self.given, self.moment).cpu() / self.chain.rows
+        if is_low_rank(self.chain):
+            return low_rank_energies(self.given, self.metric).cpu() / self.chain.rows
         curve = torch.zeros(self.chain.saturation_rank + 1, dtype=torch.float64)
         for split in range(1, self.chain.num_splits + 1):
             self.progress(f"floors of every rank, split {split} of {self.chain.num_splits}")
@@ -123,14 +129,19 @@ class UncoupledBounds:
         lower = self.curve[min(rank, self.chain.saturation_rank)].item()
         return lower if self.curve_is_exact else max(lower, self._hierarchical(rank))
 
+    def best(self, rank: int) -> tuple[float, torch.Tensor]:
+        """Return the upper bound and W − Ŵ of the best known chain."""
+        values = factorize(self.given.double(), self.chain.patterns(rank), self.metric)
+        return self.upper(rank), residual(self.given, values)
+
 
 class CoupledBounds:
-    """Bounds for inputs whose second moment C couples column groups of the right-most factor."""
+    """Bounds for a metric that couples row groups of the left-most factor or column groups of the right-most one."""
 
     curve_is_exact = False
 
-    def __init__(self, weight: torch.Tensor, chain: Chain, moment: SecondMoment, tolerance: float, progress: Progress):
-        self.weight, self.chain, self.moment = weight.double(), chain, moment
+    def __init__(self, weight: torch.Tensor, chain: Chain, metric: Metric, tolerance: float, progress: Progress):
+        self.weight, self.chain, self.metric = weight.double(), chain, metric
         self.tolerance, self.progress = tolerance, progress
 
     @cached_property
@@ -141,12 +152,12 @@ class CoupledBounds:
 
     @cached_property
     def _lower_bound(self) -> CoupledLowerBound:
-        return CoupledLowerBound(self.weight, self.chain, self.moment.matrix)
+        return CoupledLowerBound(self.metric.weighted(self.weight), self.chain, self.metric.inputs.matrix)
 
     @cached_property
     def _descent(self) -> GridDescent:
         _, q, p, _ = self.chain.block_shape(1)
-        return GridDescent(self.weight, self.moment.matrix, q, p)
+        return GridDescent(self.weight, self.metric, q, p)
 
     def lower(self, rank: int, tight: bool = False, expired: Expired = never) -> float:
         """Return the largest of the simple bound and the certificates."""
@@ -155,17 +166,20 @@ class CoupledBounds:
 
     def upper(self, rank: int) -> float:
         """Return the loss of the best chain that a descent finds."""
+        return self.best(rank)[0]
+
+    def best(self, rank: int) -> tuple[float, torch.Tensor]:
+        """Return the upper bound and W − Ŵ of the best known chain."""
         self.progress(f"upper bound of rank {rank}")
         if self.chain.num_splits == 1:
             left, right = self._descent.factors(rank, tolerance=self.tolerance)
             # q p M k -> (M q) (p k)
-            best = (left @ right.mT).permute(2, 0, 1, 3).reshape(self.weight.shape)
-            upper = self.moment.output_energy(self.weight - best) / self.chain.rows
+            error = self.weight - (left @ right.mT).permute(2, 0, 1, 3).reshape(self.weight.shape)
         else:
-            values = factorize(self.weight, self.chain.patterns(rank), self.moment)
-            upper = population_loss(self.weight, values, self.moment)
+            error = residual(self.weight, factorize(self.weight, self.chain.patterns(rank), self.metric))
+        upper = self.metric.loss(error) / self.chain.rows
         # Both are exact up to rounding where they meet.
-        return max(upper, self.curve[min(rank, self.chain.saturation_rank)].item())
+        return max(upper, self.curve[min(rank, self.chain.saturation_rank)].item()), error
 
 
 ChainBounds = UncoupledBounds | CoupledBounds
@@ -196,10 +210,10 @@ def chain_bounds(
     metric = Metric.of(metric)
     metric.check_shape(weight)
     check_rows(metric, chain.block_shape(1)[1])
-    weight, progress = metric.weighted(weight), progress or (lambda text: None)
+    progress = progress or (lambda text: None)
     if couples(chain, metric):
-        return CoupledBounds(weight, chain, metric.inputs, tolerance, progress)
-    return UncoupledBounds(weight, chain, metric.inputs, progress)
+        return CoupledBounds(weight, chain, metric, tolerance, progress)
+    return UncoupledBounds(weight, chain, metric, progress)
 
 
 def couples(chain: Chain, metric: Metric) -> bool:
@@ -253,8 +267,10 @@ def loss_floor(
     Returns:
         one `Floor` per rank, in the order given.
     Raises:
-        UsageError: as `floor_curve`, or a rank that is not a positive integer.
+        UsageError: as `floor_curve`, no sequence of ranks, or a rank that is not a positive integer.
     """
+    if isinstance(ranks, int):
+        raise UsageError(f"ranks {ranks}: a sequence of ranks is needed, [{ranks}]")
     bounds = chain_bounds(weight, chain, metric, progress=progress)
     for rank in ranks:
         chain.patterns(rank)  # checks the rank

@@ -16,11 +16,15 @@ from ks.files.atomic import atomic_path
 METHOD = 1  # raised whenever floors are computed in another way, so that older ones are not believed
 SAVING_FRACTION = 0.05  # of the time is spent on writing the whole file again while floors are added
 LAYER_PARTS = ("lower", "upper", "known", "energy")
+OTHER_PARTS = ("other", "other_energy")  # of floors that were measured in another metric too
 CURVES = ("curve", "isotropic", "lowrank")
 
 
 class FloorsFile:
-    """The floors in a file; an entry is found by hash of weight and inputs, and by the splits of the chain.
+    """The floors in a file; an entry is found by hash of weight and metric, and by the splits of the chain.
+
+    The hash of a metric is that of the inputs where it is the output energy and no other one is beside it; else it is
+    another string that names all that the floors depend on: inputs, gradients, damping, and which metric is beside.
 
     Whole models keep `LayerFloors` in it, a study of one weight keeps the `KnownBounds` of its ranks.
 
@@ -39,24 +43,27 @@ class FloorsFile:
             except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
                 self._arrays = {}
 
-    def find(self, weight_sha256: str, inputs_sha256: str | None, chain: Chain) -> LayerFloors | None:
+    def find(self, weight_sha256: str, metric_sha256: str | None, chain: Chain) -> LayerFloors | None:
         """Return the floors of a family on a weight; None if they are not in the file."""
-        name = _name(weight_sha256, inputs_sha256, chain)
-        found = [self._arrays[f"{name} {part}"] for part in LAYER_PARTS if f"{name} {part}" in self._arrays]
-        if len(found) < len(LAYER_PARTS) or not _is_valid(*found):
+        name = _name(weight_sha256, metric_sha256, chain)
+        parts = (*LAYER_PARTS, *OTHER_PARTS)
+        found = [self._arrays[f"{name} {part}"] for part in parts if f"{name} {part}" in self._arrays]
+        if len(found) not in (len(LAYER_PARTS), len(parts)) or not _is_valid(*found):
             return None
-        lower, upper, known, energy = found
-        return LayerFloors(chain, lower, upper, known, float(energy))
+        lower, upper, known, energy, *beside = found
+        other, other_energy = (beside[0], float(beside[1])) if beside else (None, None)
+        return LayerFloors(chain, lower, upper, known, float(energy), other, other_energy)
 
-    def add(self, weight_sha256: str, inputs_sha256: str | None, floors: LayerFloors) -> None:
+    def add(self, weight_sha256: str, metric_sha256: str | None, floors: LayerFloors) -> None:
         """Keep floors; `save` writes them."""
         self._changed = True
-        name = _name(weight_sha256, inputs_sha256, floors.chain)
-        self._arrays |= {f"{name} {part}": np.asarray(getattr(floors, part)) for part in LAYER_PARTS}
+        name = _name(weight_sha256, metric_sha256, floors.chain)
+        parts = LAYER_PARTS if floors.other is None else (*LAYER_PARTS, *OTHER_PARTS)
+        self._arrays |= {f"{name} {part}": np.asarray(getattr(floors, part)) for part in parts}
 
-    def find_bounds(self, weight_sha256: str, inputs_sha256: str | None, chain: Chain) -> KnownBounds:
+    def find_bounds(self, weight_sha256: str, metric_sha256: str | None, chain: Chain) -> KnownBounds:
         """Return the bounds that are known of the ranks of a family on a weight; empty ones if none are in the file."""
-        name = _name(weight_sha256, inputs_sha256, chain)
+        name = _name(weight_sha256, metric_sha256, chain)
         upper = self._arrays.get(f"{name} upper bounds", np.empty((0, 2)))
         certified = self._arrays.get(f"{name} certified bounds", np.empty((0, 4)))
         if not (_is_table(upper, 2, chain) and _is_table(certified, 4, chain)):
@@ -73,14 +80,14 @@ class FloorsFile:
             setattr(known, part, None if curve is None else torch.from_numpy(curve))
         return known
 
-    def add_bounds(self, weight_sha256: str, inputs_sha256: str | None, chain: Chain, known: KnownBounds) -> None:
+    def add_bounds(self, weight_sha256: str, metric_sha256: str | None, chain: Chain, known: KnownBounds) -> None:
         """Keep the bounds that are known of the ranks of a family; `save` writes them."""
         certified = [(rank, *dataclasses.astuple(bound)) for rank, bound in known.certified.items()]
         arrays = {
             "upper bounds": np.array([*known.upper.items()], dtype=np.float64).reshape(-1, 2),
             "certified bounds": np.array(certified, dtype=np.float64).reshape(-1, 4),
         } | {part: curve.numpy() for part in CURVES if (curve := getattr(known, part)) is not None}
-        name = _name(weight_sha256, inputs_sha256, chain)
+        name = _name(weight_sha256, metric_sha256, chain)
         named = {f"{name} {part}": array for part, array in arrays.items()}
         self._changed |= any(not np.array_equal(self._arrays.get(key, ()), array) for key, array in named.items())
         self._arrays |= named
@@ -105,12 +112,23 @@ class FloorsFile:
             self._due = now + (now - started) / SAVING_FRACTION
 
 
-def _name(weight_sha256: str, inputs_sha256: str | None, chain: Chain) -> str:
-    return " ".join(map(str, (METHOD, weight_sha256, inputs_sha256, *dataclasses.astuple(chain))))
+def _name(weight_sha256: str, metric_sha256: str | None, chain: Chain) -> str:
+    return " ".join(map(str, (METHOD, weight_sha256, metric_sha256, *dataclasses.astuple(chain))))
 
 
-def _is_valid(lower: np.ndarray, upper: np.ndarray, known: np.ndarray, energy: np.ndarray) -> bool:
+def _is_valid(
+    lower: np.ndarray,
+    upper: np.ndarray,
+    known: np.ndarray,
+    energy: np.ndarray,
+    other: np.ndarray | None = None,
+    other_energy: np.ndarray | None = None,
+) -> bool:
     """Return whether arrays are bounds as `LayerFloors` describes them."""
+    if other is not None and other_energy is not None:
+        of_kind = _is_curve(other, len(lower) - 1) and other_energy.shape == () and other_energy.dtype == np.float64
+        if not of_kind or not 0 <= other_energy < np.inf:
+            return False
     shapes = lower.ndim == upper.ndim == known.ndim == 1 and len(lower) == len(upper) >= 1
     kinds = lower.dtype == upper.dtype == energy.dtype == np.float64 and known.dtype.kind == "i"
     if not shapes or not kinds or energy.shape != ():

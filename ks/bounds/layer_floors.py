@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ks.bounds.floors import Progress, chain_bounds
+from ks.bounds.floors import ChainBounds, Progress, chain_bounds, is_low_rank
+from ks.bounds.low_rank import low_rank_energies_in
 from ks.chain.patterns import Chain
 from ks.moments.metric import Metric, MetricLike
 
@@ -25,6 +26,9 @@ class LayerFloors:
         known: the ranks for which such a chain is known; between them, `upper` is interpolated. All where the floors
             are exact.
         energy: tr(G W C Wᵀ), of which losses are fractions: the output energy for G = I.
+        other: the fraction of `other_energy` that those chains lose in another metric, shape (R + 1,), interpolated
+            where `upper` is; None without one.
+        other_energy: tr(H W C Wᵀ) of that metric H ⊗ C.
     """
 
     chain: Chain
@@ -32,6 +36,8 @@ class LayerFloors:
     upper: np.ndarray
     known: np.ndarray
     energy: float
+    other: np.ndarray | None = None
+    other_energy: float | None = None
 
     @property
     def ranks(self) -> np.ndarray:
@@ -50,7 +56,11 @@ class LayerFloors:
 
 @torch.no_grad()
 def layer_floors(
-    weight: torch.Tensor, chain: Chain, metric: MetricLike, progress: Progress | None = None
+    weight: torch.Tensor,
+    chain: Chain,
+    metric: MetricLike,
+    progress: Progress | None = None,
+    other: Metric | None = None,
 ) -> LayerFloors:
     """Return the floors of every rank below the dense number of parameters, relative to the zero predictor.
 
@@ -62,19 +72,43 @@ def layer_floors(
         chain: with a floor (`ks.bounds.floors.no_floor_reason`).
         metric: C = E[x xᵀ], a tensor of shape (n, n) or a `SecondMoment`; or a `Metric`, G ⊗ C. None means I.
         progress: called with a few words before every longer computation; an exception from it ends the work.
+        other: a metric with the same C, in which the best known chains are measured too.
     """
+    metric = Metric.of(metric)
     bounds = chain_bounds(weight, chain, metric, tolerance=PLAN_TOLERANCE, progress=progress)
-    energy = Metric.of(metric).loss(weight)
+    energy, other_energy = metric.loss(weight), 0.0 if other is None else other.loss(weight)
     predict_zero_loss = energy / chain.rows
     highest = min((chain.parity_rank() or chain.saturation_rank + 1) - 1, chain.saturation_rank)
     lower = (bounds.curve[: highest + 1] / predict_zero_loss).clamp(0, 1).numpy()
     lower[0] = 1.0
-    if bounds.curve_is_exact:
-        return LayerFloors(chain, lower, lower, np.arange(highest + 1), energy)
-    known = np.unique(np.geomspace(1, max(1, highest), KNOWN_RANKS).round().astype(int))
-    known = known[known <= highest]
-    losses = np.minimum([bounds.upper(int(rank)) / predict_zero_loss for rank in known], 1.0)
-    known, losses = np.r_[0, known], np.minimum.accumulate(np.r_[1.0, losses])
+    known, upper = np.arange(highest + 1), lower
+    if other is not None and is_low_rank(chain):
+        in_other = low_rank_energies_in(weight, metric, other)[: highest + 1].cpu().numpy() / other_energy
+    elif other is not None or not bounds.curve_is_exact:
+        ranks = np.unique(np.geomspace(1, max(1, highest), KNOWN_RANKS).round().astype(int))
+        ranks = np.r_[0, ranks[ranks <= highest]]
+        measured = (_losses(bounds, int(rank), other) for rank in ranks[1:])
+        found = np.array([(predict_zero_loss, other_energy), *measured])
+        if not bounds.curve_is_exact:
+            known, losses = ranks, np.minimum.accumulate(np.minimum(found[:, 0] / predict_zero_loss, 1.0))
+            upper = np.maximum(_interpolated(ranks, losses), lower)
+        if other is not None:
+            in_other = _interpolated(ranks, found[:, 1] / other_energy)
+    if other is None:
+        return LayerFloors(chain, lower, upper, known, energy)
+    return LayerFloors(chain, lower, upper, known, energy, in_other, other_energy)
+
+
+def _losses(bounds: ChainBounds, rank: int, other: Metric | None) -> tuple[float, float]:
+    """Return the loss of the best known chain, and what it loses in another metric, 0 without one."""
+    if other is None:
+        return bounds.upper(rank), 0.0
+    loss, error = bounds.best(rank)
+    return loss, other.loss(error)
+
+
+def _interpolated(known: np.ndarray, losses: np.ndarray) -> np.ndarray:
+    """Return the losses of ranks 0 … known[-1], with logarithms that are linear between known ranks."""
     # A loss of 0 has no logarithm, and counts as 1e-30.
-    upper = np.exp(np.interp(np.arange(highest + 1), known, np.log(np.maximum(losses, 1e-30))))
-    return LayerFloors(chain, lower, np.maximum(np.where(upper <= 1e-29, 0.0, upper), lower), known, energy)
+    values = np.exp(np.interp(np.arange(known[-1] + 1), known, np.log(np.maximum(losses, 1e-30))))
+    return np.where(values <= 1e-29, 0.0, values)

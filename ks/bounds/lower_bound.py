@@ -9,9 +9,9 @@ from functools import cached_property
 
 import torch
 
-from ks.bounds.factorize import tail_sums
 from ks.bounds.frames import LARGEST_SCALE, LEAK, Splitting, factor_of, fair_splitting, grow, remainder
 from ks.bounds.lift_and_shift import Part, lift_and_shift, never, smaller_gram
+from ks.bounds.tails import tail_sums
 from ks.chain.patterns import Chain
 
 # Iterations of ADMM; any number gives a valid bound, and more of them a better one.

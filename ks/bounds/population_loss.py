@@ -21,10 +21,12 @@ def population_loss(weight: torch.Tensor, values, metric: MetricLike = None) -> 
         values: the factors, shapes (a_l, b_l, c_l, d_l), output side first; multiplied in float64.
         metric: C = E[x xᵀ], a tensor of shape (n, n) or a `SecondMoment`; or a `Metric`, G ⊗ C. None means I.
     """
-    return Metric.of(metric).loss(_residual(weight, values)) / len(weight)
+    return Metric.of(metric).loss(residual(weight, values)) / len(weight)
 
 
-def _residual(weight: torch.Tensor, values) -> torch.Tensor:
+@torch.no_grad()
+def residual(weight: torch.Tensor, values) -> torch.Tensor:
+    """Return W − K_1 … K_L in float64, formed block by block."""
     wide = weight.to(torch.float64, memory_format=torch.contiguous_format, copy=True)
     return subtract_chain(wide, list(values))
 
@@ -49,9 +51,9 @@ def sampled_loss_range(
     Source: Laurent and Massart, "Adaptive estimation of a quadratic functional by model selection" (2000), lemma 1.
     """
     metric = Metric.of(metric)
-    residual = metric.inputs.times_root(metric.weighted(_residual(weight, values)))
-    expected = UNIT_MOMENT.output_energy(residual) / len(weight)
-    narrow = (residual if len(residual) <= residual.shape[1] else residual.t()).float()  # float32 is enough for a range
+    rooted = metric.inputs.times_root(metric.weighted(residual(weight, values)))
+    expected = UNIT_MOMENT.output_energy(rooted) / len(weight)
+    narrow = (rooted if len(rooted) <= rooted.shape[1] else rooted.t()).float()  # float32 is enough for a range
     gram = lower_gram(narrow).tril_()
     norm = (2 * gram.norm() ** 2 - gram.diagonal().norm() ** 2).item() ** 0.5 / len(weight)
     ratio = 30 / num_samples

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from ks.bounds.factorize import low_rank_energies
 from ks.bounds.floors import ChainBounds, Floor, Progress, chain_bounds, couples, floor_curve, no_floor_reason
 from ks.bounds.lift_and_shift import never
+from ks.bounds.low_rank import low_rank_energies
 from ks.chain.patterns import Chain, make_chain
 from ks.files.columns import ISOTROPIC
 from ks.moments.metric import Metric, MetricLike
@@ -130,8 +130,7 @@ class RankFloors:
         if self.chain.family == "lowrank":
             return self.curve
         if self.known.lowrank is None:
-            weight = self.metric.weighted(self.weight)
-            self.known.lowrank = low_rank_energies(weight, self.metric.inputs).cpu() / self.chain.rows
+            self.known.lowrank = low_rank_energies(self.weight, self.metric).cpu() / self.chain.rows
         return self.known.lowrank
 
     @property

@@ -87,7 +87,7 @@ class Metric:
 
     def couples_rows(self, groups: int) -> bool:
         """Return whether G couples any two of the row groups t::q, q = `groups`."""
-        if self.outputs.is_isotropic:
+        if groups == 1 or self.outputs.is_isotropic:
             return False
         return self.rows_in_groups(groups).coupling(groups) is not None
 

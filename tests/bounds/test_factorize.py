@@ -9,9 +9,10 @@ import torch
 from chains import SEEDS, random_chain, random_weight
 
 import ks
-from ks.bounds import factorize as factorize_module
-from ks.bounds.factorize import factorize, tail_energies
+from ks.bounds import tails
+from ks.bounds.factorize import factorize
 from ks.bounds.floors import floor_curve, loss_floor
+from ks.bounds.tails import tail_energies
 from ks.chain.patterns import chainability, patterns_of_ranks
 from ks.chain.reference import chain_to_dense
 from ks.errors import UsageError
@@ -20,7 +21,7 @@ from ks.errors import UsageError
 @pytest.mark.parametrize("group", [1, 50, 200, 2**22])
 @pytest.mark.parametrize("shape", [(7, 5), (6, 7, 5), (1, 5, 7), (2, 3, 5, 7)])
 def test_tail_energies_are_sums_of_squared_singular_values_in_groups_of_any_size(shape, group, monkeypatch):
-    monkeypatch.setattr(factorize_module, "GROUP_VALUES", group)
+    monkeypatch.setattr(tails, "GROUP_VALUES", group)
     matrices = torch.randn(shape, dtype=torch.float64)
     singular = torch.linalg.svdvals(matrices).square().reshape(-1, 5).sum(0)
     expected = torch.cat([singular.flip(0).cumsum(0).flip(0), singular.new_zeros(1)])

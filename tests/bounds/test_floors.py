@@ -6,8 +6,9 @@ from chains import SEEDS, loss, random_chain, random_weight
 from measured import random_moment
 
 import ks
-from ks.bounds.factorize import factorize, tail_energies
+from ks.bounds.factorize import factorize
 from ks.bounds.floors import floor_curve, loss_floor, split_blocks
+from ks.bounds.tails import tail_energies
 from ks.chain.reference import chain_to_dense
 from ks.errors import UsageError
 
@@ -92,3 +93,5 @@ def test_what_has_no_floor_says_why():
         floor_curve(weight, ks.make_chain(20, 12))
     with pytest.raises(UsageError, match="positive integer"):
         loss_floor(weight, ks.make_chain(12, 20), [0])
+    with pytest.raises(UsageError, match=r"a sequence of ranks is needed, \[16\]"):
+        loss_floor(weight, ks.make_chain(12, 20), 16)

@@ -102,7 +102,7 @@ def lowrank(weights, tmp_path):
 
     def find(**changes):
         [entry] = find_candidates(selected, make_chain, ["lowrank"], None, path)
-        key = {"weight_sha256": entry.dense.weight_sha256, "inputs_sha256": None, "chain": entry.floors[0].chain}
+        key = {"weight_sha256": entry.dense.weight_sha256, "metric_sha256": None, "chain": entry.floors[0].chain}
         return FloorsFile(path).find(**(key | changes))
 
     return find
@@ -110,7 +110,7 @@ def lowrank(weights, tmp_path):
 
 def test_other_inputs_values_and_chains_have_other_floors(lowrank):
     assert lowrank() is not None
-    for change in ({"inputs_sha256": "other"}, {"weight_sha256": "other"}, {"chain": make_chain(24, 16)}):
+    for change in ({"metric_sha256": "other"}, {"weight_sha256": "other"}, {"chain": make_chain(24, 16)}):
         assert lowrank(**change) is None
 
 
