@@ -56,7 +56,7 @@ class Candidates:
         """Return the plan that replaces the weight by the chain of a family and a rank."""
         upper, lower = float(floors.upper[rank]), float(floors.lower[rank])
         losses: dict[str, Any] = {"relative_loss": upper, "relative_loss_lower": lower}
-        if floors.other is not None:
+        if floors.other is not None and floors.other_energy is not None:
             other = float(floors.other[rank])
             losses |= {"loss_increase": floors.other_energy / 2 * other, "loss_increase_lower": None}
             if self.loss_metric is LossMetric.MODEL_LOSS:
