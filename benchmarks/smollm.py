@@ -34,28 +34,32 @@ def load_smollm() -> tuple[nn.Module, Encode]:
     return model.eval(), lambda text: tokenizer(text).input_ids
 
 
+class TinyBlock(nn.Module):
+    """A gated MLP with a residual connection."""
+
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        layers = {"gate_proj": (width, inner), "up_proj": (width, inner), "down_proj": (inner, width)}
+        self.mlp = nn.ModuleDict({name: nn.Linear(*sizes, bias=False) for name, sizes in layers.items()})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the outputs, in the shape of x."""
+        return x + self.mlp["down_proj"](nn.functional.silu(self.mlp["gate_proj"](x)) * self.mlp["up_proj"](x))
+
+
 class TinyModel(nn.Module):
     """A language model of bytes with random values, two gated MLPs over the mean of the bytes so far."""
 
     def __init__(self, width: int = 24, inner: int = 48):
         super().__init__()
         torch.manual_seed(0)
-        layers = {"gate_proj": (width, inner), "up_proj": (width, inner), "down_proj": (inner, width)}
         self.embed = nn.Embedding(256, width)
-        self.layers = nn.ModuleList(
-            nn.ModuleDict(
-                {"mlp": nn.ModuleDict({name: nn.Linear(*sizes, bias=False) for name, sizes in layers.items()})}
-            )
-            for _ in range(2)
-        )
+        self.layers = nn.Sequential(TinyBlock(width, inner), TinyBlock(width, inner))
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return logits, shape (batch, tokens, 256)."""
         x = self.embed(input_ids)
-        x = x + x.cumsum(1) / torch.arange(1, x.shape[1] + 1).unsqueeze(1)
-        for layer in self.layers:
-            mlp = layer["mlp"]
-            x = x + mlp["down_proj"](nn.functional.silu(mlp["gate_proj"](x)) * mlp["up_proj"](x))
+        x = self.layers(x + x.cumsum(1) / torch.arange(1, x.shape[1] + 1).unsqueeze(1))
         return x @ self.embed.weight.t() / x.shape[-1] ** 0.5
 
 
