@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import nn
@@ -64,8 +65,10 @@ def refine(
     each pass the error is measured on held-out batches. The block keeps the values with the least error, those before
     the first pass included, and ends after a pass that did not lower it.
 
-    Time: both models run once, and every block about three times as long for each pass. Memory: the inputs of one block
-    for all batches, of both models, and the other arguments of all blocks.
+    The other arguments of a block, such as masks and positions, are those of the models before the refinement.
+
+    Time: all blocks of both models run once, and those of the compressed one three times more for each pass. Memory, on
+    the CPU: the inputs of one block for all batches, of both models.
 
     Source: AA-SVD (arXiv 2604.02119).
 
@@ -148,8 +151,15 @@ def _trained(small: nn.Module, name: str) -> dict[str, nn.Parameter]:
     return {key: each for key, each in named if (each in chains or each.ndim == 1) and each not in outside}
 
 
+class _LastBlock(Exception):
+    """The last block was entered: the rest of the model is of no use."""
+
+
 class _Stream:
     """The inputs of one block of a model for all batches, on the CPU; in the beginning those of the first block.
+
+    The first batch passes through the whole model; the others through copies of nothing but the modules around the
+    blocks, for the other arguments of each block, such as masks and positions.
 
     Args:
         order: names of the blocks in the order of their calls.
@@ -158,14 +168,19 @@ class _Stream:
     def __init__(self, model: nn.Module, names: Sequence[str], batches: list[Any]):
         self.model, self.hidden = model, list[torch.Tensor]()
         self._others: dict[str, list[tuple[tuple, dict]]] = {name: [] for name in names}
+        self._rest: dict[str, tuple | None] = {}  # of the outputs of each block, None for a single tensor
         for batch in batches:
             self.order: list[str] = []
             self._last: torch.Tensor | None = None
             with contextlib.ExitStack() as hooks:
+                hooks.enter_context(contextlib.suppress(_LastBlock))
                 for name in names:
                     block = model.get_submodule(name)
                     hooks.callback(block.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True).remove)
-                    hooks.callback(block.register_forward_hook(self._leave).remove)
+                    if self.hidden:
+                        hooks.enter_context(mock.patch.object(block, "forward", partial(self._skip, name)))
+                    else:
+                        hooks.callback(block.register_forward_hook(partial(self._leave, name)).remove)
                 call(model, on_device_of(model, batch))
             if missing := [name for name in names if name not in self.order]:
                 raise UsageError(f"a batch does not call block {one_line(missing[0])}; leave it out of the blocks")
@@ -183,10 +198,17 @@ class _Stream:
             self.hidden.append(positional[0].to("cpu", copy=True))
         self.order.append(name)
         self._others[name].append((positional[1:], named))
+        if len(self.hidden) > 1 and len(self.order) == len(self._others):
+            raise _LastBlock
 
-    def _leave(self, _: nn.Module, __: tuple, output: Any) -> None:
+    def _leave(self, name: str, _: nn.Module, __: tuple, output: Any) -> None:
         self._last = _first(output)
+        self._rest[name] = None if output is self._last else tuple(output[1:])
         self._copy = self._last.clone()
+
+    def _skip(self, name: str, hidden: torch.Tensor, *_, **__) -> Any:
+        self._last, rest = hidden, self._rest[name]
+        return hidden if rest is None else (hidden, *rest)
 
     def _check_repeats(self) -> None:
         first = self.hidden
