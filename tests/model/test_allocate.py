@@ -51,6 +51,7 @@ def test_a_target_is_met_with_no_more_parameters_than_the_same_fraction_everywhe
     assert plan.mean_relative_loss <= target * (1 + 1e-9)
     assert plan.as_uniform().mean_relative_loss <= target * (1 + 1e-9)
     assert target < 0.5 or plan.as_uniform().share < 0.9
+    assert target < 0.5 or plan.mean_relative_loss > target / len(WEIGHTS)
     assert plan.parameters <= plan.as_uniform().parameters
 
 
@@ -156,6 +157,7 @@ def test_the_metric_follows_from_target_and_gradients(moments, arguments, gradie
         ({"loss_metric": "output_energy", "target_loss_increase": 0.5}, "is a target for model_loss; leave out"),
         ({"loss_metric": "model_loss", "budget": 0.5}, "needs moments with its gradients"),
         ({"target_loss_increase": 0.5}, "needs moments with its gradients"),
+        ({"target_relative_loss": -0.5}, "a target of -0.5: at least 0 is needed"),
     ],
 )
 def test_a_metric_that_is_not_possible_is_refused(arguments, message):
