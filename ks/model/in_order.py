@@ -15,6 +15,7 @@ from ks.layer import KSLinear
 from ks.model.apply import Place, described, factorised, find_places, metric_of, replacements_of
 from ks.model.batches import Mask, call, mask_of, on_device_of
 from ks.model.collect import collect_input_moments
+from ks.model.hooks import observed
 from ks.model.linears import light_copy, linears_of, replace_modules, unwrapped
 from ks.model.model_plan import ModelPlan
 from ks.moments.metric import LossMetric, Metric
@@ -86,7 +87,7 @@ def compress_in_order(
         metric = None if moments is None else metric_of(place.plan, moments, plan.loss_metric)
         return None if metric is None else metric.outputs
 
-    dense = light_copy(unwrapped(model)).eval() if anchor else None
+    dense = light_copy(unwrapped(model)) if anchor else None
     replaced: dict[nn.Module, KSLinear] = {}
     result = model
     try:
@@ -145,9 +146,8 @@ def _paired(
         return
     kept: dict[tuple[nn.Module, str], list[torch.Tensor]] = {}
 
-    def keep(at: tuple[nn.Module, str], _: nn.Module, positional: tuple, named: dict) -> None:
-        given = positional[0] if positional else next(iter(named.values()))
-        kept.setdefault(at, []).append(given.detach().clone())
+    def keep(model: nn.Module, name: str, inputs: torch.Tensor) -> None:
+        kept.setdefault((model, name), []).append(inputs.clone())
 
     def passes() -> Iterator[Any]:
         for batch in batches:
@@ -167,11 +167,8 @@ def _paired(
                     x, seen = (_rows(each, counted).to(place, torch.float64) for each in pair)
                     drifts[name] = drifts.get(name, 0) + (x - seen).mT @ seen
 
-    with contextlib.ExitStack() as hooks:
-        for model in (dense, small):
-            for name, *_ in groups:
-                module = linears_of(model)[name].module
-                hooks.callback(module.register_forward_pre_hook(partial(keep, (model, name)), with_kwargs=True).remove)
+    first = [{name: linears_of(model)[name] for name, *_ in groups} for model in (dense, small)]
+    with observed(dense, first[0], partial(keep, dense), None), observed(small, first[1], partial(keep, small), None):
         yield passes(), drifts
 
 

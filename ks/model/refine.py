@@ -53,7 +53,7 @@ def refine(
     mask: Mask | None = None,
     held_out: float = 0.2,
     passes: int = 3,
-    lr: float = 3e-3,
+    lr: float = 0.01,
     folder=None,
     quiet: bool = False,
 ) -> list[RefinedBlock]:

@@ -203,7 +203,7 @@ def small_of(model, change=None):
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
-        (Model, {"passes": 0}, "passes 0, lr 0.003: at least one pass"),
+        (Model, {"passes": 0}, "passes 0, lr 0.01: at least one pass"),
         (Model, {"lr": 1.5}, "passes 3, lr 1.5: .* a rate between 0 and 1"),
         (Model, {"held_out": 0.0}, "of 10 batches, 0.0 is to be held out; both parts need"),
         (Model, {"batches": BATCHES[:1]}, "of 1 batches, 0.2 is to be held out; both parts need"),
