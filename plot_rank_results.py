@@ -7,7 +7,8 @@ Reads rank_R/rank_R_rank_R_loss_curves.csv (those of the 2025 scripts too) and, 
 (which then lists the ranks of the study), PREFIX_floor.csv and PREFIX_config.json. Prints the answer and the
 summary, and writes the figures PREFIX_loss_curves, _final_losses, _floor, _gap, _front and _latency to --output_dir;
 with --metric NAME, also PREFIX_metric_NAME; with --report, also PREFIX_report.html. For several sweeps, it draws
-PREFIX_chains. If the figures are not those of a sweep in that folder, PREFIX_figures.json lists them.
+PREFIX_chains. For the plans of a model in the folder, *_plan.json, whose increase of the loss was measured, it draws
+PREFIX_plans. If the figures are not those of a sweep in that folder, PREFIX_figures.json lists them.
 Exit codes: 0 well, 2 bad input, 4 internal error.
 """
 
@@ -27,7 +28,9 @@ from ks.files.atomic import prepare_output_dir, read_json_object, write_json
 from ks.files.layout import SweepFiles
 from ks.files.ownership import check_free, recorded
 from ks.files.table import filled
+from ks.model.model_plan import ModelPlan
 from ks.report.figures import draw
+from ks.report.figures.by_prediction import increases_of
 from ks.report.html import write_report
 from ks.report.read_results import read_study
 from ks.report.summary import summary_table
@@ -53,6 +56,16 @@ def claim(files: SweepFiles, paths: list[Path], sources: list[Path]) -> None:
         write_json(files.figures_record, record)
 
 
+def measured_plans(folder: Path) -> list[ModelPlan]:
+    """Return the plans in a folder whose predicted and measured increase are known.
+
+    Raises:
+        UsageError: one of them is not valid.
+    """
+    paths = [path for path in sorted(folder.glob("*_plan.json")) if read_json_object(path).get("measured_increase")]
+    return [plan for plan in map(ModelPlan.load, paths) if increases_of([plan])]
+
+
 @console.script
 def main(argv=None) -> int:
     config = build_parser().parse(argv)
@@ -64,18 +77,22 @@ def main(argv=None) -> int:
     if several and (config.report or config.metric):
         raise UsageError(f"{'--report' if config.report else '--metric'} needs a single --results_dir")
     try:
-        studies = [read_study(SweepFiles(source, config.save_prefix)) for source in sources]
+        plans = [] if several else measured_plans(sources[0])
+        given = [SweepFiles(source, config.save_prefix) for source in sources]
+        studies = [read_study(files) for files in given if not plans or config.report or files.floor_csv.exists()]
     except OSError as error:
         raise UsageError(f"{error.filename} cannot be read: {error.strerror}") from error
     if len({study.weight_sha256 for study in studies}) > 1:
         raise UsageError("the --results_dir are studies of different weights: their losses do not compare")
-    if unknown := studies[0].unknown_metrics(config.metric):
-        raise UsageError(unknown)
-    drawn = (
-        {"chains": draw.chains_figure(studies, **look)}
-        if several
-        else draw.study_figures(studies[0], metrics=config.metric, **look)
-    )
+    if len({study.words.loss_metric for study in studies}) > 1:
+        raise UsageError("the --results_dir are studies of different --loss_metric: their losses do not compare")
+    drawn = {"plans": draw.plans_figure(plans, title=config.title)} if plans else {}
+    if several:
+        drawn = {"chains": draw.chains_figure(studies, **look)}
+    for study in [] if several else studies:
+        if unknown := study.unknown_metrics(config.metric):
+            raise UsageError(unknown)
+        drawn |= draw.study_figures(study, metrics=config.metric, **look)
     target = prepare_output_dir(config.output_dir or sources[0])
     files = SweepFiles(target, config.save_prefix)
     paths = [files.figure(name, suffix) for name in drawn for suffix in config.formats]
@@ -87,12 +104,14 @@ def main(argv=None) -> int:
             written.append(files.report)
     except OSError as error:
         raise UsageError(f"figures cannot be written to {target}: {error.strerror}") from error
+    for plan in plans:
+        print("\n".join(filled(plan.sentences())) + "\n")
     for study in studies:
         if several:
             print(f"{study.name}: {study.chain}")
         if study.answer:
             print("\n".join(filled(study.answer)) + "\n")
-        print(summary_table(study.summary.to_dict("records"), config.verbose))
+        print(summary_table(study.rows, config.verbose))
     for path in written:
         print(path)
     if config.show:

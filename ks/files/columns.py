@@ -53,8 +53,9 @@ def chosen(columns: Iterable[Column], order: Iterable[str]) -> list[Column]:
 
 ISOTROPIC = "isotropic"  # kind of inputs, and name of the floors for them
 BATCHES = (1, 32, 1024)  # batch sizes at which the latency of a chain is measured
-LOSS = "squared unit of the outputs"
+LOSS = "unit of the losses"
 FRACTION = "fraction of the zero predictor's loss"
+INCREASE = "unit of the loss of the model, per token"
 
 CURVES = (
     Column("epoch", Positive, "number of the epoch, from 1", plural="epochs"),
@@ -95,24 +96,28 @@ SUMMARY = (
     Column("num_epochs", Count, "number of epochs trained", form="{:.0f}"),
     Column("status", Text, "`ok`, or why the run failed; its final losses are then empty"),
     Column("population_loss", Loss, "exact expected loss of the last epoch's chain", LOSS, "{:.4g}"),
-    Column("loss_floor", Loss, "lower bound: no chain of this rank has a smaller loss", LOSS, "{:.4g}"),
+    Column("loss_floor", Loss, "lower bound: no chain of this rank has a smaller loss", LOSS, "{:.4g}",
+           "the least loss that any chain of the rank can have"),
     Column("loss_floor_upper", Loss, "upper bound: the best known chain of this rank has this loss; where the bounds "
-           "differ, a run may beat it", LOSS, "{:.4g}"),
+           "differ, a run may beat it", LOSS, "{:.4g}",
+           "the loss of the best chain known, where the floor lies between two bounds"),
     Column("loss_floor_is_exact", bool, "whether the two bounds are equal up to rounding, so that the floor is the "
            "optimum of the rank"),
     Column("optimality_gap", Number, "`population_loss` / `loss_floor_upper` − 1, negative for a loss below that of "
            "the best known chain; empty if that is below 1e-6 of the zero predictor's", "ratio", "{:.2%}"),
     Column("excess", Number, "(`population_loss` − `loss_floor_upper`) / loss of the zero predictor", FRACTION,
            "{:.3%}"),
-    Column("relative_loss", Loss, "`population_loss` / loss of the zero predictor, the fraction of the output energy "
-           "that is lost under the given inputs: 0 is dense, 1 is useless", FRACTION, "{:.2%}",
+    Column("relative_loss", Loss, "`population_loss` / loss of the zero predictor: 0 is dense, 1 is useless; the "
+           "fraction of the output energy that is lost under the given inputs, unless `loss_metric` is `model_loss`",
+           FRACTION, "{:.2%}",
            "the fraction of the output energy that is lost, 100% for the zero predictor"),
     Column("parameters", Positive, "free values of the chain", form="{:,.0f}"),
     Column("compression_ratio", Loss, "parameters of the dense weight over those of the chain", "ratio", "{:.2f}"),
     Column("saturated", bool, "whether the rank is so large that a larger one changes nothing"),
-    Column("verdict", Text, "limit of this rank: converged, between its bounds, within 0.1% of the energy, "
-           "sample-limited or undertrained; and the marks saturated, larger than dense, better than the best known "
-           "chain and calibration-limited (the loss on held-out inputs is larger)"),
+    Column("verdict", Text, "limit of this rank: converged, between its bounds, within 0.1% of the energy (with "
+           "`model_loss`, of the zero predictor's loss), sample-limited or undertrained; and the marks saturated, "
+           "larger than dense, better than the best known chain and calibration-limited (the loss on held-out inputs "
+           "is larger)"),
     Column("num_seeds", Count, "number of seeds that finished", form="{:.0f}"),
     Column("final_train_loss_se", Loss, "standard error of `final_train_loss` over the seeds", LOSS, "{:.2g}"),
     Column("final_val_loss_se", Loss, "standard error of `final_val_loss` over the seeds", LOSS, "{:.2g}"),
@@ -133,7 +138,8 @@ SUMMARY = (
     Column("relative_loss_se", Loss, "standard error of `relative_loss` over the seeds", FRACTION, "{:.3%}"),
     Column("share_of_dense", Loss, "parameters of the chain over those of the dense weight", "ratio", "{:.2%}"),
     Column("predict_zero_loss", Loss, "loss of the zero predictor", LOSS, "{:.4g}"),
-    Column("target_relative_loss", Loss, "`--target_relative_loss`", FRACTION, "{:.2%}"),
+    Column("target_relative_loss", Loss, "`--target_relative_loss`, or `--target_loss_increase` over the loss of the "
+           "zero predictor", FRACTION, "{:.2%}"),
     Column("reached_target", bool, "whether the rank is finished and `relative_loss` is at most the target"),
     Column("criterion", Text, "criterion of the runs: `mean_squared_error`, or another one, whose losses are those of "
            "outputs in units of the root mean square of W x"),
@@ -143,22 +149,42 @@ SUMMARY = (
     Column("chain", Text, "family of chains, with its splits"),
     Column("inputs", Text, "`isotropic`, or `measured` and the hash of the inputs"),
     *LATENCIES,
+    Column("loss_metric", Text, "`--loss_metric` of the study: losses are those of the outputs with `output_energy`, "
+           "and increases of the loss of the model with `model_loss`"),
+    Column("loss_unit", Text, "unit of the loss of the model, as `nats`; empty without gradients in `--inputs`"),
+    Column("loss_increase", Loss, "with gradients in `--inputs`: ½ tr(G (W − Ŵ) C (W − Ŵ)ᵀ), the increase of the loss "
+           "of the model that is predicted to second order, whichever metric trained", INCREASE, "{:.3g}",
+           "the predicted increase of the loss of the model"),
+    Column("held_out_loss_increase", Loss, "`loss_increase` with the moments of the held-out part", INCREASE, "{:.3g}"),
+    Column("energy_loss", Loss, "with gradients in `--inputs`: fraction of the output energy that is lost, whichever "
+           "metric trained", "ratio", "{:.2%}", "the fraction of the output energy that is lost"),
 )  # fmt: skip
 
 # The order of the printed summary: the columns that decide come first, and --verbose adds the details.
 PRINTED = (
-    *("rank", "relative_loss", "relative_loss_se", "held_out_relative_loss", "relative_floor", "relative_floor_upper"),
-    *("optimality_gap", "share_of_dense", "status", "verdict"),
+    *("rank", "relative_loss", "relative_loss_se", "held_out_relative_loss", "loss_increase", "relative_floor"),
+    *("relative_floor_upper", "optimality_gap", "share_of_dense", "status", "verdict"),
+)
+# The same under the loss of the model: all losses are increases in its unit.
+PRINTED_INCREASES = (
+    *("rank", "loss_increase", "population_loss_se", "held_out_loss_increase", "energy_loss", "loss_floor"),
+    *("loss_floor_upper", "optimality_gap", "share_of_dense", "status", "verdict"),
 )
 DETAILS = (
     *("parameters", "compression_ratio", "final_train_loss", "final_val_loss", "population_loss", "loss_floor"),
-    *("loss_floor_upper", "excess", "removed_share", "isotropic_floor", "min_val_epoch", "num_epochs", "segments"),
-    "train_seconds",
+    *("loss_floor_upper", "held_out_loss_increase", "excess", "removed_share", "isotropic_floor", "min_val_epoch"),
+    *("num_epochs", "segments", "train_seconds"),
 )
 # The order of the results of several layers.
-PRINTED_LAYERS = ("weight_key", "rank", "relative_loss", "relative_floor_upper", "share_of_dense", "verdict")
+PRINTED_LAYERS = (
+    *("weight_key", "rank", "relative_loss", "relative_floor_upper", "loss_increase", "share_of_dense", "verdict"),
+)
+PRINTED_LAYER_INCREASES = (
+    *("weight_key", "rank", "loss_increase", "loss_floor_upper", "energy_loss", "share_of_dense", "verdict"),
+)
 
-RUNS = (RANK, SEED, *SUMMARY[1:10], *chosen(SUMMARY, ("train_seconds", "segments")))
+INCREASES = ("loss_increase", "held_out_loss_increase", "energy_loss")  # of a run, at its end
+RUNS = (RANK, SEED, *SUMMARY[1:10], *chosen(SUMMARY, ("train_seconds", "segments", *INCREASES)))
 
 ALL_CURVES = (
     RANK,
@@ -180,7 +206,7 @@ FLOOR = (
 
 # What --dry_run prints; no file holds it.
 PLANNED_RANKS = (
-    *chosen(SUMMARY, ("rank", "relative_floor", "relative_floor_upper")),
+    *chosen(SUMMARY, ("rank", "relative_floor", "relative_floor_upper", "loss_floor", "loss_floor_upper")),
     Column("lowrank_floor", Loss, "floor of low-rank with at most as many parameters", FRACTION, "{:.2%}",
            "the same for a low-rank factorisation of at most that size, whose rank is lowrank_rank"),
     Column("lowrank_rank", Count, "rank of that low-rank factorisation", form="{:.0f}"),
@@ -189,7 +215,7 @@ PLANNED_RANKS = (
 )  # fmt: skip
 FAMILIES = (
     Column("chain", Text, "family of chains"),
-    *chosen(SUMMARY, ("rank", "parameters", "share_of_dense", "relative_loss")),
+    *chosen(SUMMARY, ("rank", "parameters", "share_of_dense", "relative_loss", "loss_increase")),
     Column("none_below", Positive, "rank below which none can reach the target", legend="no smaller rank can reach the "
            "target"),
 )  # fmt: skip

@@ -43,6 +43,9 @@ class TrainingLog(Struct):
     train_seconds: Duration | None = None
     epochs: Positive | None = None
     relative_loss: Loss | None = None
+    loss_increase: Loss | None = None
+    held_out_loss_increase: Loss | None = None
+    energy_loss: Loss | None = None
     resumed_after: Count | None = None
     latency: Latency | None = None
 
@@ -78,6 +81,8 @@ class InputsRecord(Struct):
     held_out_count: Count | None = None
     effective_rank: Number | None = None
     centred: bool = False
+    gradients_sha256: Text | None = None
+    damping: Number | None = None
 
 
 class ProblemRecord(Struct):

@@ -10,7 +10,8 @@ from ks.errors import UsageError
 def per_token(increase: float, unit: str) -> str:
     """Return an increase of the loss per token in words, for a loss in nats also as a factor of the perplexity."""
     if unit == "nats":
-        return f"{increase:.3g} nats per token (perplexity × {math.exp(min(increase, 700)):.4g})"
+        digits = 4 if abs(increase) >= 0.001 else 7
+        return f"{increase:.3g} nats per token (perplexity × {math.exp(min(increase, 700)):.{digits}g})"
     return f"{increase:.3g} per token" + (f" ({unit})" if unit else "")
 
 

@@ -11,6 +11,7 @@ from ks.bounds.rank_floors import TargetRanks
 from ks.files.status import ended_well
 from ks.report.summary import times_of
 from ks.report.verdict import NEGLIGIBLE_FLOOR, Limit
+from ks.report.words import Words, percents
 
 # A knee lies below the chord of the front by this fraction of its height and width, in logarithms.
 KNEE_DEPTH = 0.05
@@ -44,27 +45,28 @@ def answer(rows: list[dict], facts: Facts, target: float | None = None) -> list[
     Args:
         rows: of the summary, as `ks.report.summary.rank_row` returns them.
         facts: of the study.
-        target: fraction of the output energy that may be lost, or None.
+        target: loss that may be lost, relative to the zero predictor, or None.
     """
     known = _with_losses(rows)
     named = named_row(rows, target)
+    words = Words.of(rows[0])
     if not any(ended_well(row["status"]) for row in rows):
         return ["No rank has finished, so no rank can be named."]
     if named is None:
         return [
-            "The criterion is not the mean squared error, so the fraction of the output energy lost is not known: "
-            "compare final_val_loss."
+            f"The criterion is not the mean squared error, so {words.quantity} is not known: compare final_val_loss."
         ]
     if target is None:
-        sentences = _on_front(named, known)
+        sentences = _on_front(named, known, words)
     elif named["relative_loss"] <= target:
-        sentences = _reached(named, known, facts, target)
+        sentences = _reached(named, known, facts, target, words)
     else:
-        sentences = _not_reached(named, facts, target)
-    sentences += _bounds_of(named)
+        sentences = _not_reached(named, facts, target, words)
+    sentences += words.both_metrics(named)
+    sentences += _bounds_of(named, words)
     sentences += _uncertified(facts)
     sentences += lowrank_beside(named, facts)
-    sentences += _warnings(named, target)
+    sentences += _warnings(named, target, words)
     return sentences + _dominated(known)
 
 
@@ -91,12 +93,12 @@ def _with_losses(rows: list[dict]) -> list[dict]:
     return [row for row in rows if ended_well(row["status"]) and row.get("relative_loss") is not None]
 
 
-def _reached(named: dict, rows: list[dict], facts: Facts, target: float) -> list[str]:
+def _reached(named: dict, rows: list[dict], facts: Facts, target: float, words: Words) -> list[str]:
     rank = named["rank"]
-    loss, limit = percents(named["relative_loss"], target)
+    loss, limit = words.amounts(named["relative_loss"], target)
     sentences = [
-        f"Rank {rank} is the smallest trained rank that loses at most {limit} of the output energy: it loses {loss}, "
-        f"with {_size(named)}."
+        f"Rank {rank} is the smallest trained rank that {words.loses} at most {words.whole(limit)}: it {words.loses} "
+        f"{loss}, with {_size(named)}."
     ]
     found = facts.target
     if found is None:
@@ -104,8 +106,8 @@ def _reached(named: dict, rows: list[dict], facts: Facts, target: float) -> list
     if found.reaching >= rank:
         return [*sentences, _smaller_ranks(found, rank)]
     ended = next((row["relative_loss"] for row in rows if row["rank"] == found.reaching), None)
-    best, limit, *end = percents(found.loss, target, *([] if ended is None else [ended]))
-    floor = f"{_floor_is(found.exact)} {best}"
+    best, limit, *end = words.amounts(found.loss, target, *([] if ended is None else [ended]))
+    floor = f"{_floor_is(found.exact, words)} {best}"
     if ended is None:
         sentences.append(f"Rank {found.reaching}, which was not trained, can reach {limit} too: {floor}.")
     else:
@@ -125,15 +127,15 @@ def _smaller_ranks(found: TargetRanks, rank: int) -> str:
     return f"No rank below {found.none_below} can reach it; whether {open_ranks} is not known."
 
 
-def _not_reached(named: dict, facts: Facts, target: float) -> list[str]:
+def _not_reached(named: dict, facts: Facts, target: float, words: Words) -> list[str]:
     """Return how close the named row came, and the remedies."""
     rank, floor, found = named["rank"], named.get("relative_floor_upper"), facts.target
     if found is None or floor is None:
-        loss, limit = percents(named["relative_loss"], target)
-        return [f"{limit} of the output energy is not reached: rank {rank} ends at {loss}; try a larger rank."]
-    loss, best, limit = percents(named["relative_loss"], floor, target)
-    exact = named["loss_floor_is_exact"]
-    text = f"{limit} of the output energy is not reached: rank {rank} ends at {loss}, {_floor_is(exact)} {best}"
+        loss, limit = words.amounts(named["relative_loss"], target)
+        return [f"{words.whole(limit)} is not reached: rank {rank} ends at {loss}; try a larger rank."]
+    loss, best, limit = words.amounts(named["relative_loss"], floor, target)
+    exact = _floor_is(named["loss_floor_is_exact"], words)
+    text = f"{words.whole(limit)} is not reached: rank {rank} ends at {loss}, {exact} {best}"
     if floor > target:
         text += f"; no rank below {found.none_below} can reach it"
     elif rank > found.reaching:
@@ -142,13 +144,15 @@ def _not_reached(named: dict, facts: Facts, target: float) -> list[str]:
     if facts.remedy is not None:
         larger, loss_there, larger_than_dense = facts.remedy
         dense = ", larger than dense" if larger_than_dense else ""
-        remedies.append(f"--ranks {larger} (where {percents(loss_there)[0]} is possible, a margin for training{dense})")
+        remedies.append(
+            f"--ranks {larger} (where {words.amounts(loss_there)[0]} is possible, a margin for training{dense})"
+        )
     return [f"{text}. Use {' or '.join(remedies)}." if remedies else f"{text}."]
 
 
-def _floor_is(exact: bool) -> str:
+def _floor_is(exact: bool, words: Words) -> str:
     """Return how a sentence begins that gives the upper bound of a rank: only an exact floor is its floor."""
-    return "its floor is" if exact else "the best known chain loses"
+    return "its floor is" if exact else f"the best known chain {words.loses}"
 
 
 def _more_epochs(row: dict, floor: float, target: float) -> list[str]:
@@ -166,16 +170,15 @@ def _more_epochs(row: dict, floor: float, target: float) -> list[str]:
     return [f"--num_epochs {int(total)}"]
 
 
-def _on_front(named: dict, rows: list[dict]) -> list[str]:
+def _on_front(named: dict, rows: list[dict], words: Words) -> list[str]:
     if named["relative_loss"] < NEGLIGIBLE_FLOOR:
-        return [f"Rank {named['rank']} is the smallest trained rank that loses nothing: it has {_size(named)}."]
+        return [f"Rank {named['rank']} is the smallest trained rank that {words.loses} nothing: it has {_size(named)}."]
     if knee(rows) is not None:
         start, end = f"Rank {named['rank']} is the knee of loss against parameters", ""
     else:
-        start = f"Rank {named['rank']} loses least"
-        end = "; loss against parameters has no knee, so choose with --target_relative_loss" if len(rows) > 1 else ""
-    loss = percents(named["relative_loss"])[0]
-    return [f"{start}: it loses {loss} of the output energy, with {_size(named)}{end}."]
+        start = f"Rank {named['rank']} {words.loses} least"
+        end = f"; loss against parameters has no knee, so choose with {words.target_flag}" if len(rows) > 1 else ""
+    return [f"{start}: it {words.loses} {words.show(named['relative_loss'])}, with {_size(named)}{end}."]
 
 
 def knee(rows: list[dict]) -> dict | None:
@@ -225,11 +228,13 @@ def _dominated(rows: list[dict]) -> list[str]:
     return [f"Dominated, by a rank with no more parameters and no more loss: {pairs}."]
 
 
-def _bounds_of(row: dict) -> list[str]:
+def _bounds_of(row: dict, words: Words) -> list[str]:
     if row.get("loss_floor_is_exact") in (True, None):
         return []
-    lower, upper = percents(row["relative_floor"], row["relative_floor_upper"])
-    return [f"No chain of rank {row['rank']} loses less than {lower}; the best known one loses {upper}."]
+    lower, upper = words.amounts(row["relative_floor"], row["relative_floor_upper"])
+    return [
+        f"No chain of rank {row['rank']} {words.loses} less than {lower}; the best known one {words.loses} {upper}."
+    ]
 
 
 def _uncertified(facts: Facts) -> list[str]:
@@ -251,26 +256,28 @@ def lowrank_beside(row: dict, facts: Facts) -> list[str]:
     if row["rank"] not in facts.lowrank:
         return []
     rank, floor = facts.lowrank[row["rank"]]
-    loss, ours = percents(floor, row["relative_loss"])
+    loss, ours = Words.of(row).amounts(floor, row["relative_loss"])
     advice = "; sweep --chain lowrank as well" if floor < best_known(row) else ""
     start = f"A low-rank factorisation of the same size (rank {rank}) gets down to {loss}"
     return [f"{start}, against {ours} here{advice}."]
 
 
-def _warnings(row: dict, target: float | None) -> list[str]:
+def _warnings(row: dict, target: float | None, words: Words) -> list[str]:
     """Return the size of the named rank if it is too large, its time, and held-out inputs that lose more."""
     rank, sentences = row["rank"], []
     if row["compression_ratio"] < 1:
         sentences.append(f"WARNING: rank {rank} has more parameters than the dense weight.")
     ratios = {batch: chain / dense for batch, (chain, dense) in times_of(row).items()}
     if ratios:
-        slower = "WARNING: " if max(ratios.values()) > 1 else ""
-        texts = [f"{ratio:.2f} at batch {batch}" for batch, ratio in ratios.items()]
-        sentences.append(f"{slower}Time of rank {rank} over that of the dense weight here: {', '.join(texts)}.")
-    held_out = row.get("held_out_relative_loss")
+        texts = ", ".join(f"{ratio:.2f} at batch {batch}" for batch, ratio in ratios.items())
+        start = f"Time of rank {rank} over that of the dense weight here"
+        if slow := [str(batch) for batch, ratio in ratios.items() if ratio > 1]:
+            start = f"WARNING: rank {rank} is slower than dense at batch {', '.join(slow)}; its time over that of dense"
+        sentences.append(f"{start}: {texts}.")
+    held_out = words.held_out(row)
     if target is not None and held_out is not None and row["relative_loss"] <= target < held_out:
-        loss, limit = percents(held_out, target)
-        sentences.append(f"WARNING: on held-out inputs, rank {rank} loses {loss}, more than {limit}.")
+        loss, limit = words.amounts(held_out, target)
+        sentences.append(f"WARNING: on held-out inputs, rank {rank} {words.loses} {loss}, more than {limit}.")
     return sentences
 
 
@@ -278,19 +285,10 @@ def _size(row: dict) -> str:
     return f"{percents(row['share_of_dense'])[0]} of the parameters of the dense weight"
 
 
-def target_note(found: TargetRanks, isotropic: bool) -> str:
+def target_note(found: TargetRanks, isotropic: bool, words: Words) -> str:
     """Return the ranks around a target as a sentence, before any run."""
     text = "that can reach it"
     if not found.exact and found.none_below < found.reaching:
         text = f"whose best known chain reaches it; no rank below {found.none_below} can"
     inputs = "isotropic" if isotropic else "the measured"
-    return f"target {found.target:g}, for {inputs} inputs: rank {found.reaching} is the smallest {text}"
-
-
-def percents(*values: float) -> list[str]:
-    """Return fractions in percent with two decimals, or with as many as tell different ones apart, six at most."""
-    for decimals in range(2, 7):
-        texts = [f"{100 * value:.{decimals}f}" for value in values]
-        if len({*texts}) == len({*values}) and all(float(text) or not value for text, value in zip(texts, values)):
-            break
-    return [(text.partition(".")[0] if float(text).is_integer() else text) + "%" for text in texts]
+    return f"target {words.show(found.target)}, for {inputs} inputs: rank {found.reaching} is the smallest {text}"

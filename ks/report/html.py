@@ -10,6 +10,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import matplotlib
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -33,7 +34,7 @@ CAPTIONS = {
     "loss_curves": "Loss by epoch. Where a rank has a floor, it is dashed: no chain of the rank gets below it.",
     "final_losses": "Final loss of every rank, beside its floor if it has one.",
     "floor": "The loss that each rank could reach at best, and the loss that its run reached.",
-    "gap": "The output energy that more epochs could still save.",
+    "gap": "The loss that more epochs could still save.",
     "front": "Loss against size: the family that loses least with so many parameters.",
     "latency": "Loss against the measured time of a forward pass; right of the line, dense is faster.",
     "metric": "A metric by epoch, on the validation samples.",
@@ -45,13 +46,24 @@ GLOSSARY = {
     "held out": "inputs that were measured and kept back from the runs",
 }
 GLOSSARY_OF_LOSSES = {
-    "zero predictor": "outputs that are all 0; its loss is the energy of the dense outputs",
-    "relative loss": "E‖Wx − Ŵx‖² / E‖Wx‖², the fraction of the output energy that is lost: 0% is dense, 100% is the "
-    "zero predictor",
+    "zero predictor": "outputs that are all 0",
     "floor": "the least loss that any chain of the rank can have; where two bounds stand, it lies between them",
     "best known chain": "the chain whose loss is the upper bound of the floor; a run may beat it",
     "optimality gap": "how far the loss is above that of the best known chain, as a fraction of it",
     "front": "the least loss with at most so many parameters, over all families",
+}
+GLOSSARY_OF_ENERGY = {
+    "zero predictor": "outputs that are all 0; its loss is the energy of the dense outputs",
+    "relative loss": "E‖Wx − Ŵx‖² / E‖Wx‖², the fraction of the output energy that is lost: 0% is dense, 100% is the "
+    "zero predictor",
+}
+GLOSSARY_OF_INCREASES = {
+    "loss increase": "½ tr(G (W − Ŵ) C (W − Ŵ)ᵀ), with C = E[x xᵀ] of the inputs and G = E[g gᵀ] of the gradients of "
+    "the loss of the model at the outputs of the layer: the increase of the loss{unit}, that is predicted to "
+    "second order, with x and g taken as independent. The prediction ranks chains; the increase that was measured on a "
+    "language model is about twice as large, and ks.measure_loss measures yours",
+    "energy loss": "E‖Wx − Ŵx‖² / E‖Wx‖², the fraction of the output energy that is lost; a chain that loses less of "
+    "it may cost the model more",
 }
 FRACTIONS_OF_ENERGY = (0.5, 0.9, 0.99)
 
@@ -115,8 +127,8 @@ def write_report(study: Study, files: SweepFiles, *, log_scale: bool = False, ti
     figures = []
     for name, figure in drawn.items():
         if name in linear:
-            figures.append(_figure(name, inline_svg(linear[name], f"{name}_linear")))
-        figures.append(_figure(name, inline_svg(figure, name)))
+            figures.append(_figure(name, inline_svg(linear[name], f"{name}_linear"), " Linear axis."))
+        figures.append(_figure(name, inline_svg(figure, name), " Logarithmic axis." if name in linear else ""))
     with atomic_path(files.report) as temporary:
         temporary.write_text(_page(study, figures), encoding="utf-8")
 
@@ -124,7 +136,7 @@ def write_report(study: Study, files: SweepFiles, *, log_scale: bool = False, ti
 def _is_squashed(study: Study) -> bool:
     """Return whether losses, with the zero predictor, are too far apart for a linear axis."""
     losses = study.losses["best"].dropna()
-    return len(losses) > 0 and max(losses.max(), 1.0 if study.units.relative else 0.0) > SQUASHED * losses.min()
+    return len(losses) > 0 and np.nanmax([losses.max(), study.units.zero]) > SQUASHED * losses.min()
 
 
 def inline_svg(figure: Figure, name: str) -> str:
@@ -150,9 +162,9 @@ def _page(study: Study, figures: Iterable[str]) -> str:
     name, config, rows = study.title or study.name, study.config, study.rows
     first, *others = recommendation(study) or [name]
     metrics = [f"{columns.FINAL}{metric}" for metric in study.metrics]
-    shown = [*summary_columns(rows), *chosen(SUMMARY, ["parameters"]), *columns.metric_columns(metrics)]
+    shown = [*summary_columns(rows), *chosen(SUMMARY, ["held_out_loss_increase", "parameters"])]
+    shown = list(dict.fromkeys([*shown, *columns.metric_columns(metrics)]))
     timed = [row for row in rows if any(not is_missing(row.get(column.name)) for column in LATENCIES)]
-    glossary = GLOSSARY | (GLOSSARY_OF_LOSSES if study.loss_label == MEAN_SQUARED_ERROR else {})
     sections = [
         ("Ranks", _table(shown, rows)),
         ("Figures", '<div class="figures">' + "".join(figures) + "</div>"),
@@ -160,7 +172,7 @@ def _page(study: Study, figures: Iterable[str]) -> str:
         ("Latency: median milliseconds of a forward pass", _table([SUMMARY[0], *LATENCIES], timed) if timed else ""),
         ("Weight", _definitions(_weight(study, config)) if config else ""),
         ("Inputs", _definitions(_inputs(config)) if config else ""),
-        ("Glossary", _definitions(glossary)),
+        ("Glossary", _definitions(_glossary(study))),
         ("Command that reproduces this study", _command(config) if config else ""),
         ("Provenance", _definitions(_provenance(config)) if config else ""),
     ]
@@ -196,9 +208,19 @@ def _definitions(pairs: Mapping[str, str | None]) -> str:
     return f"<dl>{items}</dl>" if items else ""
 
 
-def _figure(name: str, svg: str) -> str:
+def _figure(name: str, svg: str, axis: str) -> str:
     caption = CAPTIONS.get(name, CAPTIONS["metric"])
-    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
+    return f"<figure>{svg}<figcaption>{escape(caption + axis)}</figcaption></figure>"
+
+
+def _glossary(study: Study) -> dict[str, str]:
+    """Return the terms that the page uses."""
+    glossary = dict(GLOSSARY)
+    if study.loss_label == MEAN_SQUARED_ERROR:
+        glossary |= GLOSSARY_OF_LOSSES | ({} if study.words.of_model else GLOSSARY_OF_ENERGY)
+    if study.summary["loss_increase"].notna().any():
+        glossary |= {term: text.replace("{unit}", study.words.in_unit) for term, text in GLOSSARY_OF_INCREASES.items()}
+    return glossary
 
 
 def _weight(study: Study, config: StudyRecord) -> dict[str, str | None]:
@@ -235,7 +257,8 @@ def _spectrum(study: Study) -> str | None:
         return None
     fractions = " / ".join(f"{fraction:.0%}" for fraction in FRACTIONS_OF_ENERGY)
     return (
-        f"{fractions} of the output energy in the first {' / '.join(map(str, ranks))} of {lost.index.max()} directions"
+        f"{fractions} of the {study.words.zero_loss} in the first {' / '.join(map(str, ranks))} of {lost.index.max()} "
+        "directions"
     )
 
 
@@ -253,6 +276,8 @@ def _inputs(config: StudyRecord) -> dict[str, str | None]:
         "samples": f"{inputs.count or 0:,}, and {inputs.held_out_count or 0:,} held out",
         "effective rank": f"{inputs.effective_rank:.1f}" if inputs.effective_rank is not None else None,
         "sha256": inputs.sha256,
+        "gradients": inputs.gradients_sha256
+        and f"sha256 {inputs.gradients_sha256}; G is damped by {inputs.damping:g} of its mean diagonal",
     }
 
 

@@ -1,8 +1,9 @@
 """A results folder, ours or one of the 2025 ksmm scripts, as a study: tables for figures, and units of its losses."""
 
+import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from ks.files.schema import StudyRecord, read_json_as
 from ks.files.status import OK, ended_well
 from ks.files.table import is_missing
 from ks.report.summary import rank_row, run_row, written_columns
+from ks.report.words import Words
 
 MEAN_SQUARED_ERROR = "mean squared error per output"
 FLOOR_NAMES = columns.names(columns.FLOOR)
@@ -26,20 +28,33 @@ class Units:
     """Divisors of the losses of a study, and the name of the result.
 
     train, validation: loss of the zero predictor on the inputs that each kind of loss is measured on, in the unit of
-    the losses; 1 where the losses stay as they are. relative: whether they become fractions of the output energy.
-    label: of an axis.
+    the losses; 1 where the losses stay as they are. label: of an axis. zero: loss of the zero predictor in these
+    units; NaN if it is not known, and losses are numbers without `words`.
     """
 
     train: float
     validation: float
-    relative: bool
     label: str
+    zero: float = math.nan
+    words: Words = field(default_factory=Words)
+
+    @property
+    def relative(self) -> bool:
+        """Whether the loss of the zero predictor is known."""
+        return not math.isnan(self.zero)
+
+    @property
+    def fractions(self) -> bool:
+        """Whether losses are fractions of the output energy."""
+        return self.relative and not self.words.of_model
 
     def show(self, loss: float) -> str:
         """Return a loss of these units as text."""
-        if not self.relative:
-            return f"{loss:.3g}"
-        return f"{loss:.2%}" if loss >= 0.001 else f"{100 * loss:.2g}%"
+        return self.words.amounts(loss / self.zero)[0] if self.relative else f"{loss:.3g}"
+
+    def whole(self, loss: float) -> str:
+        """Return `show` with what the loss is a part of."""
+        return self.words.whole(self.show(loss)) if self.relative else self.show(loss)
 
 
 @dataclass(frozen=True)
@@ -93,11 +108,21 @@ class Study:
 
     @property
     def units(self) -> Units:
-        """Units of the losses in figures; only mean squared errors with a known zero predictor are relative."""
-        if self.loss_label != MEAN_SQUARED_ERROR or self.predict_zero_loss is None:
-            return Units(1.0, 1.0, False, self.loss_label)
-        held_out = self.held_out_predict_zero_loss or self.predict_zero_loss
-        return Units(self.predict_zero_loss, held_out, True, "relative loss (output energy lost)")
+        """Units of the losses in figures.
+
+        Mean squared errors with a known zero predictor become fractions; increases of the loss of the model stay.
+        """
+        zero, words = self.predict_zero_loss, self.words
+        if self.loss_label != MEAN_SQUARED_ERROR or zero is None:
+            return Units(1.0, 1.0, self.loss_label)
+        if words.of_model:
+            return Units(1.0, 1.0, words.label, zero, words)
+        return Units(zero, self.held_out_predict_zero_loss or zero, words.label, 1.0, words)
+
+    @property
+    def words(self) -> Words:
+        """Words for the metric of the study."""
+        return Words.of(self.rows[0])
 
     @property
     def losses(self) -> pd.DataFrame:

@@ -7,6 +7,7 @@ from ks.report.answer import Facts, best_known, lowrank_beside, named_row
 from ks.report.read_results import Study
 from ks.report.summary import times_of
 from ks.report.verdict import ROUNDING, SMALL_EXCESS, Limit
+from ks.report.words import Words
 
 NONE_FINISHED = "no rank has finished"
 AS_FAST = 0.95  # a time counts as less than another one below this fraction of it: closer ratios are noise
@@ -41,7 +42,7 @@ def advice(rows: list[dict], sampling: str | None = None) -> list[str]:
         rows: of the summary, as `ks.report.summary.rank_row` returns them.
         sampling: of the study.
     """
-    sentences = []
+    sentences, words = [], Words.of(rows[0])
     for row in rows:
         rank, verdict = row["rank"], row["verdict"]
         limit = None if verdict is None else verdict.limit
@@ -50,23 +51,24 @@ def advice(rows: list[dict], sampling: str | None = None) -> list[str]:
         elif limit is Limit.SAMPLES:
             remedy = "--sampling auto or more samples" if sampling == "fixed" else "more samples"
             sentences.append(
-                f"Rank {rank} is sample-limited: its loss is {_above(row)}, and the training loss shows less than half "
-                f"of this gap. Use {remedy}."
+                f"Rank {rank} is sample-limited: its loss is {_above(row, words)}, and the training loss shows less "
+                f"than half of this gap. Use {remedy}."
             )
         elif limit is Limit.TRAINING:
             sentences.append(
-                f"Rank {rank} is undertrained: its loss is {_above(row)} ({row['removed_share']:.2%} of the achievable "
-                "reduction). Increase --num_epochs."
+                f"Rank {rank} is undertrained: its loss is {_above(row, words)} ({row['removed_share']:.2%} of the "
+                "achievable reduction). Increase --num_epochs."
             )
-        elif limit is Limit.SMALL:
+        elif limit is words.small:
             sentences.append(
-                f"Rank {rank} is {Limit.SMALL}: its loss exceeds {_reference(row)} by {100 * row['excess']:.2g}% of "
-                "the output energy. A larger --num_epochs gains little."
+                f"Rank {rank} is {limit}: its loss exceeds {_reference(row)} by {words.show(row['excess'])}. "
+                "A larger --num_epochs gains little."
             )
         if verdict is not None and verdict.calibration_limited:
+            held_out, measured = words.amounts(words.held_out(row), row["relative_loss"])
             sentences.append(
-                f"Rank {rank} is calibration-limited: it loses {row['held_out_relative_loss']:.2%} on held-out inputs, "
-                f"{row['relative_loss']:.2%} on the measured ones. Measure more inputs."
+                f"Rank {rank} is calibration-limited: it {words.loses} {held_out} on held-out inputs, {measured} on "
+                "the measured ones. Measure more inputs."
             )
     larger = [str(row["rank"]) for row in rows if row["verdict"] is not None and row["verdict"].larger_than_dense]
     if larger:
@@ -82,9 +84,9 @@ def _reference(row: dict) -> str:
     return "the floor" if row.get("loss_floor_is_exact") else "that of the best known chain"
 
 
-def _above(row: dict) -> str:
+def _above(row: dict, words: Words) -> str:
     if row.get("optimality_gap") is None:
-        return f"{row['excess']:.2%} of the output energy above {_reference(row)}"
+        return f"{words.show(row['excess'])} above {_reference(row)}"
     gap = 100 * row["optimality_gap"]
     return f"{gap:.0f}% above {_reference(row)}" if gap >= 10 else f"{gap:.2g}% above {_reference(row)}"
 
@@ -98,12 +100,13 @@ def recommendation(study: Study) -> list[str]:
     if not study.answer or row is None or study.floor.empty or study.family == "lowrank":
         return list(study.answer)
     beside = study.lowrank_beside(pd.Series([row["parameters"]])).iloc[0]
-    rank, loss = int(beside["rank"]), beside["relative_loss"]
+    rank, loss, words = int(beside["rank"]), beside["relative_loss"], study.words
     if loss >= best_known(row):
         return list(study.answer)
+    least, ours = words.amounts(loss, row["relative_loss"])
     first = (
-        f"Prefer a low-rank factorisation: at rank {rank} it gets down to {study.units.show(loss)}, with no more "
-        f"parameters than this chain at rank {row['rank']}, which loses {study.units.show(row['relative_loss'])}."
+        f"Prefer a low-rank factorisation: at rank {rank} it gets down to {least}, with no more parameters than this "
+        f"chain at rank {row['rank']}, which {words.loses} {ours}."
     )
     same = lowrank_beside(row, Facts({row["rank"]: (rank, loss)}))
     return [first, *(sentence for sentence in study.answer if sentence not in same)]
@@ -119,9 +122,8 @@ def _of_best(study: Study) -> str:
     if known.empty:
         return NONE_FINISHED
     best = known.loc[known["best"].idxmin()]
-    loss = study.units.show(best["best"])
-    end = f"loses {loss} of the output energy" if study.units.relative else f"ends at {loss}"
-    return f"rank {best['rank']} {end}"
+    verb = study.words.loses if study.units.relative else "ends at"
+    return f"rank {best['rank']} {verb} {study.units.whole(best['best'])}"
 
 
 def _of_limits(summary: pd.DataFrame) -> str:
@@ -146,7 +148,7 @@ def of_range(study: Study) -> str:
     if len(known) < 2:
         return _of_best(study)
     first, last = known.iloc[0], known.iloc[-1]
-    kind = "the relative loss" if units.relative else "the loss"
+    kind = units.words.relative if units.relative else "the loss"
     change = "falls" if last["best"] < first["best"] else "does not fall"
     return (
         f"from rank {first['rank']} to rank {last['rank']}, {kind} {change} from {units.show(first['best'])} to "
@@ -157,15 +159,18 @@ def of_range(study: Study) -> str:
 def of_floors(study: Study) -> str:
     """Return which rank can reach the target; without one, what the largest trained rank can reach."""
     losses, units, target = study.losses.dropna(subset=["lower", "exact"]), study.units, study.target
+    loses = units.words.loses
     last = losses.iloc[-1]
     if target is None:
         upper, lower = (units.show(last[name]) for name in ("upper", "lower"))
         if last["bracketed"]:
-            return f"at rank {last['rank']}, the best known chain loses {upper}, and no chain loses less than {lower}"
-        return f"no chain of rank {last['rank']} loses less than {lower}"
-    goal = f"reach the target of {100 * target:.6g}%"
+            return (
+                f"at rank {last['rank']}, the best known chain {loses} {upper}, and no chain {loses} less than {lower}"
+            )
+        return f"no chain of rank {last['rank']} {loses} less than {lower}"
+    goal = f"reach the target of {units.words.amounts(target)[0]}"
     if losses["bracketed"].any():  # the floor of every rank is then a weaker bound than those of the trained ranks
-        able = losses["rank"][losses[["upper", "exact"]].min(axis=1) <= target]
+        able = losses["rank"][losses[["upper", "exact"]].min(axis=1) <= target * units.zero]
         known = f"rank {able.min()} is the smallest trained rank that" if len(able) else "no trained rank"
         return f"{known} is known to be able to {goal}"
     floor = study.floor[study.floor["chain"] == study.family]
@@ -175,18 +180,18 @@ def of_floors(study: Study) -> str:
 
 def of_gaps(study: Study) -> str:
     """Return how far above its floor the worst rank ends."""
-    losses = study.losses
+    losses, units = study.losses, study.units
     excess = (losses["exact"] - losses["upper"]).dropna()
     if excess.empty:
         return NONE_FINISHED
     goal = "its best known chain" if losses["bracketed"].any() else "its floor"
     worst, rank = excess.max(), losses["rank"][excess.idxmax()]
-    if worst <= ROUNDING:
+    if worst <= ROUNDING * units.zero:
         return f"no rank ends above {goal}"
-    if worst <= SMALL_EXCESS:
-        return f"every rank ends at most {100 * worst:.2g}% of the output energy above {goal}"
+    if worst <= SMALL_EXCESS * units.zero:
+        return f"every rank ends at most {units.whole(worst)} above {goal}"
     verdict = str(study.summary.set_index("rank")["verdict"].get(rank)).split(", ")[0]
-    return f"rank {rank} ends furthest above {goal}, by {worst:.2%} of the output energy; it is {verdict}"
+    return f"rank {rank} ends furthest above {goal}, by {units.whole(worst)}; it is {verdict}"
 
 
 def of_front(study: Study, losses: pd.DataFrame) -> str:
@@ -196,18 +201,19 @@ def of_front(study: Study, losses: pd.DataFrame) -> str:
         study: of the chains.
         losses: rows of its losses with a population loss and parameters.
     """
-    family = study.family
+    family, units, lose, loses = study.family, study.units, study.words.lose, study.words.loses
     if family == "lowrank":
         last = losses.iloc[-1]
-        return f"rank {last['rank']} loses {100 * last['best']:.3g}% with {last['parameters']:,.0f} parameters"
-    better = losses["rank"][losses["best"] < study.lowrank_beside(losses["parameters"])["relative_loss"]]
+        return f"rank {last['rank']} {loses} {units.show(last['best'])} with {last['parameters']:,.0f} parameters"
+    beside = study.lowrank_beside(losses["parameters"])["relative_loss"] * units.zero
+    better = losses["rank"][losses["best"] < beside]
     if better.empty:
-        return f"at equal size, low-rank can lose less than every trained {family} chain"
+        return f"at equal size, low-rank can {lose} less than every trained {family} chain"
     if len(better) == len(losses):
-        return f"every trained {family} chain loses less than low-rank can at equal size"
-    verb = "loses" if len(better) == 1 else "lose"
+        return f"every trained {family} chain {loses} less than low-rank can at equal size"
+    verb = loses if len(better) == 1 else lose
     which = listed(better, len(losses))
-    return f"at equal size, {which} of {family} {verb} less than low-rank can; the other ranks lose more"
+    return f"at equal size, {which} of {family} {verb} less than low-rank can; the other ranks {lose} more"
 
 
 def of_metric(metric: str, summary: pd.DataFrame) -> str:

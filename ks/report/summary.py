@@ -13,12 +13,14 @@ from ks.files import columns
 from ks.files.atomic import finite, write_csv, write_json
 from ks.files.columns import BATCHES, BEST, FINAL, LATENCIES, SUMMARY, Column, chosen, names, summary_metrics
 from ks.files.layout import SweepFiles
-from ks.files.schema import Latency
+from ks.files.schema import TrainingLog
 from ks.files.status import OK, Ending, Status, ended_well
 from ks.files.table import is_missing, table
 from ks.report.verdict import NEGLIGIBLE_FLOOR, ROUNDING, Verdict, is_calibration_limited, limit_of
+from ks.report.words import Words
 
-LOSSES = ("final_train_loss", "final_val_loss", "min_train_loss", "min_val_loss", "population_loss")
+LOSSES = ("final_train_loss", "final_val_loss", "min_train_loss", "min_val_loss", "population_loss", *columns.INCREASES)
+NO_LOG = TrainingLog("")
 COPIED = ("rank", "min_train_epoch", "min_val_epoch", "num_epochs", "segments")
 WITH_ERROR = ("final_train_loss", "final_val_loss", "population_loss")
 
@@ -28,8 +30,7 @@ def run_row(
     curves: list[dict],
     ending: Ending = OK,
     seed: int | None = None,
-    train_seconds: float | None = None,
-    latency: Latency | None = None,
+    log: TrainingLog = NO_LOG,
 ) -> dict:
     """Return the row of one run, with the keys of `ks.files.columns.RUNS`, its latencies and its metrics.
 
@@ -40,10 +41,12 @@ def run_row(
         rank: of the run.
         curves: its rows, possibly none.
         ending: of the run.
-        seed, train_seconds, latency: of the run.
+        seed: of the run.
+        log: of the run; its losses count once the run has ended well.
     """
     row: dict[str, Any] = {"rank": rank, "seed": seed, "num_epochs": len(curves), "status": ending}
-    row["train_seconds"] = train_seconds
+    row["train_seconds"] = log.train_seconds
+    row |= {name: getattr(log, name) if ended_well(ending) else None for name in columns.INCREASES}
     lengths = Counter(int(entry.get("segment", 1)) for entry in curves)
     row["segments"] = " + ".join(str(lengths[number]) for number in sorted(lengths)) or None
     for split in ("train", "val"):
@@ -56,7 +59,7 @@ def run_row(
     chosen: dict = next((entry for entry in curves if entry["epoch"] == row["min_val_epoch"]), {})
     for metric in columns.metric_names(curves):
         row |= {f"{FINAL}{metric}": finite(last.get(metric)), f"{BEST}{metric}": finite(chosen.get(metric))}
-    return row | {name: getattr(latency, name, None) for name in names(LATENCIES)}
+    return row | {name: getattr(log.latency, name, None) for name in names(LATENCIES)}
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ def rank_row(
             row |= _distance(relative, floor)
             if reference.isotropic_floors is not None:
                 row["isotropic_floor"] = float(sum(reference.isotropic_floors[row["rank"] :][:1]))
-            limit = limit_of(relative, row["final_train_loss"] / predict_zero, floor)
+            limit = limit_of(relative, row["final_train_loss"] / predict_zero, floor, Words.of(row).small)
             better = not floor.exact and row["excess"] < -ROUNDING
         if reference.held_out_predict_zero_loss and row["final_val_loss"] is not None:
             held_out = row["held_out_relative_loss"] = row["final_val_loss"] / reference.held_out_predict_zero_loss
@@ -196,14 +199,23 @@ def summary_columns(rows: list[dict]) -> list[Column]:
 
     Where no relative loss is known, the final losses take its place.
     """
-    order = list(columns.PRINTED)
+    words = Words.of(rows[0])
+    order = list(columns.PRINTED_INCREASES if words.of_model else columns.PRINTED)
     if all(row.get("loss_floor_is_exact") is not False for row in rows):
-        order.remove("relative_floor_upper")
+        order.remove("loss_floor_upper" if words.of_model else "relative_floor_upper")
     if all(str(row.get("status")) in (str(OK), "None") for row in rows):
         order.remove("status")
     if all(is_missing(row.get("relative_loss")) for row in rows):  # of another criterion, or of the scripts of 2025
         order[1:1] = ["final_val_loss", "final_train_loss"]
-    return chosen(SUMMARY, order)
+    return words.with_units(chosen(SUMMARY, order))
+
+
+def layers_table(rows: list[dict]) -> str:
+    """Return the results of several layers as a printed table, a line for each layer and rank."""
+    words = Words.of(rows[0])
+    order = columns.PRINTED_LAYER_INCREASES if words.of_model else columns.PRINTED_LAYERS
+    shown = [row | {"verdict": row["verdict"] or row["status"]} for row in rows]
+    return table(words.with_units(chosen(SUMMARY, order)), shown)
 
 
 def summary_table(rows: list[dict], verbose: bool = False) -> str:

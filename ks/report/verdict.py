@@ -27,6 +27,7 @@ class Limit(StrEnum):
     CONVERGED = "converged"
     BRACKETED = "between its bounds"
     SMALL = "within 0.1% of the energy"
+    SMALL_INCREASE = "within 0.1% of the zero predictor's loss"  # the same under the loss of the model
     SAMPLES = "sample-limited"
     TRAINING = "undertrained"
 
@@ -52,12 +53,12 @@ class Verdict:
         return ", ".join(words + [mark for mark, holds in marks.items() if holds])
 
 
-def limit_of(population_loss: float, train_loss: float, floor: Floor) -> Limit:
+def limit_of(population_loss: float, train_loss: float, floor: Floor, small: Limit = Limit.SMALL) -> Limit:
     """Return the limit of a rank; all losses are relative.
 
     converged: above the floor by at most 1% of the smaller of the floor and of the loss that the rank can remove.
     between its bounds: the same holds for the upper bound of the floor, but not for the lower one.
-    within 0.1% of the energy: neither, and above the upper bound by at most 0.1% of the output energy.
+    within 0.1% of the energy (or `small`): neither, and above the upper bound by at most 0.1% of the zero predictor's.
     sample-limited: none of these, and the training loss shows less than half of the gap to the upper bound.
     undertrained: none of these.
     """
@@ -67,7 +68,7 @@ def limit_of(population_loss: float, train_loss: float, floor: Floor) -> Limit:
         return Limit.BRACKETED
     gap = population_loss - floor.upper
     if gap <= SMALL_EXCESS:
-        return Limit.SMALL
+        return small
     return Limit.SAMPLES if train_loss - floor.upper < SEEN_FRACTION * gap else Limit.TRAINING
 
 

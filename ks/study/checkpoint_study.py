@@ -15,7 +15,6 @@ from ks.files.layout import layer_folder
 from ks.files.ownership import check_free, recorded
 from ks.files.provenance import provenance
 from ks.files.status import Status
-from ks.files.table import table
 from ks.files.weights import packed
 from ks.model.allocate import allocate, plan_metric
 from ks.model.candidates import Candidates, check_inputs, find_candidates, floors_table
@@ -166,7 +165,7 @@ class CheckpointStudy(Study):
 
     def conclude(self) -> list[str]:
         """Write summary and figures of every layer, and one summary over all; return the lines to print."""
-        from ks.report.summary import write_summary
+        from ks.report.summary import layers_table, write_summary
 
         rows = []
         result_in = {run.files: result for run, result in self.results.items()}
@@ -178,8 +177,7 @@ class CheckpointStudy(Study):
             self.ended += [row["status"].status for row in study.rows_of_runs]
             rows += study.rows
         write_summary(self.files, rows)
-        shown = [row | {"verdict": row["verdict"] or row["status"]} for row in rows]
-        return [table(columns.chosen(columns.SUMMARY, columns.PRINTED_LAYERS), shown), str(self.files.summary_csv)]
+        return [layers_table(rows), str(self.files.summary_csv)]
 
     def statuses(self) -> set[Status]:
         return set(self.ended)

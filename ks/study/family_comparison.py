@@ -16,9 +16,9 @@ from ks.files.columns import FAMILIES, Column, Text
 from ks.files.layout import SweepFiles
 from ks.files.table import filled, table
 from ks.model.layer_weights import select_weights
-from ks.report.answer import percents
+from ks.report.words import Words, percents
 from ks.study.study_floors import plan_floors
-from ks.training.problem import resolve
+from ks.training.problem import relative_target, resolve
 
 FRACTIONS = (0.05, 0.1, 0.25, 0.5)  # of the dense parameters, at which families are compared without a target
 
@@ -53,15 +53,17 @@ def compare_families(config: SweepConfig) -> str:
     path = SweepFiles(Path(config.output_dir).absolute(), config.save_prefix).bounds
     alone = config.of_layer(config.weight_key[0] if config.weight_key else None, dry_run=False)
     problems = [resolve(dataclasses.replace(alone, chain=family)) for family in config.chains or ()]
+    target, family = relative_target(config, problems[0]), problems[0].chain.family
     found = [plan_floors(config, problem, path) for problem in problems]
     for text in problems[0].layer_inputs.notes:
         console.note(text, config.quiet)
-    target, family = config.target_relative_loss, problems[0].chain.family
+    words = Words(problems[0].loss_metric, problems[0].unit, problems[0].predict_zero_loss)
     if target is None:
-        text = families_by_size([(floors.chain, [_at_size(floors, size) for size in FRACTIONS]) for floors in found])
+        sizes = [(floors.chain, [_at_size(floors, size) for size in FRACTIONS]) for floors in found]
+        text = families_by_size(sizes, words)
     else:
         reaching = [(floors.chain, floors.target_ranks(target)) for floors in found]
-        text, family = families_at_target(reaching), _smallest(reaching)[0].family
+        text, family = families_at_target(reaching, words), _smallest(reaching)[0].family
     command = command_line("rank_sweep_study.py", dataclasses.replace(alone, chain=family))
     return f"{text}\n\nNothing was trained or written. To train {family} chains: {command}"
 
@@ -74,42 +76,43 @@ def _at_size(floors: RankFloors, fraction: float) -> AtSize:
     return AtSize(fraction, rank, floors.upper(rank) if rank else 1.0)
 
 
-def families_at_target(found: Sequence[tuple[Chain, TargetRanks]]) -> str:
+def families_at_target(found: Sequence[tuple[Chain, TargetRanks]], words: Words) -> str:
     """Return the smallest chain that reaches a target, and those of the other families in a table."""
     chain, ranks = _smallest(found)
     parameters, dense = chain.parameters(ranks.reaching), chain.rows * chain.cols
-    loss, limit, size = percents(ranks.loss, ranks.target, parameters / dense)
+    loss, limit = words.amounts(ranks.loss, ranks.target)
     sentences = [
-        f"To lose at most {limit} of the output energy, {chain.family} of rank {ranks.reaching} needs the fewest "
-        f"parameters: {size} of the dense weight. It loses {loss}."
+        f"To {words.lose} at most {words.whole(limit)}, {chain.family} of rank {ranks.reaching} needs the fewest "
+        f"parameters: {percents(parameters / dense)[0]} of the dense weight. It {words.may_lose} {loss}."
     ]
     if parameters >= dense:
-        sentences = [f"No family is known to reach {limit} of the output energy with fewer parameters than dense."]
+        sentences = [f"No family is known to reach {words.whole(limit)} with fewer parameters than dense."]
     for other, its in found:
         if other != chain and other.parameters(its.none_below) < parameters:
             sentences.append(
                 f"Whether {other.family} needs fewer is not known: no rank below {its.none_below} can reach the "
                 f"target, and the best known chain does at rank {its.reaching}."
             )
+    column, factor = ("loss_increase", words.predict_zero_loss) if words.of_model else ("relative_loss", 1.0)
     rows = [
         {
             "chain": family.family,
             "rank": its.reaching,
             "parameters": family.parameters(its.reaching),
             "share_of_dense": family.parameters(its.reaching) / dense,
-            "relative_loss": its.loss,
             "none_below": its.none_below,
+            column: its.loss * factor,
         }
         for family, its in found
     ]
-    return "\n".join([*filled(sentences), "", table(FAMILIES, rows)])
+    return "\n".join([*filled(sentences), "", table(words.with_units(FAMILIES), rows)])
 
 
 def _smallest(found: Sequence[tuple[Chain, TargetRanks]]) -> tuple[Chain, TargetRanks]:
     return min(found, key=lambda one: one[0].parameters(one[1].reaching))
 
 
-def families_by_size(found: Sequence[tuple[Chain, Sequence[AtSize]]]) -> str:
+def families_by_size(found: Sequence[tuple[Chain, Sequence[AtSize]]], words: Words) -> str:
     """Return the family that loses least at each size, and the losses of all in a table."""
     best: dict[str, list[str]] = {}
     for at in zip(*(sizes for _, sizes in found), strict=True):
@@ -119,13 +122,13 @@ def families_by_size(found: Sequence[tuple[Chain, Sequence[AtSize]]]) -> str:
     texts = []
     for family, sizes in best.items():
         others = ", ".join(sizes[:-1])
-        texts.append(f"{family} loses least with {f'{others} and ' if others else ''}{sizes[-1]}")
+        texts.append(f"{family} {words.loses} least with {f'{others} and ' if others else ''}{sizes[-1]}")
     sentence = f"{'; '.join(texts)} of the parameters of the dense weight."
     names = [f"{one.fraction:.0%} of dense" for one in found[0][1]]
     rows = [
         {"chain": chain.family}
         | {
-            name: f"{one.loss:.2%} (rank {one.rank})" if one.rank else "no rank so small"
+            name: f"{words.amounts(one.loss)[0]} (rank {one.rank})" if one.rank else "no rank so small"
             for name, one in zip(names, sizes)
         }
         for chain, sizes in found

@@ -17,7 +17,7 @@ from ks.report.html import write_report
 from ks.report.read_results import read_study
 from ks.report.summary import Reference, rank_row, run_row, write_summary
 from ks.study.runs import Result
-from ks.training.problem import Problem
+from ks.training.problem import Problem, relative_target
 
 
 def summarise(
@@ -39,15 +39,15 @@ def summarise(
         "weight_sha256": problem.weight.sha256(),
         "chain": problem.chain.describe(),
         "inputs": " ".join(problem.layer_inputs.description.get(name, "") for name in ("kind", "sha256")).strip(),
+        "loss_metric": problem.loss_metric.value,
+        "loss_unit": problem.unit,
     }
     held_out = problem.layer_inputs.held_out_predict_zero_loss
     count = problem.layer_inputs.description.get("held_out_count", 0)
     isotropic = None if plan.isotropic_curve is None else plan.isotropic_curve.tolist()
-    reference = Reference(problem.predict_zero_loss, held_out, count, isotropic, config.target_relative_loss, identity)
-    runs = [
-        run_row(result.run.rank, result.curves, result.ending, result.run.seed, result.train_seconds, result.latency)
-        for result in results
-    ]
+    target = relative_target(config, problem)
+    reference = Reference(problem.predict_zero_loss, held_out, count, isotropic, target, identity)
+    runs = [run_row(result.run.rank, result.curves, result.ending, result.run.seed, result.log) for result in results]
     measured = all(row["population_loss"] is not None for row in runs if ended_well(row["status"]))
     rows = [
         rank_row([row for row in runs if row["rank"] == rank], problem.chain, floor if measured else None, reference)

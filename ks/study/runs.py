@@ -16,13 +16,14 @@ from ks.errors import UsageError
 from ks.files.atomic import atomic_path, prepare_output_dir, read_json_object, write_json
 from ks.files.curves import write_curves
 from ks.files.layout import RunFiles, run_files
-from ks.files.schema import Latency, RunConfig, StudyRecord, read_json_as
+from ks.files.schema import RunConfig, StudyRecord, TrainingLog, read_json_as
 from ks.files.status import OK, Ending, Status, ended_well
 from ks.report.verdict import converged_loss
 from ks.study.processes import Exit, Task
 from ks.training.run_state import RunState, read_state, settings_in
 
 DEFAULT_RANKS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
+TARGETS = ("target_relative_loss", "target_loss_increase")  # flags, of which one may be given
 
 
 @dataclass(frozen=True)
@@ -38,25 +39,25 @@ class Run:
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended, with its curves. train_seconds, latency: of the run; None if unknown."""
+    """How a run ended, with its curves and its log."""
 
     run: Run
     ending: Ending
     curves: list[dict]
-    train_seconds: float | None
-    latency: Latency | None = None
+    log: TrainingLog
 
 
-def ranks_of(config: SweepConfig, plan: RankFloors, study: StudyRecord | None) -> tuple[set[int], list[int]]:
+def ranks_of(
+    config: SweepConfig, plan: RankFloors, study: StudyRecord | None, target: float | None
+) -> tuple[set[int], list[int]]:
     """Return the ranks to train, none above --max_rank, and all ranks of the study, ascending.
 
     A rerun without --ranks trains those of the study that the folder holds; so does one with more epochs, beside
-    its own.
+    its own. The target is relative to the zero predictor.
     """
     before = set(study.ranks) if study else set()
-    target = config.target_relative_loss
     given = set(config.ranks or ())
-    new_target = study is None or study.arguments.get("target_relative_loss") != target
+    new_target = study is None or any(study.arguments.get(name) != getattr(config, name) for name in TARGETS)
     if not given and target is not None and new_target and plan.has_floors:
         given = set(plan.ranks_around(target))
     if not given or (study and study.settings.get("num_epochs") != config.num_epochs):
@@ -80,8 +81,8 @@ def trained_ranks(ranks: Iterable[int], saturation: int, output_dir: Path) -> di
     return {rank: (begun or saturated)[0] if rank in saturated else rank for rank in ranks}
 
 
-def stop_losses(config: SweepConfig, floors: Mapping[int, Floor | None]) -> dict[int, float]:
-    """Return the relative loss at which --stop_at ends each rank.
+def stop_losses(config: SweepConfig, floors: Mapping[int, Floor | None], target: float | None) -> dict[int, float]:
+    """Return the relative loss at which --stop_at ends each rank; the target is relative too.
 
     Raises:
         UsageError: --stop_at without what it refers to.
@@ -89,9 +90,9 @@ def stop_losses(config: SweepConfig, floors: Mapping[int, Floor | None]) -> dict
     if config.stop_at == "never":
         return {}
     if config.stop_at == "target":
-        if config.target_relative_loss is None:
-            raise UsageError("--stop_at target needs --target_relative_loss")
-        return dict.fromkeys(floors, config.target_relative_loss)
+        if target is None:
+            raise UsageError("--stop_at target needs --target_relative_loss or --target_loss_increase")
+        return dict.fromkeys(floors, target)
     known = {rank: floor for rank, floor in floors.items() if floor is not None}
     if not known:
         raise UsageError("--stop_at floor needs a floor, and this chain has none")
@@ -145,7 +146,7 @@ def result_of(run: Run, num_epochs: int, exit: Exit | None = None, study: dict |
     ending = state.ending if exit is None else _ending_after(exit, state)
     if study is not None and ended_well(ending) and (replaced := _replaced(run.files, study)):
         ending = Ending(Status.FAILED, replaced)
-    return Result(run, ending, state.curves, state.log.train_seconds, state.log.latency)
+    return Result(run, ending, state.curves, state.log)
 
 
 def _ending_after(exit: Exit, state: RunState) -> Ending:

@@ -9,6 +9,7 @@ from ks.bounds.rank_floors import RankFloors
 from ks.chain.patterns import Chain
 from ks.cli import console
 from ks.cli.flags import SweepConfig
+from ks.moments.metric import LossMetric
 from ks.report.answer import Facts, named_row
 from ks.training.problem import Problem
 
@@ -22,11 +23,12 @@ def plan_floors(config: SweepConfig, problem: Problem, path: Path) -> RankFloors
     known = FloorsFile(path).find_bounds(*_identity(problem)) if ours else None
     if known is not None and known.curve is None and (problem.rows * problem.cols > LARGE_WEIGHT or config.inputs):
         console.note(f"computing the floors of {problem.rows} × {problem.cols}, {problem.chain.family}", config.quiet)
+    beside = config.inputs and problem.loss_metric is LossMetric.OUTPUT_ENERGY  # isotropic inputs cost no model a loss
     return RankFloors(
         problem.internal_weight(),
         problem.chain,
         problem.metric,
-        isotropic_weight=problem.isotropic_weight if config.inputs else None,
+        isotropic_weight=problem.isotropic_weight if beside else None,
         known=known,
         progress=SlowWork(config.quiet),
         reason=None if ours else "floors hold for mean_squared_error alone",

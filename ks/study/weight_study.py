@@ -27,6 +27,7 @@ from ks.files.weights import packed
 from ks.moments.read import packed_inputs
 from ks.report.answer import answer, target_note
 from ks.report.verdict import check_above_floor
+from ks.report.words import Words
 from ks.study.folder import claim_folder, held, record_of, refuse_another_study, remedies_of, study_in
 from ks.study.launcher import launcher_of
 from ks.study.processes import Exit
@@ -34,7 +35,7 @@ from ks.study.run_all import finished_before, run_all
 from ks.study.runs import Result, Run, as_rank, ranks_of, result_of, runs_of, seeds_of, stop_losses, trained_ranks
 from ks.study.study_floors import certify, find_facts, keep_floors, plan_floors, ranks_of_answer
 from ks.training.criterion_identity import TOOLKIT, Edits, edits_of
-from ks.training.problem import chain_notes, resolve
+from ks.training.problem import chain_notes, relative_target, resolve
 from ks.training.run_state import changes, settings_in
 from ks.training.samples import samples_in_files
 
@@ -83,7 +84,8 @@ class WeightStudy(Study):
         config = self.config
         self.problem = problem = resolve(config, edits_of(self.trainer))
         _check_edits(config, self.trainer, problem.edits)
-        target = config.target_relative_loss
+        self.target = target = relative_target(config, problem)
+        self.words = Words(problem.loss_metric, problem.unit, problem.predict_zero_loss)
         if not problem.edits.criterion_is_ours and (target is not None or config.stop_at != "never"):
             flag = "--stop_at" if target is None else "--target_relative_loss"
             raise UsageError(
@@ -103,11 +105,12 @@ class WeightStudy(Study):
         """
         config, problem = self.config, self.problem
         self.planned = plan_floors(config, problem, self.files.bounds)
-        self.chosen, self.ranks = ranks_of(config, self.planned, self.before)
+        self.chosen, self.ranks = ranks_of(config, self.planned, self.before, self.target)
         if config.dry_run:
             certify(self.planned, [], self.ranks, config.tight_bounds)
         self.floors = self.planned.floors(self.ranks)
-        self.runs = runs_of(config, self.ranks, self.files.directory, self.trainer, stop_losses(config, self.floors))
+        stops = stop_losses(config, self.floors, self.target)
+        self.runs = runs_of(config, self.ranks, self.files.directory, self.trainer, stops)
         self.record["ranks"] = self.ranks
         self.trained = trained_ranks(self.ranks, problem.chain.saturation_rank, self.files.directory)
 
@@ -116,7 +119,10 @@ class WeightStudy(Study):
         for text in self.problem.notes:
             console.note(text, self.config.quiet)
         rows = plan_rows(self.planned, self.floors)
-        lines = [self.record["title"], *self.remarks(), "", table(columns.PLANNED_RANKS, rows), ""]
+        if self.words.of_model:
+            rows = [_in_unit(row, self.words.predict_zero_loss) for row in rows]
+        shown = self.words.with_units(columns.PLANNED_RANKS)
+        lines = [self.record["title"], *self.remarks(), "", table(shown, rows), ""]
         if not self.config.verbose:
             return "\n".join([*lines, "Nothing was trained or written; --verbose shows patterns and commands."])
         lines += [table(columns.PATTERNS, rows), ""]
@@ -124,10 +130,11 @@ class WeightStudy(Study):
 
     def remarks(self) -> list[str]:
         """Return notes on the chain family, and on the target as far as quick bounds tell."""
-        notes, target = chain_notes(self.problem.chain), self.config.target_relative_loss
-        if target is None or not self.planned.has_floors:
+        notes, planned = chain_notes(self.problem.chain), self.planned
+        if self.target is None or not planned.has_floors:
             return notes
-        return [*notes, target_note(self.planned.target_ranks(target), self.planned.metric.inputs.is_isotropic)]
+        found = planned.target_ranks(self.target)
+        return [*notes, target_note(found, planned.metric.inputs.is_isotropic, self.words)]
 
     def check_folder(self) -> None:
         if self.files.directory.is_dir():
@@ -202,7 +209,7 @@ class WeightStudy(Study):
         from ks.report.summary import summary_table
         from ks.study.outputs import summarise, write_outputs
 
-        target, seconds = self.config.target_relative_loss, self.config.tight_bounds
+        target, seconds = self.target, self.config.tight_bounds
         results = self._all_results()
         _, rows = summarise(self.config, self.problem, self.planned, self.floors, results)
         certify(self.planned, ranks_of_answer(rows, self.planned, target), self.ranks, seconds)
@@ -230,6 +237,15 @@ class WeightStudy(Study):
         """Raise InternalError if a finished run is below its floor."""
         for row in self.rows_of_runs:
             check_above_floor(row["population_loss"], self.floors[row["rank"]], self.problem.predict_zero_loss)
+
+
+def _in_unit(row: dict, predict_zero_loss: float) -> dict:
+    """Return a row of `plan_rows` with increases of the loss of the model in the place of relative losses."""
+    names = {"relative_floor": "loss_floor", "relative_floor_upper": "loss_floor_upper"}
+    increases = {new: row[name] * predict_zero_loss for name, new in names.items() if row.get(name) is not None}
+    if "lowrank_floor" in row:
+        increases["lowrank_floor"] = f"{row['lowrank_floor'] * predict_zero_loss:.4g}"
+    return row | dict.fromkeys(names) | increases
 
 
 @functools.cache  # a layer of a checkpoint is prepared twice

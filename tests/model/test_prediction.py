@@ -9,6 +9,7 @@ from ks.model.prediction import measured_over_predicted, per_token
     ("increase", "unit", "words"),
     [
         (0.0042, "nats", "0.0042 nats per token (perplexity × 1.004)"),
+        (0.000042, "nats", "4.2e-05 nats per token (perplexity × 1.000042)"),
         (0.0123, "nats", "0.0123 nats per token (perplexity × 1.012)"),
         (-0.5, "nats", "-0.5 nats per token (perplexity × 0.6065)"),
         (5000, "nats", "5e+03 nats per token (perplexity × 1.014e+304)"),

@@ -8,7 +8,8 @@ from study_rows import make_row
 import ks
 from ks.bounds.rank_floors import RankFloors, TargetRanks
 from ks.files.status import Ending, Status
-from ks.report.answer import Facts, answer, knee, named_row, percents, target_note
+from ks.report.answer import Facts, answer, knee, named_row, target_note
+from ks.report.words import Words, percents
 from ks.study.study_floors import find_facts, ranks_of_answer
 
 CHAIN = ks.make_chain(64, 96)
@@ -118,7 +119,8 @@ def test_a_slower_chain_and_held_out_inputs_that_miss_the_target_have_warnings()
     row |= {"latency_ms_batch_32": 0.2, "dense_latency_ms_batch_32": 0.3}
     row |= {"held_out_relative_loss": 0.3}
     assert [line for line in answer_of([row], 0.2) if line.startswith("WARNING")] == [
-        "WARNING: Time of rank 4 over that of the dense weight here: 2.00 at batch 1, 0.67 at batch 32.",
+        "WARNING: rank 4 is slower than dense at batch 1; its time over that of dense: 2.00 at batch 1, 0.67 at batch "
+        "32.",
         "WARNING: on held-out inputs, rank 4 loses 30%, more than 20%.",
     ]
 
@@ -186,12 +188,12 @@ def test_the_bounds_that_the_answer_depends_on_are_those_of_few_ranks():
 
 
 def test_the_note_on_a_target_has_one_rank_where_bounds_meet_and_two_where_they_do_not():
-    assert target_note(TargetRanks(0.3, 4, 4, 0.29, True), True) == (
-        "target 0.3, for isotropic inputs: rank 4 is the smallest that can reach it"
+    assert target_note(TargetRanks(0.3, 4, 4, 0.29, True), True, Words()) == (
+        "target 30% of the output energy, for isotropic inputs: rank 4 is the smallest that can reach it"
     )
-    assert target_note(TargetRanks(0.3, 2, 4, 0.29, False), False) == (
-        "target 0.3, for the measured inputs: rank 4 is the smallest whose best known chain reaches it; "
-        "no rank below 2 can"
+    assert target_note(TargetRanks(0.3, 2, 4, 0.29, False), False, Words()) == (
+        "target 30% of the output energy, for the measured inputs: rank 4 is the smallest whose best known chain "
+        "reaches it; no rank below 2 can"
     )
 
 

@@ -103,12 +103,34 @@ def test_the_report_holds_all_its_parts(tmp_path, log_scale):
         assert words in page.text, words
 
 
+def test_the_loss_of_the_model_is_explained_once_and_stands_beside_the_energy(tmp_path):
+    study = measured_study()
+    energy = study.summary.assign(loss_increase=0.01, energy_loss=0.5, loss_unit="nats")
+    inputs = CONFIG["problem"]["inputs"] | {"gradients_sha256": "cd" * 32, "damping": 0.1}
+    config = measured_study(problem=CONFIG["problem"] | {"inputs": inputs}).config
+    for metric, headings, terms in (
+        ("output_energy", ["relative loss", "loss increase"], ["relative loss", "loss increase"]),
+        ("model_loss", ["loss increase", "energy loss", "loss floor"], ["loss increase", "energy loss"]),
+    ):
+        shown = dataclasses.replace(study, summary=energy.assign(loss_metric=metric), config=config)
+        text, page = page_of(tmp_path, shown)
+        heads = re.findall(r"<th [^>]*>(.*?)</th>", text)
+        assert [head for head in heads if head in headings] == headings
+        assert page.text.count("½ tr(G (W − Ŵ) C (W − Ŵ)ᵀ)") == 1
+        assert "the increase of the loss, in nats per token, that is predicted to second order" in page.text
+        assert all(f"<dt>{term}</dt>" in text for term in terms)
+        assert ("<dt>relative loss</dt>" in text) == (metric == "output_energy")
+        assert "damped by 0.1 of its mean diagonal" in page.text
+    assert "loss increase" not in page_of(tmp_path, study)[1].text
+
+
 def test_losses_that_a_linear_axis_squashes_are_on_a_logarithmic_one_too(tmp_path):
     study = make_study([2, 4], num_epochs=1000)
     study.summary["population_loss"] /= 20
     for log_scale, count in ((False, 2), (True, 0)):
         _, page = page_of(tmp_path, study, log_scale=log_scale)
         assert page.count("svg") == len(FIGURES) - 1 + count  # no latency was measured
+        assert page.text.count(" Linear axis.") == page.text.count(" Logarithmic axis.") == count
 
 
 def test_metrics_have_a_figure_and_a_column(tmp_path):

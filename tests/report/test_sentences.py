@@ -164,7 +164,7 @@ def test_advice_is_plain():
         "Rank 3 is undertrained: its loss is 30% above the floor (92.50% of the achievable reduction). Increase "
         "--num_epochs.",
         "Rank 2: diverged; see its train.log.",
-        "Rank 2 is undertrained: its loss is 26.00% of the output energy above the floor (74.00% of the achievable "
+        "Rank 2 is undertrained: its loss is 26% of the output energy above the floor (74.00% of the achievable "
         "reduction). Increase --num_epochs.",
         "Rank 2 is within 0.1% of the energy: its loss exceeds that of the best known chain by 0.057% of the output "
         "energy. A larger --num_epochs gains little.",

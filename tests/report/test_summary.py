@@ -7,6 +7,7 @@ from ks.bounds.floors import Floor
 from ks.files import columns
 from ks.files.atomic import read_json
 from ks.files.layout import SweepFiles
+from ks.files.schema import TrainingLog
 from ks.files.status import OK, Ending, Status
 from ks.report.summary import Reference, rank_row, run_row, summary_columns, summary_table, write_summary
 
@@ -106,7 +107,8 @@ def test_the_status_of_a_rank_is_that_of_its_seeds(endings, text, failed):
 def whole_row():
     """A row with two bounds, measured inputs, several seeds and a known duration, so that no column is left out."""
     curves = [[CURVES[1] | {"population_loss": loss}] for loss in (0.26, 0.36)]
-    runs = [run_row(2, rows, seed=seed, train_seconds=1.25) for seed, rows in enumerate(curves)]
+    log = TrainingLog("ok", 1.25, loss_increase=0.004, held_out_loss_increase=0.005, energy_loss=0.26)
+    runs = [run_row(2, rows, seed=seed, log=log) for seed, rows in enumerate(curves)]
     measured = Reference(1.0, held_out_predict_zero_loss=1.1, held_out_count=100, isotropic_floors=[1.0] * 9)
     return rank_row(runs, CHAIN, Floor(2, 0.1, 0.2, False), measured) | {"status": "ok (copy of rank 1)"}
 
@@ -120,6 +122,22 @@ def test_the_printed_summary_has_the_columns_that_decide_then_the_details_in_the
     for column in columns.chosen(columns.SUMMARY, (*columns.PRINTED, *columns.DETAILS)):
         assert {*column.form.format(row[column.name]).split()} <= {*detailed.split()}
     assert max(map(len, detailed.splitlines())) <= 100
+
+
+def test_under_the_loss_of_the_model_all_losses_are_increases_and_the_energy_stands_beside():
+    row = whole_row() | {"loss_metric": "model_loss", "loss_unit": "nats"}
+    assert columns.names(summary_columns([row])) == [*columns.PRINTED_INCREASES]
+    printed = summary_table([row])
+    assert "loss_increase: the predicted increase of the loss of the model, in nats per token." in printed
+    assert "energy_loss: the fraction of the output energy that is lost." in printed
+    assert "relative" not in printed
+
+
+def test_losses_of_a_log_count_once_the_run_has_ended_well():
+    log = TrainingLog("ok", loss_increase=0.004, held_out_loss_increase=0.005, energy_loss=0.26)
+    known = rank_row([run_row(2, CURVES, seed=seed, log=log) for seed in (0, 1)])
+    assert [known[name] for name in columns.INCREASES] == [0.004, 0.005, 0.26]
+    assert [run_row(2, CURVES, DIVERGED, log=log)[name] for name in columns.INCREASES] == [None] * 3
 
 
 def test_columns_that_say_nothing_are_left_out():

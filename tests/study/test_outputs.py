@@ -12,6 +12,7 @@ from ks.files import columns
 from ks.files.atomic import read_json, write_csv
 from ks.files.curves import write_curves
 from ks.files.layout import SweepFiles
+from ks.files.schema import TrainingLog
 from ks.files.status import OK, Ending, Status
 from ks.report.read_results import read_study
 from ks.study.folder import record_of
@@ -35,7 +36,8 @@ def write(weight_path, tmp_path):
         for run in runs:
             run.files.directory.mkdir()
         write_curves(runs[1].files, [row])
-        results = [Result(runs[0], Ending(Status.INTERRUPTED), [], None), Result(runs[1], OK, [row], 1.5)]
+        results = [Result(runs[0], Ending(Status.INTERRUPTED), [], TrainingLog(""))]
+        results.append(Result(runs[1], OK, [row], TrainingLog("ok", 1.5, loss_increase=0.01)))
         run_rows, rows = summarise(config, problem, plan, plan.floors([2, 4]), results)
         record = record_of(config, problem, [2, 4])
         record["settings"]["criterion"] = criterion
@@ -55,6 +57,8 @@ def test_all_is_written_and_reads_back(write):
     first, second = json.loads(files.summary_json.read_text())
     assert (first["status"], second["status"]) == ("interrupted", "ok")
     assert second["verdict"].startswith("undertrained, saturated")
+    assert (first["loss_increase"], second["loss_increase"]) == (None, 0.01)
+    assert [row["loss_increase"] for row in read_table(files.runs_csv)] == ["", "0.01"]
     assert list(read_study(files).curves["rank"]) == [4]
 
 

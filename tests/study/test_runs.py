@@ -79,7 +79,7 @@ def test_an_ending_is_judged_by_exit_code_and_log(finished, exit, reported, endi
     result = result_of(finished, EPOCHS, exit)
     assert result.ending == ending
     assert len(result.curves) == EPOCHS
-    assert result.train_seconds == 1.5
+    assert result.log.train_seconds == 1.5
 
 
 def test_a_damaged_log_is_reported_and_the_run_is_judged_without_it(finished, capsys):
@@ -90,14 +90,14 @@ def test_a_damaged_log_is_reported_and_the_run_is_judged_without_it(finished, ca
     assert line.endswith("; rank 2 has failed")
     result = result_of(finished, EPOCHS)
     assert result.ending == Ending(Status.INTERRUPTED)
-    assert (len(result.curves), result.train_seconds) == (EPOCHS, None)
+    assert (len(result.curves), result.log.train_seconds) == (EPOCHS, None)
     assert capsys.readouterr().err.endswith("; rank 2 is trained again\n")
 
 
 def test_a_run_without_files_is_unfinished(tmp_path):
     (run,) = runs_of(config_of(), [2], tmp_path, Path("trainer.py"))
     result = result_of(run, EPOCHS)
-    assert (result.ending, result.curves, result.train_seconds) == (Ending(Status.NOT_STARTED), [], None)
+    assert (result.ending, result.curves, result.log.train_seconds) == (Ending(Status.NOT_STARTED), [], None)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_a_rank_above_saturation_has_the_result_of_the_trained_one_in_its_own_fo
     write_json(finished.files.config, {"settings": {**settings, "rank": 2}, "files": ["rank_2_final.pth"]})
     (run,) = runs_of(config_of(), [9], tmp_path, Path("trainer.py"))
     result = as_rank(result_of(finished, EPOCHS), run)
-    assert (result.run, str(result.ending), result.train_seconds) == (run, "ok (as rank 2)", 1.5)
+    assert (result.run, str(result.ending), result.log.train_seconds) == (run, "ok (as rank 2)", 1.5)
     assert result_of(run, EPOCHS, study=settings).ending == OK
     assert [row["rank"] for row in read_curves(run.files.curves_csv)] == [9] * EPOCHS
     config = read_json(run.files.config)

@@ -50,7 +50,7 @@ def loss_by_parameters(figure: Figure, study: Study, log_scale: bool) -> str:
     parts.finish_loss_axis(axes, units, losses["exact"], losses["lower"].dropna(), log_scale=log_scale)
     look: dict[str, Any] = {"color": "#F0C800", "linewidth": 7, "alpha": 0.45, "solid_capstyle": "butt"}
     look |= {"label": "front: the least loss of all", "drawstyle": "steps-post"}
-    axes.plot(front["parameters"], front["relative_loss"], **look)
+    axes.plot(front["parameters"], front["relative_loss"] * units.zero, **look)
     own, bracketed, others = study.family, bool(losses["bracketed"].any()), 0
     for index, (name, rows) in enumerate(_floors_of(study).items()):
         look = {"color": FAMILY_COLORS[index % len(FAMILY_COLORS)], "linewidth": 1.4, "linestyle": "-"}
@@ -58,10 +58,10 @@ def loss_by_parameters(figure: Figure, study: Study, log_scale: bool) -> str:
             look["linestyle"] = FAMILY_LINES[others % len(FAMILY_LINES)]
             others += 1
         label = parts.floor_label(name, quick=bracketed and name == own)
-        axes.plot(rows["parameters"], rows["relative_loss"], label=label, **look)
+        axes.plot(rows["parameters"], rows["relative_loss"] * units.zero, label=label, **look)
     color = FAMILY_COLORS[0]
     look = {"markeredgecolor": color, "markeredgewidth": 1.8}
-    at_front = np.interp(losses["parameters"], front["parameters"], front["relative_loss"])
+    at_front = np.interp(losses["parameters"], front["parameters"], front["relative_loss"] * units.zero)
     for row, least in zip(losses.itertuples(), at_front):
         inside = paper() if least < 0.99 * row.exact else color
         axes.plot(row.parameters, row.exact, "o", color=inside, markersize=8, clip_on=False, zorder=4, **look)
@@ -92,7 +92,8 @@ def chains(figure: Figure, studies: list[Study], log_scale: bool) -> str:
         color = FAMILY_COLORS[index % len(FAMILY_COLORS)]
         own = _floors_of(study).get(study.family)
         if own is not None:
-            axes.plot(own["parameters"], own["relative_loss"], color=color, linewidth=1.2, alpha=0.7)
+            floors = own["relative_loss"] * study.units.zero
+            axes.plot(own["parameters"], floors, color=color, linewidth=1.2, alpha=0.7)
         look: dict[str, Any] = {"color": color, "marker": MARKERS[index % len(MARKERS)], "linestyle": ""}
         look |= {"markersize": 8, "label": parts.literal(f"{study.name}: {study.chain}")}
         axes.plot(losses["parameters"], losses["exact"], **look)

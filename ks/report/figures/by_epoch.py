@@ -13,10 +13,10 @@ from ks.report.figures import parts
 from ks.report.figures.parts import GREY, rank_colors
 from ks.report.read_results import Study
 from ks.report.sentences import of_gaps, of_losses, of_metric
-from ks.report.verdict import SMALL_EXCESS, Limit
+from ks.report.verdict import SMALL_EXCESS
 
 FLOOR_LINE: dict[str, Any] = {"linestyle": (0, (4, 3)), "linewidth": 1.0}
-LEAST = 1e-6  # a gap this small, as a fraction of the output energy, is drawn at the foot of a logarithmic axis
+LEAST = 1e-6  # a gap this small, as a fraction of the zero predictor's loss, is drawn at the foot of a logarithmic axis
 
 
 def _draw_ranks(axes: Axes, curves: pd.DataFrame, column: str, summary: pd.DataFrame) -> list[tuple]:
@@ -99,10 +99,11 @@ def gap_by_epoch(figure: Figure, study: Study, log_scale: bool) -> str:
     gaps = study.curves[["epoch", "rank", "population_loss"]].dropna()
     gaps = gaps[gaps["rank"].isin(floors.index)]
     gaps = gaps.assign(gap=gaps["population_loss"] / units.train - gaps["rank"].map(floors))
-    means = gaps.groupby(["rank", "epoch"])["gap"].mean().clip(lower=LEAST)
-    parts.finish_loss_axis(axes, units, [*means, SMALL_EXCESS / 5], log_scale=True)
-    axes.axhspan(axes.get_ylim()[0], SMALL_EXCESS, color=GREY, alpha=0.12, linewidth=0, zorder=0)
-    axes.annotate(f"shaded: {Limit.SMALL}", (0.01, 0.02), xycoords="axes fraction", **parts.NOTE)
+    zero = units.zero
+    means = gaps.groupby(["rank", "epoch"])["gap"].mean().clip(lower=LEAST * zero)
+    parts.finish_loss_axis(axes, units, [*means, SMALL_EXCESS / 5 * zero], log_scale=True)
+    axes.axhspan(axes.get_ylim()[0], SMALL_EXCESS * zero, color=GREY, alpha=0.12, linewidth=0, zorder=0)
+    axes.annotate(f"shaded: {units.words.small}", (0.01, 0.02), xycoords="axes fraction", **parts.NOTE)
     ends = []
     for rank, line in means.groupby(level="rank"):
         line = line.droplevel("rank")

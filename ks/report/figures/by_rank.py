@@ -99,10 +99,10 @@ def floor_by_rank(figure: Figure, study: Study, log_scale: bool) -> str:
     bounds = losses[["lower", "upper"]].to_numpy().ravel()
     parts.finish_loss_axis(axes, units, losses["exact"], bounds, log_scale=log_scale)
     label = parts.floor_label(family, quick=len(between) > 0)
-    axes.plot(own["rank"], own["relative_loss"], color=ink(), linewidth=1.5, label=label)
+    axes.plot(own["rank"], own["relative_loss"] * units.zero, color=ink(), linewidth=1.5, label=label)
     if len(isotropic):
         look: dict[str, Any] = {"color": GREY, "linestyle": (0, (1, 2)), "label": "floor if inputs were isotropic"}
-        axes.plot(isotropic["rank"], isotropic["relative_loss"], **look)
+        axes.plot(isotropic["rank"], isotropic["relative_loss"] * units.zero, **look)
     parts.mark_ranks(axes, losses["rank"], losses["rank"], losses["exact"], colors)
     if len(between):
         axes.vlines(between["rank"], between["lower"], between["upper"], color=ink(), linewidth=1.2, zorder=3)
@@ -110,7 +110,9 @@ def floor_by_rank(figure: Figure, study: Study, log_scale: bool) -> str:
         axes.plot(between["rank"], between["lower"], marker="_", **caps)
         axes.plot(between["rank"], between["upper"], marker="_", label="bounds of a trained rank", **caps)
     if study.target is not None:
-        axes.axhline(study.target, color="#009E73", linewidth=1.2, linestyle=(0, (6, 2)), label="target", zorder=1)
+        axes.axhline(
+            study.target * units.zero, color="#009E73", linewidth=1.2, linestyle=(0, (6, 2)), label="target", zorder=1
+        )
     parts.set_log_axis(axes.xaxis, 1, max(own["rank"].max(), losses["rank"].max()), parts.count)
     dense = own["rank"][own["parameters"] >= study.dense_parameters]
     if len(dense):

@@ -124,9 +124,9 @@ def finish_loss_axis(
     would stretch it.
     """
     draw_grid(axes)
-    values = np.array([*losses, *([1.0] if units.relative else [])], float)
+    values = np.array([*losses, units.zero], float)
     values = values[np.isfinite(values)]
-    form = (lambda value: f"{100 * value:.6g}%") if units.relative else "{:g}".format
+    form = (lambda value: f"{100 * value:.6g}%") if units.fractions else "{:g}".format
     if not log_scale:
         axes.set_ylim(0, 1.05 * max(values.max(initial=0.0), *floors, 1e-300))
         axes.yaxis.set_major_locator(MaxNLocator(6))
@@ -139,16 +139,16 @@ def finish_loss_axis(
     axes.set_ylabel(literal(units.label))
     if not units.relative:
         return
-    axes.axhline(1.0, color=GREY, linewidth=1.0, zorder=1)
+    axes.axhline(units.zero, color=GREY, linewidth=1.0, zorder=1)
     place: dict[str, Any] = {"textcoords": "offset points", "ha": "right", **NOTE}
-    axes.annotate("zero predictor", (0.99, 1.0), (0, 2), xycoords=("axes fraction", "data"), **place)
+    axes.annotate("zero predictor", (0.99, units.zero), (0, 2), xycoords=("axes fraction", "data"), **place)
     text, offset = ("dense ↓", (-16, -13)) if log_scale else ("dense", (-10, 8))
     axes.annotate(text, (0.0, 0.0), offset, xycoords="axes fraction", **place)
 
 
 def add_squared_axis(axes: Axes, units: Units) -> None:
     """Add an axis on the right with the losses in squared units of the outputs, if the other one has fractions."""
-    if not units.relative:
+    if not units.fractions:
         return
 
     functions = (lambda loss: loss * units.train, lambda loss: loss / units.train)

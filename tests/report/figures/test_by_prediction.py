@@ -1,0 +1,54 @@
+"""Plans that were measured, beside equal fractions of the same budget; a plan that is worse than it promised is red."""
+
+import dataclasses
+
+import pytest
+from drawn_study import texts
+from matplotlib.colors import to_hex
+
+from ks.chain.patterns import make_chain
+from ks.model.model_plan import LayerPlan, ModelPlan
+from ks.moments.metric import LossMetric
+from ks.report.figures.by_prediction import MISJUDGED, Increase, increases_of
+from ks.report.figures.draw import plans_figure
+
+
+def make_plan(rank, predicted, measured, equal_predicted, equal_measured, unit="nats"):
+    """A plan of one layer of rank `rank` of 32 × 32, of which dense has 16 ranks' parameters."""
+    layer = LayerPlan("a.weight", 32, 32, "0" * 64, make_chain(32, 32, "lowrank"), rank, loss_increase=predicted)
+    uniform = (dataclasses.replace(layer, loss_increase=equal_predicted),)
+    plan = ModelPlan((layer,), "budget", 0.5, 0.0, uniform, loss_metric=LossMetric.MODEL_LOSS, unit=unit)
+    return plan.measured(measured, equal_measured)
+
+
+GOOD = make_plan(12, 0.189, 0.387, 0.285, 0.642)
+BAD = make_plan(8, 0.481, 1.284, 0.613, 0.87)
+
+
+def test_a_plan_and_its_equal_fractions_are_two_points_of_one_budget():
+    assert increases_of([GOOD]) == [Increase(0.75, True, 0.189, 0.387), Increase(0.75, False, 0.285, 0.642)]
+    assert [one.planned for one in increases_of([GOOD.measured(0.387)])] == [True]
+    assert increases_of([GOOD.measured(-0.01)]) == []  # no place on a logarithmic axis
+
+
+@pytest.mark.parametrize(
+    ("plans", "finding", "red"),
+    [
+        ([GOOD], "The measured increase is 2 to 2.3 times the predicted one", 0),
+        (
+            [GOOD, BAD],
+            "WARNING: with 50% of the parameters, the plan is predicted to cost less than equal fractions, and was "
+            "measured to cost more",
+            1,
+        ),
+    ],
+)
+def test_the_figure_finds_the_plan_that_is_worse_than_equal_fractions(plans, finding, red):
+    figure = plans_figure(plans)
+    (axes,) = figure.axes
+    assert texts(figure)[0].replace("\n", " ") == finding
+    assert sum(to_hex(line.get_color()) == to_hex(MISJUDGED) for line in axes.lines) == red
+    assert axes.get_xlabel() == "predicted loss increase (nats per token)"
+    labels = [text.get_text() for text in axes.texts]
+    assert labels == ["75%", "50%"][: len(plans)] * 2
+    assert plans_figure([make_plan(12, 1.0, 2.0, 3.0, 4.0, "two words")]).axes[0].get_ylabel().endswith("(per token)")
