@@ -167,7 +167,7 @@ def next_token(model: nn.Module, row: torch.Tensor) -> Callable[[], None]:
 
 def whole_sequence(model: nn.Module, row: torch.Tensor) -> Callable[[], None]:
     """Return a call that computes the logits of a sequence."""
-    return lambda: model(row, use_cache=False)
+    return lambda: model(row)
 
 
 def dense_parameters(model: nn.Module) -> int:
@@ -262,6 +262,8 @@ def main(argv=None) -> int:
     parser.add_argument("--work_dir", type=Path, default=ROOT / "build" / "language_model", help="moments and floors")
     parser.add_argument("--tiny", action="store_true", help="a smoke test on a tiny random model, in seconds")
     options = parser.parse_args(argv)
+    if options.speed and options.tiny:
+        parser.error("--speed needs the real model; leave out --tiny")
     started = time.monotonic()
     length, counts = (64, (2_048, 512)) if options.tiny else (512, (options.tokens, options.unseen_tokens))
     model, encode = load_tiny() if options.tiny else load_smollm()
