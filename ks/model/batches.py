@@ -11,7 +11,8 @@ import torch
 from ks.errors import UsageError, one_line
 from ks.files.globs import matches
 
-Mask = Callable[[Any], torch.Tensor | None] | Mapping[str, Callable[[Any], torch.Tensor | None]]
+MaskFunction = Callable[[Any], torch.Tensor | None]
+Mask = MaskFunction | Mapping[str, MaskFunction]
 
 
 @contextlib.contextmanager
@@ -150,7 +151,7 @@ def _sequences(model: torch.nn.Module, batch: Mapping[str, Any], mask: torch.Ten
     return names if len(names) > 1 else []
 
 
-def mask_of(batch: Any, mask: Callable[[Any], torch.Tensor | None] | None = None) -> torch.Tensor | None:
+def mask_of(batch: Any, mask: MaskFunction | None = None) -> torch.Tensor | None:
     """Return the tokens of a batch that count, or None for all: by a function, or a mapping's `attention_mask`.
 
     Raises:

@@ -18,7 +18,7 @@ from ks.files.globs import matching, nearest
 from ks.files.torch_files import read_torch_file
 from ks.files.weights import tensors_sha256
 from ks.layer import KSLinear
-from ks.model.batches import Mask, call, evaluating, mask_of, on_device_of
+from ks.model.batches import MaskFunction, call, evaluating, mask_of, on_device_of
 from ks.model.linears import unwrapped
 
 Values = dict[str, torch.Tensor]  # of the trained parameters of a block, by name
@@ -50,7 +50,7 @@ def refine(
     batches: Iterable[Any],
     blocks: str | Sequence[str],
     *,
-    mask: Mask | None = None,
+    mask: MaskFunction | None = None,
     held_out: float = 0.2,
     passes: int = 3,
     lr: float = 3e-3,

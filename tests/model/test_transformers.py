@@ -1,4 +1,4 @@
-"""Tiny models of transformers, one of each kind, from collecting to generating; skipped where transformers is missing."""
+"""Tiny models of transformers, one of each kind, from collecting to generating; skipped without transformers."""
 
 import pytest
 import torch
