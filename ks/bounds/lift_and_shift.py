@@ -1,12 +1,12 @@
 """The lift-and-shift bound: a certified lower bound of the least loss of a chain under a metric G ⊗ C.
 
-Theorem. Let C ⪰ F Fᵀ and G ⪰ E Eᵀ. Let L = [L_T] and R = [R_S] have Σ L_T L_Tᵀ ⪯ I and Σ R_S R_Sᵀ ⪯ I, such that each
-admissible Ŵ has blocks of rank k_TS in L_Tᵀ Eᵀ Ŵ F R_S, and let K Q = LᵀL Q RᵀR. Then for every matrix Q, with
+Theorem. Let C ⪰ F Fᵀ and G ⪰ J Jᵀ. Let L = [L_T] and R = [R_S] have Σ L_T L_Tᵀ ⪯ I and Σ R_S R_Sᵀ ⪯ I, such that each
+admissible Ŵ has blocks of rank k_TS in L_Tᵀ Jᵀ Ŵ F R_S, and let K Q = LᵀL Q RᵀR. Then for every matrix Q, with
 P = Q − K Q,
 
-    min tr(G (W − Ŵ) C (W − Ŵ)ᵀ)  ≥  Σ_TS tail_{k_TS}((Lᵀ Eᵀ W F R − P)_TS) − ⟨Q, P⟩,
+    min tr(G (W − Ŵ) C (W − Ŵ)ᵀ)  ≥  Σ_TS tail_{k_TS}((Lᵀ Jᵀ W F R − P)_TS) − ⟨Q, P⟩,
 
-where tail_k sums the squared singular values beyond the k-th of every block. For G = I, E = L = I, and the rows t::q of
+where tail_k sums the squared singular values beyond the k-th of every block. For G = I, J = L = I, and the rows t::q of
 row group t take the place of the parts L_T. docs/theory.md holds the proof. The right side is concave in Q;
 `lift_and_shift` looks for its maximum by ADMM on the dual, a semi-definite relaxation of the chain.
 Nothing has to converge: every Q gives a valid bound, which is evaluated in float64 at the end.
@@ -24,7 +24,7 @@ FLOAT32_WIDTH = 500  # κ above which ADMM runs in float32; the bound itself is 
 
 @dataclass(frozen=True)
 class Part:
-    """One R_S of shape (ρ, κ_S), or one L_T: blocks L_Tᵀ Eᵀ Ŵ F R_S of every admissible Ŵ have at most the rank r times
+    """One R_S of shape (ρ, κ_S), or one L_T: blocks L_Tᵀ Jᵀ Ŵ F R_S of every admissible Ŵ have at most the rank r times
     the sizes of both. For L = I, blocks Ŵ[t::row_groups] F R_S have at most the rank r · size.
     """
 
@@ -47,7 +47,7 @@ class Lift:
         self.grams = [frame.mT @ frame for frame in self.frames]
 
     def __call__(self, lifted: torch.Tensor) -> torch.Tensor:
-        """Return Lᵀ A R of A = Eᵀ W F."""
+        """Return Lᵀ A R of A = Jᵀ W F."""
         target = lifted @ self.frames[0]
         return self.frames[1].mT @ target if self.rows else target
 
@@ -64,7 +64,7 @@ class Lift:
         ]
 
     def bound(self, target: torch.Tensor, rank: int, shift: torch.Tensor) -> float:
-        """Return the right side of the theorem for the target Lᵀ Eᵀ W F R and the shift Q."""
+        """Return the right side of the theorem for the target Lᵀ Jᵀ W F R and the shift Q."""
         outside = shift - _times(shift, self.grams)  # P
         value = -(outside * shift).sum().item()
         for bands in self.blocks(target - outside):
@@ -99,7 +99,7 @@ def lift_and_shift(
     block; with an L of κ_L columns, it is 2 κ_L κ (κ_L + κ).
 
     Args:
-        lifted: Eᵀ W F, shape (ρ_L, ρ), float64; W F for L = I.
+        lifted: Jᵀ W F, shape (ρ_L, ρ), float64; W F for L = I.
         lift: the parts.
         rank: r.
         iterations: at most so many.

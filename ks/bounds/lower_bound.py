@@ -1,7 +1,8 @@
 """Certified lower bounds of the least loss of a chain: simple ones for every rank, lift and shift for one rank.
 
 A cut at split l leaves a grid of M_{>l} × N_{≤l} blocks of rank r_l, so every bound of a grid is one of the chain. With
-more than two factors, one lift takes parts R = [√α_l R^(l)] from all splits, which binds all their ranks at once.
+more than two factors whose row groups G does not couple, one lift takes parts R = [√α_l R^(l)] from all splits, which
+binds all their ranks at once.
 """
 
 from collections.abc import Callable
@@ -87,7 +88,7 @@ def binding_splits(chain: Chain, rank: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Grid:
-    """What one split makes of a chain: blocks L_Tᵀ Eᵀ W F R_S of `lifted` = Eᵀ W F, the parts those of two splittings.
+    """What one split makes of a chain: blocks L_Tᵀ Jᵀ W F R_S of `lifted` = Jᵀ W F, the parts those of two splittings.
 
     Where G couples none of the q row groups, `lifted` is G^{1/2} W F, and `rows` is None.
     """

@@ -12,7 +12,7 @@ from ks.bounds import frames
 from ks.bounds.descent import refine_factors
 from ks.bounds.factorize import factorize
 from ks.bounds.floors import floor_curve, loss_floor
-from ks.bounds.lift_and_shift import Part, bound_of_shift
+from ks.bounds.lift_and_shift import Lift, Part
 from ks.bounds.lower_bound import CoupledLowerBound, isotropic_joint_bound
 from ks.chain.patterns import Chain
 from ks.chain.reference import chain_to_dense
@@ -177,7 +177,7 @@ def test_a_certificate_is_the_formula_of_its_theorem(kind):
         moved = (target - outside)[:, start : start + part.frame.shape[1]]
         start += part.frame.shape[1]
         expected += sum(torch.linalg.svdvals(moved[t::3])[part.size :].square().sum() for t in range(3))
-    bound = bound_of_shift(target, gram, parts, 1, shift)
+    bound = Lift(parts).bound(target, 1, shift)
     assert bound == pytest.approx(expected.item(), rel=1e-9)
     chain = Chain("explicit", 12, 20, (4, 3), (2, 10))
     assert bound <= len(weight) * loss_floor(weight, chain, [1], SecondMoment(moment))[0].upper

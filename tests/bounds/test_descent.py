@@ -55,7 +55,8 @@ def test_every_block_of_a_converged_grid_is_the_best_given_the_others(gradients)
     if gradients:
         grouped = torch.arange(20).view(2, 10).t().flatten()  # contiguous groups become t::2
         outputs = random_moment(gradients, 20, groups=2, seed=1)[grouped][:, grouped]
-    metric = Metric(moment, outputs if gradients else None, damping=0)
+    metric = Metric(moment, outputs if gradients else None)
+    outputs = metric.outputs.matrix_of(20)
     dense = dense_grid(*GridDescent(weight, metric, 2, 3).factors(2, 5000, 1e-14))
     for t in range(2):
         for i in range(3):
