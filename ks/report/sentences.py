@@ -122,7 +122,7 @@ def _of_best(study: Study) -> str:
     if known.empty:
         return NONE_FINISHED
     best = known.loc[known["best"].idxmin()]
-    verb = study.words.loses if study.units.relative else "ends at"
+    verb = study.words.may_lose if study.units.relative else "ends at"
     return f"rank {best['rank']} {verb} {study.units.whole(best['best'])}"
 
 

@@ -42,7 +42,7 @@ class Words:
 
     @property
     def may_lose(self) -> str:
-        """Return the verb for a chain that nobody has trained."""
+        """Return the verb for a loss that stands alone, with no other sentence that calls it predicted."""
         return "is predicted to cost" if self.of_model else "loses"
 
     @property

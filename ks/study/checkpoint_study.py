@@ -27,7 +27,8 @@ from ks.study.run_all import finished_before, run_all
 from ks.study.runs import Result, Run, result_of, seeds_of
 from ks.study.weight_study import Study, WeightStudy
 from ks.training.criterion_identity import edits_of
-from ks.training.problem import ISOTROPIC_NOTE, chain_of, choose_device
+from ks.training.layer_inputs import ISOTROPIC_NOTE
+from ks.training.problem import chain_of, choose_device
 
 DEFAULT_CHAINS = ("monarch", "lowrank")
 

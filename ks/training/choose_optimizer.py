@@ -8,7 +8,7 @@ from ks.chain.patterns import Chain
 from ks.chain.split_grams import is_chainable
 from ks.cli.flags import TrainingFlags
 from ks.errors import UsageError
-from ks.moments.metric import Metric
+from ks.moments.metric import MetricLike
 from ks.training.criterion_identity import Edits
 from ks.training.gauss_newton import GaussNewton
 from ks.training.optimizer import Optimizer
@@ -46,7 +46,7 @@ def choose_optimizer(name: str, chain: Chain, edits: Edits) -> tuple[str, str]:
     return "gauss_newton", f"the chain has {len(patterns)} chainable factors"
 
 
-def make_optimizer(name: str, config: TrainingFlags, factors: list[torch.Tensor], metric: Metric) -> Optimizer:
+def make_optimizer(name: str, config: TrainingFlags, factors: list[torch.Tensor], metric: MetricLike) -> Optimizer:
     """Return an optimizer of the factors.
 
     Args:

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -11,91 +10,20 @@ from ks.bounds.population_loss import population_loss
 from ks.chain.backend import choose_impl
 from ks.chain.patterns import Chain, make_chain
 from ks.cli.flags import ChainFlags, TargetFlags, TrainingFlags
-from ks.errors import UsageError, one_line
-from ks.files.columns import ISOTROPIC
+from ks.errors import UsageError
 from ks.files.memory import check_fits
 from ks.files.weights import Weight, load_weight
 from ks.layer import KSLinear
+from ks.model.prediction import per_token
 from ks.moments.metric import LossMetric, Metric
-from ks.moments.read import Calibration, read_input_moments
-from ks.moments.second_moment import UNIT_MOMENT, SecondMoment, VectorSums
+from ks.moments.second_moment import SecondMoment
 from ks.training.choose_optimizer import choose_optimizer
 from ks.training.criterion_identity import TOOLKIT, Edits
+from ks.training.layer_inputs import LayerInputs, layer_inputs
 from ks.training.trackers import check_installed
-from ks.training.whitening import Coordinates, isotropic_coordinates, measured_coordinates
-
-MEASURED = "measured"
-SMALLEST_VARIANCE = 1e-12  # of the mean square of the inputs; float64 sums keep about three digits of it
+from ks.training.whitening import Coordinates, isotropic_coordinates
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # inputs and their targets, one sample a row
-ISOTROPIC_NOTE = (
-    "Using isotropic random inputs. Floors and losses will differ on the layer's real inputs; pass those with --inputs."
-)
-
-
-@dataclass(frozen=True)
-class LayerInputs:
-    """The inputs x of a layer, and the coordinates in which a chain learns from them.
-
-    Args:
-        coordinates: y' and x'.
-        metric: of an error in y' and x', around the centre.
-        predict_zero_loss: tr(W C Wᵀ) / m, or ½ tr(G W C Wᵀ) for the loss of the model, in the user's units.
-        description: for config files; it identifies the inputs.
-        notes: remarks for the user, a line each.
-        loss_metric: the kind of the metric.
-        held_out: the metric of held-out inputs around the same centre, in the user's coordinates; None if there are
-            none.
-        held_out_predict_zero_loss: loss of the zero predictor on held-out inputs.
-        given: raw samples to train on, shape (N, n); None unless --sampling is fixed.
-        effects: losses that every trained chain has too; None without gradients of the loss of the model.
-    """
-
-    coordinates: Coordinates
-    metric: Metric
-    predict_zero_loss: float
-    description: dict[str, Any]
-    notes: tuple[str, ...]
-    loss_metric: LossMetric = LossMetric.OUTPUT_ENERGY
-    held_out: Metric | None = None
-    held_out_predict_zero_loss: float | None = None
-    given: torch.Tensor | None = None
-    effects: "Effects | None" = None
-
-
-@dataclass(frozen=True)
-class Effects:
-    """What an error of the weight does to the model, whichever metric a chain is trained by.
-
-    Args:
-        model_loss: G ⊗ C with C around the centre.
-        held_out: the same of the held-out part; None if there is none.
-        energy: tr(W C Wᵀ) with C around 0.
-        unit: of the loss of the model.
-    """
-
-    model_loss: Metric
-    held_out: Metric | None
-    energy: float
-    unit: str
-
-    def of_chain(self, weight: torch.Tensor, values: list[torch.Tensor]) -> dict[str, float | None]:
-        """Return loss_increase and held_out_loss_increase, ½ tr(G E C Eᵀ) per token with E = W − K_1 … K_L, and
-        energy_loss, the fraction of the output energy that is lost.
-
-        Args:
-            weight: W, shape (m, n).
-            values: of the factors, which act on x and give y.
-        """
-
-        def loss(metric: Metric | SecondMoment) -> float:
-            return population_loss(weight, values, metric) * len(weight)
-
-        return {
-            "loss_increase": loss(self.model_loss) / 2,
-            "held_out_loss_increase": None if self.held_out is None else loss(self.held_out) / 2,
-            "energy_loss": loss(self.model_loss.inputs) / self.energy,
-        }
 
 
 @dataclass(frozen=True)
@@ -307,7 +235,7 @@ def relative_target(config: TargetFlags, problem: Problem) -> float | None:
         return config.target_relative_loss
     if increase >= zero:
         raise UsageError(
-            f"--target_loss_increase {increase:g}: the zero predictor costs {zero:.3g} {problem.unit} per token by the "
+            f"--target_loss_increase {increase:g}: the zero predictor costs {per_token(zero, problem.unit)} by the "
             "same prediction, so that every rank reaches it; give less"
         )
     return increase / zero
@@ -400,121 +328,3 @@ def choose_sampling(sampling: str, num_train: int, in_features: int) -> tuple[st
     if num_train >= in_features:
         return "whitened", f"{num_train} training samples suffice for {in_features} input features"
     return "fresh", f"{num_train} training samples are fewer than {in_features} input features"
-
-
-def layer_inputs(config: TrainingFlags, weight: Weight, chain: Chain) -> LayerInputs:
-    """Return the inputs for the flags.
-
-    Raises:
-        UsageError: flags that do not go together, or a file that does not fit the weight.
-    """
-    if config.inputs is None:
-        wants_model_loss = config.loss_metric == LossMetric.MODEL_LOSS
-        needing = {
-            "inputs_key": config.inputs_key,
-            "fit_bias": config.fit_bias,
-            "loss_metric model_loss": wants_model_loss,
-        }
-        for name, is_given in needing.items():
-            if is_given:
-                raise UsageError(f"--{name} without --inputs: give the file with the measured inputs too")
-        zero_loss = SecondMoment.isotropic(config.input_std).output_energy(weight.tensor) / len(weight.tensor)
-        description = {"kind": ISOTROPIC, "std": config.input_std}
-        coordinates = isotropic_coordinates(weight.tensor)
-        return LayerInputs(coordinates, Metric(UNIT_MOMENT), zero_loss, description, (ISOTROPIC_NOTE,))
-    if config.input_std != 1.0:
-        raise UsageError(f"--input_std {config.input_std:g} together with --inputs: give one or the other")
-    given = read_input_moments(
-        config.inputs, weight.tensor.shape[1], config.inputs_key, config.val_split, weight_key=weight.key
-    )
-    if config.sampling == "fixed" and given.samples is None:
-        raise UsageError(f"--sampling fixed needs raw samples, and {config.inputs} holds moments; use --sampling auto")
-    return _measured(given, weight.tensor, chain, config)
-
-
-def _measured(given: Calibration, weight: torch.Tensor, chain: Chain, config: TrainingFlags) -> LayerInputs:
-    kind = LossMetric(config.loss_metric or LossMetric.OUTPUT_ENERGY)
-    is_model_loss = kind is LossMetric.MODEL_LOSS
-    moment, centre = SecondMoment(given.train.second_moment), given.train.mean if config.fit_bias else None
-    around = moment if centre is None else _centred(given, config.inputs)
-    gradients, held_out_gradients = (
-        None if sums is None else SecondMoment(sums.second_moment)
-        for sums in (given.gradients, given.held_out_gradients or given.gradients)
-    )
-    if is_model_loss and gradients is None:
-        raise UsageError(
-            f"{config.inputs} comes without gradients of the loss of the model, which --loss_metric model_loss and "
-            "--target_loss_increase need; collect moments with loss=… (ks.collect_input_moments), or leave the flag out"
-        )
-    effects, held_out, held_out_loss = None, None, None
-    divisor = 2 if is_model_loss else len(weight)  # half the form is the increase of the loss; or energy per output
-    loss = Metric(moment, gradients if is_model_loss else None).loss(weight)
-    metric = Metric(around, gradients)
-    metric.check_shape(weight)
-    if given.held_out is not None:
-        uncentred = SecondMoment(given.held_out.second_moment)
-        held_out = Metric(
-            uncentred if centre is None else SecondMoment(_around(given.held_out, centre)), held_out_gradients
-        )
-        held_out_loss = Metric(uncentred, held_out_gradients if is_model_loss else None).loss(weight) / divisor
-    if gradients is not None:
-        effects = Effects(metric, held_out, moment.output_energy(weight), given.unit)
-    if not is_model_loss:
-        metric, held_out = Metric(around), None if held_out is None else Metric(held_out.inputs)
-    coordinates, inside = measured_coordinates(chain, (loss / len(weight)) ** 0.5, metric, centre)
-    count, held_out_count = given.train.count, given.held_out.count if given.held_out else 0
-    description = {
-        "kind": MEASURED,
-        "key": given.key,
-        "sha256": given.sha256,
-        "count": count,
-        "held_out_count": held_out_count,
-        "effective_rank": moment.effective_rank,
-        "centred": config.fit_bias,
-    }
-    if is_model_loss:
-        description |= {"gradients_sha256": given.gradients_sha256, "damping": metric.damping}
-    name = f" {one_line(given.key)}" if given.key else ""
-    note = (
-        f"Using the measured inputs of {one_line(config.inputs)}{name}: {count} inputs and {held_out_count} held out, "
-        f"effective rank {moment.effective_rank:.1f} of {weight.shape[1]}."
-    )
-    notes = [note, *_gradient_notes(given, kind), *given.notes]
-    if given.transposed and not config.transpose:
-        notes.append("The model of these inputs stores the weight as (in, out): give --transpose if the file does too.")
-    rows = given.samples[: given.train.count] if config.sampling == "fixed" and given.samples is not None else None
-    zero_loss = loss / divisor
-    return LayerInputs(
-        coordinates, inside, zero_loss, description, tuple(notes), kind, held_out, held_out_loss, rows, effects
-    )
-
-
-def _gradient_notes(given: Calibration, kind: LossMetric) -> list[str]:
-    if kind is LossMetric.MODEL_LOSS:
-        unit = given.unit or "the unit of the loss"
-        return [f"Losses are the predicted increase of the loss of the model, in {unit} per token."]
-    hint = "These inputs come with gradients; --loss_metric model_loss minimises what the model loses."
-    return [] if given.gradients is None else [hint]
-
-
-def _centred(given: Calibration, path: str | None) -> SecondMoment:
-    """Return the second moment of the training inputs around their mean.
-
-    Raises:
-        UsageError: it is lost in the rounding of the mean.
-    """
-    around = _around(given.train, given.train.mean)
-    trouble = f"--fit_bias: the inputs of {path} vary too little around their mean for the digits of their moments"
-    if around.trace() <= SMALLEST_VARIANCE * given.train.second_moment.trace():
-        raise UsageError(f"{trouble}; leave it out")
-    try:
-        return SecondMoment(around)
-    except UsageError as error:
-        raise UsageError(f"{trouble} ({error}); leave it out") from error
-
-
-def _around(part: VectorSums, centre: torch.Tensor) -> torch.Tensor:
-    """Return the second moment of x − μ: C − m μᵀ − μ mᵀ + μ μᵀ with m the mean of x; C − μ μᵀ if m is μ."""
-    cross = part.mean.outer(centre)
-    moment = part.second_moment - cross - cross.t() + centre.outer(centre)
-    return (moment + moment.t()) / 2

@@ -21,6 +21,7 @@ from ks.files.layout import RunFiles
 from ks.files.ownership import check_free, delete, locked, recorded
 from ks.files.provenance import now, peak_memory, provenance
 from ks.files.status import OK, Status
+from ks.model.prediction import per_token
 from ks.training.best_model import BestModel
 from ks.training.endings import check_finite, check_validation, ending_of
 from ks.training.latency import measure_latency
@@ -268,7 +269,8 @@ class Recorder:
             if held_out := self.problem.layer_inputs.held_out_predict_zero_loss:
                 text += f", {last['val_loss'] / held_out:.2%} on held-out inputs"
         if "loss_increase" in self.log:
-            text += f", the model loses about {self.log['loss_increase']:.3g} {self.problem.unit} per token"
+            increase = per_token(self.log["loss_increase"], self.problem.unit)
+            text += f", predicted to cost the model {increase}"
         return f"{text}; {self.files.final}"
 
 

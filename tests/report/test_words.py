@@ -139,17 +139,17 @@ def test_figures_of_the_loss_of_the_model_have_its_unit_on_their_axes():
     study.summary["loss_metric"], study.summary["loss_unit"] = "model_loss", "nats"
     figures = study_figures(study)
     last = study.summary["population_loss"].iloc[1]
-    assert texts(figures["loss_curves"])[0].startswith(
-        f"Rank 4 costs {significant(last)[0]} nats per token; every rank "
-    )
+    first = f"Rank 4 is predicted to cost {significant(last)[0]} nats per token; every rank is at its floor"
+    assert texts(figures["loss_curves"])[0] == first
     assert texts(figures["floor"])[0].endswith(" is the smallest that can reach the target of 1 nats")
     for name, figure in figures.items():
         assert figure.axes[0].get_ylabel().startswith("loss increase (nats per token)"), name
         drawn = [line for line in figure.axes[0].lines if list(line.get_ydata()) == [PREDICT_ZERO] * 2]
         assert len(drawn) == 1, name  # the zero predictor, in nats
         assert not figure.axes[0].child_axes, name  # no second scale
-    floors = figures["floor"].axes[0].lines[0 if len(figures["floor"].axes[0].lines[0].get_ydata()) > 2 else 1]
-    assert max(floors.get_ydata()) > 1.0
+    (floors,) = (line for line in figures["floor"].axes[0].lines if str(line.get_label()).startswith("monarch: floor"))
+    own = study.floor[study.floor["chain"] == "monarch"]
+    assert list(floors.get_ydata()) == pytest.approx(list(own["loss_floor"]))
     assert "within 0.1% of the zero predictor's loss" in " ".join(texts(figures["gap"]))
     assert CHAIN.family in texts(figures["front"])[0]
 

@@ -12,9 +12,11 @@ from ks.bounds.rank_floors import RankFloors
 from ks.errors import UsageError
 from ks.files.atomic import read_json, write_json
 from ks.files.layout import SweepFiles
+from ks.files.schema import StudyRecord
 from ks.moments.metric import Metric
 from ks.report.read_results import read_study
 from ks.study.folder import parse
+from ks.study.runs import ranks_of
 from ks.study.study_floors import keep_floors, plan_floors
 from ks.training.problem import relative_target, resolve
 
@@ -120,6 +122,12 @@ def test_a_rerun_takes_the_target_of_the_study_or_the_one_that_is_given(given, t
     other = parse(rank_sweep_study.build_parser(), [*given, "--target_relative_loss", "0.5"])
     assert (other.target_loss_increase, other.target_relative_loss, other.loss_metric) == (None, 0.5, "model_loss")
     capsys.readouterr()
+    study = StudyRecord({}, [2], [0], arguments=arguments)
+    problem, floors = floors_of(config, tmp_path)
+    for increase, ranks in ((0.01, {2}), (0.02, {*floors.ranks_around(0.02 / problem.predict_zero_loss)})):
+        changed = config_of([*given, "--target_loss_increase", str(increase), "--num_epochs", "3"])
+        study.settings["num_epochs"] = 3
+        assert ranks_of(changed, floors, study, relative_target(changed, problem))[0] == ranks
 
 
 def test_families_are_compared_in_nats(given, capsys):

@@ -14,6 +14,7 @@ from ks.cli.flags import SweepConfig
 from ks.errors import UsageError
 from ks.files.curves import read_curves
 from ks.layer import KSLinear
+from ks.model.prediction import per_token
 from ks.moments.metric import LossMetric
 from ks.training.criterion import loss_and_gradient, mean_squared_error
 from ks.training.optimizer import Optimizer
@@ -172,7 +173,7 @@ def test_the_log_has_what_the_saved_chain_costs_the_model(tmp_path, weight_path,
     assert log["held_out_loss_increase"] == pytest.approx(increase(error, UNSEEN, UNSEEN_SLOPES), rel=1e-9)
     energy = (ROWS @ error.t()).square().sum() / (ROWS @ weight.double().t()).square().sum()
     assert log["energy_loss"] == pytest.approx(energy.item(), rel=1e-9)
-    assert f"the model loses about {log['loss_increase']:.3g} nats per token" in capsys.readouterr().out
+    assert f", predicted to cost the model {per_token(log['loss_increase'], 'nats')}; " in capsys.readouterr().out
     last = curves[-1]
     if trained == "model_loss":
         assert last["population_loss"] == pytest.approx(log["loss_increase"], rel=1e-5)

@@ -6,6 +6,7 @@ import pytest
 from drawn_study import texts
 from matplotlib.colors import to_hex
 
+import plot_rank_results
 from ks.chain.patterns import make_chain
 from ks.model.model_plan import LayerPlan, ModelPlan
 from ks.moments.metric import LossMetric
@@ -52,3 +53,18 @@ def test_the_figure_finds_the_plan_that_is_worse_than_equal_fractions(plans, fin
     labels = [text.get_text() for text in axes.texts]
     assert labels == ["75%", "50%"][: len(plans)] * 2
     assert plans_figure([make_plan(12, 1.0, 2.0, 3.0, 4.0, "two words")]).axes[0].get_ylabel().endswith("(per token)")
+
+
+@pytest.mark.usefixtures("blank_pictures")
+def test_measured_plans_in_a_folder_are_drawn_and_printed_without_a_sweep(tmp_path, capsys):
+    GOOD.save(tmp_path / "good_plan.json")
+    BAD.save(tmp_path / "bad_plan.json")
+    dataclasses.replace(GOOD, measured_increase=None).save(tmp_path / "rank_sweep_plan.json")
+    assert plot_rank_results.main(["--results_dir", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1] == str(tmp_path / "rank_sweep_plans.png")
+    assert printed.startswith("WARNING: this plan ")
+    assert printed.count("Measured: ") == 2
+    (tmp_path / "good_plan.json").unlink()
+    (tmp_path / "bad_plan.json").unlink()
+    assert plot_rank_results.main(["--results_dir", str(tmp_path)]) == 2  # no results, as ever
