@@ -218,9 +218,10 @@ def draw(rows: list[dict], kind: str, path: Path) -> None:
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), dpi=75, layout="constrained")
-    dense = found(rows, Cell())
+    dense, lowest = found(rows, Cell()), 1.0
     for index, metric in enumerate(METRICS):
         for allocation, style in zip(ALLOCATIONS, ("--", "-")):
             line = [found(rows, Cell(metric, "low-rank", budget, allocation)) for budget in sorted(BUDGETS)]
@@ -228,22 +229,25 @@ def draw(rows: list[dict], kind: str, path: Path) -> None:
             label = f"made for {metric.replace('_', ' ')}, {allocation}"
             left.plot(*zip(*points), style, marker=".", color=f"C{index}", label=label)
         each = [row for row in rows if (row["metric"], row["treatment"]) == (metric, "")]
-        increases = [(float(row["predicted_increase"]), paired(row, dense, kind)[0]) for row in each]
-        right.plot(*zip(*increases), ".", color=f"C{index}", label=f"made for {metric.replace('_', ' ')}")
+        predicted = [float(row["predicted_increase"]) for row in each]
+        lowest = min(lowest, *predicted)
+        right.plot(predicted, [paired(row, dense, kind)[0] for row in each], ".", color=f"C{index}")
     for row in rows:
         if row["treatment"]:
-            marker = "^v"[TREATMENTS.index(row["treatment"])] if row["allocation"] == PLANNED else "1"
+            marker, style = "^v"[TREATMENTS.index(row["treatment"])], "full" if row["allocation"] == PLANNED else "none"
             point = float(row["parameters"]) / 1e6, float(row[f"{kind}_perplexity"])
-            left.plot(*point, marker, color="C2", label=f"{row['treatment']}, {row['allocation']}")
+            label = f"{row['treatment']}, {row['allocation']}"
+            left.plot(*point, marker, color="C2", fillstyle=style, label=label)
     left.plot(float(dense["parameters"]) / 1e6, float(dense[f"{kind}_perplexity"]), "k*", label="dense, in four bits")
     left.set(xlabel="parameters of the MLPs, millions", ylabel=f"perplexity, unseen {kind}", yscale="log")
-    right.set(xlabel="predicted increase, nats per token", ylabel="measured", xscale="log", yscale="log")
-    right.axline((0.1, 0.1), (1, 1), color="0.7", linewidth=1)
-    for axes in (left, right):
-        axes.legend(fontsize=7)
-        axes.grid(alpha=0.3)
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     left.yaxis.set_major_formatter("{x:g}")
     left.yaxis.set_minor_formatter("")
+    left.legend(fontsize=7, loc="upper right")
+    right.axline((lowest, lowest), (2 * lowest, 2 * lowest), color="0.7", linewidth=1)
+    right.set(xlabel="predicted increase, nats per token", ylabel="measured increase", xscale="log", yscale="log")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, pil_kwargs={"optimize": True})
 
