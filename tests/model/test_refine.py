@@ -101,6 +101,15 @@ def test_chains_norms_and_biases_of_blocks_with_chains_change_and_nothing_else()
     assert all(each.grad is None and each.requires_grad for each in (*model.parameters(), *small.parameters()))
 
 
+def test_a_parameter_that_two_blocks_use_is_not_trained():
+    model = Model()
+    model.layers[2].norm = model.layers[0].norm
+    small = compressed(copy.deepcopy(model))
+    ks.refine(model, small, BATCHES, BLOCKS, lr=0.03, quiet=True)
+    assert torch.equal(small.layers[0].norm.weight, model.layers[0].norm.weight)
+    assert not torch.equal(small.layers[0].mix.bias, model.layers[0].mix.bias)
+
+
 def test_a_block_that_training_makes_worse_stays_as_it_was_to_the_bit():
     _, small, blocks = refined(lr=0.999)
     assert {block.passes for block in blocks} == {0}
