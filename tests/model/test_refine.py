@@ -72,9 +72,11 @@ def held_out_error(model, small, name, counted=slice(None)):
     return ((y - found).square().sum(-1) / y.square().sum(-1)).mean().item()
 
 
-def test_the_held_out_error_falls_and_is_that_of_the_models():
+@pytest.mark.parametrize(("lr", "passes"), [(0.03, 3), (0.25, 6)])  # with 0.25, a later pass is worse than the best
+def test_the_held_out_error_falls_and_is_that_of_the_models(lr, passes):
     before = compressed()
-    model, small, blocks = refined()
+    model, small, blocks = refined(lr=lr, passes=passes)
+    assert (min(block.passes for block in blocks) < passes) == (lr == 0.25)
     assert [block.name for block in blocks] == ["layers.0", "layers.2"]
     for block in blocks:
         assert block.after < 0.9 * block.before
