@@ -36,7 +36,8 @@ from ks.training.trainable_chain import TrainableChain
 # Any function or module of (prediction, target) that returns a scalar can stand here: torch.nn.functional.l1_loss,
 # torch.nn.HuberLoss(delta=0.5), or a `def criterion(prediction, target)` in place of this line. Both tensors have the
 # shape (batch, m), with the outputs in the order of W's rows, in units of the root mean square of W x, so that a target
-# has a mean square of about 1. Floors, verdicts and gauss_newton exist for mean_squared_error alone.
+# has a mean square of about 1. Floors, verdicts, gauss_newton and --loss_metric model_loss exist for mean_squared_error
+# alone; under that metric both tensors are turned and weighted such that ‖prediction − target‖² is ‖G^{1/2} (y − ŷ)‖².
 criterion = mean_squared_error  # edit here
 
 

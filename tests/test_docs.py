@@ -188,21 +188,23 @@ def test_the_examples_of_measured_inputs_run_as_written(run_code):
 
 def test_the_examples_of_whole_models_run_as_written(run_code, tmp_path):
     setup = (
+        "from collections import OrderedDict",
         "import torch",
         "def network():",
         "    torch.manual_seed(0)",
-        "    mlp = {'up': torch.nn.Linear(8, 24), 'down': torch.nn.Linear(24, 8)}",
-        "    model = torch.nn.ModuleDict({'mlp': torch.nn.ModuleDict(mlp)})",
-        "    model.forward = lambda x: model['mlp']['down'](model['mlp']['up'](x).relu())",
-        "    return model",
-        "model, fresh_model, batches = network(), network(), [torch.randn(100, 8)] * 5",
+        "    mlp = {'up': torch.nn.Linear(8, 24), 'act': torch.nn.ReLU(), 'down': torch.nn.Linear(24, 11)}",
+        "    parts = {'table': torch.nn.Embedding(11, 8), 'mlp': torch.nn.Sequential(OrderedDict(mlp))}",
+        "    return torch.nn.Sequential(OrderedDict(parts))",
+        "model, fresh_model, batches = network(), network(), [torch.randint(11, (4, 25)) for _ in range(5)]",
+        "unseen_batches = batches[:1]",
     )
     checks = (
-        "x = torch.randn(3, 8)",
-        "assert isinstance(model['mlp']['up'], ks.KSLinear)",
+        "x = torch.randint(11, (2, 3))",
+        "assert isinstance(model.mlp.up, ks.KSLinear)",
+        "assert ks.model.model_plan.ModelPlan.load('plan.json').measured_uniform == beside",
         "other = network()",
         "ks.compress_in_order(other, plan, batches, max_passes=6)",
-        "assert other(x).shape == (3, 8)",
+        "assert other(x).shape == (2, 3, 11)",
     )
     run_code(*setup, *blocks("docs/models.md", "python"), *checks)
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"small_model", "ordinary_checkpoint"}

@@ -4,9 +4,10 @@
 tr(G (W − Ŵ) C (W − Ŵ)ᵀ). In block-whitened rows and columns, with G_tt = A_t A_tᵀ, C_ii = B_i B_iᵀ and
 X̃_ti = A_tᵀ X_ti B_i, the couplings are G̃_ts = A_t⁺ G_ts A_s⁺ᵀ and C̃_ji = B_j⁺ C_ji B_i⁺ᵀ, so that G̃_tt = C̃_ii = I. With
 H_ti = A_t⁺ (G W C)_ti B_i⁺ᵀ, the optimum of one block given the others is the truncated SVD of
-T_ti = H_ti − Σ_{(s,j)≠(t,i)} G̃_ts X̃_sj C̃_ji. Row groups that G does not couple (G = I) are done at once. Blocks are kept
-as products left · rightᵀ, so that a sweep costs about 6 r q n² + 8 r m n operations, and 4 m² n + 4 r q m n more where G
-couples row groups.
+T_ti = H_ti − Σ_{(s,j)≠(t,i)} G̃_ts X̃_sj C̃_ji. Row groups that G does not couple (G = I) are done at once. Blocks are
+kept as products left · rightᵀ, so that a sweep costs about 6 r q n² + 8 r m n operations, and 4 m² n + 4 r q m n more
+where G couples row groups. Steep spectra of G and C need many: on eigenvalues 1/k² on both sides, 30 sweeps end 5 to
+20% above the loss after 200, and the best start is the truncated SVD of the blocks.
 
 **Over the factors of a chain of any length.** With P = K_1 … K_{l-1} and Q = K_{l+1} … K_L, the loss
 tr(G (W − P K_l Q) C (W − P K_l Q)ᵀ) is quadratic in K_l. Its block (i, t), a b × c matrix, has the curvature
@@ -70,7 +71,8 @@ class GridDescent:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Descend; return Ŵ[t::q, group i] = left[t, i] right[t, i]ᵀ.
 
-        A few sweeps are made from each of several starts; every row group, or all if they are coupled, go on from the best.
+        A few sweeps are made from each of several starts; every row group goes on from the best of them, all from the
+        same one where G couples them.
 
         Args:
             rank: r.
@@ -136,8 +138,8 @@ class GridDescent:
         blocks, loss = list(start), self.energy.clone()
         for i in range(len(blocks)):
             target, bases = self.target[:, i], (basis or start)[i][0]
-            fixed = target - self._seen(sum(_times(blocks[j], self.coupling[j, i]) for j in range(i))) if i else target
-            free = fixed - self._seen(sum(_times(blocks[j], self.coupling[j, i]) for j in range(i + 1, len(blocks))))
+            fixed = target - self._mixed(sum(_times(blocks[j], self.coupling[j, i]) for j in range(i))) if i else target
+            free = fixed - self._mixed(sum(_times(blocks[j], self.coupling[j, i]) for j in range(i + 1, len(blocks))))
             if self.row_coupling is None:
                 left, right = blocks[i] = _best_of_rank(free, rank, bases)
             else:
@@ -155,19 +157,18 @@ class GridDescent:
         fixed: shape (q, M, k); what the row groups before each one take of it is taken off here.
         free: without anything of this column group.
         """
-        coupling, found = self.row_coupling, []
+        coupling = self.row_coupling
         assert coupling is not None
-        seen = [(left[None], right[None]) for left, right in zip(*old)]
+        own = [(left[None], right[None]) for left, right in zip(*old)]
         for t in range(len(free)):
-            before = sum((coupling[t, s] @ seen[s][0]) @ seen[s][1].mT for s in range(t))
-            after = sum((coupling[t, s] @ seen[s][0]) @ seen[s][1].mT for s in range(t + 1, len(free)))
-            own = slice(t, t + 1)
-            fixed[own] -= before
-            seen[t] = _best_of_rank(free[own] - before - after, rank, bases[own])
-        return tuple(torch.cat(parts) for parts in zip(*seen))
+            before = sum((coupling[t, s] @ own[s][0]) @ own[s][1].mT for s in range(t))
+            after = sum((coupling[t, s] @ own[s][0]) @ own[s][1].mT for s in range(t + 1, len(free)))
+            fixed[t, None] -= before
+            own[t] = _best_of_rank(free[t, None] - before - after, rank, bases[t, None])
+        return tuple(torch.cat(parts) for parts in zip(*own))
 
-    def _seen(self, blocks):
-        """Return G̃ Y for the blocks of one column group, shape (q, M, k); Y itself if G couples no row groups."""
+    def _mixed(self, blocks):
+        """Return G̃ Y for the blocks Y of one column group, shape (q, M, k); Y itself if G couples no row groups."""
         if self.row_coupling is None or isinstance(blocks, int):
             return blocks
         return (self.row_coupling @ blocks).sum(1)

@@ -55,7 +55,8 @@ def factorize(
     from the descent at every split and are refined by a descent over factors.
 
     Where G couples none of the row groups t::q of the left-most factor, q = d_1, all of this is done for G^{1/2} W, and
-    G_tt^{-1/2}, a pseudo-inverse if need be, goes into the blocks of that factor.
+    G_tt^{-1/2}, a pseudo-inverse if need be, goes into the blocks of that factor; low-rank chains need a root of G or C
+    of their smaller side alone. Any other G takes descents too.
 
     Other moments than I cost one eigendecomposition of C, about 10 n³ operations. Coupled inputs cost another 4 n³/p +
     4 m n² + 100 · (6 r q n² + 8 r m n) for two factors, with q row groups (5 seconds for 384 × 1536 and half a minute
@@ -77,27 +78,43 @@ def factorize(
     ranks = _chain_ranks(patterns)
     metric = Metric.of(metric)
     metric.check_shape(weight)
-    check_rows(metric, patterns[0].d)
-    if len(patterns) == 2 and patterns[0].d == patterns[1].a == 1:
+    row_groups, column_groups = patterns[0].d, patterns[-1].a
+    coupled = metric.couples_rows(row_groups) or metric.inputs.coupling(column_groups) is not None
+    if len(patterns) == 2 and coupled:
+        left, right = GridDescent(weight, metric, row_groups, column_groups).factors(ranks[0], tolerance=tolerance)
+        values = _two_factors(left, right.mT, patterns, ranks[0])
+    elif len(patterns) == 2 and row_groups == column_groups == 1:
         left, right = low_rank_factors(weight, metric, ranks[0])
-        value, rest = _placed(left[None, None, None], right[None, None, None], ranks[0])
-        values = [value, rest.reshape(*patterns[1])]
+        values = _two_factors(left[None, None], right[None, None], patterns, ranks[0])
     else:
-        wide = metric.weighted(weight)
-        coupled = metric.inputs.coupling(patterns[-1].a)
-        if coupled is None:
-            values = _hierarchical(wide, metric.inputs.times_root(wide), patterns, ranks)
-        else:
-            coupled = coupled.to(weight.device)
-            values = _coupled_hierarchical(wide, coupled, patterns, ranks, tolerance)
-            if len(patterns) > 2:
-                values, _ = refine_factors(wide, coupled, values)
-        values[0] = _unweighted(values[0], metric)
+        values = _hierarchical(weight, metric, patterns, ranks, tolerance)
+        if coupled:
+            values, _ = refine_factors(weight.double(), metric, values)
     stored = [empty_values(pattern, weight.device, weight.dtype) for pattern in patterns]
     return [place.copy_(factor) for place, factor in zip(stored, values)]
 
 
-def _hierarchical(weight: torch.Tensor, rooted: torch.Tensor, patterns, ranks) -> list[torch.Tensor]:
+def _two_factors(left: torch.Tensor, right: torch.Tensor, patterns, rank: int) -> list[torch.Tensor]:
+    """Return the values of two factors from blocks left · right, shapes (q, p, M, kept) and (q, p, kept, k)."""
+    value, rest = _placed(left[None], right[None], rank)
+    return [value, rest.reshape(*patterns[1])]
+
+
+def _hierarchical(weight: torch.Tensor, metric: Metric, patterns, ranks, tolerance: float) -> list[torch.Tensor]:
+    """Return the factors of left-to-right cuts, made without what G couples between row groups."""
+    metric = metric.without_row_coupling(patterns[0].d)
+    wide, moment = metric.weighted(weight), metric.inputs.coupling(patterns[-1].a)
+    if moment is None:
+        values = _cuts(wide, metric.inputs.times_root(wide), patterns, ranks)
+    else:
+        values = _coupled_cuts(wide, moment.to(weight.device), patterns, ranks, tolerance)
+    _, b, c, d = values[0].shape
+    columns = metric.unweighted(values[0].transpose(2, 3).reshape(b * d, c))  # (b d) c
+    values[0] = columns.reshape(1, b, d, c).transpose(2, 3)
+    return values
+
+
+def _cuts(weight: torch.Tensor, rooted: torch.Tensor, patterns, ranks) -> list[torch.Tensor]:
     """Return factors with columns from SVDs of W C^{1/2}; the last remainder is a projection of W itself."""
     remainder, rooted = weight.unsqueeze(0), rooted.unsqueeze(0)  # shape: (a, r·M, N), of each column block
     values = []
@@ -111,9 +128,7 @@ def _hierarchical(weight: torch.Tensor, rooted: torch.Tensor, patterns, ranks) -
     return [*values, remainder.reshape(*patterns[-1])]
 
 
-def _coupled_hierarchical(
-    weight: torch.Tensor, moment: torch.Tensor, patterns, ranks, tolerance: float
-) -> list[torch.Tensor]:
+def _coupled_cuts(weight: torch.Tensor, moment: torch.Tensor, patterns, ranks, tolerance: float) -> list[torch.Tensor]:
     """Return the factors of descents at every split; those behind the first drop the coupling of its column blocks."""
     remainder, values = weight.unsqueeze(0), []  # shape: (a, r·M, N), of each column block
     for pattern, rank in zip(patterns, ranks):
@@ -126,19 +141,6 @@ def _coupled_hierarchical(
         value, remainder = _placed(left, right.mT, rank)
         values.append(value)
     return [*values, remainder.reshape(*patterns[-1])]
-
-
-def _unweighted(values: torch.Tensor, metric: Metric) -> torch.Tensor:
-    """Return the values of G^{-1/2} K_1, shape (1, b, c, d), for a G that couples none of the d row groups."""
-    _, b, c, d = values.shape
-    columns = values[0].transpose(1, 2).reshape(b * d, c)  # (b d) c
-    return metric.unweighted(columns).reshape(1, b, d, c).transpose(2, 3)
-
-
-def check_rows(metric: Metric, groups: int) -> None:
-    """Raise UsageError if G couples row groups t::q of a chain, q = `groups`."""
-    if metric.couples_rows(groups):
-        raise UsageError(f"gradients that couple {groups} row groups: low-rank chains, or another G, are possible")
 
 
 def _chain_ranks(patterns: tuple[Pattern, ...]) -> list[int]:

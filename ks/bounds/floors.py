@@ -25,7 +25,7 @@ from math import isclose
 import torch
 
 from ks.bounds.descent import GRID_TOLERANCE, GridDescent
-from ks.bounds.factorize import HierarchicalLoss, check_rows, check_shape, factorize
+from ks.bounds.factorize import HierarchicalLoss, check_shape, factorize
 from ks.bounds.lift_and_shift import never
 from ks.bounds.low_rank import low_rank_energies
 from ks.bounds.lower_bound import CoupledLowerBound, Expired, isotropic_joint_bound
@@ -152,7 +152,7 @@ class CoupledBounds:
 
     @cached_property
     def _lower_bound(self) -> CoupledLowerBound:
-        return CoupledLowerBound(self.metric.weighted(self.weight), self.chain, self.metric.inputs.matrix)
+        return CoupledLowerBound(self.weight, self.chain, self.metric)
 
     @cached_property
     def _descent(self) -> GridDescent:
@@ -209,7 +209,6 @@ def chain_bounds(
         raise UsageError(f"no floor: {reason}")
     metric = Metric.of(metric)
     metric.check_shape(weight)
-    check_rows(metric, chain.block_shape(1)[1])
     progress = progress or (lambda text: None)
     if couples(chain, metric):
         return CoupledBounds(weight, chain, metric, tolerance, progress)

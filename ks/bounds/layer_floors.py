@@ -84,6 +84,7 @@ def layer_floors(
     known, upper = np.arange(highest + 1), lower
     if other is not None and is_low_rank(chain):
         in_other = low_rank_energies_in(weight, metric, other)[: highest + 1].cpu().numpy() / other_energy
+        in_other[0] = 1.0
     elif other is not None or not bounds.curve_is_exact:
         ranks = np.unique(np.geomspace(1, max(1, highest), KNOWN_RANKS).round().astype(int))
         ranks = np.r_[0, ranks[ranks <= highest]]

@@ -5,14 +5,16 @@ more than two factors, one lift takes parts R = [√α_l R^(l)] from all splits,
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
 from ks.bounds.frames import LARGEST_SCALE, LEAK, Splitting, factor_of, fair_splitting, grow, remainder
-from ks.bounds.lift_and_shift import Part, lift_and_shift, never, smaller_gram
+from ks.bounds.lift_and_shift import Lift, Part, lift_and_shift, never, smaller_gram
 from ks.bounds.tails import tail_sums
 from ks.chain.patterns import Chain
+from ks.moments.metric import Metric, MetricLike
 
 # Iterations of ADMM; any number gives a valid bound, and more of them a better one.
 ITERATIONS = 15  # on one grid; a tight bound takes twice as many
@@ -26,8 +28,10 @@ Expired = Callable[[], bool]
 
 
 @torch.no_grad()
-def simple_bounds(lifted: torch.Tensor, splitting: Splitting, row_groups: int, length: int) -> torch.Tensor:
-    """Return lower bounds of the loss tr((W − Ŵ) C (W − Ŵ)ᵀ) of grids of blocks of rank r = 0 … length − 1.
+def simple_bounds(
+    lifted: torch.Tensor, splitting: Splitting, row_groups: int, length: int, size: int = 1
+) -> torch.Tensor:
+    """Return lower bounds of the loss tr((W − Ŵ) C (W − Ŵ)ᵀ) of grids of blocks of rank size · r, r = 0 … length − 1.
 
     The largest of three bounds for each row group t, with tail_k(A) = Σ_{j>k} σ_j(A)², p column groups i and the
     notation of `ks.bounds.frames`:
@@ -41,7 +45,7 @@ def simple_bounds(lifted: torch.Tensor, splitting: Splitting, row_groups: int, l
         row_groups: q.
     """
     rows = lifted.reshape(-1, row_groups, lifted.shape[1]).transpose(0, 1)  # shape: (q, m/q, ρ)
-    single = torch.arange(length, device=lifted.device)
+    single = size * torch.arange(length, device=lifted.device)
     joint = single * len(splitting.frames)
     best = _tails_at(rows, joint)
     for frame in splitting.frames:
@@ -59,15 +63,20 @@ def _tails_at(matrices: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:
     return tails[:, ranks.clamp(max=tails.shape[1] - 1)]
 
 
-def rounding_allowance(weight: torch.Tensor, moment: torch.Tensor | None = None) -> float:
-    """Return the rounding error taken off a lower bound: (8 ε max(m, n) + LEAK) Σ_ij W_ij² C_jj, with ε = 2.2e-16.
+def rounding_allowance(
+    weight: torch.Tensor, moment: torch.Tensor | None = None, gradients: torch.Tensor | None = None
+) -> float:
+    """Return the rounding error taken off a lower bound: (8 ε max(m, n) + LEAK) Σ_ij G_ii W_ij² C_jj, ε = 2.2e-16.
 
     The first term covers the backward errors of eigenvalues and products, a few ε times the norms of their matrices;
-    the second the frames, which vanish outside their group up to LEAK. Without a moment, C = I, and frames are exact.
+    the second the frames, which vanish outside their group up to LEAK, counted for each side that has a second moment.
+    Without one, it is I, and its frames are exact.
     """
-    energy = weight.double().square().sum(0)
+    squares = weight.double().square()
+    energy = (squares if gradients is None else squares * gradients.diagonal().to(squares)[:, None]).sum(0)
     total = (energy if moment is None else energy * moment.diagonal().to(energy)).sum().item()
-    return (8 * torch.finfo(torch.float64).eps * max(weight.shape) + (0 if moment is None else LEAK)) * total
+    leak = LEAK * ((moment is not None) + (gradients is not None))
+    return (8 * torch.finfo(torch.float64).eps * max(weight.shape) + leak) * total
 
 
 def binding_splits(chain: Chain, rank: int) -> list[int]:
@@ -76,35 +85,73 @@ def binding_splits(chain: Chain, rank: int) -> list[int]:
     return [split for split, (height, _, _, width) in shapes.items() if rank < min(height, width)]
 
 
+@dataclass(frozen=True)
+class Grid:
+    """What one split makes of a chain: blocks L_Tᵀ Eᵀ W F R_S of `lifted` = Eᵀ W F, the parts those of two splittings.
+
+    Where G couples none of the q row groups, `lifted` is G^{1/2} W F, and `rows` is None.
+    """
+
+    lifted: torch.Tensor
+    row_groups: int
+    splitting: Splitting
+    rows: Splitting | None
+
+    def simple(self, length: int) -> torch.Tensor:
+        """Return the largest of the simple bounds of the grid for every rank 0 … length − 1."""
+        if self.rows is None:
+            return simple_bounds(self.lifted, self.splitting, self.row_groups, length)
+        bounds = [
+            simple_bounds(self.lifted, self.splitting, 1, length, self.row_groups),
+            simple_bounds(self.lifted.mT, self.rows, 1, length, len(self.splitting.frames)),
+        ]
+        parts = self.rows.parts()
+        rest = remainder(parts, self.rows.factor)
+        assert rest is not None
+        bounds.append(simple_bounds(rest.mT @ self.lifted, self.splitting, 1, length, self.row_groups))
+        for part in parts:
+            bounds[-1] += simple_bounds(part.mT @ self.lifted, self.splitting, 1, length)
+        return torch.stack(bounds).amax(0)
+
+
 class CoupledLowerBound:
-    """Lower bounds of tr((W − Ŵ) C (W − Ŵ)ᵀ) for inputs that couple column groups.
+    """Lower bounds of tr(G (W − Ŵ) C (W − Ŵ)ᵀ) for inputs that couple column groups and a G that may couple row groups.
 
     For each split, C costs about 15 n³ operations once, `simple` about 8 m n² and some eigendecompositions for all
-    ranks, and one rank about 60 m n² (4 times as many where p r < m/q) and, up to `WIDE` features, 20 n³.
+    ranks, and one rank about 60 m n² (4 times as many where p r < m/q) and, up to `WIDE` features, 20 n³. Where G
+    couples row groups, G costs 15 m³ more, and `simple` and one rank up to four times as much.
 
     Args:
         weight: W, shape (m, n), float64.
         chain: with a floor.
-        moment: C, shape (n, n), float64, may be singular.
+        metric: G ⊗ C, or C alone; both may be singular.
     """
 
-    def __init__(self, weight: torch.Tensor, chain: Chain, moment: torch.Tensor):
-        moment = moment.to(weight.device)
+    def __init__(self, weight: torch.Tensor, chain: Chain, metric: MetricLike):
+        metric = Metric.of(metric)
+        moment = metric.inputs.matrix_of(weight.shape[1]).to(weight.device)
         self.chain = chain
         self.factor = factor_of(moment)
-        self.lifted = weight @ self.factor
-        self.allowance = rounding_allowance(weight, moment)
-        self.grids = [chain.block_shape(split)[1:3] for split in range(1, chain.num_splits + 1)]  # (q, p) of each split
-        self.splittings = [fair_splitting(self.factor, column_groups) for _, column_groups in self.grids]
+        self.lifted = metric.weighted(weight) @ self.factor
+        gradients = None if metric.outputs.is_isotropic else metric.outputs.matrix
+        self.allowance = rounding_allowance(weight, moment, gradients)
+        self.shapes = [
+            chain.block_shape(split)[1:3] for split in range(1, chain.num_splits + 1)
+        ]  # (q, p) of each split
+        self.grids = [self._prepared(weight, metric, *shape) for shape in self.shapes]
+
+    def _prepared(self, weight: torch.Tensor, metric: Metric, row_groups: int, column_groups: int) -> Grid:
+        splitting = fair_splitting(self.factor, column_groups)
+        if not metric.couples_rows(row_groups):
+            return Grid(self.lifted, row_groups, splitting, None)
+        factor = factor_of(metric.rows_in_groups(row_groups).matrix.to(weight.device))
+        rows = weight.reshape(-1, row_groups, weight.shape[1]).transpose(0, 1).reshape(weight.shape)
+        return Grid(factor.mT @ rows @ self.factor, row_groups, splitting, fair_splitting(factor, row_groups))
 
     @cached_property
     def simple(self) -> torch.Tensor:
         """The largest simple bound for every rank 0 … saturation, float64 on the CPU."""
-        length = self.chain.saturation_rank + 1
-        curves = [
-            simple_bounds(self.lifted, splitting, row_groups, length)
-            for splitting, (row_groups, _) in zip(self.splittings, self.grids)
-        ]
+        curves = [grid.simple(self.chain.saturation_rank + 1) for grid in self.grids]
         curve = (torch.stack(curves).amax(0) - self.allowance).clamp(min=0).cpu()
         curve[0] = max(curve[0].item(), self.lifted.square().sum().item())
         return curve
@@ -113,7 +160,7 @@ class CoupledLowerBound:
         """Return the best lower bound for one rank; once `expired` returns true, the best so far, even a simple one.
 
         A tight bound takes longer: each row group divides the parts in its own way, in more rounds, and splits are
-        joined at any cost.
+        joined at any cost, both only where G couples no row groups; else there are more rounds.
         """
         if rank >= self.chain.saturation_rank:
             return 0.0
@@ -121,29 +168,31 @@ class CoupledLowerBound:
         values = [0.0]
         for split in binding:
             if not expired():
-                values.append(self._grid(rank, split, tight, expired))
-        if len(binding) > 1 and not expired():
+                values.append(self._grid(rank, self.grids[split - 1], tight, expired))
+        if len(binding) > 1 and not expired() and all(grid.rows is None for grid in self.grids):
             values.append(self._joint(rank, binding, tight, expired))
         return max(self.simple[rank].item(), max(values) - self.allowance, 0.0)
 
-    def _grid(self, rank: int, split: int, tight: bool, expired: Expired) -> float:
-        splitting, row_groups = self.splittings[split - 1], self.grids[split - 1][0]
-        if not tight:
-            rounds, iterations = (2, ITERATIONS) if len(self.factor) <= WIDE else (0, WIDE_ITERATIONS)
-            return _grid_bound(self.lifted, splitting, rank, row_groups, rounds, iterations, expired)
-        rows = (self.lifted[t::row_groups] for t in range(row_groups))
-        # No loss is negative, so the sum over some of the row groups is a bound too.
-        return sum(_grid_bound(each, splitting, rank, 1, 3, 2 * ITERATIONS, expired) for each in rows if not expired())
+    def _grid(self, rank: int, grid: Grid, tight: bool, expired: Expired) -> float:
+        if tight and grid.rows is None:
+            rows = (grid.lifted[t :: grid.row_groups] for t in range(grid.row_groups))
+            alone = (replace(grid, lifted=each, row_groups=1) for each in rows)
+            # No loss is negative, so the sum over some of the row groups is a bound too.
+            return sum(_grid_bound(each, rank, 3, 2 * ITERATIONS, expired) for each in alone if not expired())
+        if tight:
+            return _grid_bound(grid, rank, 3, 2 * ITERATIONS, expired)
+        rounds, iterations = (2, ITERATIONS) if len(self.factor) <= WIDE else (0, WIDE_ITERATIONS)
+        return _grid_bound(grid, rank, rounds, iterations, expired)
 
     def _joint(self, rank: int, binding: list[int], tight: bool, expired: Expired) -> float:
         scale = len(binding) ** -0.5
         parts = [
-            Part(scale * frame, 1, self.grids[split - 1][0])
+            Part(scale * frame, 1, self.grids[split - 1].row_groups)
             for split in binding
-            for frame in self.splittings[split - 1].parts()
+            for frame in self.grids[split - 1].splitting.parts()
         ]
         # Ŵ[t::q] has rank at most p r for every split: the smallest of these ranks binds the remainder.
-        limits = [(p * rank * q, p, q) for q, p in self.grids if p * rank * q < len(self.lifted)]
+        limits = [(p * rank * q, p, q) for q, p in self.shapes if p * rank * q < len(self.lifted)]
         if limits and (rest := remainder([part.frame for part in parts], self.factor)) is not None:
             _, p, q = min(limits)
             parts.append(Part(rest, p, q))
@@ -156,7 +205,7 @@ def joint_bound(lifted: torch.Tensor, parts: list[Part], rank: int, tight: bool,
     width = sum(part.frame.shape[1] for part in parts)
     if not parts or not (tight or len(lifted) * width**2 <= AFFORDABLE):
         return 0.0
-    return lift_and_shift(lifted, parts, rank, JOINT_ITERATIONS, 1e-3, expired)[0]
+    return lift_and_shift(lifted, Lift(parts), rank, JOINT_ITERATIONS, 1e-3, expired)[0]
 
 
 def isotropic_joint_bound(
@@ -172,32 +221,39 @@ def isotropic_joint_bound(
     return max(0.0, joint_bound(weight, parts, rank, tight, expired) - rounding_allowance(weight))
 
 
-def _grid_bound(
-    lifted: torch.Tensor,
-    splitting: Splitting,
-    rank: int,
-    row_groups: int,
-    rounds: int,
-    iterations: int,
-    expired: Expired,
-) -> float:
+def _grid_bound(grid: Grid, rank: int, rounds: int, iterations: int, expired: Expired) -> float:
     """Return the largest of the bounds of a grid before and after each round that changes the shares of the parts."""
-    groups, height = len(splitting.frames), len(lifted) // row_groups
-    splitting = splitting.wider_than(rank)
+    q, p = grid.row_groups, len(grid.splitting.frames)
+    height, width = len(grid.lifted) // q, grid.lifted.shape[1] // p
+    splitting, rows = grid.splitting.wider_than(rank), grid.rows and grid.rows.wider_than(rank)
     best = 0.0
     for step in range(rounds + 1):
-        parts = [Part(part, 1, row_groups) for part in splitting.parts()]
-        bound = [part for part in parts if part.frame.shape[1]]
-        if groups * rank < height or not bound:
-            rest = remainder([part.frame for part in bound], splitting.factor)
-            assert rest is not None
-            bound.append(Part(rest, groups, row_groups))
+        parts = _parts(splitting, p, p * rank < height, q if rows is None else 1)
+        row_parts = [] if rows is None else _parts(rows, q, q * rank < width)
         last = step == rounds
         steps = iterations if last else SEARCH_ITERATIONS
-        value, slopes = lift_and_shift(lifted, bound, rank, steps, expired=expired)
+        value, slopes, row_slopes = lift_and_shift(grid.lifted, Lift(parts, row_parts), rank, steps, expired=expired)
         best = max(best, value)
-        if last or len(bound) == 1 or expired():
+        if last or (len(parts) == 1 and len(row_parts) <= 1) or expired():
             break
         kept = 0.8 if step < 2 else 0.9
-        splitting = grow(splitting.scaled(kept), (0.6, 0.6, LARGEST_SCALE), [kept * slope for slope in slopes])
+        splitting = _regrown(splitting, slopes, kept)
+        rows = rows and _regrown(rows, row_slopes, kept)
     return best
+
+
+def _parts(splitting: Splitting, groups: int, with_rest: bool, row_groups: int = 1) -> list[Part]:
+    """Return the parts of a splitting, and the remainder, of `groups` times their rank, if asked for or alone."""
+    parts = [Part(part, 1, row_groups) for part in splitting.parts() if part.shape[1]]
+    if with_rest or not parts:
+        rest = remainder([part.frame for part in parts], splitting.factor)
+        assert rest is not None
+        parts.append(Part(rest, groups, row_groups))
+    return parts
+
+
+def _regrown(splitting: Splitting, slopes: list[torch.Tensor], kept: float) -> Splitting:
+    """Return the splitting with the shares D_i · kept and the rest of them handed out by the slopes of the bound."""
+    if not splitting.frames:
+        return splitting
+    return grow(splitting.scaled(kept), (0.6, 0.6, LARGEST_SCALE), [kept * slope for slope in slopes])

@@ -202,7 +202,7 @@ LAYER = (
 )
 LAYER_LOSSES = (
     Column("loss_increase", Loss, "predicted increase of the loss of the model by the best known chain of this rank; "
-           "only with gradients in the inputs", "unit of the loss, per token", "{:.4g}",
+           "only with gradients in the inputs", "unit of the loss, per token", "{:.3g}",
            "predicted increase of the loss of the model, per token"),
     Column("loss_increase_lower", Loss, "lower bound on `loss_increase` of every chain of this rank; empty if the plan "
            "minimises the output energy", "unit of the loss, per token", "{:.4g}"),

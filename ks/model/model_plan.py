@@ -282,7 +282,7 @@ class ModelPlan:
 
     def __str__(self) -> str:
         """Return the sentences, and a table with one line for each layer."""
-        shapes = ("layer", "rows", "cols", "chain", "rank", "parameters", "share")
+        shapes = ("layer", "rows", "cols", "chain", "rank", "share")  # narrow enough for both losses beside each other
         losses = chosen(PLAN, ("loss_increase", "relative_loss"))
         rows = self.rows()
         for row, column in itertools.product(rows, losses):

@@ -91,6 +91,13 @@ class Metric:
             return False
         return self.rows_in_groups(groups).coupling(groups) is not None
 
+    def without_row_coupling(self, groups: int) -> "Metric":
+        """Return the metric without the entries of G that couple row groups t::q, q = `groups`."""
+        if not self.couples_rows(groups):
+            return self
+        group = torch.arange(len(self.outputs.matrix)) % groups
+        return Metric(self.inputs, self.outputs.matrix * (group[:, None] == group), damping=0.0)
+
     def rows_in_groups(self, groups: int) -> SecondMoment:
         """Return G in the order of the rows in which every group t::q is contiguous."""
         order = torch.arange(len(self.outputs.matrix)).view(-1, groups).t().flatten()

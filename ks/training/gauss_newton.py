@@ -44,12 +44,13 @@ LOSS_DAMPING = 0.5
 LOSS_MEMORY = 0.9  # of the running mean of the loss, ten steps
 LONGEST_INTERVAL = 16  # steps between two refreshes
 LONGEST_COUPLED_INTERVAL = 64  # the matrices of coupled inputs are expensive, and may be older
-# Coupled inputs leave slow directions, so that the step grows to GROWTH times STEP_SIZE, but not at once: a large step
-# diverges while the factors still change fast.
+# Coupled inputs or outputs leave slow directions, so that the step grows to GROWTH times STEP_SIZE, but not at once: a
+# large step diverges while the factors still change fast.
 GROWTH = 3.0
 GROWTH_STEPS = 1000  # until half of it
 # Largest noise of a step at first and at last, η · 10 · (n + c) / B with momentum 0.9 and c inputs of a block of the
 # left-most factor: 1.2 at first diverged at saturation in batches of 8, 2.0 at last trained all layers of MiniLM tried.
+# The largest eigenvalue of a coupled G multiplies it.
 FIRST_NOISE, LAST_NOISE = 0.8, 2.0
 
 
@@ -81,8 +82,6 @@ class GaussNewton(Optimizer):
         metric = Metric.of(metric)
         gradients = metric.outputs.coupling(patterns[0].d)
         largest = metric.inputs.largest_of_batch(batch_size, cols)
-        if gradients is not None:
-            largest *= torch.linalg.eigvalsh(gradients)[-1].item()
         # The curvature belongs to half the squared error summed over outputs, the loss is its mean.
         self.rate_factors = [rows / 2 * STEP_SIZE / REFERENCE_LR / largest] * len(patterns)
         # The mean diagonal of PᵀP if outputs of mean square 1 are spread evenly over features of mean square 1.
@@ -104,6 +103,8 @@ class GaussNewton(Optimizer):
         self._most_growth = 1.0
         if self._is_coupled:
             noise = STEP_SIZE / largest * 10 * (cols + patterns[0].c) / batch_size
+            if gradients is not None:
+                noise *= torch.linalg.eigvalsh(gradients)[-1].item()
             first = min(noise, FIRST_NOISE)
             self.rate_factors = [factor * first / noise for factor in self.rate_factors]
             self._most_growth = min(GROWTH, LAST_NOISE / first)

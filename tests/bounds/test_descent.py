@@ -11,6 +11,7 @@ from ks.bounds.factorize import factorize
 from ks.bounds.floors import loss_floor
 from ks.chain.reference import chain_to_dense
 from ks.errors import UsageError
+from ks.moments.metric import Metric
 from ks.moments.second_moment import SecondMoment
 
 
@@ -33,45 +34,78 @@ def test_descent_over_the_blocks_of_a_grid_never_rises(shape, rank, kind):
     assert torch.linalg.matrix_rank(blocks, rtol=1e-9).max() <= rank
 
 
-def test_every_block_of_a_converged_grid_is_the_best_given_the_others():
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("damping", [0.0, 0.1])
+def test_descent_under_a_metric_of_both_sides_never_rises(kind, damping):
+    weight = random_weight(ks.make_chain(24, 36))
+    metric = Metric(random_moment("steep", 36), random_moment(kind, 24, groups=2, seed=1), damping)
+    descent = GridDescent(weight, metric, 2, 3)
+    dense = dense_grid(*descent.factors(2))
+    history, energy = descent.history, metric.loss(weight)
+    assert history == sorted(history, reverse=True)
+    assert metric.loss(weight - dense) == pytest.approx(history[-1], abs=1e-9 * energy)
+    assert torch.linalg.matrix_rank(dense.reshape(-1, 2, 3, 12).permute(1, 2, 0, 3), rtol=1e-9).max() <= 2
+
+
+@pytest.mark.parametrize("gradients", [None, "regular", "block diagonal"])
+def test_every_block_of_a_converged_grid_is_the_best_given_the_others(gradients):
     """By one weighted truncated SVD, from the definition."""
     weight, moment = random_weight(ks.make_chain(20, 24)), random_moment("regular", 24)
-    dense = dense_grid(*GridDescent(weight, moment, 2, 3).factors(2, 5000, 1e-14))
+    outputs = torch.eye(20, dtype=torch.float64)
+    if gradients:
+        grouped = torch.arange(20).view(2, 10).t().flatten()  # contiguous groups become t::2
+        outputs = random_moment(gradients, 20, groups=2, seed=1)[grouped][:, grouped]
+    metric = Metric(moment, outputs if gradients else None, damping=0)
+    dense = dense_grid(*GridDescent(weight, metric, 2, 3).factors(2, 5000, 1e-14))
     for t in range(2):
         for i in range(3):
             own, rows = slice(8 * i, 8 * i + 8), slice(t, None, 2)
-            error = weight[rows] - dense[rows]
-            error[:, own] = weight[rows][:, own]
+            error = weight - dense
+            error[rows, own] = weight[rows, own]
+            row_root, row_inverse = root_and_inverse(outputs[rows, rows])
             root, inverse = root_and_inverse(moment[own, own])
-            left, singular, right = torch.linalg.svd(error @ moment[:, own] @ inverse.mT, full_matrices=False)
+            target = row_inverse @ outputs[rows] @ error @ moment[:, own] @ inverse.mT
+            left, singular, right = torch.linalg.svd(target, full_matrices=False)
             best = (left[:, :2] * singular[:2]) @ right[:2]
-            torch.testing.assert_close(dense[rows][:, own] @ root, best, atol=1e-3, rtol=1e-3)
+            torch.testing.assert_close(row_root.mT @ dense[rows][:, own] @ root, best, atol=1e-3, rtol=1e-3)
+
+
+def test_outputs_and_inputs_that_do_not_count_are_those_of_the_projected_weight():
+    """Zero rows of G and C cost nothing; a grid that can be exact still is in them."""
+    generator = torch.Generator().manual_seed(0)
+    weight = dense_grid(*(torch.randn(2, 2, size, 2, dtype=torch.float64, generator=generator) for size in (6, 8)))
+    moment, gradients = random_moment("regular", 16), random_moment("regular", 12)
+    for dead in (moment, gradients):
+        dead[:3], dead[:, :3] = 0, 0
+    dense = dense_grid(*GridDescent(weight, Metric(moment, gradients, damping=0), 2, 2).factors(2, 1000, 1e-14))
+    torch.testing.assert_close(dense, weight, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize(("seed", "kind"), [*enumerate(KINDS)])
-def test_descent_over_factors_never_rises_from_any_start(seed, kind):
+@pytest.mark.parametrize("two_sided", [False, True])
+def test_descent_over_factors_never_rises_from_any_start(seed, kind, two_sided):
     chain = random_chain(seed)
-    weight, moment = random_weight(chain, seed), random_moment(kind, chain.cols, seed=seed)
+    gradients = random_moment("regular", chain.rows) if two_sided else None
+    weight, metric = random_weight(chain, seed), Metric(random_moment(kind, chain.cols, seed=seed), gradients)
     generator = torch.Generator().manual_seed(seed)
     start = [torch.randn(*pattern, dtype=torch.float64, generator=generator) for pattern in chain.patterns(2)]
-    values, history = refine_factors(weight, moment, start, 20)
+    values, history = refine_factors(weight, metric, start, 20)
     assert history == sorted(history, reverse=True)
     assert history[-1] < history[0]
-    loss = weighted_loss(weight, chain_to_dense(values), moment) * len(weight)
-    assert loss == pytest.approx(history[-1], abs=1e-9 * history[0])
+    assert metric.loss(weight - chain_to_dense(values)) == pytest.approx(history[-1], abs=1e-9 * history[0])
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_a_descent_over_factors_ends_where_the_gradient_vanishes(seed):
+@pytest.mark.parametrize(("seed", "two_sided"), [(0, False), (1, False), (1, True)])
+def test_a_descent_over_factors_ends_where_the_gradient_vanishes(seed, two_sided):
     chain = random_chain(seed, length=3)
     weight, moment = random_weight(chain, seed), random_moment("regular", chain.cols, seed=seed)
-    values = factorize(weight, chain.patterns(2), moment)
-    values, _ = refine_factors(weight, moment, values, 2000, 1e-15)
+    gradients = random_moment("regular", chain.rows) if two_sided else torch.eye(chain.rows, dtype=torch.float64)
+    metric = Metric(moment, gradients if two_sided else None, damping=0)
+    values, _ = refine_factors(weight, metric, factorize(weight, chain.patterns(2), moment), 2000, 1e-15)
     values = [value.clone().requires_grad_() for value in values]
     error = weight - ks.chain_product(torch.eye(chain.cols, dtype=torch.float64), values, batch_last=True)
-    ((error @ moment) * error).sum().backward()
-    energy = (weight @ moment @ weight.t()).trace()
-    assert all(value.grad.norm() * value.norm() <= 1e-4 * energy for value in values)
+    ((gradients @ error @ moment) * error).sum().backward()
+    assert all(value.grad.norm() * value.norm() <= 1e-4 * metric.loss(weight) for value in values)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -51,6 +52,7 @@ def test_a_target_is_met_with_no_more_parameters_than_the_same_fraction_everywhe
     assert plan.mean_relative_loss <= target * (1 + 1e-9)
     assert plan.as_uniform().mean_relative_loss <= target * (1 + 1e-9)
     assert target < 0.5 or plan.as_uniform().share < 0.9
+    assert target < 0.5 or plan.mean_relative_loss > target / len(WEIGHTS)
     assert plan.parameters <= plan.as_uniform().parameters
 
 
@@ -83,9 +85,15 @@ def moments():
 
 
 @pytest.fixture(scope="module")
-def by_loss(moments):
-    selected = select_weights(WEIGHTS).weights
-    return find_candidates(selected, make_chain, ["monarch", "lowrank"], moments, loss_metric=LossMetric.MODEL_LOSS)
+def by_loss():
+    tiny = {"a.weight": weight(8, 12, 0.1, 0), "b.weight": weight(12, 8, 2.0, 1), "c.weight": weight(8, 8, 0.7, 2)}
+    return find_candidates(
+        select_weights(tiny).weights,
+        partial(make_chain, blocks=2),
+        ["monarch", "lowrank"],
+        measured_moments(tiny),
+        loss_metric=LossMetric.MODEL_LOSS,
+    )
 
 
 def combinations(candidates):
@@ -98,7 +106,7 @@ def combinations(candidates):
         yield sum(cost for cost, _ in picks), sum(loss for _, loss in picks)
 
 
-@pytest.mark.parametrize("budget", [0.2, 0.45, 0.7])
+@pytest.mark.parametrize("budget", [0.3, 0.45, 0.7])
 def test_a_plan_by_the_loss_of_the_model_is_the_best_of_all_combinations(by_loss, budget):
     plan = allocate(by_loss, budget=budget)
     least = min(loss for cost, loss in combinations(by_loss) if cost <= budget * plan.dense_parameters)
@@ -119,11 +127,10 @@ def test_a_target_for_the_loss_of_the_model_takes_the_fewest_parameters(by_loss)
         assert plan.parameters <= plan.as_uniform().parameters
 
 
-def test_a_plan_in_each_metric_is_the_better_one_in_its_own(by_loss, moments):
-    energy = ks.plan_model(WEIGHTS, budget=0.4, moments=moments, loss_metric="output_energy", quiet=True)
-    loss = ks.plan_model(WEIGHTS, budget=0.4, moments=moments, quiet=True)
+def test_a_plan_in_each_metric_is_the_better_one_in_its_own(moments):
+    plan = partial(ks.plan_model, WEIGHTS, budget=0.4, moments=moments, chains=["lowrank"], quiet=True)
+    energy, loss = plan(loss_metric="output_energy"), plan()
     assert (energy.loss_metric, loss.loss_metric) == tuple(LossMetric)
-    assert loss == allocate(by_loss, budget=0.4)
     assert loss.loss_increase < energy.loss_increase * 0.99
     assert energy.mean_relative_loss < loss.mean_relative_loss * 0.99
     assert energy.loss_increase_lower is loss.mean_relative_loss_lower is None
@@ -156,11 +163,12 @@ def test_the_metric_follows_from_target_and_gradients(moments, arguments, gradie
         ({"loss_metric": "output_energy", "target_loss_increase": 0.5}, "is a target for model_loss; leave out"),
         ({"loss_metric": "model_loss", "budget": 0.5}, "needs moments with its gradients"),
         ({"target_loss_increase": 0.5}, "needs moments with its gradients"),
+        ({"target_relative_loss": -0.5}, "a target of -0.5: at least 0 is needed"),
     ],
 )
 def test_a_metric_that_is_not_possible_is_refused(arguments, message):
     with pytest.raises(UsageError, match=message):
-        ks.plan_model(WEIGHTS, moments=measured_moments(WEIGHTS, WEIGHTS), quiet=True, **arguments)
+        ks.plan_model(WEIGHTS, moments=measured_moments(WEIGHTS, WEIGHTS), chains=["lowrank"], quiet=True, **arguments)
 
 
 def test_planned_losses_are_those_of_the_factorised_weights(candidates):

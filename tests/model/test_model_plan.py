@@ -83,7 +83,7 @@ def test_both_metrics_are_printed_and_a_plan_by_output_energy_begins_with_a_warn
     ) in text
     assert "lose 26.67% of their output energy on average; with" in text
     assert "20.00%. The plan does not minimise this." in text
-    assert "monarch 1 80 83.3% ~0.1 ~50.00%" in text
+    assert "monarch 1 83.3% ~0.1 ~50.00%" in text
     energy = dataclasses.replace(by_loss(), loss_metric=LossMetric.OUTPUT_ENERGY)
     assert "Plan by the loss of the model, whose gradients these moments have" in energy.sentences()[0]
 

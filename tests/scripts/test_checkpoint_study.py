@@ -144,7 +144,7 @@ def test_layers_are_planned_for_the_inputs_that_they_see(checkpoint, tmp_path):
 def test_gradients_in_the_inputs_make_a_plan_by_the_loss_of_the_model(checkpoint, tmp_path, capsys):
     weights = {name: torch.load(checkpoint)[name] for name in LAYERS}
     measured_moments(weights).save(tmp_path / "inputs.safetensors")
-    inputs = ("--inputs", tmp_path / "inputs.safetensors", "--dry_run")
+    inputs = ("--inputs", tmp_path / "inputs.safetensors", "--chains", "lowrank", "--dry_run")
 
     def planned(*flags):
         study(checkpoint, tmp_path / "out", *inputs, *flags)
@@ -173,7 +173,8 @@ def test_gradients_in_the_inputs_make_a_plan_by_the_loss_of_the_model(checkpoint
 def test_planned_layers_are_trained_in_the_metric_of_the_plan(checkpoint, tmp_path):
     weights = {name: torch.load(checkpoint)[name] for name in LAYERS[:2]}
     measured_moments(weights).save(tmp_path / "inputs.safetensors")
-    study(checkpoint, tmp_path / "out", "--inputs", tmp_path / "inputs.safetensors", "--budget", 0.5, keys=LAYERS[:2])
+    flags = ("--inputs", tmp_path / "inputs.safetensors", "--chains", "lowrank", "--budget", 0.5)
+    study(checkpoint, tmp_path / "out", *flags, keys=LAYERS[:2])
     plan = ModelPlan.load(tmp_path / "out" / "rank_sweep_plan.json")
     for layer in plan.layers:
         config = tmp_path / "out" / layer.layer / f"rank_{layer.rank}" / f"rank_{layer.rank}_config.json"

@@ -14,6 +14,7 @@ from ks.chain.patterns import make_chain
 from ks.chain.reference import chain_to_dense, factor_to_dense, support
 from ks.chain.split_grams import scale_gradient
 from ks.layer import KSLinear
+from ks.moments.metric import Metric
 from ks.moments.second_moment import UNIT_MOMENT, SecondMoment
 from ks.training import gauss_newton
 from ks.training.criterion import loss_and_gradient, mean_squared_error
@@ -64,11 +65,23 @@ def coupled_moment(groups, features):
     return SecondMoment(moment.reshape(features, features))
 
 
-def dense_step(values, x, residual, moment=UNIT_MOMENT):
+def metric_of(patterns, coupled):
+    """A metric in which C couples the column groups, and with "outputs" also G the row groups t::q."""
+    if not coupled:
+        return Metric()
+    moment = coupled_moment(patterns[-1].a, patterns[-1].cols)
+    if coupled == "inputs":
+        return Metric(moment)
+    grouped = coupled_moment(patterns[0].d, patterns[0].rows)
+    return Metric(moment, Metric(None, grouped, 0.0).rows_in_groups(patterns[0].b), damping=0.0)
+
+
+def dense_step(values, x, residual, metric):
     """The dense factors after the first step of the formula at lr = 1e-3, in float64.
 
     residual: ŷ − y, shape (batch, m).
     """
+    moment, outputs = metric.inputs, metric.outputs.coupling(values[0].shape[3])
     coupling = moment.coupling(values[-1].shape[0])
     (batch, m), n = residual.shape, x.shape[1]
     dense = [factor_to_dense(value.double()) for value in values]
@@ -77,20 +90,25 @@ def dense_step(values, x, residual, moment=UNIT_MOMENT):
     for factor in dense[:0:-1]:
         suffixes.insert(0, factor @ suffixes[0])
     rate = 0.1 / moment.largest_of_batch(batch, n)
+    if outputs is not None:
+        noise = rate * 10 * (n + values[0].shape[2]) / batch * torch.linalg.eigvalsh(outputs)[-1].item()
+        rate *= min(1, 0.8 / noise)
     moved = []
     for index, (value, prefix, suffix) in enumerate(zip(values, prefixes, suffixes, strict=True)):
         gradient = (residual.double() @ prefix).t() @ (x.double() @ suffix.t()) / batch
         energies = moment.times_root(suffix) @ moment.times_root(suffix).t()
+        grams = prefix.t() @ prefix if outputs is None else prefix.t() @ outputs @ prefix
         step = torch.zeros_like(dense[index])
         a, b, c, d = value.shape
         for i, t in itertools.product(range(a), range(d)):
             rows, cols = (i * size * d + torch.arange(size) * d + t for size in (b, c))
-            left = (prefix.t() @ prefix)[rows][:, rows]
+            left = grams[rows][:, rows]
             right = energies[cols][:, cols]
             if index > 0:  # j = (s, w)
                 natural = m / values[index - 1][:, 0].numel()
-                shared = 1e-3 * (prefix.t() @ prefix).diagonal().mean() + 0.5 * natural
-                left = damped(left, torch.arange(b) % (values[index - 1].shape[3] // d), shared)
+                shared = 1e-3 * grams.diagonal().mean() + 0.5 * natural
+                groups = torch.arange(b) % (values[index - 1].shape[3] // d)
+                left = damped(left, groups if outputs is None else torch.zeros(b), shared)
             if index < len(values) - 1:  # k = (u, ρ)
                 shared = 1e-3 * energies.diagonal().mean()
                 groups = torch.arange(c) // (c * a // values[index + 1].shape[0])
@@ -101,19 +119,19 @@ def dense_step(values, x, residual, moment=UNIT_MOMENT):
     return moved
 
 
-@pytest.mark.parametrize("coupled", [False, True])
+@pytest.mark.parametrize("coupled", ["", "inputs", "outputs"])
 @pytest.mark.parametrize("batch", [4, 300])
 @pytest.mark.parametrize("layout", [{}, {"batch_last": True}, {"block_order": True}])
 @pytest.mark.parametrize("chain", CHAINS)
 def test_the_step_is_that_of_dense_curvature_matrices(chain, layout, batch, coupled):
     patterns, factors = chain_of(*chain)
-    moment = coupled_moment(patterns[-1].a, patterns[-1].cols) if coupled else UNIT_MOMENT
-    optimizer = GaussNewton(factors, moment, batch)
+    metric = metric_of(patterns, coupled)
+    optimizer = GaussNewton(factors, metric, batch)
     step, output_rows = step_of(patterns, factors, optimizer, **layout)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, patterns[-1].cols, generator=generator)
     y = torch.randn(batch, patterns[0].rows, generator=generator)
-    expected = dense_step(factors, x, x.double() @ chain_to_dense([f.double() for f in factors]).t() - y, moment)
+    expected = dense_step(factors, x, x.double() @ chain_to_dense([f.double() for f in factors]).t() - y, metric)
     targets = y[:, output_rows]
     optimizer.prepare(0)
     step(*(each.t().contiguous() if layout.get("batch_last") else each for each in (x, targets)), 1e-3)
