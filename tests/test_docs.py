@@ -175,15 +175,23 @@ def test_the_example_of_a_whole_model_runs_as_written(run_code):
 def test_the_examples_of_measured_inputs_run_as_written(run_code):
     setup = (
         "import torch",
-        "model = torch.nn.ModuleDict({'encoder': torch.nn.ModuleDict({'dense': torch.nn.Linear(8, 8)})})",
-        "model.forward = lambda input_ids, attention_mask: model['encoder']['dense'](input_ids.float())",
-        "batch = {'input_ids': torch.randn(30, 8, 8), 'attention_mask': torch.ones(30, 8, dtype=torch.int64)}",
+        "class Model(torch.nn.Module):",
+        "    def __init__(self):",
+        "        super().__init__()",
+        "        self.embed = torch.nn.Embedding(8, 8)",
+        "        self.encoder = torch.nn.ModuleDict({'dense': torch.nn.Linear(8, 8)})",
+        "    def forward(self, input_ids, attention_mask):",
+        "        return self.encoder['dense'](self.embed(input_ids))",
+        "model, small = Model(), Model()",
+        "batch = {'input_ids': torch.randint(8, (30, 8)), 'attention_mask': torch.ones(30, 8, dtype=torch.int64)}",
         "loader = [batch] * 10",
     )
-    snippets = [block.replace("layer.*.output.dense", "dense") for block in blocks("docs/inputs.md", "python")]
-    assert len(snippets) == 3
-    smaller = [block.replace("layer.0.output.dense", "dense").replace("1536", "8") for block in snippets]
-    run_code(*setup, *smaller, "assert given.train.count == 8 * 240 * 3, given.train.count")
+    layers = ("layer.*.output.dense", "dense"), ("layer.0.output.dense", "dense"), ("**.mlp.*", "encoder.dense")
+    snippets = blocks("docs/inputs.md", "python")
+    assert len(snippets) == 5
+    for long, short in (*layers, ("1536", "8")):
+        snippets = [block.replace(long, short) for block in snippets]
+    run_code(*setup, *snippets, "assert given.train.count == 8 * 240 * 3, given.train.count")
 
 
 def test_the_examples_of_whole_models_run_as_written(run_code, tmp_path):

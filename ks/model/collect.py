@@ -264,8 +264,8 @@ class _Collection:
 
 
 def _finished(sums: dict[bool, dict[str, VectorSums]]) -> tuple[dict[str, VectorSums], dict[str, VectorSums]]:
-    """Return the training and the held-out part on the CPU; where all batches were held out, the first one is empty."""
-    train, held_out = ({name: each.finished() for name, each in sums[part].items()} for part in (False, True))
+    """Take the training and the held-out part to the CPU; where all batches were held out, the first one is empty."""
+    train, held_out = ({name: part.pop(name).finished() for name in [*part]} for part in (sums[False], sums[True]))
     empty = {name: VectorSums.zeros(each.width) for name, each in held_out.items() if name not in train}
     return train | empty, held_out
 

@@ -37,9 +37,8 @@ def observed(
             undo.callback(linear.module.register_forward_pre_hook(partial(take, name), with_kwargs=True).remove)
         if gradients is not None:
             undo.enter_context(_frozen(model))
-            layers = {linear.module for linear in linears.values()}
             for module in model.modules():
-                if module in layers or next(module.parameters(recurse=False), None) is not None:
+                if module._parameters:
                     undo.callback(module.register_forward_hook(_start).remove)
             for name, linear in linears.items():
                 hook = partial(_tap, partial(gradients, name))
@@ -50,9 +49,9 @@ def observed(
 
 def _start(module: torch.nn.Module, positional: tuple, output: Any) -> torch.Tensor | None:
     """Let the graph start at an output that does not belong to it yet; a leaf could not be changed in place."""
-    if not torch.is_grad_enabled() or not torch.is_tensor(output) or not output.is_floating_point():
+    if not torch.is_tensor(output) or not output.is_floating_point() or output.requires_grad:
         return None
-    return None if output.requires_grad else output + output.new_zeros((), requires_grad=True)
+    return output + output.new_zeros((), requires_grad=True)
 
 
 def _tap(take: Callable[[torch.Tensor], None], module: torch.nn.Module, positional: tuple, output: torch.Tensor):

@@ -141,6 +141,12 @@ def test_a_model_whose_vectors_come_from_no_parameter(around):
     agrees(collect(model, [TOKENS]).gradients["blocks.0.0.weight"], by_autograd(model, TOKENS)["blocks.0.0"])
 
 
+def test_a_layer_whose_weight_is_computed_from_other_parameters():
+    first = torch.nn.utils.parametrizations.weight_norm(Linear(6, 8, bias=False))
+    model = torch.nn.Sequential(first, Linear(8, 6))
+    agrees(collect(model, [normal(5, 6)], "0").gradients["0.weight"], by_autograd(model, normal(5, 6))["0"])
+
+
 def test_a_model_that_changes_the_output_of_its_first_layer_in_place():
     model = torch.nn.Sequential(Linear(6, 8), torch.nn.ReLU(inplace=True), Linear(8, 6))
     agrees(collect(model, [normal(5, 6)]).gradients["0.weight"], by_autograd(model, normal(5, 6))["0"])
@@ -192,10 +198,13 @@ def test_offloading_replaces_parameters_and_they_require_gradients_again():
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_it_works_where_gradients_are_off(mode):
+    def loss(output, batch):
+        return (output[:, :6] * batch).sum()  # keeps the batch for the backward pass
+
     model = Attention()
     with mode():
-        found = collect(model, [normal(3, 6)])
-    agrees(found.gradients[f"{LAYER}.up.weight"], by_autograd(model.eval(), normal(3, 6))[f"{LAYER}.up"])
+        found = collect(model, [normal(3, 6)], loss=loss)
+    agrees(found.gradients[f"{LAYER}.query.weight"], by_autograd(model.eval(), normal(3, 6), loss)[f"{LAYER}.query"])
 
 
 def test_a_model_of_inference_mode_is_refused():
@@ -237,14 +246,6 @@ def test_a_collection_in_parts_is_that_of_the_whole():
                 assert sums.count == other[key].count
 
 
-def test_moments_of_another_loss_or_of_none_are_not_continued():
-    earlier = collect(Attention(), [normal(3, 6)])
-    with pytest.raises(UsageError, match="have gradients of 'squares', not 'no loss'; give the same loss, or start"):
-        ks.collect_input_moments(Attention(), [normal(3, 6)], "**", moments=earlier)
-    with pytest.raises(UsageError, match="have gradients of 'squares', not 'NextTokenLoss"):
-        collect(Attention(), [], loss=ks.NextTokenLoss(), moments=earlier)
-
-
 class Two(torch.nn.Module):
     """The loss depends on the first layer, and on the second one if `used`."""
 
@@ -255,6 +256,27 @@ class Two(torch.nn.Module):
     def forward(self, x):
         second = self.second(x)
         return self.first(x) + (second if self.used else second.detach())
+
+
+def test_a_layer_that_held_out_batches_alone_call_has_an_empty_training_part():
+    class Sometimes(Two):
+        def forward(self, x):
+            return self.first(x) + (self.second(x) if len(x) == 3 else 0)
+
+    found = collect(Sometimes(True), [normal(2, 6), normal(3, 6)], held_out=0.5)
+    for train, held_out, name in (
+        (found.train, found.held_out, found.aliases["second.weight"]),
+        (found.gradients, found.held_out_gradients, "second.weight"),
+    ):
+        assert (train[name].count, held_out[name].count) == (0, 3)
+
+
+def test_moments_of_another_loss_or_of_none_are_not_continued():
+    earlier = collect(Attention(), [normal(3, 6)])
+    with pytest.raises(UsageError, match="have gradients of 'squares', not 'no loss'; give the same loss, or start"):
+        ks.collect_input_moments(Attention(), [normal(3, 6)], "**", moments=earlier)
+    with pytest.raises(UsageError, match="have gradients of 'squares', not 'NextTokenLoss"):
+        collect(Attention(), [], loss=ks.NextTokenLoss(), moments=earlier)
 
 
 def test_a_layer_without_a_gradient_is_named(capsys):

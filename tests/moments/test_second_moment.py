@@ -117,3 +117,6 @@ def test_products_in_float32_are_summed_in_float64(monkeypatch):
     exact = VectorSums.zeros(20)
     exact.add(rows, torch.float32)
     assert torch.equal(exact.finished().sum_xx, hand_computed(rows)[0])
+    large = torch.cat([torch.full((1, 20), 2.0**25), torch.ones(7, 20)])
+    exact.add(large, torch.float32)
+    assert torch.equal(exact.sum_x, hand_computed(torch.cat([rows, large]))[1])
