@@ -157,8 +157,8 @@ class _LastBlock(Exception):
 class _Stream:
     """The inputs of one block of a model for all batches, on the CPU; in the beginning those of the first block.
 
-    The first batch passes through the whole model; the others through copies of nothing but the modules around the
-    blocks, for the other arguments of each block, such as masks and positions.
+    The first batch passes through the whole model. The other batches skip the blocks; they are run for the arguments
+    that the blocks get besides their inputs, such as masks and positions.
 
     Args:
         order: names of the blocks in the order of their calls.
