@@ -14,8 +14,9 @@ from ks.chain.patterns import make_chain
 from ks.errors import UsageError
 from ks.model.candidates import Candidates, find_candidates
 from ks.model.knapsack import choose
+from ks.model.layer_plan import LayerPlan
 from ks.model.layer_weights import select_weights
-from ks.model.model_plan import LayerPlan, ModelPlan, Objective
+from ks.model.model_plan import ModelPlan, Objective
 from ks.moments.metric import LossMetric
 from ks.moments.moments_file import InputMoments, as_moments
 

@@ -14,8 +14,9 @@ from ks.files.globs import find_weight
 from ks.files.layout import layer_folder, run_files
 from ks.files.weights import DTYPES, tensors_sha256
 from ks.layer import KSLinear
+from ks.model.layer_plan import LayerPlan
 from ks.model.linears import Linear, linears_of, refusals, replace_modules, unwrapped
-from ks.model.model_plan import LayerPlan, ModelPlan
+from ks.model.model_plan import ModelPlan
 from ks.moments.metric import LossMetric, Metric
 from ks.moments.moments_file import InputMoments, as_moments
 from ks.moments.read import inputs_of

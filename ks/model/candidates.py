@@ -18,8 +18,8 @@ from ks.errors import UsageError, one_line
 from ks.files.columns import PLAN, Column, Loss, chosen
 from ks.files.table import cell, table
 from ks.files.weights import NothingToLearn
+from ks.model.layer_plan import LayerPlan
 from ks.model.layer_weights import LayerWeight, listed
-from ks.model.model_plan import LayerPlan
 from ks.moments.metric import DAMPING, LossMetric, Metric
 from ks.moments.moments_file import InputMoments, as_moments
 from ks.moments.pieces import one_thread_each

@@ -8,7 +8,8 @@ import pytest
 from ks.chain.patterns import make_chain
 from ks.errors import UsageError
 from ks.files import columns
-from ks.model.model_plan import LayerPlan, ModelPlan
+from ks.model.layer_plan import LayerPlan
+from ks.model.model_plan import ModelPlan
 from ks.moments.metric import LossMetric
 
 
