@@ -14,7 +14,7 @@ from ks.bounds.floors_file import FloorsFile
 from ks.bounds.layer_floors import layer_floors
 from ks.chain.patterns import make_chain
 from ks.errors import UsageError
-from ks.model.candidates import find_candidates
+from ks.model.candidates import check_inputs, find_candidates
 from ks.model.layer_weights import select_weights
 from ks.moments.metric import LossMetric, Metric
 from ks.moments.moments_file import InputMoments
@@ -167,7 +167,7 @@ def test_a_file_that_takes_long_to_write_is_not_written_after_every_layer(tmp_pa
 def test_layers_without_inputs_are_counted(weights, moments):
     weights |= {"block.7.weight": weights["layer.0.weight"] + 1, "block.8.weight": weights["layer.0.weight"] + 2}
     with pytest.raises(UsageError, match=r"no inputs for key 'block.7.weight'.*\(2 layers lack them\); collect them"):
-        find_candidates(select_weights(weights).weights, make_chain, ["lowrank"], moments)
+        check_inputs(select_weights(weights).weights, moments, LossMetric.OUTPUT_ENERGY)
 
 
 def test_floors_in_both_metrics_are_kept_beside_each_other(weights, tmp_path):
@@ -199,18 +199,18 @@ def test_floors_in_both_metrics_are_kept_beside_each_other(weights, tmp_path):
 
 
 def test_moments_with_gradients_of_some_layers_or_of_another_model_are_refused(weights):
-    selected = select_weights(weights).weights
-    find = partial(find_candidates, selected, make_chain, ["lowrank"])
-    names = [*weights]
-    with pytest.raises(UsageError, match=r"no gradients .* for layer.0.weight, layer.2.weight; collect them") as caught:
-        find(measured_moments(weights, (names[0], names[2])), loss_metric=LossMetric.MODEL_LOSS)
-    assert "\n" not in str(caught.value)
-    [entry, *_] = find(measured_moments(weights, names[:1]))
+    selected, names = select_weights(weights).weights, [*weights]
+    with pytest.raises(UsageError, match=r"no gradients .* for layer.0.weight, layer.2.weight; collect them"):
+        check_inputs(selected, measured_moments(weights, (names[0], names[2])), LossMetric.MODEL_LOSS)
+    some = measured_moments(weights, names[:1])
+    check_inputs(selected, some, LossMetric.OUTPUT_ENERGY)
+    [entry, *_] = find_candidates(selected, make_chain, ["lowrank"], some)
     assert entry.plan(entry.floors[0], 1).loss_increase is None
-    moments = measured_moments(weights)
-    other = measured_moments({name: torch.zeros(20, 16) for name in weights}).gradients
-    with pytest.raises(UsageError, match=r"layer.\d.weight: gradients of 20 outputs: .* 24 rows .*this model"):
-        find(dataclasses.replace(moments, gradients=other))
+    other = measured_moments({name: torch.zeros(20, 16) for name in weights})
+    with pytest.raises(UsageError, match="gradients of 20 outputs for layer.0.weight, which has 24; give the moments"):
+        check_inputs(selected, other, LossMetric.OUTPUT_ENERGY)
+    transposed = {name: weight.mT for name, weight in weights.items()}
+    check_inputs(select_weights(transposed, transpose=True).weights, measured_moments(weights), LossMetric.MODEL_LOSS)
 
 
 def test_a_family_without_floors_is_refused_and_a_stop_ends_the_work(weights, moments):

@@ -78,23 +78,35 @@ def test_both_metrics_are_printed_and_a_plan_by_output_energy_begins_with_a_warn
     assert "loss_" not in others[others.index("") + 1]
     text = " ".join(str(by_loss()).split())
     assert text.startswith("The plan keeps 75.00% of the parameters")
-    assert (
-        "The loss of the model is predicted to increase by 0.5 nats per token (perplexity × 1.649), at least 0.4 at "
-        "these ranks; with the same fraction of parameters in every layer, 75.00%, by 0.8."
-    ) in text
-    assert "lose 26.67% of their output energy on average; with" in text
-    assert "20.00%. The plan does not minimise this." in text
+    same = "with the same fraction of parameters in every layer (75.00%)."
+    assert f"is predicted to increase by 0.5 nats per token (perplexity × 1.649); by 0.8 {same}" in text
+    assert f"lose 26.67% of their output energy on average, which the plan does not minimise; 20.00% {same}" in text
     assert "monarch 1 83.3% ~0.1 ~50.00%" in text
     energy = dataclasses.replace(by_loss(), loss_metric=LossMetric.OUTPUT_ENERGY)
     assert "Plan by the loss of the model, whose gradients these moments have" in energy.sentences()[0]
 
 
+def test_the_text_tells_the_limit_of_training_from_that_of_another_choice():
+    """They bound different things: chains of these ranks, and the best known chains of other ranks."""
+    training, choice = by_loss().sentences()[3:5]
+    assert training == "Training chains of these ranks can lower the predicted increase to 0.4 at best."
+    assert (
+        choice == "Without training, no other choice of ranks and families lowers the predicted increase below 0.495."
+    )
+    training, choice = plan().sentences()[3:5]
+    assert training == "Training chains of these ranks can lower this average to 12.50% at best."
+    assert choice == "Without training, no other choice of ranks and families lowers this average below 24.75%."
+    exact = tuple(dataclasses.replace(each, loss_increase_lower=each.loss_increase) for each in by_loss().layers)
+    text = " ".join(by_loss(layers=exact, objective="target_loss_increase").sentences())
+    assert "Training chains" not in text
+    assert "every choice of ranks and families that meets the target has at least 214 parameters." in text
+
+
 def test_a_measured_plan_calibrates_the_prediction_of_another():
     first = by_loss().measured(1.0, uniform=1.6)
     assert first.as_uniform().measured_increase == 1.6
-    assert "Measured: 1 nats per token (perplexity × 2.718), 2.00 times the prediction; with" in " ".join(
-        first.sentences()
-    )
+    measured = "Measured: 1 nats per token (perplexity × 2.718), 2.00 times the prediction; 1.6 with the same fraction"
+    assert measured in " ".join(first.sentences())
     second = by_loss().measured(4.0)
     made = by_loss().calibrated([first, second, plan().measured(3.0), by_loss()])
     assert made.calibrated_by == 3
