@@ -9,7 +9,7 @@ from ks.chain.patterns import make_chain
 from ks.errors import UsageError
 from ks.files import columns
 from ks.model.layer_plan import LayerPlan
-from ks.model.model_plan import ModelPlan
+from ks.model.model_plan import ModelPlan, Objective
 from ks.moments.metric import LossMetric
 
 
@@ -18,14 +18,14 @@ def layer(name, family="lowrank", rank=2, loss=0.25, rows=8, cols=12, **more):
     return LayerPlan(name, rows, cols, "0" * 64, chain, rank if chain else None, loss, loss / 2, **more)
 
 
-def plan(**more):
+def plan():
     layers = (
         layer("a.weight", itemsize=2, interpolated=True, inputs_sha256="1" * 64),
         layer("b.weight", "monarch", 1, 0.5, shared_with=("c.weight",)),
         layer("d.weight", None, loss=0.0),
     )
     uniform = tuple(dataclasses.replace(each, relative_loss=0.75) for each in layers)
-    return ModelPlan(layers, "budget", 0.7, 0.01, uniform, 1, "model.safetensors", **more)
+    return ModelPlan(layers, Objective.BUDGET, 0.7, 0.01, uniform, 1, "model.safetensors", "3 of 9 parameters")
 
 
 def test_totals_count_chains_dense_layers_and_tied_weights_once():
@@ -56,7 +56,7 @@ def by_loss(**more):
     )
     layers = tuple(dataclasses.replace(each, relative_loss_lower=None) for each in layers)
     uniform = tuple(dataclasses.replace(each, loss_increase=0.8 / 3, relative_loss=0.2) for each in layers)
-    made = ModelPlan(layers, "budget", 0.7, 0.01, uniform, loss_metric=LossMetric.MODEL_LOSS, unit="nats")
+    made = ModelPlan(layers, Objective.BUDGET, 0.7, 0.01, uniform, loss_metric=LossMetric.MODEL_LOSS, unit="nats")
     return dataclasses.replace(made, **more)
 
 
@@ -76,6 +76,7 @@ def test_both_metrics_are_printed_and_a_plan_by_output_energy_begins_with_a_warn
         "WARNING: this plan minimises the output energy that the layers lose, which is not the loss"
     )
     assert "loss_" not in others[others.index("") + 1]
+    assert plan().sentences()[-1] == "These weights have 3 of 9 parameters."
     text = " ".join(str(by_loss()).split())
     assert text.startswith("The plan keeps 75.00% of the parameters")
     same = "with the same fraction of parameters in every layer (75.00%)."
@@ -88,16 +89,15 @@ def test_both_metrics_are_printed_and_a_plan_by_output_energy_begins_with_a_warn
 
 def test_the_text_tells_the_limit_of_training_from_that_of_another_choice():
     """They bound different things: chains of these ranks, and the best known chains of other ranks."""
-    training, choice = by_loss().sentences()[3:5]
-    assert training == "Training chains of these ranks can lower the predicted increase to 0.4 at best."
-    assert (
-        choice == "Without training, no other choice of ranks and families lowers the predicted increase below 0.495."
-    )
-    training, choice = plan().sentences()[3:5]
-    assert training == "Training chains of these ranks can lower this average to 12.50% at best."
-    assert choice == "Without training, no other choice of ranks and families lowers this average below 24.75%."
+    for made, loss, lower, least in (
+        (by_loss(), "the predicted increase", "0.4", "0.495"),
+        (plan(), "this average", "12.50%", "24.75%"),
+    ):
+        training, choice = [sentence for sentence in made.sentences() if "raining" in sentence]
+        assert training == f"Training chains of these ranks can lower {loss} to {lower} at best."
+        assert choice == f"Without training, no other choice of ranks and families lowers {loss} below {least}."
     exact = tuple(dataclasses.replace(each, loss_increase_lower=each.loss_increase) for each in by_loss().layers)
-    text = " ".join(by_loss(layers=exact, objective="target_loss_increase").sentences())
+    text = " ".join(by_loss(layers=exact, objective=Objective.TARGET_LOSS_INCREASE).sentences())
     assert "Training chains" not in text
     assert "every choice of ranks and families that meets the target has at least 214 parameters." in text
 
