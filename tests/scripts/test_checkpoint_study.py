@@ -155,16 +155,14 @@ def test_gradients_in_the_inputs_make_a_plan_by_the_loss_of_the_model(checkpoint
     assert printed.startswith("The plan keeps")
     assert "nats per token (perplexity ×" in printed
     assert "WARNING" not in printed
-    for row, layer in zip(read_table(tmp_path / "out" / "rank_sweep_plan.csv"), plan.layers):
-        assert float(row["loss_increase"]) == pytest.approx(layer.loss_increase)
-        assert float(row["relative_loss"]) == pytest.approx(layer.relative_loss)
+    rows = read_table(tmp_path / "out" / "rank_sweep_plan.csv")
+    assert [float(row["loss_increase"]) for row in rows] == pytest.approx([each.loss_increase for each in plan.layers])
     energy, printed = planned("--budget", 0.5, "--loss_metric", "output_energy")
     assert energy.loss_metric is LossMetric.OUTPUT_ENERGY
     assert printed.startswith("WARNING: this plan minimises the output energy")
     assert energy.loss_increase > plan.loss_increase
-    target, _ = planned("--target_loss_increase", plan.loss_increase * 1.001)
-    assert target.parameters <= plan.parameters
-    assert target.loss_increase <= plan.loss_increase * 1.001
+    target, _ = planned("--target_loss_increase", plan.loss_increase)
+    assert target.loss_increase <= plan.loss_increase * (1 + 1e-9)
     study(checkpoint, tmp_path / "families", *inputs, "--loss_metric", "model_loss")
     printed = " ".join(capsys.readouterr().out.split())
     assert "at_75%: the predicted increase of the loss of the model per token (nats) with 75% of the" in printed
@@ -195,11 +193,6 @@ BAD = {
         ("--inputs", "other.safetensors", "--budget", 0.5),
         LAYERS,
         "other.safetensors: gradients of 16 outputs for block.0.up.weight, which has 24; give the moments of this",
-    ),
-    "metric of the target": (
-        ("--inputs", "some.safetensors", "--target_relative_loss", 0.1, "--loss_metric", "model_loss"),
-        LAYERS,
-        "a target for output_energy together with the loss metric model_loss",
     ),
     "glob": ((), ("block.*.upp.weight",), "nothing matches 'block.*.upp.weight'; nearest of 6: block.1.up.weight"),
     "budget and target": (("--budget", 0.5, "--target_relative_loss", 0.1), LAYERS, "give one or the other"),
