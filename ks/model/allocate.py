@@ -13,7 +13,7 @@ from ks.bounds.layer_floors import LayerFloors
 from ks.chain.patterns import make_chain
 from ks.errors import UsageError
 from ks.model.candidates import Candidates, check_inputs, find_candidates
-from ks.model.knapsack import choose
+from ks.model.knapsack import COST_ROUNDING, choose
 from ks.model.layer_plan import LayerPlan
 from ks.model.layer_weights import Selection, select_weights
 from ks.model.model_plan import ModelPlan, Objective
@@ -198,7 +198,7 @@ class _Options:
 
     def best_within(self, fraction: float) -> int:
         """Return the option with the least loss and at most this fraction of the dense parameters, or the smallest."""
-        fitting = np.flatnonzero(self.parameters <= fraction * self.entry.dense.parameters)
+        fitting = np.flatnonzero(self.parameters <= fraction * self.entry.dense.parameters * (1 + COST_ROUNDING))
         return int(fitting[self.losses[fitting].argmin()] if len(fitting) else self.parameters.argmin())
 
     def plan(self, option: int) -> LayerPlan:

@@ -169,6 +169,13 @@ def test_ranks_are_multiples(candidates):
     assert all(layer.rank is None or layer.rank % 5 == 0 for layer in plan.layers)
 
 
+def test_a_fraction_admits_the_chain_that_has_it():
+    """63 / 104 · 104 is below 63 in floating point."""
+    [entry] = find_candidates(select_weights({"a": weight(8, 13, 0.5, 0)}).weights, make_chain, ["lowrank"])
+    plan = plan_of([entry], "target", entry.floors[0].upper[3] * 1.001)
+    assert plan.as_uniform().parameters == plan.parameters == 63
+
+
 def test_the_least_budget_that_the_message_gives_is_enough(candidates):
     with pytest.raises(UsageError) as error:
         plan_of(candidates, "budget", 0.01)
