@@ -87,7 +87,7 @@ def test_both_metrics_are_printed_and_a_plan_by_output_energy_begins_with_a_warn
     assert "Plan by the loss of the model, whose gradients these moments have" in energy.sentences()[0]
 
 
-def test_the_text_tells_the_limit_of_training_from_that_of_another_choice():
+def test_training_and_another_choice_have_limits_of_their_own():
     """They bound different things: chains of these ranks, and the best known chains of other ranks."""
     for made, loss, lower, least in (
         (by_loss(), "the predicted increase", "0.4", "0.495"),
