@@ -30,7 +30,7 @@ def plan_model(
     target_loss_increase: float | None = None,
     loss_metric: LossMetric | str | None = None,
     moments: InputMoments | str | Path | None = None,
-    chains: Sequence[str] = ("monarch", "lowrank"),
+    chains: Sequence[str] | None = None,
     blocks: int = 4,
     num_factors: int = 3,
     rank_multiple: int = 1,
@@ -53,7 +53,7 @@ def plan_model(
             'output_energy' to minimise the sum of the fractions of output energy that they lose. None for the loss of
             the model if the moments have its gradients, and a target for the output energy does not ask otherwise.
         moments: of the inputs of these layers (`ks.collect_input_moments`), or their file; None for isotropic inputs.
-        chains: families to choose from, best for each layer.
+        chains: families to choose from, best for each layer; None for `USUAL_FAMILIES` of the metric.
         blocks, num_factors: of the families, as in `ks.make_chain`.
         rank_multiple: of every rank; a multiple of 8 suits the matrix units of GPUs.
         floors_path: .npz file in which floors are kept, so that the next plan takes seconds.
@@ -80,7 +80,7 @@ def plan_model(
     candidates = find_candidates(
         selection.weights,
         lambda rows, cols, family: make_chain(rows, cols, family, blocks=blocks, num_factors=num_factors),
-        chains,
+        chains or USUAL_FAMILIES[metric],
         moments,
         None if floors_path is None else Path(floors_path),
         device,
@@ -90,6 +90,8 @@ def plan_model(
     return allocate(candidates, goal, rank_multiple, selection)
 
 
+# A grid takes minutes a layer where gradients couple its row groups.
+USUAL_FAMILIES = {LossMetric.OUTPUT_ENERGY: ("monarch", "lowrank"), LossMetric.MODEL_LOSS: ("lowrank",)}
 Goal = tuple[Objective, float]  # with the largest fraction of the dense parameters, or the largest loss
 METRIC_OF_TARGET = {
     Objective.TARGET: LossMetric.OUTPUT_ENERGY,

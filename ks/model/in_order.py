@@ -12,7 +12,7 @@ from torch import nn
 
 from ks.errors import UsageError, one_line
 from ks.layer import KSLinear
-from ks.model.apply import Place, described, factorised, find_places, metric_of, replacements_of
+from ks.model.apply import Place, described, find_places, metric_of, replacements_of
 from ks.model.batches import Mask, call, masks_of, on_device_of
 from ks.model.collect import collect_input_moments
 from ks.model.hooks import observed
@@ -121,7 +121,7 @@ def _anchored(metric: Metric, drift: torch.Tensor | None, anchor: float, impl: s
         anchor: β.
     """
     if drift is None:
-        return factorised(place, metric, impl)
+        return KSLinear.from_dense(place.weight, patterns=place.plan.patterns, metric=metric, impl=impl)
     once = metric.inputs.times_inverse_root(place.weight.double() @ drift.to(place.weight.device))
     target = place.weight + anchor * metric.inputs.times_inverse_root(once)
     return KSLinear.from_dense(target, patterns=place.plan.patterns, metric=metric, impl=impl).to(place.weight)

@@ -16,7 +16,7 @@ from ks.files.ownership import check_free, recorded
 from ks.files.provenance import provenance
 from ks.files.status import Status
 from ks.files.weights import packed
-from ks.model.allocate import Goal, allocate, goal_of, plan_metric
+from ks.model.allocate import USUAL_FAMILIES, Goal, allocate, goal_of, plan_metric
 from ks.model.candidates import Candidates, check_inputs, find_candidates, floors_table
 from ks.model.layer_weights import select_weights
 from ks.model.model_plan import ModelPlan
@@ -29,8 +29,6 @@ from ks.study.weight_study import Study, WeightStudy
 from ks.training.criterion_identity import edits_of
 from ks.training.layer_inputs import ISOTROPIC_NOTE
 from ks.training.problem import chain_of, choose_device
-
-DEFAULT_CHAINS = ("monarch", "lowrank")
 
 
 class CheckpointStudy(Study):
@@ -84,7 +82,7 @@ class CheckpointStudy(Study):
         self.candidates = find_candidates(
             self.selection.weights,
             make,
-            config.chains or (DEFAULT_CHAINS if config.chain is None else (config.chain,)),
+            config.chains or (USUAL_FAMILIES[self.loss_metric] if config.chain is None else (config.chain,)),
             config.inputs,
             files.floors,
             choose_device(config.device),
