@@ -29,7 +29,7 @@ class Metric:
 
     Args:
         inputs: C, shape (n, n), a tensor or a `SecondMoment`; None means I.
-        gradients: G, shape (m, m), a tensor or a `SecondMoment`; None means I.
+        gradients: G, shape (m, m), a tensor or a measured `SecondMoment`; None means I.
         damping: δ in [0, 1]; (1 − δ) G + δ (tr G / m) I takes the place of G, whose trace it has.
     Raises:
         UsageError: no valid second moments, or another damping.
