@@ -5,9 +5,9 @@ tr(G (W − Ŵ) C (W − Ŵ)ᵀ). In block-whitened rows and columns, with G_tt 
 X̃_ti = A_tᵀ X_ti B_i, the couplings are G̃_ts = A_t⁺ G_ts A_s⁺ᵀ and C̃_ji = B_j⁺ C_ji B_i⁺ᵀ, so that G̃_tt = C̃_ii = I. With
 H_ti = A_t⁺ (G W C)_ti B_i⁺ᵀ, the optimum of one block given the others is the truncated SVD of
 T_ti = H_ti − Σ_{(s,j)≠(t,i)} G̃_ts X̃_sj C̃_ji. Row groups that G does not couple (G = I) are done at once. Blocks are
-kept as products left · rightᵀ, so that a sweep costs about 6 r q n² + 8 r m n operations, and 4 m² n + 4 r q m n more
-where G couples row groups. Steep spectra of G and C need many: on eigenvalues 1/k² on both sides, 30 sweeps end 5 to
-20% above the loss after 200, and the best start is the truncated SVD of the blocks.
+kept as products left · rightᵀ, so that a sweep costs about 6 r q n² + 8 r m n operations, and 2 r p q m n + 4 r p m²
+more where G couples row groups. Steep spectra of G and C need many: on eigenvalues 1/k² on both sides, 30 sweeps end 5
+to 20% above the loss after 200, and the best start is the truncated SVD of the blocks.
 
 **Over the factors of a chain of any length.** With P = K_1 … K_{l-1} and Q = K_{l+1} … K_L, the loss
 tr(G (W − P K_l Q) C (W − P K_l Q)ᵀ) is quadratic in K_l. Its block (i, t), a b × c matrix, has the curvature
@@ -22,7 +22,7 @@ from ks.moments.metric import Metric, MetricLike
 
 MAX_GRID_SWEEPS = 200  # for the worst case; about thirty come close on layers of MiniLM
 TRIAL_SWEEPS = 6  # from each start
-RANDOM_STARTS = 2  # at least; small problems get up to 6, for they have worse local optima
+RANDOM_STARTS = 2  # at least; small problems get up to 6
 GRID_TOLERANCE = 3e-5  # relative progress of a sweep at which the descent ends
 SINGULAR_GROUP = 1e-12  # eigenvalues of C_ii below this fraction of the largest count as zero
 MAX_FACTOR_SWEEPS = 50  # for the worst case; each costs 4 m n² operations and more
@@ -45,25 +45,22 @@ class GridDescent:
     def __init__(self, weight: torch.Tensor, metric: MetricLike, row_groups: int, column_groups: int):
         q, p = row_groups, column_groups
         metric, weight = Metric.of(metric), weight.double()
-        moment = metric.inputs.matrix_of(weight.shape[1]).to(weight.device)
-        outputs = weight @ moment  # W C, and G W C from here on
         self.weight = _grid_blocks(weight, q, p)  # shape: (q, p, M, k)
+        moment = metric.inputs.matrix_of(weight.shape[1]).to(weight.device)
         self.coupling, self.root, self.inverse = _block_whitened(moment, p)
-        self.target = _grid_blocks(outputs, q, p) @ self.inverse.mT  # H
-        self.whitened = self.weight @ self.root
-        self.row_root: torch.Tensor | None = None
-        self.row_coupling: torch.Tensor | None = None
+        products = weight @ moment  # G W C
+        self.row_root = self.row_inverse = torch.eye(len(weight) // q).to(weight).expand(q, -1, -1)
+        self.turns = [slice(0, q)]  # the row groups that are done at once
         if not metric.outputs.is_isotropic:
-            outputs = metric.outputs.matrix.to(weight.device) @ outputs
+            products = metric.outputs.matrix.to(weight.device) @ products
             gradients = metric.rows_in_groups(q).matrix.to(weight.device)
-            row_coupling, self.row_root, self.row_inverse = _block_whitened(gradients, q)
-            self.target = self.row_inverse[:, None] @ _grid_blocks(outputs, q, p) @ self.inverse.mT
-            self.whitened = self.row_root.mT[:, None] @ self.whitened
+            self.row_coupling, self.row_root, self.row_inverse = _block_whitened(gradients, q)
             if metric.couples_rows(q):
-                self.row_coupling = row_coupling
-        energy = (outputs * weight).reshape(-1, q, weight.shape[1]).sum((0, 2))
-        # Of every row group, shape (q,); of all together where they are coupled, shape (1,).
-        self.energy = energy if self.row_coupling is None else energy.sum(0, keepdim=True)
+                self.turns = [slice(t, t + 1) for t in range(q)]
+        self.target = self.row_inverse[:, None] @ _grid_blocks(products, q, p) @ self.inverse.mT  # H
+        self.whitened = self.row_root.mT[:, None] @ self.weight @ self.root
+        energy = (products * weight).reshape(-1, q, weight.shape[1]).sum((0, 2))
+        self.energy = energy.reshape(-1, len(self.turns)).sum(1)  # of the row groups, or of all where they are coupled
         self.history: list[float] = []  # the loss after each sweep of the last descent
 
     def factors(
@@ -91,15 +88,24 @@ class GridDescent:
         best, _ = self._descend(best, loss, rank, max_sweeps, tolerance)
         left = torch.stack([left for left, _ in best], 1)
         right = torch.stack([right for _, right in best], 1)
-        return self._with_null_spaces(left, right)
+        # In the null spaces of C_ii, where errors cost nothing, right is that of the projected weight.
+        raw = (self.row_root.mT[:, None] @ self.weight).mT @ left
+        right = self.inverse.mT @ right + (raw - self.inverse.mT @ (self.root.mT @ raw))
+        return self.row_inverse.mT[:, None] @ left, right
 
     def _starts(self, rank: int):
-        """Yield the truncated SVD of every block, zero, and projections of every block on random subspaces."""
+        """Yield the truncated SVD of every block, zero, and projections of every block on random subspaces.
+
+        A large problem in which G couples row groups starts from the truncated SVD alone.
+        """
         own = [_best_of_rank(block, rank, None) for block in self.whitened.unbind(1)]
         yield own
+        starts = min(6, 2**16 // self.weight.numel())  # small problems have worse local optima
+        if len(self.turns) > 1 and not starts:
+            return  # under G and C of MiniLM, random weights ended at most 0.1% lower from others, up to 1.5% higher
         yield [(left, torch.zeros_like(right)) for left, right in own]
         generator = torch.Generator().manual_seed(0)
-        for _ in range(max(RANDOM_STARTS, min(6, 2**16 // self.weight.numel()))):
+        for _ in range(max(RANDOM_STARTS, starts)):
             noise = [torch.randn(left.shape, generator=generator, dtype=left.dtype).to(left.device) for left, _ in own]
             bases = [torch.linalg.qr(each)[0] for each in noise]
             yield [(basis, block.mT @ basis) for basis, block in zip(bases, self.whitened.unbind(1))]
@@ -130,60 +136,45 @@ class GridDescent:
         return now, loss
 
     def _sweep(self, start, rank: int, basis=None):
-        """Give every block its optimum in turn; return the blocks and the loss per row group, or of all if coupled.
+        """Give every block its optimum in turn; return the blocks and the losses, which have the shape of `energy`.
 
         start: per column group (left, right), shapes (q, M, ·) and (q, k, ·), in whitened rows and columns.
         basis: blocks whose left factors start the subspace iteration; `start` if not given.
         """
         blocks, loss = list(start), self.energy.clone()
-        for i in range(len(blocks)):
-            target, bases = self.target[:, i], (basis or start)[i][0]
-            fixed = target - self._mixed(sum(_times(blocks[j], self.coupling[j, i]) for j in range(i))) if i else target
-            free = fixed - self._mixed(sum(_times(blocks[j], self.coupling[j, i]) for j in range(i + 1, len(blocks))))
-            if self.row_coupling is None:
-                left, right = blocks[i] = _best_of_rank(free, rank, bases)
-            else:
-                fixed = fixed.clone()
-                left, right = blocks[i] = self._rows_in_turn(fixed, free, blocks[i], rank, bases)
-            # ‖X̃_b‖² − 2⟨H_b − Σ_{b'<b} G̃ X̃_b' C̃, X̃_b⟩, whose sum over the blocks b counts every pair of blocks once
-            change = right.square().sum((1, 2)) - 2 * ((fixed @ right) * left).sum((1, 2))
-            loss += change.reshape(len(loss), -1).sum(1)
+        coupled = [self._coupled(block) for block in blocks]
+        for i, (bases, _) in enumerate(basis or start):
+            target = self.target[:, i]
+            earlier, later = (
+                sum(_times(coupled[j], self.coupling[j, i]).reshape(target.shape) for j in others)
+                for others in (range(i), range(i + 1, len(blocks)))
+            )
+            own = [(blocks[i][0][rows], blocks[i][1][rows]) for rows in self.turns]
+            fixed = target - earlier
+            free = fixed - later
+            for turn, rows in enumerate(self.turns):
+                above = self._of_rows(own, turn, range(turn))
+                below = self._of_rows(own, turn, range(turn + 1, len(own)))
+                left, right = own[turn] = _best_of_rank(free[rows] - above - below, rank, bases[rows])
+                # ‖X̃_b‖² − 2⟨H_b − Σ_{b'<b} G̃ X̃_b' C̃, X̃_b⟩, whose sum over the blocks b counts every pair of them once
+                loss += right.square().sum((1, 2)) - 2 * (((fixed[rows] - above) @ right) * left).sum((1, 2))
+            lefts, rights = zip(*own)
+            blocks[i] = torch.cat(lefts), torch.cat(rights)
+            coupled[i] = self._coupled(blocks[i])
         return blocks, loss
 
-    def _rows_in_turn(self, fixed: torch.Tensor, free: torch.Tensor, old, rank: int, bases: torch.Tensor):
-        """Give the blocks of one column group, coupled by G̃, their optimum in turn; return them.
+    def _coupled(self, block):
+        """Return the factors of G̃ X̃ for the blocks X̃ of one column group, of all rows at once if G couples them."""
+        if len(self.turns) == 1:
+            return block
+        left, right = self.row_coupling @ block[0], block[1]
+        # t s M r -> 1 (t M) (s r), s k r -> 1 k (s r)
+        left = left.transpose(1, 2).reshape(1, -1, right.shape[0] * right.shape[2])
+        return left, right.transpose(0, 1).reshape(1, right.shape[1], -1)
 
-        fixed: shape (q, M, k); what the row groups before each one take of it is taken off here.
-        free: without anything of this column group.
-        """
-        coupling = self.row_coupling
-        assert coupling is not None
-        own = [(left[None], right[None]) for left, right in zip(*old)]
-        for t in range(len(free)):
-            before = sum((coupling[t, s] @ own[s][0]) @ own[s][1].mT for s in range(t))
-            after = sum((coupling[t, s] @ own[s][0]) @ own[s][1].mT for s in range(t + 1, len(free)))
-            fixed[t, None] -= before
-            own[t] = _best_of_rank(free[t, None] - before - after, rank, bases[t, None])
-        return tuple(torch.cat(parts) for parts in zip(*own))
-
-    def _mixed(self, blocks):
-        """Return G̃ Y for the blocks Y of one column group, shape (q, M, k); Y itself if G couples no row groups."""
-        if self.row_coupling is None or isinstance(blocks, int):
-            return blocks
-        return (self.row_coupling @ blocks).sum(1)
-
-    def _with_null_spaces(self, left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return left and right of X from those of X̃; in the null spaces of G_tt and C_ii, where errors cost nothing,
-        they are those of a projected weight.
-        """
-        weight = self.weight if self.row_root is None else self.row_root.mT[:, None] @ self.weight
-        raw = weight.mT @ left
-        full = self.inverse.mT @ right + (raw - self.inverse.mT @ (self.root.mT @ raw))
-        if self.row_root is None:
-            return left, full
-        inverse, root = self.row_inverse.mT[:, None], self.row_root.mT[:, None]
-        raw = self.weight @ self.root @ torch.linalg.pinv(right.mT, rtol=PINV_RTOL)
-        return inverse @ left + (raw - inverse @ (root @ raw)), full
+    def _of_rows(self, own, turn: int, others):
+        """Return Σ_s G̃_ts X̃_s over other row groups s of one column group; `own` holds the factors of all."""
+        return sum((self.row_coupling[turn, s] @ own[s][0]) @ own[s][1].mT for s in others)
 
 
 def root_and_inverse(moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

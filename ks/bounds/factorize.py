@@ -79,7 +79,7 @@ def factorize(
     metric = Metric.of(metric)
     metric.check_shape(weight)
     row_groups, column_groups = patterns[0].d, patterns[-1].a
-    coupled = metric.couples_rows(row_groups) or metric.inputs.coupling(column_groups) is not None
+    coupled = metric.couples(row_groups, column_groups)
     if len(patterns) == 2 and coupled:
         left, right = GridDescent(weight, metric, row_groups, column_groups).factors(ranks[0], tolerance=tolerance)
         values = _two_factors(left, right.mT, patterns, ranks[0])

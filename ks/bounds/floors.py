@@ -217,8 +217,7 @@ def chain_bounds(
 
 def couples(chain: Chain, metric: Metric) -> bool:
     """Return whether G couples row groups of the left-most factor, or C column groups of the right-most one."""
-    column_groups = chain.block_shape(chain.num_splits)[2]
-    return metric.couples_rows(chain.block_shape(1)[1]) or metric.inputs.coupling(column_groups) is not None
+    return metric.couples(chain.block_shape(1)[1], chain.block_shape(chain.num_splits)[2])
 
 
 def floor_curve(weight: torch.Tensor, chain: Chain, metric: MetricLike = None) -> torch.Tensor:

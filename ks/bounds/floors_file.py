@@ -4,6 +4,7 @@ import dataclasses
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +16,7 @@ from ks.files.atomic import atomic_path
 
 METHOD = 1  # raised whenever floors are computed in another way, so that older ones are not believed
 SAVING_FRACTION = 0.05  # of the time is spent on writing the whole file again while floors are added
-LAYER_PARTS = ("lower", "upper", "known", "energy")
-OTHER_PARTS = ("other", "other_energy")  # of floors that were measured in another metric too
+LAYER_PARTS = ("lower", "upper", "known", "energy", "other", "other_energy")  # the last two only where they are known
 CURVES = ("curve", "isotropic", "lowrank")
 
 
@@ -46,20 +46,18 @@ class FloorsFile:
     def find(self, weight_sha256: str, metric_sha256: str | None, chain: Chain) -> LayerFloors | None:
         """Return the floors of a family on a weight; None if they are not in the file."""
         name = _name(weight_sha256, metric_sha256, chain)
-        parts = (*LAYER_PARTS, *OTHER_PARTS)
-        found = [self._arrays[f"{name} {part}"] for part in parts if f"{name} {part}" in self._arrays]
-        if len(found) not in (len(LAYER_PARTS), len(parts)) or not _is_valid(*found):
+        parts: dict[str, Any] = {part: self._arrays.get(f"{name} {part}") for part in LAYER_PARTS}
+        if not _is_valid(**parts):
             return None
-        lower, upper, known, energy, *beside = found
-        other, other_energy = (beside[0], float(beside[1])) if beside else (None, None)
-        return LayerFloors(chain, lower, upper, known, float(energy), other, other_energy)
+        energies = {part: float(parts[part]) for part in ("energy", "other_energy") if parts[part] is not None}
+        return LayerFloors(chain, **parts | energies)
 
     def add(self, weight_sha256: str, metric_sha256: str | None, floors: LayerFloors) -> None:
         """Keep floors; `save` writes them."""
         self._changed = True
         name = _name(weight_sha256, metric_sha256, floors.chain)
-        parts = LAYER_PARTS if floors.other is None else (*LAYER_PARTS, *OTHER_PARTS)
-        self._arrays |= {f"{name} {part}": np.asarray(getattr(floors, part)) for part in parts}
+        parts = ((part, getattr(floors, part)) for part in LAYER_PARTS)
+        self._arrays |= {f"{name} {part}": np.asarray(value) for part, value in parts if value is not None}
 
     def find_bounds(self, weight_sha256: str, metric_sha256: str | None, chain: Chain) -> KnownBounds:
         """Return the bounds that are known of the ranks of a family on a weight; empty ones if none are in the file."""
@@ -116,24 +114,22 @@ def _name(weight_sha256: str, metric_sha256: str | None, chain: Chain) -> str:
     return " ".join(map(str, (METHOD, weight_sha256, metric_sha256, *dataclasses.astuple(chain))))
 
 
-def _is_valid(
-    lower: np.ndarray,
-    upper: np.ndarray,
-    known: np.ndarray,
-    energy: np.ndarray,
-    other: np.ndarray | None = None,
-    other_energy: np.ndarray | None = None,
-) -> bool:
-    """Return whether arrays are bounds as `LayerFloors` describes them."""
-    if other is not None and other_energy is not None:
-        of_kind = _is_curve(other, len(lower) - 1) and other_energy.shape == () and other_energy.dtype == np.float64
-        if not of_kind or not 0 <= other_energy < np.inf:
-            return False
-    shapes = lower.ndim == upper.ndim == known.ndim == 1 and len(lower) == len(upper) >= 1
-    kinds = lower.dtype == upper.dtype == energy.dtype == np.float64 and known.dtype.kind == "i"
-    if not shapes or not kinds or energy.shape != ():
+def _is_valid(lower, upper, known, energy, other, other_energy) -> bool:
+    """Return whether arrays are bounds as `LayerFloors` describes them; None stands for one that is missing."""
+    if any(part is None for part in (lower, upper, known, energy)) or (other is None) != (other_energy is None):
         return False
-    return bool(((lower >= 0) & (lower <= upper) & (upper <= 1)).all() and 0 < energy < np.inf)
+    curves, energies = [lower, upper], [energy]
+    if other is not None:
+        curves, energies = [*curves, other], [*energies, other_energy]
+    if not all(_is_curve(curve, lower.size - 1) for curve in curves) or not all(map(_is_energy, energies)):
+        return False
+    if known.ndim != 1 or known.dtype.kind != "i" or not lower.size or energy == 0:
+        return False
+    return bool(((lower <= upper) & (upper <= 1)).all())
+
+
+def _is_energy(energy: np.ndarray) -> bool:
+    return energy.shape == () and energy.dtype == np.float64 and bool(0 <= energy < np.inf)
 
 
 def _is_curve(curve: np.ndarray, highest_rank: int) -> bool:

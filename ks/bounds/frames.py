@@ -25,12 +25,12 @@ class Splitting:
     frames: tuple[torch.Tensor, ...]
     shares: tuple[torch.Tensor, ...]
 
-    def parts(self) -> list[torch.Tensor]:
-        """Return the R_i = N_i T_i, scaled down until I − Σ R_i R_iᵀ is positive definite in float64."""
+    def parts(self) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Return the R_i = N_i T_i, scaled down until I − Σ R_i R_iᵀ = L Lᵀ is positive definite in float64, and L."""
         parts = [frame @ share for frame, share in zip(self.frames, self.shares)]
-        while remainder(parts, self.factor) is None:
+        while (rest := remainder(parts, self.factor)) is None:
             parts = [(1 - 1e-3) * part for part in parts]
-        return parts
+        return parts, rest
 
     def wider_than(self, rank: int) -> "Splitting":
         """Return the splitting without the frames of at most r directions, on which a rank r binds nothing."""

@@ -81,7 +81,7 @@ def layer_floors(
     highest = min((chain.parity_rank() or chain.saturation_rank + 1) - 1, chain.saturation_rank)
     lower = (bounds.curve[: highest + 1] / predict_zero_loss).clamp(0, 1).numpy()
     lower[0] = 1.0
-    known, upper = np.arange(highest + 1), lower
+    known, upper, in_other = np.arange(highest + 1), lower, None
     if other is not None and is_low_rank(chain):
         in_other = low_rank_energies_in(weight, metric, other)[: highest + 1].cpu().numpy() / other_energy
         in_other[0] = 1.0
@@ -95,9 +95,7 @@ def layer_floors(
             upper = np.maximum(_interpolated(ranks, losses), lower)
         if other is not None:
             in_other = _interpolated(ranks, found[:, 1] / other_energy)
-    if other is None:
-        return LayerFloors(chain, lower, upper, known, energy)
-    return LayerFloors(chain, lower, upper, known, energy, in_other, other_energy)
+    return LayerFloors(chain, lower, upper, known, energy, in_other, None if other is None else other_energy)
 
 
 def _losses(bounds: ChainBounds, rank: int, other: Metric | None) -> tuple[float, float]:

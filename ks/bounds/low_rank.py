@@ -57,8 +57,7 @@ def low_rank_energies_in(weight: torch.Tensor, metric: Metric, other: Metric) ->
     """Return the tr(H E C Eᵀ) of the low-rank chains that are optimal in G ⊗ C, r = 0 … min(m, n).
 
     With A = G^{1/2} W C^{1/2} it is Σ_{k>r} λ_k u_kᵀ G^{-1/2} H G^{-1/2} u_k, and also Σ_{k>r} b_kᵀ H b_k for
-    b_k = W C^{1/2} v_k. What those chains leave at full rank, where G is singular, is
-    added; it is exact for H = I.
+    b_k = W C^{1/2} v_k. What those chains leave at full rank, where G is singular, is added: exact for H = I.
 
     Args:
         weight: W, shape (m, n), any float dtype.

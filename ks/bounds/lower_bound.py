@@ -51,9 +51,7 @@ def simple_bounds(
     best = _tails_at(rows, joint)
     for frame in splitting.frames:
         best = torch.maximum(best, _tails_at(rows @ frame, single))
-    parts = splitting.parts()
-    rest = remainder(parts, splitting.factor)
-    assert rest is not None
+    parts, rest = splitting.parts()
     together = sum((_tails_at(rows @ part, single) for part in parts), _tails_at(rows @ rest, joint))
     return torch.maximum(best, together).sum(0)
 
@@ -106,9 +104,7 @@ class Grid:
             simple_bounds(self.lifted, self.splitting, 1, length, self.row_groups),
             simple_bounds(self.lifted.mT, self.rows, 1, length, len(self.splitting.frames)),
         ]
-        parts = self.rows.parts()
-        rest = remainder(parts, self.rows.factor)
-        assert rest is not None
+        parts, rest = self.rows.parts()
         bounds.append(simple_bounds(rest.mT @ self.lifted, self.splitting, 1, length, self.row_groups))
         for part in parts:
             bounds[-1] += simple_bounds(part.mT @ self.lifted, self.splitting, 1, length)
@@ -136,10 +132,8 @@ class CoupledLowerBound:
         self.lifted = metric.weighted(weight) @ self.factor
         gradients = None if metric.outputs.is_isotropic else metric.outputs.matrix
         self.allowance = rounding_allowance(weight, moment, gradients)
-        self.shapes = [
-            chain.block_shape(split)[1:3] for split in range(1, chain.num_splits + 1)
-        ]  # (q, p) of each split
-        self.grids = [self._prepared(weight, metric, *shape) for shape in self.shapes]
+        shapes = (chain.block_shape(split) for split in range(1, chain.num_splits + 1))
+        self.grids = [self._prepared(weight, metric, q, p) for _, q, p, _ in shapes]
 
     def _prepared(self, weight: torch.Tensor, metric: Metric, row_groups: int, column_groups: int) -> Grid:
         splitting = fair_splitting(self.factor, column_groups)
@@ -175,13 +169,13 @@ class CoupledLowerBound:
         return max(self.simple[rank].item(), max(values) - self.allowance, 0.0)
 
     def _grid(self, rank: int, grid: Grid, tight: bool, expired: Expired) -> float:
-        if tight and grid.rows is None:
-            rows = (grid.lifted[t :: grid.row_groups] for t in range(grid.row_groups))
-            alone = (replace(grid, lifted=each, row_groups=1) for each in rows)
+        if tight:
+            alone = [grid]
+            if grid.rows is None:
+                rows = (grid.lifted[t :: grid.row_groups] for t in range(grid.row_groups))
+                alone = [replace(grid, lifted=each, row_groups=1) for each in rows]
             # No loss is negative, so the sum over some of the row groups is a bound too.
             return sum(_grid_bound(each, rank, 3, 2 * ITERATIONS, expired) for each in alone if not expired())
-        if tight:
-            return _grid_bound(grid, rank, 3, 2 * ITERATIONS, expired)
         rounds, iterations = (2, ITERATIONS) if len(self.factor) <= WIDE else (0, WIDE_ITERATIONS)
         return _grid_bound(grid, rank, rounds, iterations, expired)
 
@@ -190,10 +184,11 @@ class CoupledLowerBound:
         parts = [
             Part(scale * frame, 1, self.grids[split - 1].row_groups)
             for split in binding
-            for frame in self.grids[split - 1].splitting.parts()
+            for frame in self.grids[split - 1].splitting.parts()[0]
         ]
         # Ŵ[t::q] has rank at most p r for every split: the smallest of these ranks binds the remainder.
-        limits = [(p * rank * q, p, q) for q, p in self.shapes if p * rank * q < len(self.lifted)]
+        groups = ((len(grid.splitting.frames), grid.row_groups) for grid in self.grids)
+        limits = [(p * rank * q, p, q) for p, q in groups if p * rank * q < len(self.lifted)]
         if limits and (rest := remainder([part.frame for part in parts], self.factor)) is not None:
             _, p, q = min(limits)
             parts.append(Part(rest, p, q))
@@ -245,12 +240,9 @@ def _grid_bound(grid: Grid, rank: int, rounds: int, iterations: int, expired: Ex
 
 def _parts(splitting: Splitting, groups: int, with_rest: bool, row_groups: int = 1) -> list[Part]:
     """Return the parts of a splitting, and the remainder, of `groups` times their rank, if asked for or alone."""
-    parts = [Part(part, 1, row_groups) for part in splitting.parts() if part.shape[1]]
-    if with_rest or not parts:
-        rest = remainder([part.frame for part in parts], splitting.factor)
-        assert rest is not None
-        parts.append(Part(rest, groups, row_groups))
-    return parts
+    frames, rest = splitting.parts()
+    parts = [Part(frame, 1, row_groups) for frame in frames if frame.shape[1]]
+    return [*parts, Part(rest, groups, row_groups)] if with_rest or not parts else parts
 
 
 def _regrown(splitting: Splitting, slopes: list[torch.Tensor], kept: float) -> Splitting:

@@ -29,7 +29,7 @@ class Metric:
 
     Args:
         inputs: C, shape (n, n), a tensor or a `SecondMoment`; None means I.
-        gradients: G, shape (m, m), a tensor or a `SecondMoment`; None means I.
+        gradients: G, shape (m, m), a tensor or a measured `SecondMoment`; None means I.
         damping: δ in [0, 1]; (1 − δ) G + δ (tr G / m) I takes the place of G, whose trace it has.
     Raises:
         UsageError: no valid second moments, or another damping.
@@ -72,8 +72,6 @@ class Metric:
         Args:
             error: E, shape (m, n), any float dtype; multiplied and summed in float64.
         """
-        if self._given is None:
-            return self.inputs.output_energy(error)
         self.check_shape(error)
         return self.inputs.output_energy(self.weighted(error))
 
@@ -84,6 +82,10 @@ class Metric:
     def unweighted(self, weight: torch.Tensor) -> torch.Tensor:
         """Return G^{-1/2} W in float64, with the pseudo-inverse of a singular G."""
         return self.outputs.times_inverse_root(weight.mT).mT
+
+    def couples(self, row_groups: int, column_groups: int) -> bool:
+        """Return whether G couples any two of the row groups t::q, or C any two of p contiguous column groups."""
+        return self.couples_rows(row_groups) or self.inputs.coupling(column_groups) is not None
 
     def couples_rows(self, groups: int) -> bool:
         """Return whether G couples any two of the row groups t::q, q = `groups`."""

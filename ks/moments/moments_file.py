@@ -23,6 +23,8 @@ from ks.moments.second_moment import VectorSums
 METADATA = "ks_input_moments"  # the entry of the file's metadata, as JSON
 MOMENTS_VERSION = 2  # 1 for moments without gradients
 HELD_OUT, GRADIENTS = "held_out/", "gradients/"
+# The prefix that each kind of sums has in the file.
+PARTS = {"train": "", "held_out": HELD_OUT, "gradients": GRADIENTS, "held_out_gradients": GRADIENTS + HELD_OUT}
 SUM_LABELS = ("sum_xx", "sum_x", "count")
 
 
@@ -94,16 +96,15 @@ class InputMoments:
         """Return the moments of one weight alone, in memory; the key is that of `key_of`."""
         found = self.key_of(key)
         name = self.aliases[found]
-        held_out = self.held_out.get(name)
         return dataclasses.replace(
             self,
-            train={name: self.train[name]},
-            held_out={} if held_out is None else {name: held_out},
+            train=_alone(self.train, name),
+            held_out=_alone(self.held_out, name),
             aliases={found: name},
             batches={name: self.batches.get(name, 0)},
             transposed=tuple(key for key in self.transposed if key == found),
-            gradients={key: self.gradients[key] for key in self.gradients if key == found},
-            held_out_gradients={key: self.held_out_gradients[key] for key in self.held_out_gradients if key == found},
+            gradients=_alone(self.gradients, found),
+            held_out_gradients=_alone(self.held_out_gradients, found),
         )
 
     def second_moment(self, key: str, held_out: bool = False) -> torch.Tensor:
@@ -190,8 +191,8 @@ class InputMoments:
 
     def _content(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         tensors: dict[str, torch.Tensor] = {}
-        for prefix, part in self._parts().items():
-            for name, sums in part.items():
+        for part, prefix in PARTS.items():
+            for name, sums in getattr(self, part).items():
                 values = (sums.sum_xx, sums.sum_x, torch.tensor(sums.count))
                 tensors |= {f"{name}/{prefix}{label}": value for label, value in zip(SUM_LABELS, values)}
         record = _Metadata(
@@ -207,15 +208,6 @@ class InputMoments:
         )
         return tensors, {METADATA: json.dumps(msgspec.to_builtins(record))}
 
-    def _parts(self) -> dict[str, Mapping[str, VectorSums]]:
-        """Return all sums by the prefix that they have in the file."""
-        return {
-            "": self.train,
-            HELD_OUT: self.held_out,
-            GRADIENTS: self.gradients,
-            GRADIENTS + HELD_OUT: self.held_out_gradients,
-        }
-
     @classmethod
     def load(cls, path) -> "InputMoments":
         """Read a file that `save` wrote.
@@ -224,13 +216,8 @@ class InputMoments:
             UsageError: the file is missing, damaged, of a newer version, holds invalid sums or exceeds the memory.
         """
         stored = cls.open(path)
-        return dataclasses.replace(
-            stored,
-            train={**stored.train},
-            held_out={**stored.held_out},
-            gradients={**stored.gradients},
-            held_out_gradients={**stored.held_out_gradients},
-        )
+        in_memory: dict[str, Any] = {part: dict(getattr(stored, part)) for part in PARTS}
+        return dataclasses.replace(stored, **in_memory)
 
     @classmethod
     def open(cls, path) -> "InputMoments":
@@ -304,9 +291,8 @@ class _StoredSums(Mapping[str, VectorSums]):
             raise KeyError(name)
         stored = set(self._file.keys())
         key_of = {label: f"{name}/{self._prefix}{label}" for label in SUM_LABELS}
-        what, shown = "inputs", f"{name}/{self._prefix}".rstrip("/")
-        if self._prefix.startswith(GRADIENTS):
-            what, shown = "gradients", f"{name}/{self._prefix.removeprefix(GRADIENTS)}".rstrip("/")
+        what = "gradients" if self._prefix.startswith(GRADIENTS) else "inputs"
+        shown = f"{name}/{self._prefix.removeprefix(GRADIENTS)}".rstrip("/")
         where = f"{self._path}, {what} {one_line(shown)!r}"
         if missing := [label for label, key in key_of.items() if key not in stored]:
             raise UsageError(f"{where}: the file lacks {', '.join(missing)}; collect the moments again")
@@ -329,6 +315,11 @@ class _StoredSums(Mapping[str, VectorSums]):
         if not (square.isfinite().all() and sum_x.isfinite().all()):
             raise UsageError(f"{where} holds NaN or infinite sums; collect the moments again")
         return VectorSums(square, sum_x, int(count.item()))
+
+
+def _alone(part: Mapping[str, VectorSums], name: str) -> dict[str, VectorSums]:
+    """Return the sums of one name alone; none if there are none of it."""
+    return {name: part[name]} if name in part else {}
 
 
 def _added(

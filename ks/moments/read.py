@@ -127,21 +127,17 @@ def inputs_of(moments: InputMoments, width: int, weight_key: str | None) -> Cali
     if held_out is not None and held_out.width != width:
         raise UsageError(f"{where}: the held-out part is {held_out.width} wide, not {width}; collect the moments again")
     of = f"{moments.source}, gradients of {one_line(found)!r}"
-    gradients, held_out_gradients = (
-        None if (sums := part.get(found)) is None or not sums.count else _checked(sums, f"{of}{label}", "gradients")
-        for part, label in ((moments.gradients, ""), (moments.held_out_gradients, ", held out"))
-    )
     same = weight_key is None or found in (weight_key, f"{weight_key}.weight")
     renamed = [] if same else [f"inputs of {one_line(str(weight_key))}: found in {moments.source} as {one_line(found)}"]
     return Calibration(
         _checked(train, where),
-        _checked(held_out, f"{where}, held out") if held_out is not None and held_out.count else None,
+        _checked_if_any(held_out, f"{where}, held out"),
         found,
         _sums_sha256(train, held_out),
         transposed=transposed,
         notes=(*renamed, *_few(where, train)),
-        gradients=gradients,
-        held_out_gradients=held_out_gradients,
+        gradients=_checked_if_any(moments.gradients.get(found), of, "gradients"),
+        held_out_gradients=_checked_if_any(moments.held_out_gradients.get(found), f"{of}, held out", "gradients"),
         gradients_sha256=gradients_sha256(moments, found),
         unit=moments.unit,
     )
@@ -196,7 +192,7 @@ def _read_samples(path: Path, width: int, key: str | None, val_split: float, wei
     train, held_out = parts
     return Calibration(
         _checked(train, where),
-        _checked(held_out, f"{where}, held out") if held_out.count else None,
+        _checked_if_any(held_out, f"{where}, held out"),
         name or None,
         tensors_sha256(samples),
         samples.contiguous(),
@@ -217,6 +213,11 @@ def _samples_key(path: Path, entries: dict, key: str | None, weight_key: str | N
         raise UsageError(f"{path} holds {len(entries)} tensors; give the key of the samples, {nearest('', entries)}")
     [name] = entries
     return name, [f"samples of {path}: its only tensor, {one_line(name)}"] if weight_key else []
+
+
+def _checked_if_any(sums: VectorSums | None, where: str, what: str = "inputs") -> VectorSums | None:
+    """Return checked sums, or None for those over no vectors."""
+    return None if sums is None or not sums.count else _checked(sums, where, what)
 
 
 def _checked(sums: VectorSums, where: str, what: str = "inputs") -> VectorSums:

@@ -61,7 +61,7 @@ class SecondMoment:
         return moment
 
     @classmethod
-    def of(cls, moment: "MomentLike") -> "SecondMoment":
+    def of(cls, moment: "torch.Tensor | SecondMoment | None") -> "SecondMoment":
         """Return a second moment that is given as a matrix C, as an object, or not at all, which means C = I."""
         if moment is None:
             return UNIT_MOMENT
@@ -186,7 +186,6 @@ class SecondMoment:
 
 
 UNIT_MOMENT = SecondMoment.isotropic()
-MomentLike = torch.Tensor | SecondMoment | None  # the type of the argument `moment`
 
 
 def is_semi_definite(matrix: torch.Tensor, tolerance: float) -> bool:

@@ -158,8 +158,8 @@ def test_a_certificate_is_the_formula_of_its_theorem(kind):
     weight, moment = random_weight(ks.make_chain(12, 20)), random_moment(kind, 20)
     factor = frames.factor_of(moment)
     torch.testing.assert_close(factor @ factor.mT, moment)
-    parts = [Part(frame, 1, 3) for frame in frames.fair_splitting(factor, 2).parts() if frame.shape[1]]
-    rest = frames.remainder([part.frame for part in parts], factor)
+    own, rest = frames.fair_splitting(factor, 2).parts()
+    parts = [Part(frame, 1, 3) for frame in own if frame.shape[1]]
     stacked = torch.cat([*(part.frame for part in parts), rest], 1)
     torch.testing.assert_close(stacked @ stacked.mT, torch.eye(len(stacked), dtype=torch.float64))
     for i, part in enumerate(parts):

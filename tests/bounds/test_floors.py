@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from chains import SEEDS, loss, random_chain, random_weight
+from chains import SEEDS, loss, random_chain, random_weight, trained
 from measured import random_moment
 
 import ks
@@ -11,6 +11,7 @@ from ks.bounds.floors import floor_curve, loss_floor, split_blocks
 from ks.bounds.tails import tail_energies
 from ks.chain.reference import chain_to_dense
 from ks.errors import UsageError
+from ks.moments.metric import Metric
 
 
 @pytest.mark.parametrize("seed", SEEDS[:10])
@@ -36,29 +37,13 @@ def test_bounds_are_ordered_and_the_upper_one_is_the_factorisations_true_error(s
 def test_no_quasi_newton_method_gets_below_the_lower_bound_and_it_reaches_an_exact_one(seed, measured):
     chain = random_chain(seed, length=2 + seed % 2)
     weight, rank = random_weight(chain, seed), 1 + seed % 3
-    moment = random_moment("regular", chain.cols, seed=seed) if measured else torch.eye(chain.cols).double()
-    (floor,) = loss_floor(weight, chain, [rank], moment)
-    found = min(lbfgs(weight, chain.patterns(rank), moment, start) for start in range(3 - 2 * measured))
+    metric = Metric(random_moment("regular", chain.cols, seed=seed) if measured else None)
+    (floor,) = loss_floor(weight, chain, [rank], metric)
+    found = min(trained(weight, chain.patterns(rank), metric, start, 500) for start in range(3 - 2 * measured))
     assert found >= floor.lower - 1e-10
     assert floor.exact or floor.lower > 0.02 * found
     if floor.exact:
         assert found == pytest.approx(floor.lower, rel=1e-4, abs=1e-8)
-
-
-def lbfgs(weight, patterns, moment, seed):
-    generator = torch.Generator().manual_seed(seed)
-    values = [torch.randn(*p, dtype=torch.float64, generator=generator).requires_grad_() for p in patterns]
-    optimizer = torch.optim.LBFGS(values, max_iter=500, line_search_fn="strong_wolfe", tolerance_change=1e-14)
-
-    def closure():
-        optimizer.zero_grad()
-        error = weight - ks.chain_product(torch.eye(len(moment)).double(), values, batch_last=True)
-        value = ((error @ moment) * error).sum() / len(weight)
-        value.backward()
-        return value
-
-    optimizer.step(closure)
-    return closure().item()
 
 
 def hadamard(levels):

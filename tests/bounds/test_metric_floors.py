@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from chains import random_weight
+from chains import loss, random_weight, trained
 from measured import random_moment
 
 import ks
@@ -27,32 +27,7 @@ def metric_of(rows, cols, inputs="regular", gradients="regular", groups=1, dampi
     if gradients == "block diagonal":
         order = torch.arange(rows).view(groups, -1).t().flatten()  # of contiguous groups, as t::q
         outputs = outputs[order][:, order]
-    column_groups = 18 if inputs == "isotropic" else 2
-    return Metric(random_moment(inputs, cols, column_groups), outputs, damping)
-
-
-def loss_in(metric, weight, values):
-    """tr(G E C Eᵀ) / m by its definition."""
-    error = weight - chain_to_dense(values)
-    return (metric.outputs.matrix @ error @ metric.inputs.matrix @ error.mT).trace() / len(weight)
-
-
-def trained(metric, weight, patterns, seed=0, steps=100):
-    """The loss of a chain that L-BFGS trains from a random start."""
-    generator = torch.Generator().manual_seed(seed)
-    values = [torch.randn(*pattern, dtype=torch.float64, generator=generator) for pattern in patterns]
-    values = [(value / pattern.c**0.5).requires_grad_() for value, pattern in zip(values, patterns)]
-    optimizer = torch.optim.LBFGS(values, max_iter=steps, line_search_fn="strong_wolfe", tolerance_change=1e-14)
-    unit = metric.loss(weight)
-
-    def closure():
-        optimizer.zero_grad()
-        loss = loss_in(metric, weight, values) / unit
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return loss_in(metric, weight, values).item()
+    return Metric(random_moment(inputs, cols, 2), outputs, damping)
 
 
 @pytest.mark.parametrize("shape", [(10, 16), (16, 10)])
@@ -68,8 +43,8 @@ def test_low_rank_floors_are_the_optimum_that_l_bfgs_comes_to(shape, inputs, gra
         (floor,) = loss_floor(weight, chain, [rank], metric)
         assert floor.exact
         values = factorize(weight, chain.patterns(rank), metric)
-        assert loss_in(metric, weight, values).item() == pytest.approx(floor.lower, abs=1e-12 * energy)
-        found = trained(metric, weight, chain.patterns(rank))
+        assert loss(weight, values, metric) == pytest.approx(floor.lower, abs=1e-12 * energy)
+        found = trained(weight, chain.patterns(rank), metric)
         assert floor.lower - 1e-12 * energy <= found <= floor.lower + 1e-3 * energy
 
 
@@ -88,8 +63,8 @@ def test_a_grid_is_exact_where_neither_side_couples_its_groups(inputs):
         assert floor.exact
         assert floor.lower == pytest.approx(expected.item(), rel=1e-9)
         values = factorize(weight, BLOCKS.patterns(floor.rank), metric)
-        assert loss_in(metric, weight, values).item() == pytest.approx(floor.lower, rel=1e-9)
-        assert trained(metric, weight, BLOCKS.patterns(floor.rank)) >= floor.lower * (1 - 1e-9)
+        assert loss(weight, values, metric) == pytest.approx(floor.lower, rel=1e-9)
+        assert trained(weight, BLOCKS.patterns(floor.rank), metric) >= floor.lower * (1 - 1e-9)
 
 
 @pytest.mark.parametrize("gradients", ["block diagonal", "regular"])
@@ -102,8 +77,8 @@ def test_no_trained_chain_is_below_the_lower_bound_and_the_upper_one_is_attained
     assert curve[0] == pytest.approx(energy)
     for floor in loss_floor(weight, chain, [1, 2], metric):
         values = factorize(weight, chain.patterns(floor.rank), metric)
-        assert loss_in(metric, weight, values).item() == pytest.approx(floor.upper, rel=1e-9)
-        found = min(trained(metric, weight, chain.patterns(floor.rank), seed) for seed in range(2))
+        assert loss(weight, values, metric) == pytest.approx(floor.upper, rel=1e-9)
+        found = min(trained(weight, chain.patterns(floor.rank), metric, seed) for seed in range(2))
         assert curve[floor.rank] <= floor.lower * (1 + 1e-12)
         assert floor.lower <= found * (1 + 1e-9)
         assert floor.lower <= floor.upper
@@ -175,6 +150,6 @@ def test_the_range_of_a_sampled_loss_is_around_the_loss_in_the_metric():
     weight, metric = random_weight(BLOCKS), metric_of(12, 18)
     values = factorize(weight, BLOCKS.patterns(1), metric.inputs)
     expected = population_loss(weight, values, metric)
-    assert expected == pytest.approx(loss_in(metric, weight, values).item())
+    assert expected == pytest.approx(loss(weight, values, metric))
     low, high = sampled_loss_range(weight, values, 10**6, metric)
     assert 0.9 * expected < low < expected < high < 1.1 * expected

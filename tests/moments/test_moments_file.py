@@ -5,26 +5,20 @@ import json
 import pytest
 import safetensors
 import torch
+from conftest import sums_of
 from networks import hand_computed, normal
 from safetensors.torch import load_file, save_file
 
 from ks.errors import UsageError
 from ks.moments.moments_file import InputMoments
-from ks.moments.second_moment import VectorSums
-
-
-def sums(rows):
-    found = VectorSums.zeros(rows.shape[1])
-    found.add(rows)
-    return found.finished()
 
 
 def moments(rows=40, width=6, model="MiniLM", **changed):
     """Moments of two input tensors; the first is that of three weights."""
     aliases = {"a.q.weight": "a.q", "a.k.weight": "a.q", "a.v.weight": "a.q", "a.up.weight": "a.up"}
     values = {
-        "train": {"a.q": sums(normal(rows, width)), "a.up": sums(normal(rows, 4))},
-        "held_out": {"a.q": sums(normal(9, width, seed=1))},
+        "train": {"a.q": sums_of(normal(rows, width)), "a.up": sums_of(normal(rows, 4))},
+        "held_out": {"a.q": sums_of(normal(9, width, seed=1))},
         "aliases": aliases,
         "batches": {"a.q": 5, "a.up": 5},
         "transposed": ("a.up.weight",),
@@ -36,8 +30,8 @@ def moments(rows=40, width=6, model="MiniLM", **changed):
 def with_gradients(rows=40, loss="next token", keys=("a.q.weight", "a.up.weight"), **changed):
     """The same with gradients at the outputs of two weights, of which one has a held-out part."""
     values = {
-        "gradients": {key: sums(normal(rows, 3, seed=seed)) for seed, key in enumerate(keys)},
-        "held_out_gradients": {"a.q.weight": sums(normal(9, 3, seed=2))},
+        "gradients": {key: sums_of(normal(rows, 3, seed=seed)) for seed, key in enumerate(keys)},
+        "held_out_gradients": {"a.q.weight": sums_of(normal(9, 3, seed=2))},
         "loss": loss,
         "unit": "nats",
     }
@@ -60,67 +54,29 @@ def test_saved_moments_are_loaded_to_the_bit(tmp_path, make):
             assert torch.equal(part[name].sum_x, counterpart[name].sum_x)
 
 
+def metadata_of(path):
+    with safetensors.safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["ks_input_moments"])
+
+
 def test_the_format_of_the_file(tmp_path):
-    moments().save(tmp_path / "m.safetensors")
-    tensors = load_file(tmp_path / "m.safetensors")
-    labels = ("sum_xx", "sum_x", "count")
-    assert set(tensors) == {f"{name}/{label}" for name in ("a.q", "a.up", "a.q/held_out") for label in labels}
+    path = tmp_path / "m.safetensors"
+    with_gradients().save(path)
+    tensors, record = load_file(path), metadata_of(path)
+    own = ("a.q.weight/gradients", "a.up.weight/gradients", "a.q.weight/gradients/held_out")
+    names = ("a.q", "a.up", "a.q/held_out", *own)
+    assert set(tensors) == {f"{name}/{label}" for name in names for label in ("sum_xx", "sum_x", "count")}
     assert tensors["a.q/sum_xx"].dtype == tensors["a.q/sum_x"].dtype == torch.float64
     assert tensors["a.q/held_out/count"].item() == 9
     torch.testing.assert_close(tensors["a.q/sum_xx"], hand_computed(normal(40, 6))[0])
-    with safetensors.safe_open(tmp_path / "m.safetensors", "pt") as file:
-        record = json.loads(file.metadata()["ks_input_moments"])
-    assert record["aliases"] == moments().aliases
-    assert record["version"] == 1
-    assert record["model"] == "MiniLM"
-    assert record["created"].startswith("20")
-    assert list(tmp_path.iterdir()) == [tmp_path / "m.safetensors"]
-
-
-def test_the_format_of_a_file_with_gradients(tmp_path):
-    with_gradients().save(tmp_path / "m.safetensors")
-    tensors = load_file(tmp_path / "m.safetensors")
-    own = ("a.q.weight/gradients", "a.up.weight/gradients", "a.q.weight/gradients/held_out")
-    assert {f"{name}/sum_xx" for name in own} < set(tensors)
     torch.testing.assert_close(tensors["a.q.weight/gradients/sum_xx"], hand_computed(normal(40, 3))[0])
-    with safetensors.safe_open(tmp_path / "m.safetensors", "pt") as file:
-        record = json.loads(file.metadata()["ks_input_moments"])
-    assert {name: record[name] for name in ("version", "loss", "unit", "gradients")} == {
-        "version": 2,
-        "loss": "next token",
-        "unit": "nats",
-        "gradients": ["a.q.weight", "a.up.weight"],
-    }
-
-
-def test_gradients_are_merged_too():
-    merged = with_gradients().merge(with_gradients(rows=7, held_out_gradients={}))
-    torch.testing.assert_close(
-        merged.gradients["a.q.weight"].sum_xx,
-        hand_computed(torch.cat([normal(40, 3), normal(7, 3)]))[0],
-        rtol=1e-13,
-        atol=1e-13,
-    )
-    assert merged.gradients["a.up.weight"].count == 47
-    assert merged.held_out_gradients["a.q.weight"].count == 9
-    assert (merged.loss, merged.unit) == ("next token", "nats")
-
-
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [
-        (moments(), "gradients of 'next token' and of 'no loss' are not to be merged; collect both with one loss"),
-        (with_gradients(loss="classes"), "gradients of 'next token' and of 'classes' are not to be merged"),
-        (with_gradients(keys=("a.q.weight",)), "weight 'a.up.weight' has gradients in one of the moments only"),
-        (
-            with_gradients(gradients={key: sums(normal(4, 2)) for key in ("a.q.weight", "a.up.weight")}),
-            "gradients of 'a..*.weight' are 3 wide in one of the moments and 2 in the other",
-        ),
-    ],
-)
-def test_gradients_that_do_not_belong_together_are_not_merged(other, message):
-    with pytest.raises(UsageError, match=message):
-        with_gradients().merge(other)
+    assert record["aliases"] == moments().aliases
+    assert (record["version"], record["model"], record["loss"], record["unit"]) == (2, "MiniLM", "next token", "nats")
+    assert record["gradients"] == ["a.q.weight", "a.up.weight"]
+    assert record["created"].startswith("20")
+    assert list(tmp_path.iterdir()) == [path]
+    moments().save(path)  # older programs read moments without gradients
+    assert metadata_of(path)["version"] == 1
 
 
 def test_a_path_that_cannot_be_written_is_one_line(tmp_path):
@@ -139,39 +95,47 @@ def test_the_second_moment_of_a_weight():
 
 
 def test_merged_moments_add_up_and_keep_the_layers_of_each():
-    other = moments(rows=7)
-    del other.held_out["a.q"]
-    other.train["b"], other.aliases["b.weight"], other.batches["b"] = sums(normal(3, 2)), "b", 1
-    merged = moments().merge(other)
-    torch.testing.assert_close(
-        merged.train["a.q"].sum_xx, hand_computed(torch.cat([normal(40, 6), normal(7, 6)]))[0], rtol=1e-13, atol=1e-13
-    )
-    assert merged.train["a.q"].count == 47
-    assert merged.held_out["a.q"].count == 9
+    other = with_gradients(rows=7, held_out={}, held_out_gradients={})
+    other.train["b"], other.aliases["b.weight"], other.batches["b"] = sums_of(normal(3, 2)), "b", 1
+    merged = with_gradients().merge(other)
+    for found, width in ((merged.train["a.q"], 6), (merged.gradients["a.q.weight"], 3)):
+        expected = hand_computed(torch.cat([normal(40, width), normal(7, width)]))[0]
+        torch.testing.assert_close(found.sum_xx, expected, rtol=1e-13, atol=1e-13)
+        assert found.count == 47
+    assert merged.held_out["a.q"].count == merged.held_out_gradients["a.q.weight"].count == 9
     assert merged.train["b"].count == 3
     assert merged.batches == {"a.q": 10, "a.up": 10, "b": 1}
     assert merged.aliases == moments().aliases | {"b.weight": "b"}
+    assert (merged.loss, merged.unit) == ("next token", "nats")
 
 
 @pytest.mark.parametrize(
-    ("changed", "message"),
+    ("other", "message"),
     [
-        ({"model": "GPT"}, "of model 'MiniLM' and of 'GPT'"),
-        ({"width": 5}, r"'a\.q' are 6 wide in one of the moments and 5"),
-        ({"aliases": {"a.k.weight": "a.up"}}, r"'a\.k\.weight' has inputs 'a\.q' in one .* 'a\.up' in the other"),
+        (with_gradients(model="GPT"), "of model 'MiniLM' and of 'GPT'"),
+        (with_gradients(width=5), r"inputs 'a\.q' are 6 wide in one of the moments and 5"),
+        (
+            with_gradients(aliases={"a.k.weight": "a.up"}),
+            r"'a\.k\.weight' has inputs 'a\.q' in one .* 'a\.up' in the other",
+        ),
+        (moments(), "gradients of 'next token' and of 'no loss' are not to be merged; collect both with one loss"),
+        (with_gradients(loss="classes"), "gradients of 'next token' and of 'classes' are not to be merged"),
+        (with_gradients(keys=("a.q.weight",)), "weight 'a.up.weight' has gradients in one of the moments only"),
+        (
+            with_gradients(gradients={key: sums_of(normal(4, 2)) for key in ("a.q.weight", "a.up.weight")}),
+            "gradients of 'a..*.weight' are 3 wide in one of the moments and 2 in the other",
+        ),
     ],
 )
-def test_moments_that_do_not_belong_together_are_not_merged(changed, message):
+def test_moments_that_do_not_belong_together_are_not_merged(other, message):
     with pytest.raises(UsageError, match=message):
-        moments().merge(moments(**changed))
+        with_gradients().merge(other)
 
 
 def write(path, tensors=None, metadata=None, **changed):
     """A moments file with changed tensors (None removes one) or metadata."""
-    moments().save(path)
-    kept = load_file(path) | (tensors or {})
-    with safetensors.safe_open(path, "pt") as file:
-        record = json.loads(file.metadata()["ks_input_moments"]) | changed
+    with_gradients().save(path)
+    kept, record = load_file(path) | (tensors or {}), metadata_of(path) | changed
     text = json.dumps(record) if metadata is None else metadata
     save_file({name: value for name, value in kept.items() if value is not None}, path, {"ks_input_moments": text})
 
@@ -187,6 +151,10 @@ TENSORS = {
     "negative count": ({"a.q/count": torch.tensor(-1)}, "count must be one integer"),
     "floating count": ({"a.q/count": torch.tensor(40.0)}, "count must be one integer"),
     "no held-out count": ({"a.q/held_out/count": None}, "'a.q/held_out': the file lacks count;"),
+    "no count of gradients": (
+        {"a.up.weight/gradients/count": None},
+        r"gradients 'a\.up\.weight': the file lacks count; collect the moments again",
+    ),
     "nothing": ({"a.q/sum_x": None, "a.q/sum_xx": None, "a.q/count": None}, "lacks sum_xx, sum_x, count;"),
 }
 
@@ -232,17 +200,6 @@ def test_other_files_are_refused(tmp_path):
         with pytest.raises(UsageError, match=message) as raised:
             InputMoments.load(tmp_path / name)
         assert "\n" not in str(raised.value)
-
-
-def test_invalid_gradients_are_refused(tmp_path):
-    with_gradients().save(tmp_path / "m.safetensors")
-    with safetensors.safe_open(tmp_path / "m.safetensors", "pt") as file:
-        metadata = file.metadata()
-    kept = load_file(tmp_path / "m.safetensors")
-    del kept["a.up.weight/gradients/count"]
-    save_file(kept, tmp_path / "m.safetensors", metadata)
-    with pytest.raises(UsageError, match=r"gradients 'a\.up\.weight': the file lacks count; collect the moments again"):
-        InputMoments.load(tmp_path / "m.safetensors")
 
 
 def test_sums_that_exceed_the_memory_are_not_read(tmp_path, monkeypatch):
