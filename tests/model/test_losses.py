@@ -120,7 +120,7 @@ def test_outputs_and_labels_that_do_not_fit_are_refused():
         lambda: ks.NextTokenLoss()(logits, IDS[:, :3]): r"tokens of shape \(2, 3\) and torch.int64, logits of shape",
         lambda: ks.NextTokenLoss()(None, IDS): "the output of the model is a NoneType; a tensor .* such a logits, is",
         lambda: ks.ClassifierLoss()(logits[:, 0], {"x": IDS}): r"labels of the batch: none; integers of shape \(2,\)",
-        lambda: ks.ClassifierLoss()(logits[:, 0], [IDS, IDS]): r"labels of the batch: \(2, 4\), torch.int64; integers",
+        lambda: ks.ClassifierLoss()(logits[:, 0], [IDS, IDS]): r"batch: a tensor of shape \(2, 4\); integers",
         lambda: ks.sentence_embedding(
             SimpleNamespace(), IDS
         ): "a SimpleNamespace; .* such a last_hidden_state, is needed",
