@@ -65,8 +65,7 @@ def refusals(model: nn.Module) -> dict[str, str]:
             used = f"{path} ({type(module).__name__}) uses it too"
             other_use |= {parameter: used for parameter in module.parameters(recurse=False)}
     reasons = {
-        linear.key: _more_than_linear(linear.module, linear) or other_use.get(linear.module.weight)
-        for linear in linears.values()
+        linear.key: _more_than_linear(linear) or other_use.get(linear.module.weight) for linear in linears.values()
     }
     return {key: reason for key, reason in reasons.items() if reason}
 
@@ -99,8 +98,9 @@ def coverage(parts: Mapping[str, tuple[int, str]], chosen: Collection[str]) -> s
     return f"{planned:,} of {total:,} parameters ({planned / total:.1%})" + (f"; the others: {where}" if where else "")
 
 
-def _more_than_linear(module: nn.Module, linear: Linear) -> str | None:
+def _more_than_linear(linear: Linear) -> str | None:
     """Return in which way a layer is more than x Wᵀ + b, or None."""
+    module = linear.module
     if isinstance(module.weight, UninitializedParameter):
         return "a lazy layer without values; run the model once"
     for name in ("weight", "bias"):
