@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -66,6 +67,12 @@ def changed(batch: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     if isinstance(batch, torch.Tensor):
         return change(batch)
     raise UsageError(f"a batch of type {type(batch).__name__}: a tensor, list, tuple or mapping is needed")
+
+
+def is_held_out(index: int, fraction: float) -> bool:
+    """Return whether a batch is held out, so that this fraction of all is: every fifth at 0.2."""
+    before, after = (math.floor(number * fraction + 1e-9) for number in (index, index + 1))  # 100 · 0.29 is below 29
+    return after > before
 
 
 def first_tensor(batch: Any) -> torch.Tensor:

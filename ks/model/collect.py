@@ -1,6 +1,5 @@
 """Collect the moments of a model's inputs and gradients, at its linear layers while batches pass through it."""
 
-import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ks.errors import UsageError, one_line
 from ks.files.globs import matching, nearest
 from ks.files.memory import check_fits
-from ks.model.batches import Mask, call, counted, cut, first_tensor, masks_of, on_device_of
+from ks.model.batches import Mask, call, counted, cut, first_tensor, is_held_out, masks_of, on_device_of
 from ks.model.hooks import observed
 from ks.model.linears import Linear, coverage, linears_of, parameters_of, unwrapped
 from ks.model.losses import FunctionLoss, Loss, LossLike, as_loss, checked_loss
@@ -76,10 +75,7 @@ def collect_input_moments(
     gradients = None if loss is None else collection.take_gradient
     with observed(model, linears, collection.take, gradients):
         for batch in batches:
-            before = collection.batch
-            # 1e-9, because 100 · 0.29 falls below 29
-            is_held_out = math.floor((before + 1) * held_out + 1e-9) > math.floor(before * held_out + 1e-9)
-            collection.start_pass(is_held_out, masks_of(model, batch, mask))
+            collection.start_pass(is_held_out(collection.batch, held_out), masks_of(model, batch, mask))
             placed = on_device_of(model, batch)
             output = call(model, placed)
             if collection.loss is not None:
@@ -115,12 +111,8 @@ class _Collection:
         self.left_out: dict[str, str] = {}  # reasons, by the name of the layer
         self.group: dict[str, str] = {}  # layer → NAME of its input tensor
         self.batch = self.earlier_batches = max(earlier.batches.values()) if earlier else 0
-        if earlier and earlier.model != model_name:
-            names = f"{one_line(earlier.model)!r}, not {one_line(model_name)!r}"
-            raise UsageError(f"earlier moments are of model {names}; start anew")
-        if earlier and earlier.loss != (loss.name if loss else ""):
-            names = f"{one_line(earlier.loss or 'no loss')!r}, not {one_line(loss.name if loss else 'no loss')!r}"
-            raise UsageError(f"earlier moments have gradients of {names}; give the same loss, or start anew")
+        if earlier:  # refuse another model or loss before the first batch
+            earlier.merge(InputMoments({}, {}, {}, {}, model=model_name, loss=loss.name if loss else ""))
         layer_of = {linear.key: name for name, linear in linears.items()}
         for key, name in earlier.aliases.items() if earlier else ():
             if key not in layer_of or name not in linears:
@@ -226,10 +218,10 @@ class _Collection:
         gradients, held_out_gradients = (
             {self.linears[name].key: sums for name, sums in part.items()} for part in _finished(self.gradients)
         )
-        if not train and not held_out and self.left_out:
+        if not train and self.left_out:
             name, reason = next(iter(self.left_out.items()))
             raise UsageError(f"no layer has inputs that the mask fits; {one_line(name)}: {reason}")
-        if not train and not held_out:
+        if not train:
             raise UsageError(
                 f"no layer of {one_line(', '.join(self.linears), 300)} was called as a module, so that nothing was "
                 "seen (nn.MultiheadAttention uses the weight of its out_proj only)"

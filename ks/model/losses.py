@@ -47,7 +47,7 @@ class LogitsLoss:
 
     def __call__(self, output: Any, batch: Any) -> torch.Tensor:
         """Return Σ −log p(label) in float32, or float64 for float64 logits."""
-        logits = logits_of(output)
+        logits = tensor_of(output, "logits")
         targets = self.targets(logits, batch)
         if self.labels == "model":
             targets = torch.where(targets == IGNORED, targets, self._drawn(logits.detach()))
@@ -56,7 +56,7 @@ class LogitsLoss:
 
     def count(self, output: Any, batch: Any) -> int:
         """Return the number of labels."""
-        return int((self.targets(logits_of(output), batch) != IGNORED).sum())
+        return int((self.targets(tensor_of(output, "logits"), batch) != IGNORED).sum())
 
     def targets(self, logits: torch.Tensor, batch: Any) -> torch.Tensor:
         """Return the label of each row of logits, −100 where there is none."""
@@ -203,11 +203,6 @@ def tensor_of(output: Any, *names: str) -> torch.Tensor:
             f"{' or '.join(names)}, is needed: give a loss of your own"
         )
     return found
-
-
-def logits_of(output: Any) -> torch.Tensor:
-    """Return the logits of an output, itself or its `.logits`."""
-    return tensor_of(output, "logits")
 
 
 def sentence_embedding(output: Any, batch: Any) -> torch.Tensor:

@@ -21,7 +21,6 @@ from ks.model.losses import (
     RandomDirections,
     as_loss,
     checked_loss,
-    logits_of,
     tensor_of,
 )
 from ks.model.timing import interleaved_medians
@@ -213,8 +212,9 @@ def _sums(outputs: Sequence[Any], batches: Sequence[Any], loss: Loss | None) -> 
         return sums | {"count": len(dense), "increase": sums["change"] / 2}
     sums["count"] = loss.count(outputs[0], batches[0])
     if isinstance(loss, LogitsLoss):
-        kept = loss.targets(logits_of(outputs[0]), batches[0]) != IGNORED
-        dense, small = (logits_of(each).to(kept.device)[kept].float().log_softmax(-1) for each in outputs)
+        logits = [tensor_of(each, "logits") for each in outputs]
+        kept = loss.targets(logits[0], batches[0]) != IGNORED
+        dense, small = (each.to(kept.device)[kept].float().log_softmax(-1) for each in logits)
         sums["divergence"] = kl_div(small, dense, reduction="sum", log_target=True).item()
     if _is_drawn(loss):
         return sums | {"increase": sums["divergence"]}

@@ -317,7 +317,7 @@ def test_a_collection_that_does_not_fit_the_earlier_one_is_refused():
     earlier = collect(Attention(), [normal(3, 6)])
     with pytest.raises(UsageError, match="earlier moments have 'encoder.layer.0.query.weight', which layers does not"):
         collect(Attention(), [normal(3, 6)], f"{LAYER}.output", moments=earlier)
-    with pytest.raises(UsageError, match="of model 'Attention', not 'Other'"):
+    with pytest.raises(UsageError, match="of model 'Attention' and of 'Other' are not to be merged"):
         collect(Attention(), [normal(3, 6)], moments=earlier, model_name="Other")
 
 

@@ -244,9 +244,11 @@ def test_a_layer_that_held_out_batches_alone_call_has_an_empty_training_part():
 
 def test_moments_of_another_loss_or_of_none_are_not_continued():
     earlier = collect(Attention(), [normal(3, 6)])
-    with pytest.raises(UsageError, match="have gradients of 'squares', not 'no loss'; give the same loss, or start"):
+    with pytest.raises(
+        UsageError, match="gradients of 'squares' and of 'no loss' are not to be merged; collect both with"
+    ):
         ks.collect_input_moments(Attention(), [normal(3, 6)], "**", moments=earlier)
-    with pytest.raises(UsageError, match="have gradients of 'squares', not 'NextTokenLoss"):
+    with pytest.raises(UsageError, match="gradients of 'squares' and of 'NextTokenLoss"):
         collect(Attention(), [], loss=ks.NextTokenLoss(), moments=earlier)
 
 
