@@ -7,7 +7,8 @@ import pytest
 import torch
 from networks import Attention, normal, squares
 from networks import agrees as sums_agree
-from torch.nn import Linear
+from torch.nn import Linear, ReLU, Sequential
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
 import ks
@@ -54,16 +55,6 @@ def test_the_gradients_are_those_of_autograd():
     assert (found.loss, found.unit) == ("squares", "nats")
 
 
-def test_the_inputs_are_those_that_are_collected_without_a_loss():
-    model, x = Attention(), normal(4, 3, 6)
-    found, without = collect(model, [x], ALL), ks.collect_input_moments(model, [x], ALL, held_out=0, quiet=True)
-    assert found.aliases == without.aliases
-    assert (without.loss, without.gradients) == ("", {})
-    for name, sums in without.train.items():
-        assert torch.equal(found.train[name].sum_xx, sums.sum_xx)
-        assert found.train[name].count == sums.count
-
-
 def test_float64_models_are_summed_in_float64():
     model, x = Attention().double().eval(), normal(50, 6).double()
     agrees(
@@ -86,7 +77,7 @@ class Blocks(torch.nn.Module):
     def __init__(self, around, embed, tied=False):
         super().__init__()
         self.around, self.embed = around, embed
-        blocks = [torch.nn.Sequential(Linear(6, 8), torch.nn.ReLU(inplace=True), Linear(8, 6)) for _ in range(2)]
+        blocks = [Sequential(Linear(6, 8), ReLU(inplace=True), Linear(8, 6)) for _ in range(2)]
         self.blocks = torch.nn.ModuleList([blocks[0], blocks[0]] if tied else blocks)
 
     def forward(self, x):
@@ -119,7 +110,8 @@ def test_checkpointed_and_tied_blocks(around, tied):
     found = collect(model, [TOKENS, TOKENS + 1])
     model.around = ROUNDS["plain"]
     parts = [by_autograd(model, TOKENS), by_autograd(model, TOKENS + 1)]
-    plain = ks.collect_input_moments(model, [TOKENS, TOKENS + 1], "**", held_out=0, quiet=True)
+    plain = collect(model, [TOKENS, TOKENS + 1], loss=None)
+    assert (plain.loss, plain.gradients, plain.aliases) == ("", {}, found.aliases)
     for name in parts[0]:
         agrees(found.gradients[f"{name}.weight"], torch.cat([part[name] for part in parts]))
         assert found.train[name].count == plain.train[name].count
@@ -128,21 +120,23 @@ def test_checkpointed_and_tied_blocks(around, tied):
         assert found.gradients["blocks.1.0.weight"].count == 2 * 12
 
 
-@pytest.mark.parametrize("around", ["plain", "checkpoint"])
-def test_a_model_whose_vectors_come_from_no_parameter(around):
-    model = Blocks(ROUNDS[around], Unnoticed())
-    agrees(collect(model, [TOKENS]).gradients["blocks.0.0.weight"], by_autograd(model, TOKENS)["blocks.0.0"])
+OTHERS = {  # model, and what it is given
+    "no parameter gives the first vectors": (lambda: Blocks(ROUNDS["plain"], Unnoticed()), TOKENS),
+    "likewise, with a checkpoint": (lambda: Blocks(ROUNDS["checkpoint"], Unnoticed()), TOKENS),
+    "the weight is computed": (lambda: Sequential(weight_norm(Linear(6, 8)), Linear(8, 6)), normal(5, 6)),
+    "the output is changed in place": (
+        lambda: Sequential(Linear(6, 8), ReLU(inplace=True), Linear(8, 6)),
+        normal(5, 6),
+    ),
+}
 
 
-def test_a_layer_whose_weight_is_computed_from_other_parameters():
-    first = torch.nn.utils.parametrizations.weight_norm(Linear(6, 8, bias=False))
-    model = torch.nn.Sequential(first, Linear(8, 6))
-    agrees(collect(model, [normal(5, 6)], "0").gradients["0.weight"], by_autograd(model, normal(5, 6))["0"])
-
-
-def test_a_model_that_changes_the_output_of_its_first_layer_in_place():
-    model = torch.nn.Sequential(Linear(6, 8), torch.nn.ReLU(inplace=True), Linear(8, 6))
-    agrees(collect(model, [normal(5, 6)]).gradients["0.weight"], by_autograd(model, normal(5, 6))["0"])
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_model_in_which(case):
+    model, x = OTHERS[case][0](), OTHERS[case][1]
+    found = collect(model, [x]).gradients
+    for name, rows in by_autograd(model, x).items():
+        agrees(found[f"{name}.weight"], rows)
 
 
 def state_of(model):
@@ -175,7 +169,7 @@ def test_the_model_is_left_as_it_was(loss, fails):
 
 
 def test_offloading_replaces_parameters_and_they_require_gradients_again():
-    model = torch.nn.Sequential(Linear(6, 5), Linear(5, 4))
+    model = Sequential(Linear(6, 5), Linear(5, 4))
     model[0].bias.requires_grad_(False)
 
     def replace(module, inputs):
@@ -247,7 +241,7 @@ def test_moments_of_another_loss_or_of_none_are_not_continued():
     with pytest.raises(
         UsageError, match="gradients of 'squares' and of 'no loss' are not to be merged; collect both with"
     ):
-        ks.collect_input_moments(Attention(), [normal(3, 6)], "**", moments=earlier)
+        collect(Attention(), [normal(3, 6)], loss=None, moments=earlier)
     with pytest.raises(UsageError, match="gradients of 'squares' and of 'NextTokenLoss"):
         collect(Attention(), [], loss=ks.NextTokenLoss(), moments=earlier)
 
@@ -283,9 +277,7 @@ def test_a_loss_that_is_none_is_refused(message):
 
 
 def test_gradients_that_are_not_finite_are_refused():
-    with pytest.raises(
-        UsageError, match=r"the gradients at the outputs of layer encoder.* hold NaN or infinite values"
-    ):
+    with pytest.raises(UsageError, match=r"gradients at the outputs of layer encoder.* hold NaN or infinite values"):
         collect(Attention(), [normal(3, 6)], loss=lambda output, batch: (output - output).abs().sqrt().sum())
 
 

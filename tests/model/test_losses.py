@@ -88,7 +88,7 @@ def test_random_directions_are_new_for_every_output_and_give_the_squared_jacobia
     [again] = torch.autograd.grad(loss(y, None), y)
     assert (gradient - again).norm(dim=1).min() > 0
     assert loss.count(y, None) == 20_000
-    [same] = torch.autograd.grad(ks.RandomDirections(loss.function)(y, None), y)
+    [same] = torch.autograd.grad(ks.RandomDirections(loss.function)(y, None), y)  # the seed is fixed
     assert torch.equal(same, gradient)
 
 
@@ -122,9 +122,7 @@ def test_outputs_and_labels_that_do_not_fit_are_refused():
         lambda: ks.NextTokenLoss()(None, IDS): "the output of the model is a NoneType; a tensor .* such a logits, is",
         lambda: ks.ClassifierLoss()(logits[:, 0], {"x": IDS}): r"labels of the batch: none; integers of shape \(2,\)",
         lambda: ks.ClassifierLoss()(logits[:, 0], [IDS, IDS]): r"batch: a tensor of shape \(2, 4\); integers",
-        lambda: ks.sentence_embedding(
-            SimpleNamespace(), IDS
-        ): "a SimpleNamespace; .* such a last_hidden_state, is needed",
+        lambda: ks.sentence_embedding(SimpleNamespace(), IDS): "a SimpleNamespace; .* such a last_hidden_state, is",
     }.items():
         with pytest.raises(UsageError, match=message):
             call()
