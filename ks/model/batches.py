@@ -1,4 +1,4 @@
-"""Batches for a model: put on its device, cut, passed through it in evaluation mode; and the tokens that count."""
+"""Batches for a model: held out, cut, put on its device, passed through it in evaluation mode; tokens that count."""
 
 import contextlib
 import inspect
