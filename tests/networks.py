@@ -44,3 +44,15 @@ def hand_computed(rows):
     """Σ x xᵀ and Σ x in float64, by einsum."""
     rows = rows.reshape(-1, rows.shape[-1]).double()
     return torch.einsum("ni,nj->ij", rows, rows), rows.sum(0)
+
+
+def agrees(sums, rows, tolerance=1e-12):
+    """Check sums against those of rows, with a tolerance relative to the largest entry."""
+    for found, expected in zip((sums.sum_xx, sums.sum_x), hand_computed(rows)):
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+    assert sums.count == rows.numel() // rows.shape[-1]
+
+
+def squares(output, batch):
+    """A loss: the sum of the squared outputs."""
+    return output.square().sum()

@@ -1,9 +1,8 @@
-"""Batches for a model: put on its device, cut, passed through it in evaluation mode; and the tokens that count."""
+"""Batches for a model: held out, cut, put on its device, passed through it; and the tokens of them that count."""
 
-import contextlib
 import inspect
-import sys
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,26 +12,6 @@ from ks.files.globs import matches
 
 MaskFunction = Callable[[Any], torch.Tensor | None]
 Mask = MaskFunction | Mapping[str, MaskFunction]
-
-
-@contextlib.contextmanager
-def evaluating(model: torch.nn.Module, gradients: bool = False) -> Iterator[None]:
-    """Put a model into evaluation mode, without gradients or with them; every module has its mode back at the end.
-
-    The mode is set without calling `eval` and `train`, which may do work: those of adapters change weights. Nested
-    tensors, which nn.TransformerEncoder makes of padded batches, have no shape to compare with a mask, and are off.
-    """
-    with contextlib.ExitStack() as undo:
-        for module in model.modules():
-            undo.callback(setattr, module, "training", module.training)
-            module.training = False
-            if isinstance(module, torch.nn.TransformerEncoder):
-                undo.callback(setattr, module, "use_nested_tensor", module.use_nested_tensor)
-                module.use_nested_tensor = False
-        if "torch._dynamo" in sys.modules:  # a compiled part runs without the hooks that came after its compilation
-            undo.enter_context(torch.compiler.set_stance("force_eager"))
-        with torch.inference_mode(False), torch.set_grad_enabled(gradients):
-            yield
 
 
 def on_device_of(model: torch.nn.Module, batch: Any) -> Any:
@@ -68,40 +47,50 @@ def changed(batch: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     raise UsageError(f"a batch of type {type(batch).__name__}: a tensor, list, tuple or mapping is needed")
 
 
-def size_of(batch: Any) -> int:
-    """Return the number of entries of a batch: the length of its first tensor."""
-    return len(_first_tensor(batch))
+def is_held_out(index: int, fraction: float) -> bool:
+    """Return whether a batch is held out, so that this fraction of all is: every fifth at 0.2."""
+    before, after = (math.floor(number * fraction + 1e-9) for number in (index, index + 1))  # 100 · 0.29 is below 29
+    return after > before
 
 
-def cut(batch: Any, start: int, stop: int) -> Any:
-    """Return some entries of a batch; tensors of another length than its first one stay whole."""
-    size = size_of(batch)
-    return changed(batch, lambda tensor: tensor[start:stop] if tensor.ndim and len(tensor) == size else tensor)
-
-
-def num_tokens(batch: Any) -> int:
-    """Return the number of tokens that count: of the mask, or of the first tensor, of token ids or vectors."""
-    mask, first = mask_of(batch), _first_tensor(batch)
-    if mask is not None:
-        return int(mask.bool().sum())
-    return (first.shape[:-1] if first.is_floating_point() else first.shape).numel()
-
-
-def _first_tensor(batch: Any) -> torch.Tensor:
+def first_tensor(batch: Any) -> torch.Tensor:
+    """Return the first tensor of a batch that has dimensions; its length is the number of entries of the batch."""
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else [batch]
     return next(value for value in values if isinstance(value, torch.Tensor) and value.ndim)
 
 
-def call(model: torch.nn.Module, batch: Any) -> Any:
-    """Return the output of a model for a batch of `on_device_of`; of a list, as many parts as the model takes.
+def cut(batch: Any, start: int, stop: int) -> Any:
+    """Return some entries of a batch; tensors of another length than its first one stay whole."""
+    size = len(first_tensor(batch))
+    return changed(batch, lambda tensor: tensor[start:stop] if tensor.ndim and len(tensor) == size else tensor)
 
-    So a DataLoader may give (x, labels) to a model of x.
+
+def num_tokens(batch: Any) -> int:
+    """Return the number of tokens that count: of the mask, or of the first tensor, of token ids, vectors or images.
+
+    An image, a vector of more than one dimension for each token, counts once.
     """
-    if isinstance(batch, dict):
-        return model(**batch)
-    if not isinstance(batch, list):
+    mask, first = mask_of(batch), first_tensor(batch)
+    if mask is not None:
+        return int(mask.bool().sum())
+    if not first.is_floating_point():
+        return first.numel()
+    return first.shape[:-1].numel() if first.ndim <= 3 else len(first)
+
+
+def call(model: torch.nn.Module, batch: Any) -> Any:
+    """Return the output of a model for a batch of `on_device_of`.
+
+    A DataLoader may give (x, labels), or labels in a mapping, to a model of x: of a list the model gets as many parts
+    as it takes, of a mapping all but `labels` that it does not take.
+    """
+    if isinstance(batch, torch.Tensor):
         return model(batch)
-    kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
+    parameters = inspect.signature(model.forward).parameters
+    kinds = [parameter.kind for parameter in parameters.values()]
+    if isinstance(batch, dict):
+        takes_labels = "labels" in parameters or inspect.Parameter.VAR_KEYWORD in kinds
+        return model(**{name: value for name, value in batch.items() if takes_labels or name != "labels"})
     if inspect.Parameter.VAR_POSITIONAL in kinds:
         return model(*batch)
     return model(*batch[: sum(kind.name.startswith("POSITIONAL") for kind in kinds)])
@@ -128,9 +117,9 @@ def masks_of(model: torch.nn.Module, batch: Any, mask: Mask | None) -> Callable[
     masks = {glob: mask_of(batch, function) for glob, function in mask.items()}
 
     def of_layer(name: str) -> torch.Tensor | None:
-        for glob, counted in masks.items():
+        for glob, found in masks.items():
             if matches(name, glob):
-                return counted
+                return found
         raise UsageError(f'no glob of mask= matches layer {one_line(name)}; add "**": lambda batch: None for the rest')
 
     return of_layer
@@ -149,6 +138,12 @@ def _sequences(model: torch.nn.Module, batch: Mapping[str, Any], mask: torch.Ten
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return names or ["encoder and decoder"]
     return names if len(names) > 1 else []
+
+
+def counted(vectors: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return the vectors that count, shape (N, n), by a mask with one entry for each."""
+    rows = vectors.reshape(-1, vectors.shape[-1])
+    return rows if mask is None else rows[mask.flatten().to(rows.device, torch.bool)]
 
 
 def mask_of(batch: Any, mask: MaskFunction | None = None) -> torch.Tensor | None:

@@ -1,10 +1,8 @@
 """Collect the moments of a model's inputs and gradients, at its linear layers while batches pass through it."""
 
-import contextlib
-import math
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +11,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ks.errors import UsageError, one_line
 from ks.files.globs import matching, nearest
 from ks.files.memory import check_fits
-from ks.model.batches import Mask, call, cut, masks_of, on_device_of, size_of
+from ks.model.batches import Mask, call, counted, cut, first_tensor, is_held_out, masks_of, on_device_of
 from ks.model.hooks import observed
 from ks.model.linears import Linear, coverage, linears_of, parameters_of, unwrapped
 from ks.model.losses import FunctionLoss, Loss, LossLike, as_loss, checked_loss
 from ks.moments.moments_file import InputMoments
 from ks.moments.second_moment import VectorSums
+
+_Parts = dict[bool, dict[str, VectorSums]]  # by whether it is held out, and by a name
 
 
 def collect_input_moments(
@@ -75,16 +75,11 @@ def collect_input_moments(
     gradients = None if loss is None else collection.take_gradient
     with observed(model, linears, collection.take, gradients):
         for batch in batches:
-            before = collection.batch
-            # 1e-9, because 100 · 0.29 falls below 29
-            is_held_out = math.floor((before + 1) * held_out + 1e-9) > math.floor(before * held_out + 1e-9)
-            collection.start_pass(is_held_out, masks_of(model, batch, mask))
+            collection.start_pass(is_held_out(collection.batch, held_out), masks_of(model, batch, mask))
             placed = on_device_of(model, batch)
             output = call(model, placed)
             if collection.loss is not None:
-                value = collection.go_back(collection.loss, output, placed)
-                if before == collection.earlier_batches and isinstance(collection.loss, FunctionLoss):
-                    collection.warn_of_a_mean(collection.loss, model, placed, value)
+                collection.go_back(collection.loss, model, placed, output)
             collection.check_pass()
         found = collection.result()
         whole = found if moments is None else moments.merge(found)
@@ -110,18 +105,14 @@ class _Collection:
 
     def __init__(self, linears: dict[str, Linear], earlier: InputMoments | None, model_name: str, loss: Loss | None):
         self.linears, self.model_name, self.loss = linears, model_name, loss
-        self.sums: dict[bool, dict[str, VectorSums]] = {False: {}, True: {}}  # by whether it is held out
-        self.gradients: dict[bool, dict[str, VectorSums]] = {False: {}, True: {}}  # by the name of the layer
+        self.inputs: _Parts = {False: {}, True: {}}  # by the NAME of the input tensor
+        self.gradients: _Parts = {False: {}, True: {}}  # by the name of the layer
         self.paused = False
         self.left_out: dict[str, str] = {}  # reasons, by the name of the layer
         self.group: dict[str, str] = {}  # layer → NAME of its input tensor
         self.batch = self.earlier_batches = max(earlier.batches.values()) if earlier else 0
-        if earlier and earlier.model != model_name:
-            names = f"{one_line(earlier.model)!r}, not {one_line(model_name)!r}"
-            raise UsageError(f"earlier moments are of model {names}; start anew")
-        if earlier and earlier.loss != (loss.name if loss else ""):
-            names = f"{one_line(earlier.loss or 'no loss')!r}, not {one_line(loss.name if loss else 'no loss')!r}"
-            raise UsageError(f"earlier moments have gradients of {names}; give the same loss, or start anew")
+        if earlier:  # refuse another model or loss before the first batch
+            earlier.merge(InputMoments({}, {}, {}, {}, model=model_name, loss=loss.name if loss else ""))
         layer_of = {linear.key: name for name, linear in linears.items()}
         for key, name in earlier.aliases.items() if earlier else ():
             if key not in layer_of or name not in linears:
@@ -141,9 +132,7 @@ class _Collection:
 
     def take(self, name: str, inputs: torch.Tensor) -> None:
         """Add the inputs of a layer, unless another layer of its group has received the same tensor in this pass."""
-        if self.paused or name in self.left_out:
-            return
-        if not self._fits(name, inputs):
+        if self.paused or name in self.left_out or not self._fits(name, inputs):
             return
         storage = StorageWeakRef(inputs.untyped_storage())
         self._alive.append(storage)
@@ -158,28 +147,22 @@ class _Collection:
         self._met.setdefault(tensor, group)
         if (group, tensor) not in self._added:
             self._added.add((group, tensor))
-            self._add(self.sums[self.is_held_out], group, name, inputs, torch.float64)
+            self._add(self.inputs, group, counted(inputs, self.mask_of(name)), torch.float64)
 
     def take_gradient(self, name: str, gradients: torch.Tensor) -> None:
         """Add the gradients at the outputs of a layer."""
-        if name in self.left_out:
-            return
-        dtype = torch.float64 if gradients.dtype == torch.float64 else torch.float32
-        self._add(self.gradients[self.is_held_out], name, name, gradients, dtype)
+        if name not in self.left_out:
+            dtype = torch.float64 if gradients.dtype == torch.float64 else torch.float32
+            self._add(self.gradients, name, counted(gradients, self.mask_of(name)), dtype)
 
-    def _add(self, part: dict[str, VectorSums], key: str, name: str, vectors: torch.Tensor, dtype: torch.dtype) -> None:
-        width = vectors.shape[-1]
-        if key not in part:
+    def _add(self, sums: _Parts, name: str, vectors: torch.Tensor, dtype: torch.dtype) -> None:
+        part, width = sums[self.is_held_out], vectors.shape[-1]
+        if name not in part:
             device = vectors.device if vectors.device.type != "mps" else torch.device("cpu")  # MPS has no float64
             if device.type == "cpu":
                 check_fits(f"the sums of {one_line(name)}", 4 * width * width * 8, "collect fewer layers at a time")
-            part[key] = VectorSums.zeros(width, device)
-        part[key].add(self._tokens(name, vectors), dtype)
-
-    def _tokens(self, name: str, vectors: torch.Tensor) -> torch.Tensor:
-        """Return the inputs or gradients that count, shape (N, n)."""
-        rows, mask = vectors.reshape(-1, vectors.shape[-1]), self.mask_of(name)
-        return rows if mask is None else rows[mask.flatten().to(vectors.device, torch.bool)]
+            part[name] = VectorSums.zeros(width, device)
+        part[name].add(vectors, dtype)
 
     def _fits(self, name: str, inputs: torch.Tensor) -> bool:
         """Return whether a mask has one entry for each input of a layer; one that never fitted is left out from now on.
@@ -197,37 +180,19 @@ class _Collection:
         self.left_out[name] = f"{reason} (mask= takes masks by globs)"
         return False
 
-    def go_back(self, loss: Loss, output: Any, batch: Any) -> float:
-        """Run the backward pass from the loss of an output, and return the loss."""
+    def go_back(self, loss: Loss, model: torch.nn.Module, batch: Any, output: Any) -> None:
+        """Run the backward pass from the loss of an output; in the first batch, warn of a function that is a mean."""
         value = checked_loss(loss, output, batch)
         if not value.requires_grad:
             raise UsageError(
                 f"the loss {one_line(loss.name)} needs no gradient: it does not depend on the model's parameters by "
                 "operations of torch that have one (.item(), .detach() and argmax have none)"
             )
-        with self._paused():
-            value.backward()
-        return value.item()
-
-    @contextlib.contextmanager
-    def _paused(self) -> Iterator[None]:
-        """Take no inputs of a forward pass: a checkpoint runs its part again in the backward pass."""
-        self.paused = True
-        yield
+        self.paused = True  # a checkpoint runs its part of the forward pass again
+        value.backward()
+        if isinstance(loss, FunctionLoss) and self.batch == self.earlier_batches + 1:
+            _warn_of_a_mean(loss, model, batch, value.item())
         self.paused = False
-
-    def warn_of_a_mean(self, loss: Loss, model: torch.nn.Module, batch: Any, whole: float) -> None:
-        """Print a warning if the losses of the halves of a batch have the loss of the whole as their mean, not sum."""
-        size = size_of(batch)
-        with self._paused(), torch.no_grad():
-            halves = [cut(batch, 0, size // 2), cut(batch, size // 2, size)] if size > 1 else []
-            parts = sum(checked_loss(loss, call(model, half), half).item() for half in halves)
-        if 0 < whole < 0.75 * parts:
-            print(
-                f"warning: the loss {one_line(loss.name)} is {whole:.4g} for a batch and {parts:.4g} for its halves "
-                "together, as a mean is; return a sum, or the gradients shrink with the size of the batch",
-                file=sys.stderr,
-            )
 
     def check_pass(self) -> None:
         """Check that layers with one input tensor have still shared it, and that all vectors were finite."""
@@ -237,7 +202,7 @@ class _Collection:
                     f"layers {one_line(name)} and {one_line(group)} shared their input at first, but not in batch "
                     f"{self.batch}; collect them one at a time, and merge the moments"
                 )
-        for what, parts in (("inputs", self.sums), ("gradients at the outputs", self.gradients)):
+        for what, parts in (("inputs", self.inputs), ("gradients at the outputs", self.gradients)):
             for name, sums in parts[self.is_held_out].items():
                 if not sums.sum_x.isfinite().all():
                     raise UsageError(
@@ -249,14 +214,14 @@ class _Collection:
         """Return the collected moments, on the CPU."""
         if self.batch == self.earlier_batches:
             raise UsageError("no batch was given; at least one is needed")
-        train, held_out = _finished(self.sums)
+        train, held_out = _finished(self.inputs)
         gradients, held_out_gradients = (
             {self.linears[name].key: sums for name, sums in part.items()} for part in _finished(self.gradients)
         )
-        if not train and not held_out and self.left_out:
+        if not train and self.left_out:
             name, reason = next(iter(self.left_out.items()))
             raise UsageError(f"no layer has inputs that the mask fits; {one_line(name)}: {reason}")
-        if not train and not held_out:
+        if not train:
             raise UsageError(
                 f"no layer of {one_line(', '.join(self.linears), 300)} was called as a module, so that nothing was "
                 "seen (nn.MultiheadAttention uses the weight of its out_proj only)"
@@ -281,7 +246,21 @@ class _Collection:
         )
 
 
-def _finished(sums: dict[bool, dict[str, VectorSums]]) -> tuple[dict[str, VectorSums], dict[str, VectorSums]]:
+@torch.no_grad()
+def _warn_of_a_mean(loss: Loss, model: torch.nn.Module, batch: Any, whole: float) -> None:
+    """Print a warning if the losses of the halves of a batch have the loss of the whole as their mean, not sum."""
+    size = len(first_tensor(batch))
+    halves = [cut(batch, 0, size // 2), cut(batch, size // 2, size)] if size > 1 else []
+    parts = sum(checked_loss(loss, call(model, half), half).item() for half in halves)
+    if 0 < whole < 0.75 * parts:
+        print(
+            f"warning: the loss {one_line(loss.name)} is {whole:.4g} for a batch and {parts:.4g} for its halves "
+            "together, as a mean is; return a sum, or the gradients shrink with the size of the batch",
+            file=sys.stderr,
+        )
+
+
+def _finished(sums: _Parts) -> tuple[dict[str, VectorSums], dict[str, VectorSums]]:
     """Take the training and the held-out part to the CPU; where all batches were held out, the first one is empty."""
     train, held_out = ({name: part.pop(name).finished() for name in [*part]} for part in (sums[False], sums[True]))
     empty = {name: VectorSums.zeros(each.width) for name, each in held_out.items() if name not in train}

@@ -13,7 +13,7 @@ from torch import nn
 from ks.errors import UsageError, one_line
 from ks.layer import KSLinear
 from ks.model.apply import Place, described, find_places, metric_of, replacements_of
-from ks.model.batches import Mask, call, masks_of, on_device_of
+from ks.model.batches import Mask, call, counted, masks_of, on_device_of
 from ks.model.collect import collect_input_moments
 from ks.model.hooks import observed
 from ks.model.linears import light_copy, linears_of, replace_modules, unwrapped
@@ -154,7 +154,7 @@ def _paired(
             kept.clear()
             call(dense, on_device_of(dense, batch))
             yield batch
-            counted = masks_of(dense, batch, mask)
+            mask_for = masks_of(dense, batch, mask)
             for name, *_ in groups:
                 calls, others = kept.get((dense, name), []), kept.get((small, name), [])
                 if [each.shape for each in calls] != [each.shape for each in others]:
@@ -164,18 +164,12 @@ def _paired(
                     )
                 for pair in zip(calls, others):
                     place = "cpu" if pair[0].device.type == "mps" else pair[0].device  # MPS has no float64
-                    x, seen = (_rows(each, counted(name)).to(place, torch.float64) for each in pair)
+                    x, seen = (counted(each, mask_for(name)).to(place, torch.float64) for each in pair)
                     drifts[name] = drifts.get(name, 0) + (x - seen).mT @ seen
 
     first = [{name: linears_of(model)[name] for name, *_ in groups} for model in (dense, small)]
     with observed(dense, first[0], partial(keep, dense), None), observed(small, first[1], partial(keep, small), None):
         yield passes(), drifts
-
-
-def _rows(inputs: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
-    """Return the inputs of the tokens that count, shape (N, n)."""
-    rows = inputs.reshape(-1, inputs.shape[-1])
-    return rows if counted is None else rows[counted.flatten().to(rows.device, torch.bool)]
 
 
 def _groups(moments: InputMoments, names: list[str]) -> list[list[str]]:

@@ -59,19 +59,18 @@ def select_weights(
             skipped; embeddings and averages in a file are planned if they are named so.
     """
     globs = [layers] if isinstance(layers, str) else list(layers)
-    in_model, where, file, stored_transposed = isinstance(source, torch.nn.Module), "the mapping", "", set()
+    in_model, file = isinstance(source, torch.nn.Module), ""
     if isinstance(source, torch.nn.Module):
-        linears = linears_of(source).values()
+        where, linears, kinds, parts = "the model", linears_of(source).values(), refusals(source), parameters_of(source)
         entries = {linear.key: linear.module.weight for linear in linears}
-        stored_transposed, where = {linear.key for linear in linears if linear.transposed}, "the model"
-        kinds = refusals(source)
-    elif isinstance(source, Mapping):
-        entries = dict(source)
+        stored_transposed = {linear.key for linear in linears if linear.transposed}
     else:
-        entries, where, file = entries_of(Path(source)), str(source), Path(source).name
-    if not in_model:
-        kinds = kinds_of(entries)
-        stored_transposed = set(entries) if transpose else set()
+        if isinstance(source, Mapping):
+            where, entries = "the mapping", dict(source)
+        else:
+            where, entries, file = str(source), entries_of(Path(source)), Path(source).name
+        kinds, stored_transposed = kinds_of(entries), set(entries) if transpose else set()
+        parts = {name: (math.prod(shape_of(each)), kinds.get(name) or _kind_of(each)) for name, each in entries.items()}
     for glob in globs:
         if not _matching(entries, [glob]):
             raise UsageError(f"{where}: nothing matches {one_line(glob)!r}; {nearest(glob, entries)}")
@@ -99,12 +98,6 @@ def select_weights(
         raise UsageError(
             f"{where}: {' '.join(globs)} matches no 2-D weight that a chain can replace; {'; '.join(notes)}"
         )
-    if isinstance(source, torch.nn.Module):
-        parts = parameters_of(source)
-    else:
-        parts = {
-            name: (math.prod(shape_of(entry)), kinds.get(name) or _kind_of(entry)) for name, entry in entries.items()
-        }
     return Selection(tuple(weights), file, tuple(notes), coverage(parts, {weight.name for weight in weights}))
 
 

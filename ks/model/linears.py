@@ -1,7 +1,7 @@
 """The linear layers of a model, by the names that its checkpoint uses; other modules take their place."""
 
 import copy
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -55,27 +55,23 @@ def refusals(model: nn.Module) -> dict[str, str]:
 
     A layer can be replaced if it computes x Wᵀ + b with its weight and its bias alone, and nothing else uses them.
     """
-    users: defaultdict[torch.Tensor, list[str]] = defaultdict(list)
     linears = linears_of(model)
     replaceable = {linear.module for linear in linears.values()}
-    reasons = {}
+    other_use: dict[object, str] = {}
     for path, module in unwrapped(model).named_modules():
         if isinstance(module, nn.MultiheadAttention):
-            users[module.out_proj.weight].append("nn.MultiheadAttention uses it without calling its layer")
-        for parameter in module.parameters(recurse=False):
-            if module not in replaceable:
-                users[parameter].append(f"{path}, {_a(module)}, uses it too")
-    for linear in linears.values():
-        weight = linear.module.weight
-        assert isinstance(weight, torch.Tensor)
-        if reason := _more_than_linear(linear) or next(iter(users[weight]), None):
-            reasons[linear.key] = reason
-    return reasons
+            other_use[module.out_proj.weight] = "nn.MultiheadAttention uses it without calling its layer"
+        if module not in replaceable:
+            used = f"{path} ({type(module).__name__}) uses it too"
+            other_use |= {parameter: used for parameter in module.parameters(recurse=False)}
+    reasons = {
+        linear.key: _more_than_linear(linear) or other_use.get(linear.module.weight) for linear in linears.values()
+    }
+    return {key: reason for key, reason in reasons.items() if reason}
 
 
 def parameters_of(model: nn.Module) -> dict[str, tuple[int, str]]:
-    """Return the number of values of every parameter of a model, 0 for one that has come before, and the kind of its
-    module, by name."""
+    """Return the size of every parameter of a model, 0 for one that has come before, and the kind of its module."""
     parts, seen = {}, set()
     for path, module in unwrapped(model).named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -111,11 +107,11 @@ def _more_than_linear(linear: Linear) -> str | None:
         if getattr(module, name, None) is not None and name not in module._parameters:
             return f"its {name} is computed from other tensors; remove its parametrization"
     if own := sorted({name for name, _ in (*module.named_parameters(), *module.named_buffers())} - {"weight", "bias"}):
-        return f"{_a(module)} with tensors of its own ({', '.join(own[:3])})"
+        return f"it has tensors of its own ({', '.join(own[:3])})"
     is_plain = type(module).forward is nn.Linear.forward and "forward" not in vars(module)
     if is_plain or module.weight.is_meta or _computes_linear(linear):
         return None
-    return f"{_a(module)} that does not compute x Wᵀ + b"
+    return f"the forward pass of its class, {type(module).__name__}, does not compute x Wᵀ + b"
 
 
 @torch.no_grad()
@@ -132,10 +128,6 @@ def _computes_linear(linear: Linear) -> bool:
     finally:
         module.training = mode
     return True
-
-
-def _a(module: nn.Module) -> str:
-    return f"a {type(module).__name__}"
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy, normalize
 
 from ks.errors import UsageError, one_line
-from ks.model.batches import mask_of, num_tokens
+from ks.model.batches import first_tensor, mask_of, num_tokens
 
 IGNORED = -100  # the label that torch and transformers leave out
 
@@ -16,13 +16,8 @@ IGNORED = -100  # the label that torch and transformers leave out
 class Loss(Protocol):
     """A loss of a model's output for a batch, with the number of tokens or examples that it sums over."""
 
-    @property
-    def name(self) -> str:
-        """Kept with the gradients; those of two names are not merged."""
-
-    @property
-    def unit(self) -> str:
-        """Such as `nats`."""
+    name: str  # kept with the gradients; those of two names are not merged
+    unit: str  # such as `nats`
 
     def __call__(self, output: Any, batch: Any) -> torch.Tensor:
         """Return the loss, one number: the sum over all that counts, not its mean."""
@@ -47,17 +42,12 @@ class LogitsLoss:
     def __init__(self, labels: str = "text", seed: int = 0):
         if labels not in ("text", "model"):
             raise UsageError(f"labels {one_line(labels)!r}: 'text' or 'model' is allowed")
-        self.labels = labels
+        self.labels, self.name = labels, f"{type(self).__name__}, labels of the {labels}"
         self._generator = torch.Generator().manual_seed(seed)
-
-    @property
-    def name(self) -> str:
-        """Such as `NextTokenLoss, labels of the text`."""
-        return f"{type(self).__name__}, labels of the {self.labels}"
 
     def __call__(self, output: Any, batch: Any) -> torch.Tensor:
         """Return Σ −log p(label) in float32, or float64 for float64 logits."""
-        logits = logits_of(output)
+        logits = tensor_of(output, "logits")
         targets = self.targets(logits, batch)
         if self.labels == "model":
             targets = torch.where(targets == IGNORED, targets, self._drawn(logits.detach()))
@@ -66,7 +56,7 @@ class LogitsLoss:
 
     def count(self, output: Any, batch: Any) -> int:
         """Return the number of labels."""
-        return int((self.targets(logits_of(output), batch) != IGNORED).sum())
+        return int((self.targets(tensor_of(output, "logits"), batch) != IGNORED).sum())
 
     def targets(self, logits: torch.Tensor, batch: Any) -> torch.Tensor:
         """Return the label of each row of logits, −100 where there is none."""
@@ -89,11 +79,10 @@ class NextTokenLoss(LogitsLoss):
 
     def targets(self, logits: torch.Tensor, batch: Any) -> torch.Tensor:
         """Return the next token of each token, shape (batch, tokens), −100 where none counts."""
-        tokens = batch
         if isinstance(batch, Mapping):
             tokens = batch["labels"] if "labels" in batch else batch["input_ids"]
-        elif isinstance(batch, (list, tuple)):
-            tokens = batch[0]
+        else:
+            tokens = first_tensor(batch)
         if tokens.shape != logits.shape[:-1] or tokens.is_floating_point():
             raise UsageError(
                 f"tokens of shape {tuple(tokens.shape)} and {tokens.dtype}, logits of shape {tuple(logits.shape)}: "
@@ -116,14 +105,16 @@ class ClassifierLoss(LogitsLoss):
 
     def targets(self, logits: torch.Tensor, batch: Any) -> torch.Tensor:
         """Return the label of each example, −100 where none counts."""
-        labels = batch.get("labels") if isinstance(batch, Mapping) else batch[-1] if isinstance(batch, list) else None
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        if isinstance(batch, (list, tuple)) and len(batch) > 1:
+            labels = batch[-1]
         if self.labels == "model" and labels is None:
             labels = torch.zeros(logits.shape[:-1], dtype=torch.long)
             mask = mask_of(batch)
             if mask is not None and mask.shape == labels.shape:
                 labels = labels.where(mask.cpu().bool(), IGNORED)
-        if labels is None or labels.shape != logits.shape[:-1] or labels.is_floating_point():
-            given = "none" if labels is None else f"{tuple(labels.shape)}, {labels.dtype}"
+        if not torch.is_tensor(labels) or labels.shape != logits.shape[:-1] or labels.is_floating_point():
+            given = "none" if labels is None else _described(labels)
             raise UsageError(
                 f"labels of the batch: {given}; integers of shape {tuple(logits.shape[:-1])} are needed, as 'labels' "
                 "of a mapping or as the last of a tuple"
@@ -145,13 +136,8 @@ class RandomDirections:
     unit = "half the squared change of the outputs"
 
     def __init__(self, function: Callable[[Any, Any], torch.Tensor], seed: int = 0):
-        self.function = function
+        self.function, self.name = function, f"RandomDirections({_name_of(function)})"
         self._generator = torch.Generator().manual_seed(seed)
-
-    @property
-    def name(self) -> str:
-        """Such as RandomDirections(sentence_embedding)."""
-        return f"RandomDirections({_name_of(self.function)})"
 
     def __call__(self, output: Any, batch: Any) -> torch.Tensor:
         """Return Σ v · f."""
@@ -219,18 +205,11 @@ def tensor_of(output: Any, *names: str) -> torch.Tensor:
     return found
 
 
-def logits_of(output: Any) -> torch.Tensor:
-    """Return the logits of an output, itself or its `.logits`."""
-    return tensor_of(output, "logits")
-
-
 def sentence_embedding(output: Any, batch: Any) -> torch.Tensor:
     """Return the mean of the last hidden states over the tokens that count, normalised, shape (batch, d)."""
     states, mask = tensor_of(output, "last_hidden_state"), mask_of(batch)
-    if mask is None:
-        return normalize(states.mean(1), dim=-1)
-    kept = mask.to(states).unsqueeze(-1)
-    return normalize((states * kept).sum(1) / kept.sum(1), dim=-1)
+    kept = states if mask is None else states * mask.to(states).unsqueeze(-1)
+    return normalize(kept.sum(1), dim=-1)
 
 
 def _described(output: Any) -> str:

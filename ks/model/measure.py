@@ -1,8 +1,9 @@
 """The loss of a whole model on batches, and a small model beside the dense one: end to end, nothing predicted."""
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from torch.nn.functional import cosine_similarity, kl_div
 
 from ks.errors import UsageError, one_line
-from ks.model.batches import call, cut, evaluating, mask_of, num_tokens, on_device_of, size_of
+from ks.model.batches import call, counted, cut, first_tensor, mask_of, num_tokens, on_device_of
+from ks.model.hooks import evaluating
 from ks.model.linears import unwrapped
 from ks.model.losses import (
     IGNORED,
@@ -20,13 +22,14 @@ from ks.model.losses import (
     RandomDirections,
     as_loss,
     checked_loss,
-    logits_of,
     tensor_of,
 )
 from ks.model.timing import interleaved_medians
 
 ROUNDS = (3, 15)  # of the forward passes, at least and at most
 SECONDS = 10.0  # per batch size, if more than the fewest rounds fit into it
+SIDES = ("dense", "small")
+NOTHING_COUNTS = "nothing counts in these batches; give at least one, with tokens that are not masked"
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def measure_loss(model: torch.nn.Module, batches: Iterable[Any], loss: LossLike)
             total += checked_loss(loss, output, placed).item()
             count += loss.count(output, placed)
     if not count:
-        raise UsageError("nothing counts in these batches; give at least one, with tokens that are not masked")
+        raise UsageError(NOTHING_COUNTS)
     return MeasuredLoss(total / count, count, loss.unit)
 
 
@@ -89,7 +92,7 @@ class Comparison:
     """A small model beside the dense one on the same batches; pairs are (dense, small).
 
     Args:
-        tokens: number of tokens that count in the masks of the batches.
+        tokens: number of tokens that count in the masks of the batches; images count once.
         cosine: mean cosine between the outputs of both.
         relative_change: ‖Δ‖ / ‖outputs of the dense model‖ over all outputs.
         parameters, num_bytes: of the models; what is tied counts once.
@@ -157,98 +160,77 @@ def compare(
     Raises:
         UsageError: as `ks.measure_loss`, no batch, or outputs that do not compare.
     """
-    models = unwrapped(model), unwrapped(small)
-    sums = _Sums(None if loss is None else as_loss(loss))
+    models, loss = (unwrapped(model), unwrapped(small)), None if loss is None else as_loss(loss)
+    sums: defaultdict[str, float] = defaultdict(float)
     milliseconds: dict[int, tuple[float, float]] = {}
     with evaluating(models[0]), evaluating(models[1]):
         for batch in batches:
             placed = [on_device_of(each, batch) for each in models]
-            sums.add([call(each, given) for each, given in zip(models, placed)], placed)
+            for name, value in _sums([call(each, given) for each, given in zip(models, placed)], placed, loss).items():
+                sums[name] += value
             if not milliseconds:
-                milliseconds = {size: _times(models, placed, size) for size in sorted({1, size_of(batch)})}
-    if not (sums.rows and sums.count):
-        raise UsageError("nothing counts in these batches; give at least one, with tokens that are not masked")
-    return sums.comparison(models, milliseconds)
-
-
-@dataclass
-class _Sums:
-    """Sums over the outputs of two models, (dense, small)."""
-
-    loss: Loss | None
-    tokens: int = 0
-    rows: int = 0
-    cosine: float = 0.0
-    change: float = 0.0
-    energy: float = 0.0
-    count: int = 0
-    totals: list[float] = field(default_factory=lambda: [0.0, 0.0])  # of the loss
-    divergence: float = 0.0
-
-    def add(self, outputs: list, batches: list) -> None:
-        """Add the outputs of both models for a batch, which is on the device of each."""
-        dense, small = (self._vectors(output, batch) for output, batch in zip(outputs, batches))
-        if dense.shape != small.shape:
-            raise UsageError(
-                f"outputs of shape {tuple(dense.shape)} and {tuple(small.shape)} do not compare; give two models of "
-                "one kind"
-            )
-        small = small.to(dense)
-        self.tokens += num_tokens(batches[0])
-        self.rows += len(dense)
-        self.cosine += cosine_similarity(dense, small, dim=-1).sum(dtype=torch.float64).item()
-        self.change += (small - dense).square().sum(dtype=torch.float64).item()
-        self.energy += dense.square().sum(dtype=torch.float64).item()
-        if self.loss is None or isinstance(self.loss, RandomDirections):
-            self.count += len(dense)
-            return
-        self.count += self.loss.count(outputs[0], batches[0])
-        if not _is_drawn(self.loss):
-            for at, (output, batch) in enumerate(zip(outputs, batches)):
-                self.totals[at] += checked_loss(self.loss, output, batch).item()
-        if isinstance(self.loss, LogitsLoss):
-            counted = self.loss.targets(logits_of(outputs[0]), batches[0]) != IGNORED
-            small, dense = (
-                logits_of(each).to(counted.device)[counted].float().log_softmax(-1) for each in outputs[::-1]
-            )
-            self.divergence += kl_div(small, dense, reduction="sum", log_target=True).item()
-
-    def _vectors(self, output: Any, batch: Any) -> torch.Tensor:
-        """Return the outputs that are compared, shape (N, d), float32 or float64."""
-        if isinstance(self.loss, RandomDirections):
-            found = self.loss.function(output, batch)
-        else:
-            found = tensor_of(output, "logits", "last_hidden_state")
-            mask = mask_of(batch)
-            if mask is not None and mask.shape == found.shape[:-1]:
-                found = found[mask.to(found.device, torch.bool)]
-        return (found if found.dtype == torch.float64 else found.float()).flatten(0, -2)
-
-    def comparison(self, models: Sequence[torch.nn.Module], milliseconds: dict) -> Comparison:
-        """Return the means."""
-        (dense, dense_bytes), (small, small_bytes) = map(_size, models)
-        found = Comparison(
-            self.tokens,
-            self.cosine / self.rows,
-            math.sqrt(self.change / self.energy) if self.energy else math.inf,
-            (dense, small),
-            (dense_bytes, small_bytes),
-            milliseconds,
-        )
-        if self.loss is None:
-            return found
-        found.unit, increase = self.loss.unit, self.totals[1] - self.totals[0]
-        if isinstance(self.loss, RandomDirections):
-            increase = self.change / 2
-        elif _is_drawn(self.loss):
-            increase = self.divergence
-        else:
-            before, after = (MeasuredLoss(total / self.count, self.count, found.unit) for total in self.totals)
+                sizes = sorted({1, len(first_tensor(batch))})
+                milliseconds = {size: _times(models, placed, size) for size in sizes}
+    tokens, vectors, count = (int(sums[name]) for name in ("tokens", "vectors", "count"))
+    if not (tokens and vectors and count):
+        raise UsageError(NOTHING_COUNTS)
+    (dense, dense_bytes), (compressed, small_bytes) = map(_size, models)
+    found = Comparison(
+        tokens=tokens,
+        cosine=sums["cosine"] / vectors,
+        relative_change=math.sqrt(sums["change"] / sums["energy"]) if sums["energy"] else math.inf,
+        parameters=(dense, compressed),
+        num_bytes=(dense_bytes, small_bytes),
+        milliseconds=milliseconds,
+    )
+    if loss is not None:
+        found.increase, found.unit = sums["increase"] / tokens, loss.unit
+        if "small" in sums:
+            before, after = (MeasuredLoss(sums[side] / count, count, loss.unit) for side in SIDES)
             found.losses = before, after
-        if isinstance(self.loss, LogitsLoss):
-            found.divergence = self.divergence / self.count
-        found.increase = increase / self.tokens
-        return found
+        if "divergence" in sums:
+            found.divergence = sums["divergence"] / count
+    return found
+
+
+def _sums(outputs: Sequence[Any], batches: Sequence[Any], loss: Loss | None) -> dict[str, float]:
+    """Return sums over the outputs of both models for a batch, which is on the device of each."""
+    dense, small = (_vectors(output, batch, loss) for output, batch in zip(outputs, batches))
+    if dense.shape != small.shape:
+        raise UsageError(
+            f"outputs of shape {tuple(dense.shape)} and {tuple(small.shape)} do not compare; give two models of one "
+            "kind"
+        )
+    small = small.to(dense)
+    sums: dict[str, float] = {
+        "tokens": num_tokens(batches[0]),
+        "vectors": len(dense),
+        "cosine": cosine_similarity(dense, small, dim=-1).sum(dtype=torch.float64).item(),
+        "change": (small - dense).square().sum(dtype=torch.float64).item(),
+        "energy": dense.square().sum(dtype=torch.float64).item(),
+    }
+    if loss is None or isinstance(loss, RandomDirections):
+        return sums | {"count": len(dense), "increase": sums["change"] / 2}
+    sums["count"] = loss.count(outputs[0], batches[0])
+    if isinstance(loss, LogitsLoss):
+        logits = [tensor_of(each, "logits") for each in outputs]
+        kept = loss.targets(logits[0], batches[0]) != IGNORED
+        dense, small = (each.to(kept.device)[kept].float().log_softmax(-1) for each in logits)
+        sums["divergence"] = kl_div(small, dense, reduction="sum", log_target=True).item()
+    if _is_drawn(loss):
+        return sums | {"increase": sums["divergence"]}
+    before, after = (checked_loss(loss, *each).item() for each in zip(outputs, batches))
+    return sums | {"dense": before, "small": after, "increase": after - before}
+
+
+def _vectors(output: Any, batch: Any, loss: Loss | None) -> torch.Tensor:
+    """Return the outputs that are compared, shape (N, d), float32 or float64."""
+    if isinstance(loss, RandomDirections):
+        found, mask = loss.function(output, batch), None
+    else:
+        found, mask = tensor_of(output, "logits", "last_hidden_state"), mask_of(batch)
+    fits = mask is not None and mask.shape == found.shape[:-1]
+    return counted(found if found.dtype == torch.float64 else found.float(), mask if fits else None)
 
 
 def _size(model: torch.nn.Module) -> tuple[int, int]:
@@ -263,10 +245,7 @@ def _is_drawn(loss: Loss) -> bool:
 
 def _times(models: Sequence[torch.nn.Module], batches: Sequence[Any], size: int) -> tuple[float, float]:
     """Return the median milliseconds of a forward pass of both models on the first entries of a batch, in turns."""
-    forward = {
-        name: partial(call, model, cut(batch, 0, size))
-        for name, model, batch in zip(("dense", "small"), models, batches)
-    }
+    forward = {side: partial(call, model, cut(batch, 0, size)) for side, model, batch in zip(SIDES, models, batches)}
     device = next((each.device for each in models[0].parameters()), torch.device("cpu"))
     seconds = interleaved_medians(forward, device, SECONDS, rounds=ROUNDS)
     return 1e3 * seconds["dense"], 1e3 * seconds["small"]

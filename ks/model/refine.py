@@ -1,7 +1,6 @@
 """Refinement: train the blocks of a compressed model, one after another, to give the outputs of the dense model."""
 
 import contextlib
-import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -18,7 +17,8 @@ from ks.files.globs import matching, nearest
 from ks.files.torch_files import read_torch_file
 from ks.files.weights import tensors_sha256
 from ks.layer import KSLinear
-from ks.model.batches import MaskFunction, call, evaluating, mask_of, on_device_of
+from ks.model.batches import MaskFunction, call, is_held_out, mask_of, on_device_of
+from ks.model.hooks import evaluating
 from ks.model.linears import unwrapped
 
 Values = dict[str, torch.Tensor]  # of the trained parameters of a block, by name
@@ -94,7 +94,7 @@ def refine(
     model, small, batches = unwrapped(model), unwrapped(small), list(batches)
     if passes < 1 or not 0 < lr < 1:
         raise UsageError(f"passes {passes}, lr {lr}: at least one pass and a rate between 0 and 1 are needed")
-    split = [math.floor((i + 1) * held_out + 1e-9) > math.floor(i * held_out + 1e-9) for i in range(len(batches))]
+    split = [is_held_out(index, held_out) for index in range(len(batches))]
     if len({*split}) < 2:
         raise UsageError(f"of {len(batches)} batches, {held_out} is to be held out; both parts need at least one batch")
     names, masks = _blocks(model, small, blocks), [mask_of(batch, mask) for batch in batches]

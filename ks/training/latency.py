@@ -81,6 +81,6 @@ def measure_latency(
 
 
 def launches(device: torch.device) -> dict[str, Callable]:
-    """Return what turns a function into the one to be timed, by name: the eager one, and on a GPU a CUDA graph."""
+    """Return the ways to call a function, by name; each takes it and returns the function to be timed."""
     eager = {"eager": lambda function: function}
     return eager | ({"CUDA graph": cuda_graph} if device.type == "cuda" else {})

@@ -71,34 +71,3 @@ def test_a_tensor_that_is_no_weight_is_refused_by_its_name_with_the_reason(tmp_p
 )
 def test_embeddings_are_recognised_by_the_name_of_their_module(name, is_table):
     assert (kinds_of({name: W}).get(name) == EMBEDDING) == is_table
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "is a pointer of Git LFS"),
-        (b"<!DOCTYPE html><html>404</html>", "is a web page"),
-        (b"  \n", "is empty"),
-    ],
-)
-@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".npy", ".bin"])
-def test_a_file_that_holds_something_else_is_called_by_its_name(content, message, suffix, tmp_path):
-    (tmp_path / f"w{suffix}").write_bytes(content)
-    with pytest.raises(UsageError, match=message):
-        load_weight(tmp_path / f"w{suffix}")
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_program_and_a_pickled_object_are_called_by_their_names(tmp_path):
-    torch.jit.save(torch.jit.trace(torch.nn.Linear(3, 2), torch.ones(1, 3)), tmp_path / "program.pt")
-    with pytest.raises(UsageError, match="is a TorchScript program; load it by torch.jit.load"):
-        load_weight(tmp_path / "program.pt")
-    torch.save({"model": torch.nn.Linear(3, 2)}, tmp_path / "object.pt")
-    with pytest.raises(UsageError, match="it holds an object of torch.nn.modules.linear.Linear; save tensors alone"):
-        load_weight(tmp_path / "object.pt")
-
-
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "last.ckpt", "WEIGHT.PTH"])
-def test_checkpoints_have_many_suffixes(name, tmp_path):
-    torch.save({"fc.weight": W}, tmp_path / name)
-    assert torch.equal(load_weight(tmp_path / name).tensor, W)

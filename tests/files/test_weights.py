@@ -25,7 +25,7 @@ WEIGHT = torch.randn(4, 6, generator=GENERATOR)
     ],
     ids=["tensor", "parameter", "dict", "state_dict", "nested", "list"],
 )
-@pytest.mark.parametrize("suffix", [".pth", ".pt"])
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".ckpt", ".PTH"])
 def test_a_single_weight_is_found_in_any_container(tmp_path, content, key, suffix):
     torch.save(content, tmp_path / f"w{suffix}")
     loaded = load_weight(tmp_path / f"w{suffix}")
@@ -79,6 +79,7 @@ def test_layers_that_are_alike_are_listed_once(tmp_path):
     )
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit
 def test_bad_files_are_one_line(tmp_path):
     (tmp_path / "empty.pth").touch()
     (tmp_path / "corrupt.pth").write_bytes(b"\x80\x02nonsense")
@@ -90,15 +91,22 @@ def test_bad_files_are_one_line(tmp_path):
     torch.save({"text": "hello"}, tmp_path / "text.pth")
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pth")
     np.save(tmp_path / "pickled.npy", np.array([object()]), allow_pickle=True)
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(3, 2), torch.ones(1, 3)), tmp_path / "program.pt")
     (tmp_path / "w.txt").write_text("1 2")
+    (tmp_path / "pointer.npy").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n")
+    (tmp_path / "page.safetensors").write_text("  \n<!DOCTYPE html><html>404</html>")
     messages = {
         "absent.pth": "no such file",
         ".": "is a directory",
         "empty.pth": "empty",
         "w.txt": "suffix '.txt'",
         "text.pth": "no tensor at all",
+        "pointer.npy": "is a pointer of Git LFS",
+        "page.safetensors": "is a web page",
+        "program.pt": "is a TorchScript program; load it by torch.jit.load",
+        "module.pth": "it holds an object of torch.nn.modules.linear.Linear; save tensors alone",
     }
-    names = ["corrupt.pth", "corrupt.npy", "corrupt.safetensors", "cut.pth", "object.pth", "module.pth", "pickled.npy"]
+    names = ["corrupt.pth", "corrupt.npy", "corrupt.safetensors", "cut.pth", "object.pth", "pickled.npy"]
     for name, message in messages.items() | {(name, "cannot be read as weights") for name in names}:
         with pytest.raises(UsageError, match=message) as raised:
             load_weight(tmp_path / name)

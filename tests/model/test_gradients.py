@@ -5,8 +5,10 @@ from functools import partial
 
 import pytest
 import torch
-from networks import Attention, hand_computed, normal
-from torch.nn import Linear
+from networks import Attention, normal, squares
+from networks import agrees as sums_agree
+from torch.nn import Linear, ReLU, Sequential
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
 import ks
@@ -14,21 +16,11 @@ from ks.errors import UsageError
 
 LAYER = "encoder.layer.0"
 ALL = "encoder.**"
-
-
-def squares(output, batch):
-    return output.square().sum()
+agrees = partial(sums_agree, tolerance=1e-5)  # products of gradients are in float32
 
 
 def collect(model, batches, layers="**", loss=squares, held_out=0.0, **options):
     return ks.collect_input_moments(model, batches, layers, loss=loss, held_out=held_out, quiet=True, **options)
-
-
-def agrees(sums, rows, tolerance=1e-5):
-    square, total = hand_computed(rows)
-    torch.testing.assert_close(sums.sum_xx, square, rtol=tolerance, atol=tolerance * square.abs().max().item())
-    torch.testing.assert_close(sums.sum_x, total, rtol=tolerance, atol=tolerance * total.abs().max().item())
-    assert sums.count == rows.numel() // rows.shape[-1]
 
 
 def by_autograd(model, batch, loss=squares):
@@ -63,19 +55,10 @@ def test_the_gradients_are_those_of_autograd():
     assert (found.loss, found.unit) == ("squares", "nats")
 
 
-def test_the_inputs_are_those_that_are_collected_without_a_loss():
-    model, x = Attention(), normal(4, 3, 6)
-    found, without = collect(model, [x], ALL), ks.collect_input_moments(model, [x], ALL, held_out=0, quiet=True)
-    assert found.aliases == without.aliases
-    assert (without.loss, without.gradients) == ("", {})
-    for name, sums in without.train.items():
-        assert torch.equal(found.train[name].sum_xx, sums.sum_xx)
-        assert found.train[name].count == sums.count
-
-
 def test_float64_models_are_summed_in_float64():
     model, x = Attention().double().eval(), normal(50, 6).double()
-    agrees(collect(model, [x]).gradients[f"{LAYER}.query.weight"], by_autograd(model, x)[f"{LAYER}.query"], 1e-13)
+    found, expected = collect(model, [x]).gradients, by_autograd(model, x)
+    agrees(found[f"{LAYER}.query.weight"], expected[f"{LAYER}.query"], tolerance=1e-13)
 
 
 def test_padding_is_left_out_on_both_sides():
@@ -93,7 +76,7 @@ class Blocks(torch.nn.Module):
     def __init__(self, around, embed, tied=False):
         super().__init__()
         self.around, self.embed = around, embed
-        blocks = [torch.nn.Sequential(Linear(6, 8), torch.nn.ReLU(inplace=True), Linear(8, 6)) for _ in range(2)]
+        blocks = [Sequential(Linear(6, 8), ReLU(inplace=True), Linear(8, 6)) for _ in range(2)]
         self.blocks = torch.nn.ModuleList([blocks[0], blocks[0]] if tied else blocks)
 
     def forward(self, x):
@@ -126,7 +109,8 @@ def test_checkpointed_and_tied_blocks(around, tied):
     found = collect(model, [TOKENS, TOKENS + 1])
     model.around = ROUNDS["plain"]
     parts = [by_autograd(model, TOKENS), by_autograd(model, TOKENS + 1)]
-    plain = ks.collect_input_moments(model, [TOKENS, TOKENS + 1], "**", held_out=0, quiet=True)
+    plain = collect(model, [TOKENS, TOKENS + 1], loss=None)
+    assert (plain.loss, plain.gradients, plain.aliases) == ("", {}, found.aliases)
     for name in parts[0]:
         agrees(found.gradients[f"{name}.weight"], torch.cat([part[name] for part in parts]))
         assert found.train[name].count == plain.train[name].count
@@ -135,56 +119,53 @@ def test_checkpointed_and_tied_blocks(around, tied):
         assert found.gradients["blocks.1.0.weight"].count == 2 * 12
 
 
-@pytest.mark.parametrize("around", ["plain", "checkpoint"])
-def test_a_model_whose_vectors_come_from_no_parameter(around):
-    model = Blocks(ROUNDS[around], Unnoticed())
-    agrees(collect(model, [TOKENS]).gradients["blocks.0.0.weight"], by_autograd(model, TOKENS)["blocks.0.0"])
+OTHERS = {  # model, and what it is given
+    "no parameter gives the first vectors": (lambda: Blocks(ROUNDS["plain"], Unnoticed()), TOKENS),
+    "likewise, with a checkpoint": (lambda: Blocks(ROUNDS["checkpoint"], Unnoticed()), TOKENS),
+    "the weight is computed": (lambda: Sequential(weight_norm(Linear(6, 8)), Linear(8, 6)), normal(5, 6)),
+    "an output is changed in place": (lambda: Sequential(Linear(6, 8), ReLU(inplace=True), Linear(8, 6)), normal(5, 6)),
+}
 
 
-def test_a_layer_whose_weight_is_computed_from_other_parameters():
-    first = torch.nn.utils.parametrizations.weight_norm(Linear(6, 8, bias=False))
-    model = torch.nn.Sequential(first, Linear(8, 6))
-    agrees(collect(model, [normal(5, 6)], "0").gradients["0.weight"], by_autograd(model, normal(5, 6))["0"])
-
-
-def test_a_model_that_changes_the_output_of_its_first_layer_in_place():
-    model = torch.nn.Sequential(Linear(6, 8), torch.nn.ReLU(inplace=True), Linear(8, 6))
-    agrees(collect(model, [normal(5, 6)]).gradients["0.weight"], by_autograd(model, normal(5, 6))["0"])
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_model_in_which(case):
+    model, x = OTHERS[case][0](), OTHERS[case][1]
+    found = collect(model, [x]).gradients
+    for name, rows in by_autograd(model, x).items():
+        agrees(found[f"{name}.weight"], rows)
 
 
 def state_of(model):
     hooks = sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
-    parameters = [(each.requires_grad, None if each.grad is None else each.grad.clone()) for each in model.parameters()]
-    return hooks, [module.training for module in model.modules()], parameters
+    modes = [module.training for module in model.modules()]
+    return hooks, modes, [(each.requires_grad, id(each.grad)) for each in model.parameters()]
 
 
-@pytest.mark.parametrize("fails", [None, "forward", "loss"])
-def test_the_model_is_left_as_it_was(fails):
-    model, required = Attention(), normal(3, 6).requires_grad_()
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("loss", [None, squares])
+def test_the_model_is_left_as_it_was(loss, fails):
+    model, batches = Attention(), [normal(3, 6).requires_grad_(), normal(3, 7 if fails else 6)]
     model.encoder["layer"][0]["key"].requires_grad_(False).eval()
     model.encoder["layer"][0]["up"].weight.grad = torch.ones(10, 6)
     seen = []
 
-    def loss(output, batch):
-        seen.extend(parameter.requires_grad for parameter in model.parameters())
-        return output.sum() if fails != "loss" else output
+    def look(module, inputs):
+        assert not module.training
+        seen.append((torch.is_grad_enabled(), any(each.requires_grad for each in module.parameters())))
 
+    model.register_forward_pre_hook(look)
     before = state_of(model)
-    message = {"forward": "must match", "loss": "the loss loss is a tensor of shape"}.get(fails)
-    with pytest.raises((RuntimeError, UsageError), match=message) if fails else contextlib.nullcontext():
-        collect(model, [required, normal(3, 7 if fails == "forward" else 6)], loss=loss)
-    after = state_of(model)
-    assert after[:2] == before[:2]
-    for (requires, grad), (required_before, grad_before) in zip(after[2], before[2]):
-        assert requires == required_before
-        assert grad is grad_before is None or torch.equal(grad, grad_before)
-    assert not any(seen)
-    assert required.grad is None
+    with pytest.raises(RuntimeError, match="must match") if fails else contextlib.nullcontext():
+        collect(model, batches, loss=loss)
+    assert seen[0] == ((False, True) if loss is None else (True, False))
+    assert state_of(model) == before
+    assert torch.equal(model.encoder["layer"][0]["up"].weight.grad, torch.ones(10, 6))
+    assert batches[0].grad is None
     assert torch.is_grad_enabled()
 
 
 def test_offloading_replaces_parameters_and_they_require_gradients_again():
-    model = torch.nn.Sequential(Linear(6, 5), Linear(5, 4))
+    model = Sequential(Linear(6, 5), Linear(5, 4))
     model[0].bias.requires_grad_(False)
 
     def replace(module, inputs):
@@ -205,6 +186,7 @@ def test_it_works_where_gradients_are_off(mode):
     with mode():
         found = collect(model, [normal(3, 6)], loss=loss)
     agrees(found.gradients[f"{LAYER}.query.weight"], by_autograd(model.eval(), normal(3, 6), loss)[f"{LAYER}.query"])
+    found.train[f"{LAYER}.query"].sum_xx.add_(1)  # no inference tensor
 
 
 def test_a_model_of_inference_mode_is_refused():
@@ -215,35 +197,14 @@ def test_a_model_of_inference_mode_is_refused():
 
 
 def test_autocast_does_not_round_the_sums():
+    def loss(output, batch):
+        return output.float().square().sum()
+
     model, x = Attention().eval(), normal(300, 6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = collect(model, [x], loss=lambda output, batch: output.float().square().sum())
-        expected = by_autograd(model, x, lambda output, batch: output.float().square().sum())
+        found, expected = collect(model, [x], loss=loss), by_autograd(model, x, loss)
     agrees(found.gradients[f"{LAYER}.up.weight"], expected[f"{LAYER}.up"])
-
-
-def test_compiled_models_are_observed():
-    model = torch.nn.Sequential(Linear(6, 5), torch.nn.ReLU(), Linear(5, 4)).eval()
-    compiled = torch.compile(model, backend="eager")
-    compiled(normal(3, 6))
-    agrees(collect(compiled, [normal(3, 6)]).gradients["0.weight"], by_autograd(model, normal(3, 6))["0"])
-
-
-def test_a_collection_in_parts_is_that_of_the_whole():
-    model, batches = Attention(), [normal(2, 6, seed=number) for number in range(7)]
-    whole = collect(model, batches, held_out=0.2)
-    continued = collect(model, batches[3:], held_out=0.2, moments=collect(model, batches[:3], held_out=0.2))
-    merged = collect(model, batches[:5], held_out=0.2).merge(collect(model, batches[5:], held_out=0.2))
-    for found in (continued, merged):
-        assert (found.loss, found.unit) == (whole.loss, whole.unit)
-        for part, other in (
-            (found.gradients, whole.gradients),
-            (found.held_out_gradients, whole.held_out_gradients),
-        ):
-            assert part.keys() == other.keys()
-            for key, sums in part.items():
-                torch.testing.assert_close(sums.sum_xx, other[key].sum_xx, rtol=1e-6, atol=1e-6)
-                assert sums.count == other[key].count
+    sums_agree(found.train[f"{LAYER}.query"], x)
 
 
 class Two(torch.nn.Module):
@@ -271,11 +232,9 @@ def test_a_layer_that_held_out_batches_alone_call_has_an_empty_training_part():
         assert (train[name].count, held_out[name].count) == (0, 3)
 
 
-def test_moments_of_another_loss_or_of_none_are_not_continued():
+def test_moments_of_another_loss_are_refused_before_the_first_batch():
     earlier = collect(Attention(), [normal(3, 6)])
-    with pytest.raises(UsageError, match="have gradients of 'squares', not 'no loss'; give the same loss, or start"):
-        ks.collect_input_moments(Attention(), [normal(3, 6)], "**", moments=earlier)
-    with pytest.raises(UsageError, match="have gradients of 'squares', not 'NextTokenLoss"):
+    with pytest.raises(UsageError, match="gradients of 'squares' and of 'NextTokenLoss, .*' are not to be merged"):
         collect(Attention(), [], loss=ks.NextTokenLoss(), moments=earlier)
 
 
@@ -286,11 +245,6 @@ def test_a_layer_without_a_gradient_is_named(capsys):
     assert capsys.readouterr().err.splitlines()[-2] == "second: inputs alone, because the loss gives it no gradient"
     with pytest.raises(UsageError, match="the loss squares gives no gradient to any layer of second; give layers"):
         collect(Two(False), [normal(3, 6)], "second")
-
-
-def test_gradients_of_some_batches_only_are_not_merged():
-    with pytest.raises(UsageError, match="weight 'second.weight' has gradients in one of the moments only; collect"):
-        collect(Two(True), [normal(3, 6)]).merge(collect(Two(False), [normal(3, 6)]))
 
 
 FAULTS = {
@@ -310,9 +264,7 @@ def test_a_loss_that_is_none_is_refused(message):
 
 
 def test_gradients_that_are_not_finite_are_refused():
-    with pytest.raises(
-        UsageError, match=r"the gradients at the outputs of layer encoder.* hold NaN or infinite values"
-    ):
+    with pytest.raises(UsageError, match=r"gradients at the outputs of layer encoder.* hold NaN or infinite values"):
         collect(Attention(), [normal(3, 6)], loss=lambda output, batch: (output - output).abs().sqrt().sum())
 
 
@@ -333,5 +285,7 @@ def test_a_mean_is_warned_of_once_and_a_sum_is_not(capsys):
 def test_gradients_on_a_gpu_are_those_of_the_cpu():
     torch.manual_seed(0)
     model = Blocks(ROUNDS["reentrant checkpoint"], torch.nn.Embedding(10, 6))
-    expected = by_autograd(model, TOKENS)["blocks.0.0"]
-    agrees(collect(model.cuda(), [TOKENS]).gradients["blocks.0.0.weight"], expected, 1e-4)
+    expected, on_cpu = by_autograd(model, TOKENS)["blocks.0.0"], collect(model, [TOKENS])
+    found = collect(model.cuda(), [TOKENS])  # the batch is moved to the model
+    agrees(found.gradients["blocks.0.0.weight"], expected, tolerance=1e-4)
+    torch.testing.assert_close(found.train["blocks.0.0"].sum_xx, on_cpu.train["blocks.0.0"].sum_xx)

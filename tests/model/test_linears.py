@@ -1,5 +1,7 @@
 """Which layers of a model a chain may replace: those that compute x Wᵀ + b with their weight and bias alone."""
 
+from functools import partial
+
 import pytest
 import torch
 from networks import Conv1D
@@ -12,65 +14,42 @@ from ks.model.layer_weights import select_weights
 from ks.model.linears import refusals
 
 
-class Adapter(nn.Linear):
-    def __init__(self):
-        super().__init__(8, 6)
-        self.up = nn.Parameter(torch.zeros(6, 8))  # an adapter starts without an effect
-
-    def forward(self, x):
-        return nn.functional.linear(x, self.weight + self.up, self.bias)
-
-
-class Activated(nn.Linear):
-    def forward(self, x):
-        return super().forward(x).relu()
-
-
-class Dropping(nn.Linear):
-    def forward(self, x):
-        return super().forward(nn.functional.dropout(x, 0.5, self.training))
-
-
-class Pair(nn.Linear):
-    def forward(self, x):
-        return super().forward(x), None
-
-
-class Casting(nn.Linear):  # harmless
-    def forward(self, x):
-        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
-
-
-class Initialised(nn.Linear):  # harmless
-    def reset_parameters(self):
-        nn.init.normal_(self.weight)
-
-
 def linear():
     return nn.Linear(8, 6)
 
 
-def patched(layer, forward):
-    layer.forward = forward
+def plain(layer, x):
+    return nn.functional.linear(x, layer.weight, layer.bias)
+
+
+def of_class(name, forward):
+    return type(name, (nn.Linear,), {"forward": forward})(8, 6)
+
+
+def patched(forward):
+    layer = linear()
+    layer.forward = partial(forward, layer)
     return layer
 
 
-def tripled():
-    layer = linear()
-    return patched(layer, lambda x: 3 * nn.functional.linear(x, layer.weight, layer.bias))
-
-
-def same():
-    layer = linear()
-    return patched(layer, lambda x: nn.functional.linear(x, layer.weight, layer.bias))
+def adapted():
+    layer = of_class("Adapter", lambda layer, x: plain(layer, x) + x @ layer.up.T)
+    layer.up = nn.Parameter(torch.zeros(6, 8))  # an adapter starts without an effect
+    return layer
 
 
 MORE = {
-    "adapter": (lambda: Adapter(), r"a Adapter with tensors of its own \(up\)"),
-    "activation": (lambda: Activated(8, 6), "a Activated that does not compute"),
-    "dropout": (lambda: Dropping(8, 6), "a Dropping that does not compute"),
-    "two outputs": (lambda: Pair(8, 6), "a Pair that does not compute"),
-    "patched": (tripled, "a Linear that does not compute"),
+    "adapter": (adapted, r"it has tensors of its own \(up\)"),
+    "activation": (
+        lambda: of_class("Activated", lambda layer, x: plain(layer, x).relu()),
+        "forward pass of its class, Activated, does not compute",
+    ),
+    "dropout": (
+        lambda: of_class("Dropping", lambda layer, x: plain(layer, nn.functional.dropout(x, 0.5, layer.training))),
+        "does not compute",
+    ),
+    "two outputs": (lambda: of_class("Pair", lambda layer, x: (plain(layer, x), None)), "does not compute"),
+    "patched": (lambda: patched(lambda layer, x: 3 * plain(layer, x)), "does not compute"),
     "pruned weight": (lambda: prune.l1_unstructured(linear(), "weight", 0.3), "its weight is computed"),
     "pruned bias": (lambda: prune.l1_unstructured(linear(), "bias", 0.3), "its bias is computed"),
     "weight norm": (lambda: parametrizations.weight_norm(linear()), "its weight is computed"),
@@ -95,9 +74,18 @@ def test_a_layer_that_is_more_is_left_out_of_the_plan_with_the_reason(make):
         select_weights(model, "more")
 
 
-@pytest.mark.parametrize(
-    "layer", [linear, lambda: Casting(8, 6), lambda: Initialised(8, 6), same, lambda: Conv1D(6, 8)]
-)
+HARMLESS = {
+    "plain": linear,
+    "casting": lambda: of_class(
+        "Casting", lambda layer, x: nn.functional.linear(x, layer.weight.to(x.dtype), layer.bias)
+    ),
+    "initialised": lambda: type("Initialised", (nn.Linear,), {"reset_parameters": lambda layer: None})(8, 6),
+    "patched": lambda: patched(plain),
+    "Conv1D": lambda: Conv1D(6, 8),
+}
+
+
+@pytest.mark.parametrize("layer", HARMLESS.values(), ids=[*HARMLESS])
 def test_a_harmless_subclass_may_be_replaced(layer):
     assert refusals(nn.Sequential(layer())) == {}
 
@@ -108,7 +96,7 @@ def test_a_weight_with_other_users_is_left_out():
     )
     model["head"].weight = model["table"].weight
     assert refusals(model) == {
-        "head.weight": "table, a Embedding, uses it too",
+        "head.weight": "table (Embedding) uses it too",
         "attention.out_proj.weight": "nn.MultiheadAttention uses it without calling its layer",
     }
 

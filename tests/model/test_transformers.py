@@ -11,45 +11,36 @@ SIZES = {"vocab_size": 40, "num_attention_heads": 2, "num_hidden_layers": 2}
 PLAIN = {"hidden_size": 16, "intermediate_size": 32, "max_position_embeddings": 64} | SIZES
 VISION = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "intermediate_size": 32} | SIZES
 T5 = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
-WHISPER = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2} | {
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 32,
-    "decoder_ffn_dim": 32,
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+WHISPER = SPECIAL | {
     "vocab_size": 40,
+    "d_model": 16,
     "num_mel_bins": 8,
     "max_source_positions": 10,
     "max_target_positions": 20,
+    **{f"{part}_layers": 1 for part in ("encoder", "decoder")},
+    **{f"{part}_attention_heads": 2 for part in ("encoder", "decoder")},
+    **{f"{part}_ffn_dim": 32 for part in ("encoder", "decoder")},
 }
-SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 EXPERTS = PLAIN | {"num_key_value_heads": 2}
+QWEN = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "head_dim": 8}
 # name: (configuration, layers)
 MODELS = {
-    "GPT2LMHeadModel": (lambda: transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2), "**.mlp.*"),
-    "OPTForCausalLM": (lambda: transformers.OPTConfig(ffn_dim=32, word_embed_proj_dim=16, **PLAIN), "**.fc*"),
-    "LlamaForCausalLM": (lambda: transformers.LlamaConfig(**PLAIN), "**.mlp.*"),
-    "MixtralForCausalLM": (lambda: transformers.MixtralConfig(num_local_experts=2, **EXPERTS), "**.self_attn.*"),
-    "Qwen3MoeForCausalLM": (
-        lambda: transformers.Qwen3MoeConfig(
-            num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, head_dim=8, **EXPERTS
-        ),
-        "**.self_attn.*",
-    ),
+    "GPT2LMHeadModel": ({"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 2}, "**.mlp.*"),
+    "OPTForCausalLM": (PLAIN | {"ffn_dim": 32, "word_embed_proj_dim": 16}, "**.fc*"),
+    "LlamaForCausalLM": (PLAIN, "**.mlp.*"),
+    "MixtralForCausalLM": (EXPERTS | {"num_local_experts": 2}, "**.self_attn.*"),
+    "Qwen3MoeForCausalLM": (EXPERTS | QWEN, "**.self_attn.*"),
     "MambaForCausalLM": (
-        lambda: transformers.MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, state_size=4),
+        {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
         "**.in_proj",
     ),
-    "T5ForConditionalGeneration": (
-        lambda: transformers.T5Config(**T5, decoder_start_token_id=0),
-        "**.DenseReluDense.*",
-    ),
-    "WhisperForConditionalGeneration": (
-        lambda: transformers.WhisperConfig(**WHISPER, **SPECIAL, decoder_start_token_id=1),
-        "**.fc*",
-    ),
-    "BertForSequenceClassification": (lambda: transformers.BertConfig(**PLAIN, num_labels=3), "**.layer.*.**.dense"),
-    "ViTForImageClassification": (lambda: transformers.ViTConfig(**VISION, num_labels=3), "**.layers.**"),
+    "T5ForConditionalGeneration": (T5 | {"decoder_start_token_id": 0}, "**.DenseReluDense.*"),
+    "WhisperForConditionalGeneration": (WHISPER, "**.fc*"),
+    "BertForSequenceClassification": (PLAIN | {"num_labels": 3}, "**.layer.*.**.dense"),
+    "ViTForImageClassification": (VISION | {"num_labels": 3}, "**.layers.**"),
     "CLIPModel": (
-        lambda: transformers.CLIPConfig(text_config=PLAIN | SPECIAL, vision_config=VISION, projection_dim=8),
+        {"text_config": PLAIN | SPECIAL, "vision_config": VISION, "projection_dim": 8},
         "**.mlp.*",
     ),
 }
@@ -80,13 +71,13 @@ def loss_for(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_tiny_model_is_collected_planned_compressed_saved_loaded_and_generates(name, tmp_path):
-    make, layers = MODELS[name]
+    (options, layers), of_name = MODELS[name], getattr(transformers, name)
     torch.manual_seed(0)
-    model, batch = getattr(transformers, name)(make()).eval(), batch_for(name)
+    model, batch = of_name(of_name.config_class(**options)).eval(), batch_for(name)
     mask = None
     if name.startswith("T5"):  # its attention mask is that of the encoder
         mask = {"encoder.**": lambda batch: batch["attention_mask"], "decoder.**": lambda batch: None}
-    if name.startswith("CLIP"):
+    elif name.startswith("CLIP"):
         mask = {"text_model.**": lambda batch: batch["attention_mask"], "vision_model.**": lambda batch: None}
     moments = ks.collect_input_moments(model, [batch] * 2, layers, loss=loss_for(name), mask=mask, quiet=True)
     plan = ks.plan_model(model, layers, budget=0.7, chains=["lowrank"], moments=moments, quiet=True)
@@ -94,7 +85,7 @@ def test_a_tiny_model_is_collected_planned_compressed_saved_loaded_and_generates
     ks.compress(model, plan, moments=moments, quiet=True)
     assert any(isinstance(module, ks.KSLinear) for module in model.modules())
     ks.save_compressed(model, tmp_path / "small")
-    loaded = ks.load_compressed(getattr(transformers, name)(make()).eval(), tmp_path / "small")
+    loaded = ks.load_compressed(of_name(of_name.config_class(**options)).eval(), tmp_path / "small")
     with torch.no_grad():
         found, expected = loaded(**batch), model(**batch)
         kept = "logits_per_image" if name.startswith("CLIP") else "logits"
