@@ -50,7 +50,7 @@ GROWTH = 3.0
 GROWTH_STEPS = 1000  # until half of it
 # Largest noise of a step at first and at last, η · 10 · (n + c) / B with momentum 0.9 and c inputs of a block of the
 # left-most factor: 1.2 at first diverged at saturation in batches of 8, 2.0 at last trained all layers of MiniLM tried.
-# The largest eigenvalue of a coupled G multiplies it.
+# The largest eigenvalue of a coupled G multiplies it for the left-most factor, whose step G does not divide.
 FIRST_NOISE, LAST_NOISE = 0.8, 2.0
 
 
@@ -101,12 +101,12 @@ class GaussNewton(Optimizer):
         )
         self._most_growth = 1.0
         if self._is_coupled:
-            noise = STEP_SIZE / largest * 10 * (cols + patterns[0].c) / batch_size
+            noises = [STEP_SIZE / largest * 10 * (cols + patterns[0].c) / batch_size] * len(patterns)
             if outputs is not None:
-                noise *= torch.linalg.eigvalsh(outputs)[-1].item()
-            first = min(noise, FIRST_NOISE)
-            self.rate_factors = [factor * first / noise for factor in self.rate_factors]
-            self._most_growth = min(GROWTH, LAST_NOISE / first)
+                noises[0] *= torch.linalg.eigvalsh(outputs)[-1].item()
+            first = [min(noise, FIRST_NOISE) for noise in noises]
+            self.rate_factors = [rate * few / noise for rate, few, noise in zip(self.rate_factors, first, noises)]
+            self._most_growth = min(GROWTH, LAST_NOISE / max(first))
         self.relative_loss = torch.ones((), device=device)
         self.failures = torch.zeros((), dtype=torch.int32, device=device)
         # The settings of a refresh stay on the device, so that a captured one reads new values.
