@@ -26,11 +26,7 @@ def mean_squared_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.
 
 
 def loss_and_gradient(
-    criterion: Criterion,
-    prediction: torch.Tensor,
-    target: torch.Tensor,
-    scale: float | torch.Tensor = 1.0,
-    outputs: torch.Tensor | None = None,
+    criterion: Criterion, prediction: torch.Tensor, target: torch.Tensor, scale=1.0, outputs: torch.Tensor | None = None
 ):
     """Return criterion(prediction, target) in float32, and `scale` times its gradient for the prediction.
 

@@ -87,11 +87,9 @@ class GaussNewton(Optimizer):
         # The mean diagonal of PᵀP if outputs of mean square 1 are spread evenly over features of mean square 1.
         self._natural = [rows / pattern.cols for pattern in patterns[:-1]]
         device = self.parameters[0].device
-        before = behind = split_patterns(patterns)
-        if outputs is not None:
-            before = [Pattern(a, b, b, d) for a, b, _, d in patterns[1:]]
-        if inputs is not None:
-            behind = [Pattern(a, c, c, d) for a, _, c, d in patterns[:-1]]
+        splits = split_patterns(patterns)
+        before = splits if outputs is None else [Pattern(a, b, b, d) for a, b, _, d in patterns[1:]]
+        behind = splits if inputs is None else [Pattern(a, c, c, d) for a, _, c, d in patterns[:-1]]
         self._is_coupled = outputs is not None or inputs is not None
         self._outputs, self._inputs = (
             None if matrix is None else matrix.to(device, torch.float32) for matrix in (outputs, inputs)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import QUICK, interrupt_in_epoch, save_moments
+from conftest import QUICK, save_moments
 from layer_rows import WEIGHT, layer_rows, problem_of
 
 import ks
@@ -18,6 +18,7 @@ from ks.layer import KSLinear
 from ks.model.prediction import per_token
 from ks.moments.metric import LossMetric
 from ks.training.criterion import loss_and_gradient, mean_squared_error
+from ks.training.criterion_identity import Edits
 from ks.training.optimizer import Optimizer
 from ks.training.run_state import changes, settings_in, settings_of
 from ks.training.samples import make_samples
@@ -99,17 +100,6 @@ def floors_of(problem):
     return RankFloors(problem.internal_weight(), problem.chain, problem.metric)
 
 
-def test_floors_do_not_depend_on_the_coordinates(tmp_path):
-    _, problem = model_problem(tmp_path)
-    outside = problem.layer_inputs.model_metric
-    weight = WEIGHT.double() * (16 / outside.loss(WEIGHT)) ** 0.5
-    inside, raw = floors_of(problem), RankFloors(weight, problem.chain, outside)
-    torch.testing.assert_close(inside.lowrank_curve, raw.lowrank_curve, rtol=1e-6, atol=1e-9)
-    for rank in (1, 2):
-        assert inside.upper(rank) == pytest.approx(raw.upper(rank), rel=0.01)
-        assert inside.lower(rank) <= raw.upper(rank) * (1 + 1e-9)
-
-
 LAYOUTS = [(), ("--bs_last",), ("--chain", "lowrank"), ("--chain", "butterfly")]
 
 
@@ -186,19 +176,6 @@ def test_without_gradients_the_log_has_no_loss_of_the_model(tmp_path, weight_pat
     assert not {"loss_increase", "held_out_loss_increase", "energy_loss"} & log.keys()
 
 
-def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(tmp_path, weight_path, monkeypatch):
-    flags = ("--inputs", moments(tmp_path), *MODEL_LOSS, *QUICK)
-    whole, _ = train(tmp_path, weight_path, *flags, out="whole")
-    with monkeypatch.context() as patched:
-        interrupt_in_epoch(patched, 3)
-        train(tmp_path, weight_path, *flags, code=130)
-    resumed, _ = train(tmp_path, weight_path, *flags, "--resume")
-    one, other = (ks.load(tmp_path / folder / "ks_chain_final.pth") for folder in ("whole", "out"))
-    assert all(map(torch.equal, one.parameters(), other.parameters()))
-    for name in ("train_loss", "val_loss"):
-        assert [row[name] for row in resumed] == [row[name] for row in whole]
-
-
 @pytest.mark.parametrize(("family", "within"), [("lowrank", 1.01), ("monarch", 1.05), ("butterfly", 1.05)])
 def test_a_run_ends_near_the_best_known_chain(tmp_path, family, within):
     generator = torch.Generator().manual_seed(0)
@@ -228,14 +205,9 @@ def test_gradients_of_another_model_are_refused(tmp_path):
         model_problem(tmp_path, gradients=SLOPES[:, :12])
 
 
-def test_another_criterion_has_no_loss_of_the_model(tmp_path, weight_path, edited, capsys):
-    trainer = edited("criterion = torch.nn.functional.l1_loss")
-    command = ["--weight_path", weight_path, "--inputs", moments(tmp_path), *MODEL_LOSS, "--output_dir", tmp_path / "o"]
-    assert trainer.main([str(word) for word in command]) == 2
-    message = capsys.readouterr().err
-    assert "--loss_metric model_loss needs the criterion mean_squared_error" in message
-    assert message.count("\n") == 1
-    assert not (tmp_path / "o").exists()
+def test_another_criterion_has_no_loss_of_the_model(tmp_path):
+    with pytest.raises(UsageError, match="model_loss needs the criterion mean_squared_error .* is l1_loss; leave"):
+        problem_of(tmp_path, "--inputs", moments(tmp_path), *MODEL_LOSS, edits=Edits("l1_loss"))
 
 
 def test_a_target_in_nats_chooses_the_metric():
