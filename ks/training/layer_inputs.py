@@ -12,7 +12,7 @@ from ks.files.columns import ISOTROPIC
 from ks.files.weights import Weight
 from ks.moments.metric import LossMetric, Metric
 from ks.moments.read import Calibration, read_input_moments
-from ks.moments.second_moment import UNIT_MOMENT, SecondMoment, VectorSums
+from ks.moments.second_moment import SecondMoment, VectorSums
 from ks.training.whitening import Coordinates, isotropic_coordinates, measured_coordinates
 
 MEASURED = "measured"
@@ -30,13 +30,14 @@ class LayerInputs:
         coordinates: y' and x'.
         metric: of an error in y' and x', around the centre.
         predict_zero_loss: tr(W C Wᵀ) / m, or ½ tr(G W C Wᵀ) for the loss of the model, in the user's units.
+        output_energy: tr(W C Wᵀ).
         description: for config files; it identifies the inputs.
         notes: remarks for the user, a line each.
         loss_metric: the kind of the metric.
-        model_metric: G ⊗ C around the centre in the user's coordinates, whichever metric trains; None without G.
-        held_out: the same of the held-out part, or C alone without G; None if nothing is held out.
+        held_out: the metric of held-out inputs around the same centre, in the user's coordinates; None without them.
         held_out_predict_zero_loss: loss of the zero predictor on held-out inputs.
-        output_energy: tr(W C Wᵀ), around 0; None for isotropic inputs.
+        model_metric, held_out_model_metric: G ⊗ C around the centre in the user's coordinates, whichever metric trains;
+            None without G.
         unit: of the loss of the model, as nats; empty without gradients.
         given: raw samples to train on, shape (N, n); None unless --sampling is fixed.
     """
@@ -44,13 +45,14 @@ class LayerInputs:
     coordinates: Coordinates
     metric: Metric
     predict_zero_loss: float
+    output_energy: float
     description: dict[str, Any]
     notes: tuple[str, ...]
     loss_metric: LossMetric = LossMetric.OUTPUT_ENERGY
-    model_metric: Metric | None = None
     held_out: Metric | None = None
     held_out_predict_zero_loss: float | None = None
-    output_energy: float | None = None
+    model_metric: Metric | None = None
+    held_out_model_metric: Metric | None = None
     unit: str = ""
     given: torch.Tensor | None = None
 
@@ -70,10 +72,15 @@ def layer_inputs(config: TrainingFlags, weight: Weight, chain: Chain) -> LayerIn
         for name, is_given in needing.items():
             if is_given:
                 raise UsageError(f"--{name} without --inputs: give the file with the measured inputs too")
-        zero_loss = SecondMoment.isotropic(config.input_std).output_energy(weight.tensor) / len(weight.tensor)
-        description = {"kind": ISOTROPIC, "std": config.input_std}
-        coordinates = isotropic_coordinates(weight.tensor)
-        return LayerInputs(coordinates, Metric(UNIT_MOMENT), zero_loss, description, (ISOTROPIC_NOTE,))
+        energy = SecondMoment.isotropic(config.input_std).output_energy(weight.tensor)
+        return LayerInputs(
+            isotropic_coordinates(weight.tensor),
+            Metric(),
+            energy / len(weight.tensor),
+            energy,
+            {"kind": ISOTROPIC, "std": config.input_std},
+            (ISOTROPIC_NOTE,),
+        )
     if config.input_std != 1.0:
         raise UsageError(f"--input_std {config.input_std:g} together with --inputs: give one or the other")
     given = read_input_moments(
@@ -101,13 +108,15 @@ def _measured(given: Calibration, weight: torch.Tensor, chain: Chain, config: Tr
     metric = Metric(around, outputs)
     metric.check_shape(weight)
     divisor = 2 if is_model_loss else len(weight)  # half the form is the increase of the loss; or energy per output
-    loss = given.metric(kind).loss(weight)
+    loss = Metric(moment, outputs if is_model_loss else None).loss(weight)
     held_out, held_out_loss = None, None
     if given.held_out is not None:
         held_out = Metric(_around(given.held_out, centre), held_out_outputs)
         held_out_loss = given.metric(kind, held_out=True).loss(weight) / divisor
-    inside = metric if is_model_loss else Metric(around)
-    coordinates, inside = measured_coordinates(chain, (loss / len(weight)) ** 0.5, inside, centre)
+    model, held_out_model = (None, None) if outputs is None else (metric, held_out)
+    if not is_model_loss:
+        metric, held_out = Metric(around), held_out and Metric(held_out.inputs)
+    coordinates, inside = measured_coordinates(chain, (loss / len(weight)) ** 0.5, metric, centre)
     count, held_out_count = given.train.count, given.held_out.count if given.held_out else 0
     description = {
         "kind": MEASURED,
@@ -121,11 +130,16 @@ def _measured(given: Calibration, weight: torch.Tensor, chain: Chain, config: Tr
     if is_model_loss:
         description |= {"gradients_sha256": given.gradients_sha256, "damping": metric.damping}
     name = f" {one_line(given.key)}" if given.key else ""
-    note = (
+    notes = [
         f"Using the measured inputs of {one_line(config.inputs)}{name}: {count} inputs and {held_out_count} held out, "
         f"effective rank {moment.effective_rank:.1f} of {weight.shape[1]}."
-    )
-    notes = [note, *_gradient_notes(given, kind), *given.notes]
+    ]
+    if is_model_loss:
+        unit = f" ({given.unit})" if given.unit else ""
+        notes.append(f"Losses are the predicted increase of the loss of the model{unit} per token.")
+    elif outputs is not None:
+        notes.append("These inputs come with gradients; --loss_metric model_loss minimises what the model loses.")
+    notes += given.notes
     if given.transposed and not config.transpose:
         notes.append("The model of these inputs stores the weight as (in, out): give --transpose if the file does too.")
     rows = given.samples[: given.train.count] if config.sampling == "fixed" and given.samples is not None else None
@@ -133,24 +147,17 @@ def _measured(given: Calibration, weight: torch.Tensor, chain: Chain, config: Tr
         coordinates,
         inside,
         loss / divisor,
+        moment.output_energy(weight),
         description,
         tuple(notes),
         loss_metric=kind,
-        model_metric=None if outputs is None else metric,
         held_out=held_out,
         held_out_predict_zero_loss=held_out_loss,
-        output_energy=moment.output_energy(weight),
+        model_metric=model,
+        held_out_model_metric=held_out_model,
         unit="" if outputs is None else given.unit,
         given=rows,
     )
-
-
-def _gradient_notes(given: Calibration, kind: LossMetric) -> list[str]:
-    if kind is LossMetric.MODEL_LOSS:
-        unit = f" ({given.unit})" if given.unit else ""
-        return [f"Losses are the predicted increase of the loss of the model{unit} per token."]
-    hint = "These inputs come with gradients; --loss_metric model_loss minimises what the model loses."
-    return [] if given.gradients is None else [hint]
 
 
 def _centred(given: Calibration, path: str | None) -> SecondMoment:

@@ -94,9 +94,8 @@ class Problem:
 
     def held_out_loss(self, model: KSLinear) -> float:
         """Return the exact loss of a chain of internal coordinates on the held-out inputs, in internal units."""
-        metric = self._held_out_metric
-        assert metric is not None
-        return metric.loss(self._error(model)) / self.rows / self.coordinates.unit**2
+        assert self.layer_inputs.held_out is not None
+        return self.layer_inputs.held_out.loss(self._error(model)) / self.rows / self.coordinates.unit**2
 
     def effects(self, model: KSLinear) -> dict[str, float | None]:
         """Return what a chain of internal coordinates costs as it is saved, whichever metric trained it.
@@ -105,27 +104,20 @@ class Problem:
             loss_increase and held_out_loss_increase, ½ tr(G E C Eᵀ) per token with E = W − Ŵ, and energy_loss, the
             fraction of the output energy that is lost; nothing without gradients.
         """
-        given = self.layer_inputs
-        metric, held_out, energy = given.model_metric, given.held_out, given.output_energy
-        if metric is None or energy is None:
+        metric, held_out = self.layer_inputs.model_metric, self.layer_inputs.held_out_model_metric
+        if metric is None:
             return {}
         error = self._error(model)
         return {
             "loss_increase": metric.loss(error) / 2,
             "held_out_loss_increase": None if held_out is None else held_out.loss(error) / 2,
-            "energy_loss": metric.inputs.output_energy(error) / energy,
+            "energy_loss": metric.inputs.output_energy(error) / self.layer_inputs.output_energy,
         }
 
     def _error(self, model: KSLinear) -> torch.Tensor:
         """Return W − Ŵ in the user's coordinates, float64, for a chain of internal coordinates."""
         values = self.coordinates.outside(model).factors
         return residual(self.weight.tensor.to(values[0].device), values)
-
-    @property
-    def _held_out_metric(self) -> Metric | None:
-        """Return the metric of held-out inputs that is minimised, in the user's coordinates."""
-        metric = self.layer_inputs.held_out
-        return metric if metric is None or self.loss_metric is LossMetric.MODEL_LOSS else Metric(metric.inputs)
 
     @cached_property
     def validation_root(self) -> torch.Tensor | None:
@@ -136,7 +128,7 @@ class Problem:
         Returns:
             symmetric, shape (m, m), float64, on the CPU.
         """
-        outputs, held_out = self.metric.outputs, self._held_out_metric
+        outputs, held_out = self.metric.outputs, self.layer_inputs.held_out
         if held_out is not None and held_out.kind is LossMetric.MODEL_LOSS:
             outputs = SecondMoment(self.coordinates.gradients(held_out))
         return None if outputs.is_isotropic else outputs.times_root(torch.eye(self.rows, dtype=torch.float64))
