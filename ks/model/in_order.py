@@ -12,7 +12,7 @@ from torch import nn
 
 from ks.errors import UsageError, one_line
 from ks.layer import KSLinear
-from ks.model.apply import Place, described, find_places, metric_of, replacements_of
+from ks.model.apply import Place, described, factorised, find_places, metric_of, replacements_of
 from ks.model.batches import Mask, call, masks_of, on_device_of
 from ks.model.collect import collect_input_moments
 from ks.model.hooks import observed
@@ -44,8 +44,7 @@ def compress_in_order(
         T = W (I + β (E[x x̃ᵀ] C⁺ − I)),
 
     x and x̃ of the same token. With β = 0 the target is the output W x̃ for the inputs at hand; with β = 1 it is W x, the
-    output of the dense model. Chains and ranks are those of the plan, whatever inputs it was made for. A planned layer
-    that stays dense gets the weight T with β > 0, and is not touched with β = 0.
+    output of the dense model. Chains and ranks are those of the plan, whatever inputs it was made for.
 
     A group is the layers with one input tensor. All batches pass through the model once for each group, or fewer times
     with `max_passes`: then neighbouring groups are measured in the same pass, before any of them is replaced. With
@@ -76,8 +75,8 @@ def compress_in_order(
         raise UsageError(f"an anchor of {anchor}: 0 to 1 is allowed")
     if moments is not None and plan.loss_metric is not LossMetric.MODEL_LOSS:
         raise UsageError("the plan minimises the output energy and needs no moments in order; leave them out")
-    planned = {place.names[0]: place for place in find_places(model, plan) if anchor or place.plan.chain is not None}
-    if all(place.plan.chain is None for place in planned.values()):
+    planned = {place.names[0]: place for place in find_places(model, plan) if place.plan.chain is not None}
+    if not planned:
         return model
     collect = partial(collect_input_moments, model, mask=mask, held_out=0, quiet=True)
     groups = _groups(collect(batches[:1], [*planned]), [*planned])
@@ -89,30 +88,22 @@ def compress_in_order(
         return None if metric is None else metric.outputs
 
     dense = light_copy(unwrapped(model)) if anchor else None
-    replaced: dict[nn.Module, nn.Module] = {}
-    result, number = model, 0
+    replaced: dict[nn.Module, KSLinear] = {}
+    result = model
     try:
         for several in (groups[start:stop] for start, stop in pairwise(bounds)):
             with _paired(dense if replaced else None, model, several, batches, mask) as (given, drifts):
                 found = collect(given, [*chain.from_iterable(several)])
-            new: dict[nn.Module, nn.Module] = {}
+            new: dict[nn.Module, KSLinear] = {}
             for group in several:
                 for name in group:
-                    place, number = planned[name], number + 1
+                    place = planned[name]
                     if not quiet:
-                        print(f"{number} of {len(planned)}: {described(place)}", file=sys.stderr)
+                        print(f"{len(replaced) + len(new) + 1} of {len(planned)}: {described(place)}", file=sys.stderr)
                     inputs = inputs_of(found, place.plan.cols, _key_of(name)).train
                     metric = Metric(inputs.second_moment, outputs_of(place), damping=0)  # G was damped before
-                    target = place.weight
-                    if drifts:
-                        moved = target.double() @ (drifts[group[0]] / inputs.count).to(target.device)
-                        target = target + anchor * metric.inputs.times_inverse_root(
-                            metric.inputs.times_inverse_root(moved)
-                        )
-                    if place.plan.chain is not None:
-                        new |= replacements_of(place, partial(_chain, target, metric, impl))
-                    elif drifts:
-                        new |= _with_weight(place, target)
+                    drift = drifts[group[0]] / inputs.count if drifts else None
+                    new |= replacements_of(place, partial(_anchored, metric, drift, anchor, impl))
             result = replace_modules(result, new)
             replaced |= new
     except BaseException:
@@ -121,22 +112,19 @@ def compress_in_order(
     return result
 
 
-def _chain(target: torch.Tensor, metric: Metric, impl: str, place: Place) -> KSLinear:
-    """Return the best known chain for a target, rounded to the dtype of the weight at the end."""
+def _anchored(metric: Metric, drift: torch.Tensor | None, anchor: float, impl: str, place: Place) -> KSLinear:
+    """Return the chain of a place for the target T.
+
+    Args:
+        metric: C of the inputs x̃, and G.
+        drift: E[(x − x̃) x̃ᵀ]; None where x̃ = x or β = 0, and T = W.
+        anchor: β.
+    """
+    if drift is None:
+        return factorised(place, metric, impl)
+    once = metric.inputs.times_inverse_root(place.weight.double() @ drift.to(place.weight.device))
+    target = place.weight + anchor * metric.inputs.times_inverse_root(once)
     return KSLinear.from_dense(target, patterns=place.plan.patterns, metric=metric, impl=impl).to(place.weight)
-
-
-def _with_weight(place: Place, weight: torch.Tensor) -> dict[nn.Module, nn.Module]:
-    """Return copies of the layers of a place that share another weight and keep their own biases."""
-    old = place.linears[0].module.weight
-    assert isinstance(old, nn.Parameter)
-    stored = weight.t() if place.linears[0].transposed else weight
-    new = nn.Parameter(stored.to(old.dtype).contiguous(), old.requires_grad)
-    made: dict[nn.Module, nn.Module] = {}
-    for linear in place.linears:
-        made[linear.module] = light_copy(linear.module)
-        made[linear.module].weight = new
-    return made
 
 
 @contextlib.contextmanager

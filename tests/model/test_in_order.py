@@ -75,18 +75,6 @@ def test_with_an_anchor_the_target_turns_to_the_output_of_the_dense_model(anchor
     torch.testing.assert_close(model.get_submodule(NAMES[2]).to_dense().double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_with_an_anchor_a_layer_that_stays_dense_gets_the_target_as_its_weight():
-    model = Network()
-    up, weight = model.get_submodule(NAMES[2]), model.get_submodule(NAMES[2]).weight.detach().clone()
-    plan = plan_of(model, dict.fromkeys(NAMES[:2], "lowrank") | {NAMES[2]: None})
-    ks.compress_in_order(model, plan, BATCHES, anchor=1.0, quiet=True)
-    new = model.get_submodule(NAMES[2])
-    assert type(new) is nn.Linear
-    assert new.bias is up.bias
-    assert torch.equal(up.weight, weight)  # of the dense model, which others may hold
-    torch.testing.assert_close(new.weight.detach().double(), wanted(Network(), model, 1.0), rtol=1e-4, atol=1e-4)
-
-
 def test_a_plan_by_the_loss_of_the_model_keeps_its_gradients_and_takes_the_new_inputs():
     model = Network()
     moments = measured_moments({f"{name}.weight": model.get_submodule(name).weight.detach() for name in NAMES})

@@ -72,9 +72,11 @@ def held_out_error(model, small, name, counted=slice(None)):
     return ((y - found).square().sum(-1) / y.square().sum(-1)).mean().item()
 
 
-def test_the_held_out_error_falls_and_is_that_of_the_models():
+@pytest.mark.parametrize(("lr", "passes"), [(0.03, 3), (0.25, 6)])  # with 0.25, a later pass is worse than the best
+def test_the_held_out_error_falls_and_is_that_of_the_models(lr, passes):
     before = compressed()
-    model, small, blocks = refined()
+    model, small, blocks = refined(lr=lr, passes=passes)
+    assert (min(block.passes for block in blocks) < passes) == (lr == 0.25)
     assert [block.name for block in blocks] == ["layers.0", "layers.2"]
     for block in blocks:
         assert block.after < 0.9 * block.before
@@ -99,6 +101,15 @@ def test_chains_norms_and_biases_of_blocks_with_chains_change_and_nothing_else()
     for name, value in Model().named_parameters():
         assert torch.equal(model.get_parameter(name), value)  # although the light copy shares it
     assert all(each.grad is None and each.requires_grad for each in (*model.parameters(), *small.parameters()))
+
+
+def test_a_parameter_that_two_blocks_use_is_not_trained():
+    model = Model()
+    model.layers[2].norm = model.layers[0].norm
+    small = compressed(copy.deepcopy(model))
+    ks.refine(model, small, BATCHES, BLOCKS, lr=0.03, quiet=True)
+    assert torch.equal(small.layers[0].norm.weight, model.layers[0].norm.weight)
+    assert not torch.equal(small.layers[0].mix.bias, model.layers[0].mix.bias)
 
 
 def test_a_block_that_training_makes_worse_stays_as_it_was_to_the_bit():
