@@ -8,6 +8,7 @@ fewer steps there: inputs of real layers have conditions up to 1e9.
 """
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -101,14 +102,12 @@ class Coordinates:
         """Return a copy of a chain that acts on centred x and gives y, in its dtype or in float64."""
         outside, dtype = copy.deepcopy(model).double(), model.factors[0].dtype
         left, right = outside.factors[0], outside.factors[-1]
-        condition = 1.0
         if self.columns is not None:
             folded = right.squeeze(-1) @ self.columns.inverse.to(right.device)  # p (r q) (n/p)
             right.copy_(folded.unsqueeze(-1))
-            condition *= self.columns.condition()
         if self.rows is not None:
             left.copy_(torch.einsum("tji,ajct->aict", self.rows.inverse.to(left.device), left))
-            condition *= self.rows.condition()
+        condition = math.prod(roots.condition() for roots in (self.columns, self.rows) if roots)
         scale = self.unit ** (1 / len(outside.factors))
         for factor in outside.factors:
             factor.mul_(scale)

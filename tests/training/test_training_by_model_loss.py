@@ -16,7 +16,7 @@ from ks.errors import UsageError
 from ks.files.curves import read_curves
 from ks.layer import KSLinear
 from ks.model.prediction import per_token
-from ks.moments.metric import LossMetric
+from ks.moments.metric import DAMPING, LossMetric
 from ks.training.criterion import loss_and_gradient, mean_squared_error
 from ks.training.criterion_identity import Edits
 from ks.training.optimizer import Optimizer
@@ -39,11 +39,12 @@ def model_problem(folder, *flags, **changes):
     return problem_of(folder, "--inputs", moments(folder, **changes), *MODEL_LOSS, *flags)
 
 
-def increase(error, rows, slopes, mean=0.0):
+def increase(error, rows, slopes, centre=0.0):
     """½ tr(G E C Eᵀ) by its definition, over all pairs of an input and a gradient."""
     gradients = slopes.t() @ slopes / len(slopes)
-    damped = 0.9 * gradients + 0.1 * gradients.diagonal().mean() * torch.eye(len(gradients)).double()
-    outputs = (rows - mean) @ error.double().t()
+    mean = gradients.diagonal().mean() * torch.eye(len(gradients)).double()
+    damped = (1 - DAMPING) * gradients + DAMPING * mean
+    outputs = (rows - centre) @ error.double().t()
     return 0.5 * ((outputs @ damped) * outputs).sum().item() / len(rows)
 
 
@@ -230,4 +231,4 @@ def test_gradients_are_part_of_a_study_that_minimises_the_loss_of_the_model_alon
     assert changes(settings_in(before, None), ours).startswith("loss_metric was output_energy, now model_loss")
     assert changes(ours, energy) == "loss_metric was model_loss, now output_energy"
     assert changes(ours, others).startswith("gradients was sha256 ")
-    assert ours["damping"] == 0.1
+    assert ours["damping"] == DAMPING
