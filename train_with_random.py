@@ -67,7 +67,7 @@ def train(config: TrainerConfig, problem: Problem, run: Recorder) -> None:
 
     def step(x, y, lr):
         prediction = chain(x)
-        loss, gradient = loss_and_gradient(criterion, prediction, y, optimizer.scale)
+        loss, gradient = loss_and_gradient(criterion, prediction, y, optimizer.scale, chain.output_metric)
         chain.backward(gradient, optimizer)  # writes the gradients of the factors to where the update reads them
         norm = optimizer.update(lr, loss)
         return loss, norm

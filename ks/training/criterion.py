@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from ks.chain.bmm import float32_products
 from ks.errors import UsageError, one_line
 from ks.files.columns import check_metric_names
 from ks.training.problem import Problem
@@ -24,22 +25,31 @@ def mean_squared_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.
     return torch.nn.functional.mse_loss(prediction, target)
 
 
-def loss_and_gradient(criterion: Criterion, prediction: torch.Tensor, target: torch.Tensor, scale=1.0):
+def loss_and_gradient(
+    criterion: Criterion, prediction: torch.Tensor, target: torch.Tensor, scale=1.0, outputs: torch.Tensor | None = None
+):
     """Return criterion(prediction, target) in float32, and `scale` times its gradient for the prediction.
 
     The gradient of the mean squared error is written out, 2 (prediction − target) / numel; autograd would cost more.
+    With a metric G of the outputs, the loss is the mean of (G^{1/2} (prediction − target))².
 
     Args:
         criterion: function or module that returns a scalar.
         prediction: shape (batch, m), any float dtype; the gradient has the same.
         target: same shape, float32.
         scale: of the gradient; a number or a scalar tensor.
+        outputs: G, shape (m, m), float32, for our criterion; None for I.
     Raises:
         UsageError: another criterion than ours raises, or returns no scalar that depends on the prediction.
     """
     if criterion is mean_squared_error:
         difference = prediction - target
-        loss = torch.linalg.vector_norm(difference).square_().mul_(1 / difference.numel())
+        if outputs is None:
+            loss = torch.linalg.vector_norm(difference).square_().mul_(1 / difference.numel())
+        else:
+            with float32_products(difference):
+                weighted = difference @ outputs
+            loss, difference = (difference * weighted).mean(), weighted
         return loss, difference.mul_(2.0 / difference.numel() * scale).to(prediction.dtype)
     leaf = prediction.detach().requires_grad_()
     with torch.enable_grad():

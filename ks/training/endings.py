@@ -60,8 +60,10 @@ def check_validation(
     """
     epsilon = 2**-10 if tf32 else torch.finfo(dtype).eps
     rounding = 4 * len(model.factors) * epsilon  # of the root mean squared error, whose scale is 1
-    if (root := problem.output_root(held_out=True)) is not None:
-        rounding *= torch.linalg.cond(root).item()  # the outputs may be far larger than they are after it
+    if problem.validation_root is not None:
+        rounding *= torch.linalg.cond(
+            problem.validation_root
+        ).item()  # the outputs may be far larger than they are after it
     held_out = problem.held_out_samples()
     if held_out is None:
         low, high = sampled_loss_range(weight, model.factors, problem.num_validation, problem.metric)

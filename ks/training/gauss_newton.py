@@ -4,8 +4,8 @@ Factor l has the prefix P = K_1 ⋯ K_{l-1} to its left, and z = K_{l+1} ⋯ K_L
 squared error in a block of its values is (PᵀP) ⊗ E[z zᵀ], so the step is V = (PᵀP + λI)⁻¹ U (E[z zᵀ] + λI)⁻¹ with the
 gradient U; both matrices are those of a split of the chain (`ks.chain.split_grams`). Inputs whose second moment C
 couples the column groups of the right-most factor couple all features that enter a block: there E[z zᵀ] is a c × c
-matrix instead of r × r ones. Likewise, with a metric G that couples the row groups of the left-most factor, Pᵀ G P is a
-b × b matrix in the place of PᵀP.
+matrix instead of r × r ones. Likewise, where G couples the row groups of the left-most factor, Pᵀ G P takes the place
+of PᵀP, one b × b matrix for each block.
 
 Source: Tong, Ma, Chi, "Accelerating ill-conditioned low-rank matrix estimation via scaled gradient descent" (2021), for
 two factors; Martens, Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature" (2015).
@@ -50,7 +50,7 @@ GROWTH = 3.0
 GROWTH_STEPS = 1000  # until half of it
 # Largest noise of a step at first and at last, η · 10 · (n + c) / B with momentum 0.9 and c inputs of a block of the
 # left-most factor: 1.2 at first diverged at saturation in batches of 8, 2.0 at last trained all layers of MiniLM tried.
-# The largest eigenvalue of a coupled G multiplies it.
+# The largest eigenvalue of a coupled G multiplies it for the left-most factor, whose step G does not divide.
 FIRST_NOISE, LAST_NOISE = 0.8, 2.0
 
 
@@ -80,34 +80,31 @@ class GaussNewton(Optimizer):
         patterns = [Pattern(*values.shape) for values in self.parameters]
         rows, cols = patterns[0].rows, patterns[-1].cols
         metric = Metric.of(metric)
-        gradients = metric.outputs.coupling(patterns[0].d)
+        outputs, inputs = metric.outputs.coupling(patterns[0].d), metric.inputs.coupling(patterns[-1].a)
         largest = metric.inputs.largest_of_batch(batch_size, cols)
         # The curvature belongs to half the squared error summed over outputs, the loss is its mean.
         self.rate_factors = [rows / 2 * STEP_SIZE / REFERENCE_LR / largest] * len(patterns)
         # The mean diagonal of PᵀP if outputs of mean square 1 are spread evenly over features of mean square 1.
         self._natural = [rows / pattern.cols for pattern in patterns[:-1]]
         device = self.parameters[0].device
-        before = behind = split_patterns(patterns)
-        moment = metric.inputs.coupling(patterns[-1].a)
-        self._gradients, self._moment = (
-            None if matrix is None else matrix.to(device, torch.float32) for matrix in (gradients, moment)
+        splits = split_patterns(patterns)
+        before = splits if outputs is None else [Pattern(a, b, b, d) for a, b, _, d in patterns[1:]]
+        behind = splits if inputs is None else [Pattern(a, c, c, d) for a, _, c, d in patterns[:-1]]
+        self._is_coupled = outputs is not None or inputs is not None
+        self._outputs, self._inputs = (
+            None if matrix is None else matrix.to(device, torch.float32) for matrix in (outputs, inputs)
         )
-        if gradients is not None:
-            before = [Pattern(a, b, b, d) for a, b, _, d in patterns[1:]]
-        if moment is not None:
-            behind = [Pattern(a, c, c, d) for a, _, c, d in patterns[:-1]]
-        self._is_coupled = gradients is not None or moment is not None
         self.scaling = self._inverses = SplitMatrices(
             *([_identities(pattern, device) for pattern in side] for side in (before, behind))
         )
         self._most_growth = 1.0
         if self._is_coupled:
-            noise = STEP_SIZE / largest * 10 * (cols + patterns[0].c) / batch_size
-            if gradients is not None:
-                noise *= torch.linalg.eigvalsh(gradients)[-1].item()
-            first = min(noise, FIRST_NOISE)
-            self.rate_factors = [factor * first / noise for factor in self.rate_factors]
-            self._most_growth = min(GROWTH, LAST_NOISE / first)
+            noises = [STEP_SIZE / largest * 10 * (cols + patterns[0].c) / batch_size] * len(patterns)
+            if outputs is not None:
+                noises[0] *= torch.linalg.eigvalsh(outputs)[-1].item()
+            first = [min(noise, FIRST_NOISE) for noise in noises]
+            self.rate_factors = [rate * few / noise for rate, few, noise in zip(self.rate_factors, first, noises)]
+            self._most_growth = min(GROWTH, LAST_NOISE / max(first))
         self.relative_loss = torch.ones((), device=device)
         self.failures = torch.zeros((), dtype=torch.int32, device=device)
         # The settings of a refresh stay on the device, so that a captured one reads new values.
@@ -139,7 +136,7 @@ class GaussNewton(Optimizer):
 
         Args:
             loss_damping: what the squared loss is multiplied by for the damping of the prefixes.
-            growth: of the step of coupled inputs.
+            growth: of the step under a metric that couples groups.
         """
         self._loss_damping.fill_(loss_damping)
         self._growth.fill_(growth)
@@ -166,16 +163,11 @@ class GaussNewton(Optimizer):
         # Every factor meets the growth once: the right-most one from its left, the others from their right.
         growth = self._growth if self._is_coupled else None
         growths = [None] * (len(self._natural) - 1) + [growth]
-        if self._gradients is None:
-            grams = prefix_grams(self.parameters)
-        else:
-            grams = coupled_grams(self.parameters, self._gradients)
+        values, outputs, inputs = self.parameters, self._outputs, self._inputs
+        grams = prefix_grams(values) if outputs is None else coupled_grams(values, outputs)
         for place, gram, natural, growth in zip(self._inverses.left, grams, self._natural, growths, strict=True):
             self._invert(gram, damping * natural, place, growth)
-        if self._moment is None:
-            grams = suffix_grams(self.parameters)
-        else:
-            grams = coupled_moments(self.parameters, self._moment)
+        grams = suffix_grams(values) if inputs is None else coupled_moments(values, inputs)
         for place, gram in zip(self._inverses.right, grams, strict=True):
             self._invert(gram, 0.0, place, growth)
 

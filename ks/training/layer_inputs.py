@@ -1,11 +1,10 @@
-"""The inputs of a layer that the flags describe: their metric, coordinates, held-out part, and what an error costs."""
+"""The inputs of a layer that the flags describe: the metrics of an error, the coordinates, the held-out part."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ks.bounds.population_loss import population_loss
 from ks.chain.patterns import Chain
 from ks.cli.flags import TrainingFlags
 from ks.errors import UsageError, one_line
@@ -13,7 +12,7 @@ from ks.files.columns import ISOTROPIC
 from ks.files.weights import Weight
 from ks.moments.metric import LossMetric, Metric
 from ks.moments.read import Calibration, read_input_moments
-from ks.moments.second_moment import UNIT_MOMENT, SecondMoment, VectorSums
+from ks.moments.second_moment import SecondMoment, VectorSums
 from ks.training.whitening import Coordinates, isotropic_coordinates, measured_coordinates
 
 MEASURED = "measured"
@@ -31,61 +30,31 @@ class LayerInputs:
         coordinates: y' and x'.
         metric: of an error in y' and x', around the centre.
         predict_zero_loss: tr(W C Wᵀ) / m, or ½ tr(G W C Wᵀ) for the loss of the model, in the user's units.
+        output_energy: tr(W C Wᵀ).
         description: for config files; it identifies the inputs.
         notes: remarks for the user, a line each.
         loss_metric: the kind of the metric.
-        held_out: the metric of held-out inputs around the same centre, in the user's coordinates; None if there are
-            none.
+        held_out: the metric of held-out inputs around the same centre, in the user's coordinates; None without them.
         held_out_predict_zero_loss: loss of the zero predictor on held-out inputs.
+        model_metric, held_out_model_metric: G ⊗ C around the centre in the user's coordinates, whichever metric trains;
+            None without G.
+        unit: of the loss of the model, as nats; empty without gradients.
         given: raw samples to train on, shape (N, n); None unless --sampling is fixed.
-        effects: losses that every trained chain has too; None without gradients of the loss of the model.
     """
 
     coordinates: Coordinates
     metric: Metric
     predict_zero_loss: float
+    output_energy: float
     description: dict[str, Any]
     notes: tuple[str, ...]
     loss_metric: LossMetric = LossMetric.OUTPUT_ENERGY
     held_out: Metric | None = None
     held_out_predict_zero_loss: float | None = None
+    model_metric: Metric | None = None
+    held_out_model_metric: Metric | None = None
+    unit: str = ""
     given: torch.Tensor | None = None
-    effects: "Effects | None" = None
-
-
-@dataclass(frozen=True)
-class Effects:
-    """What an error of the weight does to the model, whichever metric a chain is trained by.
-
-    Args:
-        model_loss: G ⊗ C with C around the centre.
-        held_out: the same of the held-out part; None if there is none.
-        energy: tr(W C Wᵀ) with C around 0.
-        unit: of the loss of the model.
-    """
-
-    model_loss: Metric
-    held_out: Metric | None
-    energy: float
-    unit: str
-
-    def of_chain(self, weight: torch.Tensor, values: list[torch.Tensor]) -> dict[str, float | None]:
-        """Return loss_increase and held_out_loss_increase, ½ tr(G E C Eᵀ) per token with E = W − K_1 … K_L, and
-        energy_loss, the fraction of the output energy that is lost.
-
-        Args:
-            weight: W, shape (m, n).
-            values: of the factors, which act on x and give y.
-        """
-
-        def loss(metric: Metric | SecondMoment) -> float:
-            return population_loss(weight, values, metric) * len(weight)
-
-        return {
-            "loss_increase": loss(self.model_loss) / 2,
-            "held_out_loss_increase": None if self.held_out is None else loss(self.held_out) / 2,
-            "energy_loss": loss(self.model_loss.inputs) / self.energy,
-        }
 
 
 def layer_inputs(config: TrainingFlags, weight: Weight, chain: Chain) -> LayerInputs:
@@ -95,19 +64,23 @@ def layer_inputs(config: TrainingFlags, weight: Weight, chain: Chain) -> LayerIn
         UsageError: flags that do not go together, or a file that does not fit the weight.
     """
     if config.inputs is None:
-        wants_model_loss = config.loss_metric == LossMetric.MODEL_LOSS
         needing = {
             "inputs_key": config.inputs_key,
             "fit_bias": config.fit_bias,
-            "loss_metric model_loss": wants_model_loss,
+            "loss_metric model_loss": config.loss_metric == LossMetric.MODEL_LOSS,
         }
         for name, is_given in needing.items():
             if is_given:
                 raise UsageError(f"--{name} without --inputs: give the file with the measured inputs too")
-        zero_loss = SecondMoment.isotropic(config.input_std).output_energy(weight.tensor) / len(weight.tensor)
-        description = {"kind": ISOTROPIC, "std": config.input_std}
-        coordinates = isotropic_coordinates(weight.tensor)
-        return LayerInputs(coordinates, Metric(UNIT_MOMENT), zero_loss, description, (ISOTROPIC_NOTE,))
+        energy = SecondMoment.isotropic(config.input_std).output_energy(weight.tensor)
+        return LayerInputs(
+            isotropic_coordinates(weight.tensor),
+            Metric(),
+            energy / len(weight.tensor),
+            energy,
+            {"kind": ISOTROPIC, "std": config.input_std},
+            (ISOTROPIC_NOTE,),
+        )
     if config.input_std != 1.0:
         raise UsageError(f"--input_std {config.input_std:g} together with --inputs: give one or the other")
     given = read_input_moments(
@@ -121,32 +94,28 @@ def layer_inputs(config: TrainingFlags, weight: Weight, chain: Chain) -> LayerIn
 def _measured(given: Calibration, weight: torch.Tensor, chain: Chain, config: TrainingFlags) -> LayerInputs:
     kind = LossMetric(config.loss_metric or LossMetric.OUTPUT_ENERGY)
     is_model_loss = kind is LossMetric.MODEL_LOSS
-    moment, centre = SecondMoment(given.train.second_moment), given.train.mean if config.fit_bias else None
-    around = moment if centre is None else _centred(given, config.inputs)
-    gradients, held_out_gradients = (
-        None if sums is None else SecondMoment(sums.second_moment)
-        for sums in (given.gradients, given.held_out_gradients or given.gradients)
-    )
-    if is_model_loss and gradients is None:
+    if is_model_loss and given.gradients is None:
         raise UsageError(
             f"{config.inputs} comes without gradients of the loss of the model, which --loss_metric model_loss and "
             "--target_loss_increase need; collect moments with loss=… (ks.collect_input_moments), or leave the flag out"
         )
-    effects, held_out, held_out_loss = None, None, None
-    divisor = 2 if is_model_loss else len(weight)  # half the form is the increase of the loss; or energy per output
-    loss = Metric(moment, gradients if is_model_loss else None).loss(weight)
-    metric = Metric(around, gradients)
+    moment, centre = SecondMoment(given.train.second_moment), given.train.mean if config.fit_bias else None
+    around = moment if centre is None else _centred(given, config.inputs)
+    outputs, held_out_outputs = (
+        None if sums is None else SecondMoment(sums.second_moment)
+        for sums in (given.gradients, given.held_out_gradients or given.gradients)
+    )
+    metric = Metric(around, outputs)
     metric.check_shape(weight)
+    divisor = 2 if is_model_loss else len(weight)  # half the form is the increase of the loss; or energy per output
+    loss = Metric(moment, outputs if is_model_loss else None).loss(weight)
+    held_out, held_out_loss = None, None
     if given.held_out is not None:
-        uncentred = SecondMoment(given.held_out.second_moment)
-        held_out = Metric(
-            uncentred if centre is None else SecondMoment(_around(given.held_out, centre)), held_out_gradients
-        )
-        held_out_loss = Metric(uncentred, held_out_gradients if is_model_loss else None).loss(weight) / divisor
-    if gradients is not None:
-        effects = Effects(metric, held_out, moment.output_energy(weight), given.unit)
+        held_out = Metric(_around(given.held_out, centre), held_out_outputs)
+        held_out_loss = given.metric(kind, held_out=True).loss(weight) / divisor
+    model, held_out_model = (None, None) if outputs is None else (metric, held_out)
     if not is_model_loss:
-        metric, held_out = Metric(around), None if held_out is None else Metric(held_out.inputs)
+        metric, held_out = Metric(around), held_out and Metric(held_out.inputs)
     coordinates, inside = measured_coordinates(chain, (loss / len(weight)) ** 0.5, metric, centre)
     count, held_out_count = given.train.count, given.held_out.count if given.held_out else 0
     description = {
@@ -161,26 +130,34 @@ def _measured(given: Calibration, weight: torch.Tensor, chain: Chain, config: Tr
     if is_model_loss:
         description |= {"gradients_sha256": given.gradients_sha256, "damping": metric.damping}
     name = f" {one_line(given.key)}" if given.key else ""
-    note = (
+    notes = [
         f"Using the measured inputs of {one_line(config.inputs)}{name}: {count} inputs and {held_out_count} held out, "
         f"effective rank {moment.effective_rank:.1f} of {weight.shape[1]}."
-    )
-    notes = [note, *_gradient_notes(given, kind), *given.notes]
+    ]
+    if is_model_loss:
+        unit = f" ({given.unit})" if given.unit else ""
+        notes.append(f"Losses are the predicted increase of the loss of the model{unit} per token.")
+    elif outputs is not None:
+        notes.append("These inputs come with gradients; --loss_metric model_loss minimises what the model loses.")
+    notes += given.notes
     if given.transposed and not config.transpose:
         notes.append("The model of these inputs stores the weight as (in, out): give --transpose if the file does too.")
     rows = given.samples[: given.train.count] if config.sampling == "fixed" and given.samples is not None else None
-    zero_loss = loss / divisor
     return LayerInputs(
-        coordinates, inside, zero_loss, description, tuple(notes), kind, held_out, held_out_loss, rows, effects
+        coordinates,
+        inside,
+        loss / divisor,
+        moment.output_energy(weight),
+        description,
+        tuple(notes),
+        loss_metric=kind,
+        held_out=held_out,
+        held_out_predict_zero_loss=held_out_loss,
+        model_metric=model,
+        held_out_model_metric=held_out_model,
+        unit="" if outputs is None else given.unit,
+        given=rows,
     )
-
-
-def _gradient_notes(given: Calibration, kind: LossMetric) -> list[str]:
-    if kind is LossMetric.MODEL_LOSS:
-        unit = f" ({given.unit})" if given.unit else ""
-        return [f"Losses are the predicted increase of the loss of the model{unit} per token."]
-    hint = "These inputs come with gradients; --loss_metric model_loss minimises what the model loses."
-    return [] if given.gradients is None else [hint]
 
 
 def _centred(given: Calibration, path: str | None) -> SecondMoment:
@@ -199,8 +176,10 @@ def _centred(given: Calibration, path: str | None) -> SecondMoment:
         raise UsageError(f"{trouble} ({error}); leave it out") from error
 
 
-def _around(part: VectorSums, centre: torch.Tensor) -> torch.Tensor:
+def _around(part: VectorSums, centre: torch.Tensor | None) -> torch.Tensor:
     """Return the second moment of x − μ: C − m μᵀ − μ mᵀ + μ μᵀ with m the mean of x; C − μ μᵀ if m is μ."""
+    if centre is None:
+        return part.second_moment
     cross = part.mean.outer(centre)
     moment = part.second_moment - cross - cross.t() + centre.outer(centre)
     return (moment + moment.t()) / 2

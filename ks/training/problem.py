@@ -1,12 +1,13 @@
 """The learning problem that the flags describe: weight, chain, inputs, samples; checked before anything is written."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from ks.bounds.floors import no_floor_reason
-from ks.bounds.population_loss import population_loss
+from ks.bounds.population_loss import residual
 from ks.chain.backend import choose_impl
 from ks.chain.patterns import Chain, make_chain
 from ks.cli.flags import ChainFlags, TargetFlags, TrainingFlags
@@ -71,8 +72,7 @@ class Problem:
     @property
     def unit(self) -> str:
         """Return the unit of the loss of the model, as nats; empty without gradients."""
-        effects = self.layer_inputs.effects
-        return "" if effects is None else effects.unit
+        return self.layer_inputs.unit
 
     @property
     def predict_zero_loss(self) -> float:
@@ -95,30 +95,42 @@ class Problem:
     def held_out_loss(self, model: KSLinear) -> float:
         """Return the exact loss of a chain of internal coordinates on the held-out inputs, in internal units."""
         assert self.layer_inputs.held_out is not None
-        weight, values = self._outside(model)
-        return population_loss(weight, values, self.layer_inputs.held_out) / self.coordinates.unit**2
+        return self.layer_inputs.held_out.loss(self._error(model)) / self.rows / self.coordinates.unit**2
 
     def effects(self, model: KSLinear) -> dict[str, float | None]:
-        """Return the losses in `Effects` of a chain of internal coordinates as it is saved; none without gradients."""
-        effects = self.layer_inputs.effects
-        return {} if effects is None else effects.of_chain(*self._outside(model))
+        """Return what a chain of internal coordinates costs as it is saved, whichever metric trained it.
 
-    def _outside(self, model: KSLinear) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        Returns:
+            loss_increase and held_out_loss_increase, ½ tr(G E C Eᵀ) per token with E = W − Ŵ, and energy_loss, the
+            fraction of the output energy that is lost; nothing without gradients.
+        """
+        metric, held_out = self.layer_inputs.model_metric, self.layer_inputs.held_out_model_metric
+        if metric is None:
+            return {}
+        error = self._error(model)
+        return {
+            "loss_increase": metric.loss(error) / 2,
+            "held_out_loss_increase": None if held_out is None else held_out.loss(error) / 2,
+            "energy_loss": metric.inputs.output_energy(error) / self.layer_inputs.output_energy,
+        }
+
+    def _error(self, model: KSLinear) -> torch.Tensor:
+        """Return W − Ŵ in the user's coordinates, float64, for a chain of internal coordinates."""
         values = self.coordinates.outside(model).factors
-        return self.weight.tensor.to(values[0].device), values
+        return residual(self.weight.tensor.to(values[0].device), values)
 
-    def output_root(self, held_out: bool = False) -> torch.Tensor | None:
-        """Return G^{1/2} in internal coordinates, by which predictions and targets are multiplied, so that their mean
-        squared error is the loss; None where it is I.
+    @cached_property
+    def validation_root(self) -> torch.Tensor | None:
+        """Return G^{1/2} in internal coordinates, of held-out gradients if there are any; None where it is I.
 
-        Args:
-            held_out: that of the held-out gradients, if there are any, which validation uses.
+        Predictions and targets of validation samples are multiplied by it, so that the mean squared error is the loss.
+
         Returns:
             symmetric, shape (m, m), float64, on the CPU.
         """
-        outputs = self.metric.outputs
-        if held_out and self.loss_metric is LossMetric.MODEL_LOSS and self.layer_inputs.held_out is not None:
-            outputs = SecondMoment(self.coordinates.gradients(self.layer_inputs.held_out))
+        outputs, held_out = self.metric.outputs, self.layer_inputs.held_out
+        if held_out is not None and held_out.kind is LossMetric.MODEL_LOSS:
+            outputs = SecondMoment(self.coordinates.gradients(held_out))
         return None if outputs.is_isotropic else outputs.times_root(torch.eye(self.rows, dtype=torch.float64))
 
     def held_out_samples(self) -> Pair | None:
@@ -126,9 +138,7 @@ class Problem:
         if self.layer_inputs.held_out is None:
             return None
         unit = torch.eye(self.cols, dtype=torch.float64).mul_(self.cols**0.5)
-        samples, targets = self._inside(self.layer_inputs.held_out.inputs.transform(unit))
-        root = self.output_root(held_out=True)
-        return samples, targets if root is None else targets @ root
+        return self._inside(self.layer_inputs.held_out.inputs.transform(unit))
 
     def given_samples(self) -> Pair | None:
         """Return the raw samples to train on as x', and their targets y', float64; None unless sampling is fixed."""

@@ -53,6 +53,7 @@ class Samples:
         seed: of inputs and shuffles.
         moment: C.
         output_rows: the order of the training targets, as rows of W, int64 of shape (m,); None for the natural one.
+        validation_root: G^{1/2}, by which the validation targets are multiplied, shape (m, m); None for I.
         batch_last: batches of shape (n, batch) instead of (batch, n).
         dtype: of the inputs; targets stay float32.
         stored: the `sets` of samples with the same settings.
@@ -76,6 +77,7 @@ class Samples:
         seed: int,
         moment: SecondMoment = UNIT_MOMENT,
         output_rows: torch.Tensor | None = None,
+        validation_root: torch.Tensor | None = None,
         batch_last: bool = False,
         dtype: torch.dtype = torch.float32,
         stored: list[Pair] | None = None,
@@ -93,6 +95,9 @@ class Samples:
         (self.inputs, targets), *validation = self.sets
         self.targets = self._in_order(targets)
         self.validation = [(inputs[0], self._by_sample(targets[0])) for inputs, targets in validation]
+        if validation_root is not None:
+            with float32_products(weight):
+                self.validation = [(x, y @ validation_root.to(y)) for x, y in self.validation]
         sizes = torch.tensor([targets.numel() for _, targets in self.validation], device=weight.device)
         self.validation_fractions = sizes / sizes.sum()
 
@@ -184,7 +189,6 @@ def make_samples(
         seed: of the samples; None for that of the config.
     """
     seed = config.seed if seed is None else seed
-    weight = problem.metric.weighted(weight)  # its outputs are those that the chain makes
     stored = _read(seed, _settings(config, problem, seed))
     return Samples(
         weight.float(),
@@ -195,6 +199,7 @@ def make_samples(
         seed=seed,
         moment=problem.metric.inputs,
         output_rows=output_rows,
+        validation_root=problem.validation_root,
         batch_last=config.bs_last,
         dtype=DTYPES[config.dtype],
         stored=stored,

@@ -23,8 +23,8 @@ class TrainableChain:
 
     `factors` are the values that train, `model` is the layer that has them. Training batches leave the outputs in the
     order `output_rows`: that in which the left-most product makes them, where the criterion is our own, since the mean
-    squared error is the same in any order; that of W's rows for every other criterion. Where the metric of the problem
-    couples outputs, predictions are G^{1/2} Ŵ x (`Problem.output_root`). `impl` is the backend and its reason.
+    squared error is the same in any order; that of W's rows for every other criterion. `output_metric` is G in this
+    order, float32, None for I. `impl` is the backend and its reason.
     """
 
     def __init__(self, config: TrainerConfig, problem: Problem, weight: torch.Tensor):
@@ -42,9 +42,11 @@ class TrainableChain:
         self._passes = ChainPasses(patterns, impl=self.impl[0], **settings)
         self._kept: tuple = ()
         self.output_rows = self._passes.output_rows
-        self._root, self._root_held_out = (self._ordered(problem.output_root(held_out)) for held_out in (False, True))
-        if self._root is not None:
-            self.output_rows = torch.arange(problem.rows)
+        outputs, root = problem.metric.outputs, problem.validation_root
+        self.output_metric = None
+        if not outputs.is_isotropic:
+            self.output_metric = outputs.matrix[self.output_rows][:, self.output_rows].to(device, torch.float32)
+        self._root = None if root is None else root.to(device, torch.float32)
 
     @property
     def model(self) -> KSLinear:
@@ -60,17 +62,6 @@ class TrainableChain:
         """Return a view with one sample a row, or back to the layout of the chain."""
         return outputs.t() if self.batch_last else outputs
 
-    def _ordered(self, root: torch.Tensor | None) -> torch.Tensor | None:
-        """Return the transpose of a root, whose rows take outputs in the order of the left-most product."""
-        return None if root is None else root[self._passes.output_rows].to(self.factors[0].device, self.dtype)
-
-    def _rooted(self, outputs: torch.Tensor, root: torch.Tensor | None) -> torch.Tensor:
-        """Return outputs of shape (batch, m), or their gradient, times a matrix of shape (m, m) if there is one."""
-        if root is None:
-            return outputs
-        with float32_products(outputs, self._passes.precision):
-            return outputs @ root
-
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return x Ŵᵀ for a training batch, shape (batch, m), and keep what `backward` needs.
 
@@ -80,22 +71,27 @@ class TrainableChain:
         values = self._values()
         prediction, *inner = self._passes.forward(x, values)
         self._kept = x, values, inner
-        return self._rooted(self._rows(prediction), self._root)
+        return self._rows(prediction)
 
     def backward(self, gradient: torch.Tensor, optimizer: Optimizer) -> None:
         """Write the gradients of the factors to `optimizer`; `gradient` is that of the last prediction, (batch, m)."""
         kept, self._kept = self._kept, ()  # memory that is free again stays in the cache for the next step
-        gradient = gradient if self._root is None else self._rooted(gradient, self._root.mT)
         self._passes.backward(self._rows(gradient), *kept, out=optimizer.gradients, scaling=optimizer.scaling)
 
     def predict(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x Ŵᵀ in the order of W's rows, shape (batch, m), float32; x is as in `__call__`, of any batch size."""
+        """Return x Ŵᵀ in the order of W's rows, times `Problem.validation_root`; shape (batch, m), float32.
+
+        Args:
+            x: as in `__call__`, of any batch size.
+        """
         outputs = self._rows(self._passes.forward(x, self._values())[0])
-        if self._root_held_out is not None:
-            return self._rooted(outputs, self._root_held_out).float()
         if self._passes.block_order:
             outputs = outputs.index_select(1, self.output_rows.argsort().to(x.device))
-        return outputs.float()
+        outputs = outputs.float()
+        if self._root is None:
+            return outputs
+        with float32_products(outputs):
+            return outputs @ self._root
 
 
 def _initial_model(config: TrainerConfig, problem: Problem, weight: torch.Tensor) -> KSLinear:

@@ -8,7 +8,9 @@ fewer steps there: inputs of real layers have conditions up to 1e9.
 """
 
 import copy
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -25,23 +27,32 @@ from ks.moments.second_moment import FLOAT32_ROUNDING, SecondMoment, is_semi_def
 LARGEST_FLOAT32_CONDITION = 1e4
 
 
+class Roots(NamedTuple):
+    """Roots F_i of the second moments F_i F_iᵀ of p groups of features, and F_i⁺, both of shape (p, n/p, n/p)."""
+
+    root: torch.Tensor
+    inverse: torch.Tensor
+
+    def condition(self) -> float:
+        """Return the largest condition of a root."""
+        norms = [torch.linalg.matrix_norm(matrices, 2) for matrices in self]
+        return (norms[0] * norms[1]).max().item()
+
+
 @dataclass(frozen=True)
 class Coordinates:
     """The change of coordinates for one weight, chain family and metric.
 
     Args:
         unit: u.
-        root, inverse: F_i and F_i⁺, shape (p, n/p, n/p), float64; None where they are the identity.
+        columns, rows: F_i and R_t, float64; None where they are the identity.
         centre: μ, shape (n,), float64; None for 0.
-        row_root, row_inverse: R_t and R_t⁺, shape (q, m/q, m/q), float64; None where they are the identity.
     """
 
     unit: float
-    root: torch.Tensor | None = None
-    inverse: torch.Tensor | None = None
+    columns: Roots | None = None
+    rows: Roots | None = None
     centre: torch.Tensor | None = None
-    row_root: torch.Tensor | None = None
-    row_inverse: torch.Tensor | None = None
 
     def weight(self, weight: torch.Tensor) -> torch.Tensor:
         """Return ⊕R_tᵀ W ⊕F_i / u.
@@ -49,26 +60,26 @@ class Coordinates:
         Args:
             weight: W, shape (m, n), float64; overwritten.
         """
-        if self.root is not None:
-            weight = _times_block_diagonal(weight, self.root)
+        if self.columns is not None:
+            weight = _times_block_diagonal(weight, self.columns.root)
         return self.outputs(weight).div_(self.unit)
 
-    def outputs(self, rows: torch.Tensor) -> torch.Tensor:
+    def outputs(self, matrix: torch.Tensor) -> torch.Tensor:
         """Return ⊕R_tᵀ Y for a matrix Y of m rows, float64."""
-        if self.row_root is None:
-            return rows
-        groups = rows.view(-1, len(self.row_root), rows.shape[1]).transpose(0, 1)  # (m/q q) n -> q m/q n
-        return (self.row_root.to(rows.device).mT @ groups).transpose(0, 1).reshape(rows.shape)
+        if self.rows is None:
+            return matrix
+        root = self.rows.root.to(matrix.device)
+        return torch.einsum("tji,jtn->itn", root, matrix.unflatten(0, (-1, len(root)))).reshape(matrix.shape)
 
     def samples(self, samples: torch.Tensor) -> torch.Tensor:
         """Return samples x' of centred samples x, shape (N, n), float64."""
-        return samples if self.inverse is None else _times_block_diagonal(samples, self.inverse.mT)
+        return samples if self.columns is None else _times_block_diagonal(samples, self.columns.inverse.mT)
 
     def gradients(self, metric: Metric) -> torch.Tensor:
         """Return ⊕R_t⁺ G ⊕R_t⁺ᵀ, with the rows in their natural order, shape (m, m), float64."""
-        assert self.row_inverse is not None
-        groups = len(self.row_inverse)
-        return _in_natural_order(_congruent(metric.rows_in_groups(groups).matrix, self.row_inverse), groups)
+        assert self.rows is not None
+        inverse = self.rows.inverse
+        return _in_natural_order(_congruent(metric.rows_in_groups(len(inverse)).matrix, inverse), len(inverse))
 
     def save(self, model: KSLinear, weight: torch.Tensor, path) -> None:
         """Save a trained chain as one that acts on x and gives y.
@@ -91,23 +102,17 @@ class Coordinates:
         """Return a copy of a chain that acts on centred x and gives y, in its dtype or in float64."""
         outside, dtype = copy.deepcopy(model).double(), model.factors[0].dtype
         left, right = outside.factors[0], outside.factors[-1]
-        condition = 1.0
-        if self.root is not None and self.inverse is not None:
-            folded = right.squeeze(-1) @ self.inverse.to(right.device)  # p (r q) (n/p)
+        if self.columns is not None:
+            folded = right.squeeze(-1) @ self.columns.inverse.to(right.device)  # p (r q) (n/p)
             right.copy_(folded.unsqueeze(-1))
-            condition *= _condition(self.root, self.inverse)
-        if self.row_root is not None and self.row_inverse is not None:
-            left.copy_(torch.einsum("tji,ajct->aict", self.row_inverse.to(left.device), left))
-            condition *= _condition(self.row_root, self.row_inverse)
+        if self.rows is not None:
+            left.copy_(torch.einsum("tji,ajct->aict", self.rows.inverse.to(left.device), left))
+        condition = math.prod(roots.condition() for roots in (self.columns, self.rows) if roots)
         scale = self.unit ** (1 / len(outside.factors))
         for factor in outside.factors:
             factor.mul_(scale)
         precise = condition > LARGEST_FLOAT32_CONDITION or not 1e-25 < self.unit < 1e25
         return outside if precise else outside.to(dtype)
-
-
-def _condition(root: torch.Tensor, inverse: torch.Tensor) -> float:
-    return (torch.linalg.matrix_norm(root, 2) * torch.linalg.matrix_norm(inverse, 2)).max().item()
 
 
 def isotropic_coordinates(weight: torch.Tensor) -> Coordinates:
@@ -127,18 +132,17 @@ def measured_coordinates(
         centre: as in `Coordinates`.
     """
     left, right = chain.patterns(1)[0], chain.patterns(1)[-1]
-    root, inverse, inputs = _whitened(metric.inputs.matrix, right.a)
+    columns, inputs = _whitened(metric.inputs.matrix, right.a)
     if metric.kind is LossMetric.OUTPUT_ENERGY:
-        return Coordinates(unit, root, inverse, centre), Metric(inputs)
-    row_root, row_inverse, grouped = _whitened(metric.rows_in_groups(left.d).matrix, left.d)
-    coordinates = Coordinates(unit, root, inverse, centre, row_root, row_inverse)
-    if grouped.coupling(left.d) is None:
-        return coordinates, Metric(inputs)
-    return coordinates, Metric(inputs, _in_natural_order(grouped.matrix, left.d), damping=0.0)
+        return Coordinates(unit, columns, None, centre), Metric(inputs)
+    rows, grouped = _whitened(metric.rows_in_groups(left.d).matrix, left.d)
+    is_coupled = grouped.coupling(left.d) is not None
+    outputs = _in_natural_order(grouped.matrix, left.d) if is_coupled else None
+    return Coordinates(unit, columns, rows, centre), Metric(inputs, outputs, damping=0.0)
 
 
-def _whitened(moment: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor, SecondMoment]:
-    """Return the root and the inverse of every group of features, and the second moment of the whitened ones."""
+def _whitened(moment: torch.Tensor, groups: int) -> tuple[Roots, SecondMoment]:
+    """Return the roots of the groups of features, and the second moment of the whitened features."""
     root, inverse = root_and_inverse(_diagonal_blocks(moment, groups))
     whitened = _congruent(moment, inverse)
     for place, own in zip(_diagonal_blocks(whitened, groups), inverse @ root, strict=True):
@@ -147,7 +151,7 @@ def _whitened(moment: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Te
     if not is_semi_definite(whitened, FLOAT32_ROUNDING / 2):
         eigenvalues, vectors = torch.linalg.eigh(whitened)
         whitened = (vectors * eigenvalues.clamp(min=0)) @ vectors.mT
-    return root, inverse, SecondMoment(whitened)
+    return Roots(root, inverse), SecondMoment(whitened)
 
 
 def _congruent(moment: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:

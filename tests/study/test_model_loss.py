@@ -13,7 +13,6 @@ from ks.errors import UsageError
 from ks.files.atomic import read_json, write_json
 from ks.files.layout import SweepFiles
 from ks.files.schema import StudyRecord
-from ks.moments.metric import Metric
 from ks.report.read_results import read_study
 from ks.study.folder import parse
 from ks.study.runs import ranks_of
@@ -53,8 +52,7 @@ def test_a_target_in_nats_is_one_of_the_zero_predictor_and_too_large_a_one_is_re
     problem, floors = floors_of(config, tmp_path)
     assert relative_target(config, problem) == pytest.approx(1 / 8)
     weight = problem.weight.tensor.double()
-    gradients, inputs = problem.layer_inputs.effects.model_loss.outputs, problem.layer_inputs.effects.model_loss.inputs
-    exact = RankFloors(weight, problem.chain, Metric(inputs, gradients.matrix, damping=0.0)).curve * len(weight) / 2
+    exact = RankFloors(weight, problem.chain, problem.layer_inputs.model_metric).curve * len(weight) / 2
     torch.testing.assert_close(floors.curve * zero, exact, rtol=1e-6, atol=1e-9)
     assert floors.isotropic_curve is None  # isotropic inputs have no gradients
     with pytest.raises(UsageError, match="the zero predictor costs .* nats per token"):

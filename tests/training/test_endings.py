@@ -39,7 +39,7 @@ def test_a_validation_loss_that_contradicts_the_population_loss_is_a_fault(dtype
     torch.manual_seed(0)
     model = KSLinear(10, 6, rank=2)
     problem = SimpleNamespace(
-        num_validation=10**7, metric=Metric(), held_out_samples=lambda: None, output_root=lambda held_out: None
+        num_validation=10**7, metric=Metric(), held_out_samples=lambda: None, validation_root=None
     )
     loss = population_loss(weight, model.factors)
     check_validation(loss, weight, model, problem, dtype, tf32)
@@ -59,7 +59,7 @@ def test_a_validation_loss_on_held_out_inputs_must_be_the_exact_one(energy, hold
     weight = WEIGHT.double() * 6**0.5 / WEIGHT.norm()
     torch.manual_seed(0)
     problem = SimpleNamespace(
-        output_root=lambda held_out: None,
+        validation_root=None,
         held_out_loss=lambda model: 0.25,
         held_out_samples=lambda: (torch.full((1, 10), energy**0.5, dtype=torch.float64), None),
     )

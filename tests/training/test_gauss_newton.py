@@ -90,9 +90,11 @@ def dense_step(values, x, residual, metric):
     for factor in dense[:0:-1]:
         suffixes.insert(0, factor @ suffixes[0])
     rate = 0.1 / moment.largest_of_batch(batch, n)
+    rates = [rate] * len(values)
     if outputs is not None:
-        noise = rate * 10 * (n + values[0].shape[2]) / batch * torch.linalg.eigvalsh(outputs)[-1].item()
-        rate *= min(1, 0.8 / noise)
+        noise = rate * 10 * (n + values[0].shape[2]) / batch
+        largest = torch.linalg.eigvalsh(outputs)[-1].item()
+        rates = [rate * min(1, 0.8 / (noise * (largest if index == 0 else 1))) for index in range(len(values))]
     moved = []
     for index, (value, prefix, suffix) in enumerate(zip(values, prefixes, suffixes, strict=True)):
         gradient = (residual.double() @ prefix).t() @ (x.double() @ suffix.t()) / batch
@@ -115,7 +117,7 @@ def dense_step(values, x, residual, metric):
                 right = damped(right, groups if coupling is None else torch.zeros(c), shared)
             block = torch.linalg.solve(left, gradient[rows][:, cols])
             step[rows[:, None], cols] = torch.linalg.solve(right, block.t()).t()
-        moved.append(dense[index] - rate * step)
+        moved.append(dense[index] - rates[index] * step)
     return moved
 
 

@@ -111,6 +111,8 @@ REFUSED = {
     "a bias alone": (["--fit_bias"], "--fit_bias without --inputs"),
     "two spreads": (["--inputs", "x", "--input_std", "2"], "--input_std 2 together with --inputs"),
     "moments have no rows": (["--inputs", "x", "--sampling", "fixed"], "--sampling fixed needs raw samples"),
+    "a metric alone": (["--loss_metric", "model_loss"], "--loss_metric model_loss without --inputs"),
+    "no gradients": (["--inputs", "x", "--loss_metric", "model_loss"], "without gradients of the loss of the model"),
     "another key": (["--inputs", "x", "--inputs_key", "attention"], "no inputs for key 'attention'"),
 }
 
