@@ -32,7 +32,7 @@ from ks.files.ownership import check_free, recorded
 from ks.files.table import filled
 from ks.model.model_plan import ModelPlan
 from ks.report.figures import draw
-from ks.report.figures.by_prediction import increases_of
+from ks.report.figures.by_prediction import points_of
 from ks.report.html import write_report
 from ks.report.read_results import read_study
 from ks.report.summary import summary_table
@@ -65,7 +65,7 @@ def measured_plans(folder: Path) -> list[ModelPlan]:
         UsageError: one of them is not valid.
     """
     paths = [path for path in sorted(folder.glob("*_plan.json")) if read_json_object(path).get("measured_increase")]
-    return [plan for plan in map(ModelPlan.load, paths) if increases_of([plan])]
+    return [plan for plan in map(ModelPlan.load, paths) if points_of(plan)]
 
 
 @console.script

@@ -15,7 +15,7 @@ from ks.model.model_plan import ModelPlan
 from ks.report.figures import by_cost
 from ks.report.figures.by_cost import loss_by_latency, loss_by_parameters
 from ks.report.figures.by_epoch import gap_by_epoch, has_gaps, loss_curves, metric_by_epoch
-from ks.report.figures.by_prediction import increases_of, measured_by_predicted
+from ks.report.figures.by_prediction import measured_by_predicted
 from ks.report.figures.by_rank import final_losses, floor_by_rank, has_floors
 from ks.report.figures.parts import write_heading
 from ks.report.read_results import Study
@@ -84,12 +84,8 @@ def chains_figure(studies: list[Study], *, log_scale: bool = False, title: str |
 
 
 def plans_figure(plans: list[ModelPlan], *, title: str | None = None) -> Figure:
-    """Return the predicted and measured increases of plans of one model, of which at least one has both above 0."""
-
-    def draw(figure: Figure, increases: list, log_scale: bool) -> str:
-        return measured_by_predicted(figure, increases, plans[0].unit)
-
-    return _figure(draw, increases_of(plans), True, title or plans[0].checkpoint, (7, 6.4))
+    """Return the predicted and measured increases of plans of one model, each of which has `points_of`."""
+    return _figure(measured_by_predicted, plans, True, title or plans[0].checkpoint, (7, 6.4))
 
 
 def _figure(draw: Callable[..., str], drawn: Any, log_scale: bool, title: str | None, figsize: tuple) -> Figure:

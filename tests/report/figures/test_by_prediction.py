@@ -10,7 +10,7 @@ import plot_rank_results
 from ks.chain.patterns import make_chain
 from ks.model.model_plan import LayerPlan, ModelPlan
 from ks.moments.metric import LossMetric
-from ks.report.figures.by_prediction import MISJUDGED, Increase, increases_of
+from ks.report.figures.by_prediction import MISJUDGED, points_of
 from ks.report.figures.draw import plans_figure
 
 
@@ -27,9 +27,9 @@ BAD = make_plan(8, 0.481, 1.284, 0.613, 0.87)
 
 
 def test_a_plan_and_its_equal_fractions_are_two_points_of_one_budget():
-    assert increases_of([GOOD]) == [Increase(0.75, True, 0.189, 0.387), Increase(0.75, False, 0.285, 0.642)]
-    assert [one.planned for one in increases_of([GOOD.measured(0.387)])] == [True]
-    assert increases_of([GOOD.measured(-0.01)]) == []  # no place on a logarithmic axis
+    assert points_of(GOOD) == {"plan": (0.189, 0.387), "uniform": (0.285, 0.642)}
+    assert [*points_of(GOOD.measured(0.387))] == ["plan"]
+    assert points_of(GOOD.measured(-0.01)) == {}  # no place on a logarithmic axis
 
 
 @pytest.mark.parametrize(
