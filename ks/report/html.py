@@ -18,7 +18,7 @@ from ks.cli.flags import SweepConfig
 from ks.cli.parser import path, to_arguments
 from ks.files import columns
 from ks.files.atomic import atomic_path
-from ks.files.columns import LATENCIES, SUMMARY, Column, chosen
+from ks.files.columns import LATENCIES, SUMMARY, Column
 from ks.files.layout import SweepFiles
 from ks.files.schema import StudyRecord
 from ks.files.table import cell, is_missing
@@ -162,11 +162,10 @@ def _page(study: Study, figures: Iterable[str]) -> str:
     name, config, rows = study.title or study.name, study.config, study.rows
     first, *others = recommendation(study) or [name]
     metrics = [f"{columns.FINAL}{metric}" for metric in study.metrics]
-    shown = [*summary_columns(rows), *chosen(SUMMARY, ["held_out_loss_increase", "parameters"])]
-    shown = list(dict.fromkeys([*shown, *columns.metric_columns(metrics)]))
+    shown = [*summary_columns(rows, ("held_out_loss_increase", "parameters")), *columns.metric_columns(metrics)]
     timed = [row for row in rows if any(not is_missing(row.get(column.name)) for column in LATENCIES)]
     sections = [
-        ("Ranks", _table(shown, rows)),
+        ("Ranks", _table(shown, rows, study.words.axis_unit)),
         ("Figures", '<div class="figures">' + "".join(figures) + "</div>"),
         ("Remarks", _items(config.advice if config else [])),
         ("Latency: median milliseconds of a forward pass", _table([SUMMARY[0], *LATENCIES], timed) if timed else ""),
@@ -281,13 +280,17 @@ def _inputs(config: StudyRecord) -> dict[str, str | None]:
     }
 
 
-def _table(shown: Sequence[Column], rows: list[dict]) -> str:
-    """Return rows as a table with the columns that have a value; a column's description is its tooltip."""
+def _table(shown: Sequence[Column], rows: list[dict], unit: str = "") -> str:
+    """Return rows as a table with the columns that have a value; a column's description is its tooltip.
+
+    The headings of columns with this unit end with it.
+    """
     shown = [column for column in shown if any(not is_missing(row.get(column.name)) for row in rows)]
     classes = [' class="text"' if column.type is columns.Text else "" for column in shown]
+    names = [column.name.replace("_", " ") + (f", {unit}" if unit and column.unit == unit else "") for column in shown]
     heads = "".join(
-        f'<th scope="col"{kind} title="{escape(column.description)}">{escape(column.name.replace("_", " "))}</th>'
-        for kind, column in zip(classes, shown)
+        f'<th scope="col"{kind} title="{escape(column.description)}">{escape(name)}</th>'
+        for kind, name, column in zip(classes, names, shown)
     )
     body = "\n".join(
         "<tr>"

@@ -19,7 +19,7 @@ from ks.files.table import is_missing, table
 from ks.report.verdict import NEGLIGIBLE_FLOOR, ROUNDING, Verdict, is_calibration_limited, limit_of
 from ks.report.words import Words
 
-LOSSES = ("final_train_loss", "final_val_loss", "min_train_loss", "min_val_loss", "population_loss", *columns.INCREASES)
+LOSSES = ("final_train_loss", "final_val_loss", "min_train_loss", "min_val_loss", "population_loss", *columns.EFFECTS)
 NO_LOG = TrainingLog("")
 COPIED = ("rank", "min_train_epoch", "min_val_epoch", "num_epochs", "segments")
 WITH_ERROR = ("final_train_loss", "final_val_loss", "population_loss")
@@ -46,7 +46,7 @@ def run_row(
     """
     row: dict[str, Any] = {"rank": rank, "seed": seed, "num_epochs": len(curves), "status": ending}
     row["train_seconds"] = log.train_seconds
-    row |= {name: getattr(log, name) if ended_well(ending) else None for name in columns.INCREASES}
+    row |= {name: getattr(log, name) if ended_well(ending) else None for name in columns.EFFECTS}
     lengths = Counter(int(entry.get("segment", 1)) for entry in curves)
     row["segments"] = " + ".join(str(lengths[number]) for number in sorted(lengths)) or None
     for split in ("train", "val"):
@@ -194,8 +194,8 @@ def write_summary(files: SweepFiles, rows: list[dict]) -> None:
     write_json(files.summary_json, [{name: row.get(name) for name in written} for row in rows])
 
 
-def summary_columns(rows: list[dict]) -> list[Column]:
-    """Return the columns of a summary that decide, without those that say nothing about these rows.
+def summary_columns(rows: list[dict], more: Sequence[str] = ()) -> list[Column]:
+    """Return the columns of a summary that decide, without those that say nothing about these rows, and more of it.
 
     Where no relative loss is known, the final losses take its place.
     """
@@ -207,7 +207,7 @@ def summary_columns(rows: list[dict]) -> list[Column]:
         order.remove("status")
     if all(is_missing(row.get("relative_loss")) for row in rows):  # of another criterion, or of the scripts of 2025
         order[1:1] = ["final_val_loss", "final_train_loss"]
-    return words.with_units(chosen(SUMMARY, order))
+    return words.with_units(chosen(SUMMARY, dict.fromkeys([*order, *more])))
 
 
 def layers_table(rows: list[dict]) -> str:

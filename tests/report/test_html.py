@@ -109,8 +109,12 @@ def test_the_loss_of_the_model_is_explained_once_and_stands_beside_the_energy(tm
     inputs = CONFIG["problem"]["inputs"] | {"gradients_sha256": "cd" * 32, "damping": 0.1}
     config = measured_study(problem=CONFIG["problem"] | {"inputs": inputs}).config
     for metric, headings, terms in (
-        ("output_energy", ["relative loss", "loss increase"], ["relative loss", "loss increase"]),
-        ("model_loss", ["loss increase", "energy loss", "loss floor"], ["loss increase", "energy loss"]),
+        ("output_energy", ["relative loss", "loss increase, nats per token"], ["relative loss", "loss increase"]),
+        (
+            "model_loss",
+            ["loss increase, nats per token", "energy loss", "loss floor, nats per token"],
+            ["loss increase", "energy loss"],
+        ),
     ):
         shown = dataclasses.replace(study, summary=energy.assign(loss_metric=metric), config=config)
         text, page = page_of(tmp_path, shown)
