@@ -177,10 +177,12 @@ DETAILS = (
 )
 # The order of the results of several layers.
 PRINTED_LAYERS = (
-    *("weight_key", "rank", "relative_loss", "relative_floor_upper", "loss_increase", "share_of_dense", "verdict"),
+    *("weight_key", "rank", "relative_loss", "relative_floor_upper", "loss_increase", "share_of_dense"),
+    *("status", "verdict"),
 )
 PRINTED_LAYER_INCREASES = (
-    *("weight_key", "rank", "loss_increase", "loss_floor_upper", "energy_loss", "share_of_dense", "verdict"),
+    *("weight_key", "rank", "loss_increase", "loss_floor_upper", "energy_loss", "share_of_dense"),
+    *("status", "verdict"),
 )
 
 EFFECTS = ("loss_increase", "held_out_loss_increase", "energy_loss")  # on the model, at the end of a run

@@ -194,6 +194,11 @@ def write_summary(files: SweepFiles, rows: list[dict]) -> None:
     write_json(files.summary_json, [{name: row.get(name) for name in written} for row in rows])
 
 
+def has_several_layers(rows: list[dict]) -> bool:
+    """Return whether rows are of several weights of a checkpoint."""
+    return len({row.get("weight_key") for row in rows}) > 1
+
+
 def summary_columns(rows: list[dict], more: Sequence[str] = ()) -> list[Column]:
     """Return the columns of a summary that decide, without those that say nothing about these rows, and more of it.
 
@@ -201,7 +206,9 @@ def summary_columns(rows: list[dict], more: Sequence[str] = ()) -> list[Column]:
     """
     words = Words.of(rows[0])
     order = list(columns.PRINTED_INCREASES if words.of_model else columns.PRINTED)
-    if all(row.get("loss_floor_is_exact") is not False for row in rows):
+    if has_several_layers(rows):
+        order = list(columns.PRINTED_LAYER_INCREASES if words.of_model else columns.PRINTED_LAYERS)
+    elif all(row.get("loss_floor_is_exact") is not False for row in rows):
         order.remove("loss_floor_upper" if words.of_model else "relative_floor_upper")
     if all(str(row.get("status")) in (str(OK), "None") for row in rows):
         order.remove("status")
@@ -210,16 +217,8 @@ def summary_columns(rows: list[dict], more: Sequence[str] = ()) -> list[Column]:
     return words.with_units(chosen(SUMMARY, dict.fromkeys([*order, *more])))
 
 
-def layers_table(rows: list[dict]) -> str:
-    """Return the results of several layers as a printed table, a line for each layer and rank."""
-    words = Words.of(rows[0])
-    order = columns.PRINTED_LAYER_INCREASES if words.of_model else columns.PRINTED_LAYERS
-    shown = [row | {"verdict": row["verdict"] or row["status"]} for row in rows]
-    return table(words.with_units(chosen(SUMMARY, order)), shown)
-
-
 def summary_table(rows: list[dict], verbose: bool = False) -> str:
-    """Return the summary as a printed table, a line for each rank; with the details in further tables if verbose."""
+    """Return the summary as a printed table, a line for each rank (of each layer); if verbose, details follow."""
     shown = table(summary_columns(rows), rows)
     if not verbose:
         return shown

@@ -3,24 +3,12 @@
 import dataclasses
 
 import pytest
-from drawn_study import texts
+from drawn_study import make_plan, texts
 from matplotlib.colors import to_hex
 
 import plot_rank_results
-from ks.chain.patterns import make_chain
-from ks.model.model_plan import LayerPlan, ModelPlan
-from ks.moments.metric import LossMetric
 from ks.report.figures.by_prediction import MISJUDGED, points_of
 from ks.report.figures.draw import plans_figure
-
-
-def make_plan(rank, predicted, measured, equal_predicted, equal_measured, unit="nats"):
-    """A plan of one layer of rank `rank` of 32 × 32, of which dense has 16 ranks' parameters."""
-    layer = LayerPlan("a.weight", 32, 32, "0" * 64, make_chain(32, 32, "lowrank"), rank, loss_increase=predicted)
-    uniform = (dataclasses.replace(layer, loss_increase=equal_predicted),)
-    plan = ModelPlan((layer,), "budget", 0.5, 0.0, uniform, loss_metric=LossMetric.MODEL_LOSS, unit=unit)
-    return plan.measured(measured, equal_measured)
-
 
 GOOD = make_plan(12, 0.189, 0.387, 0.285, 0.642)
 BAD = make_plan(8, 0.481, 1.284, 0.613, 0.87)
