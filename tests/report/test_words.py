@@ -96,7 +96,7 @@ def test_advice_and_the_note_on_a_target_are_in_nats():
 
 
 def test_figures_of_the_loss_of_the_model_have_its_unit_on_their_axes():
-    study = make_study([2, 4], level=1.0, num_epochs=3000, target=0.5)
+    study = make_study([2, 4], level=1.0, num_epochs=3000, target=0.5, held_out_predict_zero_loss=1.7)
     study.summary["loss_metric"], study.summary["loss_unit"] = "model_loss", "nats"
     figures = study_figures(study)
     last = study.summary["population_loss"].iloc[1]
@@ -108,6 +108,9 @@ def test_figures_of_the_loss_of_the_model_have_its_unit_on_their_axes():
         drawn = [line for line in figure.axes[0].lines if list(line.get_ydata()) == [PREDICT_ZERO] * 2]
         assert len(drawn) == 1, name  # the zero predictor, in nats
         assert not figure.axes[0].child_axes, name  # no second scale
+    held_out = [list(line.get_ydata()) for line in figures["loss_curves"].axes[1].lines]
+    assert [1.7, 1.7] in held_out
+    assert [PREDICT_ZERO] * 2 not in held_out
     (floors,) = (line for line in figures["floor"].axes[0].lines if str(line.get_label()).startswith("monarch: floor"))
     own = study.floor[study.floor["chain"] == "monarch"]
     assert list(floors.get_ydata()) == pytest.approx(list(own["loss_floor"]))
