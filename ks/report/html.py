@@ -230,7 +230,7 @@ def _glossary(study: Study) -> dict[str, str]:
     if study.loss_label == MEAN_SQUARED_ERROR:
         glossary |= GLOSSARY_OF_LOSSES | ({} if study.words.of_model else GLOSSARY_OF_ENERGY)
     if study.summary["loss_increase"].notna().any():
-        glossary |= {term: text.replace("{unit}", study.words.in_unit) for term, text in GLOSSARY_OF_INCREASES.items()}
+        glossary |= {term: text.format(unit=study.words.in_unit) for term, text in GLOSSARY_OF_INCREASES.items()}
     return glossary
 
 

@@ -120,7 +120,7 @@ class WeightStudy(Study):
             console.note(text, self.config.quiet)
         rows = plan_rows(self.planned, self.floors)
         if self.words.of_model:
-            rows = [_in_unit(row, self.words.predict_zero_loss) for row in rows]
+            rows = [_as_increases(row, self.words.predict_zero_loss) for row in rows]
         shown = self.words.with_units(columns.PLANNED_RANKS)
         lines = [self.record["title"], *self.remarks(), "", table(shown, rows), ""]
         if not self.config.verbose:
@@ -239,7 +239,7 @@ class WeightStudy(Study):
             check_above_floor(row["population_loss"], self.floors[row["rank"]], self.problem.predict_zero_loss)
 
 
-def _in_unit(row: dict, predict_zero_loss: float) -> dict:
+def _as_increases(row: dict, predict_zero_loss: float) -> dict:
     """Return a row of `plan_rows` with increases of the loss of the model in the place of relative losses."""
     names = {"relative_floor": "loss_floor", "relative_floor_upper": "loss_floor_upper"}
     increases = {new: row[name] * predict_zero_loss for name, new in names.items() if row.get(name) is not None}

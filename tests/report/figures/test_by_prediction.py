@@ -53,6 +53,10 @@ def test_measured_plans_in_a_folder_are_drawn_and_printed_without_a_sweep(tmp_pa
     assert printed.splitlines()[-1] == str(tmp_path / "rank_sweep_plans.png")
     assert printed.startswith("WARNING: this plan ")
     assert printed.count("Measured: ") == 2
+    dataclasses.replace(GOOD, unit="bits").save(tmp_path / "other_plan.json")
+    assert plot_rank_results.main(["--results_dir", str(tmp_path)]) == 2
+    assert "different losses" in capsys.readouterr().err
+    (tmp_path / "other_plan.json").unlink()
     (tmp_path / "good_plan.json").unlink()
     (tmp_path / "bad_plan.json").unlink()
     assert plot_rank_results.main(["--results_dir", str(tmp_path)]) == 2  # no results, as ever
