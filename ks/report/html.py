@@ -170,7 +170,7 @@ def inline_svg(figure: Figure, name: str) -> str:
     return f'<svg {box} role="img" aria-label="{escape(finding)}">{body}'
 
 
-def _page(study: Study, figures: Iterable[str], plans: Iterable[ModelPlan]) -> str:
+def _page(study: Study, figures: list[str], plans: Iterable[ModelPlan]) -> str:
     name, config, rows = study.title or study.name, study.config, study.rows
     first, *others = [*recommendation(study), *(text for plan in plans for text in plan.sentences())] or [name]
     metrics = [f"{columns.FINAL}{metric}" for metric in study.metrics]
@@ -178,7 +178,7 @@ def _page(study: Study, figures: Iterable[str], plans: Iterable[ModelPlan]) -> s
     timed = [row for row in rows if any(not is_missing(row.get(column.name)) for column in LATENCIES)]
     sections = [
         ("Ranks", _table(shown, rows, study.words.axis_unit)),
-        ("Figures", '<div class="figures">' + "".join(figures) + "</div>"),
+        ("Figures", '<div class="figures">' + "".join(figures) + "</div>" if figures else ""),
         ("Remarks", _items(config.advice if config else [])),
         ("Latency: median milliseconds of a forward pass", _table([SUMMARY[0], *LATENCIES], timed) if timed else ""),
         ("Weight", _definitions(_weight(study, config)) if config else ""),

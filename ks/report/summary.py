@@ -200,7 +200,7 @@ def has_several_layers(rows: list[dict]) -> bool:
 
 
 def summary_columns(rows: list[dict], more: Sequence[str] = ()) -> list[Column]:
-    """Return the columns of a summary that decide, without those that say nothing about these rows, and more of it.
+    """Return the columns of a summary that decide, without those that say nothing about these rows; and more by name.
 
     Where no relative loss is known, the final losses take its place.
     """
@@ -218,7 +218,7 @@ def summary_columns(rows: list[dict], more: Sequence[str] = ()) -> list[Column]:
 
 
 def summary_table(rows: list[dict], verbose: bool = False) -> str:
-    """Return the summary as a printed table, a line for each rank (of each layer); if verbose, details follow."""
+    """Return the summary as a printed table, a line for each rank; with the details in further tables if verbose."""
     shown = table(summary_columns(rows), rows)
     if not verbose:
         return shown
