@@ -165,11 +165,6 @@ PRINTED = (
     *("rank", "relative_loss", "relative_loss_se", "held_out_relative_loss", "loss_increase", "relative_floor"),
     *("relative_floor_upper", "optimality_gap", "share_of_dense", "status", "verdict"),
 )
-# The same under the loss of the model: all losses are increases in its unit.
-PRINTED_INCREASES = (
-    *("rank", "loss_increase", "population_loss_se", "held_out_loss_increase", "energy_loss", "loss_floor"),
-    *("loss_floor_upper", "optimality_gap", "share_of_dense", "status", "verdict"),
-)
 DETAILS = (
     *("parameters", "compression_ratio", "final_train_loss", "final_val_loss", "population_loss", "loss_floor"),
     *("loss_floor_upper", "held_out_loss_increase", "excess", "removed_share", "isotropic_floor", "min_val_epoch"),
@@ -180,10 +175,16 @@ PRINTED_LAYERS = (
     *("weight_key", "rank", "relative_loss", "relative_floor_upper", "loss_increase", "share_of_dense"),
     *("status", "verdict"),
 )
-PRINTED_LAYER_INCREASES = (
-    *("weight_key", "rank", "loss_increase", "loss_floor_upper", "energy_loss", "share_of_dense"),
-    *("status", "verdict"),
-)
+# With --loss_metric model_loss, the columns in their place: all losses are increases in its unit.
+INCREASE_FOR = {
+    "relative_loss": "loss_increase",
+    "relative_loss_se": "population_loss_se",
+    "held_out_relative_loss": "held_out_loss_increase",
+    "loss_increase": "energy_loss",  # the other metric
+    "relative_floor": "loss_floor",
+    "relative_floor_upper": "loss_floor_upper",
+    "lowrank_floor": "lowrank_floor",  # of `PLANNED_RANKS`
+}
 
 EFFECTS = ("loss_increase", "held_out_loss_increase", "energy_loss")  # on the model, at the end of a run
 RUNS = (RANK, SEED, *SUMMARY[1:10], *chosen(SUMMARY, ("train_seconds", "segments", *EFFECTS)))

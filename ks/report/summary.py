@@ -205,15 +205,15 @@ def summary_columns(rows: list[dict], more: Sequence[str] = ()) -> list[Column]:
     Where no relative loss is known, the final losses take its place.
     """
     words = Words.of(rows[0])
-    order = list(columns.PRINTED_INCREASES if words.of_model else columns.PRINTED)
-    if has_several_layers(rows):
-        order = list(columns.PRINTED_LAYER_INCREASES if words.of_model else columns.PRINTED_LAYERS)
-    elif all(row.get("loss_floor_is_exact") is not False for row in rows):
-        order.remove("loss_floor_upper" if words.of_model else "relative_floor_upper")
+    order = list(columns.PRINTED_LAYERS if has_several_layers(rows) else columns.PRINTED)
+    if "relative_floor" in order and all(row.get("loss_floor_is_exact") is not False for row in rows):
+        order.remove("relative_floor_upper")
     if all(str(row.get("status")) in (str(OK), "None") for row in rows):
         order.remove("status")
     if all(is_missing(row.get("relative_loss")) for row in rows):  # of another criterion, or of the scripts of 2025
         order[1:1] = ["final_val_loss", "final_train_loss"]
+    if words.of_model:
+        order = [columns.INCREASE_FOR.get(name, name) for name in order]
     return words.with_units(chosen(SUMMARY, dict.fromkeys([*order, *more])))
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ks.files.columns import INCREASE, LOSS, Column
+from ks.files.columns import FRACTION, INCREASE, INCREASE_FOR, LOSS, Column
 from ks.model.prediction import per_token
 from ks.moments.metric import LossMetric
 from ks.report.verdict import Limit
@@ -81,12 +81,25 @@ class Words:
     def with_units(self, shown: Iterable[Column]) -> list[Column]:
         """Return columns of a table, those of the loss of the model in its unit; their legends end with it."""
         units = (INCREASE, LOSS) if self.of_model else (INCREASE,)
+        if self.of_model:  # no fractions any more, by `in_its_unit`
+            shown = [replace(column, form="{:.4g}") if column.unit == FRACTION else column for column in shown]
         return [
             replace(column, unit=self.axis_unit, legend=column.legend and f"{column.legend}{self.in_unit}")
             if column.unit in units
             else column
             for column in shown
         ]
+
+    def in_its_unit(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a row with relative losses as it is, or under the loss of the model with increases in their place."""
+        if not self.of_model:
+            return dict(row)
+        increases = {
+            INCREASE_FOR[name]: value * self.predict_zero_loss
+            for name, value in row.items()
+            if name in INCREASE_FOR and value is not None
+        }
+        return {name: value for name, value in row.items() if name not in INCREASE_FOR} | increases
 
     def held_out(self, row: Mapping[str, Any]) -> Any:
         """Return the loss on held-out inputs, None without any, over that of the zero predictor on the other inputs.

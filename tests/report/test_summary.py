@@ -126,7 +126,7 @@ def test_the_printed_summary_has_the_columns_that_decide_then_the_details_in_the
 
 def test_under_the_loss_of_the_model_all_losses_are_increases_and_the_energy_stands_beside():
     row = whole_row() | {"loss_metric": "model_loss", "loss_unit": "nats"}
-    assert columns.names(summary_columns([row])) == [*columns.PRINTED_INCREASES]
+    assert columns.names(summary_columns([row])) == [columns.INCREASE_FOR.get(name, name) for name in columns.PRINTED]
     printed = summary_table([row])
     assert "loss_increase: the predicted increase of the loss of the model, in nats per token." in printed
     assert "energy_loss: the fraction of the output energy that is lost." in printed

@@ -5,6 +5,8 @@ from drawn_study import CHAIN, PREDICT_ZERO, make_study, texts
 from study_rows import make_row
 
 from ks.bounds.rank_floors import TargetRanks
+from ks.files.columns import PLANNED_RANKS
+from ks.files.table import table
 from ks.moments.metric import LossMetric
 from ks.report.answer import Facts, answer, target_note
 from ks.report.figures.draw import study_figures
@@ -42,6 +44,15 @@ def test_a_unit_of_several_words_is_no_part_of_a_number_and_only_nats_have_a_per
     assert words.both_metrics(row_of()) == [
         f"Rank 4 is predicted to cost the model about {both}; it loses 0.60% of the output energy."
     ]
+
+
+def test_a_table_of_bounds_is_in_nats():
+    row = {"rank": 2, "relative_floor": 0.02, "relative_floor_upper": None, "lowrank_floor": 0.01}
+    assert Words().in_its_unit(row) == row
+    assert NATS.in_its_unit(row) == {"rank": 2, "loss_floor": 0.01, "lowrank_floor": 0.005}
+    heads, line, *legends = table(NATS.with_units(PLANNED_RANKS), [NATS.in_its_unit(row)]).splitlines()[1:]
+    assert line.split() == ["2", "0.01", "0.005"]
+    assert legends[0].endswith(", in nats per token.")
 
 
 @pytest.mark.parametrize(
