@@ -32,7 +32,7 @@ from ks.files.ownership import check_free, recorded
 from ks.files.table import filled
 from ks.model.model_plan import ModelPlan
 from ks.report.figures import draw
-from ks.report.figures.by_prediction import increases_of
+from ks.report.figures.by_prediction import points_of
 from ks.report.html import write_report
 from ks.report.read_results import read_study
 from ks.report.summary import summary_table
@@ -65,7 +65,7 @@ def measured_plans(folder: Path) -> list[ModelPlan]:
         UsageError: one of them is not valid.
     """
     paths = [path for path in sorted(folder.glob("*_plan.json")) if read_json_object(path).get("measured_increase")]
-    return [plan for plan in map(ModelPlan.load, paths) if increases_of([plan])]
+    return [plan for plan in map(ModelPlan.load, paths) if points_of(plan)]
 
 
 @console.script
@@ -81,20 +81,22 @@ def main(argv=None) -> int:
     try:
         plans = [] if several else measured_plans(sources[0])
         given = [SweepFiles(source, config.save_prefix) for source in sources]
-        studies = [read_study(files) for files in given if not plans or config.report or files.floor_csv.exists()]
+        studies = [read_study(files) for files in given if not plans or config.report or files.summary_json.exists()]
     except OSError as error:
         raise UsageError(f"{error.filename} cannot be read: {error.strerror}") from error
     if len({study.weight_sha256 for study in studies}) > 1:
         raise UsageError("the --results_dir are studies of different weights: their losses do not compare")
     if len({study.words.loss_metric for study in studies}) > 1:
         raise UsageError("the --results_dir are studies of different --loss_metric: their losses do not compare")
+    if len({plan.unit for plan in plans}) > 1:
+        raise UsageError(f"the measured plans in {sources[0]} are of different losses, which do not compare")
     drawn = {"plans": draw.plans_figure(plans, title=config.title)} if plans else {}
     if several:
         drawn = {"chains": draw.chains_figure(studies, **look)}
-    for study in [] if several else studies:
-        if unknown := study.unknown_metrics(config.metric):
+    elif studies:
+        if unknown := studies[0].unknown_metrics(config.metric):
             raise UsageError(unknown)
-        drawn |= draw.study_figures(study, metrics=config.metric, **look)
+        drawn |= draw.study_figures(studies[0], metrics=config.metric, **look)
     target = prepare_output_dir(config.output_dir or sources[0])
     files = SweepFiles(target, config.save_prefix)
     paths = [files.figure(name, suffix) for name in drawn for suffix in config.formats]
@@ -102,7 +104,7 @@ def main(argv=None) -> int:
         claim(files, [*paths, *([files.report] if config.report else [])], sources)
         written = draw.save_figures(drawn, files, config.formats, config.dpi)
         if config.report:
-            write_report(studies[0], files, log_scale=config.log_scale, title=config.title)
+            write_report(studies[0], files, **look, plans=plans)
             written.append(files.report)
     except OSError as error:
         raise UsageError(f"figures cannot be written to {target}: {error.strerror}") from error

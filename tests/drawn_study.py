@@ -1,5 +1,7 @@
 """Studies to draw, with curves that fall towards the floors of a random weight."""
 
+import dataclasses
+
 import pandas as pd
 import torch
 
@@ -8,6 +10,8 @@ from ks.bounds.floors import Floor
 from ks.bounds.rank_floors import RankFloors, floor_rows
 from ks.files import columns
 from ks.files.status import OK, Ending, Status
+from ks.model.model_plan import LayerPlan, ModelPlan
+from ks.moments.metric import LossMetric
 from ks.report.read_results import Study, summary_frame
 from ks.report.summary import Reference, rank_row, run_row
 
@@ -46,6 +50,14 @@ def make_study(ranks, num_epochs=10, level=1.1, endings=None, seeds=(None,), spr
     floors = pd.DataFrame(floor_rows(PLAN, PREDICT_ZERO), columns=columns.names(columns.FLOOR))
     described = {"title": "title", "chain": CHAIN.describe(), "predict_zero_loss": PREDICT_ZERO} | described
     return Study("study", pd.DataFrame(epochs), summary_frame(rows), floors, **described)
+
+
+def make_plan(rank, predicted, measured, equal_predicted, equal_measured, unit="nats"):
+    """Return a plan of one layer of rank `rank` of 32 × 32, of which dense has 16 ranks' parameters."""
+    layer = LayerPlan("a.weight", 32, 32, "0" * 64, ks.make_chain(32, 32, "lowrank"), rank, loss_increase=predicted)
+    uniform = (dataclasses.replace(layer, loss_increase=equal_predicted),)
+    plan = ModelPlan((layer,), "budget", 0.5, 0.0, uniform, loss_metric=LossMetric.MODEL_LOSS, unit=unit)
+    return plan.measured(measured, equal_measured)
 
 
 def texts(figure):

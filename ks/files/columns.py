@@ -100,7 +100,7 @@ SUMMARY = (
            "the least loss that any chain of the rank can have"),
     Column("loss_floor_upper", Loss, "upper bound: the best known chain of this rank has this loss; where the bounds "
            "differ, a run may beat it", LOSS, "{:.4g}",
-           "the loss of the best chain known, where the floor lies between two bounds"),
+           "where the floor lies between two bounds, the loss of the best chain known"),
     Column("loss_floor_is_exact", bool, "whether the two bounds are equal up to rounding, so that the floor is the "
            "optimum of the rank"),
     Column("optimality_gap", Number, "`population_loss` / `loss_floor_upper` − 1, negative for a loss below that of "
@@ -134,7 +134,7 @@ SUMMARY = (
     Column("relative_floor", Loss, "`loss_floor` / loss of the zero predictor", FRACTION, "{:.2%}",
            "the least that any chain of the rank can lose"),
     Column("relative_floor_upper", Loss, "`loss_floor_upper` / loss of the zero predictor", FRACTION, "{:.2%}",
-           "the loss of the best chain known, where the floor lies between two bounds"),
+           "where the floor lies between two bounds, the loss of the best chain known"),
     Column("relative_loss_se", Loss, "standard error of `relative_loss` over the seeds", FRACTION, "{:.3%}"),
     Column("share_of_dense", Loss, "parameters of the chain over those of the dense weight", "ratio", "{:.2%}"),
     Column("predict_zero_loss", Loss, "loss of the zero predictor", LOSS, "{:.4g}"),
@@ -165,11 +165,6 @@ PRINTED = (
     *("rank", "relative_loss", "relative_loss_se", "held_out_relative_loss", "loss_increase", "relative_floor"),
     *("relative_floor_upper", "optimality_gap", "share_of_dense", "status", "verdict"),
 )
-# The same under the loss of the model: all losses are increases in its unit.
-PRINTED_INCREASES = (
-    *("rank", "loss_increase", "population_loss_se", "held_out_loss_increase", "energy_loss", "loss_floor"),
-    *("loss_floor_upper", "optimality_gap", "share_of_dense", "status", "verdict"),
-)
 DETAILS = (
     *("parameters", "compression_ratio", "final_train_loss", "final_val_loss", "population_loss", "loss_floor"),
     *("loss_floor_upper", "held_out_loss_increase", "excess", "removed_share", "isotropic_floor", "min_val_epoch"),
@@ -177,14 +172,22 @@ DETAILS = (
 )
 # The order of the results of several layers.
 PRINTED_LAYERS = (
-    *("weight_key", "rank", "relative_loss", "relative_floor_upper", "loss_increase", "share_of_dense", "verdict"),
+    *("weight_key", "rank", "relative_loss", "relative_floor_upper", "loss_increase", "share_of_dense"),
+    *("status", "verdict"),
 )
-PRINTED_LAYER_INCREASES = (
-    *("weight_key", "rank", "loss_increase", "loss_floor_upper", "energy_loss", "share_of_dense", "verdict"),
-)
+# With --loss_metric model_loss, the columns in their place: all losses are increases in its unit.
+INCREASE_FOR = {
+    "relative_loss": "loss_increase",
+    "relative_loss_se": "population_loss_se",
+    "held_out_relative_loss": "held_out_loss_increase",
+    "loss_increase": "energy_loss",  # the other metric
+    "relative_floor": "loss_floor",
+    "relative_floor_upper": "loss_floor_upper",
+    "lowrank_floor": "lowrank_floor",  # of `PLANNED_RANKS`
+}
 
-INCREASES = ("loss_increase", "held_out_loss_increase", "energy_loss")  # of a run, at its end
-RUNS = (RANK, SEED, *SUMMARY[1:10], *chosen(SUMMARY, ("train_seconds", "segments", *INCREASES)))
+EFFECTS = ("loss_increase", "held_out_loss_increase", "energy_loss")  # on the model, at the end of a run
+RUNS = (RANK, SEED, *SUMMARY[1:10], *chosen(SUMMARY, ("train_seconds", "segments", *EFFECTS)))
 
 ALL_CURVES = (
     RANK,

@@ -39,19 +39,27 @@ class Candidates:
         floors: of each family in `loss_metric`, with the relative losses in the other metric if there are gradients.
         loss_metric: that chains are made for and compared in.
         unit: of the loss of the model; empty without gradients.
+        tokens: that the gradients of this layer were measured on.
+        most_tokens: of all layers: increases are per token of these, so that those of several layers add up.
     """
 
     dense: LayerPlan
     floors: tuple[LayerFloors, ...]
     loss_metric: LossMetric = LossMetric.OUTPUT_ENERGY
     unit: str = ""
+    tokens: int = 1
+    most_tokens: int = 1
+
+    @property
+    def _per_token(self) -> float:
+        return self.tokens / self.most_tokens / 2
 
     def losses(self, floors: LayerFloors) -> np.ndarray:
         """Return the loss of the best known chains of ranks 0 … R: what the sum over the layers of a plan is made of.
 
         It is the fraction of the output energy that is lost; or the increase of the loss of the model.
         """
-        return floors.upper * (floors.energy / 2 if self.loss_metric is LossMetric.MODEL_LOSS else 1.0)
+        return floors.upper * (floors.energy * self._per_token if self.loss_metric is LossMetric.MODEL_LOSS else 1.0)
 
     def plan(self, floors: LayerFloors, rank: int) -> LayerPlan:
         """Return the plan that replaces the weight by the chain of a family and a rank."""
@@ -59,10 +67,11 @@ class Candidates:
         losses: dict[str, Any] = {"relative_loss": upper, "relative_loss_lower": lower}
         if floors.other is not None and floors.other_energy is not None:
             other = float(floors.other[rank])
-            losses |= {"loss_increase": floors.other_energy / 2 * other, "loss_increase_lower": None}
+            losses |= {"loss_increase": floors.other_energy * self._per_token * other, "loss_increase_lower": None}
             if self.loss_metric is LossMetric.MODEL_LOSS:
                 losses = {"relative_loss": other, "relative_loss_lower": None}
-                losses |= {"loss_increase": floors.energy / 2 * upper, "loss_increase_lower": floors.energy / 2 * lower}
+                whole = floors.energy * self._per_token
+                losses |= {"loss_increase": whole * upper, "loss_increase_lower": whole * lower}
         return dataclasses.replace(
             self.dense, chain=floors.chain, rank=rank, interpolated=floors.is_interpolated(rank), **losses
         )
@@ -148,8 +157,9 @@ def find_candidates(
             tensor = loaded.tensor.to(device)
             for family in missing:
                 floors[family] = layer_floors(tensor, family, metric, lambda text: check_stop(), other)
+        counts = [sums.count for sums in given.gradients.values()] if given and gradients else [1]
         unit = moments.unit if moments and gradients else ""
-        entry = Candidates(dense, tuple(filter(None, floors.values())), loss_metric, unit)
+        entry = Candidates(dense, tuple(filter(None, floors.values())), loss_metric, unit, *counts)
         return entry, [each for each in entry.floors if each.chain in missing], time.monotonic() - started
 
     # one layer at a time on a GPU
@@ -179,7 +189,8 @@ def find_candidates(
         raise left_out[0]
     if known_before:
         report(f"floors of {known_before} layers were computed before")
-    return found
+    most = max(entry.tokens for entry in found)
+    return [dataclasses.replace(entry, most_tokens=most) for entry in found]
 
 
 def _metrics_of(

@@ -54,7 +54,8 @@ def answer(rows: list[dict], facts: Facts, target: float | None = None) -> list[
         return ["No rank has finished, so no rank can be named."]
     if named is None:
         return [
-            f"The criterion is not the mean squared error, so {words.quantity} is not known: compare final_val_loss."
+            "The criterion is not the mean squared error, so the fraction of the output energy lost is not known: "
+            "compare final_val_loss."
         ]
     if target is None:
         sentences = _on_front(named, known, words)

@@ -18,11 +18,12 @@ from ks.cli.flags import SweepConfig
 from ks.cli.parser import path, to_arguments
 from ks.files import columns
 from ks.files.atomic import atomic_path
-from ks.files.columns import LATENCIES, SUMMARY, Column, chosen
+from ks.files.columns import LATENCIES, SUMMARY, Column
 from ks.files.layout import SweepFiles
 from ks.files.schema import StudyRecord
 from ks.files.table import cell, is_missing
-from ks.report.figures.draw import study_figures
+from ks.model.model_plan import ModelPlan
+from ks.report.figures.draw import plans_figure, study_figures
 from ks.report.read_results import MEAN_SQUARED_ERROR, Study
 from ks.report.sentences import recommendation
 from ks.report.summary import summary_columns
@@ -37,6 +38,7 @@ CAPTIONS = {
     "gap": "The loss that more epochs could still save.",
     "front": "Loss against size: the family that loses least with so many parameters.",
     "latency": "Loss against the measured time of a forward pass; right of the line, dense is faster.",
+    "plans": "Measured against predicted increases of the loss of the model, of plans and of equal fractions.",
     "metric": "A metric by epoch, on the validation samples.",
 }
 GLOSSARY = {
@@ -108,7 +110,14 @@ pre { background: var(--card); padding: 0.7rem; white-space: pre-wrap; overflow-
 """
 
 
-def write_report(study: Study, files: SweepFiles, *, log_scale: bool = False, title: str | None = None) -> None:
+def write_report(
+    study: Study,
+    files: SweepFiles,
+    *,
+    log_scale: bool = False,
+    title: str | None = None,
+    plans: Sequence[ModelPlan] = (),
+) -> None:
     """Write the report of a study, and figures of its own into it.
 
     Where a linear axis squashes the losses, the curves and the final losses are there on both kinds of axes, and the
@@ -119,10 +128,13 @@ def write_report(study: Study, files: SweepFiles, *, log_scale: bool = False, ti
         files: of the study.
         log_scale: logarithmic loss axes alone.
         title: instead of the name of the study, below the finding of each figure.
+        plans: of the model, with predicted and measured increases.
     """
     squashed = _is_squashed(study)
     look: dict[str, Any] = {"title": title or "", "figsize": FIGURE_SIZE}
     drawn = study_figures(study, metrics=study.metrics, log_scale=log_scale or squashed, **look)
+    if plans:
+        drawn["plans"] = plans_figure(plans, title=title)
     linear = study_figures(study, names=ON_BOTH_AXES, **look) if squashed and not log_scale else {}
     figures = []
     for name, figure in drawn.items():
@@ -130,7 +142,7 @@ def write_report(study: Study, files: SweepFiles, *, log_scale: bool = False, ti
             figures.append(_figure(name, inline_svg(linear[name], f"{name}_linear"), " Linear axis."))
         figures.append(_figure(name, inline_svg(figure, name), " Logarithmic axis." if name in linear else ""))
     with atomic_path(files.report) as temporary:
-        temporary.write_text(_page(study, figures), encoding="utf-8")
+        temporary.write_text(_page(study, figures, plans), encoding="utf-8")
 
 
 def _is_squashed(study: Study) -> bool:
@@ -158,16 +170,15 @@ def inline_svg(figure: Figure, name: str) -> str:
     return f'<svg {box} role="img" aria-label="{escape(finding)}">{body}'
 
 
-def _page(study: Study, figures: Iterable[str]) -> str:
+def _page(study: Study, figures: list[str], plans: Iterable[ModelPlan]) -> str:
     name, config, rows = study.title or study.name, study.config, study.rows
-    first, *others = recommendation(study) or [name]
+    first, *others = [*recommendation(study), *(text for plan in plans for text in plan.sentences())] or [name]
     metrics = [f"{columns.FINAL}{metric}" for metric in study.metrics]
-    shown = [*summary_columns(rows), *chosen(SUMMARY, ["held_out_loss_increase", "parameters"])]
-    shown = list(dict.fromkeys([*shown, *columns.metric_columns(metrics)]))
+    shown = [*summary_columns(rows, ("held_out_loss_increase", "parameters")), *columns.metric_columns(metrics)]
     timed = [row for row in rows if any(not is_missing(row.get(column.name)) for column in LATENCIES)]
     sections = [
-        ("Ranks", _table(shown, rows)),
-        ("Figures", '<div class="figures">' + "".join(figures) + "</div>"),
+        ("Ranks", _table(shown, rows, study.words.axis_unit)),
+        ("Figures", '<div class="figures">' + "".join(figures) + "</div>" if figures else ""),
         ("Remarks", _items(config.advice if config else [])),
         ("Latency: median milliseconds of a forward pass", _table([SUMMARY[0], *LATENCIES], timed) if timed else ""),
         ("Weight", _definitions(_weight(study, config)) if config else ""),
@@ -219,7 +230,7 @@ def _glossary(study: Study) -> dict[str, str]:
     if study.loss_label == MEAN_SQUARED_ERROR:
         glossary |= GLOSSARY_OF_LOSSES | ({} if study.words.of_model else GLOSSARY_OF_ENERGY)
     if study.summary["loss_increase"].notna().any():
-        glossary |= {term: text.replace("{unit}", study.words.in_unit) for term, text in GLOSSARY_OF_INCREASES.items()}
+        glossary |= {term: text.format(unit=study.words.in_unit) for term, text in GLOSSARY_OF_INCREASES.items()}
     return glossary
 
 
@@ -281,13 +292,17 @@ def _inputs(config: StudyRecord) -> dict[str, str | None]:
     }
 
 
-def _table(shown: Sequence[Column], rows: list[dict]) -> str:
-    """Return rows as a table with the columns that have a value; a column's description is its tooltip."""
+def _table(shown: Sequence[Column], rows: list[dict], unit: str = "") -> str:
+    """Return rows as a table with the columns that have a value; a column's description is its tooltip.
+
+    The headings of columns with this unit end with it.
+    """
     shown = [column for column in shown if any(not is_missing(row.get(column.name)) for row in rows)]
     classes = [' class="text"' if column.type is columns.Text else "" for column in shown]
+    names = [column.name.replace("_", " ") + (f", {unit}" if unit and column.unit == unit else "") for column in shown]
     heads = "".join(
-        f'<th scope="col"{kind} title="{escape(column.description)}">{escape(column.name.replace("_", " "))}</th>'
-        for kind, column in zip(classes, shown)
+        f'<th scope="col"{kind} title="{escape(column.description)}">{escape(name)}</th>'
+        for kind, name, column in zip(classes, names, shown)
     )
     body = "\n".join(
         "<tr>"

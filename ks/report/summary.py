@@ -19,7 +19,7 @@ from ks.files.table import is_missing, table
 from ks.report.verdict import NEGLIGIBLE_FLOOR, ROUNDING, Verdict, is_calibration_limited, limit_of
 from ks.report.words import Words
 
-LOSSES = ("final_train_loss", "final_val_loss", "min_train_loss", "min_val_loss", "population_loss", *columns.INCREASES)
+LOSSES = ("final_train_loss", "final_val_loss", "min_train_loss", "min_val_loss", "population_loss", *columns.EFFECTS)
 NO_LOG = TrainingLog("")
 COPIED = ("rank", "min_train_epoch", "min_val_epoch", "num_epochs", "segments")
 WITH_ERROR = ("final_train_loss", "final_val_loss", "population_loss")
@@ -46,7 +46,7 @@ def run_row(
     """
     row: dict[str, Any] = {"rank": rank, "seed": seed, "num_epochs": len(curves), "status": ending}
     row["train_seconds"] = log.train_seconds
-    row |= {name: getattr(log, name) if ended_well(ending) else None for name in columns.INCREASES}
+    row |= {name: getattr(log, name) if ended_well(ending) else None for name in columns.EFFECTS}
     lengths = Counter(int(entry.get("segment", 1)) for entry in curves)
     row["segments"] = " + ".join(str(lengths[number]) for number in sorted(lengths)) or None
     for split in ("train", "val"):
@@ -194,28 +194,27 @@ def write_summary(files: SweepFiles, rows: list[dict]) -> None:
     write_json(files.summary_json, [{name: row.get(name) for name in written} for row in rows])
 
 
-def summary_columns(rows: list[dict]) -> list[Column]:
-    """Return the columns of a summary that decide, without those that say nothing about these rows.
+def has_several_layers(rows: list[dict]) -> bool:
+    """Return whether rows are of several weights of a checkpoint."""
+    return len({row.get("weight_key") for row in rows}) > 1
+
+
+def summary_columns(rows: list[dict], more: Sequence[str] = ()) -> list[Column]:
+    """Return the columns of a summary that decide, without those that say nothing about these rows; and more by name.
 
     Where no relative loss is known, the final losses take its place.
     """
     words = Words.of(rows[0])
-    order = list(columns.PRINTED_INCREASES if words.of_model else columns.PRINTED)
-    if all(row.get("loss_floor_is_exact") is not False for row in rows):
-        order.remove("loss_floor_upper" if words.of_model else "relative_floor_upper")
+    order = list(columns.PRINTED_LAYERS if has_several_layers(rows) else columns.PRINTED)
+    if "relative_floor" in order and all(row.get("loss_floor_is_exact") is not False for row in rows):
+        order.remove("relative_floor_upper")
     if all(str(row.get("status")) in (str(OK), "None") for row in rows):
         order.remove("status")
     if all(is_missing(row.get("relative_loss")) for row in rows):  # of another criterion, or of the scripts of 2025
         order[1:1] = ["final_val_loss", "final_train_loss"]
-    return words.with_units(chosen(SUMMARY, order))
-
-
-def layers_table(rows: list[dict]) -> str:
-    """Return the results of several layers as a printed table, a line for each layer and rank."""
-    words = Words.of(rows[0])
-    order = columns.PRINTED_LAYER_INCREASES if words.of_model else columns.PRINTED_LAYERS
-    shown = [row | {"verdict": row["verdict"] or row["status"]} for row in rows]
-    return table(words.with_units(chosen(SUMMARY, order)), shown)
+    if words.of_model:
+        order = [columns.INCREASE_FOR.get(name, name) for name in order]
+    return words.with_units(chosen(SUMMARY, dict.fromkeys([*order, *more])))
 
 
 def summary_table(rows: list[dict], verbose: bool = False) -> str:

@@ -1,13 +1,18 @@
 """The words for the losses of a study: fractions of the output energy, or increases of the loss of the model."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ks.files.columns import Column
+from ks.files.columns import FRACTION, INCREASE, INCREASE_FOR, LOSS, Column
 from ks.model.prediction import per_token
 from ks.moments.metric import LossMetric
 from ks.report.verdict import Limit
+
+
+def _either(energy: str, increase: str) -> property:
+    """Return a property with the words for the output energy, or for an increase of the loss of the model."""
+    return property(lambda words: increase if words.of_model else energy)
 
 
 @dataclass(frozen=True)
@@ -28,30 +33,17 @@ class Words:
         metric = LossMetric(row.get("loss_metric") or LossMetric.OUTPUT_ENERGY)
         return cls(metric, row.get("loss_unit") or "", row.get("predict_zero_loss") or 1.0)
 
+    lose = _either("lose", "cost")
+    loses = _either("loses", "costs")
+    may_lose = _either("loses", "is predicted to cost")  # where no other sentence calls the loss predicted
+    relative = _either("the relative loss", "the predicted increase of the loss")
+    zero_loss = _either("output energy", "zero predictor's loss")
+    small = _either(Limit.SMALL, Limit.SMALL_INCREASE)
+    target_flag = _either("--target_relative_loss", "--target_loss_increase")
+
     @property
     def of_model(self) -> bool:
         return self.loss_metric is LossMetric.MODEL_LOSS
-
-    @property
-    def lose(self) -> str:
-        return "cost" if self.of_model else "lose"
-
-    @property
-    def loses(self) -> str:
-        return f"{self.lose}s"
-
-    @property
-    def may_lose(self) -> str:
-        """Return the verb for a loss that stands alone, with no other sentence that calls it predicted."""
-        return "is predicted to cost" if self.of_model else "loses"
-
-    @property
-    def quantity(self) -> str:
-        return "the increase of the loss of the model" if self.of_model else "the fraction of the output energy lost"
-
-    @property
-    def zero_loss(self) -> str:
-        return "zero predictor's loss" if self.of_model else "output energy"
 
     @property
     def in_unit(self) -> str:
@@ -63,27 +55,14 @@ class Words:
         return f"{self.unit} " if len(self.unit.split()) == 1 else ""
 
     @property
-    def relative(self) -> str:
-        """Return the name of a loss in the middle of a sentence."""
-        return "the predicted increase of the loss" if self.of_model else "the relative loss"
-
-    @property
     def label(self) -> str:
         """Return the label of an axis."""
-        return f"loss increase ({self.per_token})" if self.of_model else "relative loss (output energy lost)"
+        return f"loss increase ({self.axis_unit})" if self.of_model else "relative loss (output energy lost)"
 
     @property
-    def per_token(self) -> str:
+    def axis_unit(self) -> str:
+        """Return 'nats per token', or 'per token' for a unit that is too long for an axis or a heading."""
         return f"{self._short_unit}per token"
-
-    @property
-    def small(self) -> Limit:
-        """Return the limit of a rank that has little to gain."""
-        return Limit.SMALL_INCREASE if self.of_model else Limit.SMALL
-
-    @property
-    def target_flag(self) -> str:
-        return "--target_loss_increase" if self.of_model else "--target_relative_loss"
 
     def amounts(self, *losses: float) -> list[str]:
         """Return losses as '2%' or '0.004 nats', with as many digits as tell different ones apart."""
@@ -100,12 +79,27 @@ class Words:
         return self.whole(*self.amounts(loss))
 
     def with_units(self, shown: Iterable[Column]) -> list[Column]:
-        """Return columns of a table, with the unit in the legends of increases of the loss of the model."""
-        increases = ("loss_increase", *(["loss_floor"] if self.of_model else []))
+        """Return columns of a table, those of the loss of the model in its unit; their legends end with it."""
+        units = (INCREASE, LOSS) if self.of_model else (INCREASE,)
+        if self.of_model:  # no fractions any more, by `in_its_unit`
+            shown = [replace(column, form="{:.4g}") if column.unit == FRACTION else column for column in shown]
         return [
-            replace(column, legend=f"{column.legend}{self.in_unit}") if column.name in increases else column
+            replace(column, unit=self.axis_unit, legend=column.legend and f"{column.legend}{self.in_unit}")
+            if column.unit in units
+            else column
             for column in shown
         ]
+
+    def in_its_unit(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a row with relative losses as it is, or under the loss of the model with increases in their place."""
+        if not self.of_model:
+            return dict(row)
+        increases = {
+            INCREASE_FOR[name]: value * self.predict_zero_loss
+            for name, value in row.items()
+            if name in INCREASE_FOR and value is not None
+        }
+        return {name: value for name, value in row.items() if name not in INCREASE_FOR} | increases
 
     def held_out(self, row: Mapping[str, Any]) -> Any:
         """Return the loss on held-out inputs, None without any, over that of the zero predictor on the other inputs.
@@ -125,21 +119,23 @@ class Words:
 
 
 def percents(*values: float) -> list[str]:
-    """Return fractions in percent with two decimals, or with as many as tell different ones apart, six at most.
+    """Return fractions in percent with two decimals; below 0.1%, these are significant digits."""
 
-    Below 0.1%, these are significant digits.
-    """
-    for digits in range(2, 7):
-        texts = [f"{100 * value:.{digits}{'f' if abs(value) >= 0.001 or not value else 'g'}}" for value in values]
-        if len({*texts}) == len({*values}):
-            break
-    return [(text.partition(".")[0] if float(text).is_integer() else text) + "%" for text in texts]
+    def form(value: float, digits: int) -> str:
+        return f"{100 * value:.{digits}{'f' if abs(value) >= 0.001 or not value else 'g'}}"
+
+    return [(text.partition(".")[0] if float(text).is_integer() else text) + "%" for text in _apart(values, 2, form)]
 
 
 def significant(*values: float) -> list[str]:
-    """Return numbers with three significant digits, or with as many as tell different ones apart, six at most."""
-    for digits in range(3, 7):
-        texts = [f"{float(f'{value:.{digits}g}'):g}" for value in values]
+    """Return numbers with three significant digits."""
+    return _apart(values, 3, lambda value, digits: f"{float(f'{value:.{digits}g}'):g}")
+
+
+def _apart(values: Sequence[float], least: int, form: Callable[[float, int], str]) -> list[str]:
+    """Return values with the least number of digits that tells different ones apart, six at most."""
+    for digits in range(least, 7):
+        texts = [form(value, digits) for value in values]
         if len({*texts}) == len({*values}):
             break
     return texts

@@ -164,7 +164,7 @@ class CheckpointStudy(Study):
 
     def conclude(self) -> list[str]:
         """Write summary and figures of every layer, and one summary over all; return the lines to print."""
-        from ks.report.summary import layers_table, write_summary
+        from ks.report.summary import summary_table, write_summary
 
         rows = []
         result_in = {run.files: result for run, result in self.results.items()}
@@ -176,7 +176,7 @@ class CheckpointStudy(Study):
             self.ended += [row["status"].status for row in study.rows_of_runs]
             rows += study.rows
         write_summary(self.files, rows)
-        return [layers_table(rows), str(self.files.summary_csv)]
+        return [summary_table(rows), str(self.files.summary_csv)]
 
     def statuses(self) -> set[Status]:
         return set(self.ended)

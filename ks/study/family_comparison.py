@@ -93,7 +93,6 @@ def families_at_target(found: Sequence[tuple[Chain, TargetRanks]], words: Words)
                 f"Whether {other.family} needs fewer is not known: no rank below {its.none_below} can reach the "
                 f"target, and the best known chain does at rank {its.reaching}."
             )
-    column, factor = ("loss_increase", words.predict_zero_loss) if words.of_model else ("relative_loss", 1.0)
     rows = [
         {
             "chain": family.family,
@@ -101,11 +100,11 @@ def families_at_target(found: Sequence[tuple[Chain, TargetRanks]], words: Words)
             "parameters": family.parameters(its.reaching),
             "share_of_dense": family.parameters(its.reaching) / dense,
             "none_below": its.none_below,
-            column: its.loss * factor,
+            "relative_loss": its.loss,
         }
         for family, its in found
     ]
-    return "\n".join([*filled(sentences), "", table(words.with_units(FAMILIES), rows)])
+    return "\n".join([*filled(sentences), "", table(words.with_units(FAMILIES), map(words.in_its_unit, rows))])
 
 
 def _smallest(found: Sequence[tuple[Chain, TargetRanks]]) -> tuple[Chain, TargetRanks]:

@@ -13,7 +13,6 @@ from ks.errors import UsageError, one_line
 from ks.files.curves import CurvesTail
 from ks.files.schema import TrainingLog, read_json_as
 from ks.files.status import ended_well
-from ks.moments.metric import LossMetric
 from ks.study.processes import Exit, Launcher, Task
 from ks.study.runs import Result, Run
 
@@ -55,8 +54,7 @@ def run_all(
     """
     results: dict[Run, Result] = {}
     run_of = {run.task: run for run in runs}
-    of_model = config.loss_metric == LossMetric.MODEL_LOSS
-    progress = Progress(runs, config.num_epochs, config.quiet, floors, of_model)
+    progress = Progress(runs, config.num_epochs, config.quiet, floors)
 
     def poll(running: list[Task]) -> None:
         signals.check()
@@ -78,20 +76,11 @@ def run_all(
 class Progress:
     """One bar over the epochs of all runs on a terminal, a line for each run elsewhere, nothing if quiet.
 
-    Each run has `num_epochs`; `floors` are the best known losses of the ranks, in the unit of the curves. `of_model`:
-    whether losses are increases of the loss of the model, whose unit says more than a fraction.
+    Each run has `num_epochs`; `floors` are the best known losses of the ranks, in the unit of the curves.
     """
 
-    def __init__(
-        self,
-        runs: list[Run],
-        num_epochs: int,
-        quiet: bool,
-        floors: Mapping[int, float] | None = None,
-        of_model: bool = False,
-    ):
+    def __init__(self, runs: list[Run], num_epochs: int, quiet: bool, floors: Mapping[int, float] | None = None):
         self.num_runs, self.num_epochs, self.quiet, self.floors = len(runs), num_epochs, quiet, floors or {}
-        self.of_model = of_model
         self.run_of = {run.task: run for run in runs}
         self.tails = {run.task: CurvesTail(run.files.curves_csv) for run in runs}
         self.ended = 0
@@ -160,8 +149,10 @@ class Progress:
         task, curves = result.run.task, result.curves
         self._print_resumed(task)
         loss = f", validation loss {curves[-1]['val_loss']:.6g}" if curves else ""
-        if (relative := result.log.relative_loss) is not None and not self.of_model:
+        if (relative := result.log.relative_loss) is not None:
             loss = f", relative loss {relative:.2%}"
+        if (increase := result.log.loss_increase) is not None:
+            loss += f", loss increase {increase:.3g}"
         message = f"{task.name}: {result.ending}{loss}, {exit.seconds:.1f} s"
         if not ended_well(result.ending):
             message = "\n  ".join([f"{message}; end of {task.log}:", *_tail(task)])

@@ -118,9 +118,7 @@ class WeightStudy(Study):
         """Return the plan, for --dry_run; with --verbose, the commands of the runs too."""
         for text in self.problem.notes:
             console.note(text, self.config.quiet)
-        rows = plan_rows(self.planned, self.floors)
-        if self.words.of_model:
-            rows = [_in_unit(row, self.words.predict_zero_loss) for row in rows]
+        rows = [self.words.in_its_unit(row) for row in plan_rows(self.planned, self.floors)]
         shown = self.words.with_units(columns.PLANNED_RANKS)
         lines = [self.record["title"], *self.remarks(), "", table(shown, rows), ""]
         if not self.config.verbose:
@@ -237,15 +235,6 @@ class WeightStudy(Study):
         """Raise InternalError if a finished run is below its floor."""
         for row in self.rows_of_runs:
             check_above_floor(row["population_loss"], self.floors[row["rank"]], self.problem.predict_zero_loss)
-
-
-def _in_unit(row: dict, predict_zero_loss: float) -> dict:
-    """Return a row of `plan_rows` with increases of the loss of the model in the place of relative losses."""
-    names = {"relative_floor": "loss_floor", "relative_floor_upper": "loss_floor_upper"}
-    increases = {new: row[name] * predict_zero_loss for name, new in names.items() if row.get(name) is not None}
-    if "lowrank_floor" in row:
-        increases["lowrank_floor"] = f"{row['lowrank_floor'] * predict_zero_loss:.4g}"
-    return row | dict.fromkeys(names) | increases
 
 
 @functools.cache  # a layer of a checkpoint is prepared twice

@@ -15,7 +15,7 @@ from ks.model.allocate import allocate, goal_of, plan_metric
 from ks.model.candidates import find_candidates
 from ks.model.layer_weights import select_weights
 from ks.model.model_plan import ModelPlan, Objective
-from ks.moments.metric import LossMetric
+from ks.moments.metric import DAMPING, LossMetric
 
 
 def weight(rows, cols, decay, seed):
@@ -158,7 +158,7 @@ def test_planned_losses_are_those_of_the_factorised_weights(loss_metric):
         assert layer.relative_loss == pytest.approx(lost.item(), rel=1e-3, abs=1e-6)
         assert layer.parameters == chain.num_parameters
         if loss_metric:
-            damped = 0.9 * gradients + 0.1 * gradients.diagonal().mean() * torch.eye(layer.rows)
+            damped = (1 - DAMPING) * gradients + DAMPING * gradients.diagonal().mean() * torch.eye(layer.rows)
             increase = (damped @ error @ inputs @ error.mT).trace() / 2
             assert layer.loss_increase == pytest.approx(increase.item(), rel=1e-3, abs=1e-9)
 

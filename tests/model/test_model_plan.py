@@ -10,7 +10,7 @@ from ks.errors import UsageError
 from ks.files import columns
 from ks.model.layer_plan import LayerPlan
 from ks.model.model_plan import ModelPlan, Objective
-from ks.moments.metric import LossMetric
+from ks.moments.metric import DAMPING, LossMetric
 
 
 def layer(name, family="lowrank", rank=2, loss=0.25, rows=8, cols=12, **more):
@@ -134,7 +134,7 @@ def test_a_saved_plan_is_read_back(tmp_path):
         made.save(path)
         assert ModelPlan.load(path) == made
     content = json.loads(path.read_text())
-    assert (content["loss_increase"], content["damping"], content["unit"]) == (0.5, 0.1, "nats")
+    assert (content["loss_increase"], content["damping"], content["unit"]) == (0.5, DAMPING, "nats")
     plan().save(path)
     content = json.loads(path.read_text())
     assert content["parameters"] == 216

@@ -8,7 +8,7 @@ import shlex
 from html.parser import HTMLParser
 
 import pytest
-from drawn_study import make_study
+from drawn_study import make_plan, make_study
 
 import rank_sweep_study
 from ks.files.layout import FIGURES, SweepFiles
@@ -110,8 +110,12 @@ def test_the_loss_of_the_model_is_explained_once_and_stands_beside_the_energy(tm
     inputs = CONFIG["problem"]["inputs"] | {"gradients_sha256": "cd" * 32, "damping": 0.1}
     config = measured_study(problem=CONFIG["problem"] | {"inputs": inputs}).config
     for metric, headings, terms in (
-        ("output_energy", ["relative loss", "loss increase"], ["relative loss", "loss increase"]),
-        ("model_loss", ["loss increase", "energy loss", "loss floor"], ["loss increase", "energy loss"]),
+        ("output_energy", ["relative loss", "loss increase, nats per token"], ["relative loss", "loss increase"]),
+        (
+            "model_loss",
+            ["loss increase, nats per token", "energy loss", "loss floor, nats per token"],
+            ["loss increase", "energy loss"],
+        ),
     ):
         shown = dataclasses.replace(study, summary=energy.assign(loss_metric=metric), config=config)
         text, page = page_of(tmp_path, shown)
@@ -123,6 +127,15 @@ def test_the_loss_of_the_model_is_explained_once_and_stands_beside_the_energy(tm
         assert ("<dt>relative loss</dt>" in text) == (metric == "output_energy")
         assert f"damped by {DAMPING:g} of its mean diagonal" in page.text
     assert "loss increase" not in page_of(tmp_path, study)[1].text
+
+
+def test_the_report_of_several_layers_opens_with_their_measured_plan_and_draws_no_losses_together(tmp_path):
+    study = make_study([2, 4])
+    layers = dataclasses.replace(study, summary=study.summary.assign(weight_key=["a.weight", "b.weight"]))
+    text, page = page_of(tmp_path, layers, plans=[make_plan(8, 0.481, 1.284, 0.613, 0.87)])
+    assert page.count("svg") == 1
+    assert "<h1>WARNING: this plan is predicted to be better" in text
+    assert "a.weight" in page.text
 
 
 def test_losses_that_a_linear_axis_squashes_are_on_a_logarithmic_one_too(tmp_path):

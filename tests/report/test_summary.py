@@ -126,7 +126,7 @@ def test_the_printed_summary_has_the_columns_that_decide_then_the_details_in_the
 
 def test_under_the_loss_of_the_model_all_losses_are_increases_and_the_energy_stands_beside():
     row = whole_row() | {"loss_metric": "model_loss", "loss_unit": "nats"}
-    assert columns.names(summary_columns([row])) == [*columns.PRINTED_INCREASES]
+    assert columns.names(summary_columns([row])) == [columns.INCREASE_FOR.get(name, name) for name in columns.PRINTED]
     printed = summary_table([row])
     assert "loss_increase: the predicted increase of the loss of the model, in nats per token." in printed
     assert "energy_loss: the fraction of the output energy that is lost." in printed
@@ -136,8 +136,8 @@ def test_under_the_loss_of_the_model_all_losses_are_increases_and_the_energy_sta
 def test_losses_of_a_log_count_once_the_run_has_ended_well():
     log = TrainingLog("ok", loss_increase=0.004, held_out_loss_increase=0.005, energy_loss=0.26)
     known = rank_row([run_row(2, CURVES, seed=seed, log=log) for seed in (0, 1)])
-    assert [known[name] for name in columns.INCREASES] == [0.004, 0.005, 0.26]
-    assert [run_row(2, CURVES, DIVERGED, log=log)[name] for name in columns.INCREASES] == [None] * 3
+    assert [known[name] for name in columns.EFFECTS] == [0.004, 0.005, 0.26]
+    assert [run_row(2, CURVES, DIVERGED, log=log)[name] for name in columns.EFFECTS] == [None] * 3
 
 
 def test_columns_that_say_nothing_are_left_out():

@@ -42,6 +42,13 @@ def test_verdicts_follow_the_stated_rules_in_any_unit(changes, expected, predict
     assert verdict == expected if expected is None else str(verdict) == expected
 
 
+def test_under_the_loss_of_the_model_a_small_excess_is_one_of_the_zero_predictors_loss():
+    run = run_row(2, [CURVES[1] | {"train_loss": 0.0209, "population_loss": 0.0209}])
+    reference = Reference(1.0, identity={"loss_metric": "model_loss"})
+    row = rank_row([run], CHAIN, Floor(2, 0.02, 0.02, True), reference)
+    assert str(row["verdict"]) == "within 0.1% of the zero predictor's loss"
+
+
 def test_without_a_floor_only_the_marks_remain():
     run = run_row(4, CURVES)
     assert str(rank_row([run], CHAIN, None, Reference(1.0))["verdict"]) == "saturated, larger than dense"

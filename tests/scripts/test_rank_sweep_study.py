@@ -122,7 +122,10 @@ def test_a_target_chooses_the_ranks(run, weight_path):
     assert done.returncode == 0, done.stderr
     weight = torch.load(weight_path)
     smallest = next(rank for rank in range(1, 9) if floor_of(weight, rank) <= 0.3 * weight.square().sum() / 16)
-    assert f"target 0.3, for isotropic inputs: rank {smallest} is the smallest that can reach it" in done.stdout
+    assert (
+        f"target 30% of the output energy, for isotropic inputs: rank {smallest} is the smallest that can reach it"
+        in done.stdout
+    )
     assert f"--rank {smallest} " in done.stdout
 
 

@@ -32,10 +32,10 @@ def train(run, epochs, **losses):
     write_curves(run.files, [row | {"epoch": epoch} for epoch in range(1, epochs + 1)])
 
 
-def ended(run, ending, val_loss=None, relative_loss=None):
+def ended(run, ending, val_loss=None, **losses):
     """Return a run's result and exit after 1.5 seconds."""
     curves = [] if val_loss is None else [{"val_loss": val_loss}]
-    return Result(run, ending, curves, TrainingLog("ok", relative_loss=relative_loss)), Exit(0, 1.5)
+    return Result(run, ending, curves, TrainingLog("ok", **losses)), Exit(0, 1.5)
 
 
 def test_elsewhere_there_is_a_line_for_every_start_and_end(runs, capsys):
@@ -45,10 +45,10 @@ def test_elsewhere_there_is_a_line_for_every_start_and_end(runs, capsys):
     progress.poll([first, second])
     progress.end(*ended(runs[0], OK, val_loss=0.25))
     progress.poll([second])
-    progress.end(*ended(runs[1], OK, val_loss=0.25, relative_loss=0.0125))
+    progress.end(*ended(runs[1], OK, val_loss=0.25, relative_loss=0.0125, loss_increase=0.004))
     progress.close()
     expected = ["rank 1: training (1 of 2)", "rank 2: training (2 of 2)", "rank 1: ok, validation loss 0.25, 1.5 s"]
-    expected.append("rank 2: ok, relative loss 1.25%, 1.5 s")
+    expected.append("rank 2: ok, relative loss 1.25%, loss increase 0.004, 1.5 s")
     assert capsys.readouterr().err.splitlines() == expected
 
 

@@ -1,5 +1,6 @@
 """Figures with the epoch on the x axis: training and validation loss, the distance to the floor, a metric."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -57,11 +58,14 @@ def loss_curves(figure: Figure, study: Study, log_scale: bool) -> str:
     values, floors = curves[["train_loss", "val_loss"]].to_numpy().ravel(), floored[["lower", "upper"]].to_numpy()
     held_out = study.held_out_predict_zero_loss is not None
     names = ("Training", "Held-out inputs" if held_out else "Validation")
-    for axes, column, name in zip(panels, ("train_loss", "val_loss"), names):
+    held_out_zero = study.held_out_predict_zero_loss if units.words.of_model else None  # fractions are of their own
+    zeros = (units.zero, held_out_zero or units.zero)
+    for axes, column, name, zero in zip(panels, ("train_loss", "val_loss"), names, zeros):
         ends = _draw_ranks(axes, curves, column, study.summary)
         axes.set_title(name, fontsize="medium")
         parts.finish_epoch_axis(axes)
-        parts.finish_loss_axis(axes, units, values, floors.ravel(), log_scale=log_scale)
+        own = dataclasses.replace(units, zero=zero)
+        parts.finish_loss_axis(axes, own, [*values, *zeros], floors.ravel(), log_scale=log_scale)
         parts.label_ends(axes, ends, "rank")
         axes.tick_params(labelleft=True)
     low = panels[0].get_ylim()[0] if log_scale else -1.0

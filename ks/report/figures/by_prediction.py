@@ -1,7 +1,6 @@
 """The increases of the loss of a model that its plans predict, against those that were measured."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -12,92 +11,62 @@ from ks.report.figures import parts
 from ks.report.figures.parts import FAMILY_COLORS, GREY, paper
 from ks.report.words import Words
 
-PLANNED, EQUAL = FAMILY_COLORS[:2]
+# Of the points of `points_of`: marker, colour, label, and the place of the fraction beside it.
+LOOKS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    "plan": ("o", FAMILY_COLORS[0], "plan (number: fraction of the parameters)", {"xytext": (-8, 3), "ha": "right"}),
+    "uniform": ("s", FAMILY_COLORS[1], "the same fraction in every layer", {"xytext": (8, -9)}),
+}
 MISJUDGED = "firebrick"
 
 
-@dataclass(frozen=True)
-class Increase:
-    """Predicted and measured increase of the loss per token, of a plan or of equal fractions in every layer.
+def points_of(plan: ModelPlan) -> dict[str, tuple[float, float]]:
+    """Return the predicted and the measured increase of a plan and of its uniform one, where both are above 0."""
+    both = {"plan": plan} | ({"uniform": plan.as_uniform()} if plan.uniform else {})
+    points = {name: (one.loss_increase or 0.0, one.measured_increase or 0.0) for name, one in both.items()}
+    return {name: point for name, point in points.items() if min(point) > 0}
 
-    fraction: of the dense parameters. planned: whether the fractions of the layers are those of a plan.
+
+def measured_by_predicted(figure: Figure, plans: Sequence[ModelPlan], log_scale: bool) -> str:
+    """Draw measured against predicted increases; a line joins every plan with equal fractions of the same budget.
+
+    Increases span decades, so both axes are logarithmic whatever `log_scale` is.
+
+    Args:
+        figure: empty.
+        plans: of one model and loss, each with a point.
     """
-
-    fraction: float
-    planned: bool
-    predicted: float
-    measured: float
-
-
-def increases_of(plans: Sequence[ModelPlan]) -> list[Increase]:
-    """Return the predicted and measured increases of plans and of their equal fractions; both are above 0."""
-    found = []
-    for plan in plans:
-        for one in (plan, *([plan.as_uniform()] if plan.uniform else ())):
-            predicted, measured = one.loss_increase or 0.0, one.measured_increase or 0.0
-            if predicted > 0 and measured > 0:
-                found.append(Increase(plan.share, one is plan, predicted, measured))
-    return found
-
-
-def _pairs(increases: Sequence[Increase]) -> list[tuple[Increase, Increase]]:
-    """Return every plan with the equal fractions of the same budget."""
-    equal = {one.fraction: one for one in increases if not one.planned}
-    return [(one, equal[one.fraction]) for one in increases if one.planned and one.fraction in equal]
-
-
-def _is_misjudged(plan: Increase, equal: Increase) -> bool:
-    return plan.predicted < equal.predicted and plan.measured > equal.measured
-
-
-def of_predictions(increases: Sequence[Increase]) -> str:
-    """Return the plans that are worse than equal fractions against their prediction, else measured over predicted."""
-    wrong = [f"{plan.fraction:.0%}" for plan, equal in _pairs(increases) if _is_misjudged(plan, equal)]
-    if wrong:
+    del log_scale
+    axes = figure.subplots()
+    parts.draw_grid(axes)
+    points = [points_of(plan) for plan in plans]
+    pairs = [pair for found in points for pair in found.values()]
+    ends = low, high = min(map(min, pairs)) / 1.4, max(map(max, pairs)) * 1.4
+    for axis in (axes.xaxis, axes.yaxis):
+        parts.set_log_axis(axis, low, high, "{:g}".format)
+    factor = measured_over_predicted(pairs)
+    line: dict[str, Any] = {"color": GREY, "linewidth": 1.0, "zorder": 1}
+    axes.plot(ends, ends, label="measured = predicted", **line)
+    axes.plot(ends, [factor * end for end in ends], ":", label=f"measured = {factor:.2g} × predicted", **line)
+    for plan, found in zip(plans, points):
+        look: dict[str, Any] = {"color": GREY, "linewidth": 0.8}
+        if plan.is_misjudged:
+            look = {"color": MISJUDGED, "linewidth": 2.0}
+        axes.plot(*zip(*found.values()), zorder=2, **look)
+    for name, (marker, color, label, place) in LOOKS.items():
+        shown = [(plan, found[name]) for plan, found in zip(plans, points) if name in found]
+        look = {"linestyle": "", "markersize": 8, "markeredgecolor": paper(), "zorder": 4, "label": label}
+        axes.plot(*zip(*(point for _, point in shown)), marker=marker, color=color, **look)
+        text: dict[str, Any] = {"textcoords": "offset points", "fontsize": "small", "fontweight": "bold"}
+        for plan, point in shown:
+            axes.annotate(f"{plan.share:.0%}", point, color=color, **text, **place)
+    unit = Words(unit=plans[0].unit).axis_unit
+    axes.set_xlabel(f"predicted loss increase ({unit})")
+    axes.set_ylabel(f"measured loss increase ({unit})")
+    parts.write_legend(figure, axes.get_legend_handles_labels()[0])
+    if wrong := [f"{plan.share:.0%}" for plan in plans if plan.is_misjudged]:
         return (
             f"WARNING: with {' and '.join(wrong)} of the parameters, the plan is predicted to cost less than equal "
             "fractions, and was measured to cost more"
         )
-    ratios = [one.measured / one.predicted for one in increases]
+    ratios = [measured / predicted for predicted, measured in pairs]
     return f"the measured increase is {min(ratios):.2g} to {max(ratios):.2g} times the predicted one"
-
-
-def measured_by_predicted(figure: Figure, increases: Sequence[Increase], unit: str) -> str:
-    """Draw measured against predicted increases; a line joins every plan with equal fractions of the same budget.
-
-    Args:
-        figure: empty.
-        increases: one or more, above 0.
-        unit: of the loss.
-    """
-    axes = figure.subplots()
-    parts.draw_grid(axes)
-    values = [value for one in increases for value in (one.predicted, one.measured)]
-    low, high = min(values) / 1.4, max(values) * 1.4
-    for axis in (axes.xaxis, axes.yaxis):
-        parts.set_log_axis(axis, low, high, "{:g}".format)
-    factor = measured_over_predicted((one.predicted, one.measured) for one in increases)
-    ends = [low, high]
-    line: dict[str, Any] = {"color": GREY, "linewidth": 1.0, "zorder": 1}
-    axes.plot(ends, ends, label="measured = predicted", **line)
-    axes.plot(ends, [factor * end for end in ends], ":", label=f"measured = {factor:.2g} × predicted", **line)
-    for plan, equal in _pairs(increases):
-        wrong = _is_misjudged(plan, equal)
-        look: dict[str, Any] = {"color": MISJUDGED, "linewidth": 2.0} if wrong else {"color": GREY, "linewidth": 0.8}
-        axes.plot([plan.predicted, equal.predicted], [plan.measured, equal.measured], zorder=2, **look)
-    for planned, marker, color, label in (
-        (True, "o", PLANNED, "plan (number: fraction of the parameters)"),
-        (False, "s", EQUAL, "the same fraction in every layer"),
-    ):
-        shown = [one for one in increases if one.planned is planned]
-        look = {"linestyle": "", "markersize": 8, "markeredgecolor": paper(), "zorder": 4, "label": label}
-        axes.plot([one.predicted for one in shown], [one.measured for one in shown], marker, color=color, **look)
-        place: dict[str, Any] = {"textcoords": "offset points", "fontsize": "small", "fontweight": "bold"}
-        place |= {"xytext": (-8, 3), "ha": "right"} if planned else {"xytext": (8, -9)}
-        for one in shown:
-            axes.annotate(f"{one.fraction:.0%}", (one.predicted, one.measured), color=color, **place)
-    per_token = Words(unit=unit).per_token
-    axes.set_xlabel(f"predicted loss increase ({per_token})")
-    axes.set_ylabel(f"measured loss increase ({per_token})")
-    parts.write_legend(figure, axes.get_legend_handles_labels()[0])
-    return of_predictions(increases)

@@ -1,6 +1,6 @@
 """All figures of a study: which it has the data for, their files, and windows for them."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from ks.model.model_plan import ModelPlan
 from ks.report.figures import by_cost
 from ks.report.figures.by_cost import loss_by_latency, loss_by_parameters
 from ks.report.figures.by_epoch import gap_by_epoch, has_gaps, loss_curves, metric_by_epoch
-from ks.report.figures.by_prediction import increases_of, measured_by_predicted
+from ks.report.figures.by_prediction import measured_by_predicted
 from ks.report.figures.by_rank import final_losses, floor_by_rank, has_floors
 from ks.report.figures.parts import write_heading
 from ks.report.read_results import Study
-from ks.report.summary import measured_batches
+from ks.report.summary import has_several_layers, measured_batches
 
 # By the name in the file name: what draws it, on an empty figure, and returns the finding for its heading; its size in
 # inches; and whether a study has the data for it.
@@ -52,6 +52,8 @@ def study_figures(
 ) -> dict[str, Figure]:
     """Return the figures that a study has the data for, and one for each known metric, by the name in its file name.
 
+    A study of several layers has none; those of each layer are in its folder.
+
     Args:
         study: to draw.
         log_scale: logarithmic loss axes.
@@ -62,7 +64,9 @@ def study_figures(
         names: of the figures to draw.
     """
     shown = study.title if title is None else title
-    figures = {}
+    figures: dict[str, Figure] = {}
+    if has_several_layers(study.rows):  # their losses share no axis
+        return figures
     for name, (draw, size, has_data) in DRAWN.items():
         if name in names and has_data(study):
             figures[name] = _figure(draw, study, log_scale, shown, figsize or size(study))
@@ -83,13 +87,9 @@ def chains_figure(studies: list[Study], *, log_scale: bool = False, title: str |
     return _figure(by_cost.chains, studies, log_scale, title, (9, 5.5))
 
 
-def plans_figure(plans: list[ModelPlan], *, title: str | None = None) -> Figure:
-    """Return the predicted and measured increases of plans of one model, of which at least one has both above 0."""
-
-    def draw(figure: Figure, increases: list, log_scale: bool) -> str:
-        return measured_by_predicted(figure, increases, plans[0].unit)
-
-    return _figure(draw, increases_of(plans), True, title or plans[0].checkpoint, (7, 6.4))
+def plans_figure(plans: Sequence[ModelPlan], *, title: str | None = None) -> Figure:
+    """Return the predicted and measured increases of plans of one model, each of which has `points_of`."""
+    return _figure(measured_by_predicted, plans, True, title or plans[0].checkpoint, (7, 6.4))
 
 
 def _figure(draw: Callable[..., str], drawn: Any, log_scale: bool, title: str | None, figsize: tuple) -> Figure:

@@ -3,34 +3,21 @@
 import dataclasses
 
 import pytest
-from drawn_study import texts
+from drawn_study import make_plan, texts
 from matplotlib.colors import to_hex
 
 import plot_rank_results
-from ks.chain.patterns import make_chain
-from ks.model.layer_plan import LayerPlan
-from ks.model.model_plan import ModelPlan
-from ks.moments.metric import LossMetric
-from ks.report.figures.by_prediction import MISJUDGED, Increase, increases_of
+from ks.report.figures.by_prediction import MISJUDGED, points_of
 from ks.report.figures.draw import plans_figure
-
-
-def make_plan(rank, predicted, measured, equal_predicted, equal_measured, unit="nats"):
-    """A plan of one layer of rank `rank` of 32 × 32, of which dense has 16 ranks' parameters."""
-    layer = LayerPlan("a.weight", 32, 32, "0" * 64, make_chain(32, 32, "lowrank"), rank, loss_increase=predicted)
-    uniform = (dataclasses.replace(layer, loss_increase=equal_predicted),)
-    plan = ModelPlan((layer,), "budget", 0.5, 0.0, uniform, loss_metric=LossMetric.MODEL_LOSS, unit=unit)
-    return plan.measured(measured, equal_measured)
-
 
 GOOD = make_plan(12, 0.189, 0.387, 0.285, 0.642)
 BAD = make_plan(8, 0.481, 1.284, 0.613, 0.87)
 
 
 def test_a_plan_and_its_equal_fractions_are_two_points_of_one_budget():
-    assert increases_of([GOOD]) == [Increase(0.75, True, 0.189, 0.387), Increase(0.75, False, 0.285, 0.642)]
-    assert [one.planned for one in increases_of([GOOD.measured(0.387)])] == [True]
-    assert increases_of([GOOD.measured(-0.01)]) == []  # no place on a logarithmic axis
+    assert points_of(GOOD) == {"plan": (0.189, 0.387), "uniform": (0.285, 0.642)}
+    assert [*points_of(GOOD.measured(0.387))] == ["plan"]
+    assert points_of(GOOD.measured(-0.01)) == {}  # no place on a logarithmic axis
 
 
 @pytest.mark.parametrize(
@@ -66,6 +53,10 @@ def test_measured_plans_in_a_folder_are_drawn_and_printed_without_a_sweep(tmp_pa
     assert printed.splitlines()[-1] == str(tmp_path / "rank_sweep_plans.png")
     assert printed.startswith("WARNING: this plan ")
     assert printed.count("Measured: ") == 2
+    dataclasses.replace(GOOD, unit="bits").save(tmp_path / "other_plan.json")
+    assert plot_rank_results.main(["--results_dir", str(tmp_path)]) == 2
+    assert "different losses" in capsys.readouterr().err
+    (tmp_path / "other_plan.json").unlink()
     (tmp_path / "good_plan.json").unlink()
     (tmp_path / "bad_plan.json").unlink()
     assert plot_rank_results.main(["--results_dir", str(tmp_path)]) == 2  # no results, as ever
