@@ -1,10 +1,8 @@
-"""Batches for a model: held out, cut, put on its device, passed through it in evaluation mode; tokens that count."""
+"""Batches for a model: held out, cut, put on its device, passed through it; and the tokens of them that count."""
 
-import contextlib
 import inspect
 import math
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,26 +12,6 @@ from ks.files.globs import matches
 
 MaskFunction = Callable[[Any], torch.Tensor | None]
 Mask = MaskFunction | Mapping[str, MaskFunction]
-
-
-@contextlib.contextmanager
-def evaluating(model: torch.nn.Module, gradients: bool = False) -> Iterator[None]:
-    """Put a model into evaluation mode, without gradients or with them; every module has its mode back at the end.
-
-    The mode is set without calling `eval` and `train`, which may do work: those of adapters change weights. Nested
-    tensors, which nn.TransformerEncoder makes of padded batches, have no shape to compare with a mask, and are off.
-    """
-    with contextlib.ExitStack() as undo:
-        for module in model.modules():
-            undo.callback(setattr, module, "training", module.training)
-            module.training = False
-            if isinstance(module, torch.nn.TransformerEncoder):
-                undo.callback(setattr, module, "use_nested_tensor", module.use_nested_tensor)
-                module.use_nested_tensor = False
-        if "torch._dynamo" in sys.modules:  # a compiled part runs without the hooks that came after its compilation
-            undo.enter_context(torch.compiler.set_stance("force_eager"))
-        with torch.inference_mode(False), torch.set_grad_enabled(gradients):
-            yield
 
 
 def on_device_of(model: torch.nn.Module, batch: Any) -> Any:

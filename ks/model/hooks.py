@@ -1,6 +1,7 @@
-"""Hooks on the linear layers of a model: their inputs, and the gradients at their outputs."""
+"""A model while batches pass through it: in evaluation mode, with hooks on its linear layers; then it is as before."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -8,10 +9,29 @@ from typing import Any
 import torch
 
 from ks.errors import UsageError
-from ks.model.batches import evaluating
 from ks.model.linears import Linear
 
 Take = Callable[[str, torch.Tensor], None]
+
+
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module, gradients: bool = False) -> Iterator[None]:
+    """Put a model into evaluation mode, without gradients or with them; every module has its mode back at the end.
+
+    The mode is set without calling `eval` and `train`, which may do work: those of adapters change weights. Nested
+    tensors, which nn.TransformerEncoder makes of padded batches, have no shape to compare with a mask, and are off.
+    """
+    with contextlib.ExitStack() as undo:
+        for module in model.modules():
+            undo.callback(setattr, module, "training", module.training)
+            module.training = False
+            if isinstance(module, torch.nn.TransformerEncoder):
+                undo.callback(setattr, module, "use_nested_tensor", module.use_nested_tensor)
+                module.use_nested_tensor = False
+        if "torch._dynamo" in sys.modules:  # a compiled part runs without the hooks that came after its compilation
+            undo.enter_context(torch.compiler.set_stance("force_eager"))
+        with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+            yield
 
 
 @contextlib.contextmanager

@@ -1,8 +1,9 @@
 """Sequential calibration: every layer is compressed for the inputs that the compressed layers before it give."""
 
-import contextlib
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import chain, pairwise
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 from ks.errors import UsageError, one_line
 from ks.layer import KSLinear
 from ks.model.apply import Place, described, find_places, metric_of, replacements_of
-from ks.model.batches import Mask, call, masks_of, on_device_of
+from ks.model.batches import Mask, call, counted, masks_of, on_device_of
 from ks.model.collect import collect_input_moments
 from ks.model.hooks import observed
 from ks.model.linears import light_copy, linears_of, replace_modules, unwrapped
@@ -83,33 +84,29 @@ def compress_in_order(
     groups = _groups(collect(batches[:1], [*planned]), [*planned])
     passes = min(max_passes or len(groups), len(groups))
     bounds = [len(groups) * index // passes for index in range(passes + 1)]
-
-    def outputs_of(place: Place) -> SecondMoment | None:
-        metric = None if moments is None else metric_of(place.plan, moments, plan.loss_metric)
-        return None if metric is None else metric.outputs
-
     dense = light_copy(unwrapped(model)) if anchor else None
     replaced: dict[nn.Module, nn.Module] = {}
     result, number = model, 0
     try:
         for several in (groups[start:stop] for start, stop in pairwise(bounds)):
-            with _paired(dense if replaced else None, model, several, batches, mask) as (given, drifts):
+            names = [group[0] for group in several]
+            with _paired(dense if replaced else None, model, names, batches, mask) as (given, drifts):
                 found = collect(given, [*chain.from_iterable(several)])
             new: dict[nn.Module, nn.Module] = {}
             for group in several:
+                inputs = inputs_of(found, planned[group[0]].plan.cols, _key_of(group[0])).train
+                moment = SecondMoment(inputs.second_moment)
                 for name in group:
                     place, number = planned[name], number + 1
                     if not quiet:
                         print(f"{number} of {len(planned)}: {described(place)}", file=sys.stderr)
-                    inputs = inputs_of(found, place.plan.cols, _key_of(name)).train
-                    metric = Metric(inputs.second_moment, outputs_of(place), damping=0)  # G was damped before
                     target = place.weight
                     if drifts:
                         moved = target.double() @ (drifts[group[0]] / inputs.count).to(target.device)
-                        target = target + anchor * metric.inputs.times_inverse_root(
-                            metric.inputs.times_inverse_root(moved)
-                        )
+                        target = target + anchor * moment.times_inverse_root(moment.times_inverse_root(moved))
                     if place.plan.chain is not None:
+                        of_plan = None if moments is None else metric_of(place.plan, moments, plan.loss_metric)
+                        metric = Metric(moment, of_plan.outputs if of_plan else None, damping=0)  # G was damped before
                         new |= replacements_of(place, partial(_chain, target, metric, impl))
                     elif drifts:
                         new |= _with_weight(place, target)
@@ -139,36 +136,31 @@ def _with_weight(place: Place, weight: torch.Tensor) -> dict[nn.Module, nn.Modul
     return made
 
 
-@contextlib.contextmanager
+@contextmanager
 def _paired(
-    dense: nn.Module | None,
-    small: nn.Module,
-    groups: list[list[str]],
-    batches: list[Any],
-    mask: Mask | None,
+    dense: nn.Module | None, small: nn.Module, names: list[str], batches: list[Any], mask: Mask | None
 ) -> Iterator[tuple[Iterable[Any], dict[str, torch.Tensor]]]:
-    """Yield batches for a pass through the compressed model, and Σ (x − x̃) x̃ᵀ by the first layer of each group.
+    """Yield batches for a pass through the compressed model, and Σ (x − x̃) x̃ᵀ of layers, complete after the pass.
 
-    The sums are complete after the pass. A batch goes through the dense model before it is yielded; without a dense
-    model there are no sums.
+    A batch goes through the dense model before it is yielded; without a dense model there are no sums.
     """
     drifts: dict[str, torch.Tensor] = {}
     if dense is None:
         yield batches, drifts
         return
-    kept: dict[tuple[nn.Module, str], list[torch.Tensor]] = {}
+    kept: defaultdict[tuple[nn.Module, str], list[torch.Tensor]] = defaultdict(list)  # inputs in every call
 
     def keep(model: nn.Module, name: str, inputs: torch.Tensor) -> None:
-        kept.setdefault((model, name), []).append(inputs.clone())
+        kept[model, name].append(inputs.clone())
 
     def passes() -> Iterator[Any]:
         for batch in batches:
             kept.clear()
             call(dense, on_device_of(dense, batch))
             yield batch
-            counted = masks_of(dense, batch, mask)
-            for name, *_ in groups:
-                calls, others = kept.get((dense, name), []), kept.get((small, name), [])
+            mask_for = masks_of(dense, batch, mask)
+            for name in names:
+                calls, others = kept[dense, name], kept[small, name]
                 if [each.shape for each in calls] != [each.shape for each in others]:
                     raise UsageError(
                         f"layer {one_line(name)} sees other tokens in the compressed model than in the dense one, so "
@@ -176,18 +168,15 @@ def _paired(
                     )
                 for pair in zip(calls, others):
                     place = "cpu" if pair[0].device.type == "mps" else pair[0].device  # MPS has no float64
-                    x, seen = (_rows(each, counted(name)).to(place, torch.float64) for each in pair)
+                    x, seen = (counted(each, mask_for(name)).to(place, torch.float64) for each in pair)
                     drifts[name] = drifts.get(name, 0) + (x - seen).mT @ seen
 
-    first = [{name: linears_of(model)[name] for name, *_ in groups} for model in (dense, small)]
-    with observed(dense, first[0], partial(keep, dense), None), observed(small, first[1], partial(keep, small), None):
+    def observing(model: nn.Module) -> AbstractContextManager:
+        linears = linears_of(model)
+        return observed(model, {name: linears[name] for name in names}, partial(keep, model), None)
+
+    with observing(dense), observing(small):
         yield passes(), drifts
-
-
-def _rows(inputs: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
-    """Return the inputs of the tokens that count, shape (N, n)."""
-    rows = inputs.reshape(-1, inputs.shape[-1])
-    return rows if counted is None else rows[counted.flatten().to(rows.device, torch.bool)]
 
 
 def _groups(moments: InputMoments, names: list[str]) -> list[list[str]]:

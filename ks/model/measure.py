@@ -11,7 +11,8 @@ import torch
 from torch.nn.functional import cosine_similarity, kl_div
 
 from ks.errors import UsageError, one_line
-from ks.model.batches import call, counted, cut, evaluating, first_tensor, mask_of, num_tokens, on_device_of
+from ks.model.batches import call, counted, cut, first_tensor, mask_of, num_tokens, on_device_of
+from ks.model.hooks import evaluating
 from ks.model.linears import unwrapped
 from ks.model.losses import (
     IGNORED,

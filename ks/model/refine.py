@@ -17,7 +17,8 @@ from ks.files.globs import matching, nearest
 from ks.files.torch_files import read_torch_file
 from ks.files.weights import tensors_sha256
 from ks.layer import KSLinear
-from ks.model.batches import Mask, call, counted, evaluating, is_held_out, masks_of, on_device_of, tensors_of
+from ks.model.batches import Mask, call, counted, is_held_out, masks_of, on_device_of, tensors_of
+from ks.model.hooks import evaluating
 from ks.model.linears import unwrapped
 
 Values = dict[str, torch.Tensor]  # of the trained parameters of a block, by name
