@@ -15,7 +15,6 @@ import ks
 from ks.bounds.factorize import factorize
 from ks.errors import UsageError
 from ks.model.model_plan import ModelPlan
-from ks.moments.read import inputs_of
 
 NAMES = ("blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down")
 X = normal(60, 8) * torch.linspace(0.2, 2, 8)
@@ -66,36 +65,26 @@ def wanted(dense, model, anchor):
 
 
 @pytest.mark.parametrize("anchor", [0.5, 1.0])
-def test_with_an_anchor_the_target_turns_to_the_output_of_the_dense_model(anchor):
-    """A chain of full rank is the target; with anchor 1, W x is its least squares over x̃."""
+@pytest.mark.parametrize("family", ["lowrank", None])
+def test_with_an_anchor_the_target_turns_to_the_output_of_the_dense_model(anchor, family):
+    """A chain of full rank and a dense layer are the target; with anchor 1, W x is its least squares over x̃."""
     model = Network()
-    plan = plan_of(model, dict.fromkeys(NAMES[:3], "lowrank"), **{NAMES[2]: 8})
+    old, weight = model.get_submodule(NAMES[2]), model.get_submodule(NAMES[2]).weight.detach().clone()
+    plan = plan_of(model, dict.fromkeys(NAMES[:2], "lowrank") | {NAMES[2]: family}, **{NAMES[2]: 8})
     ks.compress_in_order(model, plan, BATCHES, anchor=anchor, quiet=True)
-    expected = wanted(Network(), model, anchor)
-    torch.testing.assert_close(model.get_submodule(NAMES[2]).to_dense().double(), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_with_an_anchor_a_layer_that_stays_dense_gets_the_target_as_its_weight():
-    model = Network()
-    up, weight = model.get_submodule(NAMES[2]), model.get_submodule(NAMES[2]).weight.detach().clone()
-    plan = plan_of(model, dict.fromkeys(NAMES[:2], "lowrank") | {NAMES[2]: None})
-    ks.compress_in_order(model, plan, BATCHES, anchor=1.0, quiet=True)
-    new = model.get_submodule(NAMES[2])
-    assert type(new) is nn.Linear
-    assert new.bias is up.bias
-    assert torch.equal(up.weight, weight)  # of the dense model, which others may hold
-    torch.testing.assert_close(new.weight.detach().double(), wanted(Network(), model, 1.0), rtol=1e-4, atol=1e-4)
+    new, expected = model.get_submodule(NAMES[2]), wanted(Network(), model, anchor)
+    assert type(new) is (ks.KSLinear if family else nn.Linear)
+    assert new.bias is old.bias
+    assert torch.equal(old.weight, weight)  # of the dense model, which others may hold
+    found = new.to_dense() if family else new.weight.detach()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_plan_by_the_loss_of_the_model_keeps_its_gradients_and_takes_the_new_inputs():
     model = Network()
     moments = measured_moments({f"{name}.weight": model.get_submodule(name).weight.detach() for name in NAMES})
     plan = plan_of(model, dict.fromkeys(NAMES, "lowrank"), moments)
-    layers = [
-        dataclasses.replace(layer, gradients_sha256=inputs_of(moments, layer.cols, layer.layer).gradients_sha256)
-        for layer in plan.layers
-    ]
-    plan = dataclasses.replace(plan, layers=tuple(layers), loss_metric=ks.LossMetric.MODEL_LOSS)
+    plan = dataclasses.replace(plan, loss_metric=ks.LossMetric.MODEL_LOSS)
     ks.compress_in_order(model, plan, BATCHES, moments=moments, anchor=1.0, quiet=True)
     chain = model.get_submodule(NAMES[2])
     gradients = moments.gradients[f"{NAMES[2]}.weight"].second_moment

@@ -37,6 +37,7 @@ class Model(nn.Module):
         with torch.no_grad():
             for index, parameter in enumerate(self.parameters()):
                 parameter.copy_(normal(*parameter.shape, seed=index) / 2)
+        self.layers[1].norm.bias = self.layers[0].norm.bias
 
     def forward(self, x, attention_mask=None):
         gate, x = torch.tanh(x).mean(-1, keepdim=True), self.dropout(x)
@@ -88,7 +89,7 @@ def test_the_held_out_error_falls_and_is_that_of_the_models_for_the_tokens_that_
         assert block.after == pytest.approx(held_out_error(model, small, block.name, tokens), rel=1e-4)
 
 
-def test_chains_norms_and_biases_of_blocks_with_chains_change_and_nothing_else():
+def test_chains_norms_and_biases_that_blocks_with_chains_alone_use_change_and_nothing_else():
     model, start, small = Model(), compressed(), compressed().train()
     small.layers[1].eval()
     modes = [each.training for each in small.modules()]
@@ -96,10 +97,9 @@ def test_chains_norms_and_biases_of_blocks_with_chains_change_and_nothing_else()
     assert [each.training for each in small.modules()] == modes
     changed = {name for name, value in small.named_parameters() if not torch.equal(value, start.get_parameter(name))}
     assert changed == {
-        *(f"layers.{index}.{name}" for index in (0, 2) for name in ("norm.weight", "norm.bias", "mix.bias")),
+        *(f"layers.{index}.{name}" for index in (0, 2) for name in ("norm.weight", "mix.bias", "down.bias")),
         *(f"layers.{index}.up.{name}" for index in (0, 2) for name in ("block_0", "block_1", "bias")),
-        *(f"layers.{index}.down.bias" for index in (0, 2)),
-        *("layers.0.down.block_0", "layers.0.down.block_1"),
+        *("layers.0.down.block_0", "layers.0.down.block_1", "layers.2.norm.bias"),
     }
     assert_same(Model().state_dict(), model.state_dict())
     assert all(each.grad is None and each.requires_grad for each in (*model.parameters(), *small.parameters()))
@@ -177,13 +177,14 @@ def small_of(model):
 
 
 def refined_network(dtype=torch.float32, **options):
-    """A model of one block with large outputs: the model, and the block after its refinement."""
+    """The compressed model of one block with large outputs, and this block after its refinement."""
     torch.manual_seed(0)
     model, tokens = nn.Sequential(nn.Embedding(9, WIDTH), Doubling(**options)), torch.arange(90).view(10, 3, 3) % 9
     model[0].weight.data *= 1000
     model.config = model[1].config
-    (block,) = ks.refine(copy.deepcopy(model).to(dtype), small_of(model), tokens, "1", lr=0.03, quiet=True)
-    return model, block
+    small = small_of(model)
+    (block,) = ks.refine(model.to(dtype), small, tokens, "1", lr=0.03, quiet=True)
+    return small, block
 
 
 def test_a_block_may_change_its_input_in_place():
@@ -191,9 +192,9 @@ def test_a_block_may_change_its_input_in_place():
 
 
 def test_a_cache_is_off_during_the_refinement_alone():
-    model, block = refined_network(use_cache=True)
+    small, block = refined_network(use_cache=True)
     assert block == refined_network()[1]
-    assert model.config.use_cache
+    assert small.config.use_cache
 
 
 def test_large_outputs_of_a_dense_model_in_float16_do_not_overflow():
