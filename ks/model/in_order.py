@@ -45,8 +45,8 @@ def compress_in_order(
         T = W (I + β (E[x x̃ᵀ] C⁺ − I)),
 
     x and x̃ of the same token. With β = 0 the target is the output W x̃ for the inputs at hand; with β = 1 it is W x, the
-    output of the dense model. Chains and ranks are those of the plan, whatever inputs it was made for. A planned layer
-    that stays dense gets the weight T with β > 0, and is not touched with β = 0.
+    output of the dense model. Chains and ranks are those of the plan, whatever inputs it was made for. Layers that the
+    plan keeps dense are not touched.
 
     A group is the layers with one input tensor. All batches pass through the model once for each group, or fewer times
     with `max_passes`: then neighbouring groups are measured in the same pass, before any of them is replaced. With
@@ -77,39 +77,36 @@ def compress_in_order(
         raise UsageError(f"an anchor of {anchor}: 0 to 1 is allowed")
     if moments is not None and plan.loss_metric is not LossMetric.MODEL_LOSS:
         raise UsageError("the plan minimises the output energy and needs no moments in order; leave them out")
-    planned = {place.names[0]: place for place in find_places(model, plan) if anchor or place.plan.chain is not None}
-    if all(place.plan.chain is None for place in planned.values()):
+    planned = {place.names[0]: place for place in find_places(model, plan) if place.plan.chain is not None}
+    if not planned:
         return model
     collect = partial(collect_input_moments, model, mask=mask, held_out=0, quiet=True)
     groups = _groups(collect(batches[:1], [*planned]), [*planned])
     passes = min(max_passes or len(groups), len(groups))
     bounds = [len(groups) * index // passes for index in range(passes + 1)]
     dense = light_copy(unwrapped(model)) if anchor else None
-    replaced: dict[nn.Module, nn.Module] = {}
-    result, number = model, 0
+    replaced: dict[nn.Module, KSLinear] = {}
+    result = model
     try:
         for several in (groups[start:stop] for start, stop in pairwise(bounds)):
             names = [group[0] for group in several]
             with _paired(dense if replaced else None, model, names, batches, mask) as (given, drifts):
                 found = collect(given, [*chain.from_iterable(several)])
-            new: dict[nn.Module, nn.Module] = {}
+            new: dict[nn.Module, KSLinear] = {}
             for group in several:
                 inputs = inputs_of(found, planned[group[0]].plan.cols, _key_of(group[0])).train
                 moment = SecondMoment(inputs.second_moment)
                 for name in group:
-                    place, number = planned[name], number + 1
+                    place = planned[name]
                     if not quiet:
-                        print(f"{number} of {len(planned)}: {described(place)}", file=sys.stderr)
+                        print(f"{len(replaced) + len(new) + 1} of {len(planned)}: {described(place)}", file=sys.stderr)
                     target = place.weight
                     if drifts:
                         moved = target.double() @ (drifts[group[0]] / inputs.count).to(target.device)
                         target = target + anchor * moment.times_inverse_root(moment.times_inverse_root(moved))
-                    if place.plan.chain is not None:
-                        of_plan = None if moments is None else metric_of(place.plan, moments, plan.loss_metric)
-                        metric = Metric(moment, of_plan.outputs if of_plan else None, damping=0)  # G was damped before
-                        new |= replacements_of(place, partial(_chain, target, metric, impl))
-                    elif drifts:
-                        new |= _with_weight(place, target)
+                    of_plan = None if moments is None else metric_of(place.plan, moments, plan.loss_metric)
+                    metric = Metric(moment, of_plan.outputs if of_plan else None, damping=0)  # G was damped before
+                    new |= replacements_of(place, partial(_chain, target, metric, impl))
             result = replace_modules(result, new)
             replaced |= new
     except BaseException:
@@ -121,19 +118,6 @@ def compress_in_order(
 def _chain(target: torch.Tensor, metric: Metric, impl: str, place: Place) -> KSLinear:
     """Return the best known chain for a target, rounded to the dtype of the weight at the end."""
     return KSLinear.from_dense(target, patterns=place.plan.patterns, metric=metric, impl=impl).to(place.weight)
-
-
-def _with_weight(place: Place, weight: torch.Tensor) -> dict[nn.Module, nn.Module]:
-    """Return copies of the layers of a place that share another weight and keep their own biases."""
-    old = place.linears[0].module.weight
-    assert isinstance(old, nn.Parameter)
-    stored = weight.t() if place.linears[0].transposed else weight
-    new = nn.Parameter(stored.to(old.dtype).contiguous(), old.requires_grad)
-    made: dict[nn.Module, nn.Module] = {}
-    for linear in place.linears:
-        made[linear.module] = light_copy(linear.module)
-        made[linear.module].weight = new
-    return made
 
 
 @contextmanager

@@ -149,10 +149,9 @@ def _checked_names(model: nn.Module, small: nn.Module, blocks: str | Sequence[st
 
 def _trained(small: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """Return the parameters of a block with chains that are trained: chains, norms and biases that it alone uses."""
-    block = small.get_submodule(name)
-    inside = {*block.modules()}
-    outside = {each for module in small.modules() if module not in inside for each in module.parameters(recurse=False)}
-    chains = {each for module in inside if isinstance(module, KSLinear) for each in module.blocks}
+    block, under = small.get_submodule(name), f"{name}."
+    outside = {each for path, each in small.named_parameters(remove_duplicate=False) if not path.startswith(under)}
+    chains = {each for module in block.modules() if isinstance(module, KSLinear) for each in module.blocks}
     named = block.named_parameters() if chains else ()
     return {key: each for key, each in named if (each in chains or each.ndim == 1) and each not in outside}
 
