@@ -86,7 +86,7 @@ def compress_in_order(
     bounds = [len(groups) * index // passes for index in range(passes + 1)]
     dense = light_copy(unwrapped(model)) if anchor else None
     replaced: dict[nn.Module, KSLinear] = {}
-    result = model
+    result, number = model, 0
     try:
         for several in (groups[start:stop] for start, stop in pairwise(bounds)):
             names = [group[0] for group in several]
@@ -97,9 +97,9 @@ def compress_in_order(
                 inputs = inputs_of(found, planned[group[0]].plan.cols, _key_of(group[0])).train
                 moment = SecondMoment(inputs.second_moment)
                 for name in group:
-                    place = planned[name]
+                    place, number = planned[name], number + 1  # of the places; a tied one has several layers
                     if not quiet:
-                        print(f"{len(replaced) + len(new) + 1} of {len(planned)}: {described(place)}", file=sys.stderr)
+                        print(f"{number} of {len(planned)}: {described(place)}", file=sys.stderr)
                     target = place.weight
                     if drifts:
                         moved = target.double() @ (drifts[group[0]] / inputs.count).to(target.device)
