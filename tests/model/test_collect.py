@@ -174,28 +174,27 @@ class Translator(torch.nn.Module):
         super().__init__()
         self.encoder, self.decoder = torch.nn.Linear(5, 4), torch.nn.Linear(5, 4)
 
-    def forward(self, source, target, attention_mask=None, decoder_attention_mask=None):
+    def forward(self, source, target, attention_mask=None):
         return self.decoder(target) + self.encoder(source).mean(1, keepdim=True)
 
 
 def test_a_mask_of_one_sequence_does_not_count_for_another():
     batch = {"source": normal(2, 3, 5), "target": normal(2, 3, 5), "attention_mask": MASK}
-    with pytest.raises(UsageError, match=r"the batch has several \(source, target\); give a mask for each part"):
-        collect(Translator(), [batch], "**")
+    one = {"x": normal(2, 3, 6), "attention_mask": MASK}
+    configured = Attention()
+    configured.config = types.SimpleNamespace(is_encoder_decoder=True)
+    for model, given, parts in (
+        (Translator(), batch, "source, target"),
+        (Attention(), one | {"decoder_input_ids": MASK}, "x, decoder_input_ids"),
+        (configured, one, "x"),
+    ):
+        with pytest.raises(UsageError, match=rf"the batch has several \({parts}\); give a mask for each part"):
+            collect(model, [given], "**")
     masks = {"encoder": lambda batch: batch["attention_mask"], "**": lambda batch: None}
     found = collect(Translator(), [batch], "**", held_out=0, mask=masks)
     assert (found.train["encoder"].count, found.train["decoder"].count) == (3, 6)
     with pytest.raises(UsageError, match="no glob of mask= matches layer decoder"):
         collect(Translator(), [batch], "**", mask={"encoder": masks["encoder"]})
-
-
-def test_a_second_sequence_is_recognised_in_many_ways():
-    of_decoder = {"x": normal(2, 3, 6), "attention_mask": MASK, "decoder_input_ids": MASK}
-    configured = Attention()
-    configured.config = types.SimpleNamespace(is_encoder_decoder=True)
-    for model, batch in ((Attention(), of_decoder), (configured, {"x": normal(2, 3, 6), "attention_mask": MASK})):
-        with pytest.raises(UsageError, match="give a mask for each part"):
-            collect(model, [batch])
 
 
 def test_modes_are_set_without_the_work_that_eval_and_train_may_do():
@@ -227,12 +226,6 @@ def test_a_loader_may_give_labels_that_the_model_does_not_take():
     model, labels = torch.nn.Sequential(torch.nn.Linear(5, 3)), torch.tensor([0, 1, 2, 0])
     for batch in ((normal(4, 5), labels), {"input": normal(4, 5), "labels": labels}):
         assert collect(model, [batch], "**", held_out=0, loss=ks.ClassifierLoss()).gradients["0.weight"].count == 4
-
-
-def test_a_mask_of_a_wrong_dtype_is_refused():
-    model = Calls(lambda layers, x: layers.first(x))
-    with pytest.raises(UsageError, match="a mask of dtype torch.float32"):
-        collect(model, [normal(2, 3, 5)], "first", mask=lambda batch: MASK.float())
 
 
 @pytest.mark.parametrize("batch", [(normal(3, 6), None), [normal(3, 6)], normal(3, 6), {"x": normal(3, 6)}])
@@ -331,6 +324,8 @@ def test_layers_and_batches_that_cannot_be_collected_are_refused():
         collect(Attention(), [normal(3, 6)], held_out=1)
     with pytest.raises(UsageError, match="a batch of type int"):
         collect(Attention(), [3])
+    with pytest.raises(UsageError, match="a mask of dtype torch.float32"):
+        collect(Attention(), [normal(2, 3, 6)], mask=lambda batch: MASK.float())
     with pytest.raises(UsageError, match="no layer of first was called"):
         collect(Calls(lambda layers, x: x), [normal(3, 5)], "first")
     with pytest.raises(
