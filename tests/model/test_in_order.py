@@ -8,7 +8,7 @@ import pytest
 import torch
 from measured import measured_moments
 from networks import normal
-from planned import Network, Tied, layer_plan, plan_of
+from planned import Network, Tied, layer_plan, plan_of, tied_plan
 from torch import nn
 
 import ks
@@ -153,6 +153,12 @@ def test_tied_layers_and_dense_ones():
     assert isinstance(model.third, nn.Linear)
     expected = factorize(dense, model.second.patterns, inputs)
     torch.testing.assert_close(model.second.factors[0].detach(), expected[0], rtol=1e-3, atol=1e-4)
+
+
+def test_a_tied_weight_counts_once_in_the_lines(capsys):
+    model = Tied()
+    ks.compress_in_order(model, tied_plan(model), BATCHES)
+    assert [line.split(": ")[0] for line in capsys.readouterr().err.splitlines()] == ["1 of 2", "2 of 2"]
 
 
 def test_an_error_leaves_the_model_as_it_was():
