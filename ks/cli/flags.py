@@ -252,7 +252,7 @@ class LayersFlags:
         "instead of --chain, families to choose from",
         choices=tuple(family for family in FAMILIES if family != "lowrank_butterfly"),
         nargs="+",
-        shown_default="monarch lowrank",
+        shown_default="monarch lowrank; lowrank by model_loss",
     )
     budget: float | None = flag(None, "most parameters of a plan, as a fraction of the dense weights", convert=fraction)
     rank_multiple: int = flag(1, "plan only ranks that are multiples of this number", convert=positive_int)

@@ -228,10 +228,10 @@ LAYER = (
 )
 LAYER_LOSSES = (
     Column("loss_increase", Loss, "predicted increase of the loss of the model by the best known chain of this rank; "
-           "only with gradients in the inputs", "unit of the loss, per token", "{:.3g}",
+           "only with gradients in the inputs", INCREASE, "{:.3g}",
            "predicted increase of the loss of the model, per token"),
     Column("loss_increase_lower", Loss, "lower bound on `loss_increase` of every chain of this rank; empty if the plan "
-           "minimises the output energy", "unit of the loss, per token", "{:.4g}"),
+           "minimises the output energy", INCREASE, "{:.4g}"),
     Column("relative_loss", Loss, "fraction of the output energy that the best known chain of this rank loses",
            FRACTION, "{:.2%}", "the fraction of the output energy that is lost"),
     Column("relative_loss_lower", Loss, "lower bound on `relative_loss` of every chain of this rank; empty if the plan "

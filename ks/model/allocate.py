@@ -12,10 +12,11 @@ import torch
 from ks.bounds.layer_floors import LayerFloors
 from ks.chain.patterns import make_chain
 from ks.errors import UsageError
-from ks.model.candidates import Candidates, find_candidates
-from ks.model.knapsack import choose
-from ks.model.layer_weights import select_weights
-from ks.model.model_plan import LayerPlan, ModelPlan, Objective
+from ks.model.candidates import Candidates, check_inputs, find_candidates
+from ks.model.knapsack import COST_ROUNDING, choose
+from ks.model.layer_plan import LayerPlan
+from ks.model.layer_weights import Selection, select_weights
+from ks.model.model_plan import ModelPlan, Objective
 from ks.moments.metric import LossMetric
 from ks.moments.moments_file import InputMoments, as_moments
 
@@ -29,7 +30,7 @@ def plan_model(
     target_loss_increase: float | None = None,
     loss_metric: LossMetric | str | None = None,
     moments: InputMoments | str | Path | None = None,
-    chains: Sequence[str] = ("monarch", "lowrank"),
+    chains: Sequence[str] | None = None,
     blocks: int = 4,
     num_factors: int = 3,
     rank_multiple: int = 1,
@@ -52,7 +53,7 @@ def plan_model(
             'output_energy' to minimise the sum of the fractions of output energy that they lose. None for the loss of
             the model if the moments have its gradients, and a target for the output energy does not ask otherwise.
         moments: of the inputs of these layers (`ks.collect_input_moments`), or their file; None for isotropic inputs.
-        chains: families to choose from, best for each layer.
+        chains: families to choose from, best for each layer; None for `USUAL_FAMILIES` of the metric.
         blocks, num_factors: of the families, as in `ks.make_chain`.
         rank_multiple: of every rank; a multiple of 8 suits the matrix units of GPUs.
         floors_path: .npz file in which floors are kept, so that the next plan takes seconds.
@@ -63,7 +64,10 @@ def plan_model(
         UsageError: no weight matches, a weight without moments or gradients, a budget that no plan meets.
     """
     moments = as_moments(moments)
-    metric = plan_metric(loss_metric, moments, budget, target_relative_loss, target_loss_increase)
+    goal = goal_of(budget, target_relative_loss, target_loss_increase)
+    if goal is None:
+        raise UsageError("a plan needs a goal: give budget, target_relative_loss or target_loss_increase")
+    metric = plan_metric(loss_metric, moments, goal)
 
     def say(text: str) -> None:
         if not quiet:
@@ -72,35 +76,47 @@ def plan_model(
     selection = select_weights(weights, layers, transpose)
     for note in selection.notes:
         say(note)
+    check_inputs(selection.weights, moments, metric)
     candidates = find_candidates(
         selection.weights,
         lambda rows, cols, family: make_chain(rows, cols, family, blocks=blocks, num_factors=num_factors),
-        chains,
+        chains or USUAL_FAMILIES[metric],
         moments,
         None if floors_path is None else Path(floors_path),
         device,
         say,
         loss_metric=metric,
     )
-    return allocate(
-        candidates,
-        budget=budget,
-        target_relative_loss=target_relative_loss,
-        target_loss_increase=target_loss_increase,
-        rank_multiple=rank_multiple,
-        checkpoint=selection.source,
-        coverage=selection.coverage,
-    )
+    return allocate(candidates, goal, rank_multiple, selection)
 
 
-def plan_metric(
-    loss_metric: LossMetric | str | None,
-    moments: InputMoments | None,
-    budget: float | None = None,
-    target_relative_loss: float | None = None,
-    target_loss_increase: float | None = None,
-) -> LossMetric:
-    """Return the metric of a plan, from the arguments of `plan_model`.
+# A grid takes minutes a layer where gradients couple its row groups.
+USUAL_FAMILIES = {LossMetric.OUTPUT_ENERGY: ("monarch", "lowrank"), LossMetric.MODEL_LOSS: ("lowrank",)}
+Goal = tuple[Objective, float]  # with the largest fraction of the dense parameters, or the largest loss
+METRIC_OF_TARGET = {
+    Objective.TARGET: LossMetric.OUTPUT_ENERGY,
+    Objective.TARGET_LOSS_INCREASE: LossMetric.MODEL_LOSS,
+}
+
+
+def goal_of(
+    budget: float | None, target_relative_loss: float | None, target_loss_increase: float | None
+) -> Goal | None:
+    """Return the goal that these arguments of `plan_model` give, None if they give none.
+
+    Raises:
+        UsageError: they give several.
+    """
+    names = ("budget", "target_relative_loss", "target_loss_increase")
+    values = (budget, target_relative_loss, target_loss_increase)
+    given = [(name, (goal, value)) for name, goal, value in zip(names, Objective, values) if value is not None]
+    if len(given) > 1:
+        raise UsageError(f"{' together with '.join(name for name, _ in given)}: give one or the other")
+    return given[0][1] if given else None
+
+
+def plan_metric(loss_metric: LossMetric | str | None, moments: InputMoments | None, goal: Goal | None) -> LossMetric:
+    """Return the metric of a plan with a goal, or of a comparison of families without one.
 
     Raises:
         UsageError: a metric that does not exist, that the target excludes, or for which there are no gradients.
@@ -108,17 +124,13 @@ def plan_metric(
     if loss_metric is not None and loss_metric not in [*LossMetric]:
         raise UsageError(f"a loss metric {loss_metric!r}: {' or '.join(LossMetric)} is possible")
     has_gradients = moments is not None and len(moments.gradients) > 0
-    if target_loss_increase is not None:
-        found = LossMetric.MODEL_LOSS
-    elif target_relative_loss is not None:
-        found = LossMetric.OUTPUT_ENERGY
-    elif loss_metric is not None:
-        found = LossMetric(loss_metric)
-    else:
-        found = LossMetric.MODEL_LOSS if budget is not None and has_gradients else LossMetric.OUTPUT_ENERGY
-    if loss_metric is not None and found != loss_metric:
-        target = "target_relative_loss" if target_loss_increase is None else "target_loss_increase"
-        raise UsageError(f"{target} is a target for {found}; leave out the loss metric {loss_metric}, or the target")
+    by_target = METRIC_OF_TARGET.get(goal[0]) if goal else None
+    if by_target is not None and loss_metric not in (None, by_target):
+        raise UsageError(
+            f"a target for {by_target} together with the loss metric {loss_metric}: leave out one or the other"
+        )
+    default = LossMetric.MODEL_LOSS if goal and has_gradients else LossMetric.OUTPUT_ENERGY
+    found = LossMetric(by_target or loss_metric or default)
     if found is LossMetric.MODEL_LOSS and not has_gradients:
         raise UsageError(
             "a plan by the loss of the model needs moments with its gradients; collect them with loss=… "
@@ -127,16 +139,7 @@ def plan_metric(
     return found
 
 
-def allocate(
-    candidates: Sequence[Candidates],
-    *,
-    budget: float | None = None,
-    target_relative_loss: float | None = None,
-    target_loss_increase: float | None = None,
-    rank_multiple: int = 1,
-    checkpoint: str = "",
-    coverage: str = "",
-) -> ModelPlan:
+def allocate(candidates: Sequence[Candidates], goal: Goal, rank_multiple: int, selection: Selection) -> ModelPlan:
     """Choose a chain and a rank for every layer, or leave it dense.
 
     With a budget, minimise Σ loss such that Σ parameters ≤ budget · Σ m n. With a target, minimise Σ parameters such
@@ -146,17 +149,13 @@ def allocate(
 
     Args:
         candidates: of every layer, in one metric, which is that of the target.
-        budget, target_relative_loss, target_loss_increase, rank_multiple: as in `plan_model`.
-        checkpoint: name of the file of the weights.
-        coverage: that of the `Selection` of the weights.
+        goal: of the plan.
+        rank_multiple: as in `plan_model`.
+        selection: from which the weights are.
     Raises:
-        UsageError: not exactly one of budget and targets, or a budget below the smallest options.
+        UsageError: a budget below the smallest options, or a negative target.
     """
-    goals = (budget, target_relative_loss, target_loss_increase)
-    asked = [(objective, goal) for objective, goal in zip(Objective, goals) if goal is not None]
-    if len(asked) != 1:
-        raise UsageError("a plan needs either a budget or a target: for the relative loss, or for the loss increase")
-    [(objective, value)] = asked
+    objective, value = goal
     layers = [_options(entry, rank_multiple) for entry in candidates]
     costs, losses = [layer.parameters for layer in layers], [layer.losses for layer in layers]
     if objective is Objective.BUDGET:
@@ -183,8 +182,8 @@ def allocate(
         gap=gap,
         uniform=tuple(layer.plan(option) for layer, option in zip(layers, uniform)),
         rank_multiple=rank_multiple,
-        checkpoint=checkpoint,
-        coverage=coverage,
+        checkpoint=selection.source,
+        coverage=selection.coverage,
         loss_metric=candidates[0].loss_metric,
         unit=candidates[0].unit,
     )
@@ -201,7 +200,7 @@ class _Options:
 
     def best_within(self, fraction: float) -> int:
         """Return the option with the least loss and at most this fraction of the dense parameters, or the smallest."""
-        fitting = np.flatnonzero(self.parameters <= fraction * self.entry.dense.parameters)
+        fitting = np.flatnonzero(self.parameters <= fraction * self.entry.dense.parameters * (1 + COST_ROUNDING))
         return int(fitting[self.losses[fitting].argmin()] if len(fitting) else self.parameters.argmin())
 
     def plan(self, option: int) -> LayerPlan:

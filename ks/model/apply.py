@@ -14,8 +14,9 @@ from ks.files.globs import find_weight
 from ks.files.layout import layer_folder, run_files
 from ks.files.weights import DTYPES, tensors_sha256
 from ks.layer import KSLinear
+from ks.model.layer_plan import LayerPlan
 from ks.model.linears import Linear, linears_of, refusals, replace_modules, unwrapped
-from ks.model.model_plan import LayerPlan, ModelPlan
+from ks.model.model_plan import ModelPlan
 from ks.moments.metric import LossMetric, Metric
 from ks.moments.moments_file import InputMoments, as_moments
 from ks.moments.read import inputs_of
@@ -39,9 +40,6 @@ class Place:
     def weight(self) -> torch.Tensor:
         """W, shape (m, n)."""
         return self.linears[0].weight
-
-
-ChainOf = Callable[[Place], KSLinear]
 
 
 def compress(
@@ -87,18 +85,9 @@ def compress(
     def chain_of(place: Place) -> KSLinear:
         if folder is not None:
             return _trained(place, folder, impl)
-        return factorised(place, metric_of(place.plan, given, plan.loss_metric), impl)
+        metric = metric_of(place.plan, given, plan.loss_metric)
+        return KSLinear.from_dense(place.weight, patterns=place.plan.patterns, metric=metric, impl=impl)
 
-    return apply_chains(model, plan, chain_of, quiet)
-
-
-def apply_chains(model: nn.Module, plan: ModelPlan, chain_of: ChainOf, quiet: bool = False) -> nn.Module:
-    """Replace the planned layers of a model by chains from any source, as `compress` does.
-
-    Args:
-        model, plan, quiet: as in `compress`.
-        chain_of: returns the chain of a planned weight, with the planned patterns.
-    """
     places = find_places(model, plan)
     replacements: dict[nn.Module, KSLinear] = {}
     for number, place in enumerate(places, 1):
@@ -136,11 +125,6 @@ def metric_of(layer: LayerPlan, moments: InputMoments | None, loss_metric: LossM
     return given.metric(loss_metric)
 
 
-def factorised(place: Place, metric: Metric | None, impl: str) -> KSLinear:
-    """Return the best known chain of a place in a metric, without a bias."""
-    return KSLinear.from_dense(place.weight, patterns=place.plan.patterns, metric=metric, impl=impl)
-
-
 def _trained(place: Place, folder: Path, impl: str) -> KSLinear:
     """Return the trained chain of a place, with the bias that `--fit_bias` gave it or none."""
     layer = place.plan
@@ -160,8 +144,8 @@ def described(place: Place) -> str:
     return f"{one_line(place.names[0])}: {change}" + (f", shared with the tied {', '.join(others)}" if others else "")
 
 
-def replacements_of(place: Place, chain_of: ChainOf) -> dict[nn.Module, KSLinear]:
-    """Return the new layer for each layer of a place; none if it stays dense."""
+def replacements_of(place: Place, chain_of: Callable[[Place], KSLinear]) -> dict[nn.Module, KSLinear]:
+    """Return the new layer for each layer of a place, by a function that makes its chain; none if it stays dense."""
     if place.plan.chain is None:
         return {}
     chain = chain_of(place)

@@ -18,8 +18,8 @@ from ks.errors import UsageError, one_line
 from ks.files.columns import PLAN, Column, Loss, chosen
 from ks.files.table import cell, table
 from ks.files.weights import NothingToLearn
+from ks.model.layer_plan import LayerPlan
 from ks.model.layer_weights import LayerWeight, listed
-from ks.model.model_plan import LayerPlan
 from ks.moments.metric import DAMPING, LossMetric, Metric
 from ks.moments.moments_file import InputMoments, as_moments
 from ks.moments.pieces import one_thread_each
@@ -93,15 +93,14 @@ def find_candidates(
         device: on which floors are computed.
         report: called with a line about each layer.
         check_stop: called before every longer computation; an exception from it ends the work.
-        loss_metric: that floors are computed in.
+        loss_metric: that floors are computed in; `check_inputs` has checked that the moments suffice.
     Returns:
         one entry for each weight in their order; of tied weights the first alone. Weights of zeros, and those that are
         not finite, are left out with a line to `report`.
     Raises:
-        UsageError: a family without floors, a layer without moments or gradients, or moments that do not fit.
+        UsageError: a family without floors, or moments that do not fit.
     """
     moments = as_moments(moments)
-    check_inputs(weights, moments, loss_metric)
     file = FloorsFile(floors_path)
     tied: dict[Hashable, list[str]] = {}
     for weight in weights:
@@ -124,8 +123,10 @@ def find_candidates(
         for family in families:
             if reason := no_floor_reason(family):
                 raise UsageError(f"{one_line(weight.name)}: no floor: {reason}")
-        given = None if moments is None else moments.only(weight.name)
-        gradients = None if given is None else gradients_sha256(given, weight.name)
+        given = inputs = gradients = None
+        if moments is not None:
+            given = moments.only(weight.name)
+            inputs, gradients = inputs_sha256(given, weight.name), gradients_sha256(given, weight.name)
         unchanged = None if gradients is None else 0.0
         dense = LayerPlan(
             weight.name,
@@ -134,26 +135,22 @@ def find_candidates(
             loaded.sha256(),
             itemsize=loaded.tensor.element_size(),
             shared_with=tuple(tied[weight.place][1:]),
-            inputs_sha256=None if given is None else inputs_sha256(given, weight.name),
+            inputs_sha256=inputs,
             loss_increase=unchanged,
             loss_increase_lower=unchanged,
             gradients_sha256=gradients,
         )
-        known = {
-            family: file.find(dense.weight_sha256, _metric_name(dense, loss_metric), family) for family in families
-        }
-        new = {}
-        if not all(known.values()):
-            metrics = _metrics_of(loaded.tensor, weight.name, given, loss_metric)
+        name = _metric_name(dense, loss_metric)
+        floors = {family: file.find(dense.weight_sha256, name, family) for family in families}
+        missing = [family for family in families if floors[family] is None]
+        if missing:
+            metric, other = _metrics_of(weight.name, cols, given, loss_metric)
             tensor = loaded.tensor.to(device)
-            new = {
-                family: layer_floors(tensor, family, metrics[0], lambda text: check_stop(), other=metrics[1])
-                for family, floors in known.items()
-                if floors is None
-            }
-        complete = tuple(floors for floors in (known | new).values() if floors is not None)
+            for family in missing:
+                floors[family] = layer_floors(tensor, family, metric, lambda text: check_stop(), other)
         unit = moments.unit if moments and gradients else ""
-        return Candidates(dense, complete, loss_metric, unit), [*new.values()], time.monotonic() - started
+        entry = Candidates(dense, tuple(filter(None, floors.values())), loss_metric, unit)
+        return entry, [each for each in entry.floors if each.chain in missing], time.monotonic() - started
 
     # one layer at a time on a GPU
     compute_all = one_thread_each if torch.device(device).type == "cpu" else map
@@ -186,21 +183,17 @@ def find_candidates(
 
 
 def _metrics_of(
-    weight: torch.Tensor, name: str, moments: InputMoments | None, loss_metric: LossMetric
+    name: str, width: int, moments: InputMoments | None, loss_metric: LossMetric
 ) -> tuple[Metric, Metric | None]:
-    """Return the metric of a weight in which its floors are computed, and the other one if there are gradients."""
+    """Return the metric in which the floors of a weight are computed, and the other one if there are gradients."""
     if moments is None:
         return Metric(), None
-    given = inputs_of(moments, weight.shape[1], name)
+    given = inputs_of(moments, width, name)
+    metric = given.metric(loss_metric)
     if given.gradients is None:
-        return given.metric(loss_metric), None
-    energy = given.metric(LossMetric.OUTPUT_ENERGY)
-    model_loss = Metric(energy.inputs, given.gradients.second_moment)
-    try:
-        model_loss.check_shape(weight)
-    except UsageError as error:
-        raise UsageError(f"{one_line(name)}: {error}; give the moments of this model") from error
-    return (model_loss, energy) if loss_metric is LossMetric.MODEL_LOSS else (energy, model_loss)
+        return metric, None
+    [other] = {*LossMetric} - {loss_metric}
+    return metric, given.metric(other)
 
 
 def _metric_name(dense: LayerPlan, loss_metric: LossMetric) -> str | None:
@@ -211,24 +204,30 @@ def _metric_name(dense: LayerPlan, loss_metric: LossMetric) -> str | None:
 
 
 def check_inputs(weights: Iterable[LayerWeight], moments: InputMoments | None, loss_metric: LossMetric) -> None:
-    """Raise UsageError unless moments hold what a metric needs of every weight.
+    """Raise UsageError unless moments hold what a metric needs of every weight, and are not those of another model.
 
     The message counts the layers without inputs, and lists the layers without gradients.
     """
     if moments is None:
         return
-    reasons = []
+    reasons, lacking = [], []
     for weight in weights:
         try:
-            moments.key_of(weight.name)
+            key = moments.key_of(weight.name)
         except UsageError as error:
             reasons.append(str(error))
+            continue
+        if (gradients := moments.gradients.get(key)) is None:
+            lacking.append(weight.name)
+        elif gradients.width != weight.rows:
+            raise UsageError(
+                f"{moments.source}: gradients of {gradients.width} outputs for {one_line(weight.name)}, which has "
+                f"{weight.rows}; give the moments of this model"
+            )
     if reasons:
         others = f" ({len(reasons)} layers lack them)" if len(reasons) > 1 else ""
         raise UsageError(f"{reasons[0]}{others}; collect them, or name other layers")
-    if loss_metric is LossMetric.OUTPUT_ENERGY:
-        return
-    if lacking := [weight.name for weight in weights if moments.key_of(weight.name) not in moments.gradients]:
+    if lacking and loss_metric is LossMetric.MODEL_LOSS:
         raise UsageError(
             f"{moments.source}: no gradients of the loss of the model for {listed(lacking)}; collect them with loss=… "
             "(ks.collect_input_moments), name other layers, or minimise the output energy"

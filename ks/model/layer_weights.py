@@ -23,6 +23,7 @@ class LayerWeight:
     """One weight W of shape (m, n) = (out_features, in_features), which is read when it is needed."""
 
     name: str
+    rows: int
     read: Callable[[], Weight]
     place: Hashable  # of its values, equal for weights that are tied
 
@@ -90,7 +91,8 @@ def select_weights(
             skipped["not 2-D weights"].append(name)
         else:
             read = functools.partial(load_entry, entry, name, f"{where}, key {name!r}", transposed)
-            weights.append(LayerWeight(name, read, (_place(entry, name), transposed)))
+            rows = shape_of(entry)[int(transposed)]
+            weights.append(LayerWeight(name, rows, read, (_place(entry, name), transposed)))
     notes = [f"skipped {listed(names)}: {kind}" for kind, names in skipped.items()]
     if not weights:
         raise UsageError(

@@ -10,17 +10,21 @@ from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
-from ks.chain.patterns import Chain, Pattern
 from ks.errors import UsageError
-from ks.files import columns
 from ks.files.atomic import write_json
 from ks.files.columns import PLAN, chosen
 from ks.files.schema import Count, Loss, Number, Positive, PositiveLoss, Text, read_json_as
 from ks.files.table import cell, filled, table
+from ks.model.layer_plan import LayerPlan
 from ks.model.prediction import measured_over_predicted, per_token
 from ks.moments.metric import DAMPING, LossMetric
 
 PLAN_VERSION = 2  # 1 for plans by output energy alone
+NEGLIGIBLE = 1e-4  # of a loss or of the parameters
+TOTALS = (  # in the file of a plan
+    *("parameters", "dense_parameters", "share", "dense_bytes"),
+    *("mean_relative_loss", "mean_relative_loss_lower", "loss_increase", "loss_increase_lower"),
+)
 
 
 class Objective(StrEnum):
@@ -29,88 +33,6 @@ class Objective(StrEnum):
     BUDGET = "budget"
     TARGET = "target"
     TARGET_LOSS_INCREASE = "target_loss_increase"
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """The plan of one weight W of shape (m, n), and of all weights that are tied to it.
-
-    Args:
-        layer: name of the weight in the checkpoint, such as `encoder.layer.0.output.dense.weight`.
-        rows: m.
-        cols: n.
-        weight_sha256: hash of W, `ks.files.weights.Weight.sha256`.
-        chain: that takes the place of W; None if W stays dense.
-        rank: of the chain, None without one.
-        relative_loss: the fraction of the output energy that the best known chain of this rank loses; 0 for dense.
-        relative_loss_lower: no chain of this rank loses less; None if the plan minimises the loss of the model.
-        itemsize: bytes of a value of W.
-        interpolated: whether the losses were interpolated between the ranks for which they are known.
-        shared_with: names of weights that are tied to W, whose values count once.
-        inputs_sha256: hash of the moments of its inputs, `ks.moments.read.Calibration.sha256`; None for isotropic ones.
-        loss_increase: predicted increase of the loss of the model per token, ½ tr(G Δ C Δᵀ), by the same chain; None
-            without gradients.
-        loss_increase_lower: no chain of this rank has a smaller one; None if the plan minimises the output energy.
-        gradients_sha256: hash of the gradients, `ks.moments.read.Calibration.gradients_sha256`; None without them.
-    Raises:
-        UsageError: a chain without a rank or the other way round, or a chain of another shape.
-    """
-
-    layer: Text
-    rows: Positive
-    cols: Positive
-    weight_sha256: Text
-    chain: Chain | None = None
-    rank: Positive | None = None
-    relative_loss: Loss = 0.0
-    relative_loss_lower: Loss | None = 0.0
-    itemsize: Positive = 4
-    interpolated: bool = False
-    shared_with: tuple[Text, ...] = ()
-    inputs_sha256: Text | None = None
-    loss_increase: Loss | None = None
-    loss_increase_lower: Loss | None = None
-    gradients_sha256: Text | None = None
-
-    def __post_init__(self):
-        if (self.chain is None) != (self.rank is None):
-            raise UsageError(f"{self.layer}: a chain needs a rank, and a dense layer has neither")
-        if self.chain is not None and (self.chain.rows, self.chain.cols) != (self.rows, self.cols):
-            raise UsageError(
-                f"{self.layer} is {self.rows} × {self.cols}, its chain {self.chain.rows} × {self.chain.cols}"
-            )
-
-    @property
-    def family(self) -> str:
-        """Family of the chain, or 'dense'."""
-        return "dense" if self.chain is None else self.chain.family
-
-    @property
-    def patterns(self) -> tuple[Pattern, ...]:
-        """Patterns of the chain, which must not be None."""
-        assert self.chain is not None
-        assert self.rank is not None
-        return self.chain.patterns(self.rank)
-
-    @property
-    def dense_parameters(self) -> int:
-        """m·n."""
-        return self.rows * self.cols
-
-    @property
-    def parameters(self) -> int:
-        """Free values of the chain, or m·n."""
-        return self.dense_parameters if self.chain is None else sum(pattern.numel for pattern in self.patterns)
-
-    @property
-    def share(self) -> float:
-        """`parameters` / `dense_parameters`."""
-        return self.parameters / self.dense_parameters
-
-    def row(self) -> dict[str, Any]:
-        """Return the columns of `ks.files.columns.PLAN`."""
-        row = {name: getattr(self, name) for name in columns.names(PLAN)}
-        return row | {"chain": self.family, "shared_with": " ".join(self.shared_with)}
 
 
 @dataclass(frozen=True)
@@ -212,24 +134,21 @@ class ModelPlan:
         """Whether the plan is predicted to be better than its uniform one, and was measured to be worse."""
         if self.measured_increase is None or self.measured_uniform is None:
             return False
-        uniform = self.as_uniform()
-        predicted = self.mean_relative_loss - uniform.mean_relative_loss
-        if self.loss_increase is not None and uniform.loss_increase is not None:
-            predicted = self.loss_increase - uniform.loss_increase
-        return predicted < 0 and self.measured_increase > self.measured_uniform
+        predicted, uniform = self.loss_increase, self.as_uniform().loss_increase
+        if predicted is None or uniform is None:
+            predicted, uniform = self.mean_relative_loss, self.as_uniform().mean_relative_loss
+        return predicted < uniform and self.measured_increase > self.measured_uniform
 
     def sentences(self) -> list[str]:
-        """Return the result of the plan in words: sizes and losses, and those of the same fraction in every layer."""
+        """Return the plan in words: reasons to distrust it, size, losses, and how far another one could lower them."""
         megabytes = f"{self.num_bytes / 1e6:,.2f} of {self.dense_bytes / 1e6:,.2f} MB"
         sentences = [
             *self._warnings(),
             f"The plan keeps {self.share:.2%} of the parameters of {len(self.layers)} weights: {self.parameters:,} of "
             f"{self.dense_parameters:,}, {megabytes}. Biases are not counted.",
             *self._losses(),
+            *self._limits(),
         ]
-        if self.gap >= 1e-4:
-            saved = "loss" if self.objective is Objective.BUDGET else "parameters"
-            sentences.append(f"Another choice of these chains could save at most {self.gap:.2%} of the {saved}.")
         if any(layer.interpolated for layer in self.layers):
             sentences.append("~ marks a loss that is interpolated between ranks for which a chain is known.")
         if kept := sum(layer.chain is None for layer in self.layers):
@@ -260,29 +179,46 @@ class ModelPlan:
         return warnings
 
     def _losses(self) -> list[str]:
-        """Return what the plan costs: increase of the loss, predicted and measured, and lost output energy."""
-        predicted, measured, lost = self.loss_increase, self.measured_increase, self.mean_relative_loss
-        uniform, sentences = self.as_uniform() if self.uniform else self, []
-        same = f"; with the same fraction of parameters in every layer, {uniform.share:.2%}, " if self.uniform else ""
+        """Return the cost of the plan and of its uniform one: increase of the loss, and lost output energy."""
+        predicted, measured, sentences = self.loss_increase, self.measured_increase, []
+        uniform = self.as_uniform() if self.uniform else self
+        same = f" with the same fraction of parameters in every layer ({uniform.share:.2%})"
         if predicted is not None:
-            at_least = _at_least(predicted, self.loss_increase_lower, ".3g")
-            beside = same and f"{same}by {uniform.loss_increase:.3g}"
-            amount = f"{per_token(predicted, self.unit)}{at_least}{beside}"
-            sentences.append(f"The loss of the model is predicted to increase by {amount}.")
+            beside = f"; by {uniform.loss_increase:.3g}{same}" if self.uniform else ""
+            amount = per_token(predicted, self.unit)
+            sentences.append(f"The loss of the model is predicted to increase by {amount}{beside}.")
         if measured is not None:
             ratio = f", {measured / predicted:.2f} times the prediction" if predicted else ""
-            beside = "" if self.measured_uniform is None else f"{same}{self.measured_uniform:.3g}"
+            beside = "" if self.measured_uniform is None else f"; {self.measured_uniform:.3g}{same}"
             sentences.append(f"Measured: {per_token(measured, self.unit)}{ratio}{beside}.")
         elif predicted is not None and self.factor is not None:
             about = per_token(self.factor * predicted, self.unit)
             sentences.append(f"By the {self.calibrated_by} plans that were measured, this is about {about}.")
         elif predicted is not None:
             sentences.append("The true increase may be twice as large; measure it (ks.compare).")
-        at_least = _at_least(lost, self.mean_relative_loss_lower, ".2%")
-        beside = same and f"{same}{uniform.mean_relative_loss:.2%}"
-        minimised = " The plan does not minimise this." if self.loss_metric is LossMetric.MODEL_LOSS else ""
-        sentences.append(f"The layers lose {lost:.2%} of their output energy on average{at_least}{beside}.{minimised}")
-        return sentences
+        aside = ", which the plan does not minimise" if self.loss_metric is LossMetric.MODEL_LOSS else ""
+        beside = f"; {uniform.mean_relative_loss:.2%}{same}" if self.uniform else ""
+        lost = f"{self.mean_relative_loss:.2%} of their output energy on average"
+        return [*sentences, f"The layers lose {lost}{aside}{beside}."]
+
+    def _limits(self) -> list[str]:
+        """Return how far training could lower the loss that the plan minimises, and how far another plan could."""
+        of_model = self.loss_metric is LossMetric.MODEL_LOSS
+        loss = self.loss_increase if of_model else self.mean_relative_loss
+        lower = self.loss_increase_lower if of_model else self.mean_relative_loss_lower
+        name, form = ("the predicted increase", ".3g") if of_model else ("this average", ".2%")
+        limits = []
+        if loss and lower is not None and lower < loss * (1 - NEGLIGIBLE):
+            limits.append(f"Training chains of these ranks can lower {name} to {lower:{form}} at best.")
+        if loss and self.gap >= NEGLIGIBLE and self.objective is Objective.BUDGET:
+            least = f"{loss * (1 - self.gap):{form}}"
+            limits.append(f"Without training, no other choice of ranks and families lowers {name} below {least}.")
+        elif self.gap >= NEGLIGIBLE:
+            limits.append(
+                "Without training, every choice of ranks and families that meets the target has at least "
+                f"{self.parameters * (1 - self.gap):,.0f} parameters."
+            )
+        return limits
 
     def __str__(self) -> str:
         """Return the sentences, and a table with one line for each layer."""
@@ -348,16 +284,9 @@ class ModelPlan:
         """
         content = {
             "version": PLAN_VERSION,
-            "parameters": self.parameters,
-            "dense_parameters": self.dense_parameters,
-            "share": self.share,
             "bytes": self.num_bytes,
-            "dense_bytes": self.dense_bytes,
-            "mean_relative_loss": self.mean_relative_loss,
-            "mean_relative_loss_lower": self.mean_relative_loss_lower,
-            "loss_increase": self.loss_increase,
-            "loss_increase_lower": self.loss_increase_lower,
             "damping": DAMPING if self.loss_increase is not None else None,
+            **{name: getattr(self, name) for name in TOTALS},
             **dataclasses.asdict(self),
         }
         for name in ("layers", "uniform"):
@@ -382,17 +311,9 @@ class ModelPlan:
 
 def _total(values: Iterable[float | None]) -> float | None:
     """Return the sum of values; None if one is missing."""
-    total = 0.0
-    for value in values:
-        if value is None:
-            return None
-        total += value
-    return total
-
-
-def _at_least(upper: float, lower: float | None, form: str) -> str:
-    """Return the lower bound of a loss in words, unless it is unknown or equal."""
-    return f", at least {lower:{form}} at these ranks" if lower is not None and lower < upper * (1 - 1e-6) else ""
+    found = [*values]
+    known = [value for value in found if value is not None]
+    return sum(known) if len(known) == len(found) else None
 
 
 class _Version(Struct):

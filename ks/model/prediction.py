@@ -6,13 +6,15 @@ from collections.abc import Iterable
 
 from ks.errors import UsageError
 
+OVERFLOW = 700.0  # nats, whose exponential is near the largest float
+
 
 def per_token(increase: float, unit: str) -> str:
     """Return an increase of the loss per token in words, for a loss in nats also as a factor of the perplexity."""
-    if unit == "nats":
-        digits = 4 if abs(increase) >= 0.001 else 7
-        return f"{increase:.3g} nats per token (perplexity × {math.exp(min(increase, 700)):.{digits}g})"
-    return f"{increase:.3g} per token" + (f" ({unit})" if unit else "")
+    if unit != "nats":
+        return f"{increase:.3g} per token" + (f" ({unit})" if unit else "")
+    nats, digits = f"{increase:.3g} nats per token", 4 if abs(increase) >= 0.001 else 7
+    return f"{nats} (perplexity × {math.exp(increase):.{digits}g})" if increase < OVERFLOW else nats
 
 
 def measured_over_predicted(pairs: Iterable[tuple[float, float]]) -> float:

@@ -8,8 +8,8 @@ import torch
 from ks.errors import UsageError
 from ks.moments.second_moment import UNIT_MOMENT, SecondMoment
 
-# δ; measured on SmolLM2-135M and MiniLM, where 0.01 and 0.1 are level.
-DAMPING = 0.1
+# δ; SmolLM2-135M at 60% of its MLPs has a perplexity of 59.1 with 0.1, 56.1 with 0.3 and 57.2 with 0.5 (dense 25.6).
+DAMPING = 0.3
 
 
 class LossMetric(StrEnum):

@@ -16,7 +16,7 @@ from ks.files.ownership import check_free, recorded
 from ks.files.provenance import provenance
 from ks.files.status import Status
 from ks.files.weights import packed
-from ks.model.allocate import allocate, plan_metric
+from ks.model.allocate import USUAL_FAMILIES, Goal, allocate, goal_of, plan_metric
 from ks.model.candidates import Candidates, check_inputs, find_candidates, floors_table
 from ks.model.layer_weights import select_weights
 from ks.model.model_plan import ModelPlan
@@ -29,8 +29,6 @@ from ks.study.weight_study import Study, WeightStudy
 from ks.training.criterion_identity import edits_of
 from ks.training.layer_inputs import ISOTROPIC_NOTE
 from ks.training.problem import chain_of, choose_device
-
-DEFAULT_CHAINS = ("monarch", "lowrank")
 
 
 class CheckpointStudy(Study):
@@ -49,10 +47,11 @@ class CheckpointStudy(Study):
             UsageError: flags that do not go together, no weight matches, or one has no inputs in the file of --inputs.
         """
         config = self.config
-        _check_flags(config)
+        self.goal = goal_of(config.budget, config.target_relative_loss, config.target_loss_increase)
+        _check_flags(config, self.goal)
         self.selection = select_weights(config.weight_path, config.weight_key or "**", config.transpose)
         moments = as_moments(config.inputs)
-        self.loss_metric = plan_metric(config.loss_metric, moments, **_goals(config))
+        self.loss_metric = plan_metric(config.loss_metric, moments, self.goal)
         check_inputs(self.selection.weights, moments, self.loss_metric)
 
     def plan(self) -> None:
@@ -83,7 +82,7 @@ class CheckpointStudy(Study):
         self.candidates = find_candidates(
             self.selection.weights,
             make,
-            config.chains or (DEFAULT_CHAINS if config.chain is None else (config.chain,)),
+            config.chains or (USUAL_FAMILIES[self.loss_metric] if config.chain is None else (config.chain,)),
             config.inputs,
             files.floors,
             choose_device(config.device),
@@ -95,14 +94,8 @@ class CheckpointStudy(Study):
         learnable = tuple(weight for weight in self.selection.weights if weight.name in names)
         self.selection = dataclasses.replace(self.selection, weights=learnable)
         write_csv(files.layer_floors_csv, columns.names(columns.LAYER_FLOORS), _floor_rows(self.candidates))
-        if any(goal is not None for goal in _goals(config).values()):
-            self.planned = allocate(
-                self.candidates,
-                **_goals(config),
-                rank_multiple=config.rank_multiple,
-                checkpoint=self.selection.source,
-                coverage=self.selection.coverage,
-            )
+        if self.goal is not None:
+            self.planned = allocate(self.candidates, self.goal, config.rank_multiple, self.selection)
             self.planned.save(files.plan_json)
             write_csv(files.plan_csv, columns.names(columns.PLAN), self.planned.rows())
 
@@ -152,7 +145,8 @@ class CheckpointStudy(Study):
         for name, family, ranks in chosen:
             folder = str(layer_folder(self.files.directory, name))
             flags = {"chain": family, "ranks": ranks, "loss_metric": self.loss_metric.value, "output_dir": folder}
-            study = _LayerStudy(config.of_layer(name, **dict.fromkeys(_goals(config)), **flags), self.trainer)
+            flags |= {"target_relative_loss": None, "target_loss_increase": None}
+            study = _LayerStudy(config.of_layer(name, **flags), self.trainer)
             study.load()
             study.plan()
             yield study
@@ -201,16 +195,13 @@ class _LayerStudy(WeightStudy):
         self.runs = [dataclasses.replace(run, task=task) for run, task in zip(self.runs, tasks)]
 
 
-def _check_flags(config: SweepConfig) -> None:
+def _check_flags(config: SweepConfig, goal: Goal | None) -> None:
     """Raise UsageError if flags do not go together in a study of several layers."""
     if config.row_splits is not None or config.col_splits is not None:
         raise UsageError("--row_splits and --col_splits are for one weight; name families by --chains")
     if config.chain is not None and config.chains is not None:
         raise UsageError(f"--chain {config.chain} together with --chains: give one or the other")
-    given = [f"--{name}" for name, goal in _goals(config).items() if goal is not None]
-    if len(given) > 1:
-        raise UsageError(f"{' together with '.join(given)}: give one or the other")
-    if not given:
+    if goal is None:
         if config.rank_multiple != 1:
             raise UsageError("--rank_multiple is for a plan; give --budget or a target too")
         if len(config.chains or ()) > 1 and not config.dry_run:
@@ -223,11 +214,6 @@ def _check_flags(config: SweepConfig) -> None:
     for name in ("inputs_key", "fit_bias"):
         if getattr(config, name):
             raise UsageError(f"--{name} is for one weight; leave it out in a study of several layers")
-
-
-def _goals(config: SweepConfig) -> dict[str, float | None]:
-    """Return the flags of which a plan needs one, by name."""
-    return {name: getattr(config, name) for name in ("budget", "target_relative_loss", "target_loss_increase")}
 
 
 def _floor_rows(candidates: list[Candidates]) -> Iterator[dict]:

@@ -6,7 +6,8 @@ from torch import nn
 
 from ks.chain.patterns import make_chain
 from ks.files.weights import tensors_sha256
-from ks.model.model_plan import LayerPlan, ModelPlan
+from ks.model.layer_plan import LayerPlan
+from ks.model.model_plan import ModelPlan
 from ks.moments.read import inputs_of
 
 

@@ -7,26 +7,19 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from measured import measured_moments
+from measured import measured_moments, random_moment
 
 from ks.bounds.floors import loss_floor
 from ks.bounds.floors_file import FloorsFile
 from ks.bounds.layer_floors import layer_floors
 from ks.chain.patterns import make_chain
 from ks.errors import UsageError
-from ks.model.candidates import find_candidates
+from ks.model.candidates import check_inputs, find_candidates
 from ks.model.layer_weights import select_weights
-from ks.moments.metric import LossMetric, Metric
-from ks.moments.moments_file import InputMoments
-from ks.moments.second_moment import UNIT_MOMENT, SecondMoment, VectorSums
+from ks.moments.metric import LossMetric
+from ks.moments.second_moment import UNIT_MOMENT, SecondMoment
 
 FAMILIES = ("monarch", "lowrank", "butterfly")
-
-
-def moment_of(width, seed=0):
-    samples = torch.randn(4 * width, width, generator=torch.Generator().manual_seed(seed)).double()
-    samples[:, width // 2 :] += samples[:, : width - width // 2]
-    return samples
 
 
 @pytest.fixture
@@ -37,20 +30,14 @@ def weights():
 
 @pytest.fixture
 def moments(weights):
-    train = {}
-    for index, name in enumerate(weights):
-        train[name] = VectorSums.zeros(16)
-        train[name].add(moment_of(16, index))
-        train[name] = train[name].finished()
-    return InputMoments(train, {}, {name: name for name in weights}, dict.fromkeys(weights, 1))
+    return measured_moments(weights, without_gradients=weights)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("measured", [False, True])
 def test_floors_are_those_of_loss_floor(family, measured):
     weight = torch.randn(24, 16, generator=torch.Generator().manual_seed(1))
-    samples = moment_of(16)
-    inputs = SecondMoment(samples.mT @ samples / len(samples)) if measured else UNIT_MOMENT
+    inputs = SecondMoment(random_moment("regular", 16)) if measured else UNIT_MOMENT
     chain = make_chain(24, 16, family)
     floors = layer_floors(weight, chain, inputs)
     assert floors.upper[0] == floors.lower[0] == 1
@@ -67,8 +54,7 @@ def test_floors_are_those_of_loss_floor(family, measured):
 
 def test_between_known_ranks_the_loss_is_interpolated():
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
-    samples = moment_of(64)
-    floors = layer_floors(weight, make_chain(64, 64, blocks=2), SecondMoment(samples.mT @ samples))
+    floors = layer_floors(weight, make_chain(64, 64, blocks=2), random_moment("regular", 64))
     assert 0 < len(floors.known) <= 9 < len(floors.upper)
     between = next(rank for rank in floors.ranks if floors.is_interpolated(rank))
     assert floors.upper[between - 1] > floors.upper[between] > floors.upper[between + 1]
@@ -167,7 +153,7 @@ def test_a_file_that_takes_long_to_write_is_not_written_after_every_layer(tmp_pa
 def test_layers_without_inputs_are_counted(weights, moments):
     weights |= {"block.7.weight": weights["layer.0.weight"] + 1, "block.8.weight": weights["layer.0.weight"] + 2}
     with pytest.raises(UsageError, match=r"no inputs for key 'block.7.weight'.*\(2 layers lack them\); collect them"):
-        find_candidates(select_weights(weights).weights, make_chain, ["lowrank"], moments)
+        check_inputs(select_weights(weights).weights, moments, LossMetric.OUTPUT_ENERGY)
 
 
 def test_floors_in_both_metrics_are_kept_beside_each_other(weights, tmp_path):
@@ -175,42 +161,34 @@ def test_floors_in_both_metrics_are_kept_beside_each_other(weights, tmp_path):
     known = "floors of 3 layers were computed before"
 
     def find(moments, loss_metric):
+        """Return the plan of a layer, and whether all floors were known."""
         reports.clear()
-        path = tmp_path / "floors.npz"
-        return find_candidates(
-            selected, make_chain, ["lowrank"], moments, path, report=reports.append, loss_metric=loss_metric
-        )
+        options = {"floors_path": tmp_path / "floors.npz", "report": reports.append, "loss_metric": loss_metric}
+        entry = find_candidates(selected, make_chain, ["lowrank"], moments, **options)[0]
+        return entry.plan(entry.floors[0], 1), known in reports
 
     moments = measured_moments(weights)
     for loss_metric in LossMetric:
-        first = find(moments, loss_metric)
-        assert known not in reports
-        again = find(moments, loss_metric)
-        assert reports == [known]
-        name, entry = next(iter(weights)), again[0]
-        metric = Metric(moments.train[name].second_moment, moments.gradients[name].second_moment)
-        energy = metric.loss(weights[name]) if loss_metric is LossMetric.MODEL_LOSS else None
-        for old, new in zip(first[0].floors, entry.floors):
-            assert old.energy == new.energy == pytest.approx(energy or metric.inputs.output_energy(weights[name]))
-            assert entry.plan(new, 1) == first[0].plan(old, 1)
-            assert entry.plan(new, 1).loss_increase > 0
-    find(dataclasses.replace(moments, gradients=measured_moments(weights, seed=1).gradients), LossMetric.MODEL_LOSS)
-    assert known not in reports
+        plan, were_known = find(moments, loss_metric)
+        assert not were_known
+        assert find(moments, loss_metric) == (plan, True)
+    other = dataclasses.replace(moments, gradients=measured_moments(weights, seed=1).gradients)
+    assert not find(other, LossMetric.MODEL_LOSS)[1]
 
 
 def test_moments_with_gradients_of_some_layers_or_of_another_model_are_refused(weights):
-    selected = select_weights(weights).weights
-    find = partial(find_candidates, selected, make_chain, ["lowrank"])
-    names = [*weights]
-    with pytest.raises(UsageError, match=r"no gradients .* for layer.0.weight, layer.2.weight; collect them") as caught:
-        find(measured_moments(weights, (names[0], names[2])), loss_metric=LossMetric.MODEL_LOSS)
-    assert "\n" not in str(caught.value)
-    [entry, *_] = find(measured_moments(weights, names[:1]))
+    selected, names = select_weights(weights).weights, [*weights]
+    with pytest.raises(UsageError, match=r"no gradients .* for layer.0.weight, layer.2.weight; collect them"):
+        check_inputs(selected, measured_moments(weights, (names[0], names[2])), LossMetric.MODEL_LOSS)
+    some = measured_moments(weights, names[:1])
+    check_inputs(selected, some, LossMetric.OUTPUT_ENERGY)
+    [entry, *_] = find_candidates(selected, make_chain, ["lowrank"], some)
     assert entry.plan(entry.floors[0], 1).loss_increase is None
-    moments = measured_moments(weights)
-    other = measured_moments({name: torch.zeros(20, 16) for name in weights}).gradients
-    with pytest.raises(UsageError, match=r"layer.\d.weight: gradients of 20 outputs: .* 24 rows .*this model"):
-        find(dataclasses.replace(moments, gradients=other))
+    other = measured_moments({name: torch.zeros(20, 16) for name in weights})
+    with pytest.raises(UsageError, match="gradients of 20 outputs for layer.0.weight, which has 24; give the moments"):
+        check_inputs(selected, other, LossMetric.OUTPUT_ENERGY)
+    transposed = {name: weight.mT for name, weight in weights.items()}
+    check_inputs(select_weights(transposed, transpose=True).weights, measured_moments(weights), LossMetric.MODEL_LOSS)
 
 
 def test_a_family_without_floors_is_refused_and_a_stop_ends_the_work(weights, moments):

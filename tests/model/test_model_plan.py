@@ -8,7 +8,8 @@ import pytest
 from ks.chain.patterns import make_chain
 from ks.errors import UsageError
 from ks.files import columns
-from ks.model.model_plan import LayerPlan, ModelPlan
+from ks.model.layer_plan import LayerPlan
+from ks.model.model_plan import ModelPlan, Objective
 from ks.moments.metric import LossMetric
 
 
@@ -17,14 +18,14 @@ def layer(name, family="lowrank", rank=2, loss=0.25, rows=8, cols=12, **more):
     return LayerPlan(name, rows, cols, "0" * 64, chain, rank if chain else None, loss, loss / 2, **more)
 
 
-def plan(**more):
+def plan():
     layers = (
         layer("a.weight", itemsize=2, interpolated=True, inputs_sha256="1" * 64),
         layer("b.weight", "monarch", 1, 0.5, shared_with=("c.weight",)),
         layer("d.weight", None, loss=0.0),
     )
     uniform = tuple(dataclasses.replace(each, relative_loss=0.75) for each in layers)
-    return ModelPlan(layers, "budget", 0.7, 0.01, uniform, 1, "model.safetensors", **more)
+    return ModelPlan(layers, Objective.BUDGET, 0.7, 0.01, uniform, 1, "model.safetensors", "3 of 9 parameters")
 
 
 def test_totals_count_chains_dense_layers_and_tied_weights_once():
@@ -55,7 +56,7 @@ def by_loss(**more):
     )
     layers = tuple(dataclasses.replace(each, relative_loss_lower=None) for each in layers)
     uniform = tuple(dataclasses.replace(each, loss_increase=0.8 / 3, relative_loss=0.2) for each in layers)
-    made = ModelPlan(layers, "budget", 0.7, 0.01, uniform, loss_metric=LossMetric.MODEL_LOSS, unit="nats")
+    made = ModelPlan(layers, Objective.BUDGET, 0.7, 0.01, uniform, loss_metric=LossMetric.MODEL_LOSS, unit="nats")
     return dataclasses.replace(made, **more)
 
 
@@ -75,25 +76,37 @@ def test_both_metrics_are_printed_and_a_plan_by_output_energy_begins_with_a_warn
         "WARNING: this plan minimises the output energy that the layers lose, which is not the loss"
     )
     assert "loss_" not in others[others.index("") + 1]
+    assert plan().sentences()[-1] == "These weights have 3 of 9 parameters."
     text = " ".join(str(by_loss()).split())
     assert text.startswith("The plan keeps 75.00% of the parameters")
-    assert (
-        "The loss of the model is predicted to increase by 0.5 nats per token (perplexity × 1.649), at least 0.4 at "
-        "these ranks; with the same fraction of parameters in every layer, 75.00%, by 0.8."
-    ) in text
-    assert "lose 26.67% of their output energy on average; with" in text
-    assert "20.00%. The plan does not minimise this." in text
+    same = "with the same fraction of parameters in every layer (75.00%)."
+    assert f"is predicted to increase by 0.5 nats per token (perplexity × 1.649); by 0.8 {same}" in text
+    assert f"lose 26.67% of their output energy on average, which the plan does not minimise; 20.00% {same}" in text
     assert "monarch 1 83.3% ~0.1 ~50.00%" in text
     energy = dataclasses.replace(by_loss(), loss_metric=LossMetric.OUTPUT_ENERGY)
     assert "Plan by the loss of the model, whose gradients these moments have" in energy.sentences()[0]
 
 
+def test_training_and_another_choice_have_limits_of_their_own():
+    """They bound different things: chains of these ranks, and the best known chains of other ranks."""
+    for made, loss, lower, least in (
+        (by_loss(), "the predicted increase", "0.4", "0.495"),
+        (plan(), "this average", "12.50%", "24.75%"),
+    ):
+        training, choice = [sentence for sentence in made.sentences() if "raining" in sentence]
+        assert training == f"Training chains of these ranks can lower {loss} to {lower} at best."
+        assert choice == f"Without training, no other choice of ranks and families lowers {loss} below {least}."
+    exact = tuple(dataclasses.replace(each, loss_increase_lower=each.loss_increase) for each in by_loss().layers)
+    text = " ".join(by_loss(layers=exact, objective=Objective.TARGET_LOSS_INCREASE).sentences())
+    assert "Training chains" not in text
+    assert "every choice of ranks and families that meets the target has at least 214 parameters." in text
+
+
 def test_a_measured_plan_calibrates_the_prediction_of_another():
     first = by_loss().measured(1.0, uniform=1.6)
     assert first.as_uniform().measured_increase == 1.6
-    assert "Measured: 1 nats per token (perplexity × 2.718), 2.00 times the prediction; with" in " ".join(
-        first.sentences()
-    )
+    measured = "Measured: 1 nats per token (perplexity × 2.718), 2.00 times the prediction; 1.6 with the same fraction"
+    assert measured in " ".join(first.sentences())
     second = by_loss().measured(4.0)
     made = by_loss().calibrated([first, second, plan().measured(3.0), by_loss()])
     assert made.calibrated_by == 3

@@ -11,7 +11,7 @@ def test_all_cells_are_measured_once_and_kept(run, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "the time is over" in done.stderr
     assert [row["family"] for row in read_table(tmp_path / "cells.csv")] == ["dense"]
-    done = run(*command, "--figure", "cells.png")
+    done = run(*command, "--figure", "cells.png", timeout=600)
     assert done.returncode == 0, done.stderr
     rows = {tuple(row[name] for name in KEY): row for row in read_table(tmp_path / "cells.csv")}
     assert len(rows) == 1 + 2 * 3 * 2 + 2 * 2 + 2 * 2 * 2

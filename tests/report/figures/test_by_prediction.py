@@ -8,7 +8,8 @@ from matplotlib.colors import to_hex
 
 import plot_rank_results
 from ks.chain.patterns import make_chain
-from ks.model.model_plan import LayerPlan, ModelPlan
+from ks.model.layer_plan import LayerPlan
+from ks.model.model_plan import ModelPlan
 from ks.moments.metric import LossMetric
 from ks.report.figures.by_prediction import MISJUDGED, Increase, increases_of
 from ks.report.figures.draw import plans_figure
