@@ -16,6 +16,7 @@ bits.
 """
 
 import argparse
+import copy
 import functools
 import sys
 import time
@@ -33,7 +34,6 @@ from torch import nn
 
 import ks
 from ks.cli import console
-from ks.model.linears import light_copy
 from ks.model.model_plan import ModelPlan
 
 BUDGETS = (0.6, 0.8, 0.4)  # the middle one first, for those who end it early
@@ -103,7 +103,7 @@ class Study:
         return plan if cell.allocation == PLANNED else plan.as_uniform()
 
     def compressed(self, plan: ModelPlan, treatment: str = "") -> nn.Module:
-        small = light_copy(self.model)
+        small = copy.deepcopy(self.model)
         if treatment == IN_ORDER:
             options = {"moments": self.moments, "max_passes": self.passes, "quiet": True}
             return ks.compress_in_order(small, plan, self.batches, **options)

@@ -53,10 +53,15 @@ def is_held_out(index: int, fraction: float) -> bool:
     return after > before
 
 
+def tensors_of(batch: Any) -> list[torch.Tensor]:
+    """Return the tensors of a batch."""
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else [batch]
+    return [value for value in values if isinstance(value, torch.Tensor)]
+
+
 def first_tensor(batch: Any) -> torch.Tensor:
     """Return the first tensor of a batch that has dimensions; its length is the number of entries of the batch."""
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else [batch]
-    return next(value for value in values if isinstance(value, torch.Tensor) and value.ndim)
+    return next(tensor for tensor in tensors_of(batch) if tensor.ndim)
 
 
 def cut(batch: Any, start: int, stop: int) -> Any:

@@ -1,8 +1,9 @@
 """Sequential calibration: every layer is compressed for the inputs that the compressed layers before it give."""
 
-import contextlib
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import chain, pairwise
 from typing import Any
@@ -44,7 +45,8 @@ def compress_in_order(
         T = W (I + β (E[x x̃ᵀ] C⁺ − I)),
 
     x and x̃ of the same token. With β = 0 the target is the output W x̃ for the inputs at hand; with β = 1 it is W x, the
-    output of the dense model. Chains and ranks are those of the plan, whatever inputs it was made for.
+    output of the dense model. Chains and ranks are those of the plan, whatever inputs it was made for. Layers that the
+    plan keeps dense are not touched.
 
     A group is the layers with one input tensor. All batches pass through the model once for each group, or fewer times
     with `max_passes`: then neighbouring groups are measured in the same pass, before any of them is replaced. With
@@ -82,28 +84,29 @@ def compress_in_order(
     groups = _groups(collect(batches[:1], [*planned]), [*planned])
     passes = min(max_passes or len(groups), len(groups))
     bounds = [len(groups) * index // passes for index in range(passes + 1)]
-
-    def outputs_of(place: Place) -> SecondMoment | None:
-        metric = None if moments is None else metric_of(place.plan, moments, plan.loss_metric)
-        return None if metric is None else metric.outputs
-
     dense = light_copy(unwrapped(model)) if anchor else None
     replaced: dict[nn.Module, KSLinear] = {}
-    result = model
+    result, number = model, 0
     try:
         for several in (groups[start:stop] for start, stop in pairwise(bounds)):
-            with _paired(dense if replaced else None, model, several, batches, mask) as (given, drifts):
+            names = [group[0] for group in several]
+            with _paired(dense if replaced else None, model, names, batches, mask) as (given, drifts):
                 found = collect(given, [*chain.from_iterable(several)])
             new: dict[nn.Module, KSLinear] = {}
             for group in several:
+                inputs = inputs_of(found, planned[group[0]].plan.cols, _key_of(group[0])).train
+                moment = SecondMoment(inputs.second_moment)
                 for name in group:
-                    place = planned[name]
+                    place, number = planned[name], number + 1  # of the places; a tied one has several layers
                     if not quiet:
-                        print(f"{len(replaced) + len(new) + 1} of {len(planned)}: {described(place)}", file=sys.stderr)
-                    inputs = inputs_of(found, place.plan.cols, _key_of(name)).train
-                    metric = Metric(inputs.second_moment, outputs_of(place), damping=0)  # G was damped before
-                    drift = drifts[group[0]] / inputs.count if drifts else None
-                    new |= replacements_of(place, partial(_anchored, metric, drift, anchor, impl))
+                        print(f"{number} of {len(planned)}: {described(place)}", file=sys.stderr)
+                    target = place.weight
+                    if drifts:
+                        moved = target.double() @ (drifts[group[0]] / inputs.count).to(target.device)
+                        target = target + anchor * moment.times_inverse_root(moment.times_inverse_root(moved))
+                    of_plan = None if moments is None else metric_of(place.plan, moments, plan.loss_metric)
+                    metric = Metric(moment, of_plan.outputs if of_plan else None, damping=0)  # G was damped before
+                    new |= replacements_of(place, partial(_chain, target, metric, impl))
             result = replace_modules(result, new)
             replaced |= new
     except BaseException:
@@ -112,42 +115,27 @@ def compress_in_order(
     return result
 
 
-def _anchored(metric: Metric, drift: torch.Tensor | None, anchor: float, impl: str, place: Place) -> KSLinear:
-    """Return the chain of a place for the target T.
-
-    Args:
-        metric: C of the inputs x̃, and G.
-        drift: E[(x − x̃) x̃ᵀ]; None where x̃ = x or β = 0, and T = W.
-        anchor: β.
-    """
-    if drift is None:
-        return KSLinear.from_dense(place.weight, patterns=place.plan.patterns, metric=metric, impl=impl)
-    once = metric.inputs.times_inverse_root(place.weight.double() @ drift.to(place.weight.device))
-    target = place.weight + anchor * metric.inputs.times_inverse_root(once)
+def _chain(target: torch.Tensor, metric: Metric, impl: str, place: Place) -> KSLinear:
+    """Return the best known chain for a target, rounded to the dtype of the weight at the end."""
     return KSLinear.from_dense(target, patterns=place.plan.patterns, metric=metric, impl=impl).to(place.weight)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _paired(
-    dense: nn.Module | None,
-    small: nn.Module,
-    groups: list[list[str]],
-    batches: list[Any],
-    mask: Mask | None,
+    dense: nn.Module | None, small: nn.Module, names: list[str], batches: list[Any], mask: Mask | None
 ) -> Iterator[tuple[Iterable[Any], dict[str, torch.Tensor]]]:
-    """Yield batches for a pass through the compressed model, and Σ (x − x̃) x̃ᵀ by the first layer of each group.
+    """Yield batches for a pass through the compressed model, and Σ (x − x̃) x̃ᵀ of layers, complete after the pass.
 
-    The sums are complete after the pass. A batch goes through the dense model before it is yielded; without a dense
-    model there are no sums.
+    A batch goes through the dense model before it is yielded; without a dense model there are no sums.
     """
     drifts: dict[str, torch.Tensor] = {}
     if dense is None:
         yield batches, drifts
         return
-    kept: dict[tuple[nn.Module, str], list[torch.Tensor]] = {}
+    kept: defaultdict[tuple[nn.Module, str], list[torch.Tensor]] = defaultdict(list)  # inputs in every call
 
     def keep(model: nn.Module, name: str, inputs: torch.Tensor) -> None:
-        kept.setdefault((model, name), []).append(inputs.clone())
+        kept[model, name].append(inputs.clone())
 
     def passes() -> Iterator[Any]:
         for batch in batches:
@@ -155,8 +143,8 @@ def _paired(
             call(dense, on_device_of(dense, batch))
             yield batch
             mask_for = masks_of(dense, batch, mask)
-            for name, *_ in groups:
-                calls, others = kept.get((dense, name), []), kept.get((small, name), [])
+            for name in names:
+                calls, others = kept[dense, name], kept[small, name]
                 if [each.shape for each in calls] != [each.shape for each in others]:
                     raise UsageError(
                         f"layer {one_line(name)} sees other tokens in the compressed model than in the dense one, so "
@@ -167,8 +155,11 @@ def _paired(
                     x, seen = (counted(each, mask_for(name)).to(place, torch.float64) for each in pair)
                     drifts[name] = drifts.get(name, 0) + (x - seen).mT @ seen
 
-    first = [{name: linears_of(model)[name] for name, *_ in groups} for model in (dense, small)]
-    with observed(dense, first[0], partial(keep, dense), None), observed(small, first[1], partial(keep, small), None):
+    def observing(model: nn.Module) -> AbstractContextManager:
+        linears = linears_of(model)
+        return observed(model, {name: linears[name] for name in names}, partial(keep, model), None)
+
+    with observing(dense), observing(small):
         yield passes(), drifts
 
 

@@ -28,6 +28,7 @@ def layer_plan(name, weight, family="lowrank", rank=2, moments=None, **more):
         loss,
         weight.element_size(),
         inputs_sha256=given.sha256 if given else None,
+        gradients_sha256=given.gradients_sha256 if given else None,
         **more,
     )
 

@@ -8,14 +8,13 @@ import pytest
 import torch
 from measured import measured_moments
 from networks import normal
-from planned import Network, Tied, layer_plan, plan_of
+from planned import Network, Tied, layer_plan, plan_of, tied_plan
 from torch import nn
 
 import ks
 from ks.bounds.factorize import factorize
 from ks.errors import UsageError
 from ks.model.model_plan import ModelPlan
-from ks.moments.read import inputs_of
 
 NAMES = ("blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down")
 X = normal(60, 8) * torch.linspace(0.2, 2, 8)
@@ -79,11 +78,7 @@ def test_a_plan_by_the_loss_of_the_model_keeps_its_gradients_and_takes_the_new_i
     model = Network()
     moments = measured_moments({f"{name}.weight": model.get_submodule(name).weight.detach() for name in NAMES})
     plan = plan_of(model, dict.fromkeys(NAMES, "lowrank"), moments)
-    layers = [
-        dataclasses.replace(layer, gradients_sha256=inputs_of(moments, layer.cols, layer.layer).gradients_sha256)
-        for layer in plan.layers
-    ]
-    plan = dataclasses.replace(plan, layers=tuple(layers), loss_metric=ks.LossMetric.MODEL_LOSS)
+    plan = dataclasses.replace(plan, loss_metric=ks.LossMetric.MODEL_LOSS)
     ks.compress_in_order(model, plan, BATCHES, moments=moments, anchor=1.0, quiet=True)
     chain = model.get_submodule(NAMES[2])
     gradients = moments.gradients[f"{NAMES[2]}.weight"].second_moment
@@ -158,6 +153,12 @@ def test_tied_layers_and_dense_ones():
     assert isinstance(model.third, nn.Linear)
     expected = factorize(dense, model.second.patterns, inputs)
     torch.testing.assert_close(model.second.factors[0].detach(), expected[0], rtol=1e-3, atol=1e-4)
+
+
+def test_a_tied_weight_counts_once_in_the_lines(capsys):
+    model = Tied()
+    ks.compress_in_order(model, tied_plan(model), BATCHES)
+    assert [line.split(": ")[0] for line in capsys.readouterr().err.splitlines()] == ["1 of 2", "2 of 2"]
 
 
 def test_an_error_leaves_the_model_as_it_was():
