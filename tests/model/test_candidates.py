@@ -212,3 +212,18 @@ def test_a_layer_with_nothing_to_learn_is_left_out_with_the_reason(weights):
     assert [line.split(":")[0] for line in lines[:2]] == ["left out"] * 2
     with pytest.raises(UsageError, match="is all zero"):
         find_candidates(select_weights(weights, first).weights, make_chain, ["lowrank"])
+
+
+def test_an_increase_is_per_token_of_the_layer_that_sees_most(weights):
+    moments = measured_moments(weights)
+    [first, *_], options = weights, (make_chain, ["lowrank"])
+    sums = moments.gradients[first]
+    fewer = dataclasses.replace(sums, sum_xx=sums.sum_xx / 4, count=sums.count // 4)  # the same G from a quarter
+    thinned = dataclasses.replace(moments, gradients=moments.gradients | {first: fewer})
+    selected = select_weights(weights).weights
+    whole, quarter = (
+        find_candidates(selected, *options, each, loss_metric=LossMetric.MODEL_LOSS)[0] for each in (moments, thinned)
+    )
+    increases = [entry.plan(entry.floors[0], 2).loss_increase for entry in (whole, quarter)]
+    assert increases[1] == pytest.approx(increases[0] / 4, rel=1e-6)
+    np.testing.assert_allclose(quarter.losses(quarter.floors[0]), whole.losses(whole.floors[0]) / 4, rtol=1e-6)
