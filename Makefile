@@ -75,7 +75,7 @@ pictures: demo inputs
 	    --title "all-MiniLM-L6-v2, encoder.layer.0.output.dense.weight, 384 × 1536, 4 × 4 grid"
 	cp build/pictures/minilm/rank_sweep_front.png docs/minilm_front.png
 
-# Collects the moments of the inputs of a real model's layers on English text. Takes two minutes.
+# Collects the moments of a real model's layers on English text, with gradients. Takes five minutes or less.
 inputs: $(VENV)/requirements
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-examples.txt -c constraints.txt
 	$(RUN) benchmarks/minilm_inputs.py

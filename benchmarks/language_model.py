@@ -242,12 +242,13 @@ def draw(rows: list[dict], kind: str, path: Path) -> None:
             left.plot(*point, marker, color="C2", fillstyle=style, label=label)
     left.plot(float(dense["parameters"]) / 1e6, float(dense[f"{kind}_perplexity"]), "k*", label="dense, in four bits")
     left.set(xlabel="parameters of the MLPs, millions", ylabel=f"perplexity, unseen {kind}", yscale="log")
-    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    left.yaxis.set_major_formatter("{x:g}")
-    left.yaxis.set_minor_formatter("")
-    left.legend(fontsize=7, loc="upper right")
+    left.legend(fontsize=7, loc="upper right", handlelength=3)
     right.axline((lowest, lowest), (2 * lowest, 2 * lowest), color="0.7", linewidth=1)
     right.set(xlabel="predicted increase, nats per token", ylabel="measured increase", xscale="log", yscale="log")
+    for axis in (left.yaxis, right.xaxis, right.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
     for axes in (left, right):
         axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ def kinds_of(entries: Mapping[str, Any]) -> dict[str, str]:
     """
     shapes = {name: () if entry.is_nested else tuple(entry.shape) for name, entry in entries.items()}
     packed = {name for name, entry in entries.items() if PACKED_DTYPE.fullmatch(str(entry.dtype))}
-    quantised = {_module(name) for name in packed if len(shapes[name]) == 2}
+    quantised = {_module(name) for name in packed if len(shapes[name]) == 2} - {""}
     originals = defaultdict(set)
     for name, shape in shapes.items():
         if not AVERAGED.search(name.lower()):

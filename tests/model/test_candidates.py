@@ -218,7 +218,9 @@ def test_an_increase_is_per_token_of_the_layer_that_sees_most(weights):
     moments = measured_moments(weights)
     [first, *_], options = weights, (make_chain, ["lowrank"])
     sums = moments.gradients[first]
-    fewer = dataclasses.replace(sums, sum_xx=sums.sum_xx / 4, count=sums.count // 4)  # the same G from a quarter
+    fewer = dataclasses.replace(
+        sums, sum_xx=sums.sum_xx / 4, sum_x=sums.sum_x / 4, count=sums.count // 4
+    )  # the same G from a quarter
     thinned = dataclasses.replace(moments, gradients=moments.gradients | {first: fewer})
     selected = select_weights(weights).weights
     whole, quarter = (
