@@ -30,7 +30,7 @@ def load_smollm() -> tuple[nn.Module, Encode]:
     folder = Path(spec.origin).parent
     (file,) = folder.glob("*.gguf")
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
-    model.config.use_cache = False  # every block of a refinement is called many times
+    model.config.use_cache = False  # perplexity needs none
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
     return model.eval(), lambda text: tokenizer(text).input_ids
 

@@ -42,7 +42,7 @@ def kinds_of(entries: Mapping[str, Any]) -> dict[str, str]:
             kinds[name] = OPTIMIZER_STATE
         elif AVERAGED.search(name.lower()) and shape in originals[_end(name)]:
             kinds[name] = AVERAGE
-        elif any(map(TABLE.search, (parts := name.lower().split(".")))) and not LINEAR.search(parts[-2:][0]):
+        elif any(map(TABLE.search, name.lower().split("."))) and not LINEAR.search(_end(name).lower().split(".")[0]):
             kinds[name] = EMBEDDING
     return kinds
 

@@ -260,6 +260,15 @@ class ModelPlan:
         """
         return dataclasses.replace(self, measured_increase=increase, measured_uniform=uniform)
 
+    def increases(self) -> dict[str, tuple[float, float]]:
+        """Return predicted and measured increase of this 'plan' and of its 'uniform' one, where both are known."""
+        both = {"plan": self} | ({"uniform": self.as_uniform()} if self.uniform else {})
+        return {
+            name: (plan.loss_increase, plan.measured_increase)
+            for name, plan in both.items()
+            if plan.loss_increase is not None and plan.measured_increase is not None
+        }
+
     def calibrated(self, plans: Iterable["ModelPlan"]) -> "ModelPlan":
         """Return the plan with the factor by which measured plans, and their uniform ones, exceed their prediction.
 
@@ -268,12 +277,7 @@ class ModelPlan:
         Raises:
             UsageError: none of them has a predicted and a measured increase, or one is not positive.
         """
-        both = [each for plan in plans for each in (plan, *([plan.as_uniform()] if plan.uniform else ()))]
-        pairs = [
-            (plan.loss_increase, plan.measured_increase)
-            for plan in both
-            if plan.loss_increase is not None and plan.measured_increase is not None
-        ]
+        pairs = [pair for plan in plans for pair in plan.increases().values()]
         return dataclasses.replace(self, factor=measured_over_predicted(pairs), calibrated_by=len(pairs))
 
     def save(self, path) -> None:

@@ -21,9 +21,7 @@ MISJUDGED = "firebrick"
 
 def points_of(plan: ModelPlan) -> dict[str, tuple[float, float]]:
     """Return the predicted and the measured increase of a plan and of its uniform one, where both are above 0."""
-    both = {"plan": plan} | ({"uniform": plan.as_uniform()} if plan.uniform else {})
-    points = {name: (one.loss_increase or 0.0, one.measured_increase or 0.0) for name, one in both.items()}
-    return {name: point for name, point in points.items() if min(point) > 0}
+    return {name: point for name, point in plan.increases().items() if min(point) > 0}
 
 
 def measured_by_predicted(figure: Figure, plans: Sequence[ModelPlan], log_scale: bool) -> str:
