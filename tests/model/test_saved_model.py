@@ -163,13 +163,13 @@ def edited(folder, **changes):
 
 
 DAMAGE = {
-    "version": (lambda folder: edited(folder, version=3), "newest known"),
+    "version": (lambda folder: edited(folder, version=4), "newest known"),
     "format": (lambda folder: edited(folder, format="x"), "is no compressed model"),
     "patterns": (lambda folder: edited(folder, layers={"blocks.0.up": {"patterns": [[1, 2, 3]]}}), "is not valid"),
     "sizes": (lambda folder: edited(folder, layers={"blocks.0.up": {"patterns": [[1, 8, 3, 1]] * 2}}), "do not fit"),
     "alias": (lambda folder: edited(folder, aliases={"norm.weight": "y"}), "ties tensors to one"),
     "no record": (lambda folder: (folder / "compressed.json").unlink(), "no such file"),
-    "no tensors": (lambda folder: (folder / "model.safetensors").unlink(), "cannot be read"),
+    "no tensors": (lambda folder: (folder / "model.safetensors").unlink(), "no such file"),
     "cut": (lambda folder: (folder / "model.safetensors").write_bytes(b"12"), "cannot be read"),
 }
 

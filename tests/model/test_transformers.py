@@ -84,13 +84,23 @@ def test_a_tiny_model_is_collected_planned_compressed_saved_loaded_and_generates
     assert plan.loss_increase > 0
     ks.compress(model, plan, moments=moments, quiet=True)
     assert any(isinstance(module, ks.KSLinear) for module in model.modules())
+    kept = "logits_per_image" if name.startswith("CLIP") else "logits"
     ks.save_compressed(model, tmp_path / "small")
-    loaded = ks.load_compressed(of_name(of_name.config_class(**options)).eval(), tmp_path / "small")
+    given = ks.load_compressed(of_name(of_name.config_class(**options)).eval(), tmp_path / "small")
+    loaded = ks.load_compressed(tmp_path / "small")
+    ks.save_compressed(model, tmp_path / "dense", densify=True)
+    dense = of_name.from_pretrained(tmp_path / "dense")
     with torch.no_grad():
-        found, expected = loaded(**batch), model(**batch)
-        kept = "logits_per_image" if name.startswith("CLIP") else "logits"
-        assert torch.equal(found[kept], expected[kept])
+        expected = model(**batch)
+        assert torch.equal(given(**batch)[kept], expected[kept])
+        assert torch.equal(loaded(**batch)[kept], expected[kept])
+        torch.testing.assert_close(dense(**batch)[kept], expected[kept])
     assert expected[kept].isfinite().all()
+    assert not loaded.training
+    assert loaded.config.to_dict() | {"dtype": None} == model.config.to_dict() | {
+        "dtype": None,
+        "architectures": [name],
+    }
     if name in EXPORTED:
         named = batch | {"use_cache": False}
         exported = torch.export.export(model, (), named, strict=False).module()
