@@ -84,7 +84,7 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max
     """Write tensors as model.safetensors, or in several files with an index; one file at a time is in memory.
 
     Args:
-        tensors: with their names, on the CPU and in memory of their own, made when they are asked for.
+        tensors: with their names.
         max_shard_size: of a file, in bytes; a tensor that exceeds it has a file of its own.
     """
     number_of: dict[str, int] = {}
@@ -104,7 +104,7 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max
 
 
 def _shards(tensors: Iterable[tuple[str, torch.Tensor]], max_shard_size: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield tensors in groups of at most a size in bytes; each group is empty afterwards."""
+    """Yield copies of tensors in groups of at most a size in bytes; each group is empty afterwards."""
     shard: dict[str, torch.Tensor] = {}
     size = 0
     for name, tensor in tensors:
@@ -112,7 +112,8 @@ def _shards(tensors: Iterable[tuple[str, torch.Tensor]], max_shard_size: int) ->
             yield shard
             shard.clear()
             size = 0
-        shard[name] = tensor
+        # on the CPU in memory of its own, as the file needs it
+        shard[name] = tensor.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
         size += tensor.nbytes
     yield shard
 

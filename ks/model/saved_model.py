@@ -19,7 +19,10 @@ from ks.files.schema import CompressedLayer, CompressedModel
 from ks.files.weights import read_entry, shape_of
 from ks.layer import KSLinear
 from ks.model.linears import checkpoint_name, linears_of, replace_modules, unwrapped
+from ks.model.model_card import model_card
+from ks.model.model_plan import ModelPlan
 from ks.model.saved_folder import (
+    CARD_FILE,
     MODEL_FORMAT,
     MODEL_VERSION,
     RECORD_FILE,
@@ -34,9 +37,15 @@ from ks.model.transformers_model import empty_model, is_of_transformers, write_c
 
 
 def save_compressed(
-    model: nn.Module, folder, *, tokenizer: Any = None, densify: bool = False, max_shard_size: int = 5 * 10**9
+    model: nn.Module,
+    folder,
+    *,
+    plan=None,
+    tokenizer: Any = None,
+    densify: bool = False,
+    max_shard_size: int = 5 * 10**9,
 ) -> None:
-    """Write a model with chains to a folder: its tensors as .safetensors, its chains in compressed.json.
+    """Write a model with chains to a folder: its tensors as .safetensors, its chains in compressed.json, and README.md.
 
     A model of transformers gets its configuration beside them, so that `ks.load_compressed(folder)` needs nothing else.
     The folder is written beside its place and then renamed, so that it is complete or absent. One that this function
@@ -45,7 +54,9 @@ def save_compressed(
     Args:
         model: with `KSLinear` layers; `ks.compress` makes one. Tensors that are tied are stored once.
         folder: new, empty, or of an earlier call.
-        tokenizer: or processor, whose `save_pretrained(folder)` adds its files.
+        plan: a `ks.model.model_plan.ModelPlan` of the model or its file, for the table and the predicted and measured
+            loss in README.md.
+        tokenizer: whose `save_pretrained(folder)` adds its files.
         densify: write an ordinary checkpoint instead, for programs that know no chains: every chain is multiplied out
             into a dense weight under the name that it had, and tied tensors are stored under each of their names.
         max_shard_size: of a file with tensors, in bytes; more go into several files with an index.
@@ -62,22 +73,16 @@ def save_compressed(
     aliases = {} if densify else _ties(state | buffers)
     layers = {name: _described(chain) for name, chain in chains.items()}
     record = CompressedModel(MODEL_FORMAT, MODEL_VERSION, type(model).__name__, layers, aliases, densify, [*buffers])
+    plan = ModelPlan.load(plan) if isinstance(plan, (str, os.PathLike)) else plan
+    card = model_card(model, chains, plan, folder.name, tokenizer=tokenizer is not None, densified=densify)
     with replacing(folder) as new:
         tensors = _densified(state, chains) if densify else iter((state | buffers).items())
-        # on the CPU in memory of their own, as the files need them
-        write_tensors(
-            new,
-            (
-                (name, value.detach().to("cpu", memory_format=torch.contiguous_format, copy=True))
-                for name, value in tensors
-                if name not in aliases
-            ),
-            max_shard_size,
-        )
+        write_tensors(new, ((name, value) for name, value in tensors if name not in aliases), max_shard_size)
         if is_of_transformers(model):
             write_configuration(model, new)
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
+        (new / CARD_FILE).write_text(card, "utf-8")
         record.files = entries_in(new)
         write_json(new / RECORD_FILE, msgspec.to_builtins(record) | {"created": now()})
 
@@ -116,8 +121,7 @@ def load_compressed(model: nn.Module | str | os.PathLike, folder=None, *, impl: 
     tensors = stored_tensors(folder)
     if record.version == 1:
         tensors, record.aliases = _as_blocks({name: read_entry(tensors[name], name) for name in tensors}, record)
-    on_meta = {name for name, value in _buffers_beside(inside).items() if value.is_meta}
-    for name in {*record.buffers} - on_meta:
+    for name in {*record.buffers} - {*_meta_buffers_beside(inside)}:
         tensors.pop(name, None)
         record.aliases.pop(name, None)
     _check_keys(inside, replacements, tensors, record, folder)
@@ -139,6 +143,22 @@ def _buffers_beside(model: nn.Module) -> dict[str, torch.Tensor]:
         for name, value in module._buffers.items()
         if name in module._non_persistent_buffers_set and value is not None
     }
+
+
+def _meta_buffers_beside(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return those of `_buffers_beside` that are on the meta device.
+
+    Raises:
+        UsageError: a module has another tensor there, which no folder has.
+    """
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor) and value.is_meta:
+                raise UsageError(
+                    f"{one_line(_joined(path, name))} of the model is on the meta device and no buffer; give a model "
+                    "that was not made there: ks.load_compressed(model, folder)"
+                )
+    return {name: value for name, value in _buffers_beside(model).items() if value.is_meta}
 
 
 def _check_state(state: Mapping[str, Any]) -> None:
@@ -234,7 +254,7 @@ def _check_keys(
     folder: Path,
 ) -> None:
     """Compare names and shapes of the tensors of a file with those that the model will have."""
-    state = _state_of(model) | {name: value for name, value in _buffers_beside(model).items() if value.is_meta}
+    state = _state_of(model) | _meta_buffers_beside(model)
     expected = {name: tuple(value.shape) for name, value in state.items()}
     for path, module in model.named_modules(remove_duplicate=False):
         if module in replacements:

@@ -27,6 +27,7 @@ def write_configuration(model: Any, folder: Path) -> None:
     """Write config.json and generation_config.json of a model of transformers."""
     config = json.loads(model.config.to_json_string(), object_hook=_without_code)
     dtype = str(model.dtype).removeprefix("torch.")
+    config.pop("quantization_config", None)  # also left by transformers where it has dequantised the weights
     write_json(folder / CONFIG_FILE, config | {"architectures": [type(model).__name__], "dtype": dtype})
     if model.can_generate():
         model.generation_config.to_json_file(folder / GENERATION_FILE)
@@ -60,8 +61,9 @@ def empty_model(folder: Path, name: str) -> nn.Module:
         written_by = str(config.get("transformers_version", "0.0"))
         if _version(transformers.__version__) < _version(written_by):
             raise UsageError(f"{folder} is of transformers {one_line(written_by)}, newer than {installed}; update it")
-        kind = getattr(transformers, name, None)
-        if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        kind: Any = getattr(transformers, name, None)
+        known = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+        if not known:
             raise UsageError(f"{folder} holds a {name}, which {installed} does not have; {by_hand}")
         with torch.device("meta"):
             model = kind(kind.config_class.from_dict(config))
