@@ -278,7 +278,7 @@ def test_a_densified_folder_is_loaded_by_an_auto_class(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_dense_weights_are_never_in_memory(tmp_path):
-    """The MLPs need 720 MiB where they are dense, a tenth of that in one layer; their chains have 8 MiB."""
+    """The MLPs need 720 MiB where they are dense, a tenth of that in one block; their chains have 13 MiB."""
     program = r"""
         import pathlib, re, sys, torch, ks
         from transformers import LlamaConfig, LlamaForCausalLM
