@@ -61,7 +61,8 @@ def save_compressed(
             into a dense weight under the name that it had, and tied tensors are stored under each of their names.
         max_shard_size: of a file with tensors, in bytes; more go into several files with an index.
     Raises:
-        UsageError: the folder holds something else or cannot be written, or the model has state that is no tensor.
+        UsageError: the folder holds something else or cannot be written, the model has state that is no tensor, or the
+            plan is that of another model.
     """
     folder = Path(folder).absolute()
     check_replaceable(folder)
