@@ -66,7 +66,7 @@ class Study:
     there is no floor. title: weight and chain, None if not known. answer: sentences of `ks.report.answer`.
     predict_zero_loss, held_out_predict_zero_loss: loss of the zero predictor, in the unit of the losses, on the inputs
     of the runs and on those held out. target: relative loss that is asked for. config: the config file;
-    None for a 2025 folder.
+    None for a 2025 folder. files: that it was read from.
     """
 
     name: str
@@ -82,6 +82,7 @@ class Study:
     held_out_predict_zero_loss: float | None = None
     target: float | None = None
     config: StudyRecord | None = None
+    files: SweepFiles | None = None
 
     @property
     def rows(self) -> list[dict]:
@@ -200,7 +201,7 @@ def read_study(files: SweepFiles) -> Study:
     floors = read_table(files.floor_csv, columns.FLOOR, FLOOR_NAMES) if files.floor_csv.is_file() else []
     tables = (_drawn_curves(runs), summary_frame(rows), pd.DataFrame(floors, columns=FLOOR_NAMES))
     if config is None:
-        return Study(files.directory.name, *tables)
+        return Study(files.directory.name, *tables, files=files)
     return Study(
         files.directory.name,
         *tables,
@@ -213,6 +214,7 @@ def read_study(files: SweepFiles) -> Study:
         held_out_predict_zero_loss=config.problem.held_out_predict_zero_loss,
         target=next((row["target_relative_loss"] for row in rows), None),
         config=config,
+        files=files,
     )
 
 

@@ -5,10 +5,10 @@ import html
 import json
 import re
 import shlex
-from html.parser import HTMLParser
 
 import pytest
-from drawn_study import make_plan, make_study
+from drawn_study import make_study
+from html_page import Page
 
 import rank_sweep_study
 from ks.files.layout import FIGURES, SweepFiles
@@ -33,43 +33,6 @@ CONFIG = {
                    "python": "3.11", "git_revision": "abc", "host": "secret-host",
                    "command": ["/usr/bin/python", "/home/someone/rank_sweep_study.py"]},
 }  # fmt: skip
-VOID = {"meta", "link", "br", "hr", "img", "input", "wbr"}
-
-
-class Page(HTMLParser):
-    """A page as (tag, attributes) in order, its text, and what would be loaded; unbalanced tags raise."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags, self.words, self.loads, self.open = [], [], [], []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.handle_startendtag(tag, attributes)
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        loading = [value for name, value in attributes if name.split(":")[-1] in ("src", "href", "srcset", "data")]
-        self.loads += [value for value in loading if not value.startswith("#")]
-        assert not [name for name, _ in attributes if name.startswith("on")]
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if not self.open or self.open[-1] != "style":
-            self.words.append(data)
-
-    def count(self, tag):
-        return sum(name == tag for name, _ in self.tags)
-
-    @property
-    def text(self):
-        return " ".join(" ".join(self.words).split())
 
 
 def page_of(tmp_path, study: Study, **look) -> tuple[str, Page]:
@@ -126,15 +89,6 @@ def test_the_loss_of_the_model_is_explained_once_and_stands_beside_the_energy(tm
         assert ("<dt>relative loss</dt>" in text) == (metric == "output_energy")
         assert "damped by 0.1 of its mean diagonal" in page.text
     assert "loss increase" not in page_of(tmp_path, study)[1].text
-
-
-def test_the_report_of_several_layers_opens_with_their_measured_plan_and_draws_no_losses_together(tmp_path):
-    study = make_study([2, 4])
-    layers = dataclasses.replace(study, summary=study.summary.assign(weight_key=["a.weight", "b.weight"]))
-    text, page = page_of(tmp_path, layers, plans=[make_plan(8, 0.481, 1.284, 0.613, 0.87)])
-    assert page.count("svg") == 1
-    assert "<h1>WARNING: this plan is predicted to be better" in text
-    assert "a.weight" in page.text
 
 
 def test_losses_that_a_linear_axis_squashes_are_on_a_logarithmic_one_too(tmp_path):

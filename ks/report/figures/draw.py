@@ -12,6 +12,7 @@ from ks.errors import UsageError
 from ks.files.atomic import atomic_path
 from ks.files.layout import FIGURES, SweepFiles, metric_figure
 from ks.model.model_plan import ModelPlan
+from ks.report.comparison import comparable
 from ks.report.figures import by_cost
 from ks.report.figures.by_cost import loss_by_latency, loss_by_parameters
 from ks.report.figures.by_epoch import gap_by_epoch, has_gaps, loss_curves, metric_by_epoch
@@ -77,19 +78,33 @@ def study_figures(
     return figures
 
 
-def chains_figure(studies: list[Study], *, log_scale: bool = False, title: str | None = None) -> Figure:
-    """Return several studies in one figure.
+def chains_figures(
+    studies: Sequence[Study],
+    *,
+    log_scale: bool = False,
+    title: str | None = None,
+    figsize: tuple[float, float] = (9, 5.2),
+) -> dict[str, Figure]:
+    """Return a figure for each kind of studies whose losses compare, by the name in its file name.
 
-    Raises:
-        UsageError: a study has no relative losses and parameters.
+    A figure is made higher by a line of its legend for each study.
     """
     title = title or "points: trained (number: rank); lines: floors"
-    return _figure(by_cost.chains, studies, log_scale, title, (9, 5.5))
+    width, height = figsize
+    kinds = comparable(studies)
+    return {
+        "chains" if len(kinds) == 1 else f"chains_{kind}": _figure(
+            by_cost.chains, found, log_scale, title, (width, height + 0.17 * len(found))
+        )
+        for kind, found in kinds.items()
+    }
 
 
-def plans_figure(plans: Sequence[ModelPlan], *, title: str | None = None) -> Figure:
+def plans_figure(
+    plans: Sequence[ModelPlan], *, title: str | None = None, figsize: tuple[float, float] = (7, 6.4)
+) -> Figure:
     """Return the predicted and measured increases of plans of one model, each of which has `points_of`."""
-    return _figure(measured_by_predicted, plans, True, title or plans[0].checkpoint, (7, 6.4))
+    return _figure(measured_by_predicted, plans, True, title or plans[0].checkpoint, figsize)
 
 
 def _figure(draw: Callable[..., str], drawn: Any, log_scale: bool, title: str | None, figsize: tuple) -> Figure:
