@@ -104,7 +104,7 @@ def main(argv=None) -> int:
         claim(files, [*paths, *([files.report] if config.report else [])], sources)
         written = draw.save_figures(drawn, files, config.formats, config.dpi)
         if config.report:
-            write_report(studies[0], files, **look, plans=plans)
+            write_report(studies[0], files, drawn, log_scale=config.log_scale, plans=plans)
             written.append(files.report)
     except OSError as error:
         raise UsageError(f"figures cannot be written to {target}: {error.strerror}") from error

@@ -45,7 +45,7 @@ def loss_by_parameters(figure: Figure, study: Study, log_scale: bool) -> str:
 
     A trained rank is hollow where the front is lower by more than 1% of its loss: as many parameters can lose less.
     """
-    axes = figure.subplots()
+    (axes,) = parts.make_panels(figure)
     units, front, losses = study.units, front_of(study), _with_parameters(study)
     parts.finish_loss_axis(axes, units, losses["exact"], losses["lower"].dropna(), log_scale=log_scale)
     look: dict[str, Any] = {"color": "#F0C800", "linewidth": 7, "alpha": 0.45, "solid_capstyle": "butt"}
@@ -79,7 +79,7 @@ def chains(figure: Figure, studies: list[Study], log_scale: bool) -> str:
     Raises:
         UsageError: a study, as one of the 2025 ksmm scripts, has no relative losses and parameters.
     """
-    axes = figure.subplots()
+    (axes,) = parts.make_panels(figure)
     units, tables = studies[0].units, [_with_parameters(study).sort_values("parameters") for study in studies]
     for study, losses in zip(studies, tables):
         if losses.empty or not study.units.relative:
@@ -118,7 +118,7 @@ def _label_points(axes: Axes, losses: pd.DataFrame, color: str) -> None:
 
 def _finish_parameter_axis(axes: Axes, dense: float, parameters: pd.Series) -> None:
     parts.set_log_axis(axes.xaxis, parameters.min() / 1.3, max(dense * 1.2, parameters.max()), parts.count)
-    parts.mark_dense(axes, dense, 0.8, f"dense: {parts.count(float(f'{dense:.3g}'))}")
+    parts.mark_dense(axes, dense, f"dense: {parts.count(float(f'{dense:.3g}'))}")
     axes.set_xlabel("parameters")
 
 
