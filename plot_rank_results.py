@@ -103,11 +103,11 @@ def main(argv=None) -> int:
         written = draw.save_figures(drawn, files, config.formats, config.dpi)
         if config.report:
             if several:
-                write_studies_report(studies, files, **look)
+                write_studies_report(studies, files, drawn, log_scale=config.log_scale)
             elif studies[0].config is not None and studies[0].config.layers:
-                write_model_report(given[0], files, config.title)
+                write_model_report(given[0], files, drawn.get("plans"))
             else:
-                write_report(studies[0], files, **look)
+                write_report(studies[0], files, drawn, log_scale=config.log_scale)
             written.append(files.report)
     except OSError as error:
         raise UsageError(f"figures cannot be written to {target}: {error.strerror}") from error

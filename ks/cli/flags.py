@@ -188,7 +188,7 @@ class PlotFlags:
     RETIRED: ClassVar = {"figsize": "each figure has its size; use --dpi, or --formats svg, which scales"}
     log_scale: bool = flag(False, "draw losses on a logarithmic axis")
     title: str | None = flag(None, "title of the figures", aliases=("--plot_title",))
-    dpi: int = flag(120, "resolution of png figures in dots per inch", convert=integer(20, 1200))
+    dpi: int = flag(150, "resolution of png figures in dots per inch", convert=integer(20, 1200))
     formats: tuple[str, ...] = flag(("png",), "formats of the figures", nargs="+", choices=FIGURE_FORMATS)
     metric: tuple[str, ...] = flag(
         (),

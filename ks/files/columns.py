@@ -281,14 +281,15 @@ MEASURED_PLANS = (
 )  # fmt: skip
 STUDIES = (
     Column("study", Text, "name of the results folder"),
-    Column("layer", Text, "name of the weight in its file"),
     Column("target", Text, "target of the study, and whether a finished rank reaches it"),
     Column("rank", Positive, "smallest rank that reaches the target; otherwise the rank that the answer of the study "
            "is about", form="{:.0f}"),
     *chosen(SUMMARY, ("share_of_dense",)),
     Column("relative_loss", Loss, "loss of this rank over that of the zero predictor on the same weight and inputs",
            FRACTION, "{:.2%}"),
-    *chosen(SUMMARY, ("energy_loss", "loss_increase", "chain", "inputs")),
+    *chosen(SUMMARY, ("energy_loss", "loss_increase")),
+    Column("layer", Text, "name of the weight in its file"),
+    *chosen(SUMMARY, ("chain", "inputs")),
     Column("loss", Text, "the loss that the runs minimise"),
     Column("seeds", Text, "seeds of the runs"),
 )  # fmt: skip

@@ -15,6 +15,7 @@ from ks.files.status import ended_well
 from ks.report.answer import named_row
 from ks.report.read_results import MEAN_SQUARED_ERROR, Study, read_study
 
+KINDS = (ISOTROPIC, "measured")  # of inputs
 MOST_HOSTS = 3  # that a row lists by name
 SAME = 1e-4  # relative difference of one loss that was computed on two machines
 RUNS_READ = ("rank", "seed", "status", "train_seconds")
@@ -139,7 +140,7 @@ def study_row(study: Study) -> dict[str, Any]:
         "layer": rows[0]["weight_key"] or rows[0]["weight"],
         "machine": "; ".join(machines_of(study)),
         "chain": study.chain,
-        "inputs": " ".join(text[:8] if text.isalnum() else text for text in (rows[0]["inputs"] or "").split()),
+        "inputs": " ".join(text if text in KINDS else text[:8] for text in (rows[0]["inputs"] or "").split()),
         "loss": ("loss of the model" if words.of_model else "output energy") if relative else study.loss_label,
         "seeds": study.config and " ".join(map(str, study.config.seeds)),
         "target": target and f"{words.amounts(target)[0]}: {'reached' if reached else 'not reached'}",

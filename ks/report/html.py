@@ -4,6 +4,7 @@ import dataclasses
 import io
 import re
 import shlex
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path, PurePath
 from typing import Any
@@ -11,23 +12,23 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from ks.cli.flags import SweepConfig
 from ks.cli.parser import path, to_arguments
 from ks.files import columns
 from ks.files.columns import LATENCIES, SUMMARY
-from ks.files.layout import SweepFiles
+from ks.files.layout import SweepFiles, metric_figure
 from ks.files.schema import StudyRecord
 from ks.files.table import is_missing
 from ks.report import page
 from ks.report.figures.draw import study_figures
+from ks.report.figures.parts import Sheet
 from ks.report.read_results import MEAN_SQUARED_ERROR, Study
 from ks.report.sentences import recommendation
 from ks.report.summary import summary_columns
 
-FIGURE_SIZE = (5.2, 4.2)  # inches; in this width, text is legible on a phone
 ON_BOTH_AXES = ("loss_curves", "final_losses")
+AFFECTED = (*ON_BOTH_AXES, "floor", "front", "latency")  # by log_scale
 SQUASHED = 10  # losses that differ by this factor, or are so far below the zero predictor, need a logarithmic axis too
 CAPTIONS = {
     "loss_curves": "Loss by epoch. Where a rank has a floor, it is dashed: no chain of the rank gets below it.",
@@ -69,8 +70,8 @@ FRACTIONS_OF_ENERGY = (0.5, 0.9, 0.99)
 LEFT_OUT = r"<style[^>]*>.*?</style>|<!--.*?-->|<\?xml[^>]*>|<!DOCTYPE[^>]*>|<metadata>.*?</metadata>"  # of an SVG
 
 
-def write_report(study: Study, files: SweepFiles, *, log_scale: bool = False, title: str | None = None) -> None:
-    """Write the report of a study, and figures of its own into it.
+def write_report(study: Study, files: SweepFiles, drawn: Mapping[str, Sheet], *, log_scale: bool = False) -> None:
+    """Write the report of a study, with its figures and those of all its metrics.
 
     Where a linear axis squashes the losses, the curves and the final losses are there on both kinds of axes, and the
     other figures on logarithmic ones.
@@ -78,18 +79,22 @@ def write_report(study: Study, files: SweepFiles, *, log_scale: bool = False, ti
     Args:
         study: read from its files.
         files: of the study.
-        log_scale: logarithmic loss axes alone.
-        title: instead of the name of the study, below the finding of each figure.
+        drawn: its figures, by name; of metrics, none are needed.
+        log_scale: whether they have logarithmic loss axes.
     """
-    squashed = is_squashed(study)
-    look: dict[str, Any] = {"title": title or "", "figsize": FIGURE_SIZE}
-    drawn = study_figures(study, metrics=study.metrics, log_scale=log_scale or squashed, **look)
-    linear = study_figures(study, names=ON_BOTH_AXES, **look) if squashed and not log_scale else {}
+    metrics = [name for name in study.metrics if metric_figure(name) not in drawn]
+    shown = {name: figure for name, figure in drawn.items() if name != "plans"}
+    shown |= study_figures(study, metrics=metrics, log_scale=log_scale, names=())
+    both = not log_scale and is_squashed(study)
+    logarithmic = study_figures(study, log_scale=True, names=AFFECTED) if both else {}
     figures = []
-    for name, figure in drawn.items():
-        if name in linear:
-            figures.append(_figure(name, inline_svg(linear[name], f"{name}_linear"), " Linear axis."))
-        figures.append(_figure(name, inline_svg(figure, name), " Logarithmic axis." if name in linear else ""))
+    for name, figure in shown.items():
+        other = logarithmic.get(name)
+        if other is None or name in ON_BOTH_AXES:
+            figures.append(_figure(name, inline_svg(figure, name), " Linear axis." if other else ""))
+        if other is not None:
+            axis = " Logarithmic axis." if name in ON_BOTH_AXES else ""
+            figures.append(_figure(name, inline_svg(other, f"{name}_logarithmic"), axis))
     name = study.title or study.name
     page.write_page(files.report, name, recommendation(study) or [name], _sections(study, figures))
 
@@ -100,23 +105,27 @@ def is_squashed(study: Study) -> bool:
     return len(losses) > 0 and np.nanmax([losses.max(), study.units.zero]) > SQUASHED * losses.min()
 
 
-def inline_svg(figure: Figure, name: str) -> str:
-    """Return a figure as an <svg> element: text as shapes, so that no font is needed, and nothing to load.
+def inline_svg(figure: Sheet, name: str) -> str:
+    """Return the finding of a figure, and an <svg> for each of its panels and for the legend, which a page stacks.
+
+    Labels are shapes, so that no font is needed; nothing is loaded.
 
     Args:
-        figure: to draw; its first text, the finding, is read aloud instead of it.
+        figure: to draw; its finding is read aloud instead of it.
         name: unique in the page; all ids start with it.
     """
-    finding = figure.texts[0].get_text().replace("\n", " ").replace("\\$", "$")
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": name}):
+    with figure.without_heading(), matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     svg = re.sub(LEFT_OUT, "", buffer.getvalue(), flags=re.DOTALL).strip()
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'\b(?:xlink:)?href="#', f'href="#{name}-', svg).replace("url(#", f"url(#{name}-")
-    head, _, body = svg.partition(">")
-    (box,) = re.findall(r'viewBox="[\d. ]+"', head)
-    return f'<svg {box} role="img" aria-label="{escape(finding)}">{body}'
+    finding, content = escape(figure.finding), svg.partition(">")[2].removesuffix("</svg>")
+    shown = f"<p><b>{finding}</b></p>"
+    for box in figure.parts():
+        shown += f'<svg viewBox="{box}" role="img" aria-label="{finding}">{content}</svg>'
+        content = f'<use href="#{name}-figure_1"/>'  # the same again, of which another part is seen
+    return shown
 
 
 def _sections(study: Study, drawn: list[str]) -> list[tuple[str, str]]:

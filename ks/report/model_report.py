@@ -13,7 +13,8 @@ from ks.model.model_plan import ModelPlan
 from ks.report import page
 from ks.report.figures.by_prediction import points_of
 from ks.report.figures.draw import plans_figure
-from ks.report.html import FIGURE_SIZE, GLOSSARY, GLOSSARY_OF_INCREASES, ending, file_name, inline_svg
+from ks.report.figures.parts import Sheet
+from ks.report.html import GLOSSARY, GLOSSARY_OF_INCREASES, ending, file_name, inline_svg
 from ks.report.read_results import Study, read_study
 from ks.report.summary import summary_columns
 from ks.report.verdict import Limit
@@ -40,13 +41,13 @@ def measured_plans(folder: Path) -> dict[str, ModelPlan]:
     return plans
 
 
-def write_model_report(source: SweepFiles, target: SweepFiles, title: str | None = None) -> None:
+def write_model_report(source: SweepFiles, target: SweepFiles, drawn: Sheet | None = None) -> None:
     """Write the report of a study of a checkpoint.
 
     Args:
         source: files of the study; those of its layers are in folders below.
         target: to write into; the page links to the pages of the layers if these are below its folder.
-        title: instead of the name of the study, below the finding of a figure.
+        drawn: the figure of the measured plans in the folder; if None, it is drawn where there are any.
     Raises:
         UsageError: a file of the study is not valid.
     """
@@ -72,9 +73,8 @@ def write_model_report(source: SweepFiles, target: SweepFiles, title: str | None
         layers = page.table(shown, [*rows, _total(plan, rows)], unit, links) + note
     figures = []
     if measured:
-        figure = plans_figure([*measured.values()], title=title, figsize=FIGURE_SIZE)
-        drawn = page.figures([page.figure(inline_svg(figure, "plans"), CAPTION)])
-        figures = [page.table(MEASURED_PLANS, _pairs(measured), unit), drawn]
+        figure = page.figure(inline_svg(drawn or plans_figure([*measured.values()]), "plans"), CAPTION)
+        figures = [page.table(MEASURED_PLANS, _pairs(measured), unit), page.figures([figure])]
     sections = [
         ("Layers", layers),
         ("Measured increase of the loss of the model", "".join(figures)),

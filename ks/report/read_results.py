@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -84,30 +85,30 @@ class Study:
     config: StudyRecord | None = None
     files: SweepFiles | None = None
 
-    @property
+    @cached_property
     def rows(self) -> list[dict]:
         """Rows of the summary, with None for a missing value."""
         rows = self.summary.to_dict("records")
         return [{str(name): None if is_missing(value) else value for name, value in row.items()} for row in rows]
 
-    @property
+    @cached_property
     def metrics(self) -> list[str]:
         """Names of the metrics that have a value in any epoch."""
         known = {*columns.names(columns.CURVES), "seed"}
         return [name for name in self.curves if name not in known and self.curves[name].notna().any()]
 
-    @property
+    @cached_property
     def family(self) -> str:
         """Chain of the floors, as it is called in their table."""
         others = [name for name in self.floor["chain"].unique() if name not in ("lowrank", columns.ISOTROPIC)]
         return others[0] if others else "lowrank"
 
-    @property
+    @cached_property
     def dense_parameters(self) -> float:
         product = self.summary["parameters"].astype(float) * self.summary["compression_ratio"].astype(float)
         return float(product.dropna().iloc[0])
 
-    @property
+    @cached_property
     def units(self) -> Units:
         """Units of the losses in figures.
 
@@ -120,12 +121,12 @@ class Study:
             return Units(1.0, 1.0, words.label, zero, words)
         return Units(zero, self.held_out_predict_zero_loss or zero, words.label, 1.0, words)
 
-    @property
+    @cached_property
     def words(self) -> Words:
         """Words for the metric of the study."""
         return Words.of(self.rows[0])
 
-    @property
+    @cached_property
     def losses(self) -> pd.DataFrame:
         """Losses of every rank in `units`, as floats; NaN where unknown.
 

@@ -177,7 +177,7 @@ class CheckpointStudy(Study):
             self.ended += [row["status"].status for row in study.rows_of_runs]
             rows += study.rows
         write_summary(self.files, rows)
-        write_model_report(self.files, self.files, self.config.title)
+        write_model_report(self.files, self.files)
         return [summary_table(rows), str(self.files.summary_csv), str(self.files.report)]
 
     def statuses(self) -> set[Status]:

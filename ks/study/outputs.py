@@ -81,7 +81,7 @@ def write_outputs(
     look: dict[str, Any] = {"log_scale": config.log_scale, "title": config.title}
     drawn = study_figures(study, metrics=config.metric, **look)
     written = save_figures(drawn, files, config.formats, config.dpi)
-    write_report(study, files, **look)
+    write_report(study, files, drawn, log_scale=config.log_scale)
     if unknown := study.unknown_metrics(config.metric):
         note(f"WARNING: {unknown}")
     return [files.summary_csv, *written, files.report]

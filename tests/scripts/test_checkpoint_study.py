@@ -216,7 +216,7 @@ def test_the_page_of_the_model_has_its_plan_its_runs_and_links_to_its_layers(che
     assert redrawn() == text
     plan.measured(2.0, 3.0).save(files.directory / "mine_plan.json")
     assert "mine_plan.json" in Page(redrawn()).text
-    assert Page(redrawn()).count("svg") == 1
+    assert Page(redrawn()).count("figure") == 1
     rows = read_json(files.summary_json)
     write_json(files.summary_json, [rows[0], rows[1] | {"status": "diverged", "loss_increase": None}])
     assert f"<h1>1 of 2 runs did not end well: {LAYERS[1]}, rank {plan.layers[1].rank}: diverged" in redrawn()

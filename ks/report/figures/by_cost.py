@@ -46,7 +46,7 @@ def loss_by_parameters(figure: Figure, study: Study, log_scale: bool) -> str:
 
     A trained rank is hollow where the front is lower by more than 1% of its loss: as many parameters can lose less.
     """
-    axes = figure.subplots()
+    (axes,) = parts.make_panels(figure)
     units, front, losses = study.units, front_of(study), _with_parameters(study)
     parts.finish_loss_axis(axes, units, losses["exact"], losses["lower"].dropna(), log_scale=log_scale)
     look: dict[str, Any] = {"color": "#F0C800", "linewidth": 7, "alpha": 0.45, "solid_capstyle": "butt"}
@@ -85,7 +85,7 @@ def chains(figure: Figure, studies: list[Study], log_scale: bool) -> str:
         studies: that are `ks.report.comparison.comparable`.
         log_scale: a logarithmic loss axis.
     """
-    axes = figure.subplots()
+    (axes,) = parts.make_panels(figure)
     one = are_of_one_weight(studies)
     units = studies[0].units if one else _fractions(studies[0])
     tables = [_in_units(study, units, one) for study in studies]
@@ -99,7 +99,7 @@ def chains(figure: Figure, studies: list[Study], log_scale: bool) -> str:
             axes.plot(sizes, own["relative_loss"] * units.zero, color=color, linewidth=1.2, alpha=0.7)
         marker = MARKERS[(index + index // len(FAMILY_COLORS)) % len(MARKERS)]  # 36 studies look different
         look: dict[str, Any] = {"color": color, "marker": marker, "linestyle": ""}
-        label = textwrap.fill(parts.literal(f"{study.name}: {study.chain}"), int(13 * figure.get_figwidth()))
+        label = textwrap.fill(parts.literal(f"{study.name}: {study.chain}"), int(13 * parts.PANEL_WIDTH))
         look |= {"markersize": 8, "label": label}
         axes.plot(losses["parameters"], losses["exact"], **look)
         _label_points(axes, losses, color)
@@ -107,7 +107,7 @@ def chains(figure: Figure, studies: list[Study], log_scale: bool) -> str:
         _finish_parameter_axis(axes, studies[0].dense_parameters, together["parameters"])
     else:
         parts.set_log_axis(axes.xaxis, together["parameters"].min() / 1.3, 1.2, lambda size: f"{100 * size:g}%")
-        parts.mark_dense(axes, 1.0, 0.8, "dense")
+        parts.mark_dense(axes, 1.0, "dense")
         axes.set_xlabel("parameters, as a fraction of those of dense")
     parts.write_legend(figure, axes.get_legend_handles_labels()[0])
     if not one:
@@ -142,7 +142,7 @@ def _label_points(axes: Axes, losses: pd.DataFrame, color: str) -> None:
 
 def _finish_parameter_axis(axes: Axes, dense: float, parameters: pd.Series) -> None:
     parts.set_log_axis(axes.xaxis, parameters.min() / 1.3, max(dense * 1.2, parameters.max()), parts.count)
-    parts.mark_dense(axes, dense, 0.8, f"dense: {parts.count(float(f'{dense:.3g}'))}")
+    parts.mark_dense(axes, dense, f"dense: {parts.count(float(f'{dense:.3g}'))}")
     axes.set_xlabel("parameters")
 
 
