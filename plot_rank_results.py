@@ -1,14 +1,15 @@
-"""Draw the figures of a rank sweep again, from its files alone; or several sweeps side by side in one figure.
+"""Draw the figures of a rank sweep again, from its files alone; or compare several sweeps.
 
     python plot_rank_results.py --results_dir ./rank_sweep_results --log_scale
-    python plot_rank_results.py --results_dir ./monarch_results ./lowrank_results --output_dir ./figures
+    python plot_rank_results.py --results_dir ./monarch_results ./lowrank_results --output_dir ./figures --report
 
 Reads rank_R/rank_R_rank_R_loss_curves.csv (those of the 2025 scripts too) and, where they are, PREFIX_summary.json
 (which then lists the ranks of the study), PREFIX_floor.csv and PREFIX_config.json. Prints the answer and the
-summary, and writes the figures PREFIX_loss_curves, _final_losses, _floor, _gap, _front and _latency to --output_dir;
-with --metric NAME, also PREFIX_metric_NAME; with --report, also PREFIX_report.html. For several sweeps, it draws
-PREFIX_chains. For the plans of a model in the folder, *_plan.json, whose increase of the loss was measured, it draws
-PREFIX_plans. If the figures are not those of a sweep in that folder, PREFIX_figures.json lists them.
+summary, and writes the figures PREFIX_loss_curves, _final_losses, _floor, _gap, _front and _latency to
+--output_dir; with --metric NAME, also PREFIX_metric_NAME; with --report, also PREFIX_report.html. For several
+sweeps, of one weight or of different ones, it draws PREFIX_chains, one figure for each kind of losses that compare.
+For the plans of a model in the folder, *_plan.json, whose increase of the loss was measured, it draws PREFIX_plans.
+If the figures are not those of a sweep in that folder, PREFIX_figures.json lists them.
 Exit codes: 0 well, 2 bad input, 4 internal error.
 """
 

@@ -360,7 +360,7 @@ class PlotConfig(OutputFlags, PlotFlags):
     TITLE: ClassVar = "results"
     results_dir: tuple[str, ...] = flag(
         (),
-        "folder of a sweep, or folders of several sweeps to draw in one figure",
+        "folder of a sweep, or folders of several sweeps to compare; one of a checkpoint counts as those of its layers",
         convert=path,
         nargs="+",
         required=True,
