@@ -178,9 +178,12 @@ def summary_frame(rows: list[dict]) -> pd.DataFrame:
     return pd.DataFrame([{name: row.get(name) for name in written_columns(rows)} for row in rows])
 
 
-def read_study(files: SweepFiles) -> Study:
+def read_study(files: SweepFiles, rows: list[dict] | None = None) -> Study:
     """Read a results folder, ours or one of the 2025 ksmm scripts; its summary says which ranks belong to the study.
 
+    Args:
+        files: of the study.
+        rows: of its summary, which is not written yet.
     Raises:
         UsageError: no such folder, no results in it, or a file that cannot be read.
     """
@@ -189,7 +192,7 @@ def read_study(files: SweepFiles) -> Study:
     config = read_json_as(files.config, StudyRecord) if files.config.exists() else None
     first_seed = config.seeds[0] if config else None
     found = [run for run in find_runs(files.directory, first_seed) if run[2].curves_csv.is_file()]
-    rows = _summary_rows(files)
+    rows = _summary_rows(files) if rows is None else rows
     if not found and not rows:
         raise UsageError(f"{files.directory} holds no results (no rank_R/rank_R_rank_R_loss_curves.csv in it)")
     if config is not None and rows:
