@@ -11,9 +11,9 @@ from ks.files.columns import ISOTROPIC
 from ks.files.layout import SweepFiles, find_runs, layer_folder
 from ks.files.rows import read_table
 from ks.files.schema import RunConfig, read_json_as
-from ks.files.status import ended_well
 from ks.report.answer import named_row
 from ks.report.read_results import MEAN_SQUARED_ERROR, Study, read_study
+from ks.report.sentences import of_failures
 
 KINDS = (ISOTROPIC, "measured")  # of inputs
 MOST_HOSTS = 3  # that a row lists by name
@@ -125,9 +125,7 @@ def study_row(study: Study) -> dict[str, Any]:
     rows, words, target = study.rows, study.words, study.target
     named = named_row(rows, target) or {}
     runs = [run for run in _runs(study) if "(as rank" not in str(run["status"])]  # copies of another rank
-    seconds = {run["rank"]: run["train_seconds"] for run in runs if run["train_seconds"] is not None}
-    longest = max(seconds, key=lambda rank: seconds[rank], default=None)
-    known = [run["train_seconds"] for run in runs if run["train_seconds"] is not None]
+    timed = [(run["train_seconds"], run["rank"]) for run in runs if run["train_seconds"] is not None]
     verdicts: dict[str, list[str]] = {}
     for row in rows:
         if row["verdict"]:
@@ -148,8 +146,8 @@ def study_row(study: Study) -> dict[str, Any]:
         "weight_sha256": study.weight_sha256,
         "runs": ", ".join(f"{count} {status}" for status, count in Counter(str(run["status"]) for run in runs).items()),
         "verdicts": "; ".join(f"{verdict}: {', '.join(ranks)}" for verdict, ranks in verdicts.items()),
-        "train_seconds": sum(known) if known else None,
-        "longest_run": longest and f"rank {longest}: {seconds[longest]:.1f} s",
+        "train_seconds": sum(seconds for seconds, _ in timed) or None,
+        "longest_run": "rank {1}: {0:.1f} s".format(*max(timed)) if timed else None,
     } | {name: named.get(name) for name in ("rank", "share_of_dense", "relative_loss", "loss_increase", "energy_loss")}
 
 
@@ -162,13 +160,7 @@ def _runs(study: Study) -> list[dict[str, Any]]:
 
 def findings(studies: Sequence[Study], rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return the sentences that open a report of several studies: runs that failed, and which study is best."""
-    failed = [
-        f"{study.name}, rank {row['rank']}: {row['status']}"
-        for study in studies
-        for row in study.rows
-        if not ended_well(row["status"])
-    ]
-    sentences = [f"Not every run ended well: {'; '.join(failed)}."] if failed else []
+    sentences = of_failures((study.name, row) for study in studies for row in study.rows)
     asked = [row for row in rows if row["reached"] is not None]
     reached = [row for row in asked if row["reached"]]
     targets = {(study.target, study.words.loss_metric, study.rows[0]["inputs"]) for study in studies}

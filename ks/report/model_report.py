@@ -1,14 +1,16 @@
 """The report of a study of a checkpoint: its plan, and the chains that were trained, beside each other on one page."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ks.errors import UsageError
 from ks.files.atomic import read_json_object
-from ks.files.columns import MEASURED_PLANS, TRAINED_LAYERS
+from ks.files.columns import MEASURED_PLANS, TRAINED_LAYERS, chosen
 from ks.files.layout import SweepFiles, layer_folder
 from ks.files.schema import StudyRecord
 from ks.files.status import ended_well
+from ks.files.table import cell
 from ks.model.model_plan import ModelPlan
 from ks.report import page
 from ks.report.figures.by_prediction import points_of
@@ -16,6 +18,7 @@ from ks.report.figures.draw import plans_figure
 from ks.report.figures.parts import Sheet
 from ks.report.html import GLOSSARY, GLOSSARY_OF_INCREASES, ending, file_name, inline_svg
 from ks.report.read_results import Study, read_study
+from ks.report.sentences import of_failures
 from ks.report.summary import summary_columns
 from ks.report.verdict import Limit
 from ks.report.words import Words, percents, significant
@@ -68,15 +71,19 @@ def write_model_report(source: SweepFiles, target: SweepFiles, drawn: Sheet | No
         layers = page.table(summary_columns(study.rows), study.rows, study.words.axis_unit, links)
     else:
         rows = _layer_rows(plan, study.rows)
-        shown = [column for column in TRAINED_LAYERS if column.name != "status" or not _all_ended_well(study.rows)]
+        failed = not all(ended_well(row["status"]) for row in study.rows)
+        shown = [column for column in TRAINED_LAYERS if column.name != "status" or failed]
         note = f'<p class="soft">{BOTH_ARE_PREDICTED}</p>'
-        layers = page.table(shown, [*rows, _total(plan, rows)], unit, links) + note
+        layers = page.table(shown, [*_marked(plan, rows), _total(plan, rows)], unit, links) + note
+    planned = [(layer.layer, layer.rank) for layer in plan.layers] if plan else []
+    others = [row for row in study.rows if planned and (row["weight_key"], row["rank"]) not in planned]
     figures = []
     if measured:
         figure = page.figure(inline_svg(drawn or plans_figure([*measured.values()]), "plans"), CAPTION)
         figures = [page.table(MEASURED_PLANS, _pairs(measured), unit), page.figures([figure])]
     sections = [
         ("Layers", layers),
+        ("Other ranks", page.table(summary_columns(others), others, study.words.axis_unit) if others else ""),
         ("Measured increase of the loss of the model", "".join(figures)),
         ("Remarks", page.items(remarks)),
         ("Model", page.definitions(_model(config, study))),
@@ -85,10 +92,6 @@ def write_model_report(source: SweepFiles, target: SweepFiles, drawn: Sheet | No
     ]
     name = f"{file_name(config, 'weight_path')}: {len(config.layers)} weights"
     page.write_page(target.report, name, findings(study, plan), sections)
-
-
-def _all_ended_well(rows: list[dict]) -> bool:
-    return all(ended_well(row["status"]) for row in rows)
 
 
 def _is_undertrained(row: dict) -> bool:
@@ -102,31 +105,24 @@ def _goal(arguments: Any) -> list[Any]:
 
 def findings(study: Study, plan: ModelPlan | None) -> list[str]:
     """Return what was trained, runs that failed first, and the sentences of the plan."""
-    failed = [row for row in study.rows if not ended_well(row["status"])]
-    sentences = []
-    if failed:
-        number = f"{len(failed)} of {len(study.rows)} runs did not end well"
-        texts = [f"{row['weight_key']}, rank {row['rank']}: {row['status']}" for row in failed]
-        sentences = [f"{number}: {'; '.join(texts)}. The folder of the layer has the train.log of each run."]
+    sentences = of_failures((row["weight_key"], row) for row in study.rows)
+    if sentences:
+        sentences.append("The folder of each rank has the train.log of its runs.")
     if plan is None:
-        layers = len({row["weight_key"] for row in study.rows})
-        return [
-            *sentences,
-            f"{layers} layers of {study.config and study.config.settings.get('checkpoint')} were trained.",
-        ]
+        layers = {row["weight_key"]: row["weight"] for row in study.rows}
+        return [*sentences, f"{len(layers)} layers of {' '.join({*layers.values()})} were trained."]
     warning, rows = plan.sentences()[:1] if plan.is_misjudged else [], _layer_rows(plan, study.rows)
-    total, chains = _total(plan, rows), f"{sum(row['status'] is not None for row in rows)} trained chains"
-    size = f"with {plan.share:.2%} of the parameters"
+    total, size = _total(plan, rows), f"with {plan.share:.2%} of the parameters of {len(plan.layers)} weights"
     if total["trained_increase"] is not None:
         planned, found = significant(total["planned_increase"], total["trained_increase"])
         unit = Words(unit=plan.unit).axis_unit
         sentences.append(
-            f"The {chains} are predicted to cost the model {found} {unit}, {size}; the plan predicts {planned}."
+            f"The trained chains are predicted to cost the model {found} {unit}, {size}; the plan predicts {planned}."
         )
     elif total["trained_energy_loss"] is not None:
         planned, found = percents(total["planned_energy_loss"], total["trained_energy_loss"])
         sentences.append(
-            f"The {chains} lose {found} of the output energy on average, {size}; the plan predicts {planned}."
+            f"The trained chains lose {found} of the output energy on average, {size}; the plan predicts {planned}."
         )
     return [*warning, *sentences, *(text for text in plan.sentences() if text not in warning)]
 
@@ -154,15 +150,21 @@ def _layer_rows(plan: ModelPlan, rows: list[dict]) -> list[dict[str, Any]]:
     return found
 
 
+def _marked(plan: ModelPlan, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of `_layer_rows`, with ~ before the planned losses that are interpolated."""
+    planned = chosen(TRAINED_LAYERS, ("planned_increase", "planned_energy_loss"))
+    for layer, row in zip(plan.layers, rows):
+        known = [column for column in planned if layer.interpolated and row[column.name] is not None]
+        yield row | {column.name: f"~{cell(column, row[column.name])}" for column in known}
+
+
 def _total(plan: ModelPlan, rows: list[dict]) -> dict[str, Any]:
     """Return the row below those of the layers; a sum or mean is known if all its parts are."""
     total: dict[str, Any] = {"layer": "all: sum of increases, mean of energies", "share": plan.share}
     for name in ("planned_increase", "trained_increase", "planned_energy_loss", "trained_energy_loss"):
         values = [row[name] for row in rows]
-        if None not in values:
-            total[name] = sum(values) / (1 if name.endswith("increase") else len(values))
-        else:
-            total[name] = None
+        parts = 1 if name.endswith("increase") else len(values)
+        total[name] = None if None in values else sum(values) / parts
     return total
 
 
