@@ -12,8 +12,8 @@ import contextlib
 import ctypes
 import fcntl
 import gc
-import io
 import importlib
+import io
 import json
 import os
 import resource
