@@ -6,7 +6,7 @@ from typing import Any
 
 from ks.errors import UsageError
 from ks.files.atomic import read_json_object
-from ks.files.columns import MEASURED_PLANS, TRAINED_LAYERS, chosen
+from ks.files.columns import MEASURED_PLANS, SUMMARY, TRAINED_LAYERS, chosen
 from ks.files.layout import SweepFiles, layer_folder
 from ks.files.schema import StudyRecord
 from ks.files.status import ended_well
@@ -16,9 +16,17 @@ from ks.report import page
 from ks.report.figures.by_prediction import points_of
 from ks.report.figures.draw import plans_figure
 from ks.report.figures.parts import Sheet
-from ks.report.html import GLOSSARY, GLOSSARY_OF_INCREASES, ending, file_name, inline_svg
+from ks.report.html import (
+    GLOSSARY,
+    GLOSSARY_OF_ENERGY,
+    GLOSSARY_OF_INCREASES,
+    GLOSSARY_OF_LOSSES,
+    ending,
+    file_name,
+    inline_svg,
+)
 from ks.report.read_results import Study, read_study
-from ks.report.sentences import of_failures
+from ks.report.sentences import first_of, listed, of_failures
 from ks.report.summary import summary_columns
 from ks.report.verdict import Limit
 from ks.report.words import Words, percents, significant
@@ -63,12 +71,12 @@ def write_model_report(source: SweepFiles, target: SweepFiles, drawn: Sheet | No
         remarks = [f"{source.plan_json.name} was made for another goal than these runs, and is left out."]
         plan = None
     if weak := [f"{row['weight_key']}, rank {row['rank']}" for row in study.rows if _is_undertrained(row)]:
-        remarks.append(f"Undertrained: {'; '.join(weak)}. Increase --num_epochs.")
+        remarks.append(f"Undertrained: {first_of(weak)}. Increase --num_epochs.")
     pages = {name: layer_folder(source.directory, name) / source.report.name for name in config.layers}
     links = {name: address for name, path in pages.items() if (address := page.link(target.report, path))}
     unit = Words(unit=study.words.unit or (plan.unit if plan else "")).axis_unit
     if plan is None:
-        layers = page.table(summary_columns(study.rows), study.rows, study.words.axis_unit, links)
+        layers = _ranks(study, study.rows, links)
     else:
         rows = _layer_rows(plan, study.rows)
         failed = not all(ended_well(row["status"]) for row in study.rows)
@@ -83,15 +91,21 @@ def write_model_report(source: SweepFiles, target: SweepFiles, drawn: Sheet | No
         figures = [page.table(MEASURED_PLANS, _pairs(measured), unit), page.figures([figure])]
     sections = [
         ("Layers", layers),
-        ("Other ranks", page.table(summary_columns(others), others, study.words.axis_unit) if others else ""),
+        ("Other ranks", _ranks(study, others, links) if others else ""),
         ("Measured increase of the loss of the model", "".join(figures)),
-        ("Remarks", page.items(remarks)),
         ("Model", page.definitions(_model(config, study))),
         ("Glossary", page.definitions(_glossary(study, plan))),
         *ending(config),
     ]
     name = f"{file_name(config, 'weight_path')}: {len(config.layers)} weights"
-    page.write_page(target.report, name, findings(study, plan), sections)
+    first, *more = findings(study, plan)
+    page.write_page(target.report, name, [first, *remarks, *more], sections)
+
+
+def _ranks(study: Study, rows: list[dict], links: dict[str, str]) -> str:
+    """Return the table of some rows of the summary, with the name of the layer also if there is one alone."""
+    shown = {column.name: column for column in [*chosen(SUMMARY, ("weight_key",)), *summary_columns(rows)]}
+    return page.table([*shown.values()], rows, study.words.axis_unit, links)
 
 
 def _is_undertrained(row: dict) -> bool:
@@ -109,8 +123,8 @@ def findings(study: Study, plan: ModelPlan | None) -> list[str]:
     if sentences:
         sentences.append("The folder of each rank has the train.log of its runs.")
     if plan is None:
-        layers = {row["weight_key"]: row["weight"] for row in study.rows}
-        return [*sentences, f"{len(layers)} layers of {' '.join({*layers.values()})} were trained."]
+        layers, ranks = ({row[name] for row in study.rows} for name in ("weight_key", "rank"))
+        return [*sentences, f"{len(layers)} layers, at {listed(sorted(ranks), 0)}."]
     warning, rows = plan.sentences()[:1] if plan.is_misjudged else [], _layer_rows(plan, study.rows)
     total, size = _total(plan, rows), f"with {plan.share:.2%} of the parameters of {len(plan.layers)} weights"
     if total["trained_increase"] is not None:
@@ -196,6 +210,8 @@ def _model(config: StudyRecord, study: Study) -> dict[str, str | None]:
 def _glossary(study: Study, plan: ModelPlan | None) -> dict[str, str]:
     glossary = {name: GLOSSARY[name] for name in ("rank", "chain")}
     glossary["share"] = "parameters of the chain, as a fraction of those of the dense weight"
+    if plan is None:
+        glossary |= GLOSSARY_OF_LOSSES | ({} if study.words.of_model else GLOSSARY_OF_ENERGY)
     glossary |= {"energy loss": GLOSSARY_OF_INCREASES["energy loss"]}
     if study.summary["loss_increase"].notna().any() or (plan and plan.loss_increase is not None):
         glossary["increase"] = GLOSSARY_OF_INCREASES["loss increase"].format(unit=study.words.in_unit)

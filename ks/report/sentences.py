@@ -13,7 +13,7 @@ from ks.report.verdict import ROUNDING, SMALL_EXCESS, Limit
 from ks.report.words import Words
 
 NONE_FINISHED = "no rank has finished"
-MOST_FAILED = 3  # ranks that a sentence lists
+MOST_LISTED = 3  # ranks of several studies that a sentence lists
 AS_FAST = 0.95  # a time counts as less than another one below this fraction of it: closer ratios are noise
 
 
@@ -36,8 +36,13 @@ def of_failures(rows: Iterable[tuple[str, dict]]) -> list[str]:
         rows: of summaries, each with the name of its study.
     """
     failed = [f"{name}, rank {row['rank']}: {row['status']}" for name, row in rows if not ended_well(row["status"])]
-    more = f"; and {len(failed) - MOST_FAILED} more" if len(failed) > MOST_FAILED else ""
-    return [f"Not every run ended well: {'; '.join(failed[:MOST_FAILED])}{more}."] if failed else []
+    return [f"Not every run ended well: {first_of(failed)}."] if failed else []
+
+
+def first_of(texts: list[str]) -> str:
+    """Return the first few texts, and how many there are beside them."""
+    more = f"; and {len(texts) - MOST_LISTED} more" if len(texts) > MOST_LISTED else ""
+    return "; ".join(texts[:MOST_LISTED]) + more
 
 
 def _slower(rows: list[dict], other: str, factor: float) -> str:
