@@ -167,7 +167,7 @@ def loss_by_latency(figure: Figure, study: Study, log_scale: bool) -> str:
         axes.axvline(dense.median(), color=ink(), linewidth=1.4, zorder=1)
         parts.mark_ranks(axes, losses["rank"][shown], chain[shown], losses["best"][shown], colors)
         axes.annotate("slower\nthan dense", (0.99, 0.86), xycoords="axes fraction", ha="right", va="top", **parts.NOTE)
-        axes.set_title(f"batch {batch} (dense: {dense.median():.3g} ms)", fontsize="medium", loc="left")
+        axes.set_title(f"batch {batch} (dense: {dense.median():.3g} ms)", fontsize="medium", loc="left", y=1.0)
         axes.set_xlabel("milliseconds a forward pass")
         axes.tick_params(labelleft=True)
     handles: list[Artist] = [

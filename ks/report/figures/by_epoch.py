@@ -62,7 +62,7 @@ def loss_curves(figure: Figure, study: Study, log_scale: bool) -> str:
     zeros = (units.zero, held_out_zero or units.zero)
     for axes, column, name, zero in zip(panels, ("train_loss", "val_loss"), names, zeros):
         ends = _draw_ranks(axes, curves, column, study.summary)
-        axes.set_title(name, fontsize="medium")
+        axes.set_title(name, fontsize="medium", y=1.0)
         parts.finish_epoch_axis(axes)
         own = dataclasses.replace(units, zero=zero)
         parts.finish_loss_axis(axes, own, [*values, *zeros], floors.ravel(), log_scale=log_scale)
