@@ -199,7 +199,7 @@ def test_the_page_of_the_model_has_its_plan_its_runs_and_links_to_its_layers(che
     assert all((files.directory / address).is_file() for address in page.loads)
     rows = {row["weight_key"]: row for row in read_table(files.summary_csv)}
     for layer in plan.layers:
-        cells = page.text.partition(layer.layer)[2].split()[:7]
+        cells = page.text.partition("train seconds")[2].partition(layer.layer)[2].split()[:7]
         row = rows[layer.layer]
         increases = [f"{layer.loss_increase:.3g}", f"{float(row['loss_increase']):.3g}"]
         energies = [f"{layer.relative_loss:.2%}", f"{float(row['energy_loss']):.2%}"]
