@@ -157,7 +157,7 @@ class CheckpointStudy(Study):
         self.results = finished_before(self.config, runs, self._read_result)
         waiting = [run for run in runs if run not in self.results]
         with self.places:
-            run_all(self.config, waiting, self.launcher, self._read_result, self.results, iter(()))
+            run_all(self.config, waiting, self.launcher, self._read_result, self.results, self.until_the_last(runs))
 
     def _read_result(self, run: Run, exit: Exit | None = None) -> Result:
         return result_of(run, self.config.num_epochs, exit, self.settings[run])

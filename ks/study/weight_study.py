@@ -70,6 +70,14 @@ class Study:
     def check_folder(self) -> None:
         """Raise UsageError if the results folder is in use or holds another study, before floors are computed."""
 
+    def until_the_last(self, runs: list[Run]) -> Generator[None]:
+        """Wait in steps until all of these runs but one have ended, and load what `conclude` needs."""
+        while len(self.results) < len(runs) - 1:
+            yield
+        import ks.study.outputs  # noqa: F401 - with pandas and matplotlib
+
+        yield
+
     def _open(self, device: torch.device, runs: int, files: dict[str, tuple[str, bytes]]) -> None:
         """Open the launcher that the flags choose; see `launcher_of`."""
         self.launcher = self.places.enter_context(launcher_of(self.config, device, runs, self.trainer, files))
@@ -191,12 +199,9 @@ class WeightStudy(Study):
 
     def _prepare(self) -> Generator[None]:
         """Do in short steps, while the last run trains, whatever `conclude` would take its time for."""
-        chosen = self.chosen_runs()
-        while len(self.results) < len(chosen) - 1:
-            yield
+        yield from self.until_the_last(self.chosen_runs())
         from ks.study.outputs import rehearse, summarise
 
-        yield
         results = [result for result in self.results.values() if ended_well(result.ending)]
         floors = {rank: self.floors[rank] for rank in dict.fromkeys(result.run.rank for result in results)}
         if not results:

@@ -14,7 +14,8 @@ import rank_sweep_study
 from ks.files.layout import FIGURES, SweepFiles
 from ks.files.schema import StudyRecord, convert
 from ks.report.figures.draw import study_figures
-from ks.report.html import reproducing_command, write_report
+from ks.report.figures.parts import PANEL_WIDTH
+from ks.report.html import inline_svg, reproducing_command, write_report
 from ks.report.read_results import Study
 
 HASH = "c2f246c6ae7821dc" * 4
@@ -123,6 +124,22 @@ def test_the_report_loads_nothing_runs_nothing_and_holds_no_path_of_this_machine
     used = {*re.findall(r'href="#([^"]*)"', text), *re.findall(r"url\(#?([^)]*)\)", text)}
     assert used
     assert used <= {*ids}
+
+
+def test_a_page_shows_every_panel_of_a_figure_and_its_legend_in_turn_and_leaves_the_figure_as_it_was():
+    figure = study_figures(measured_study())["latency"]
+    page = Page(inline_svg(figure, "latency"))
+    boxes = [
+        [float(number) for number in attributes["viewbox"].split()] for tag, attributes in page.tags if tag == "svg"
+    ]
+    wide, (width, height) = 72 * PANEL_WIDTH, 72 * figure.get_size_inches()
+    assert [left for left, *_ in boxes] == pytest.approx([0, wide, 2 * wide, (width - wide) / 2], abs=0.1)
+    assert {width for _, _, width, _ in boxes} == {round(wide, 1)}
+    assert boxes[0][1] == pytest.approx(72 * figure.above, abs=0.1)  # below the heading
+    assert boxes[-1][1] + boxes[-1][3] == pytest.approx(height, abs=0.2)
+    assert [attributes for _, attributes in page.tags].count({"href": "#latency-figure_1"}) == 3
+    assert page.text == figure.finding
+    assert all(text.get_visible() for text in figure.texts)
 
 
 def test_what_a_user_named_is_text_and_never_markup(tmp_path):

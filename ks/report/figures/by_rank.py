@@ -116,7 +116,7 @@ def floor_by_rank(figure: Figure, study: Study, log_scale: bool) -> str:
     parts.set_log_axis(axes.xaxis, 1, max(own["rank"].max(), losses["rank"].max()), parts.count)
     dense = own["rank"][own["parameters"] >= study.dense_parameters]
     if len(dense):
-        parts.mark_dense(axes, dense.min(), "as many parameters as dense")
+        parts.mark_dense(axes, dense.min(), "as large as dense")
     axes.set_xlabel("rank")
     parts.add_squared_axis(axes, units)
     axes.plot([], [], "o", color=GREY, label="trained (number: rank)")

@@ -22,7 +22,7 @@ from ks.report.figures.parts import Sheet
 from ks.report.read_results import Study
 from ks.report.summary import has_several_layers, measured_batches
 
-UNHINTED: dict[str, Any] = {"text.hinting": "none"}  # as in SVG; fitting letters to pixels takes a fifth of the time
+UNHINTED: Any = {"text.hinting": "none"}  # as in SVG; fitting letters to pixels takes a fifth of the time
 # By the name in the file name: what draws it, on an empty figure, and returns the finding for its heading; whether a
 # study has the data for it.
 DRAWN: dict[str, tuple[Callable[[Figure, Study, bool], str], Callable[[Study], bool]]] = {

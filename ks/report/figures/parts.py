@@ -216,10 +216,14 @@ def floor_label(family: str, quick: bool) -> str:
 
 
 def mark_dense(axes: Axes, at: float, text: str) -> None:
-    """Draw a vertical line where dense is on the x axis, with a text along its left side."""
+    """Draw a vertical line where dense is on the final x axis, with a text along its right side, above what is there.
+
+    Losses fall to the right. The text is on the left where the axis ends at the line.
+    """
     axes.axvline(at, color=GREY, linewidth=1.0, zorder=1)
-    place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": "right"}
-    axes.annotate(text, (at, 0.88), (-2, 0), va="top", rotation=90, **place, **NOTE)
+    side = 1 if axes.get_xlim()[1] >= 1.15 * at else -1
+    place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top"}
+    axes.annotate(text, (at, 0.88), (2 * side, 0), ha="left" if side > 0 else "right", rotation=90, **place, **NOTE)
 
 
 def mark_ranks(axes: Axes, ranks: pd.Series, at: pd.Series, losses: pd.Series, colors: dict[int, tuple]) -> None:
@@ -247,6 +251,7 @@ def label_ends(axes: Axes, ends: list, heading: str) -> None:
     """
     if not ends:
         return
+    axes.get_ylim()  # brings both limits up to date
     points = axes.transData.transform([(x, max(y, SMALLEST)) for x, y, *_ in ends])
     places = np.clip(axes.transAxes.inverted().transform(points), 0, 1)
     heights = places[:, 1]

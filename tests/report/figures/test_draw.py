@@ -151,6 +151,9 @@ def test_a_metric_has_a_line_for_each_rank_that_has_it():
         list(curves["cosine"][curves["rank"] == rank]) for rank in (2, 4)
     ]
     assert {"At the end, cosine is 0.5 at rank 2", "2", "4 (failed)"} <= {*texts(drawn["metric_cosine"])}
+    heights = [text.get_position()[1] for text in axes.texts[:-1]]
+    ends = axes.transAxes.inverted().transform(axes.transData.transform([line.get_xydata()[-1] for line in axes.lines]))
+    assert heights == pytest.approx(list(ends[:, 1]))
     low, high = axes.get_ylim()
     assert low < curves["cosine"].min() < curves["cosine"].max() < high
     for values, scale in (((0.1, 1.0), "log"), ((0.11, 1.0), "linear"), ((-1.0, 1.0), "linear")):  # within a decade
