@@ -60,7 +60,9 @@ def literal(text: object) -> str:
 
 
 class Sheet(Figure):
-    """Panels of one size beside each other, with a heading above and a legend below; every file of it is drawn alike.
+    """Panels of one size beside each other, with a heading above and a legend below.
+
+    The places are computed once, so that all its files and the report show the same picture.
 
     finding: the heading. above, below: inches that heading and legend take, known once it is arranged.
     """
@@ -252,7 +254,8 @@ def label_ends(axes: Axes, ends: list, heading: str) -> None:
     if not ends:
         return
     axes.get_ylim()  # brings both limits up to date
-    points = axes.transData.transform([(x, max(y, SMALLEST)) for x, y, *_ in ends])
+    least = SMALLEST if axes.get_yscale() == "log" else -np.inf
+    points = axes.transData.transform([(x, max(y, least)) for x, y, *_ in ends])
     places = np.clip(axes.transAxes.inverted().transform(points), 0, 1)
     heights = places[:, 1]
     order = np.argsort(heights, kind="stable")
