@@ -1,14 +1,15 @@
-"""Draw the figures of a rank sweep again, from its files alone; or several sweeps side by side in one figure.
+"""Draw the figures of a rank sweep again, from its files alone; or compare several sweeps.
 
     python plot_rank_results.py --results_dir ./rank_sweep_results --log_scale
-    python plot_rank_results.py --results_dir ./monarch_results ./lowrank_results --output_dir ./figures
+    python plot_rank_results.py --results_dir ./monarch_results ./lowrank_results --output_dir ./figures --report
 
 Reads rank_R/rank_R_rank_R_loss_curves.csv (those of the 2025 scripts too) and, where they are, PREFIX_summary.json
 (which then lists the ranks of the study), PREFIX_floor.csv and PREFIX_config.json. Prints the answer and the
-summary, and writes the figures PREFIX_loss_curves, _final_losses, _floor, _gap, _front and _latency to --output_dir;
-with --metric NAME, also PREFIX_metric_NAME; with --report, also PREFIX_report.html. For several sweeps, it draws
-PREFIX_chains. For the plans of a model in the folder, *_plan.json, whose increase of the loss was measured, it draws
-PREFIX_plans. If the figures are not those of a sweep in that folder, PREFIX_figures.json lists them.
+summary, and writes the figures PREFIX_loss_curves, _final_losses, _floor, _gap, _front and _latency to
+--output_dir; with --metric NAME, also PREFIX_metric_NAME; with --report, also PREFIX_report.html. For several
+sweeps, of one weight or of different ones, it draws PREFIX_chains, one figure for each kind of losses that compare.
+For the plans of a model in the folder, *_plan.json, whose increase of the loss was measured, it draws PREFIX_plans.
+If the figures are not those of a sweep in that folder, PREFIX_figures.json lists them.
 Exit codes: 0 well, 2 bad input, 4 internal error.
 """
 
@@ -27,15 +28,19 @@ from ks.cli.flags import PlotConfig
 from ks.cli.parser import Parser
 from ks.errors import UsageError
 from ks.files.atomic import prepare_output_dir, read_json_object, write_json
+from ks.files.columns import STUDIES, chosen
 from ks.files.layout import SweepFiles
-from ks.files.ownership import check_free, recorded
-from ks.files.table import filled
-from ks.model.model_plan import ModelPlan
+from ks.files.ownership import check_free, delete, recorded
+from ks.files.table import filled, table
+from ks.report.comparison import read_studies, study_row, what_compares
 from ks.report.figures import draw
-from ks.report.figures.by_prediction import points_of
 from ks.report.html import write_report
+from ks.report.model_report import measured_plans, write_model_report
 from ks.report.read_results import read_study
+from ks.report.studies_report import write_studies_report
 from ks.report.summary import summary_table
+
+COMPARED = ("study", "target", "rank", "share_of_dense", "relative_loss", "energy_loss", "loss_increase")
 
 
 def build_parser() -> Parser[PlotConfig]:
@@ -45,6 +50,8 @@ def build_parser() -> Parser[PlotConfig]:
 def claim(files: SweepFiles, paths: list[Path], sources: list[Path]) -> None:
     """Check that figures can be written, and record those that no study in the folder has recorded.
 
+    Figures of some of the same sources are replaced, so that a study can join.
+
     Raises:
         UsageError: a figure of another study, or a file of the user's, is in the way.
     """
@@ -52,47 +59,39 @@ def claim(files: SweepFiles, paths: list[Path], sources: list[Path]) -> None:
     before = read_json_object(files.figures_record)
     owned = recorded(files.config, files.all()) if sources == [files.directory] else set()
     if not owned >= {*paths}:
-        if before.get("sources") == record["sources"]:
-            owned |= recorded(files.figures_record)
-        check_free([*paths, files.figures_record], owned, [], "choose another --output_dir")
+        drawn = recorded(files.figures_record) if {*before.get("sources", ["?"])} <= {*record["sources"]} else set()
+        check_free([*paths, files.figures_record], owned | drawn, [], "choose another --output_dir")
+        if before.get("sources") != record["sources"]:
+            delete(drawn)
         write_json(files.figures_record, record)
-
-
-def measured_plans(folder: Path) -> list[ModelPlan]:
-    """Return the plans in a folder whose predicted and measured increase are known.
-
-    Raises:
-        UsageError: one of them is not valid.
-    """
-    paths = [path for path in sorted(folder.glob("*_plan.json")) if read_json_object(path).get("measured_increase")]
-    return [plan for plan in map(ModelPlan.load, paths) if points_of(plan)]
 
 
 @console.script
 def main(argv=None) -> int:
     config = build_parser().parse(argv)
     look: dict[str, Any] = {"log_scale": config.log_scale, "title": config.title}
-    sources = [Path(path).absolute() for path in config.results_dir]
+    sources = [*dict.fromkeys(Path(path).absolute() for path in config.results_dir)]
     several = len(sources) > 1
     if several and not config.output_dir:
         raise UsageError("several --results_dir need an --output_dir for their common figure")
-    if several and (config.report or config.metric):
-        raise UsageError(f"{'--report' if config.report else '--metric'} needs a single --results_dir")
+    if several and config.metric:
+        raise UsageError("--metric needs a single --results_dir")
     try:
-        plans = [] if several else measured_plans(sources[0])
         given = [SweepFiles(source, config.save_prefix) for source in sources]
-        studies = [read_study(files) for files in given if not plans or config.report or files.summary_json.exists()]
+        plans = {} if several else measured_plans(sources[0])
+        if several:
+            studies = read_studies(given)
+        else:
+            studies = [read_study(given[0])] if not plans or config.report or given[0].summary_json.exists() else []
     except OSError as error:
         raise UsageError(f"{error.filename} cannot be read: {error.strerror}") from error
-    if len({study.weight_sha256 for study in studies}) > 1:
-        raise UsageError("the --results_dir are studies of different weights: their losses do not compare")
-    if len({study.words.loss_metric for study in studies}) > 1:
-        raise UsageError("the --results_dir are studies of different --loss_metric: their losses do not compare")
-    if len({plan.unit for plan in plans}) > 1:
-        raise UsageError(f"the measured plans in {sources[0]} are of different losses, which do not compare")
-    drawn = {"plans": draw.plans_figure(plans, title=config.title)} if plans else {}
+    drawn = {"plans": draw.plans_figure([*plans.values()], title=config.title)} if plans else {}
     if several:
-        drawn = {"chains": draw.chains_figure(studies, **look)}
+        drawn = draw.chains_figures(studies, **look)
+        if not drawn and not config.report:
+            raise UsageError(
+                "the --results_dir have no relative losses and parameters; --report compares how they ended"
+            )
     elif studies:
         if unknown := studies[0].unknown_metrics(config.metric):
             raise UsageError(unknown)
@@ -104,12 +103,20 @@ def main(argv=None) -> int:
         claim(files, [*paths, *([files.report] if config.report else [])], sources)
         written = draw.save_figures(drawn, files, config.formats, config.dpi)
         if config.report:
-            write_report(studies[0], files, **look, plans=plans)
+            if several:
+                write_studies_report(studies, files, drawn, log_scale=config.log_scale)
+            elif studies[0].config is not None and studies[0].config.layers:
+                write_model_report(given[0], files, drawn.get("plans"))
+            else:
+                write_report(studies[0], files, drawn, log_scale=config.log_scale)
             written.append(files.report)
     except OSError as error:
         raise UsageError(f"figures cannot be written to {target}: {error.strerror}") from error
-    for plan in plans:
+    for plan in plans.values():
         print("\n".join(filled(plan.sentences())) + "\n")
+    if several:
+        print(table(chosen(STUDIES, COMPARED), map(study_row, studies)) + "\n")
+        print("\n".join(filled(what_compares(studies))) + "\n")
     for study in studies:
         if several:
             print(f"{study.name}: {study.chain}")

@@ -4,14 +4,19 @@
     python benchmarks/bench_sweep.py --num_epochs 1 --rounds 3 --jobs 1 2
     python benchmarks/bench_sweep.py --device cuda
     python benchmarks/bench_sweep.py --overhead 20
+    python benchmarks/bench_sweep.py --shares --init_method xavier_uniform --rounds 3
 
 Both train the same ranks of a weight like the demo's (2 … 64 of 1024 × 2048) on the same number of samples and epochs,
 each rank in a process of its own. The sweep also computes floors, validates, saves and draws; the plain loop only
 trains. With `--num_epochs 1` nearly all of the time is overhead: its share for one rank is what a rank costs besides
-its steps. `--overhead` measures only what a launcher adds to a program that does nothing.
+its steps. `--overhead` measures only what a launcher adds to a program that does nothing; `--shares` prints where the
+wall time of a sweep goes.
 """
 
 import argparse
+import csv
+import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -53,6 +58,34 @@ def overhead(launcher_of: Callable[[Path], Launcher], tasks: int) -> float:
         return (time.perf_counter() - started - connected) / tasks - alone
 
 
+def shares(command: list[str], results: Path) -> dict[str, float]:
+    """Return the seconds until the first run starts, of all runs, of a run beside its training, and after the last run.
+
+    Args:
+        command: of a sweep that is not quiet.
+        results: the folder that it writes.
+    """
+    started = time.perf_counter()
+    first = last = 0.0
+    of_runs: list[float] = []
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            now = time.perf_counter() - started
+            if ": training (1 of " in line:
+                first = now
+            elif ended := re.match(r"rank \d+.*, ([\d.]+) s$", line):
+                last = now
+                of_runs.append(float(ended[1]))
+    assert process.returncode == 0
+    whole = time.perf_counter() - started
+    with open(results / "rank_sweep_runs.csv", newline="") as file:
+        trained = [float(row["train_seconds"]) for row in csv.DictReader(file)]
+    beside = (sum(of_runs) - sum(trained)) / len(trained)
+    return {"seconds": whole, "until_the_first_run": first, "runs": last - first, "beside_training": beside,
+            "end": whole - last}  # fmt: skip
+
+
 @console.script
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -60,6 +93,8 @@ def main(argv=None) -> int:
     parser.add_argument("--ranks", type=int, nargs="+", default=DEMO_RANKS, help="(default: those of the demo)")
     parser.add_argument("--num_epochs", type=int, default=20, help="(default: 20, as the demo)")
     parser.add_argument("--num_samples", type=int, default=5000, help="(default: 5000, as the demo)")
+    parser.add_argument("--init_method", default="power_law", help="of the weight (default: power_law, as the demo)")
+    parser.add_argument("--shares", action="store_true", help="print where the time of a sweep without latencies goes")
     parser.add_argument("--rounds", type=int, default=1, help="interleaved repetitions (default: 1)")
     parser.add_argument("--device", default="cpu", help="(default: cpu)")
     parser.add_argument("--jobs", nargs="+", default=["auto"], help="--jobs of the sweeps (default: auto)")
@@ -81,8 +116,21 @@ def main(argv=None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         weight = Path(folder) / "weight.pth"
         m, n = options.shape
-        shape = ("--output_features", m, "--input_features", n, "--init_method", "power_law")
+        shape = ("--output_features", m, "--input_features", n, "--init_method", options.init_method)
         seconds(ROOT / "generate_test_weight.py", *shape, "--output_path", weight)
+        for number in range(options.rounds if options.shares else 0):
+            results = Path(folder) / f"shares_{number}"
+            flags = ("--ranks", *options.ranks, *size, "--latency_seconds", 0, "--output_dir", results)
+            command = [
+                sys.executable,
+                str(ROOT / "rank_sweep_study.py"),
+                "--weight_path",
+                str(weight),
+                *map(str, flags),
+            ]
+            Rows(options.csv).add(shares(command, results) | place(device))
+        if options.shares:
+            return 0
         for number in range(options.rounds):
             plain = (ROOT / "benchmarks" / "plain_train.py", "--weight_path", weight, *size)
             found["plain"].append(sum(seconds(*plain, "--rank", rank) for rank in options.ranks))

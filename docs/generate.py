@@ -34,6 +34,8 @@ COLUMNS = {
     "floor": columns.FLOOR,
     "plan": columns.PLAN,
     "layer_floors": columns.LAYER_FLOORS,
+    "trained_layers": columns.TRAINED_LAYERS,
+    "studies": (*columns.STUDIES, *columns.STUDIES_RUNS[1:]),
 }
 MARKED = re.compile(r"<!-- generated: ([^>]*?) -->\n.*?<!-- end -->", re.DOTALL)
 

@@ -188,7 +188,7 @@ class PlotFlags:
     RETIRED: ClassVar = {"figsize": "each figure has its size; use --dpi, or --formats svg, which scales"}
     log_scale: bool = flag(False, "draw losses on a logarithmic axis")
     title: str | None = flag(None, "title of the figures", aliases=("--plot_title",))
-    dpi: int = flag(120, "resolution of png figures in dots per inch", convert=integer(20, 1200))
+    dpi: int = flag(150, "resolution of png figures in dots per inch", convert=integer(20, 1200))
     formats: tuple[str, ...] = flag(("png",), "formats of the figures", nargs="+", choices=FIGURE_FORMATS)
     metric: tuple[str, ...] = flag(
         (),
@@ -360,7 +360,7 @@ class PlotConfig(OutputFlags, PlotFlags):
     TITLE: ClassVar = "results"
     results_dir: tuple[str, ...] = flag(
         (),
-        "folder of a sweep, or folders of several sweeps to draw in one figure",
+        "folder of a sweep, or folders of several sweeps to compare; one of a checkpoint counts as those of its layers",
         convert=path,
         nargs="+",
         required=True,

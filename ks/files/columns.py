@@ -261,6 +261,48 @@ PLAN = (
     Column("shared_with", Text, "names of weights that are tied to this one, separated by spaces; they count once"),
 )  # fmt: skip
 
+# Of the reports of several studies and of checkpoints, which no file but the page holds.
+TRAINED_LAYERS = (
+    *chosen(PLAN, ("layer", "chain", "rank", "share")),
+    Column("planned_increase", Loss, "predicted increase of the loss of the model by the best known chain of this rank",
+           INCREASE, "{:.3g}"),
+    Column("trained_increase", Loss, "the same, by the chain that was trained", INCREASE, "{:.3g}"),
+    Column("planned_energy_loss", Loss, "fraction of the output energy that the best known chain of this rank loses",
+           "ratio", "{:.2%}"),
+    Column("trained_energy_loss", Loss, "the same, of the chain that was trained", "ratio", "{:.2%}"),
+    *chosen(SUMMARY, ("status", "verdict", "train_seconds")),
+)  # fmt: skip
+MEASURED_PLANS = (
+    Column("plan", Text, "file of the plan"),
+    *chosen(PLAN, ("share",)),
+    Column("predicted_increase", Loss, "increase of the loss of the model that the plan predicts", INCREASE, "{:.3g}"),
+    Column("measured_increase", Number, "increase that was measured on the compressed model", INCREASE, "{:.3g}"),
+    Column("measured_over_predicted", Number, "ratio of both", "ratio", "{:.2f}"),
+)  # fmt: skip
+STUDIES = (
+    Column("study", Text, "name of the results folder"),
+    Column("target", Text, "target of the study, and whether a finished rank reaches it"),
+    Column("rank", Positive, "smallest rank that reaches the target; otherwise the rank that the answer of the study "
+           "is about", form="{:.0f}"),
+    *chosen(SUMMARY, ("share_of_dense",)),
+    Column("relative_loss", Loss, "loss of this rank over that of the zero predictor on the same weight and inputs",
+           FRACTION, "{:.2%}"),
+    *chosen(SUMMARY, ("energy_loss", "loss_increase")),
+    Column("layer", Text, "name of the weight in its file"),
+    *chosen(SUMMARY, ("chain", "inputs")),
+    Column("loss", Text, "the loss that the runs minimise"),
+    Column("seeds", Text, "seeds of the runs"),
+)  # fmt: skip
+STUDIES_RUNS = (
+    STUDIES[0],
+    Column("machine", Text, "hosts of the runs, their devices and CPU threads"),
+    Column("runs", Text, "how the runs ended"),
+    Column("verdicts", Text, "ranks of each verdict"),
+    Column("train_seconds", Duration, "duration of all runs without the start of their processes", "seconds",
+           "{:.1f}"),
+    Column("longest_run", Text, "rank and seconds of the longest run"),
+)  # fmt: skip
+
 METRIC = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 LONGEST = 100  # characters: the name of a metric is part of the name of a figure's file
 FINAL, BEST = "final_", "best_"  # of a metric's two columns in the summary and in the runs

@@ -63,6 +63,7 @@ class RunConfig(Struct):
     settings: dict[str, Any]
     files: list[Text] = field(default_factory=list)
     loss: Choice | None = None  # of earlier versions
+    provenance: dict[str, Any] = field(default_factory=dict)
 
 
 class WeightRecord(Struct):
@@ -99,6 +100,7 @@ class StudyRecord(Struct):
     settings: dict[str, Any]
     ranks: list[Positive]
     seeds: Annotated[list[Seed], Meta(min_length=1)]
+    layers: list[Text] = field(default_factory=list)  # of a checkpoint; each has a study of its own
     arguments: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     title: Text | None = None

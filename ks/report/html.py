@@ -1,10 +1,10 @@
-"""The report of a study: one page in one file, with its figures inside, that needs neither network nor scripts."""
+"""The report of a study of one weight, with its figures inside; the command that reproduces a study."""
 
 import dataclasses
 import io
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path, PurePath
 from typing import Any
@@ -12,24 +12,23 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from ks.cli.flags import SweepConfig
 from ks.cli.parser import path, to_arguments
 from ks.files import columns
-from ks.files.atomic import atomic_path
-from ks.files.columns import LATENCIES, SUMMARY, Column
-from ks.files.layout import SweepFiles
+from ks.files.columns import LATENCIES, SUMMARY
+from ks.files.layout import SweepFiles, metric_figure
 from ks.files.schema import StudyRecord
-from ks.files.table import cell, is_missing
-from ks.model.model_plan import ModelPlan
-from ks.report.figures.draw import plans_figure, study_figures
+from ks.files.table import is_missing
+from ks.report import page
+from ks.report.figures.draw import study_figures
+from ks.report.figures.parts import Sheet
 from ks.report.read_results import MEAN_SQUARED_ERROR, Study
 from ks.report.sentences import recommendation
 from ks.report.summary import summary_columns
 
-FIGURE_SIZE = (5.2, 4.2)  # inches; in this width, text is legible on a phone
 ON_BOTH_AXES = ("loss_curves", "final_losses")
+AFFECTED = (*ON_BOTH_AXES, "floor", "front", "latency")  # by log_scale
 SQUASHED = 10  # losses that differ by this factor, or are so far below the zero predictor, need a logarithmic axis too
 CAPTIONS = {
     "loss_curves": "Loss by epoch. Where a rank has a floor, it is dashed: no chain of the rank gets below it.",
@@ -38,7 +37,6 @@ CAPTIONS = {
     "gap": "The loss that more epochs could still save.",
     "front": "Loss against size: the family that loses least with so many parameters.",
     "latency": "Loss against the measured time of a forward pass; right of the line, dense is faster.",
-    "plans": "Measured against predicted increases of the loss of the model, of plans and of equal fractions.",
     "metric": "A metric by epoch, on the validation samples.",
 }
 GLOSSARY = {
@@ -70,55 +68,10 @@ GLOSSARY_OF_INCREASES = {
 FRACTIONS_OF_ENERGY = (0.5, 0.9, 0.99)
 
 LEFT_OUT = r"<style[^>]*>.*?</style>|<!--.*?-->|<\?xml[^>]*>|<!DOCTYPE[^>]*>|<metadata>.*?</metadata>"  # of an SVG
-STYLE = """
-:root { color-scheme: light dark; --ink: #1a1a1a; --soft: #5a5a5a; --line: #d8d8d8; --page: #fff; --card: #f6f6f4; }
-@media screen and (prefers-color-scheme: dark) {
-  :root { --ink: #e8e8e6; --soft: #a8a8a4; --line: #3c3c3a; --page: #161616; --card: #212120; }
-  figure svg { filter: invert(0.91) hue-rotate(180deg); }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.2rem; max-width: 72rem; background: var(--page); color: var(--ink);
-  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
-h1 { font-size: 1.5rem; line-height: 1.3; margin: 0.4rem 0; max-width: 48rem; }
-h2 { font-size: 1.1rem; margin: 2rem 0 0.5rem; border-bottom: 1px solid var(--line); }
-p, li { max-width: 48rem; margin: 0.3rem 0; }
-ul { padding-left: 1.2rem; }
-.soft, figcaption, th, dt { color: var(--soft); }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.15rem 1rem; margin: 0; }
-dd { margin: 0; overflow-wrap: anywhere; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.92rem; }
-th, td { padding: 0.25rem 0.7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { font-weight: 600; vertical-align: bottom; white-space: normal; min-width: 3.6rem; }
-th.text, td.text { text-align: left; white-space: normal; min-width: 6rem; }
-.figures { columns: 26rem; column-gap: 1.4rem; }
-figure { margin: 0 0 1.4rem; break-inside: avoid; }
-figure svg { display: block; width: 100%; height: auto; }
-figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
-figcaption { font-size: 0.85rem; }
-pre { background: var(--card); padding: 0.7rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 0.85rem; }
-@media (max-width: 30rem) { dl { grid-template-columns: 1fr; } dt { margin-top: 0.4rem; } }
-@media print {
-  @page { margin: 15mm; }
-  body { padding: 0; max-width: none; font-size: 10pt; }
-  h1 { font-size: 15pt; } h2 { break-after: avoid; }
-  figure, tr, pre, dl { break-inside: avoid; }
-  .wide { overflow: visible; } table { font-size: 8.5pt; } th, td { padding: 0.15rem 0.3rem; }
-  th.text, td.text { min-width: 0; }
-  .figures { columns: 2; }
-}
-"""
 
 
-def write_report(
-    study: Study,
-    files: SweepFiles,
-    *,
-    log_scale: bool = False,
-    title: str | None = None,
-    plans: Sequence[ModelPlan] = (),
-) -> None:
-    """Write the report of a study, and figures of its own into it.
+def write_report(study: Study, files: SweepFiles, drawn: Mapping[str, Sheet], *, log_scale: bool = False) -> None:
+    """Write the report of a study, with its figures and those of all its metrics.
 
     Where a linear axis squashes the losses, the curves and the final losses are there on both kinds of axes, and the
     other figures on logarithmic ones.
@@ -126,102 +79,88 @@ def write_report(
     Args:
         study: read from its files.
         files: of the study.
-        log_scale: logarithmic loss axes alone.
-        title: instead of the name of the study, below the finding of each figure.
-        plans: of the model, with predicted and measured increases.
+        drawn: its figures, by name; of metrics, none are needed.
+        log_scale: whether they have logarithmic loss axes.
     """
-    squashed = _is_squashed(study)
-    look: dict[str, Any] = {"title": title or "", "figsize": FIGURE_SIZE}
-    drawn = study_figures(study, metrics=study.metrics, log_scale=log_scale or squashed, **look)
-    if plans:
-        drawn["plans"] = plans_figure(plans, title=title)
-    linear = study_figures(study, names=ON_BOTH_AXES, **look) if squashed and not log_scale else {}
+    metrics = [name for name in study.metrics if metric_figure(name) not in drawn]
+    shown = {name: figure for name, figure in drawn.items() if name != "plans"}
+    shown |= study_figures(study, metrics=metrics, log_scale=log_scale, names=())
+    both = not log_scale and is_squashed(study)
+    logarithmic = study_figures(study, log_scale=True, names=AFFECTED) if both else {}
     figures = []
-    for name, figure in drawn.items():
-        if name in linear:
-            figures.append(_figure(name, inline_svg(linear[name], f"{name}_linear"), " Linear axis."))
-        figures.append(_figure(name, inline_svg(figure, name), " Logarithmic axis." if name in linear else ""))
-    with atomic_path(files.report) as temporary:
-        temporary.write_text(_page(study, figures, plans), encoding="utf-8")
+    for name, figure in shown.items():
+        other = logarithmic.get(name)
+        if other is None or name in ON_BOTH_AXES:
+            figures.append(_figure(name, inline_svg(figure, name), " Linear axis." if other else ""))
+        if other is not None:
+            axis = " Logarithmic axis." if name in ON_BOTH_AXES else ""
+            figures.append(_figure(name, inline_svg(other, f"{name}_logarithmic"), axis))
+    name = study.title or study.name
+    page.write_page(files.report, name, recommendation(study) or [name], _sections(study, figures))
 
 
-def _is_squashed(study: Study) -> bool:
+def is_squashed(study: Study) -> bool:
     """Return whether losses, with the zero predictor, are too far apart for a linear axis."""
     losses = study.losses["best"].dropna()
     return len(losses) > 0 and np.nanmax([losses.max(), study.units.zero]) > SQUASHED * losses.min()
 
 
-def inline_svg(figure: Figure, name: str) -> str:
-    """Return a figure as an <svg> element: text as shapes, so that no font is needed, and nothing to load.
+def inline_svg(figure: Sheet, name: str) -> str:
+    """Return the finding of a figure, and an <svg> for each of its panels and for the legend, which a page stacks.
+
+    Labels are shapes, so that no font is needed; nothing is loaded.
 
     Args:
-        figure: to draw; its first text, the finding, is read aloud instead of it.
+        figure: to draw; its finding is read aloud instead of it.
         name: unique in the page; all ids start with it.
     """
-    finding = figure.texts[0].get_text().replace("\n", " ").replace("\\$", "$")
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": name}):
+    with figure.without_heading(), matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     svg = re.sub(LEFT_OUT, "", buffer.getvalue(), flags=re.DOTALL).strip()
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'\b(?:xlink:)?href="#', f'href="#{name}-', svg).replace("url(#", f"url(#{name}-")
-    head, _, body = svg.partition(">")
-    (box,) = re.findall(r'viewBox="[\d. ]+"', head)
-    return f'<svg {box} role="img" aria-label="{escape(finding)}">{body}'
+    finding, content = escape(figure.finding), svg.partition(">")[2].removesuffix("</svg>")
+    shown = f"<p><b>{finding}</b></p>"
+    for box in figure.parts():
+        shown += f'<svg viewBox="{box}" role="img" aria-label="{finding}">{content}</svg>'
+        content = f'<use href="#{name}-figure_1"/>'  # the same again, of which another part is seen
+    return shown
 
 
-def _page(study: Study, figures: list[str], plans: Iterable[ModelPlan]) -> str:
-    name, config, rows = study.title or study.name, study.config, study.rows
-    first, *others = [*recommendation(study), *(text for plan in plans for text in plan.sentences())] or [name]
+def _sections(study: Study, drawn: list[str]) -> list[tuple[str, str]]:
+    config, rows = study.config, study.rows
     metrics = [f"{columns.FINAL}{metric}" for metric in study.metrics]
     shown = [*summary_columns(rows, ("held_out_loss_increase", "parameters")), *columns.metric_columns(metrics)]
     timed = [row for row in rows if any(not is_missing(row.get(column.name)) for column in LATENCIES)]
     sections = [
-        ("Ranks", _table(shown, rows, study.words.axis_unit)),
-        ("Figures", '<div class="figures">' + "".join(figures) + "</div>" if figures else ""),
-        ("Remarks", _items(config.advice if config else [])),
-        ("Latency: median milliseconds of a forward pass", _table([SUMMARY[0], *LATENCIES], timed) if timed else ""),
-        ("Weight", _definitions(_weight(study, config)) if config else ""),
-        ("Inputs", _definitions(_inputs(config)) if config else ""),
-        ("Glossary", _definitions(_glossary(study))),
-        ("Command that reproduces this study", _command(config) if config else ""),
-        ("Provenance", _definitions(_provenance(config)) if config else ""),
+        ("Ranks", page.table(shown, rows, study.words.axis_unit)),
+        ("Figures", page.figures(drawn)),
+        ("Remarks", page.items(config.advice if config else [])),
+        (
+            "Latency: median milliseconds of a forward pass",
+            page.table([SUMMARY[0], *LATENCIES], timed) if timed else "",
+        ),
+        ("Weight", page.definitions(_weight(study, config)) if config else ""),
+        ("Inputs", page.definitions(_inputs(config)) if config else ""),
+        ("Glossary", page.definitions(_glossary(study))),
     ]
-    body = "\n".join(f"<section>\n<h2>{title}</h2>\n{content}\n</section>" for title, content in sections if content)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(name)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<header>
-<p class="soft">{escape(name)}</p>
-<h1>{escape(first)}</h1>
-{_items(others)}
-</header>
-{body}
-</body>
-</html>
-"""
+    return [*sections, *ending(config)] if config else sections
 
 
-def _items(sentences: Iterable[str]) -> str:
-    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
-    return f"<ul>{items}</ul>" if items else ""
-
-
-def _definitions(pairs: Mapping[str, str | None]) -> str:
-    known = {term: text for term, text in pairs.items() if text}
-    items = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in known.items())
-    return f"<dl>{items}</dl>" if items else ""
+def ending(config: StudyRecord) -> list[tuple[str, str]]:
+    """Return the sections at the end of the page of a study: the command that reproduces it, and where it ran."""
+    return [
+        (
+            "Command that reproduces this study",
+            page.commands([reproducing_command(config)] if config.arguments else []),
+        ),
+        ("Provenance", page.definitions(_provenance(config))),
+    ]
 
 
 def _figure(name: str, svg: str, axis: str) -> str:
-    caption = CAPTIONS.get(name, CAPTIONS["metric"])
-    return f"<figure>{svg}<figcaption>{escape(caption + axis)}</figcaption></figure>"
+    return page.figure(svg, CAPTIONS.get(name, CAPTIONS["metric"]) + axis)
 
 
 def _glossary(study: Study) -> dict[str, str]:
@@ -239,7 +178,7 @@ def _weight(study: Study, config: StudyRecord) -> dict[str, str | None]:
     if study.loss_label == MEAN_SQUARED_ERROR:
         criterion = None
     return {
-        "file": _file_name(config, "weight_path"),
+        "file": file_name(config, "weight_path"),
         "key": weight.key,
         "shape (out × in)": weight.shape
         and f"{weight.shape[0]} × {weight.shape[1]}, {weight.shape[0] * weight.shape[1]:,} parameters",
@@ -252,7 +191,7 @@ def _weight(study: Study, config: StudyRecord) -> dict[str, str | None]:
     }
 
 
-def _file_name(config: StudyRecord, flag: str) -> str | None:
+def file_name(config: StudyRecord, flag: str) -> str | None:
     """Return the name of the file of a flag, without its folder."""
     given = config.arguments.get(flag)
     return PurePath(given).name if isinstance(given, str) else None
@@ -282,7 +221,7 @@ def _inputs(config: StudyRecord) -> dict[str, str | None]:
         return {"kind": f"isotropic{std}; the inputs of a real layer differ"}
     return {
         "kind": f"measured{', around their mean' if inputs.centred else ''}",
-        "file": _file_name(config, "inputs"),
+        "file": file_name(config, "inputs"),
         "key": inputs.key,
         "samples": f"{inputs.count or 0:,}, and {inputs.held_out_count or 0:,} held out",
         "effective rank": f"{inputs.effective_rank:.1f}" if inputs.effective_rank is not None else None,
@@ -290,27 +229,6 @@ def _inputs(config: StudyRecord) -> dict[str, str | None]:
         "gradients": inputs.gradients_sha256
         and f"sha256 {inputs.gradients_sha256}; G is damped by {inputs.damping:g} of its mean diagonal",
     }
-
-
-def _table(shown: Sequence[Column], rows: list[dict], unit: str = "") -> str:
-    """Return rows as a table with the columns that have a value; a column's description is its tooltip.
-
-    The headings of columns with this unit end with it.
-    """
-    shown = [column for column in shown if any(not is_missing(row.get(column.name)) for row in rows)]
-    classes = [' class="text"' if column.type is columns.Text else "" for column in shown]
-    names = [column.name.replace("_", " ") + (f", {unit}" if unit and column.unit == unit else "") for column in shown]
-    heads = "".join(
-        f'<th scope="col"{kind} title="{escape(column.description)}">{escape(name)}</th>'
-        for kind, name, column in zip(classes, names, shown)
-    )
-    body = "\n".join(
-        "<tr>"
-        + "".join(f"<td{kind}>{escape(cell(c, row.get(c.name)))}</td>" for kind, c in zip(classes, shown))
-        + "</tr>"
-        for row in rows
-    )
-    return f'<div class="wide"><table>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
 
 
 def _provenance(config: StudyRecord) -> dict[str, str | None]:
@@ -326,16 +244,12 @@ def _provenance(config: StudyRecord) -> dict[str, str | None]:
     }
 
 
-def _command(config: StudyRecord) -> str:
-    return f"<pre><code>{escape(reproducing_command(config))}</code></pre>" if config.arguments else ""
-
-
 def reproducing_command(record: StudyRecord) -> str:
     """Return the command of a sweep with the flags that are not at their defaults; of files, the names alone.
 
     Its ranks and seeds may have come from several commands.
     """
-    arguments = record.arguments | {"ranks": record.ranks, "max_rank": None, "overwrite": False}
+    arguments = record.arguments | {"ranks": record.ranks or None, "max_rank": None, "overwrite": False}
     if record.seeds != [arguments.get("seed", 0)]:
         arguments["seeds"] = record.seeds
     settings: dict[str, Any] = {}

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -66,7 +67,7 @@ class Study:
     there is no floor. title: weight and chain, None if not known. answer: sentences of `ks.report.answer`.
     predict_zero_loss, held_out_predict_zero_loss: loss of the zero predictor, in the unit of the losses, on the inputs
     of the runs and on those held out. target: relative loss that is asked for. config: the config file;
-    None for a 2025 folder.
+    None for a 2025 folder. files: that it was read from.
     """
 
     name: str
@@ -82,31 +83,32 @@ class Study:
     held_out_predict_zero_loss: float | None = None
     target: float | None = None
     config: StudyRecord | None = None
+    files: SweepFiles | None = None
 
-    @property
+    @cached_property
     def rows(self) -> list[dict]:
         """Rows of the summary, with None for a missing value."""
         rows = self.summary.to_dict("records")
         return [{str(name): None if is_missing(value) else value for name, value in row.items()} for row in rows]
 
-    @property
+    @cached_property
     def metrics(self) -> list[str]:
         """Names of the metrics that have a value in any epoch."""
         known = {*columns.names(columns.CURVES), "seed"}
         return [name for name in self.curves if name not in known and self.curves[name].notna().any()]
 
-    @property
+    @cached_property
     def family(self) -> str:
         """Chain of the floors, as it is called in their table."""
         others = [name for name in self.floor["chain"].unique() if name not in ("lowrank", columns.ISOTROPIC)]
         return others[0] if others else "lowrank"
 
-    @property
+    @cached_property
     def dense_parameters(self) -> float:
         product = self.summary["parameters"].astype(float) * self.summary["compression_ratio"].astype(float)
         return float(product.dropna().iloc[0])
 
-    @property
+    @cached_property
     def units(self) -> Units:
         """Units of the losses in figures.
 
@@ -119,12 +121,12 @@ class Study:
             return Units(1.0, 1.0, words.label, zero, words)
         return Units(zero, self.held_out_predict_zero_loss or zero, words.label, 1.0, words)
 
-    @property
+    @cached_property
     def words(self) -> Words:
         """Words for the metric of the study."""
         return Words.of(self.rows[0])
 
-    @property
+    @cached_property
     def losses(self) -> pd.DataFrame:
         """Losses of every rank in `units`, as floats; NaN where unknown.
 
@@ -176,9 +178,12 @@ def summary_frame(rows: list[dict]) -> pd.DataFrame:
     return pd.DataFrame([{name: row.get(name) for name in written_columns(rows)} for row in rows])
 
 
-def read_study(files: SweepFiles) -> Study:
+def read_study(files: SweepFiles, rows: list[dict] | None = None) -> Study:
     """Read a results folder, ours or one of the 2025 ksmm scripts; its summary says which ranks belong to the study.
 
+    Args:
+        files: of the study.
+        rows: of its summary, which is not written yet.
     Raises:
         UsageError: no such folder, no results in it, or a file that cannot be read.
     """
@@ -187,7 +192,7 @@ def read_study(files: SweepFiles) -> Study:
     config = read_json_as(files.config, StudyRecord) if files.config.exists() else None
     first_seed = config.seeds[0] if config else None
     found = [run for run in find_runs(files.directory, first_seed) if run[2].curves_csv.is_file()]
-    rows = _summary_rows(files)
+    rows = _summary_rows(files) if rows is None else rows
     if not found and not rows:
         raise UsageError(f"{files.directory} holds no results (no rank_R/rank_R_rank_R_loss_curves.csv in it)")
     if config is not None and rows:
@@ -200,7 +205,7 @@ def read_study(files: SweepFiles) -> Study:
     floors = read_table(files.floor_csv, columns.FLOOR, FLOOR_NAMES) if files.floor_csv.is_file() else []
     tables = (_drawn_curves(runs), summary_frame(rows), pd.DataFrame(floors, columns=FLOOR_NAMES))
     if config is None:
-        return Study(files.directory.name, *tables)
+        return Study(files.directory.name, *tables, files=files)
     return Study(
         files.directory.name,
         *tables,
@@ -213,6 +218,7 @@ def read_study(files: SweepFiles) -> Study:
         held_out_predict_zero_loss=config.problem.held_out_predict_zero_loss,
         target=next((row["target_relative_loss"] for row in rows), None),
         config=config,
+        files=files,
     )
 
 

@@ -1,8 +1,11 @@
 """The sentences of a study on each rank, above each figure and at the top of the report, by stated rules."""
 
+from collections.abc import Iterable
+
 import pandas as pd
 
 from ks.files.columns import BATCHES, FINAL
+from ks.files.status import ended_well
 from ks.report.answer import Facts, best_known, lowrank_beside, named_row
 from ks.report.read_results import Study
 from ks.report.summary import times_of
@@ -10,6 +13,7 @@ from ks.report.verdict import ROUNDING, SMALL_EXCESS, Limit
 from ks.report.words import Words
 
 NONE_FINISHED = "no rank has finished"
+MOST_LISTED = 3  # ranks of several studies that a sentence lists
 AS_FAST = 0.95  # a time counts as less than another one below this fraction of it: closer ratios are noise
 
 
@@ -23,6 +27,22 @@ def listed(ranks, total: int) -> str:
     if len(names) > 4:
         return f"{len(names)} of {total} ranks"
     return f"ranks {', '.join(names[:-1])} and {names[-1]}"
+
+
+def of_failures(rows: Iterable[tuple[str, dict]]) -> list[str]:
+    """Return a sentence on the ranks of which a run did not end well; none if all did.
+
+    Args:
+        rows: of summaries, each with the name of its study.
+    """
+    failed = [f"{name}, rank {row['rank']}: {row['status']}" for name, row in rows if not ended_well(row["status"])]
+    return [f"Not every run ended well: {first_of(failed)}."] if failed else []
+
+
+def first_of(texts: list[str]) -> str:
+    """Return the first few texts, and how many there are beside them."""
+    more = f"; and {len(texts) - MOST_LISTED} more" if len(texts) > MOST_LISTED else ""
+    return "; ".join(texts[:MOST_LISTED]) + more
 
 
 def _slower(rows: list[dict], other: str, factor: float) -> str:

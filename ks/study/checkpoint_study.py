@@ -68,7 +68,7 @@ class CheckpointStudy(Study):
             names = [weight.name for weight in self.selection.weights]
             record = checkpoint_record_of(config, edits_of(self.trainer), self.selection.source, names)
             claim_folder(files, [], record, config.files_read(), config.overwrite, remedies_of(config))
-        delete_leftovers(files.planned())
+        delete_leftovers([*files.planned(), *files.outputs()])
         owned = recorded(files.plan_record)
         check_free(files.planned(), owned, config.files_read(), "choose another --output_dir or --save_prefix")
         names = [path.name for path in files.planned()]
@@ -157,13 +157,14 @@ class CheckpointStudy(Study):
         self.results = finished_before(self.config, runs, self._read_result)
         waiting = [run for run in runs if run not in self.results]
         with self.places:
-            self.results |= run_all(self.config, waiting, self.launcher, self._read_result)
+            run_all(self.config, waiting, self.launcher, self._read_result, self.results, self.until_the_last(runs))
 
     def _read_result(self, run: Run, exit: Exit | None = None) -> Result:
         return result_of(run, self.config.num_epochs, exit, self.settings[run])
 
     def conclude(self) -> list[str]:
-        """Write summary and figures of every layer, and one summary over all; return the lines to print."""
+        """Write summary, figures and report of every layer and of the model; return the lines to print."""
+        from ks.report.model_report import write_model_report
         from ks.report.summary import summary_table, write_summary
 
         rows = []
@@ -176,7 +177,8 @@ class CheckpointStudy(Study):
             self.ended += [row["status"].status for row in study.rows_of_runs]
             rows += study.rows
         write_summary(self.files, rows)
-        return [summary_table(rows), str(self.files.summary_csv)]
+        write_model_report(self.files, self.files)
+        return [summary_table(rows), str(self.files.summary_csv), str(self.files.report)]
 
     def statuses(self) -> set[Status]:
         return set(self.ended)

@@ -1,5 +1,8 @@
 """The files of a concluded sweep: runs, curves, summary and figures, all from results in memory."""
 
+import gc
+import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +13,10 @@ from ks.cli.flags import PlotFlags, SweepConfig
 from ks.files import columns
 from ks.files.atomic import write_csv, write_json
 from ks.files.curves import long_form
-from ks.files.layout import SweepFiles
+from ks.files.layout import FIGURES, SweepFiles
 from ks.files.status import ended_well
 from ks.report.figures.draw import save_figures, study_figures
-from ks.report.html import write_report
+from ks.report.html import inline_svg, write_report
 from ks.report.read_results import read_study
 from ks.report.summary import Reference, rank_row, run_row, write_summary
 from ks.study.runs import Result
@@ -71,6 +74,7 @@ def write_outputs(
     Returns:
         the paths of the summary, the figures and the report.
     """
+    gc.freeze()  # a full collection would search all that torch and pandas have loaded
     write_json(files.config, record)
     write_csv(files.runs_csv, [*columns.names(columns.RUNS), *columns.summary_metrics(runs)], runs)
     curves = [row for result in results for row in long_form(result.run.rank, result.run.seed, result.curves)]
@@ -81,7 +85,23 @@ def write_outputs(
     look: dict[str, Any] = {"log_scale": config.log_scale, "title": config.title}
     drawn = study_figures(study, metrics=config.metric, **look)
     written = save_figures(drawn, files, config.formats, config.dpi)
-    write_report(study, files, **look)
+    write_report(study, files, drawn, log_scale=config.log_scale)
     if unknown := study.unknown_metrics(config.metric):
         note(f"WARNING: {unknown}")
     return [files.summary_csv, *written, files.report]
+
+
+def rehearse(config: PlotFlags, files: SweepFiles, rows: list[dict]) -> Iterator[None]:
+    """Draw the figures of some ranks in short steps and keep none: those of all ranks then find fonts and code ready.
+
+    Args:
+        rows: of the ranks that have finished, as `summarise` returns them.
+    """
+    study = read_study(files, rows)
+    for name in FIGURES:
+        for figure in study_figures(study, names=[name], log_scale=config.log_scale).values():
+            yield
+            figure.savefig(io.BytesIO(), format=config.formats[0], dpi=config.dpi)
+            yield
+            inline_svg(figure, name)
+            yield

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from tqdm import tqdm
 
@@ -42,25 +42,25 @@ def run_all(
     runs: list[Run],
     launcher: Launcher,
     read_result: ReadResult,
+    results: dict[Run, Result],
+    meanwhile: Iterator[None],
     floors: Mapping[int, float] | None = None,
-) -> dict[Run, Result]:
+) -> None:
     """Run those that are left in their order, also when others fail.
 
     Args:
         read_result: returns the result of a run whose process has ended.
+        results: gets the result of each run that ends; after an interrupt, some are missing.
+        meanwhile: work of the sweep itself while runs train, in steps of less than a second.
         floors: the best known loss of each rank, in the unit of the curves.
-    Returns:
-        the results of the runs that have ended; after an interrupt, some are missing.
     """
-    results: dict[Run, Result] = {}
     run_of = {run.task: run for run in runs}
     progress = Progress(runs, config.num_epochs, config.quiet, floors)
 
     def poll(running: list[Task]) -> None:
         signals.check()
         progress.poll(running)
-        if len(running) == 1:
-            import ks.study.outputs  # noqa: F401 - pandas and matplotlib load during the last run
+        next(meanwhile, None)
 
     try:
         for task, exit in launcher.run(list(run_of), poll):
@@ -70,7 +70,6 @@ def run_all(
         progress.say("stopping: finished epochs are kept, and the same command resumes")
     finally:
         progress.close()
-    return results
 
 
 class Progress:

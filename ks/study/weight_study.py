@@ -8,6 +8,9 @@ import shlex
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Self
 
@@ -21,7 +24,7 @@ from ks.errors import UsageError
 from ks.files import columns
 from ks.files.atomic import delete_leftovers, write_csv
 from ks.files.layout import SweepFiles
-from ks.files.status import Status
+from ks.files.status import Status, ended_well
 from ks.files.table import filled, table
 from ks.files.weights import packed
 from ks.moments.read import packed_inputs
@@ -66,6 +69,14 @@ class Study:
 
     def check_folder(self) -> None:
         """Raise UsageError if the results folder is in use or holds another study, before floors are computed."""
+
+    def until_the_last(self, runs: list[Run]) -> Generator[None]:
+        """Wait in steps until all of these runs but one have ended, and load what `conclude` needs."""
+        while len(self.results) < len(runs) - 1:
+            yield
+        import ks.study.outputs  # noqa: F401 - with pandas and matplotlib
+
+        yield
 
     def _open(self, device: torch.device, runs: int, files: dict[str, tuple[str, bytes]]) -> None:
         """Open the launcher that the flags choose; see `launcher_of`."""
@@ -182,8 +193,26 @@ class WeightStudy(Study):
         shared = {seed: self.files.samples(seed) for seed, count in seeds.items() if count > 1}
         unit = self.problem.predict_zero_loss
         best_known = {rank: floor.upper * unit for rank, floor in self.floors.items() if floor is not None}
-        with self.places, samples_in_files(self.config, self.problem, shared):
-            results |= run_all(self.config, waiting, self.launcher, self.read_result, best_known)
+        samples = samples_in_files(self.config, self.problem, shared)
+        with self.places, samples, closing(self._prepare()) as steps:
+            run_all(self.config, waiting, self.launcher, self.read_result, results, steps, best_known)
+
+    def _prepare(self) -> Generator[None]:
+        """Do in short steps, while the last run trains, whatever `conclude` would take its time for."""
+        yield from self.until_the_last(self.chosen_runs())
+        from ks.study.outputs import rehearse, summarise
+
+        results = [result for result in self.results.values() if ended_well(result.ending)]
+        floors = {rank: self.floors[rank] for rank in dict.fromkeys(result.run.rank for result in results)}
+        if not results:
+            return
+        _, rows = summarise(self.config, self.problem, self.planned, floors, results)
+        ranks = ranks_of_answer(rows, self.planned, self.target)
+        with ThreadPoolExecutor(1) as pool:  # since a bound takes longer than a step may
+            certified = pool.submit(certify, self.planned, ranks, self.ranks, self.config.tight_bounds)
+            while not certified.done():
+                yield
+        yield from rehearse(self.config, self.files, rows)
 
     def chosen_runs(self) -> list[Run]:
         """Return the runs that are to be trained, or were before, for the chosen ranks."""

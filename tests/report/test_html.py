@@ -5,15 +5,17 @@ import html
 import json
 import re
 import shlex
-from html.parser import HTMLParser
 
 import pytest
-from drawn_study import make_plan, make_study
+from drawn_study import make_study
+from html_page import Page
 
 import rank_sweep_study
 from ks.files.layout import FIGURES, SweepFiles
 from ks.files.schema import StudyRecord, convert
-from ks.report.html import reproducing_command, write_report
+from ks.report.figures.draw import study_figures
+from ks.report.figures.parts import PANEL_WIDTH
+from ks.report.html import inline_svg, reproducing_command, write_report
 from ks.report.read_results import Study
 
 HASH = "c2f246c6ae7821dc" * 4
@@ -33,48 +35,11 @@ CONFIG = {
                    "python": "3.11", "git_revision": "abc", "host": "secret-host",
                    "command": ["/usr/bin/python", "/home/someone/rank_sweep_study.py"]},
 }  # fmt: skip
-VOID = {"meta", "link", "br", "hr", "img", "input", "wbr"}
 
 
-class Page(HTMLParser):
-    """A page as (tag, attributes) in order, its text, and what would be loaded; unbalanced tags raise."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags, self.words, self.loads, self.open = [], [], [], []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.handle_startendtag(tag, attributes)
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        loading = [value for name, value in attributes if name.split(":")[-1] in ("src", "href", "srcset", "data")]
-        self.loads += [value for value in loading if not value.startswith("#")]
-        assert not [name for name, _ in attributes if name.startswith("on")]
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if not self.open or self.open[-1] != "style":
-            self.words.append(data)
-
-    def count(self, tag):
-        return sum(name == tag for name, _ in self.tags)
-
-    @property
-    def text(self):
-        return " ".join(" ".join(self.words).split())
-
-
-def page_of(tmp_path, study: Study, **look) -> tuple[str, Page]:
+def page_of(tmp_path, study: Study, log_scale=False) -> tuple[str, Page]:
     files = SweepFiles(tmp_path, "p")
-    write_report(study, files, **look)
+    write_report(study, files, study_figures(study, log_scale=log_scale), log_scale=log_scale)
     text = files.report.read_text()
     return text, Page(text)
 
@@ -89,7 +54,8 @@ def measured_study(**changes) -> Study:
 @pytest.mark.parametrize("log_scale", [False, True])
 def test_the_report_holds_all_its_parts(tmp_path, log_scale):
     _, page = page_of(tmp_path, measured_study(), log_scale=log_scale)
-    assert page.count("svg") == page.count("figure") == len(FIGURES)
+    assert page.count("figure") == len(FIGURES)
+    assert page.count("svg") == 2 + 3 + 4 * 1 + 6 - 1  # panels and legends; gaps have no legend
     assert page.count("h1") == 1
     assert page.count("table") == 2
     for words in (
@@ -128,21 +94,12 @@ def test_the_loss_of_the_model_is_explained_once_and_stands_beside_the_energy(tm
     assert "loss increase" not in page_of(tmp_path, study)[1].text
 
 
-def test_the_report_of_several_layers_opens_with_their_measured_plan_and_draws_no_losses_together(tmp_path):
-    study = make_study([2, 4])
-    layers = dataclasses.replace(study, summary=study.summary.assign(weight_key=["a.weight", "b.weight"]))
-    text, page = page_of(tmp_path, layers, plans=[make_plan(8, 0.481, 1.284, 0.613, 0.87)])
-    assert page.count("svg") == 1
-    assert "<h1>WARNING: this plan is predicted to be better" in text
-    assert "a.weight" in page.text
-
-
 def test_losses_that_a_linear_axis_squashes_are_on_a_logarithmic_one_too(tmp_path):
     study = make_study([2, 4], num_epochs=1000)
     study.summary["population_loss"] /= 20
     for log_scale, count in ((False, 2), (True, 0)):
         _, page = page_of(tmp_path, study, log_scale=log_scale)
-        assert page.count("svg") == len(FIGURES) - 1 + count  # no latency was measured
+        assert page.count("figure") == len(FIGURES) - 1 + count  # no latency was measured
         assert page.text.count(" Linear axis.") == page.text.count(" Logarithmic axis.") == count
 
 
@@ -151,7 +108,7 @@ def test_metrics_have_a_figure_and_a_column(tmp_path):
     curves = study.curves.assign(**{"top-5": study.curves["val_loss"]})
     summary = study.summary.assign(**{"final_top-5": [0.125, None]})
     text, page = page_of(tmp_path, dataclasses.replace(study, curves=curves, summary=summary))
-    assert page.count("svg") == len(FIGURES) + 1
+    assert page.count("figure") == len(FIGURES) + 1
     assert ">final top-5</th>" in text
     assert "0.125" in page.text
 
@@ -169,13 +126,29 @@ def test_the_report_loads_nothing_runs_nothing_and_holds_no_path_of_this_machine
     assert used <= {*ids}
 
 
+def test_a_page_shows_every_panel_of_a_figure_and_its_legend_in_turn_and_leaves_the_figure_as_it_was():
+    figure = study_figures(measured_study())["latency"]
+    page = Page(inline_svg(figure, "latency"))
+    boxes = [
+        [float(number) for number in attributes["viewbox"].split()] for tag, attributes in page.tags if tag == "svg"
+    ]
+    wide, (width, height) = 72 * PANEL_WIDTH, 72 * figure.get_size_inches()
+    assert [left for left, *_ in boxes] == pytest.approx([0, wide, 2 * wide, (width - wide) / 2], abs=0.1)
+    assert {width for _, _, width, _ in boxes} == {round(wide, 1)}
+    assert boxes[0][1] == pytest.approx(72 * figure.above, abs=0.1)  # below the heading
+    assert boxes[-1][1] + boxes[-1][3] == pytest.approx(height, abs=0.2)
+    assert [attributes for _, attributes in page.tags].count({"href": "#latency-figure_1"}) == 3
+    assert page.text == figure.finding
+    assert all(text.get_visible() for text in figure.texts)
+
+
 def test_what_a_user_named_is_text_and_never_markup(tmp_path):
     nasty = '<script>alert("x")</script> & $\\frac$ "'
     study = measured_study(
         advice=[nasty], problem={"weight": {"key": nasty, "sha256": nasty}}, arguments={"weight_path": nasty}
     )
     study = dataclasses.replace(study, title=nasty, answer=(nasty, nasty), name=nasty, chain=nasty)
-    text, page = page_of(tmp_path, study, title=nasty)
+    text, page = page_of(tmp_path, study)
     assert page.count("script") == 0
     assert "<script" not in text
     assert nasty in page.text
@@ -197,7 +170,7 @@ def test_a_study_of_2025_has_a_page_too(tmp_path):
     empty = study.summary.assign(relative_loss=None, parameters=None, compression_ratio=None, loss_floor=None)
     study = dataclasses.replace(study, summary=empty, floor=study.floor.iloc[:0])
     _, page = page_of(tmp_path, study)
-    assert page.count("svg") == 2
+    assert page.count("figure") == 2
     assert "final val loss" in page.text
     assert "Command" not in page.text
 

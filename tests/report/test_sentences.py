@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 import pytest
-from drawn_study import DIVERGED, PLAN, make_study, texts
+from drawn_study import DIVERGED, PLAN, make_study
 from study_rows import make_row
 
 from ks.files.status import Ending, Status
@@ -13,7 +13,7 @@ from ks.report.sentences import advice, listed, recommendation
 
 
 def headings(study):
-    return {name: texts(figure)[0].replace("\n", " ") for name, figure in study_figures(study).items()}
+    return {name: figure.finding for name, figure in study_figures(study).items()}
 
 
 def test_ranks_at_their_floors():

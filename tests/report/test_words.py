@@ -113,7 +113,7 @@ def test_figures_of_the_loss_of_the_model_have_its_unit_on_their_axes():
     last = study.summary["population_loss"].iloc[1]
     first = f"Rank 4 is predicted to cost {significant(last)[0]} nats per token; every rank is at its floor"
     assert texts(figures["loss_curves"])[0] == first
-    assert texts(figures["floor"])[0].endswith(" is the smallest that can reach the target of 1 nats")
+    assert figures["floor"].finding.endswith(" is the smallest that can reach the target of 1 nats")
     for name, figure in figures.items():
         assert figure.axes[0].get_ylabel().startswith("loss increase (nats per token)"), name
         drawn = [line for line in figure.axes[0].lines if list(line.get_ydata()) == [PREDICT_ZERO] * 2]

@@ -106,7 +106,7 @@ def test_comparing(refused, tmp_path):
         )
     assert "--output_dir" in refused("plot_rank_results", "--results_dir", "a", "b")
     line = refused("plot_rank_results", "--results_dir", "a", "b", "--output_dir", "c")
-    assert "different weights" in line
+    assert "no relative losses" in line
     assert "--save_prefix: rank_sweep" in refused("plot_rank_results", "--results_dir", "a", "--save_prefix", "mine")
 
 

@@ -16,7 +16,7 @@ from ks.files.schema import TrainingLog
 from ks.files.status import OK, Ending, Status
 from ks.report.read_results import read_study
 from ks.study.folder import record_of
-from ks.study.outputs import summarise, write_outputs
+from ks.study.outputs import rehearse, summarise, write_outputs
 from ks.study.runs import Result, runs_of
 from ks.training.problem import resolve
 
@@ -60,6 +60,17 @@ def test_all_is_written_and_reads_back(write):
     assert (first["loss_increase"], second["loss_increase"]) == (None, 0.01)
     assert [row["loss_increase"] for row in read_table(files.runs_csv)] == ["", "0.01"]
     assert list(read_study(files).curves["rank"]) == [4]
+
+
+def test_a_rehearsal_draws_what_is_known_and_writes_nothing(write):
+    files, _ = write({"population_loss": 9.2})
+    rows = read_json(files.summary_json)[1:]
+    for path in (files.summary_json, files.runs_csv, files.report):
+        path.unlink()
+    before = {path: path.read_bytes() for path in files.directory.glob("*") if path.is_file()}
+    config = rank_sweep_study.build_parser().parse(["--weight_path", "w.pth"])
+    assert len(list(rehearse(config, files, rows))) == 3 * 5  # five figures have data
+    assert {path: path.read_bytes() for path in files.directory.glob("*") if path.is_file()} == before
 
 
 def test_figures_are_labelled_with_another_criterion(write):

@@ -3,17 +3,20 @@
 import os
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from ks.cli.flags import SweepConfig
 from ks.files.atomic import write_json
 from ks.files.curves import write_curves
 from ks.files.layout import run_files
 from ks.files.schema import TrainingLog
 from ks.files.status import OK, Ending, Status
-from ks.study.processes import Exit, Task
-from ks.study.run_all import Progress
+from ks.study.processes import Exit, Launcher, Task
+from ks.study.run_all import Progress, run_all
 from ks.study.runs import Result, Run
+from ks.study.weight_study import Study
 
 
 @pytest.fixture
@@ -106,3 +109,31 @@ def test_a_resumed_run_prints_where_it_resumes_and_its_old_epochs_take_no_time(r
     progress.close()
     printed = capsys.readouterr().err
     assert printed.count("resumes after") == printed.count("rank 1: resumes after epoch 3\n") == 1
+
+
+class InOrder(Launcher):
+    """Ends every task after two polls."""
+
+    def run(self, tasks, poll):
+        for task in tasks:
+            poll([task])
+            poll([task])
+            yield task, Exit(0, 1.0)
+
+
+def test_the_sweep_works_on_while_runs_train_and_knows_the_last_one(runs, monkeypatch):
+    study = Study(SweepConfig(weight_path="w.pth"), Path("trainer.py"))
+
+    def sweep():
+        study.results.clear()
+        steps = study.until_the_last(runs)
+        run_all(study.config, runs, InOrder(), lambda run, exit: ended(run, OK, 1.0)[0], study.results, steps)
+        return steps
+
+    monkeypatch.setitem(sys.modules, "ks.study.outputs", None)  # what the last run's time is for
+    with pytest.raises(ImportError):
+        sweep()
+    assert list(study.results) == runs[:-1]
+    monkeypatch.undo()
+    assert list(sweep()) == []
+    assert list(study.results) == runs

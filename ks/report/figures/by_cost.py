@@ -1,5 +1,6 @@
 """Figures with a cost on the x axis: parameters, for one study or several, and the measured latency."""
 
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from ks.errors import UsageError
 from ks.files.columns import ISOTROPIC
+from ks.report.comparison import are_of_one_weight
 from ks.report.figures import parts
 from ks.report.figures.parts import FAMILY_COLORS, GREY, MARKERS, ink, paper, rank_colors
-from ks.report.read_results import Study
+from ks.report.read_results import Study, Units
 from ks.report.sentences import of_front, of_latency
 from ks.report.summary import measured_batches
 
@@ -45,7 +46,7 @@ def loss_by_parameters(figure: Figure, study: Study, log_scale: bool) -> str:
 
     A trained rank is hollow where the front is lower by more than 1% of its loss: as many parameters can lose less.
     """
-    axes = figure.subplots()
+    (axes,) = parts.make_panels(figure)
     units, front, losses = study.units, front_of(study), _with_parameters(study)
     parts.finish_loss_axis(axes, units, losses["exact"], losses["lower"].dropna(), log_scale=log_scale)
     look: dict[str, Any] = {"color": "#F0C800", "linewidth": 7, "alpha": 0.45, "solid_capstyle": "butt"}
@@ -76,33 +77,56 @@ def loss_by_parameters(figure: Figure, study: Study, log_scale: bool) -> str:
 def chains(figure: Figure, studies: list[Study], log_scale: bool) -> str:
     """Draw several studies together: loss against parameters, floors as lines, trained ranks as points.
 
-    Raises:
-        UsageError: a study, as one of the 2025 ksmm scripts, has no relative losses and parameters.
+    Losses of different weights are fractions of that of the zero predictor on each, and parameters are fractions of
+    those of dense.
+
+    Args:
+        figure: empty.
+        studies: that are `ks.report.comparison.comparable`.
+        log_scale: a logarithmic loss axis.
     """
-    axes = figure.subplots()
-    units, tables = studies[0].units, [_with_parameters(study).sort_values("parameters") for study in studies]
-    for study, losses in zip(studies, tables):
-        if losses.empty or not study.units.relative:
-            raise UsageError(
-                f"{study.name} has no relative losses and parameters; only studies of this toolkit compare"
-            )
+    (axes,) = parts.make_panels(figure)
+    one = are_of_one_weight(studies)
+    units = studies[0].units if one else _fractions(studies[0])
+    tables = [_in_units(study, units, one) for study in studies]
     together = pd.concat(tables, keys=range(len(tables)), names=["study", None])
     parts.finish_loss_axis(axes, units, together["exact"], together["lower"].dropna(), log_scale=log_scale)
     for index, (study, losses) in enumerate(zip(studies, tables)):
         color = FAMILY_COLORS[index % len(FAMILY_COLORS)]
         own = _floors_of(study).get(study.family)
         if own is not None:
-            floors = own["relative_loss"] * study.units.zero
-            axes.plot(own["parameters"], floors, color=color, linewidth=1.2, alpha=0.7)
-        look: dict[str, Any] = {"color": color, "marker": MARKERS[index % len(MARKERS)], "linestyle": ""}
-        look |= {"markersize": 8, "label": parts.literal(f"{study.name}: {study.chain}")}
+            sizes = own["parameters"] / (1.0 if one else study.dense_parameters)
+            axes.plot(sizes, own["relative_loss"] * units.zero, color=color, linewidth=1.2, alpha=0.7)
+        marker = MARKERS[(index + index // len(FAMILY_COLORS)) % len(MARKERS)]  # 36 studies look different
+        look: dict[str, Any] = {"color": color, "marker": marker, "linestyle": ""}
+        label = textwrap.fill(parts.literal(f"{study.name}: {study.chain}"), int(13 * parts.PANEL_WIDTH))
+        look |= {"markersize": 8, "label": label}
         axes.plot(losses["parameters"], losses["exact"], **look)
         _label_points(axes, losses, color)
-    _finish_parameter_axis(axes, studies[0].dense_parameters, together["parameters"])
+    if one:
+        _finish_parameter_axis(axes, studies[0].dense_parameters, together["parameters"])
+    else:
+        parts.set_log_axis(axes.xaxis, together["parameters"].min() / 1.3, 1.2, lambda size: f"{100 * size:g}%")
+        parts.mark_dense(axes, 1.0, "dense")
+        axes.set_xlabel("parameters, as a fraction of those of dense")
     parts.write_legend(figure, axes.get_legend_handles_labels()[0])
+    if not one:
+        return "each loss is relative to the zero predictor on the same weight"
     place = together["exact"].idxmin()
     least, rank = units.show(together["exact"].min()), together["rank"][place]
     return f"the least loss is {least}: {studies[place[0]].name}, rank {rank}"
+
+
+def _fractions(study: Study) -> Units:
+    """Return the units of losses that are relative to the zero predictor, whichever metric they have."""
+    return Units(1.0, 1.0, "loss relative to the zero predictor" if study.words.of_model else study.units.label, 1.0)
+
+
+def _in_units(study: Study, units: Units, one: bool) -> pd.DataFrame:
+    """Return the losses of the finished ranks in common units, and their sizes: parameters, or fractions of dense."""
+    losses, scale = _with_parameters(study).sort_values("parameters"), units.zero / study.units.zero
+    sizes = losses["parameters"] / (1.0 if one else study.dense_parameters)
+    return losses.assign(exact=losses["exact"] * scale, lower=losses["lower"] * scale, parameters=sizes)
 
 
 def _with_parameters(study: Study) -> pd.DataFrame:
@@ -118,7 +142,7 @@ def _label_points(axes: Axes, losses: pd.DataFrame, color: str) -> None:
 
 def _finish_parameter_axis(axes: Axes, dense: float, parameters: pd.Series) -> None:
     parts.set_log_axis(axes.xaxis, parameters.min() / 1.3, max(dense * 1.2, parameters.max()), parts.count)
-    parts.mark_dense(axes, dense, 0.8, f"dense: {parts.count(float(f'{dense:.3g}'))}")
+    parts.mark_dense(axes, dense, f"dense: {parts.count(float(f'{dense:.3g}'))}")
     axes.set_xlabel("parameters")
 
 
@@ -143,7 +167,7 @@ def loss_by_latency(figure: Figure, study: Study, log_scale: bool) -> str:
         axes.axvline(dense.median(), color=ink(), linewidth=1.4, zorder=1)
         parts.mark_ranks(axes, losses["rank"][shown], chain[shown], losses["best"][shown], colors)
         axes.annotate("slower\nthan dense", (0.99, 0.86), xycoords="axes fraction", ha="right", va="top", **parts.NOTE)
-        axes.set_title(f"batch {batch} (dense: {dense.median():.3g} ms)", fontsize="medium", loc="left")
+        axes.set_title(f"batch {batch} (dense: {dense.median():.3g} ms)", fontsize="medium", loc="left", y=1.0)
         axes.set_xlabel("milliseconds a forward pass")
         axes.tick_params(labelleft=True)
     handles: list[Artist] = [

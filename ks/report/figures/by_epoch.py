@@ -62,7 +62,7 @@ def loss_curves(figure: Figure, study: Study, log_scale: bool) -> str:
     zeros = (units.zero, held_out_zero or units.zero)
     for axes, column, name, zero in zip(panels, ("train_loss", "val_loss"), names, zeros):
         ends = _draw_ranks(axes, curves, column, study.summary)
-        axes.set_title(name, fontsize="medium")
+        axes.set_title(name, fontsize="medium", y=1.0)
         parts.finish_epoch_axis(axes)
         own = dataclasses.replace(units, zero=zero)
         parts.finish_loss_axis(axes, own, [*values, *zeros], floors.ravel(), log_scale=log_scale)
@@ -97,7 +97,7 @@ def gap_by_epoch(figure: Figure, study: Study, log_scale: bool) -> str:
     Distances shrink by decades, so the axis is logarithmic whatever `log_scale` is.
     """
     del log_scale
-    axes = figure.subplots()
+    (axes,) = parts.make_panels(figure)
     units, losses, colors = study.units, study.losses, rank_colors(study.summary["rank"])
     floors = losses.set_index("rank")["upper"].dropna()
     gaps = study.curves[["epoch", "rank", "population_loss"]].dropna()
@@ -122,7 +122,7 @@ def gap_by_epoch(figure: Figure, study: Study, log_scale: bool) -> str:
 
 def metric_by_epoch(figure: Figure, study: Study, log_scale: bool, metric: str) -> str:
     """Draw a metric, a line for each rank; on a logarithmic axis only if all values are positive and span a decade."""
-    axes = figure.subplots()
+    (axes,) = parts.make_panels(figure)
     values = study.curves[metric].dropna()
     ends = _draw_ranks(axes, study.curves, metric, study.summary)
     parts.draw_grid(axes)

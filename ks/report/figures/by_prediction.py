@@ -34,7 +34,7 @@ def measured_by_predicted(figure: Figure, plans: Sequence[ModelPlan], log_scale:
         plans: of one model and loss, each with a point.
     """
     del log_scale
-    axes = figure.subplots()
+    (axes,) = parts.make_panels(figure, height=parts.PANEL_WIDTH)
     parts.draw_grid(axes)
     points = [points_of(plan) for plan in plans]
     pairs = [pair for found in points for pair in found.values()]

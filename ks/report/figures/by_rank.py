@@ -24,7 +24,7 @@ def final_losses(figure: Figure, study: Study, log_scale: bool) -> str:
     without a loss, its status is written there. Whiskers are standard errors over seeds.
     """
     units, losses, colors = study.units, study.losses, rank_colors(study.summary["rank"])
-    axes = figure.subplots()
+    (axes,) = parts.make_panels(figure)
     positions = np.arange(len(losses))
     fills = [colors[rank] for rank in losses["rank"]]
     values, floors = losses[["train", "validation", "exact"]], losses[["lower", "upper"]]
@@ -45,7 +45,7 @@ def final_losses(figure: Figure, study: Study, log_scale: bool) -> str:
         axes.hlines(losses[bound], positions - 0.42, positions + 0.42, **ends)
     between = losses["bracketed"].to_numpy()
     axes.vlines(positions[between], losses["lower"][between], losses["upper"][between], **ends)
-    close = figure.get_figwidth() < 0.62 * (len(losses) + 1.5)
+    close = len(losses) > 6  # their values would touch
     for position, row in enumerate(losses.itertuples()):
         top = np.nanmax([row.train, row.validation, row.upper, 0.0])
         place: dict[str, Any] = {"fontsize": "small", "ha": "center", "va": "bottom"}
@@ -90,7 +90,7 @@ def has_floors(study: Study) -> bool:
 
 def floor_by_rank(figure: Figure, study: Study, log_scale: bool) -> str:
     """Draw the floor of every rank, and the trained ranks, each with both bounds where they differ."""
-    axes = figure.subplots()
+    (axes,) = parts.make_panels(figure)
     units, family, losses, colors = study.units, study.family, study.losses, rank_colors(study.summary["rank"])
     losses = losses[losses["lower"].notna() & losses["exact"].notna()]
     own = study.floor[study.floor["chain"] == family]
@@ -116,8 +116,7 @@ def floor_by_rank(figure: Figure, study: Study, log_scale: bool) -> str:
     parts.set_log_axis(axes.xaxis, 1, max(own["rank"].max(), losses["rank"].max()), parts.count)
     dense = own["rank"][own["parameters"] >= study.dense_parameters]
     if len(dense):
-        behind = {"facecolor": paper(), "alpha": 0.8, "edgecolor": "none", "pad": 1}
-        parts.mark_dense(axes, dense.min(), 0.72, "as many parameters\nas dense", va="top", bbox=behind)
+        parts.mark_dense(axes, dense.min(), "as large as dense")
     axes.set_xlabel("rank")
     parts.add_squared_axis(axes, units)
     axes.plot([], [], "o", color=GREY, label="trained (number: rank)")

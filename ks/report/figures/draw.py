@@ -1,6 +1,6 @@
 """All figures of a study: which it has the data for, their files, and windows for them."""
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,32 +12,26 @@ from ks.errors import UsageError
 from ks.files.atomic import atomic_path
 from ks.files.layout import FIGURES, SweepFiles, metric_figure
 from ks.model.model_plan import ModelPlan
+from ks.report.comparison import comparable
 from ks.report.figures import by_cost
 from ks.report.figures.by_cost import loss_by_latency, loss_by_parameters
 from ks.report.figures.by_epoch import gap_by_epoch, has_gaps, loss_curves, metric_by_epoch
 from ks.report.figures.by_prediction import measured_by_predicted
 from ks.report.figures.by_rank import final_losses, floor_by_rank, has_floors
-from ks.report.figures.parts import write_heading
+from ks.report.figures.parts import Sheet
 from ks.report.read_results import Study
 from ks.report.summary import has_several_layers, measured_batches
 
-# By the name in the file name: what draws it, on an empty figure, and returns the finding for its heading; its size in
-# inches; and whether a study has the data for it.
-DRAWN: dict[str, tuple[Callable[[Figure, Study, bool], str], Callable[[Study], tuple], Callable[[Study], bool]]] = {
-    "loss_curves": (loss_curves, lambda study: (12, 5), lambda study: len(study.curves) > 0),
-    "final_losses": (
-        final_losses,
-        lambda study: (max(6.5, 2.8 + 0.75 * len(study.summary)), 4.8),
-        lambda study: True,
-    ),
-    "floor": (floor_by_rank, lambda study: (8.5, 5.2), has_floors),
-    "gap": (gap_by_epoch, lambda study: (8.5, 5), has_gaps),
-    "front": (loss_by_parameters, lambda study: (8.5, 5.2), has_floors),
-    "latency": (
-        loss_by_latency,
-        lambda study: (1.5 + 3.5 * len(measured_batches(study.rows)), 4.6),
-        lambda study: bool(measured_batches(study.rows)),
-    ),
+UNHINTED: Any = {"text.hinting": "none"}  # as in SVG; fitting letters to pixels takes a fifth of the time
+# By the name in the file name: what draws it, on an empty figure, and returns the finding for its heading; whether a
+# study has the data for it.
+DRAWN: dict[str, tuple[Callable[[Figure, Study, bool], str], Callable[[Study], bool]]] = {
+    "loss_curves": (loss_curves, lambda study: len(study.curves) > 0),
+    "final_losses": (final_losses, lambda study: True),
+    "floor": (floor_by_rank, has_floors),
+    "gap": (gap_by_epoch, has_gaps),
+    "front": (loss_by_parameters, has_floors),
+    "latency": (loss_by_latency, lambda study: bool(measured_batches(study.rows))),
 }
 
 
@@ -46,10 +40,9 @@ def study_figures(
     *,
     log_scale: bool = False,
     title: str | None = None,
-    figsize: tuple[float, float] | None = None,
     metrics: Iterable[str] = (),
     names: Collection[str] = FIGURES,
-) -> dict[str, Figure]:
+) -> dict[str, Sheet]:
     """Return the figures that a study has the data for, and one for each known metric, by the name in its file name.
 
     A study of several layers has none; those of each layer are in its folder.
@@ -58,47 +51,45 @@ def study_figures(
         study: to draw.
         log_scale: logarithmic loss axes.
         title: instead of the name of the study, below the finding of each figure.
-        figsize: (width, height) in inches; a narrow figure has its panels one above the other, and becomes as high as
-            they need.
         metrics: names of metrics; those without a value are left out.
         names: of the figures to draw.
     """
     shown = study.title if title is None else title
-    figures: dict[str, Figure] = {}
+    figures: dict[str, Sheet] = {}
     if has_several_layers(study.rows):  # their losses share no axis
         return figures
-    for name, (draw, size, has_data) in DRAWN.items():
+    for name, (draw, has_data) in DRAWN.items():
         if name in names and has_data(study):
-            figures[name] = _figure(draw, study, log_scale, shown, figsize or size(study))
+            figures[name] = _figure(draw, study, log_scale, shown)
     for metric in metrics:
         if metric in study.metrics:
             draw = partial(metric_by_epoch, metric=metric)
-            figures[metric_figure(metric)] = _figure(draw, study, log_scale, shown, figsize or (8.5, 5))
+            figures[metric_figure(metric)] = _figure(draw, study, log_scale, shown)
     return figures
 
 
-def chains_figure(studies: list[Study], *, log_scale: bool = False, title: str | None = None) -> Figure:
-    """Return several studies in one figure.
-
-    Raises:
-        UsageError: a study has no relative losses and parameters.
-    """
+def chains_figures(studies: Sequence[Study], *, log_scale: bool = False, title: str | None = None) -> dict[str, Sheet]:
+    """Return a figure for each kind of studies whose losses compare, by the name in its file name."""
     title = title or "points: trained (number: rank); lines: floors"
-    return _figure(by_cost.chains, studies, log_scale, title, (9, 5.5))
+    kinds = comparable(studies)
+    names = {kind: "chains" if len(kinds) == 1 else f"chains_{kind}" for kind in kinds}
+    return {names[kind]: _figure(by_cost.chains, found, log_scale, title) for kind, found in kinds.items()}
 
 
-def plans_figure(plans: Sequence[ModelPlan], *, title: str | None = None) -> Figure:
+def plans_figure(plans: Sequence[ModelPlan], *, title: str | None = None) -> Sheet:
     """Return the predicted and measured increases of plans of one model, each of which has `points_of`."""
-    return _figure(measured_by_predicted, plans, True, title or plans[0].checkpoint, (7, 6.4))
+    return _figure(measured_by_predicted, plans, True, title or plans[0].checkpoint)
 
 
-def _figure(draw: Callable[..., str], drawn: Any, log_scale: bool, title: str | None, figsize: tuple) -> Figure:
-    figure = Figure(figsize=figsize, layout="constrained")
-    write_heading(figure, draw(figure, drawn, log_scale), title)
+@matplotlib.rc_context(UNHINTED)
+def _figure(draw: Callable[..., str], drawn: Any, log_scale: bool, title: str | None) -> Sheet:
+    figure = Sheet()
+    figure.arrange(draw(figure, drawn, log_scale), title)
     return figure
 
 
-def save_figures(figures: dict[str, Figure], files: SweepFiles, formats: Iterable[str], dpi: int) -> list[Path]:
+@matplotlib.rc_context(UNHINTED)
+def save_figures(figures: Mapping[str, Figure], files: SweepFiles, formats: Iterable[str], dpi: int) -> list[Path]:
     """Write figures atomically, each in every format, and return the paths."""
     paths = [(figure, files.figure(name, suffix)) for name, figure in figures.items() for suffix in formats]
     for figure, path in paths:

@@ -1,7 +1,8 @@
 """Parts of figures: colours, ticks, limits, reference lines, headings, labels; the rest is matplotlib's style."""
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ from matplotlib import colormaps, rcParams
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import XAxis, YAxis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
@@ -24,7 +27,8 @@ MARKERS = "osD^vP"
 RANK_MAP = "plasma"
 LIGHTEST = 0.66  # of the colour map on white; lighter lines have a contrast below 3 : 1
 NOTE: dict[str, Any] = {"color": GREY, "fontsize": "small"}
-PANEL_WIDTH, PANEL_HEIGHT = 3.0, 2.7  # least inches of a panel among several
+PANEL_WIDTH, PANEL_HEIGHT = 5.2, 3.5  # inches with its labels; in this width, text is legible on a phone
+PAD = 0.05  # inches around a panel
 LETTER = 0.62  # width of a letter of a heading, as a fraction of the size of its font
 # Matplotlib's arithmetic on logarithmic axes overflows near the ends of float64.
 SMALLEST, LARGEST = 1e-200, 1e200
@@ -55,39 +59,85 @@ def literal(text: object) -> str:
     return one_line(text, 300).replace("$", r"\$")
 
 
-def write_heading(figure: Figure, finding: str, name: str | None) -> None:
-    """Write the finding of a figure in bold and the name of the study below it, above everything else in the figure."""
-    width, height = figure.get_size_inches()
-    top = height - 0.08
-    lines: tuple[tuple[str | None, float, dict[str, Any]], ...] = (
-        (finding[:1].upper() + finding[1:], 1.1, {"weight": "bold"}),
-        (name, 0.9, {"color": GREY}),
-    )
-    for text, scale, look in lines:
-        size = scale * rcParams["font.size"]
-        wrapped = textwrap.wrap(one_line(text or "", 300), int((width - 0.2) * 72 / (LETTER * size)))
-        if wrapped:
-            place: dict[str, Any] = {"va": "top", "ha": "left", "linespacing": 1.2}
+class Sheet(Figure):
+    """Panels of one size beside each other, with a heading above and a legend below.
+
+    The places are computed once, so that all its files and the report show the same picture.
+
+    finding: the heading. above, below: inches that heading and legend take, known once it is arranged.
+    """
+
+    finding, above, below = "", 0.0, 0.0
+
+    def arrange(self, finding: str, name: str | None) -> None:
+        """Write the finding in bold and the name of the study below it, and give all that is drawn its place."""
+        self.finding = finding[:1].upper() + finding[1:]
+        width, panel = self.get_size_inches()
+        written, top = [], 0.08
+        looks: tuple[tuple[str | None, float, dict[str, Any]], ...] = (
+            (self.finding, 1.1, {"weight": "bold"}),
+            (name, 0.9, {"color": GREY}),
+        )
+        for text, scale, look in looks:
+            size = scale * rcParams["font.size"]
+            wrapped = textwrap.wrap(one_line(text or "", 300), int((width - 0.2) * 72 / (LETTER * size)))
             shown = "\n".join(wrapped).replace("$", r"\$")
-            figure.text(0.1 / width, top / height, shown, fontsize=size, **place, **look)
-            top -= len(wrapped) * 1.35 * size / 72
-    engine: Any = figure.get_layout_engine()
-    engine.set(rect=(0, 0, 1, max(0.3, (top - 0.04) / height)))
+            look |= {"va": "top", "ha": "left", "linespacing": 1.2, "fontsize": size}
+            written.append((self.text(0.1 / width, 1.0, shown, **look), top))
+            top += len(wrapped) * 1.35 * size / 72
+        renderer, dpi = FigureCanvasAgg(self).get_renderer(), self.dpi
+        legends = [legend.get_window_extent(renderer).height for legend in self.legends]
+        self.above, self.below = top, sum(legends) / dpi
+        height = self.above + panel + self.below
+        outside = np.array([_labels_of(axes, renderer) for axes in self.axes]).max(axis=0, initial=0.0) / dpi + PAD
+        self.set_figheight(height)
+        left, bottom, right, above = outside
+        size = ((PANEL_WIDTH - left - right) / width, (panel - bottom - above) / height)
+        for index, axes in enumerate(self.axes):
+            axes.set_position(((index * PANEL_WIDTH + left) / width, (self.below + bottom) / height, *size))
+        for line, down in written:
+            line.set_y(1 - down / height)
+
+    @contextmanager
+    def without_heading(self) -> Iterator[None]:
+        """Leave the heading out of what is drawn."""
+        for text in self.texts:
+            text.set_visible(False)
+        yield
+        for text in self.texts:
+            text.set_visible(True)
+
+    def parts(self) -> list[str]:
+        """Return the places of the panels and of the legend: left, top, width and height in points, as SVG has them."""
+        width, height = self.get_size_inches()
+        lefts = np.arange(0, width - 0.1, PANEL_WIDTH)
+        boxes = [(left, self.above, PANEL_WIDTH, height - self.above - self.below) for left in lefts]
+        boxes.append(((width - PANEL_WIDTH) / 2, height - self.below, PANEL_WIDTH, self.below))
+        return [" ".join(f"{72 * inches:.1f}" for inches in box) for box in boxes if box[-1] > 0]
 
 
-def make_panels(figure: Figure, count: int) -> list[Axes]:
-    """Return panels with one loss axis, side by side, or one above the other in a figure that is made high enough."""
-    beside = figure.get_figwidth() >= PANEL_WIDTH * count
-    if not beside:
-        figure.set_figheight(max(figure.get_figheight(), PANEL_HEIGHT * count + 1.0))
-    return [*figure.subplots(*((1, count) if beside else (count, 1)), sharey=True, squeeze=False).ravel()]
+def _labels_of(axes: Axes, renderer) -> tuple[float, float, float, float]:
+    """Return how far the labels of a panel reach beyond its axes: left, below, right and above."""
+    inside, whole = axes.bbox, axes.get_tightbbox(renderer)
+    assert whole is not None  # it is visible
+    return inside.x0 - whole.x0, inside.y0 - whole.y0, whole.x1 - inside.x1, whole.y1 - inside.y1
+
+
+def make_panels(figure: Figure, count: int = 1, height: float = PANEL_HEIGHT) -> list[Axes]:
+    """Return panels with one loss axis, side by side; the height is in inches."""
+    figure.set_size_inches(PANEL_WIDTH * count, height)
+    panels: list[Axes] = []
+    for index in range(count):
+        place = ((index + 0.16) / count, 0.15, 0.72 / count, 0.75)  # close to that of `Sheet.arrange`
+        panels.append(figure.add_axes(place, sharey=panels[0] if panels else None))
+    return panels
 
 
 def write_legend(figure: Figure, handles: Sequence[Artist]) -> None:
     """Write the legend below everything else in a figure, where it hides nothing."""
     longest = max(len(str(handle.get_label())) for handle in handles)
-    columns = max(1, int(figure.get_figwidth() / (0.6 + 0.068 * longest)))  # inches beside a label, and of a letter
-    figure.legend(handles=handles, loc="outside lower center", frameon=False, fontsize="small", ncols=columns)
+    columns = max(1, int(PANEL_WIDTH / (0.6 + 0.068 * longest)))  # inches beside a label, and of a letter
+    figure.legend(handles=handles, loc="lower center", frameon=False, fontsize="small", ncols=columns)
 
 
 def set_log_axis(axis: XAxis | YAxis, low: float, high: float, form) -> None:
@@ -167,11 +217,15 @@ def floor_label(family: str, quick: bool) -> str:
     return literal(f"{family}: {'quick lower bound' if quick else 'floor'} of every rank")
 
 
-def mark_dense(axes: Axes, at: float, height: float, text: str, **look: Any) -> None:
-    """Draw a vertical line where dense is on the x axis, with a text on its left."""
+def mark_dense(axes: Axes, at: float, text: str) -> None:
+    """Draw a vertical line where dense is on the final x axis, with a text along its right side, above what is there.
+
+    Losses fall to the right. The text is on the left where the axis ends at the line.
+    """
     axes.axvline(at, color=GREY, linewidth=1.0, zorder=1)
-    place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": "right"}
-    axes.annotate(text, (at, height), (-4, 0), **place, **NOTE, **look)
+    side = 1 if axes.get_xlim()[1] >= 1.15 * at else -1
+    place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top"}
+    axes.annotate(text, (at, 0.88), (2 * side, 0), ha="left" if side > 0 else "right", rotation=90, **place, **NOTE)
 
 
 def mark_ranks(axes: Axes, ranks: pd.Series, at: pd.Series, losses: pd.Series, colors: dict[int, tuple]) -> None:
@@ -199,17 +253,21 @@ def label_ends(axes: Axes, ends: list, heading: str) -> None:
     """
     if not ends:
         return
-    points = axes.transData.transform([(x, max(y, SMALLEST)) for x, y, *_ in ends])
-    heights = np.clip(axes.transAxes.inverted().transform(points)[:, 1], 0, 1)
+    axes.get_ylim()  # brings both limits up to date
+    least = SMALLEST if axes.get_yscale() == "log" else -np.inf
+    points = axes.transData.transform([(x, max(y, least)) for x, y, *_ in ends])
+    places = np.clip(axes.transAxes.inverted().transform(points), 0, 1)
+    heights = places[:, 1]
     order = np.argsort(heights, kind="stable")
     steps = np.arange(len(ends)) * min(0.13 / (axes.bbox.height / axes.figure.dpi), 1 / len(ends))  # inches of a line
     apart = np.maximum.accumulate(heights[order] - steps) + steps
     apart = np.minimum(apart, 1 - steps[::-1])
+    look: dict[str, Any] = {"fontsize": "small", "fontweight": "bold", "va": "center", "transform": axes.transAxes}
     for index, height in zip(order, apart):
-        x, y, label, color = ends[index]
-        line = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 0, "relpos": (0, 0.5)}
-        place: dict[str, Any] = {"textcoords": "axes fraction", "va": "center", "annotation_clip": False}
-        look: dict[str, Any] = {"color": color, "fontsize": "small", "fontweight": "bold"}
-        axes.annotate(label, (x, y), (1.02, height), arrowprops=line, **place, **look)
-    place = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "bottom"}
+        axes.text(1.02, height, ends[index][2], color=ends[index][3], **look)
+    lines = [(places[index], (1.02, height)) for index, height in zip(order, apart)]
+    colors = [ends[index][3] for index in order]
+    joined = LineCollection(lines, colors=colors, linewidths=0.6, transform=axes.transAxes, clip_on=False)
+    axes.add_collection(joined, autolim=False)
+    place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "bottom"}
     axes.annotate(heading, (1.02, apart[-1]), (0, 7), **place, **NOTE)

@@ -2,12 +2,12 @@ import dataclasses
 
 import numpy as np
 import pytest
-from drawn_study import CHAIN, DIVERGED, make_study, texts
+from drawn_study import CHAIN, DIVERGED, PREDICT_ZERO, make_study, texts
+from matplotlib.collections import PolyCollection
 
-from ks.errors import UsageError
 from ks.files.layout import FIGURES, SweepFiles
 from ks.report.figures.by_cost import front_of
-from ks.report.figures.draw import DRAWN, chains_figure, save_figures, study_figures
+from ks.report.figures.draw import DRAWN, chains_figures, save_figures, study_figures
 from ks.report.figures.parts import rank_colors
 from ks.report.read_results import Study
 
@@ -87,7 +87,7 @@ def test_latency_has_the_times_of_every_rank_and_of_dense_for_each_measured_batc
         points = {line.get_xdata()[0]: line.get_ydata()[0] for line in axes.lines if line.get_marker() == "o"}
         assert points == dict(zip((1.0, 3.0, 5.0), study.summary["relative_loss"]))
         assert [2.5, 2.5] in [list(line.get_xdata()) for line in axes.lines]
-    study.summary["latency_ms_batch_1024"] = np.nan
+    study = dataclasses.replace(study, summary=study.summary.assign(latency_ms_batch_1024=np.nan))
     assert len(study_figures(study)["latency"].axes) == 2
 
 
@@ -113,8 +113,8 @@ def test_a_trained_rank_is_hollow_where_as_many_parameters_can_lose_less():
 
 def test_seeds_give_bands_and_whiskers():
     single, several = make_study([2, 4]), make_study([2, 4], seeds=(None, 1, 2))
-    bands = [len(study_figures(study)["loss_curves"].axes[0].collections) for study in (single, several)]
-    assert bands == [0, 2]
+    drawn = [study_figures(study)["loss_curves"].axes[0].collections for study in (single, several)]
+    assert [sum(isinstance(entry, PolyCollection) for entry in collections) for collections in drawn] == [0, 2]
     whiskers = [len(study_figures(study)["final_losses"].axes[0].containers) for study in (single, several)]
     assert whiskers[1] == whiskers[0] + 2
 
@@ -151,6 +151,9 @@ def test_a_metric_has_a_line_for_each_rank_that_has_it():
         list(curves["cosine"][curves["rank"] == rank]) for rank in (2, 4)
     ]
     assert {"At the end, cosine is 0.5 at rank 2", "2", "4 (failed)"} <= {*texts(drawn["metric_cosine"])}
+    heights = [text.get_position()[1] for text in axes.texts[:-1]]
+    ends = axes.transAxes.inverted().transform(axes.transData.transform([line.get_xydata()[-1] for line in axes.lines]))
+    assert heights == pytest.approx(list(ends[:, 1]))
     low, high = axes.get_ylim()
     assert low < curves["cosine"].min() < curves["cosine"].max() < high
     for values, scale in (((0.1, 1.0), "log"), ((0.11, 1.0), "linear"), ((-1.0, 1.0), "linear")):  # within a decade
@@ -161,13 +164,39 @@ def test_a_metric_has_a_line_for_each_rank_that_has_it():
 
 def test_chains_side_by_side(tmp_path):
     studies = [make_study([2, 4]), make_study([1, 8])]
-    figure = chains_figure(studies, log_scale=True)
-    save_figures({"chains": figure}, SweepFiles(tmp_path, "p"), ["png"], 40)
+    drawn = chains_figures(studies, log_scale=True)
+    figure = drawn["chains"]
+    save_figures(drawn, SweepFiles(tmp_path, "p"), ["png"], 40)
     assert len(figure.legends[0].get_texts()) == 2
     assert texts(figure)[0].startswith("The least loss is ")
     old = studies[0].summary.assign(population_loss=np.nan)
-    with pytest.raises(UsageError, match="no relative losses"):
-        chains_figure([Study("old", studies[0].curves, old, studies[0].floor)])
+    assert chains_figures([Study("old", studies[0].curves, old, studies[0].floor)]) == {}
+
+
+def test_different_weights_are_drawn_relative_to_the_zero_predictor_and_dense_of_each():
+    small, large = make_study([2, 4], weight_sha256="a"), make_study([1, 8], weight_sha256="b")
+    large = dataclasses.replace(large, summary=large.summary.assign(loss_metric="model_loss"))
+    small = dataclasses.replace(small, summary=small.summary.assign(loss_metric="model_loss", predict_zero_loss=10.0))
+    small = dataclasses.replace(small, predict_zero_loss=10.0)
+    (figure,) = chains_figures([small, large]).values()
+    (axes,) = figure.axes
+    assert axes.get_ylabel() == "loss relative to the zero predictor"
+    points = [line for line in axes.lines if line.get_marker() in "os"]
+    for study, line, zero in zip((small, large), points, (10.0, PREDICT_ZERO), strict=True):
+        assert list(line.get_ydata()) == pytest.approx(list(study.summary["population_loss"] / zero))
+        assert list(line.get_xdata()) == pytest.approx(list(study.summary["share_of_dense"]))
+
+
+def test_losses_that_do_not_compare_have_figures_of_their_own():
+    energy, measured, model = (make_study([2, 4], weight_sha256="a") for _ in range(3))
+    measured = dataclasses.replace(measured, summary=measured.summary.assign(inputs="measured 1234"))
+    model = dataclasses.replace(model, summary=model.summary.assign(loss_metric="model_loss"))
+    drawn = chains_figures([energy, measured, model, energy])
+    assert {name: len(figure.legends[0].get_texts()) for name, figure in drawn.items()} == {
+        "chains_output_energy_isotropic": 2,
+        "chains_output_energy_measured": 1,
+        "chains_model_loss_isotropic": 1,
+    }
 
 
 RELATIVE = "relative loss (output energy lost)"

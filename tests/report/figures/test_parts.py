@@ -8,7 +8,7 @@ from matplotlib import colors as mpl_colors
 from matplotlib.figure import Figure
 
 from ks.report.figures.draw import study_figures
-from ks.report.figures.parts import label_ends, rank_colors, set_log_axis, write_heading
+from ks.report.figures.parts import PANEL_WIDTH, Sheet, label_ends, make_panels, rank_colors, set_log_axis
 
 TIMES = {2: (1.0, 2.0), 4: (3.0, 2.0)}
 
@@ -56,15 +56,15 @@ def test_a_log_axis_has_a_few_ticks_whatever_its_range(low, high):
     assert 2 <= sum(bottom <= tick <= top for tick in axes.get_yticks()) <= 12
 
 
-@pytest.mark.parametrize("width", [3.0, 5.2, 12.0])
+@pytest.mark.parametrize("panels", [1, 3])
 @pytest.mark.parametrize(
     "name", ["model.safetensors encoder.layer.0.output.dense.weight, 384 × 1536: monarch", "$five dollars " * 12,
              "encoder.layer.0.output.dense.weight." * 6],
 )  # fmt: skip
-def test_a_long_heading_wraps_and_is_never_cut(width, name):
-    figure = Figure(figsize=(width, 6), layout="constrained")
-    axes = figure.subplots()
-    write_heading(figure, name, name)
+def test_a_long_heading_wraps_and_is_never_cut(panels, name):
+    figure = Sheet()
+    axes = make_panels(figure, panels)[0]
+    figure.arrange(name, name)
     figure.draw_without_rendering()
     for text in figure.texts:
         extent = text.get_window_extent()
@@ -78,25 +78,32 @@ def test_a_long_heading_wraps_and_is_never_cut(width, name):
     assert shown == "".join(name.split())
 
 
-@pytest.mark.parametrize("figsize", [None, (5.2, 4.2)])
+@pytest.mark.parametrize("font_size", [7, 11])
 @pytest.mark.parametrize("ranks", [[8], list(range(1, 13))])
-def test_nothing_in_a_figure_is_cut(figsize, ranks):
+def test_nothing_in_a_figure_is_cut_and_every_panel_stays_in_its_part(font_size, ranks):
     study = make_study(ranks, spread=1.3, times=dict.fromkeys(ranks, (1.0, 2.0)), title="a long name " * 12)
-    for name, figure in study_figures(study, log_scale=True, figsize=figsize).items():
-        figure.draw_without_rendering()
-        box = figure.get_tightbbox()
-        width, height = figure.get_size_inches()
-        assert box.x0 >= -0.02, name
-        assert box.y0 >= -0.02, name
-        assert box.x1 <= width + 0.02, name
-        assert box.y1 <= height + 0.02, name
+    with matplotlib.rc_context({"font.size": font_size}):
+        drawn = study_figures(study, log_scale=True)
+        for name, figure in drawn.items():
+            figure.draw_without_rendering()
+            width, height = figure.get_size_inches()
+            boxes = [(figure.get_tightbbox(), 0.0, 0.0, width, height)]
+            for number, axes in enumerate(figure.axes):
+                box = axes.get_tightbbox().transformed(figure.dpi_scale_trans.inverted())
+                left = number * PANEL_WIDTH
+                boxes.append((box, left, figure.below, left + PANEL_WIDTH, height - figure.above))
+            for box, left, bottom, right, top in boxes:
+                assert box.x0 >= left - 0.02, name
+                assert box.y0 >= bottom - 0.02, name
+                assert box.x1 <= right + 0.02, name
+                assert box.y1 <= top + 0.02, name
 
 
 @pytest.mark.parametrize("at", [np.full(12, 0.0), np.full(12, 1.0), np.linspace(0.5, 0.51, 12)])
 def test_labels_of_lines_that_end_together_are_moved_apart_and_stay_beside_the_axes(at):
     axes = Figure().subplots()
     label_ends(axes, [(1.0, y, str(number), "black") for number, y in enumerate(at)], "rank")
-    heights = [text.xyann[1] for text in axes.texts[:-1]]
+    heights = [text.get_position()[1] for text in axes.texts[:-1]]
     assert sorted(heights) == heights
     assert min(np.diff(heights)) > 0.02
     assert 0 <= heights[0] < heights[-1] <= 1

@@ -1,0 +1,189 @@
+"""Several studies beside each other: which of them compare, a row for each, and sentences on both."""
+
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from ks.files import columns
+from ks.files.columns import ISOTROPIC
+from ks.files.layout import SweepFiles, find_runs, layer_folder
+from ks.files.rows import read_table
+from ks.files.schema import RunConfig, read_json_as
+from ks.report.answer import named_row
+from ks.report.read_results import MEAN_SQUARED_ERROR, Study, read_study
+from ks.report.sentences import of_failures
+
+KINDS = (ISOTROPIC, "measured")  # of inputs
+MOST_HOSTS = 3  # that a row lists by name
+SAME = 1e-4  # relative difference of one loss that was computed on two machines
+RUNS_READ = ("rank", "seed", "status", "train_seconds")
+
+
+def read_studies(sources: Sequence[SweepFiles]) -> list[Study]:
+    """Read several results folders as studies; that of a checkpoint is one study for each of its layers.
+
+    The name of each is the end of the path of its folder, as long as it takes to tell all of them apart.
+
+    Raises:
+        UsageError: a folder that holds no results, or a file that cannot be read.
+    """
+    studies = {study.files: study for files in sources for study in _layers_of(read_study(files))}
+    paths = [files.directory.parts for files in studies if files is not None]
+    length = next(n for n in itertools.count(1) if len({path[-n:] for path in paths}) == len(paths))
+    return [dataclasses.replace(study, name="/".join(path[-length:])) for study, path in zip(studies.values(), paths)]
+
+
+def _layers_of(study: Study) -> list[Study]:
+    """Return the studies of the layers of a checkpoint that were trained; any other study alone."""
+    if study.files is None or study.config is None or not study.config.layers:
+        return [study]
+    names = dict.fromkeys(row["weight_key"] for row in study.rows)
+    folders = [layer_folder(study.files.directory, name) for name in names]
+    return [read_study(dataclasses.replace(study.files, directory=folder)) for folder in folders]
+
+
+def comparable(studies: Sequence[Study]) -> dict[str, list[Study]]:
+    """Return the studies whose relative losses compare, by a name for what they are relative to.
+
+    That is a loss, output energy or loss of the model, under inputs that were measured, or isotropic ones. A study of
+    another criterion, or without a finished rank, is left out.
+    """
+    kinds: dict[str, list[Study]] = {}
+    for study in studies:
+        if study.units.relative and study.summary[["relative_loss", "parameters"]].notna().all(axis=1).any():
+            kinds.setdefault(f"{study.words.loss_metric}_{_kind(study.rows[0]['inputs'])}", []).append(study)
+    return kinds
+
+
+def _kind(inputs: str | None) -> str:
+    return (inputs or ISOTROPIC).split()[0]
+
+
+def are_of_one_weight(studies: Sequence[Study]) -> bool:
+    """Return whether losses and parameters of studies compare as they are, without dividing them by those of dense."""
+    zeros = [study.units.zero for study in studies]
+    return len({study.weight_sha256 for study in studies}) == 1 and max(zeros) - min(zeros) <= SAME * max(zeros)
+
+
+def what_compares(studies: Sequence[Study]) -> list[str]:
+    """Return sentences on what of these studies compares, and what does not."""
+    kinds, sentences = comparable(studies), []
+    weights = len({study.weight_sha256 for study in studies})
+    if weights > 1:
+        sentences.append(
+            f"These are studies of {weights} weights. Only sizes and relative losses compare: each loss is relative to "
+            "the zero predictor on the same weight. 1% on one weight may cost the model more than 10% on another."
+        )
+        sources = {(row["weight"], row["loss_unit"]) for study in studies for row in study.rows[:1]}
+        if len(sources) == 1 and all(study.summary["loss_increase"].notna().any() for study in studies):
+            sentences.append("The predicted increases of the loss of the model compare if the inputs are of one model.")
+    metrics = {study.words.loss_metric for found in kinds.values() for study in found}
+    if len(metrics) > 1:
+        sentences.append(
+            "Relative losses by output energy and by the loss of the model do not compare: one is a fraction of the "
+            "output energy, the other a fraction of the increase of the loss by the zero predictor."
+        )
+    inputs = {_kind(study.rows[0]["inputs"]) for found in kinds.values() for study in found}
+    if len(inputs) > 1:
+        sentences.append("Losses under isotropic inputs and under measured ones do not compare.")
+    if weights == 1 and inputs == {"measured"} and len({study.rows[0]["inputs"] for study in studies}) > 1:
+        sentences.append("The inputs were measured on different data: a difference of losses may come from them.")
+    if len(kinds) > 1:
+        sentences.append("Each kind of loss has a figure of its own.")
+    drawn = {study.name for found in kinds.values() for study in found}
+    if without := [study.name for study in studies if study.name not in drawn]:
+        sentences.append(f"Not in a figure, without a relative loss: {', '.join(without)}.")
+    machines = {machine for study in studies for machine in machines_of(study)}
+    if len(machines) > 1:
+        sentences.append("Seconds are those of each machine: between machines, they compare no chains.")
+    return sentences
+
+
+def machines_of(study: Study) -> list[str]:
+    """Return where the runs of a study took place: hosts, device and CPU threads, from the record of each run."""
+    if study.files is None or study.config is None:
+        return []
+    hosts: dict[tuple[str, Any], list[str]] = {}
+    for _, _, run in find_runs(study.files.directory, study.config.seeds[0]):
+        if run.config.is_file():
+            record = read_json_as(run.config, RunConfig)
+            where, on_gpu = record.provenance, str(record.settings.get("device")).startswith("cuda")
+            device = (str(where.get("gpu" if on_gpu else "cpu")), where.get("threads"))
+            hosts.setdefault(device, []).append(str(where.get("host")))
+    texts = []
+    for (hardware, threads), found in hosts.items():
+        names = sorted({*found})
+        listed = ", ".join(names) if len(names) <= MOST_HOSTS else f"{len(names)} hosts"
+        texts.append(f"{listed}: {hardware}, {threads} thread{'' if threads == 1 else 's'}")
+    return texts
+
+
+def study_row(study: Study) -> dict[str, Any]:
+    """Return the row of a study, with the columns `STUDIES` and `STUDIES_RUNS` of `ks.files.columns`."""
+    rows, words, target = study.rows, study.words, study.target
+    named = named_row(rows, target) or {}
+    runs = [run for run in _runs(study) if "(as rank" not in str(run["status"])]  # copies of another rank
+    timed = [(run["train_seconds"], run["rank"]) for run in runs if run["train_seconds"] is not None]
+    verdicts: dict[str, list[str]] = {}
+    for row in rows:
+        if row["verdict"]:
+            for part in str(row["verdict"]).split(", "):
+                verdicts.setdefault(part, []).append(str(row["rank"]))
+    relative = study.loss_label == MEAN_SQUARED_ERROR
+    reached = target is not None and any(row["reached_target"] for row in rows)
+    return {
+        "study": study.name,
+        "layer": rows[0]["weight_key"] or rows[0]["weight"],
+        "machine": "; ".join(machines_of(study)),
+        "chain": study.chain,
+        "inputs": " ".join(text if text in KINDS else text[:8] for text in (rows[0]["inputs"] or "").split()),
+        "loss": ("loss of the model" if words.of_model else "output energy") if relative else study.loss_label,
+        "seeds": study.config and " ".join(map(str, study.config.seeds)),
+        "target": target and f"{words.amounts(target)[0]}: {'reached' if reached else 'not reached'}",
+        "reached": None if target is None else reached,
+        "weight_sha256": study.weight_sha256,
+        "runs": ", ".join(f"{count} {status}" for status, count in Counter(str(run["status"]) for run in runs).items()),
+        "verdicts": "; ".join(f"{verdict}: {', '.join(ranks)}" for verdict, ranks in verdicts.items()),
+        "train_seconds": sum(seconds for seconds, _ in timed) or None,
+        "longest_run": "rank {1}: {0:.1f} s".format(*max(timed)) if timed else None,
+    } | {name: named.get(name) for name in ("rank", "share_of_dense", "relative_loss", "loss_increase", "energy_loss")}
+
+
+def _runs(study: Study) -> list[dict[str, Any]]:
+    """Return rank, seed, status and seconds of every run; of earlier versions, of every rank."""
+    if study.files is None or not study.files.runs_csv.is_file():
+        return study.rows
+    return read_table(study.files.runs_csv, columns.chosen(columns.RUNS, RUNS_READ), RUNS_READ)
+
+
+def findings(studies: Sequence[Study], rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the sentences that open a report of several studies: runs that failed, and which study is best."""
+    sentences = of_failures((study.name, row) for study in studies for row in study.rows)
+    asked = [row for row in rows if row["reached"] is not None]
+    reached = [row for row in asked if row["reached"]]
+    targets = {(study.target, study.words.loss_metric, study.rows[0]["inputs"]) for study in studies}
+    target, words = studies[0].target, studies[0].words
+    if are_of_one_weight(studies) and len(targets) == 1 and target is not None:
+        limit = words.show(target)
+        least = min((row["share_of_dense"] for row in reached), default=0.0)
+        best = [f"{row['study']} (rank {row['rank']})" for row in reached if row["share_of_dense"] == least]
+        if not reached:
+            return [f"No study reaches the target of {limit}.", *sentences]
+        return [
+            f"The smallest trained chain that {words.loses} at most {limit} has {least:.2%} of the parameters of the "
+            f"dense weight: {' and '.join(best)}.",
+            *sentences,
+        ]
+    weights = len({row["weight_sha256"] for row in rows})
+    first = f"{len(rows)} studies of {'one weight' if weights == 1 else f'{weights} weights'}"
+    return [f"{first}; targets that are reached: {len(reached)} of {len(asked)}." if asked else f"{first}.", *sentences]
+
+
+def shared_columns(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Return the texts of the columns that have the same one in every row, by the name of the column."""
+    both = (*columns.STUDIES, *columns.STUDIES_RUNS)
+    names = [column.name for column in both if column.type is columns.Text]
+    equal = {name: {str(row[name]) for row in rows if row[name]} for name in names}
+    return {name: texts.pop() for name, texts in equal.items() if len(texts) == 1 and all(row[name] for row in rows)}
