@@ -14,6 +14,7 @@ import fcntl
 import gc
 import importlib
 import json
+import io
 import os
 import resource
 import runpy
@@ -173,7 +174,10 @@ def serve(requests: socket.socket) -> None:
 def save_blank(figure, path, **options) -> None:
     """Stand in for `Figure.savefig`: an empty picture. Drawing takes most of the time of a small sweep."""
     blank = '<svg viewBox="0 0 1 1"></svg>'
-    path.write(blank) if hasattr(path, "write") else Path(path).write_text(blank)
+    if isinstance(path, io.BytesIO):
+        path.write(blank.encode())
+    else:
+        path.write(blank) if hasattr(path, "write") else Path(path).write_text(blank)
 
 
 if __name__ == "__main__":
