@@ -13,8 +13,8 @@ import ctypes
 import fcntl
 import gc
 import importlib
-import json
 import io
+import json
 import os
 import resource
 import runpy
