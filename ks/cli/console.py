@@ -54,8 +54,8 @@ def begin(script: str, task: str = "") -> None:
 def script(main: Callable[..., int]) -> Callable[..., int]:
     """Decorate the main function of a script, so that every error has its exit code.
 
-    UsageError: one line on stderr and exit code 2. Interrupt: one line and 130. OSError, as on a full disk: one line and
-    1. Any other exception is a fault of the program: traceback and 4.
+    UsageError: one line on stderr and exit code 2. Interrupt: one line and 130. OSError, as on a full disk: one line
+    and 1. Any other exception is a fault of the program: traceback and 4.
     """
     name = Path(main.__code__.co_filename).name
 

@@ -82,13 +82,11 @@ def _groups(controller: str, root: Path) -> Iterator[tuple[int, Path]]:
         place, _, source = line.partition(" - ")
         inside, mounted = place.split()[3:5]
         kind, *_, options = source.split()
-        if kind == "cgroup2":
-            version, path = 2, own.get("")
+        if kind == "cgroup2" and "" in own:
+            version, path = 2, own[""]
         elif kind == "cgroup" and controller in options.split(","):
-            version, path = 1, next((own[names] for names in own if controller in names.split(",")), None)
+            version, path = 1, next(own[names] for names in own if controller in names.split(","))
         else:
-            continue
-        if path is None:
             continue
         top = root / mounted.lstrip("/")
         group = top / os.path.relpath(path, inside)
