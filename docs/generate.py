@@ -20,6 +20,7 @@ sys.path.insert(0, str(DOCS.parent))
 
 from ks.cli.parser import Flag, groups  # noqa: E402
 from ks.files import columns  # noqa: E402
+from ks.files.table import markdown  # noqa: E402
 
 SCRIPTS = (
     *("train_with_random", "rank_sweep_study"),
@@ -35,13 +36,6 @@ COLUMNS = {
     "layer_floors": columns.LAYER_FLOORS,
 }
 MARKED = re.compile(r"<!-- generated: ([^>]*?) -->\n.*?<!-- end -->", re.DOTALL)
-
-
-def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Return a Markdown table."""
-    header = list(header)
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(" ".join(["|", " | ".join(line), "|"]) for line in lines)
 
 
 def flag_tables() -> dict[str, str]:

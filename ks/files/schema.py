@@ -177,6 +177,8 @@ class CompressedModel(Struct):
     layers: dict[Text, CompressedLayer]
     aliases: dict[Text, Text] = field(default_factory=dict)
     densified: bool = False
+    buffers: list[Text] = field(default_factory=list)
+    files: list[Text] = field(default_factory=list)
 
 
 def convert(content: Any, kind: type[Record], where: str) -> Record:

@@ -39,6 +39,13 @@ def table(columns: Iterable[Column], rows: Iterable[Mapping[str, Any]], width: i
     return "\n".join(["\n\n".join(_block(block, cells, widths) for block in blocks), *filled(legends, width)])
 
 
+def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Return a Markdown table."""
+    header = list(header)
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(" ".join(["|", " | ".join(line), "|"]) for line in lines)
+
+
 def filled(sentences: Iterable[str], width: int = WIDTH) -> list[str]:
     """Return sentences in lines of a terminal; a line that continues a sentence is indented."""
     return [textwrap.fill(sentence, width, subsequent_indent="  ", break_on_hyphens=False) for sentence in sentences]

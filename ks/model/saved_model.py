@@ -1,101 +1,168 @@
 """Compressed models in folders: all tensors as .safetensors, the chains as JSON, no pickle."""
 
 import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
-import safetensors
 import torch
 from torch import nn
 
-from ks import signals
 from ks.chain.patterns import check_patterns
 from ks.chain.product import blocks_of
 from ks.errors import UsageError, one_line
-from ks.files.atomic import write_json, write_safetensors
+from ks.files.atomic import write_json
 from ks.files.globs import nearest
-from ks.files.memory import check_fits
 from ks.files.provenance import now
-from ks.files.schema import CompressedLayer, CompressedModel, read_json_as
+from ks.files.schema import CompressedLayer, CompressedModel
+from ks.files.weights import read_entry, shape_of
 from ks.layer import KSLinear
 from ks.model.linears import checkpoint_name, linears_of, replace_modules, unwrapped
+from ks.model.model_card import model_card
+from ks.model.model_plan import ModelPlan
+from ks.model.saved_folder import (
+    CARD_FILE,
+    MODEL_FORMAT,
+    MODEL_VERSION,
+    RECORD_FILE,
+    check_replaceable,
+    entries_in,
+    read_record,
+    replacing,
+    stored_tensors,
+    write_tensors,
+)
+from ks.model.transformers_model import empty_model, is_of_transformers, write_configuration
 
-TENSORS_FILE, RECORD_FILE = "model.safetensors", "compressed.json"
-MODEL_FORMAT, MODEL_VERSION = "ks_compressed_model", 2
 
+def save_compressed(
+    model: nn.Module,
+    folder,
+    *,
+    plan=None,
+    tokenizer: Any = None,
+    densify: bool = False,
+    max_shard_size: int = 5 * 10**9,
+) -> None:
+    """Write a model with chains to a folder: its tensors as .safetensors, its chains in compressed.json, and README.md.
 
-def save_compressed(model: nn.Module, folder, *, densify: bool = False) -> None:
-    """Write a model with chains to a folder: model.safetensors with all its tensors, compressed.json with its chains.
-
+    A model of transformers gets its configuration beside them, so that `ks.load_compressed(folder)` needs nothing else.
     The folder is written beside its place and then renamed, so that it is complete or absent. One that this function
     wrote earlier is replaced.
 
     Args:
         model: with `KSLinear` layers; `ks.compress` makes one. Tensors that are tied are stored once.
         folder: new, empty, or of an earlier call.
+        plan: a `ks.model.model_plan.ModelPlan` of the model or its file, for the table and the predicted and measured
+            loss in README.md.
+        tokenizer: whose `save_pretrained(folder)` adds its files.
         densify: write an ordinary checkpoint instead, for programs that know no chains: every chain is multiplied out
             into a dense weight under the name that it had, and tied tensors are stored under each of their names.
+        max_shard_size: of a file with tensors, in bytes; more go into several files with an index.
     Raises:
         UsageError: the folder holds something else or cannot be written, or the model has state that is no tensor.
     """
     folder = Path(folder).absolute()
-    _check_folder(folder)
+    check_replaceable(folder)
     model = unwrapped(model)
     chains = {checkpoint_name(path): module for path, module in model.named_modules(remove_duplicate=False)}
     chains = {name: module for name, module in chains.items() if isinstance(module, KSLinear)}
-    state = _densified(_state_of(model), chains) if densify else _state_of(model)
-    aliases = {} if densify else _ties(state)
-    # on the CPU in memory of their own, as the file needs them
-    tensors = {
-        name: value.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
-        for name, value in state.items()
-        if name not in aliases
-    }
+    state, buffers = _state_of(model), {} if densify else _buffers_beside(model)
+    _check_state(state | buffers)
+    aliases = {} if densify else _ties(state | buffers)
     layers = {name: _described(chain) for name, chain in chains.items()}
-    record = CompressedModel(MODEL_FORMAT, MODEL_VERSION, type(model).__name__, layers, aliases, densify)
-    _write_folder(folder, tensors, msgspec.to_builtins(record) | {"created": now()})
+    record = CompressedModel(MODEL_FORMAT, MODEL_VERSION, type(model).__name__, layers, aliases, densify, [*buffers])
+    plan = ModelPlan.load(plan) if isinstance(plan, (str, os.PathLike)) else plan
+    card = model_card(model, chains, plan, folder.name, tokenizer=tokenizer is not None, densified=densify)
+    with replacing(folder) as new:
+        tensors = _densified(state, chains) if densify else iter((state | buffers).items())
+        write_tensors(new, ((name, value) for name, value in tensors if name not in aliases), max_shard_size)
+        if is_of_transformers(model):
+            write_configuration(model, new)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
+        (new / CARD_FILE).write_text(card, "utf-8")
+        record.files = entries_in(new)
+        write_json(new / RECORD_FILE, msgspec.to_builtins(record) | {"created": now()})
 
 
-def load_compressed(model: nn.Module, folder, *, impl: str = "auto") -> nn.Module:
-    """Give a model the chains and all values that `save_compressed` wrote; its outputs are then the same to the bit.
+def load_compressed(model: nn.Module | str | os.PathLike, folder=None, *, impl: str = "auto") -> nn.Module:
+    """Return the model that `save_compressed` wrote, with its outputs to the bit: `load_compressed(folder)`.
+
+    The dense weights are never in memory, and no code of the folder runs. A model that is no class of transformers is
+    given before the folder, which then fills it.
 
     Args:
-        model: of the same architecture, with dense layers and any values; changed in place. It takes the dtypes of the
-            file and keeps its devices. Buffers that are not part of the state_dict stay as they are.
-        folder: that `save_compressed` wrote.
+        model: the folder; or a model of the same architecture, with dense layers and any values, changed in place. It
+            takes the dtypes of the file and keeps its devices; what is on the meta device goes to the default device of
+            torch. Its buffers that are not part of the state_dict stay as they are, unless they are on the meta device.
+        folder: that `save_compressed` wrote, behind a model.
         impl: backend of the chains, 'auto', 'triton' or 'bmm'.
     Returns:
-        the model; the new layer, if the model is itself a chain.
+        the model, one made here in evaluation mode; the new layer, if the model is itself a chain.
     Raises:
-        UsageError: the folder is damaged or holds a densified model, or the model has another architecture. The model
-            is then unchanged.
+        UsageError: the folder is damaged or holds a densified model; the model has another architecture, and is then
+            unchanged; or there is no class of the installed transformers to make it.
     """
-    folder = Path(folder)
-    record = read_json_as(folder / RECORD_FILE, CompressedModel, "a compressed model")
-    if record.format != MODEL_FORMAT:
-        raise UsageError(f"{folder / RECORD_FILE} is no compressed model; a folder of ks.save_compressed is needed")
-    if record.version > MODEL_VERSION:
-        raise UsageError(f"{folder} has version {record.version}; {MODEL_VERSION} is the newest known, update ks")
+    if isinstance(model, nn.Module) == (folder is None):
+        raise UsageError("ks.load_compressed takes a folder, or a model and a folder")
+    folder = Path(model if folder is None else folder)  # type: ignore[arg-type]
+    record = read_record(folder)
     if record.densified:
         raise UsageError(
-            f"{folder} holds an ordinary checkpoint (densify=True); load {TENSORS_FILE} into the model itself"
+            f"{folder} holds an ordinary checkpoint (densify=True); load it by from_pretrained of {record.model}, or "
+            "its tensors into the model itself"
         )
+    if not isinstance(model, nn.Module):
+        model = empty_model(folder, record.model)
     inside = unwrapped(model)
     replacements = _empty_chains(inside, record, folder, impl)
-    tensors = _read_tensors(folder / TENSORS_FILE)
+    tensors = stored_tensors(folder)
     if record.version == 1:
-        tensors, record.aliases = _as_blocks(tensors, record)
+        tensors, record.aliases = _as_blocks({name: read_entry(tensors[name], name) for name in tensors}, record)
+    for name in {*record.buffers} - {*_meta_buffers_beside(inside)}:
+        tensors.pop(name, None)
+        record.aliases.pop(name, None)
     _check_keys(inside, replacements, tensors, record, folder)
     result = replace_modules(model, replacements)
     _fill(unwrapped(result), tensors, record.aliases)
     return result
 
 
-def _state_of(model: nn.Module) -> dict[str, torch.Tensor]:
+def _state_of(model: nn.Module) -> dict[str, Any]:
     """Return the state_dict under the names of an unwrapped model."""
-    state = {checkpoint_name(name): value for name, value in model.state_dict().items()}
+    return {checkpoint_name(name): value for name, value in model.state_dict().items()}
+
+
+def _buffers_beside(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the buffers that are not part of the state_dict, such as the frequencies of rotary embeddings."""
+    return {
+        checkpoint_name(_joined(path, name)): value
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name, value in module._buffers.items()
+        if name in module._non_persistent_buffers_set and value is not None
+    }
+
+
+def _meta_buffers_beside(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return those of `_buffers_beside` that are on the meta device.
+
+    Raises:
+        UsageError: a module has another tensor there, which no folder has.
+    """
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor) and value.is_meta:
+                raise UsageError(
+                    f"{one_line(_joined(path, name))} of the model is on the meta device and no buffer; give a model "
+                    "that was not made there: ks.load_compressed(model, folder)"
+                )
+    return {name: value for name, value in _buffers_beside(model).items() if value.is_meta}
+
+
+def _check_state(state: Mapping[str, Any]) -> None:
+    """Check that all state is tensors with values."""
     for name, value in state.items():
         if not isinstance(value, torch.Tensor):
             raise UsageError(
@@ -103,7 +170,6 @@ def _state_of(model: nn.Module) -> dict[str, torch.Tensor]:
             )
         if value.is_meta:
             raise UsageError(f"{one_line(name)!r} of the model is a meta tensor without values; give it some first")
-    return state
 
 
 def _described(chain: KSLinear) -> CompressedLayer:
@@ -117,65 +183,25 @@ def _ties(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
     first: dict[tuple, str] = {}
     ties = {}
     for name, value in state.items():
-        memory = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
+        # a storage has its own identity on the meta device too, where all addresses are 0
+        memory = (value.untyped_storage()._cdata, value.storage_offset(), value.shape, value.stride(), value.dtype)
         if value.numel() and first.setdefault(memory, name) != name:
             ties[name] = first[memory]
     return ties
 
 
-def _densified(state: Mapping[str, torch.Tensor], chains: Mapping[str, KSLinear]) -> dict[str, torch.Tensor]:
-    """Return a state_dict with one dense weight in the place of the factors of each chain."""
+def _densified(state: Mapping[str, torch.Tensor], chains: Mapping[str, KSLinear]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield a state_dict with one dense weight in the place of the factors of each chain."""
     blocks = {_joined(name, f"block_{index}") for name, chain in chains.items() for index in range(len(chain.patterns))}
-    tensors = {name: value for name, value in state.items() if name not in blocks}
+    yield from ((name, value) for name, value in state.items() if name not in blocks)
     for name, chain in chains.items():
         dense = chain.to_dense()
-        tensors[_joined(name, "weight")] = dense.t() if chain.stored_transposed else dense
-    return tensors
+        yield _joined(name, "weight"), dense.t() if chain.stored_transposed else dense
 
 
 def _joined(path: str, name: str) -> str:
     """Return the name of a tensor in a state_dict; the model itself has the path ''."""
     return f"{path}.{name}" if path else name
-
-
-def _check_folder(folder: Path) -> None:
-    """Check that a folder is new, empty, or one of ours."""
-    if folder.is_symlink():
-        raise UsageError(f"{folder} is a symbolic link, and nothing is written through one; choose another folder")
-    if not folder.exists():
-        return
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    ours = (
-        names == {TENSORS_FILE, RECORD_FILE}
-        and read_json_as(folder / RECORD_FILE, CompressedModel).format == MODEL_FORMAT
-    )
-    if not folder.is_dir() or (names and not ours):
-        found = f"holds {one_line(', '.join(sorted(names)[:3]))}" if names else "is no folder"
-        raise UsageError(f"{folder} {found}; choose a new or an empty folder, or one that ks.save_compressed wrote")
-
-
-def _write_folder(folder: Path, tensors: dict[str, torch.Tensor], record: dict) -> None:
-    """Write both files into a folder beside, which then takes the place of `folder`."""
-    temporary, before = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
-    try:
-        with signals.deferred():
-            try:
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                temporary.mkdir()
-                write_safetensors(temporary / TENSORS_FILE, tensors, {"format": "pt"})
-                write_json(temporary / RECORD_FILE, record)
-                if folder.exists():
-                    folder.rename(before)
-                temporary.rename(folder)
-            except OSError:
-                if before.exists():
-                    before.rename(folder)
-                raise
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-            shutil.rmtree(before, ignore_errors=True)
-    except OSError as error:
-        raise UsageError(f"{folder} cannot be written ({one_line(error, 200)})") from error
 
 
 def _empty_chains(model: nn.Module, record: CompressedModel, folder: Path, impl: str) -> dict[nn.Module, KSLinear]:
@@ -208,15 +234,6 @@ def _empty_chains(model: nn.Module, record: CompressedModel, folder: Path, impl:
     return chains
 
 
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        check_fits(str(path), path.stat().st_size, "use a machine with more memory")
-        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UsageError(f"{path} cannot be read ({one_line(error, 200)})") from error
-
-
 def _as_blocks(tensors: dict[str, torch.Tensor], record: CompressedModel):
     """Return tensors and aliases of version 1, whose factor l has values (a, b, c, d) as factors.l, as blocks."""
     name_of = {
@@ -232,12 +249,12 @@ def _as_blocks(tensors: dict[str, torch.Tensor], record: CompressedModel):
 def _check_keys(
     model: nn.Module,
     replacements: Mapping[nn.Module, KSLinear],
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, Any],
     record: CompressedModel,
     folder: Path,
 ) -> None:
     """Compare names and shapes of the tensors of a file with those that the model will have."""
-    state = _state_of(model)
+    state = _state_of(model) | _meta_buffers_beside(model)
     expected = {name: tuple(value.shape) for name, value in state.items()}
     for path, module in model.named_modules(remove_duplicate=False):
         if module in replacements:
@@ -246,9 +263,9 @@ def _check_keys(
                 expected.pop(_joined(place, name), None)
             expected |= {_joined(place, name): tuple(v.shape) for name, v in replacements[module].state_dict().items()}
     if not set(record.aliases.values()) <= tensors.keys():
-        raise UsageError(f"{folder / RECORD_FILE} is not valid: it ties tensors to one that {TENSORS_FILE} lacks")
+        raise UsageError(f"{folder / RECORD_FILE} is not valid: it ties tensors to one that the files lack")
     stored = {name: name for name in tensors} | record.aliases
-    found = {name: tuple(tensors[first].shape) for name, first in stored.items()}
+    found = {name: shape_of(tensors[first]) for name, first in stored.items()}
     where = f"{folder} is for another architecture ({one_line(record.model)})"
     for name in dict.fromkeys((*expected, *found)):
         if expected.get(name) != found.get(name):
@@ -260,19 +277,23 @@ def _check_keys(
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, tensors: Mapping[str, torch.Tensor], aliases: Mapping[str, str]) -> None:
+def _fill(model: nn.Module, tensors: Mapping[str, Any], aliases: Mapping[str, str]) -> None:
     """Copy values, so that chains keep the memory order of their factors, and tie the tied tensors again."""
     owners = {
         checkpoint_name(_joined(path, name)): (module, name)
         for path, module in model.named_modules(remove_duplicate=False)
         for name in (*module._parameters, *module._buffers)
     }
-    for name, value in tensors.items():
+    for name, entry in tensors.items():
         module, attribute = owners[name]
-        target = getattr(module, attribute)
-        if target.dtype != value.dtype:
+        value, target = read_entry(entry, name), getattr(module, attribute)
+        if target.is_meta:
+            made = torch.empty_like(target, dtype=value.dtype, device=torch.get_default_device())
+            is_parameter = isinstance(target, nn.Parameter)
+            setattr(module, attribute, nn.Parameter(made, target.requires_grad) if is_parameter else made)
+        elif target.dtype != value.dtype:
             target.data = target.data.to(value.dtype)
-        target.copy_(value)
+        getattr(module, attribute).copy_(value)
     for name, stored in aliases.items():
         (module, attribute), (first, stored_attribute) = owners[name], owners[stored]
         setattr(module, attribute, getattr(first, stored_attribute))

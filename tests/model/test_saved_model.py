@@ -2,13 +2,18 @@
 
 import contextlib
 import copy
+import dataclasses
 import json
 import resource
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from conftest import ROOT
 from networks import Conv1D, normal
 from planned import FAMILIES, Network, Tied, plan_of, single, tied_plan
 from torch import nn
@@ -16,8 +21,9 @@ from torch import nn
 import ks
 from ks.errors import UsageError
 from ks.model.linears import linears_of
+from ks.moments.metric import LossMetric
 
-FILES = {"model.safetensors", "compressed.json"}
+FILES = {"model.safetensors", "compressed.json", "README.md"}
 
 
 def compressed(model=None, families=FAMILIES):
@@ -163,13 +169,13 @@ def edited(folder, **changes):
 
 
 DAMAGE = {
-    "version": (lambda folder: edited(folder, version=3), "newest known"),
+    "version": (lambda folder: edited(folder, version=4), "newest known"),
     "format": (lambda folder: edited(folder, format="x"), "is no compressed model"),
     "patterns": (lambda folder: edited(folder, layers={"blocks.0.up": {"patterns": [[1, 2, 3]]}}), "is not valid"),
     "sizes": (lambda folder: edited(folder, layers={"blocks.0.up": {"patterns": [[1, 8, 3, 1]] * 2}}), "do not fit"),
     "alias": (lambda folder: edited(folder, aliases={"norm.weight": "y"}), "ties tensors to one"),
     "no record": (lambda folder: (folder / "compressed.json").unlink(), "no such file"),
-    "no tensors": (lambda folder: (folder / "model.safetensors").unlink(), "cannot be read"),
+    "no tensors": (lambda folder: (folder / "model.safetensors").unlink(), "no such file"),
     "cut": (lambda folder: (folder / "model.safetensors").write_bytes(b"12"), "cannot be read"),
 }
 
@@ -185,6 +191,203 @@ def test_a_damaged_folder_is_one_line(tmp_path, damage):
         ks.load_compressed(model, tmp_path / "small")
     assert "\n" not in str(caught.value)
     assert same_bits(bits(model), before)
+
+
+class WithBuffer(Network):
+    """A network with a buffer that is no part of its state_dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.tensor([1.5]), persistent=False)
+
+    def forward(self, x):
+        return super().forward(x * self.scale)
+
+
+def on_meta(kind):
+    with torch.device("meta"):
+        return kind().eval()
+
+
+def test_a_model_on_the_meta_device_is_filled_with_all_its_buffers(tmp_path):
+    model, x = compressed(WithBuffer().bfloat16()), normal(50, 8).bfloat16()
+    model.scale.fill_(0.3)  # another value than that of a new model
+    ks.save_compressed(model, tmp_path / "small")
+    loaded = ks.load_compressed(on_meta(WithBuffer), tmp_path / "small")
+    assert same_bits(bits(loaded), bits(model))
+    assert torch.equal(loaded(x), model(x))
+    assert "scale" not in loaded.state_dict()
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    given = ks.load_compressed(zeros(WithBuffer()), tmp_path / "small")
+    assert given.scale == 1.5  # that of a model with values stays
+    ks.save_compressed(compressed(), tmp_path / "small")
+    with pytest.raises(UsageError, match=r"scale is absent in the file and \(1,\) in the model"):
+        ks.load_compressed(on_meta(WithBuffer), tmp_path / "small")
+
+
+def test_tied_tensors_are_tied_again_on_the_meta_device(tmp_path):
+    model = Tied()
+    ks.compress(model, tied_plan(model), quiet=True)
+    ks.save_compressed(model, tmp_path / "small")
+    with torch.device("meta"):
+        fresh = Tied()
+    loaded = ks.load_compressed(fresh, tmp_path / "small")
+    assert loaded.first.block_0 is loaded.second.block_0
+    assert torch.equal(loaded(normal(3, 8)), model(normal(3, 8)))
+
+
+def test_a_tensor_on_the_meta_device_that_no_folder_has_is_one_line(tmp_path):
+    ks.save_compressed(compressed(), tmp_path / "small")
+    fresh = on_meta(Network)
+    fresh.table = torch.empty(2, device="meta")
+    with pytest.raises(UsageError, match="table of the model is on the meta device and no buffer"):
+        ks.load_compressed(fresh, tmp_path / "small")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_dense_weights_are_never_in_memory(tmp_path):
+    """16 dense layers of 64 MiB would need 1 GiB; their chains have 8 MiB."""
+    program = r"""
+        import pathlib, re, sys, torch, ks
+        def memory(name):
+            return int(re.search(name + r":\s*(\d+)", pathlib.Path("/proc/self/status").read_text())[1]) / 1024
+        def make(layer):
+            return torch.nn.Sequential(*(layer(4096, 4096, bias=False) for _ in range(16)))
+        ks.save_compressed(make(ks.KSLinear), sys.argv[1], max_shard_size=2**21)
+        before = memory("VmRSS")
+        with torch.device("meta"):
+            dense = make(torch.nn.Linear)
+        model = ks.load_compressed(dense, sys.argv[1])
+        assert model(torch.ones(1, 4096)).isfinite().all()
+        print(memory("VmHWM") - before)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), tmp_path / "small"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 100  # MiB above what the process had before
+
+
+def test_more_tensors_than_a_file_may_hold_go_into_several_with_an_index(tmp_path):
+    model, folder = compressed(), tmp_path / "small"
+    ks.save_compressed(model, folder, max_shard_size=500)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    files = sorted(folder.glob("*.safetensors"))
+    assert [path.name for path in files] == [
+        f"model-{k:05}-of-{len(files):05}.safetensors" for k in range(1, len(files) + 1)
+    ]
+    stored = {path.name: safetensors.torch.load_file(path) for path in files}
+    assert index["weight_map"] == {name: file for file, tensors in stored.items() for name in tensors}
+    sizes = [sum(tensor.nbytes for tensor in tensors.values()) for tensors in stored.values()]
+    assert len(sizes) > 1
+    assert max(sizes) <= 500
+    assert index["metadata"]["total_size"] == sum(sizes)
+    assert same_bits(bits(ks.load_compressed(zeros(Network()), folder)), bits(model))
+    ks.save_compressed(model, folder)
+    assert {path.name for path in folder.iterdir()} == FILES
+
+
+def test_only_safetensors_are_read(tmp_path):
+    model, folder = compressed(), tmp_path / "small"
+    ks.save_compressed(model, folder, max_shard_size=500)
+    [first, *_] = sorted(folder.glob("*.safetensors"))
+    torch.save(safetensors.torch.load_file(first), folder / "model.bin")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace(first.name, "model.bin"))
+    with pytest.raises(UsageError, match=r"names 'model.bin'; only .safetensors files are read"):
+        ks.load_compressed(zeros(Network()), folder)
+
+
+def test_the_card_has_the_plan_its_losses_and_the_line_that_loads(tmp_path):
+    model = Network()
+    plan = dataclasses.replace(plan_of(model, FAMILIES), loss_metric=LossMetric.MODEL_LOSS, unit="nats")
+    layers = [dataclasses.replace(layer, loss_increase=0.25 if layer.chain else 0.0) for layer in plan.layers]
+    plan = dataclasses.replace(plan, layers=tuple(layers)).measured(0.75)
+    plan.save(tmp_path / "plan.json")
+    ks.compress(model, plan, quiet=True)
+    ks.save_compressed(model, tmp_path / "small", plan=tmp_path / "plan.json")
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert card.startswith(
+        "---\nlibrary_name: ks\ntags:\n- kronecker-sparse\n- compression\n---\n\n# Network, compressed\n"
+    )
+    assert (
+        "`Network` with 2 linear layers as chains of Kronecker-sparse factors: 432 of 424 parameters (101.9%)." in card
+    )
+    assert 'ks.load_compressed(model, "small")' in card
+    assert "predicted to increase by 0.5 nats per token" in card
+    assert "Measured: 0.75 nats per token" in card
+    assert "| `blocks.0.down.weight` | monarch | 2 | 166.7% | 0.25 |" in card
+    assert "| `blocks.1.up.weight` | dense | - | 100.0% | 0 |" in card
+    assert str(tmp_path) not in card
+    assert str(ROOT) not in card
+    ks.save_compressed(model, tmp_path / "small")
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert "| `blocks.0.down` | 8 | 12 | 166.7% |" in card
+    ks.save_compressed(model, tmp_path / "dense", densify=True)
+    card = (tmp_path / "dense" / "README.md").read_text()
+    assert "ks.load" not in card
+    assert "The tensors are those of a `Network` with dense layers." in card
+
+
+def test_the_plan_of_another_model_is_refused(tmp_path):
+    model, other = compressed(), Network()
+    for plan, message in (
+        (plan_of(other, FAMILIES, **{"blocks.0.up": 1}), "blocks.0.up.weight of the model is another chain than that"),
+        (plan_of(other, {"blocks.1.down": "lowrank"}), "no chain for key 'blocks.1.down.weight'"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            ks.save_compressed(model, tmp_path / "small", plan=plan)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Tokenizer:
+    """Writes a file in a folder of its own, as tokenizers with several chat templates do."""
+
+    def save_pretrained(self, folder):
+        (folder / "templates").mkdir()
+        (folder / "templates" / "tool.jinja").write_text("{{ x }}")
+
+
+def test_the_files_of_a_tokenizer_are_ours_and_a_file_beside_them_is_not(tmp_path):
+    model, folder = compressed(), tmp_path / "small"
+    ks.save_compressed(model, folder, tokenizer=Tokenizer())
+    assert (folder / "templates" / "tool.jinja").exists()
+    (folder / "templates" / "mine.jinja").touch()
+    with pytest.raises(UsageError, match="small holds templates/mine.jinja; choose"):
+        ks.save_compressed(model, folder)
+    (folder / "templates" / "mine.jinja").unlink()
+    ks.save_compressed(model, folder)
+    assert {path.name for path in folder.iterdir()} == FILES
+
+
+def test_a_folder_of_version_2_is_read_and_replaced(tmp_path):
+    model, folder = compressed(), tmp_path / "small"
+    ks.save_compressed(model, folder)
+    (folder / "README.md").unlink()
+    record = json.loads((folder / "compressed.json").read_text())
+    del record["buffers"], record["files"]
+    (folder / "compressed.json").write_text(json.dumps(record | {"version": 2}))
+    assert same_bits(bits(ks.load_compressed(zeros(Network()), folder)), bits(model))
+    ks.save_compressed(model, folder)
+    assert {path.name for path in folder.iterdir()} == FILES
+
+
+def test_arguments_that_do_not_fit_are_one_line(tmp_path, monkeypatch):
+    folder = tmp_path / "small"
+    ks.save_compressed(compressed(), folder)
+    for arguments, message in (
+        ((Network(),), "takes a folder, or a model and a folder"),
+        ((folder, folder), "takes a folder, or a model and a folder"),
+        ((tmp_path / "x",), "x is no folder; a folder of ks.save_compressed is needed"),
+        ((str(folder),), r"has no config.json, since Network is no class of transformers; give the model: ks.load_c"),
+    ):
+        with pytest.raises(UsageError, match=message) as caught:
+            ks.load_compressed(*arguments)
+        assert "\n" not in str(caught.value)
+    (folder / "config.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(
+        UsageError, match="needs transformers, which cannot be imported .*; install it, or give the mod"
+    ):
+        ks.load_compressed(folder)
 
 
 def test_only_its_own_folder_is_replaced(tmp_path):

@@ -1,11 +1,21 @@
 """Tiny models of transformers, one of each kind, from collecting to generating; skipped without transformers."""
 
+import json
+import re
+import subprocess
+import sys
+import textwrap
+
 import pytest
 import torch
+from conftest import ROOT
 
 import ks
+from ks.errors import UsageError
 
 transformers = pytest.importorskip("transformers")
+huggingface_hub = pytest.importorskip("huggingface_hub")
+tokenizers = pytest.importorskip("tokenizers")
 
 SIZES = {"vocab_size": 40, "num_attention_heads": 2, "num_hidden_layers": 2}
 PLAIN = {"hidden_size": 16, "intermediate_size": 32, "max_position_embeddings": 64} | SIZES
@@ -84,13 +94,23 @@ def test_a_tiny_model_is_collected_planned_compressed_saved_loaded_and_generates
     assert plan.loss_increase > 0
     ks.compress(model, plan, moments=moments, quiet=True)
     assert any(isinstance(module, ks.KSLinear) for module in model.modules())
+    kept = "logits_per_image" if name.startswith("CLIP") else "logits"
     ks.save_compressed(model, tmp_path / "small")
-    loaded = ks.load_compressed(of_name(of_name.config_class(**options)).eval(), tmp_path / "small")
+    given = ks.load_compressed(of_name(of_name.config_class(**options)).eval(), tmp_path / "small")
+    loaded = ks.load_compressed(tmp_path / "small")
+    ks.save_compressed(model, tmp_path / "dense", densify=True)
+    dense = of_name.from_pretrained(tmp_path / "dense")
     with torch.no_grad():
-        found, expected = loaded(**batch), model(**batch)
-        kept = "logits_per_image" if name.startswith("CLIP") else "logits"
-        assert torch.equal(found[kept], expected[kept])
+        expected = model(**batch)
+        assert torch.equal(given(**batch)[kept], expected[kept])
+        assert torch.equal(loaded(**batch)[kept], expected[kept])
+        torch.testing.assert_close(dense(**batch)[kept], expected[kept])
     assert expected[kept].isfinite().all()
+    assert not loaded.training
+    assert loaded.config.to_dict() | {"dtype": None} == model.config.to_dict() | {
+        "dtype": None,
+        "architectures": [name],
+    }
     if name in EXPORTED:
         named = batch | {"use_cache": False}
         exported = torch.export.export(model, (), named, strict=False).module()
@@ -98,3 +118,174 @@ def test_a_tiny_model_is_collected_planned_compressed_saved_loaded_and_generates
     if "LM" in name or "Generation" in name:
         inputs = batch["input_features"] if name.startswith("Whisper") else TOKENS
         assert len(loaded.generate(inputs, max_new_tokens=4, do_sample=False)) == 2
+
+
+def small_llama(**options):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**(PLAIN | {"tie_word_embeddings": True} | options))
+    model = transformers.LlamaForCausalLM(config).eval()
+    return ks.compress(model, ks.plan_model(model, "**.mlp.*", budget=0.7, quiet=True), quiet=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_folder_keeps_dtypes_ties_buffers_and_the_generation_configuration(tmp_path, dtype):
+    model = small_llama().to(dtype)  # the frequencies of the rotary embedding too, unlike in a new model
+    assert model.model.rotary_emb.inv_freq.dtype == dtype
+    model.generation_config.max_new_tokens = 3
+    ks.save_compressed(model, tmp_path / "small", max_shard_size=1000)
+    loaded = ks.load_compressed(str(tmp_path / "small"))
+    assert {parameter.dtype for parameter in loaded.parameters()} == {loaded.config.dtype} == {dtype}
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert torch.equal(loaded.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+    assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+    generated = loaded.generate(TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(generated, model.generate(TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0))
+    assert generated.shape[1] == TOKENS.shape[1] + 3
+    ks.save_compressed(loaded, tmp_path / "again")
+    again = ks.load_compressed(tmp_path / "again")
+    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+
+
+def edited(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_no_code_of_a_folder_is_run(tmp_path, capsys):
+    model = small_llama()
+    folder, marker = tmp_path / "small", tmp_path / "marker"
+    model.config.auto_map = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilForCausalLM"}
+    ks.save_compressed(model, folder)
+    assert "auto_map" not in (folder / "config.json").read_text()
+    (folder / "evil.py").write_text(f"from pathlib import Path; Path({str(marker)!r}).touch()")
+
+    def spoil(config):
+        config["auto_map"] = model.config.auto_map
+        config["nested"] = [{"auto_map": model.config.auto_map}]
+        config["attn_implementation"] = "evil/kernel"  # would be loaded from a hub, and run
+
+    edited(folder / "config.json", spoil)
+    loaded = ks.load_compressed(folder)
+    assert "config.json: auto_map, attn_implementation left out, because it can name code" in capsys.readouterr().err
+    assert "auto_map" not in loaded.config.to_json_string()
+    assert loaded.config._attn_implementation == model.config._attn_implementation
+    assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+    assert not marker.exists()
+    for name in ("EvilForCausalLM", "evil.EvilForCausalLM", "AutoModel", "LlamaConfig", "pipeline", "os", "__class__"):
+        edited(folder / "compressed.json", lambda record, name=name: record.update(model=name))
+        with pytest.raises(
+            UsageError, match=f"holds a {name}, which the installed transformers .* does not have; give"
+        ):
+            ks.load_compressed(folder)
+    assert not marker.exists()
+
+
+DAMAGED = {
+    "newer": (lambda config: config.update(transformers_version="99.1.0"), "of transformers 99.1.0, newer than the in"),
+    "value": (lambda config: config.update(num_attention_heads="two"), "makes no LlamaForCausalLM of it"),
+    "size": (lambda config: config.update(intermediate_size=40), "another architecture .LlamaForCausalLM.: .*mlp"),
+    "layers": (lambda config: config.update(num_hidden_layers=3), "another architecture .* is absent in the file and"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_configuration_that_does_not_fit_is_one_line(tmp_path, damage):
+    ks.save_compressed(small_llama(), tmp_path / "small")
+    change, message = DAMAGED[damage]
+    edited(tmp_path / "small" / "config.json", change)
+    with pytest.raises(UsageError, match=message) as caught:
+        ks.load_compressed(tmp_path / "small")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_class_that_is_not_of_transformers_itself_is_given_with_the_folder(tmp_path):
+    own = type("OwnLlama", (transformers.LlamaForCausalLM,), {})
+    model = own(transformers.LlamaConfig(**PLAIN)).eval()
+    ks.compress(model, ks.plan_model(model, "**.mlp.*", budget=0.7, quiet=True), quiet=True)
+    ks.save_compressed(model, tmp_path / "small")
+    with pytest.raises(UsageError, match="has no config.json, since OwnLlama is no class of transformers; give the mo"):
+        ks.load_compressed(tmp_path / "small")
+    with torch.device("meta"):
+        fresh = own(transformers.LlamaConfig(**PLAIN)).eval()
+    assert torch.equal(ks.load_compressed(fresh, tmp_path / "small")(TOKENS).logits, model(TOKENS).logits)
+
+
+def word_tokenizer():
+    words = {"[UNK]": 0} | {f"w{index}": index for index in range(1, 40)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+
+
+@pytest.mark.parametrize("densify", [False, True])
+def test_the_card_loads_model_and_tokenizer_as_written(tmp_path, monkeypatch, densify):
+    model = small_llama()
+    model.config.name_or_path = "somebody/tiny-llama"
+    ks.save_compressed(model, tmp_path / "small", tokenizer=word_tokenizer(), densify=densify)
+    card = huggingface_hub.ModelCard.load(tmp_path / "small" / "README.md")
+    assert card.data.base_model == "somebody/tiny-llama"
+    assert card.data.library_name == ("transformers" if densify else "ks")
+    assert "# tiny-llama, compressed" in card.text
+    dense = transformers.LlamaForCausalLM(model.config).num_parameters()
+    assert f"factors: {model.num_parameters():,} of {dense:,} parameters" in card.text
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1], found)
+    torch.testing.assert_close(found["model"](TOKENS).logits, model(TOKENS).logits)
+    assert found["tokenizer"]("w3 w39").input_ids == [3, 39]
+
+
+def test_a_path_is_no_base_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "best").mkdir(parents=True)
+    for name in (str(tmp_path), "runs/best", "./runs/best", "runs\nlicense: mit/x", ""):
+        model = small_llama()
+        model.config.name_or_path = name
+        ks.save_compressed(model, tmp_path / "small")
+        text = "".join(path.read_text() for path in (tmp_path / "small").iterdir() if path.suffix != ".safetensors")
+        assert "base_model" not in text
+        assert "license" not in text
+        assert str(tmp_path) not in text
+
+
+def test_a_densified_folder_is_loaded_by_an_auto_class(tmp_path):
+    model = small_llama().bfloat16()
+    model.config.quantization_config = {
+        "quant_method": "gguf"
+    }  # left by transformers behind weights that it dequantised
+    ks.save_compressed(model, tmp_path / "dense", densify=True, max_shard_size=3000)
+    assert (tmp_path / "dense" / "model.safetensors.index.json").exists()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert loaded.dtype == torch.bfloat16
+    torch.testing.assert_close(loaded(TOKENS).logits, model(TOKENS).logits, atol=0.02, rtol=0.02)
+    with pytest.raises(
+        UsageError, match="holds an ordinary checkpoint .densify=True.; load it by from_pretrained of Ll"
+    ):
+        ks.load_compressed(tmp_path / "dense")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_dense_weights_are_never_in_memory(tmp_path):
+    """The MLPs need 720 MiB where they are dense, a tenth of that in one layer; their chains have 8 MiB."""
+    program = r"""
+        import pathlib, re, sys, torch, ks
+        from transformers import LlamaConfig, LlamaForCausalLM
+        def memory(name):
+            return int(re.search(name + r":\s*(\d+)", pathlib.Path("/proc/self/status").read_text())[1]) / 1024
+        heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 16}
+        sizes = {"vocab_size": 40, "hidden_size": 1024, "intermediate_size": 6144, "num_hidden_layers": 10}
+        config = LlamaConfig(**sizes, **heads)
+        with torch.device("meta"):
+            model = LlamaForCausalLM(config)
+            for layer in model.model.layers:
+                for name, size in {"gate": (1024, 6144), "up": (1024, 6144), "down": (6144, 1024)}.items():
+                    setattr(layer.mlp, f"{name}_proj", ks.KSLinear(*size))
+        ks.save_compressed(model.to_empty(device="cpu"), sys.argv[1])
+        before = memory("VmRSS")
+        model = ks.load_compressed(sys.argv[1])
+        print(memory("VmHWM") - before)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), tmp_path / "small"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 60  # MiB above what the process had before
