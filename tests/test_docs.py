@@ -37,11 +37,23 @@ COMMANDS = {
     "docs/models.md": (1, "model_plan/rank_sweep_plan.csv"),
     "docs/inputs.md": (1, "rank_sweep_results/rank_sweep_floor.png"),
 }
-# Flags of argparse, of pip, ray and tensorboard, and of the programs in benchmarks/.
+# Flags of argparse, of pip, ray, tensorboard and lm_eval, and of the programs in benchmarks/.
 FOREIGN = {
     *("--help", "--help_all"),
     *("--no-deps", "--head", "--port", "--address", "--disable-usage-stats", "--logdir"),
-    *("--compiled", "--earlier", "--rounds", "--csv", "--dtypes", "--without_first", "--generate", "--train"),
+    *(
+        "--tasks",
+        "--model",
+        "--model_args",
+        "--compiled",
+        "--earlier",
+        "--rounds",
+        "--csv",
+        "--dtypes",
+        "--without_first",
+        "--generate",
+        "--train",
+    ),
 }
 
 

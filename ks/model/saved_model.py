@@ -136,9 +136,13 @@ def _state_of(model: nn.Module) -> dict[str, Any]:
 
 
 def _buffers_beside(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the buffers that are not part of the state_dict, such as the frequencies of rotary embeddings."""
+    """Return the buffers that are not part of the state_dict, such as the frequencies of rotary embeddings.
+
+    A rotary embedding of transformers that adapts to long inputs keeps its first frequencies under the name original_….
+    They stand for the present ones, since a new model has not seen a long input.
+    """
     return {
-        checkpoint_name(_joined(path, name)): value
+        checkpoint_name(_joined(path, name)): module._buffers.get(f"original_{name}", value)
         for path, module in model.named_modules(remove_duplicate=False)
         for name, value in module._buffers.items()
         if name in module._non_persistent_buffers_set and value is not None

@@ -146,6 +146,16 @@ def test_a_folder_keeps_dtypes_ties_buffers_and_the_generation_configuration(tmp
     assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
 
 
+def test_frequencies_that_a_long_input_has_changed_are_saved_as_they_were_before(tmp_path):
+    model = small_llama(
+        max_position_embeddings=8, rope_parameters={"rope_type": "dynamic", "factor": 4, "rope_theta": 100}
+    )
+    model(TOKENS.repeat(1, 4))
+    ks.save_compressed(model, tmp_path / "small")
+    loaded = ks.load_compressed(tmp_path / "small")
+    assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+
+
 def edited(path, change):
     content = json.loads(path.read_text())
     change(content)
@@ -256,6 +266,7 @@ def test_a_densified_folder_is_loaded_by_an_auto_class(tmp_path):
     }  # left by transformers behind weights that it dequantised
     ks.save_compressed(model, tmp_path / "dense", densify=True, max_shard_size=3000)
     assert (tmp_path / "dense" / "model.safetensors.index.json").exists()
+    assert "quantization_config" not in (tmp_path / "dense" / "config.json").read_text()
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     assert loaded.dtype == torch.bfloat16
     torch.testing.assert_close(loaded(TOKENS).logits, model(TOKENS).logits, atol=0.02, rtol=0.02)
