@@ -71,8 +71,7 @@ def memory_left(root: Path = Path("/")) -> list[int]:
 def _groups(controller: str, root: Path) -> Iterator[tuple[int, Path]]:
     """Yield version and folder of every group whose limits hold for this process, from its own to the topmost visible.
 
-    A container may not see the folder of its own group under the path that /proc gives; its topmost folder is then that
-    group.
+    A container may not see its own group under the path that /proc gives: that group is then the topmost one.
     """
     own = {}  # path of the group of this process, by its controllers; version 2 lists none
     for line in _lines(root / "proc/self/cgroup"):
@@ -90,8 +89,6 @@ def _groups(controller: str, root: Path) -> Iterator[tuple[int, Path]]:
             continue
         top = root / mounted.lstrip("/")
         group = top / os.path.relpath(path, inside)
-        if ".." in group.relative_to(top).parts or not group.is_dir():
-            group = top
         yield from ((version, folder) for folder in (group, *group.parents) if folder.is_relative_to(top))
 
 

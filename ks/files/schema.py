@@ -169,7 +169,11 @@ class CompressedLayer(Struct):
 
 
 class CompressedModel(Struct):
-    """compressed.json beside the tensors of a compressed model; `ks.model.saved_model` describes the fields."""
+    """compressed.json beside the tensors of a compressed model.
+
+    `model` is the name of its class, `buffers` are those that the state_dict lacks, `files` all files of the folder but
+    this one.
+    """
 
     format: Text
     version: Positive

@@ -61,14 +61,15 @@ def save_compressed(
             into a dense weight under the name that it had, and tied tensors are stored under each of their names.
         max_shard_size: of a file with tensors, in bytes; more go into several files with an index.
     Raises:
-        UsageError: the folder holds something else or cannot be written, or the model has state that is no tensor.
+        UsageError: the folder holds something else or cannot be written, the model has state that is no tensor, or the
+            plan is that of another model.
     """
     folder = Path(folder).absolute()
     check_replaceable(folder)
     model = unwrapped(model)
     chains = {checkpoint_name(path): module for path, module in model.named_modules(remove_duplicate=False)}
     chains = {name: module for name, module in chains.items() if isinstance(module, KSLinear)}
-    state, buffers = _state_of(model), {} if densify else _buffers_beside(model)
+    state, buffers = _state_of(model), {} if densify else _before_long_inputs(_buffers_beside(model))
     _check_state(state | buffers)
     aliases = {} if densify else _ties(state | buffers)
     layers = {name: _described(chain) for name, chain in chains.items()}
@@ -136,16 +137,23 @@ def _state_of(model: nn.Module) -> dict[str, Any]:
 
 
 def _buffers_beside(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the buffers that are not part of the state_dict, such as the frequencies of rotary embeddings.
-
-    A rotary embedding of transformers that adapts to long inputs keeps its first frequencies under the name original_….
-    They stand for the present ones, since a new model has not seen a long input.
-    """
+    """Return the buffers that are not part of the state_dict, such as the frequencies of rotary embeddings."""
     return {
-        checkpoint_name(_joined(path, name)): module._buffers.get(f"original_{name}", value)
+        checkpoint_name(_joined(path, name)): value
         for path, module in model.named_modules(remove_duplicate=False)
         for name, value in module._buffers.items()
         if name in module._non_persistent_buffers_set and value is not None
+    }
+
+
+def _before_long_inputs(buffers: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return buffers with the first frequencies of rotary embeddings, which transformers keeps as original_….
+
+    A long input can change the frequencies, and a loaded model has not seen it.
+    """
+    places = {name: name.rpartition(".") for name in buffers}
+    return {
+        name: buffers.get(f"{path}{dot}original_{last}", buffers[name]) for name, (path, dot, last) in places.items()
     }
 
 

@@ -34,6 +34,7 @@ WHISPER = SPECIAL | {
 }
 EXPERTS = PLAIN | {"num_key_value_heads": 2}
 QWEN = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "head_dim": 8}
+MAMBA = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
 # name: (configuration, layers)
 MODELS = {
     "GPT2LMHeadModel": ({"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 2}, "**.mlp.*"),
@@ -41,8 +42,9 @@ MODELS = {
     "LlamaForCausalLM": (PLAIN, "**.mlp.*"),
     "MixtralForCausalLM": (EXPERTS | {"num_local_experts": 2}, "**.self_attn.*"),
     "Qwen3MoeForCausalLM": (EXPERTS | QWEN, "**.self_attn.*"),
-    "MambaForCausalLM": (
-        {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
+    "MambaForCausalLM": (MAMBA, "**.in_proj"),
+    "Mamba2ForCausalLM": (  # its configuration has an infinity
+        MAMBA | {"num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 4},
         "**.in_proj",
     ),
     "T5ForConditionalGeneration": (T5 | {"decoder_start_token_id": 0}, "**.DenseReluDense.*"),
@@ -278,7 +280,7 @@ def test_a_densified_folder_is_loaded_by_an_auto_class(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_dense_weights_are_never_in_memory(tmp_path):
-    """The MLPs need 720 MiB where they are dense, a tenth of that in one layer; their chains have 8 MiB."""
+    """The MLPs need 720 MiB where they are dense, a tenth of that in one block; their chains have 13 MiB."""
     program = r"""
         import pathlib, re, sys, torch, ks
         from transformers import LlamaConfig, LlamaForCausalLM
