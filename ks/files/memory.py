@@ -4,41 +4,24 @@ import os
 from pathlib import Path
 
 from ks.errors import UsageError
-
-CGROUP = Path("/sys/fs/cgroup")  # of a container, or of the whole machine, which has no limit
+from ks.files.limits import memory_left, numbers_after, words_in
 
 
 def available_bytes() -> int:
     """Return the bytes that this process can still allocate: the smallest of all the limits that are known."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    limits += [kib * 1024 for kib in _read_numbers("/proc/meminfo", "MemAvailable:")]
-    limits += [limit - _cgroup_bytes_in_use() for limit in _read_numbers(CGROUP / "memory.max")]
+    limits += [kib * 1024 for kib in numbers_after(["MemAvailable:"], words_in(Path("/proc/meminfo")))]
+    limits += memory_left()
     try:
         import resource  # not on Windows
 
         soft, _ = resource.getrlimit(resource.RLIMIT_AS)
         if soft != resource.RLIM_INFINITY:
-            used = _read_numbers("/proc/self/statm")
-            limits.append(soft - (used[0] * os.sysconf("SC_PAGE_SIZE") if used else 0))
+            pages = words_in(Path("/proc/self/statm"))[:1]  # of the address space
+            limits.append(soft - sum(map(int, pages)) * os.sysconf("SC_PAGE_SIZE"))
     except ImportError:
         pass
     return max(0, min(limits))
-
-
-def _cgroup_bytes_in_use() -> int:
-    """Return the memory that a container uses, without cached files, which the kernel drops when memory is needed."""
-    cached = (_read_numbers(CGROUP / "memory.stat", f"\n{kind}_file ") for kind in ("inactive", "active"))
-    return sum(_read_numbers(CGROUP / "memory.current")) - sum(map(sum, cached))
-
-
-def _read_numbers(path: str | Path, name: str = "") -> list[int]:
-    """Return the first number after `name` in a file of the kernel; empty if there is none."""
-    try:
-        text = Path(path).read_text()
-    except OSError:
-        return []
-    words = text.partition(name)[2].split() if name else text.split()
-    return [int(words[0])] if words and words[0].isdigit() else []
 
 
 def check_fits(what: str, needed: int, remedy: str) -> None:

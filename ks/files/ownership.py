@@ -5,18 +5,18 @@ A record is a JSON config with the names under `files`: `PREFIX_config.json` of 
 """
 
 import contextlib
-import errno
 import os
-import platform
+import signal
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
-from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+from filelock import LeaseCompromise, SoftFileLease, Timeout
 
 from ks.errors import UsageError
 from ks.files.atomic import read_json_object
 
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of a file system without locks
+LEASE_SECONDS = 30.0  # all processes that use a folder must agree on it
 
 
 def recorded(record: Path, without_list: Iterable[Path] = ()) -> set[Path]:
@@ -73,49 +73,62 @@ def delete(paths: Iterable[Path], inputs: Iterable[Path] = ()) -> None:
 
 @contextlib.contextmanager
 def locked(path, what: str, wait: float = 0.0) -> Iterator[None]:
-    """Hold a lock file; a lock that a killed process left is taken over, a symbolic link is refused.
+    """Hold a lock file that names host and process, and whose date shows every ten seconds that the process lives.
 
-    File systems without locks (some NFS and Lustre) get a file PATH.soft instead, which names host and process; one
-    whose process has ended is taken over on the same host.
+    It needs nothing of a file system but that two processes cannot both create a file: flock is missing on some network
+    file systems, and on others each host sees its own locks alone. The lock of a process that has ended is taken over,
+    at once on its own host, and elsewhere when the file has not changed for LEASE_SECONDS, as after the loss of a node.
+    A process that was suspended for so long, and whose lock another one took, is interrupted.
 
     Args:
         path: of the lock file, in an existing folder.
         what: kind of process that may hold it, for the message.
-        wait: seconds to try.
+        wait: seconds to wait for a process that is known to live.
     Raises:
-        UsageError: another process holds it, or it cannot be opened.
+        UsageError: another process holds it, or something else is in its place.
+        OSError: it cannot be written.
     """
     path = Path(path)
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise UsageError(f"{path} is in the place of a lock file; remove it")
+    lock = SoftFileLease(path, lease_duration=LEASE_SECONDS, on_compromise=_interrupt)
     try:
-        lock = _acquired(path, wait)
+        _acquire(lock, wait)
     except Timeout as error:
-        holder = ""
-        with contextlib.suppress(OSError):  # it may have ended just now
-            holder = path.read_text("utf-8", errors="replace").strip()
-        raise UsageError(
-            f"{path.parent} is in use by {what} ({holder or 'unknown'}); wait for it or choose another folder"
-        ) from error
+        if lock.owner is None:
+            message = f"{path} is no complete lock file; delete it if no process works in this folder"
+        else:
+            message = f"{path.parent} is in use by {what} ({_holder(lock)}); wait for it or choose another folder"
+        raise UsageError(message) from error
     except OSError as error:
-        raise UsageError(f"lock file {path} cannot be opened ({error.strerror}); remove it") from error
+        error.filename = error.filename or str(path)
+        raise
     try:
-        with contextlib.suppress(OSError):  # on a full disk the lock holds without a name in it
-            path.write_text(f"process {os.getpid()} on {platform.node()}", "utf-8")
         yield
     finally:
-        # Deleting the file before the lock is given up is safe: a process that waited for this file compares its inode
-        # with that of the path once it has the lock, and tries again (filelock 3.30 and later).
-        with contextlib.suppress(OSError):  # in a folder that has become read-only the file stays, without a lock
-            path.unlink(missing_ok=True)
-        lock.release()
+        with contextlib.suppress(OSError):  # in a folder that has become read-only the file stays
+            lock.release()
 
 
-def _acquired(path: Path, wait: float) -> BaseFileLock:
-    lock: BaseFileLock = FileLock(path, timeout=wait)
+def _acquire(lock: SoftFileLease, wait: float) -> None:
+    """Acquire a lock; one whose holder runs elsewhere, if at all, is watched until its lease may have ended."""
     try:
-        lock.acquire()
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
+        lock.acquire(timeout=wait)
+    except Timeout as error:
+        if lock.owner is not None and "this host cannot probe" not in str(error):
             raise
-        lock = SoftFileLock(f"{path}.soft", timeout=wait)
-        lock.acquire()
-    return lock
+        seconds = 1.2 * LEASE_SECONDS
+        print(f"waiting up to {seconds:.0f} s, whether {_holder(lock)} still holds {lock.lock_file}", file=sys.stderr)
+        lock.acquire(timeout=seconds, poll_interval=min(1.0, LEASE_SECONDS / 10))
+
+
+def _holder(lock: SoftFileLease) -> str:
+    """Return the process that a lock file names; the host is without the number of its process namespace."""
+    owner = lock.owner
+    return f"process {owner.pid} on {owner.hostname.partition('?')[0]}" if owner else "an unknown process"
+
+
+def _interrupt(loss: LeaseCompromise) -> None:
+    if loss.reason == "owner-changed":
+        print(f"{loss.lock_file} was taken by another process while this one was suspended", file=sys.stderr)
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -15,6 +15,7 @@ from ks import signals
 from ks.cli.console import EXIT_INTERNAL, EXIT_USAGE
 from ks.cli.flags import SweepConfig
 from ks.errors import UsageError, one_line
+from ks.files.limits import cpu_cores
 from ks.study.processes import Exit, Launcher, LocalLauncher, Task
 
 
@@ -65,14 +66,6 @@ def slots_of(config: SweepConfig, device: torch.device, runs: int) -> list[dict[
         gpus = choose_gpus(config.gpus, torch.cuda.device_count())
         slots = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:jobs][:runs]]
     return [slot | {"OMP_NUM_THREADS": str(max(1, cores // len(slots)))} for slot in slots]
-
-
-def cpu_cores() -> int:
-    """Return the number of cores that this process may use: OMP_NUM_THREADS if set, else the cores it is bound to."""
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    if given.isascii() and given.isdigit() and int(given):
-        return int(given)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def choose_gpus(gpus: str, device_count: int) -> list[str]:

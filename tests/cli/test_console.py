@@ -27,11 +27,15 @@ def test_what_the_user_did_is_one_line(capsys):
     assert capsys.readouterr() == ("", "\n".join([*lines, ""]))
 
 
-@pytest.mark.parametrize(
-    "error",
-    [ValueError("x"), OSError(28, "full"), InternalError("x")],
-    ids=lambda error: type(error).__name__,
-)
+def test_an_error_of_the_system_is_one_line_with_its_place(capsys):
+    for error in (OSError(28, "full", "some/file"), OSError(5, "broken"), OSError("words\nof a library")):
+        assert ending_with(error)([]) == 1
+    advice = "fix the cause, then rerun the same command"
+    shown = ("full: some/file", "broken", "words of a library")
+    assert capsys.readouterr() == ("", "".join(f"test_console.py: {text}; {advice}\n" for text in shown))
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), InternalError("x")], ids=lambda error: type(error).__name__)
 def test_any_other_exception_is_a_fault_of_the_program(capsys, error):
     assert ending_with(error)([]) == 4
     lines = capsys.readouterr().err.splitlines()

@@ -56,6 +56,20 @@ def test_an_odd_environment_changes_nothing(weight_path, tmp_path, environment):
     assert read_table(tmp_path / RESULTS["sweep"])[0]["status"] == "ok"
 
 
+def test_every_file_is_utf_8_whatever_the_locale(weight_path, tmp_path):
+    """Python warns where a file is opened without an encoding, which would be that of the locale."""
+    warn = {"PYTHONWARNDEFAULTENCODING": "1", "PYTHONWARNINGS": "default::EncodingWarning"}
+    done = shell(tmp_path, COMMANDS["sweep"], **warn)
+    assert done.returncode == 0, done.stderr
+    texts = done.stderr + (tmp_path / "out/rank_2/train.log").read_text()
+    assert [line for line in texts.splitlines() if "EncodingWarning" in line and f"{ROOT}/" in line] == []
+
+
+def test_an_isolated_interpreter_finds_the_package(weight_path, tmp_path):
+    done = shell(tmp_path, COMMANDS["train"].replace(sys.executable, f"{sys.executable} -I"))
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_terminal_without_the_characters_gets_escapes(weight_path, tmp_path):
     done = shell(tmp_path, COMMANDS["train"].replace("--output_dir out", "--output_dir ü×"), PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
