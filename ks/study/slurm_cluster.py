@@ -23,13 +23,13 @@ from ks import signals
 from ks.cli.console import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, note
 from ks.errors import UsageError, one_line
 from ks.files.atomic import read_json_object, write_json
-from ks.study.processes import POLL_SECONDS, Exit, Launcher, LocalLauncher, Task
+from ks.study.processes import POLL_SECONDS, STOP_SECONDS, Exit, Launcher, LocalLauncher, Task
 
 FOLDER = ".ks_slurm"  # in the results folder: the name of the jobs, a record for each run, the files of submitit
 PROGRAMS = ("sbatch", "squeue", "scancel", "srun")
 SIGNAL = "USR1@90"  # comes so many seconds before the time limit
 LOSSES = 2  # after which a run is not submitted again
-LOOK_SECONDS = 1.0
+POLLS = 10  # between two looks at the records
 QUEUE_SECONDS = 5.0
 GRACE_SECONDS = 10.0  # a network file system may show a record later than SLURM shows the end of its job
 SILENT_SECONDS = 3600.0  # after which a queue that does not answer counts as empty
@@ -210,8 +210,7 @@ class SlurmLauncher(Launcher):
                 elif not runs:
                     del jobs[job]
             queue.report_reasons(bool(running))
-            looked = time.monotonic()
-            while time.monotonic() - looked < LOOK_SECONDS:
+            for _ in range(POLLS):
                 poll(running)
                 time.sleep(POLL_SECONDS)
         self._done = True
@@ -331,7 +330,7 @@ def _wait_for_end(name: str, seconds: float) -> bool:
     """Return whether all jobs of a name have left the queue, which may take some seconds."""
     deadline = time.monotonic() + seconds
     while (ids := _in_queue(name)) and time.monotonic() < deadline:
-        time.sleep(LOOK_SECONDS)
+        time.sleep(STOP_SECONDS / 10)
     return ids == []
 
 
