@@ -20,7 +20,7 @@ SlurmctldHost={host}({address})
 SlurmctldPort=16817
 SlurmUser={user}
 SlurmdUser={user}
-AuthInfo=socket={folder}/munge.socket,cred_expire=2
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -39,10 +39,11 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
 SlurmdTimeout=5
-KillWait=5
+KillWait=10
+MessageTimeout=4
 NodeName=n1 NodeAddr={address} Port=16818 CPUs=2 RealMemory=4000 Gres=gpu:1
 NodeName=n2 NodeAddr={address} Port=16819 CPUs=2 RealMemory=4000 Gres=gpu:1
-PartitionName=main Nodes=n1,n2 Default=YES PriorityTier=1 GraceTime=20 MaxTime=60 DefaultTime=60
+PartitionName=main Nodes=n1,n2 Default=YES PriorityTier=1 GraceTime=10 MaxTime=60 DefaultTime=60
 PartitionName=urgent Nodes=n1,n2 PriorityTier=2 PreemptMode=off MaxTime=60
 """
 
