@@ -1,0 +1,408 @@
+"""The launcher of a SLURM cluster: each run is a process in an element of a job array; nodes share the file system.
+
+A job writes how each of its runs stands into a record in the results folder. The driver reads the records, and asks the
+queue only about jobs that leave a run without an end.
+"""
+
+import contextlib
+import dataclasses
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import ks
+from ks import signals
+from ks.cli.console import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, note
+from ks.errors import UsageError, one_line
+from ks.files.atomic import read_json_object, write_json
+from ks.study.processes import POLL_SECONDS, Exit, Launcher, LocalLauncher, Task
+
+FOLDER = ".ks_slurm"  # in the results folder: the name of the jobs, a record for each run, the files of submitit
+PROGRAMS = ("sbatch", "squeue", "scancel", "srun")
+SIGNAL = "USR1@90"  # comes so many seconds before the time limit
+LOSSES = 2  # after which a run is not submitted again
+LOOK_SECONDS = 1.0
+QUEUE_SECONDS = 5.0
+GRACE_SECONDS = 10.0  # a network file system may show a record later than SLURM shows the end of its job
+SILENT_SECONDS = 3600.0  # after which a queue that does not answer counts as empty
+CANCEL_SECONDS = 40.0  # 30 seconds after it has asked processes to end, SLURM kills them
+ENDED = {
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL"),
+    *("OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"),
+}
+ENDED_FOR_GOOD = {"CANCELLED", "DEADLINE", "FAILED", "OUT_OF_MEMORY"}
+# Settings of sbatch and of submitit that the launcher chooses.
+OWN = {
+    *("array", "array_parallelism", "job_name", "output", "error", "open_mode", "stderr_to_stdout", "signal_delay_s"),
+    *("nodes", "ntasks", "ntasks_per_node", "setup", "teardown", "srun_args", "use_srun", "additional_parameters"),
+    *("wrap", "parsable", "wait", "test_only", "chdir"),
+}
+
+
+@dataclass
+class _Run:
+    """A task that is not done yet. written: bytes of its curves when it was submitted."""
+
+    task: Task
+    record: Path
+    written: int = 0
+
+    def read(self) -> dict:
+        return read_json_object(self.record)
+
+    def reset(self, lost: int) -> None:
+        """Prepare the record for a submission."""
+        self.written = self._bytes()
+        write_json(self.record, {"lost": lost, "started": None, "exit": None})
+
+    def got_on(self) -> bool:
+        """Return whether epochs were added since the submission."""
+        return self._bytes() > self.written
+
+    def _bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.task.log.parent.glob("*_loss_curves.csv"))
+
+
+class SlurmLauncher(Launcher):
+    """Submits tasks as a job array, and those that are lost once more.
+
+    Args:
+        results: the folder of the sweep, on a file system that the nodes share.
+        settings: of sbatch, as KEY=VALUE or KEY.
+        runs: the number of tasks, at most.
+        runs_per_job: tasks of an array element, which run one after the other.
+        jobs: largest number of array elements at a time, or None.
+        timeout: seconds after which a task is stopped, or None.
+        quiet: print no line for a submission.
+    Raises:
+        UsageError: SLURM or submitit is not here, or a setting that the launcher chooses itself.
+    """
+
+    def __init__(
+        self,
+        results: Path,
+        settings: Iterable[str],
+        runs: int,
+        *,
+        runs_per_job: int = 1,
+        jobs: int | None = None,
+        timeout: float | None = None,
+        quiet: bool = False,
+    ):
+        if missing := [program for program in PROGRAMS if shutil.which(program) is None]:
+            raise UsageError(
+                f"--launcher slurm: {missing[0]} is not on PATH; start the sweep on a login node, or choose another "
+                "--launcher"
+            )
+        try:
+            import submitit.slurm.slurm as submitit
+        except ImportError as error:
+            raise UsageError("--launcher slurm needs submitit: pip install -r requirements-slurm.txt") from error
+        self._submitit = submitit
+        split = [setting.partition("=") for setting in settings]
+        self.settings = {key.replace("-", "_"): value if equals else True for key, equals, value in split}
+        if chosen := OWN & self.settings.keys():
+            raise UsageError(f"--slurm {min(chosen)}: the launcher chooses it; leave it out (docs/clusters.md)")
+        self.folder, self.name = results / FOLDER, f"ks_{uuid.uuid4().hex[:8]}"
+        self.runs, self.runs_per_job, self.jobs, self.timeout, self.quiet = runs, runs_per_job, jobs, timeout, quiet
+        self._done = True
+
+    def __enter__(self) -> Self:
+        """Let sbatch check the settings.
+
+        Raises:
+            UsageError: it refuses them.
+        """
+        os.environ["SBATCH_JOB_NAME"] = self.name  # it wins over the script
+        done = _call(["sbatch", "--test-only"], input=self.script())
+        if done is None or done.returncode:
+            reason = done.stderr.strip().rpartition("\n")[2] if done else "no answer"
+            for prefix in ("sbatch: ", "error: ", "fatal: "):
+                reason = reason.removeprefix(prefix)
+            given = " ".join(f"{key}={value}" for key, value in self.settings.items())
+            raise UsageError(f"--slurm {given}: sbatch refuses it ({one_line(reason, 200)})")
+        return self
+
+    def script(self) -> str:
+        """Return the script that sbatch gets for all runs."""
+        elements = -(-self.runs // self.runs_per_job)
+        executor = self._executor(elements)
+        executor.parameters |= {"map_count": elements} if elements > 1 else {}
+        return executor._make_submission_file_text(executor._submitit_command_str, "")
+
+    def _executor(self, elements: int):
+        executor = self._submitit.SlurmExecutor(self.folder)
+        known = executor._valid_parameters()
+        path = [str(Path(ks.__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        executor.update_parameters(
+            **{"time": None, "wckey": None}  # submitit has defaults for them
+            | {key: value for key, value in self.settings.items() if key in known},
+            job_name=self.name,
+            array_parallelism=self.jobs or elements,
+            setup=[
+                f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(os.pathsep.join(path))}",
+                '[ -z "$SLURM_CPUS_PER_TASK" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK',  # srun forgets it
+            ],
+            additional_parameters={"signal": SIGNAL, "requeue": True}
+            | {key: value for key, value in self.settings.items() if key not in known},
+        )
+        return executor
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if not self._done:
+            ids = _in_queue(self.name)
+            _call(["scancel", f"--name={self.name}"])
+            if ids != []:
+                note(f"cancelled {_jobs(ids)}" if ids else f"scancel --name={self.name} was not answered")
+        if self.folder.exists() and _wait_for_end(self.name, CANCEL_SECONDS):
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def run(self, tasks: Iterable[Task], poll: Callable[[list[Task]], None]) -> Iterator[tuple[Task, Exit]]:
+        waiting = [_Run(task, self.folder / f"run_{number}.json") for number, task in enumerate(tasks)]
+        if not waiting:
+            return
+        self._done = False
+        self.folder.mkdir(exist_ok=True)
+        write_json(self.folder / "sweep.json", {"job_name": self.name})  # for a sweep after one that is killed
+        for run in waiting:
+            run.reset(0)
+        jobs: dict[str, list[_Run]] = {}
+        queue = _Queue(self.name, self.quiet)
+        while waiting or jobs:
+            if waiting:
+                try:
+                    jobs |= self._submit(waiting)
+                except (RuntimeError, OSError) as error:
+                    poll([])  # after Ctrl-C, which ends sbatch too
+                    refused = Exit(EXIT_FAILED, 0.0, error=f"sbatch: {one_line(error)}")
+                    yield from ((run.task, refused) for run in waiting)
+                waiting = []
+            queue.ask(jobs)
+            running = []
+            for job, runs in list(jobs.items()):
+                if queue.is_pending(job):
+                    continue
+                left = queue.has_left(job)
+                for run in list(runs):
+                    record = run.read()
+                    ended = Exit(**record["exit"]) if record.get("exit") else None
+                    if ended is None or ended.code == EXIT_INTERRUPTED:
+                        if record.get("started") and ended is None:
+                            running.append(run.task)
+                    elif left or ended.code >= 0:  # SLURM reports at the end of the job who killed the run
+                        runs.remove(run)
+                        yield run.task, self._explained(run, job, queue, ended) if ended.code < 0 else ended
+                if left:
+                    del jobs[job]
+                    for run, ended in self._after(job, runs, queue):
+                        if ended is None:
+                            waiting.append(run)
+                        else:
+                            yield run.task, ended
+                elif not runs:
+                    del jobs[job]
+            queue.report_reasons(bool(running))
+            looked = time.monotonic()
+            while time.monotonic() - looked < LOOK_SECONDS:
+                poll(running)
+                time.sleep(POLL_SECONDS)
+        self._done = True
+
+    def _submit(self, runs: list[_Run]) -> dict[str, list[_Run]]:
+        """Submit runs as one array; return the runs of each job by its id."""
+        parts = [runs[start : start + self.runs_per_job] for start in range(0, len(runs), self.runs_per_job)]
+        executor = self._executor(len(parts))
+        arguments = [[(run.task, run.record) for run in part] for part in parts]
+        submitted = [job.job_id for job in executor.map_array(run_in_job, arguments, [self.timeout] * len(parts))]
+        note(f"{_jobs(submitted[:1])}: {len(runs)} runs in {len(parts)} array elements", self.quiet)
+        return dict(zip(submitted, parts))
+
+    def _after(self, job: str, runs: list[_Run], queue: "_Queue") -> Iterator[tuple[_Run, Exit | None]]:
+        """Yield the runs that a job has left without an end; those without an exit are to be submitted again.
+
+        The first one has not begun or was cut off; the others were not reached.
+        """
+        state = queue.state(job)
+        for number, run in enumerate(runs):
+            record = run.read()
+            if state in ENDED_FOR_GOOD:
+                yield run, self._explained(run, job, queue, Exit(EXIT_FAILED, 0.0))
+                continue
+            lost = record.get("lost", 0)
+            if number == 0 and not (record.get("exit") and run.got_on()):
+                lost += 1
+                note(f"{run.task.name}: SLURM job {job} was lost ({state}), {lost} of {LOSSES + 1}", self.quiet)
+            if lost > LOSSES:
+                yield run, self._explained(run, job, queue, Exit(EXIT_FAILED, 0.0, error=_lost(job)))
+            else:
+                run.reset(lost)
+                yield run, None
+
+    def _explained(self, run: _Run, job: str, queue: "_Queue", ended: Exit) -> Exit:
+        """Return the exit of a run that was killed or never began, in the words of SLURM; its log gets the details."""
+        try:
+            lines = (self.folder / f"{job}_0_log.err").read_text("utf-8", errors="replace").splitlines()[-12:]
+        except OSError:
+            lines = [f"it left no output; is {self.folder.parent} on a file system that the nodes share?"]
+        run.task.log.parent.mkdir(parents=True, exist_ok=True)
+        with open(run.task.log, "a", encoding="utf-8") as log:
+            log.write("\n".join([f"SLURM job {job}: {queue.state(job)}", *lines, ""]))
+        if queue.state(job) in ENDED_FOR_GOOD:
+            return dataclasses.replace(ended, error=f"SLURM job {job}: {queue.state(job)}")
+        return ended
+
+
+class _Queue:
+    """The jobs of a sweep in the queue of SLURM, which is asked every few seconds."""
+
+    def __init__(self, name: str, quiet: bool):
+        self.name, self.quiet = name, quiet
+        self._found: dict[str, tuple[str, str]] = {}
+        self._left: dict[str, float] = {}  # since when
+        self._asked, self._answered, self._reported = 0.0, time.monotonic(), ""
+
+    def ask(self, jobs: Iterable[str]) -> None:
+        """Find out how these jobs stand, unless that was done just now."""
+        now = time.monotonic()
+        if now - self._asked < QUEUE_SECONDS:
+            return
+        self._asked, found = now, _squeue(self.name)
+        if found is None and now - self._answered < SILENT_SECONDS:
+            return
+        if found is not None:
+            self._answered = now
+        self._found = found or {}
+        for job in jobs:
+            if self.state(job) in ENDED or job not in self._found:
+                self._left.setdefault(job, now)
+            else:
+                self._left.pop(job, None)
+
+    def state(self, job: str) -> str:
+        """Return the state of a job in the word of SLURM."""
+        return self._found.get(job, ("not in the queue", ""))[0]
+
+    def is_pending(self, job: str) -> bool:
+        return self.state(job) == "PENDING"
+
+    def has_left(self, job: str) -> bool:
+        """Return whether a job has ended so long ago that its records must be here."""
+        return time.monotonic() - self._left.get(job, float("inf")) > GRACE_SECONDS
+
+    def report_reasons(self, some_run: bool) -> None:
+        """Print why jobs are pending while no run has begun, once for each reason."""
+        reasons = sorted({reason for state, reason in self._found.values() if state == "PENDING" and reason != "None"})
+        text = f"waiting for SLURM ({', '.join(reasons)})"
+        if reasons and not some_run and text != self._reported:
+            self._reported = text
+            note(text, self.quiet)
+
+
+def cancel_left(results: Path) -> None:
+    """Cancel the jobs that a killed sweep left in a results folder, and wait until they have ended.
+
+    Raises:
+        UsageError: they cannot be cancelled from here.
+    """
+    folder = results / FOLDER
+    name = read_json_object(folder / "sweep.json").get("job_name")
+    if name is None:
+        return
+    if ids := _in_queue(name):
+        _call(["scancel", f"--name={name}"])
+        note(f"cancelled {_jobs(ids)} of an earlier sweep")
+    if not _wait_for_end(name, CANCEL_SECONDS):
+        raise UsageError(
+            f"{results} is in use by SLURM jobs of an earlier sweep; on the cluster, scancel --name={name} ends them. "
+            f"Then delete {folder}"
+        )
+    shutil.rmtree(folder)
+
+
+def _wait_for_end(name: str, seconds: float) -> bool:
+    """Return whether all jobs of a name have left the queue, which may take some seconds."""
+    deadline = time.monotonic() + seconds
+    while (ids := _in_queue(name)) and time.monotonic() < deadline:
+        time.sleep(LOOK_SECONDS)
+    return ids == []
+
+
+def _in_queue(name: str) -> list[str] | None:
+    """Return the ids of the jobs of a name that have not ended; None if SLURM does not answer."""
+    found = _squeue(name)
+    return None if found is None else [job for job, (state, _) in found.items() if state not in ENDED]
+
+
+def _squeue(name: str) -> dict[str, tuple[str, str]] | None:
+    """Return the state and the reason of each job of a name, as long as SLURM remembers it; None without an answer."""
+    done = _call(["squeue", "--noheader", "--array", "--states=all", f"--name={name}", "--format=%i|%T|%r"])
+    if done is None or done.returncode:
+        return None
+    rows = [line.split("|", 2) for line in done.stdout.splitlines()]
+    return {job.strip(): (state, reason) for job, state, reason in rows}
+
+
+def _call(command: list[str], input: str = "") -> subprocess.CompletedProcess | None:
+    """Call a program of SLURM, without the filters of a user's squeue; return None if it does not answer."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        return subprocess.run(
+            command, input=input, capture_output=True, text=True, timeout=10, env=environment, start_new_session=True
+        )
+    return None
+
+
+def _jobs(ids: list[str]) -> str:
+    """Return jobs in words, an array as one."""
+    numbers = list(dict.fromkeys(job.partition("_")[0] for job in ids))
+    return f"SLURM job{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}"
+
+
+def _lost(job: str) -> str:
+    return f"SLURM job {job} was lost, as {LOSSES} before it"
+
+
+def run_in_job(tasks: list[tuple[Task, Path]], timeout: float | None) -> None:
+    """Run tasks one after the other, on a node; each comes with its record.
+
+    A requeued job goes on where it was. A signal of SLURM ends the current run, which writes its resume state, and no
+    other one begins.
+    """
+    signals.install(__file__)
+    signals.begin()
+    with contextlib.suppress(KeyboardInterrupt), signals.deferred():
+        for task, path in tasks:
+            if not signals.came():
+                _run_recorded(task, path, timeout)
+
+
+def _run_recorded(task: Task, path: Path, timeout: float | None) -> None:
+    record = read_json_object(path)
+    ended = record["exit"] and Exit(**record["exit"])
+    if ended and ended.code != EXIT_INTERRUPTED:
+        return
+    job = os.environ["SLURM_JOB_ID"]
+    if record["started"] and not ended:
+        record["lost"] += 1
+    record |= {"started": f"{platform.node()}, job {job}", "exit": None}
+    write_json(path, record)
+    cores = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE", "1")
+    if record["lost"] > LOSSES:
+        ended = Exit(EXIT_FAILED, 0.0, error=_lost(job))
+    else:
+        try:
+            with LocalLauncher([{"OMP_NUM_THREADS": cores}], timeout) as local:
+                [(_, ended)] = local.run([task], lambda running: signals.check())
+        except KeyboardInterrupt:
+            ended = Exit(EXIT_INTERRUPTED, 0.0)
+        if signals.came() and ended.code != EXIT_OK:
+            ended = dataclasses.replace(ended, code=EXIT_INTERRUPTED)
+    write_json(path, record | {"exit": dataclasses.asdict(ended)})
