@@ -7,7 +7,7 @@ from pathlib import Path
 
 PROGRAMS = {
     "sbatch": "cat > script; [ ! -f refusal ] || { cat refusal >&2; exit 1; }",
-    "squeue": 'for option; do case $option in --name=*) name=${option#--name=};; esac; done; cat "queue_$name" || exit 1',
+    "squeue": 'for option; do case $option in --name=*) cat "queue_${option#--name=}" || exit 1;; esac; done',
     "scancel": 'echo "$@" >> cancelled; for name in queue_*; do : > "$name"; done',
     "srun": "",
 }

@@ -50,7 +50,7 @@ def run_all(tmp_path, tasks, poll=lambda running: None, **options):
 
 def test_runs_are_one_array_and_end_as_their_records_have_it(slurm, tmp_path, tasks, capsys):
     def job(number, part):
-        for ended, (task, record) in zip([OK, Exit(1, 2.0)], part):
+        for ended, (_task, record) in zip([OK, Exit(1, 2.0)], part):
             end(record, ended)
         return "COMPLETED"
 
