@@ -122,13 +122,16 @@ class SlurmLauncher(Launcher):
             UsageError: it refuses them.
         """
         os.environ["SBATCH_JOB_NAME"] = self.name  # it wins over the script
-        done = _call(["sbatch", "--test-only"], input=self.script())
+        script = self.script()
+        done = _call(["sbatch", "--test-only"], script)
         if done is None or done.returncode:
-            reason = done.stderr.strip().rpartition("\n")[2] if done else "no answer"
-            for prefix in ("sbatch: ", "error: ", "fatal: "):
-                reason = reason.removeprefix(prefix)
-            given = " ".join(f"{key}={value}" for key, value in self.settings.items())
-            raise UsageError(f"--slurm {given}: sbatch refuses it ({one_line(reason, 200)})")
+            # --test-only also refuses what no node can run right now
+            done = _call(["sbatch", "--begin=now+1hour"], script)
+            _call(["scancel", f"--name={self.name}"])
+        if done is None or done.returncode:
+            reason = done.stderr if done else "no answer"
+            given = " ".join(key if value is True else f"{key}={value}" for key, value in self.settings.items())
+            raise UsageError(f"sbatch refuses --slurm {given or 'without a setting'}: {one_line(reason, 300)}")
         return self
 
     def script(self) -> str:

@@ -260,9 +260,13 @@ def test_flags_that_do_not_go_together_are_refused(slurm, tmp_path, weight_path,
     on_slurm = ("--launcher", "slurm")
     assert line(*on_slurm, "--slurm", "array=1-9").startswith("--slurm array: the launcher chooses it")
     assert line(*on_slurm, "--gpus", "0").startswith("--launcher slurm chooses GPUs itself")
-    (slurm.folder / "refusal").write_text("sbatch: x\nsbatch: error: Batch job submission failed: Invalid partition\n")
-    expected = "--slurm partition=nowhere: sbatch refuses it (Batch job submission failed: Invalid partition)"
-    assert line(*on_slurm, "--slurm", "partition=nowhere") == expected
+    (slurm.folder / "refusal").write_text(
+        "sbatch: error: invalid partition specified: nowhere\nsbatch: error: failed\n"
+    )
+    expected = (
+        "sbatch refuses --slurm partition=nowhere: sbatch: error: invalid partition specified: nowhere sbatch: error"
+    )
+    assert line(*on_slurm, "--slurm", "partition=nowhere").startswith(expected)
     monkeypatch.setitem(sys.modules, "submitit.slurm.slurm", None)
     assert line(*on_slurm) == "--launcher slurm needs submitit: pip install -r requirements-slurm.txt"
     monkeypatch.setenv("PATH", str(tmp_path))
