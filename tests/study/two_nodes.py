@@ -4,6 +4,7 @@ Each node is a PID namespace with a hostname of its own, so that everything in i
 a pretended GPU, and this machine's files. All of it ends with the PID namespace of make test-slurm.
 """
 
+import contextlib
 import getpass
 import os
 import socket
@@ -99,9 +100,9 @@ class TwoNodes:
         """Submit a batch job; return its number."""
         return self.call("sbatch", "--parsable", "-o", "%j.out", *options, "--wrap", command).strip()
 
-    def fill(self, *options: str) -> str:
-        """Take every core until the job that is returned is cancelled."""
-        return self.submit("srun sleep 1000", "-N2", "--exclusive", *options)
+    def fill(self, cores: int) -> str:
+        """Take cores until the job that is returned is cancelled."""
+        return self.submit("sleep 1000", f"-n{cores}")
 
     def preempt(self, node: str) -> str:
         """Take a node from the jobs of partition main, which return to the queue, until the job is cancelled."""
@@ -121,6 +122,10 @@ class TwoNodes:
         """End everything on a node at once, as a loss of power does."""
         self._daemons[node].kill()
         self._daemons[node].wait()
+
+    def set_down(self, node: str) -> None:
+        """Let the controller know at once that a node is lost."""
+        self.call("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
 
     def restore(self, node: str) -> None:
         """Start a node that was killed, or end its draining; wait until it takes jobs."""
@@ -142,14 +147,17 @@ class TwoNodes:
         return "\n".join(f"{path.name}:\n{path.read_text()[-2000:]}" for path in sorted(self.folder.glob("*.log")))
 
 
-def processes(*needles: str) -> list[int]:
+def processes(*texts: str) -> list[int]:
     """Return the processes on any node whose command line holds all of these texts."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
-        try:
+        with contextlib.suppress(OSError):  # it has ended
             line = (entry / "cmdline").read_text().replace("\0", " ")
-        except OSError:  # it has ended
-            continue
-        if all(needle in line for needle in needles):
-            found.append(int(entry.name))
+            if all(text in line for text in texts):
+                found.append(int(entry.name))
     return found
+
+
+def environment_of(process: int) -> dict[str, str]:
+    entries = Path(f"/proc/{process}/environ").read_text().split("\0")
+    return dict(entry.split("=", 1) for entry in entries if entry)
