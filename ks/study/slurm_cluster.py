@@ -121,6 +121,9 @@ class SlurmLauncher(Launcher):
         Raises:
             UsageError: it refuses them.
         """
+        if "SLURM_JOB_ID" in os.environ:  # the driver is a job itself, and its jobs would inherit its resources
+            for name in [name for name in os.environ if name.startswith(("SLURM_", "SRUN_")) and name != "SLURM_CONF"]:
+                del os.environ[name]
         os.environ["SBATCH_JOB_NAME"] = self.name  # it wins over the script
         script = self.script()
         done = _call(["sbatch", "--test-only"], script)
@@ -203,15 +206,13 @@ class SlurmLauncher(Launcher):
                     elif left or ended.code >= 0:  # SLURM reports at the end of the job who killed the run
                         runs.remove(run)
                         yield run.task, self._explained(run, job, queue, ended) if ended.code < 0 else ended
-                if left:
+                if left or not runs:
                     del jobs[job]
-                    for run, ended in self._after(job, runs, queue):
-                        if ended is None:
-                            waiting.append(run)
-                        else:
-                            yield run.task, ended
-                elif not runs:
-                    del jobs[job]
+                for run, ended in self._after(job, runs, queue) if left and runs else ():
+                    if ended is None:
+                        waiting.append(run)
+                    else:
+                        yield run.task, ended
             queue.report_reasons(bool(running))
             for _ in range(POLLS):
                 poll(running)
@@ -233,6 +234,7 @@ class SlurmLauncher(Launcher):
         The first one has not begun or was cut off; the others were not reached.
         """
         state = queue.state(job)
+        _call(["scancel", job])  # it may be held, or on a node that has lost its network
         for number, run in enumerate(runs):
             record = run.read()
             if state in ENDED_FOR_GOOD:
@@ -242,6 +244,8 @@ class SlurmLauncher(Launcher):
             if number == 0 and not (record.get("exit") and run.got_on()):
                 lost += 1
                 note(f"{run.task.name}: SLURM job {job} was lost ({state}), {lost} of {LOSSES + 1}", self.quiet)
+            elif number == 0:
+                note(f"{run.task.name}: SLURM job {job} was interrupted ({state})", self.quiet)
             if lost > LOSSES:
                 yield run, self._explained(run, job, queue, Exit(EXIT_FAILED, 0.0, error=_lost(job)))
             else:
@@ -259,7 +263,7 @@ class SlurmLauncher(Launcher):
             log.write("\n".join([f"SLURM job {job}: {queue.state(job)}", *lines, ""]))
         if queue.state(job) in ENDED_FOR_GOOD:
             return dataclasses.replace(ended, error=f"SLURM job {job}: {queue.state(job)}")
-        return ended
+        return ended if ended.code >= 0 else dataclasses.replace(ended, error=f"killed by signal {-ended.code}")
 
 
 class _Queue:
@@ -349,7 +353,8 @@ def _squeue(name: str) -> dict[str, tuple[str, str]] | None:
     if done is None or done.returncode:
         return None
     rows = [line.split("|", 2) for line in done.stdout.splitlines()]
-    return {job.strip(): (state, reason) for job, state, reason in rows}
+    held = "launch failed"  # and then pending for ever
+    return {job: ("LAUNCH_FAILED" if reason.startswith(held) else state, reason) for job, state, reason in rows}
 
 
 def _call(command: list[str], input: str = "") -> subprocess.CompletedProcess | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 PROGRAMS = {
     "sbatch": "cat > script; [ ! -f refusal ] || { cat refusal >&2; exit 1; }",
     "squeue": 'for option; do case $option in --name=*) cat "queue_${option#--name=}" || exit 1;; esac; done',
-    "scancel": 'echo "$@" >> cancelled; for name in queue_*; do : > "$name"; done',
+    "scancel": 'echo "$@" >> cancelled; case $1 in --name=*) for name in queue_*; do : > "$name"; done;; esac',
     "srun": "",
 }
 
@@ -65,5 +65,5 @@ class FakeSlurm:
         return jobs
 
     def set(self, job: str, state: str, reason: str = "None") -> None:
-        self.states[job] = f"{job}|{state}|{reason}"
+        self.states[job] = f"{job}|{state}" if "|" in state else f"{job}|{state}|{reason}"
         (self.folder / f"queue_{self.name}").write_text("\n".join(self.states.values()) + "\n")

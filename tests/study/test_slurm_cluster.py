@@ -109,6 +109,33 @@ def test_a_lost_run_is_submitted_again_twice(slurm, tmp_path, tasks, capsys, sta
     assert f"SLURM job 3_0: {state}" in tasks[1].log.read_text()
 
 
+def test_a_job_that_is_held_after_a_failed_start_is_cancelled_and_submitted_again(slurm, tmp_path, tasks):
+    def job(number, part):
+        if number == 1:
+            return "PENDING|launch failed requeued held"
+        end(part[0][1], OK)
+        return "COMPLETED"
+
+    slurm.job = job
+    assert run_all(tmp_path, tasks[:1]) == {"rank 4": OK}
+    assert (slurm.folder / "cancelled").read_text() == "1_0\n"
+
+
+def test_the_jobs_of_a_driver_that_is_a_job_do_not_inherit_its_resources(slurm, tmp_path, tasks, monkeypatch):
+    for name in ("SLURM_JOB_ID", "SLURM_CPUS_PER_TASK", "SRUN_CPUS_PER_TASK", "SLURM_CONF"):
+        monkeypatch.setenv(name, "9")
+    seen = []
+
+    def job(number, part):
+        seen.extend(name for name in os.environ if name.startswith(("SLURM", "SRUN")))
+        end(part[0][1], OK)
+        return "COMPLETED"
+
+    slurm.job = job
+    run_all(tmp_path, tasks[:1])
+    assert seen == ["SLURM_CONF"]
+
+
 def test_an_interrupted_run_is_submitted_as_often_as_it_gets_on(slurm, tmp_path, tasks):
     curves = tmp_path / "rank_4" / "rank_4_rank_4_loss_curves.csv"
     curves.parent.mkdir()
@@ -155,14 +182,17 @@ def test_a_folder_that_the_nodes_do_not_see_is_suspected(slurm, tmp_path, tasks)
     assert f"is {tmp_path} on a file system that the nodes share?" in tasks[0].log.read_text()
 
 
-def test_a_killed_run_waits_for_the_words_of_slurm(slurm, tmp_path, tasks):
+@pytest.mark.parametrize(
+    ("state", "error"), [("OUT_OF_MEMORY", "SLURM job 1_0: OUT_OF_MEMORY"), ("COMPLETED", "killed by signal 9")]
+)
+def test_a_killed_run_waits_for_the_words_of_slurm(slurm, tmp_path, tasks, state, error):
     def job(number, part):
         end(part[0][1], Exit(-9, 3.0))
         (tmp_path / ".ks_slurm" / "1_0_0_log.err").write_text("slurmstepd: error: Detected 1 oom_kill event\n")
-        return "OUT_OF_MEMORY"
+        return state
 
     slurm.job = job
-    assert run_all(tmp_path, tasks[:1]) == {"rank 4": Exit(-9, 3.0, error="SLURM job 1_0: OUT_OF_MEMORY")}
+    assert run_all(tmp_path, tasks[:1]) == {"rank 4": Exit(-9, 3.0, error=error)}
     assert "Detected 1 oom_kill event" in tasks[0].log.read_text()
 
 
