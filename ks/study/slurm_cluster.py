@@ -53,15 +53,22 @@ class _Run:
 
     task: Task
     record: Path
+    lost: int = 0
+    begun: bool = False
     written: int = 0
-
-    def read(self) -> dict:
-        return read_json_object(self.record)
 
     def reset(self, lost: int) -> None:
         """Prepare the record for a submission."""
         self.written = self._bytes()
         write_json(self.record, {"lost": lost, "started": None, "exit": None})
+
+    def read(self) -> Exit | None:
+        """Read the record; return the exit of the run, if it has one."""
+        record = read_json_object(self.record)
+        self.lost = record.get("lost", self.lost)
+        ended = record.get("exit")
+        self.begun = bool(record.get("started")) and ended is None
+        return Exit(**ended) if ended else None
 
     def got_on(self) -> bool:
         """Return whether epochs were added since the submission."""
@@ -192,27 +199,16 @@ class SlurmLauncher(Launcher):
                     yield from ((run.task, refused) for run in waiting)
                 waiting = []
             queue.ask(jobs)
-            running = []
             for job, runs in list(jobs.items()):
-                if queue.is_pending(job):
-                    continue
-                left = queue.has_left(job)
-                for run in list(runs):
-                    record = run.read()
-                    ended = Exit(**record["exit"]) if record.get("exit") else None
-                    if ended is None or ended.code == EXIT_INTERRUPTED:
-                        if record.get("started") and ended is None:
-                            running.append(run.task)
-                    elif left or ended.code >= 0:  # SLURM reports at the end of the job who killed the run
-                        runs.remove(run)
-                        yield run.task, self._explained(run, job, queue, ended) if ended.code < 0 else ended
-                if left or not runs:
-                    del jobs[job]
-                for run, ended in self._after(job, runs, queue) if left and runs else ():
+                for run, ended in list(self._ended(job, runs, queue)):
+                    runs.remove(run)
                     if ended is None:
                         waiting.append(run)
                     else:
                         yield run.task, ended
+                if not runs:
+                    del jobs[job]
+            running = [run.task for runs in jobs.values() for run in runs if run.begun]
             queue.report_reasons(bool(running))
             for _ in range(POLLS):
                 poll(running)
@@ -228,31 +224,44 @@ class SlurmLauncher(Launcher):
         note(f"{_jobs(submitted[:1])}: {len(runs)} runs in {len(parts)} array elements", self.quiet)
         return dict(zip(submitted, parts))
 
-    def _after(self, job: str, runs: list[_Run], queue: "_Queue") -> Iterator[tuple[_Run, Exit | None]]:
-        """Yield the runs that a job has left without an end; those without an exit are to be submitted again.
+    def _ended(self, job: str, runs: list[_Run], queue: "_Queue") -> Iterator[tuple[_Run, Exit | None]]:
+        """Yield the runs of a job that have ended, with their exits; None for those to be submitted again."""
+        if queue.is_pending(job):
+            return
+        state, left, cut_off = queue.state(job), queue.has_left(job), []
+        for run in runs:
+            ended = run.read()
+            if ended is None or ended.code == EXIT_INTERRUPTED:
+                cut_off.append(run)
+            elif ended.code >= 0:
+                yield run, ended
+            elif left:  # SLURM reports at the end of the job who killed the run
+                yield run, self._explained(run, job, state, ended)
+        if left and cut_off:
+            _call(["scancel", job])  # it may be held, or on a node that has lost its network
+            for run in cut_off:
+                yield run, self._lost(run, job, state, first=run is cut_off[0])
 
-        The first one has not begun or was cut off; the others were not reached.
+    def _lost(self, run: _Run, job: str, state: str, first: bool) -> Exit | None:
+        """Return the exit of a run that its job has left without an end; None if it is to be submitted again.
+
+        Args:
+            first: it has not begun or was cut off; the other runs of the job were not reached.
         """
-        state = queue.state(job)
-        _call(["scancel", job])  # it may be held, or on a node that has lost its network
-        for number, run in enumerate(runs):
-            record = run.read()
-            if state in ENDED_FOR_GOOD:
-                yield run, self._explained(run, job, queue, Exit(EXIT_FAILED, 0.0))
-                continue
-            lost = record.get("lost", 0)
-            if number == 0 and not (record.get("exit") and run.got_on()):
-                lost += 1
-                note(f"{run.task.name}: SLURM job {job} was lost ({state}), {lost} of {LOSSES + 1}", self.quiet)
-            elif number == 0:
-                note(f"{run.task.name}: SLURM job {job} was interrupted ({state})", self.quiet)
-            if lost > LOSSES:
-                yield run, self._explained(run, job, queue, Exit(EXIT_FAILED, 0.0, error=_lost(job)))
-            else:
-                run.reset(lost)
-                yield run, None
+        if state in ENDED_FOR_GOOD:
+            return self._explained(run, job, state, Exit(EXIT_FAILED, 0.0))
+        lost = run.lost
+        if first and not (run.read() and run.got_on()):
+            lost += 1
+            note(f"{run.task.name}: SLURM job {job} was lost ({state}), {lost} of {LOSSES + 1}", self.quiet)
+        elif first:
+            note(f"{run.task.name}: SLURM job {job} was interrupted ({state})", self.quiet)
+        if lost > LOSSES:
+            return self._explained(run, job, state, Exit(EXIT_FAILED, 0.0, error=_lost_too_often(job)))
+        run.reset(lost)
+        return None
 
-    def _explained(self, run: _Run, job: str, queue: "_Queue", ended: Exit) -> Exit:
+    def _explained(self, run: _Run, job: str, state: str, ended: Exit) -> Exit:
         """Return the exit of a run that was killed or never began, in the words of SLURM; its log gets the details."""
         try:
             lines = (self.folder / f"{job}_0_log.err").read_text("utf-8", errors="replace").splitlines()[-12:]
@@ -260,9 +269,9 @@ class SlurmLauncher(Launcher):
             lines = [f"it left no output; is {self.folder.parent} on a file system that the nodes share?"]
         run.task.log.parent.mkdir(parents=True, exist_ok=True)
         with open(run.task.log, "a", encoding="utf-8") as log:
-            log.write("\n".join([f"SLURM job {job}: {queue.state(job)}", *lines, ""]))
-        if queue.state(job) in ENDED_FOR_GOOD:
-            return dataclasses.replace(ended, error=f"SLURM job {job}: {queue.state(job)}")
+            log.write("\n".join([f"SLURM job {job}: {state}", *lines, ""]))
+        if state in ENDED_FOR_GOOD:
+            return dataclasses.replace(ended, error=f"SLURM job {job}: {state}")
         return ended if ended.code >= 0 else dataclasses.replace(ended, error=f"killed by signal {-ended.code}")
 
 
@@ -373,7 +382,7 @@ def _jobs(ids: list[str]) -> str:
     return f"SLURM job{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}"
 
 
-def _lost(job: str) -> str:
+def _lost_too_often(job: str) -> str:
     return f"SLURM job {job} was lost, as {LOSSES} before it"
 
 
@@ -403,7 +412,7 @@ def _run_recorded(task: Task, path: Path, timeout: float | None) -> None:
     write_json(path, record)
     cores = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE", "1")
     if record["lost"] > LOSSES:
-        ended = Exit(EXIT_FAILED, 0.0, error=_lost(job))
+        ended = Exit(EXIT_FAILED, 0.0, error=_lost_too_often(job))
     else:
         try:
             with LocalLauncher([{"OMP_NUM_THREADS": cores}], timeout) as local:
