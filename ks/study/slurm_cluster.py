@@ -10,7 +10,6 @@ import os
 import platform
 import shlex
 import shutil
-import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -23,22 +22,15 @@ from ks import signals
 from ks.cli.console import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, note
 from ks.errors import UsageError, one_line
 from ks.files.atomic import read_json_object, write_json
-from ks.study.processes import POLL_SECONDS, STOP_SECONDS, Exit, Launcher, LocalLauncher, Task
+from ks.study.processes import POLL_SECONDS, Exit, Launcher, LocalLauncher, Task
+from ks.study.slurm_queue import ENDED_FOR_GOOD, Queue, call, in_queue, in_words, wait_for_end
 
 FOLDER = ".ks_slurm"  # in the results folder: the name of the jobs, a record for each run, the files of submitit
 PROGRAMS = ("sbatch", "squeue", "scancel", "srun")
 SIGNAL = "USR1@90"  # comes so many seconds before the time limit
 LOSSES = 2  # after which a run is not submitted again
 POLLS = 10  # between two looks at the records
-QUEUE_SECONDS = 5.0
-GRACE_SECONDS = 10.0  # a network file system may show a record later than SLURM shows the end of its job
-SILENT_SECONDS = 3600.0  # after which a queue that does not answer counts as empty
 CANCEL_SECONDS = 40.0  # 30 seconds after it has asked processes to end, SLURM kills them
-ENDED = {
-    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL"),
-    *("OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"),
-}
-ENDED_FOR_GOOD = {"CANCELLED", "DEADLINE", "FAILED", "OUT_OF_MEMORY"}
 # Settings of sbatch and of submitit that the launcher chooses.
 OWN = {
     *("array", "array_parallelism", "job_name", "output", "error", "open_mode", "stderr_to_stdout", "signal_delay_s"),
@@ -133,11 +125,11 @@ class SlurmLauncher(Launcher):
                 del os.environ[name]
         os.environ["SBATCH_JOB_NAME"] = self.name  # it wins over the script
         script = self.script()
-        done = _call(["sbatch", "--test-only"], script)
+        done = call(["sbatch", "--test-only"], script)
         if done is None or done.returncode:
             # --test-only also refuses what no node can run right now
-            done = _call(["sbatch", "--begin=now+1hour"], script)
-            _call(["scancel", f"--name={self.name}"])
+            done = call(["sbatch", "--begin=now+1hour"], script)
+            call(["scancel", f"--name={self.name}"])
         if done is None or done.returncode:
             reason = done.stderr if done else "no answer"
             given = " ".join(key if value is True else f"{key}={value}" for key, value in self.settings.items())
@@ -171,11 +163,11 @@ class SlurmLauncher(Launcher):
 
     def __exit__(self, kind, error, traceback) -> None:
         if not self._done:
-            ids = _in_queue(self.name)
-            _call(["scancel", f"--name={self.name}"])
+            ids = in_queue(self.name)
+            call(["scancel", f"--name={self.name}"])
             if ids != []:
-                note(f"cancelled {_jobs(ids)}" if ids else f"scancel --name={self.name} was not answered")
-        if self.folder.exists() and _wait_for_end(self.name, CANCEL_SECONDS):
+                note(f"cancelled {in_words(ids)}" if ids else f"scancel --name={self.name} was not answered")
+        if self.folder.exists() and wait_for_end(self.name, CANCEL_SECONDS):
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def run(self, tasks: Iterable[Task], poll: Callable[[list[Task]], None]) -> Iterator[tuple[Task, Exit]]:
@@ -188,7 +180,7 @@ class SlurmLauncher(Launcher):
         for run in waiting:
             run.reset(0)
         jobs: dict[str, list[_Run]] = {}
-        queue = _Queue(self.name, self.quiet)
+        queue = Queue(self.name, self.quiet)
         while waiting or jobs:
             if waiting:
                 try:
@@ -221,10 +213,10 @@ class SlurmLauncher(Launcher):
         executor = self._executor(len(parts))
         arguments = [[(run.task, run.record) for run in part] for part in parts]
         submitted = [job.job_id for job in executor.map_array(run_in_job, arguments, [self.timeout] * len(parts))]
-        note(f"{_jobs(submitted[:1])}: {len(runs)} runs in {len(parts)} array elements", self.quiet)
+        note(f"{in_words(submitted[:1])}: {len(runs)} runs in {len(parts)} array elements", self.quiet)
         return dict(zip(submitted, parts))
 
-    def _ended(self, job: str, runs: list[_Run], queue: "_Queue") -> Iterator[tuple[_Run, Exit | None]]:
+    def _ended(self, job: str, runs: list[_Run], queue: Queue) -> Iterator[tuple[_Run, Exit | None]]:
         """Yield the runs of a job that have ended, with their exits; None for those to be submitted again."""
         if queue.is_pending(job):
             return
@@ -238,7 +230,7 @@ class SlurmLauncher(Launcher):
             elif left:  # SLURM reports at the end of the job who killed the run
                 yield run, self._explained(run, job, state, ended)
         if left and cut_off:
-            _call(["scancel", job])  # it may be held, or on a node that has lost its network
+            call(["scancel", job])  # it may be held, or on a node that has lost its network
             for run in cut_off:
                 yield run, self._lost(run, job, state, first=run is cut_off[0])
 
@@ -275,52 +267,6 @@ class SlurmLauncher(Launcher):
         return ended if ended.code >= 0 else dataclasses.replace(ended, error=f"killed by signal {-ended.code}")
 
 
-class _Queue:
-    """The jobs of a sweep in the queue of SLURM, which is asked every few seconds."""
-
-    def __init__(self, name: str, quiet: bool):
-        self.name, self.quiet = name, quiet
-        self._found: dict[str, tuple[str, str]] = {}
-        self._left: dict[str, float] = {}  # since when
-        self._asked, self._answered, self._reported = 0.0, time.monotonic(), ""
-
-    def ask(self, jobs: Iterable[str]) -> None:
-        """Find out how these jobs stand, unless that was done just now."""
-        now = time.monotonic()
-        if now - self._asked < QUEUE_SECONDS:
-            return
-        self._asked, found = now, _squeue(self.name)
-        if found is None and now - self._answered < SILENT_SECONDS:
-            return
-        if found is not None:
-            self._answered = now
-        self._found = found or {}
-        for job in jobs:
-            if self.state(job) in ENDED or job not in self._found:
-                self._left.setdefault(job, now)
-            else:
-                self._left.pop(job, None)
-
-    def state(self, job: str) -> str:
-        """Return the state of a job in the word of SLURM."""
-        return self._found.get(job, ("not in the queue", ""))[0]
-
-    def is_pending(self, job: str) -> bool:
-        return self.state(job) == "PENDING"
-
-    def has_left(self, job: str) -> bool:
-        """Return whether a job has ended so long ago that its records must be here."""
-        return time.monotonic() - self._left.get(job, float("inf")) > GRACE_SECONDS
-
-    def report_reasons(self, some_run: bool) -> None:
-        """Print why jobs are pending while no run has begun, once for each reason."""
-        reasons = sorted({reason for state, reason in self._found.values() if state == "PENDING" and reason != "None"})
-        text = f"waiting for SLURM ({', '.join(reasons)})"
-        if reasons and not some_run and text != self._reported:
-            self._reported = text
-            note(text, self.quiet)
-
-
 def cancel_left(results: Path) -> None:
     """Cancel the jobs that a killed sweep left in a results folder, and wait until they have ended.
 
@@ -331,55 +277,15 @@ def cancel_left(results: Path) -> None:
     name = read_json_object(folder / "sweep.json").get("job_name")
     if name is None:
         return
-    if ids := _in_queue(name):
-        _call(["scancel", f"--name={name}"])
-        note(f"cancelled {_jobs(ids)} of an earlier sweep")
-    if not _wait_for_end(name, CANCEL_SECONDS):
+    if ids := in_queue(name):
+        call(["scancel", f"--name={name}"])
+        note(f"cancelled {in_words(ids)} of an earlier sweep")
+    if not wait_for_end(name, CANCEL_SECONDS):
         raise UsageError(
             f"{results} is in use by SLURM jobs of an earlier sweep; on the cluster, scancel --name={name} ends them. "
             f"Then delete {folder}"
         )
     shutil.rmtree(folder)
-
-
-def _wait_for_end(name: str, seconds: float) -> bool:
-    """Return whether all jobs of a name have left the queue, which may take some seconds."""
-    deadline = time.monotonic() + seconds
-    while (ids := _in_queue(name)) and time.monotonic() < deadline:
-        time.sleep(STOP_SECONDS / 10)
-    return ids == []
-
-
-def _in_queue(name: str) -> list[str] | None:
-    """Return the ids of the jobs of a name that have not ended; None if SLURM does not answer."""
-    found = _squeue(name)
-    return None if found is None else [job for job, (state, _) in found.items() if state not in ENDED]
-
-
-def _squeue(name: str) -> dict[str, tuple[str, str]] | None:
-    """Return the state and the reason of each job of a name, as long as SLURM remembers it; None without an answer."""
-    done = _call(["squeue", "--noheader", "--array", "--states=all", f"--name={name}", "--format=%i|%T|%r"])
-    if done is None or done.returncode:
-        return None
-    rows = [line.split("|", 2) for line in done.stdout.splitlines()]
-    held = "launch failed"  # and then pending for ever
-    return {job: ("LAUNCH_FAILED" if reason.startswith(held) else state, reason) for job, state, reason in rows}
-
-
-def _call(command: list[str], input: str = "") -> subprocess.CompletedProcess | None:
-    """Call a program of SLURM, without the filters of a user's squeue; return None if it does not answer."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        return subprocess.run(
-            command, input=input, capture_output=True, text=True, timeout=10, env=environment, start_new_session=True
-        )
-    return None
-
-
-def _jobs(ids: list[str]) -> str:
-    """Return jobs in words, an array as one."""
-    numbers = list(dict.fromkeys(job.partition("_")[0] for job in ids))
-    return f"SLURM job{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}"
 
 
 def _lost_too_often(job: str) -> str:
