@@ -23,13 +23,13 @@ from ks import signals
 from ks.cli.console import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, note
 from ks.errors import UsageError, one_line
 from ks.files.atomic import read_json_object, write_json
-from ks.study.processes import POLL_SECONDS, Exit, Launcher, LocalLauncher, Task
+from ks.study.processes import POLL_SECONDS, STOP_SECONDS, Exit, Launcher, LocalLauncher, Task
 
 FOLDER = ".ks_slurm"  # in the results folder: the name of the jobs, a record for each run, the files of submitit
 PROGRAMS = ("sbatch", "squeue", "scancel", "srun")
 SIGNAL = "USR1@90"  # comes so many seconds before the time limit
 LOSSES = 2  # after which a run is not submitted again
-LOOK_SECONDS = 1.0
+POLLS = 10  # between two looks at the records
 QUEUE_SECONDS = 5.0
 GRACE_SECONDS = 10.0  # a network file system may show a record later than SLURM shows the end of its job
 SILENT_SECONDS = 3600.0  # after which a queue that does not answer counts as empty
@@ -121,14 +121,20 @@ class SlurmLauncher(Launcher):
         Raises:
             UsageError: it refuses them.
         """
+        if "SLURM_JOB_ID" in os.environ:  # the driver is a job itself, and its jobs would inherit its resources
+            for name in [name for name in os.environ if name.startswith(("SLURM_", "SRUN_")) and name != "SLURM_CONF"]:
+                del os.environ[name]
         os.environ["SBATCH_JOB_NAME"] = self.name  # it wins over the script
-        done = _call(["sbatch", "--test-only"], input=self.script())
+        script = self.script()
+        done = _call(["sbatch", "--test-only"], script)
         if done is None or done.returncode:
-            reason = done.stderr.strip().rpartition("\n")[2] if done else "no answer"
-            for prefix in ("sbatch: ", "error: ", "fatal: "):
-                reason = reason.removeprefix(prefix)
-            given = " ".join(f"{key}={value}" for key, value in self.settings.items())
-            raise UsageError(f"--slurm {given}: sbatch refuses it ({one_line(reason, 200)})")
+            # --test-only also refuses what no node can run right now
+            done = _call(["sbatch", "--begin=now+1hour"], script)
+            _call(["scancel", f"--name={self.name}"])
+        if done is None or done.returncode:
+            reason = done.stderr if done else "no answer"
+            given = " ".join(key if value is True else f"{key}={value}" for key, value in self.settings.items())
+            raise UsageError(f"sbatch refuses --slurm {given or 'without a setting'}: {one_line(reason, 300)}")
         return self
 
     def script(self) -> str:
@@ -200,18 +206,15 @@ class SlurmLauncher(Launcher):
                     elif left or ended.code >= 0:  # SLURM reports at the end of the job who killed the run
                         runs.remove(run)
                         yield run.task, self._explained(run, job, queue, ended) if ended.code < 0 else ended
-                if left:
+                if left or not runs:
                     del jobs[job]
-                    for run, ended in self._after(job, runs, queue):
-                        if ended is None:
-                            waiting.append(run)
-                        else:
-                            yield run.task, ended
-                elif not runs:
-                    del jobs[job]
+                for run, ended in self._after(job, runs, queue) if left and runs else ():
+                    if ended is None:
+                        waiting.append(run)
+                    else:
+                        yield run.task, ended
             queue.report_reasons(bool(running))
-            looked = time.monotonic()
-            while time.monotonic() - looked < LOOK_SECONDS:
+            for _ in range(POLLS):
                 poll(running)
                 time.sleep(POLL_SECONDS)
         self._done = True
@@ -231,6 +234,7 @@ class SlurmLauncher(Launcher):
         The first one has not begun or was cut off; the others were not reached.
         """
         state = queue.state(job)
+        _call(["scancel", job])  # it may be held, or on a node that has lost its network
         for number, run in enumerate(runs):
             record = run.read()
             if state in ENDED_FOR_GOOD:
@@ -240,6 +244,8 @@ class SlurmLauncher(Launcher):
             if number == 0 and not (record.get("exit") and run.got_on()):
                 lost += 1
                 note(f"{run.task.name}: SLURM job {job} was lost ({state}), {lost} of {LOSSES + 1}", self.quiet)
+            elif number == 0:
+                note(f"{run.task.name}: SLURM job {job} was interrupted ({state})", self.quiet)
             if lost > LOSSES:
                 yield run, self._explained(run, job, queue, Exit(EXIT_FAILED, 0.0, error=_lost(job)))
             else:
@@ -257,7 +263,7 @@ class SlurmLauncher(Launcher):
             log.write("\n".join([f"SLURM job {job}: {queue.state(job)}", *lines, ""]))
         if queue.state(job) in ENDED_FOR_GOOD:
             return dataclasses.replace(ended, error=f"SLURM job {job}: {queue.state(job)}")
-        return ended
+        return ended if ended.code >= 0 else dataclasses.replace(ended, error=f"killed by signal {-ended.code}")
 
 
 class _Queue:
@@ -331,7 +337,7 @@ def _wait_for_end(name: str, seconds: float) -> bool:
     """Return whether all jobs of a name have left the queue, which may take some seconds."""
     deadline = time.monotonic() + seconds
     while (ids := _in_queue(name)) and time.monotonic() < deadline:
-        time.sleep(LOOK_SECONDS)
+        time.sleep(STOP_SECONDS / 10)
     return ids == []
 
 
@@ -347,7 +353,8 @@ def _squeue(name: str) -> dict[str, tuple[str, str]] | None:
     if done is None or done.returncode:
         return None
     rows = [line.split("|", 2) for line in done.stdout.splitlines()]
-    return {job.strip(): (state, reason) for job, state, reason in rows}
+    held = "launch failed"  # and then pending for ever
+    return {job: ("LAUNCH_FAILED" if reason.startswith(held) else state, reason) for job, state, reason in rows}
 
 
 def _call(command: list[str], input: str = "") -> subprocess.CompletedProcess | None:
