@@ -217,7 +217,7 @@ def test_killed_processes_are_noticed(slurm, sweep):
     status = {int(row["rank"]): row["status"] for row in read_table(sweep.results / "rank_sweep_summary.csv")}
     assert status[4] == "ok"
     assert "FAILED" in status[2]
-    assert status[1] == "failed (exit -9)"
+    assert status[1] == "failed (killed by signal 9)"
     assert re.search(r"rank 2: failed .* end of .*\n(  .*\n)+  srun: error: n.: task 0: Killed", sweep.stderr())
     assert slurm.queue() == []
 
@@ -246,12 +246,12 @@ def test_the_jobs_of_a_killed_driver_are_cancelled(slurm, sweep, assert_as_local
     sweep.wait_for_epochs()
     process.kill()
     process.wait()
-    left = slurm.queue()
+    left = {*slurm.queue()}
     assert len(left) == 3
     process = sweep.on_slurm()
-    wait_for(lambda: "of an earlier sweep" in sweep.stderr())
+    wait_for(lambda: not left & {*slurm.queue()})
+    assert "of an earlier sweep" in sweep.stderr()
     sweep.wait_for_epochs()
-    assert not {*left} & {*slurm.queue()}
     sweep.hurry()
     assert_as_local(process, resumed=RANKS)
 
