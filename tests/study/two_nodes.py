@@ -148,16 +148,20 @@ class TwoNodes:
 
 
 def processes(*texts: str) -> list[int]:
-    """Return the processes on any node whose command line holds all of these texts."""
-    found = []
+    """Return the processes on any node whose command line holds all of these texts, without their own forks."""
+    parents = {}
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended
             line = (entry / "cmdline").read_text().replace("\0", " ")
             if all(text in line for text in texts):
-                found.append(int(entry.name))
-    return found
+                parents[int(entry.name)] = parent_of(int(entry.name))
+    return [process for process, parent in parents.items() if parent not in parents]
 
 
 def environment_of(process: int) -> dict[str, str]:
     entries = Path(f"/proc/{process}/environ").read_text().split("\0")
     return dict(entry.split("=", 1) for entry in entries if entry)
+
+
+def parent_of(process: int) -> int:
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
