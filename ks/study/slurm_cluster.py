@@ -10,7 +10,6 @@ import os
 import platform
 import shlex
 import shutil
-import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -23,22 +22,15 @@ from ks import signals
 from ks.cli.console import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, note
 from ks.errors import UsageError, one_line
 from ks.files.atomic import read_json_object, write_json
-from ks.study.processes import POLL_SECONDS, STOP_SECONDS, Exit, Launcher, LocalLauncher, Task
+from ks.study.processes import POLL_SECONDS, Exit, Launcher, LocalLauncher, Task
+from ks.study.slurm_queue import ENDED_FOR_GOOD, Queue, call, in_queue, in_words, wait_for_end
 
 FOLDER = ".ks_slurm"  # in the results folder: the name of the jobs, a record for each run, the files of submitit
 PROGRAMS = ("sbatch", "squeue", "scancel", "srun")
 SIGNAL = "USR1@90"  # comes so many seconds before the time limit
 LOSSES = 2  # after which a run is not submitted again
 POLLS = 10  # between two looks at the records
-QUEUE_SECONDS = 5.0
-GRACE_SECONDS = 10.0  # a network file system may show a record later than SLURM shows the end of its job
-SILENT_SECONDS = 3600.0  # after which a queue that does not answer counts as empty
 CANCEL_SECONDS = 40.0  # 30 seconds after it has asked processes to end, SLURM kills them
-ENDED = {
-    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL"),
-    *("OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"),
-}
-ENDED_FOR_GOOD = {"CANCELLED", "DEADLINE", "FAILED", "OUT_OF_MEMORY"}
 # Settings of sbatch and of submitit that the launcher chooses.
 OWN = {
     *("array", "array_parallelism", "job_name", "output", "error", "open_mode", "stderr_to_stdout", "signal_delay_s"),
@@ -53,15 +45,22 @@ class _Run:
 
     task: Task
     record: Path
+    lost: int = 0
+    begun: bool = False
     written: int = 0
-
-    def read(self) -> dict:
-        return read_json_object(self.record)
 
     def reset(self, lost: int) -> None:
         """Prepare the record for a submission."""
         self.written = self._bytes()
         write_json(self.record, {"lost": lost, "started": None, "exit": None})
+
+    def read(self) -> Exit | None:
+        """Read the record; return the exit of the run, if it has one."""
+        record = read_json_object(self.record)
+        self.lost = record.get("lost", self.lost)
+        ended = record.get("exit")
+        self.begun = bool(record.get("started")) and ended is None
+        return Exit(**ended) if ended else None
 
     def got_on(self) -> bool:
         """Return whether epochs were added since the submission."""
@@ -126,11 +125,11 @@ class SlurmLauncher(Launcher):
                 del os.environ[name]
         os.environ["SBATCH_JOB_NAME"] = self.name  # it wins over the script
         script = self.script()
-        done = _call(["sbatch", "--test-only"], script)
+        done = call(["sbatch", "--test-only"], script)
         if done is None or done.returncode:
             # --test-only also refuses what no node can run right now
-            done = _call(["sbatch", "--begin=now+1hour"], script)
-            _call(["scancel", f"--name={self.name}"])
+            done = call(["sbatch", "--begin=now+1hour"], script)
+            call(["scancel", f"--name={self.name}"])
         if done is None or done.returncode:
             reason = done.stderr if done else "no answer"
             given = " ".join(key if value is True else f"{key}={value}" for key, value in self.settings.items())
@@ -164,11 +163,11 @@ class SlurmLauncher(Launcher):
 
     def __exit__(self, kind, error, traceback) -> None:
         if not self._done:
-            ids = _in_queue(self.name)
-            _call(["scancel", f"--name={self.name}"])
+            ids = in_queue(self.name)
+            call(["scancel", f"--name={self.name}"])
             if ids != []:
-                note(f"cancelled {_jobs(ids)}" if ids else f"scancel --name={self.name} was not answered")
-        if self.folder.exists() and _wait_for_end(self.name, CANCEL_SECONDS):
+                note(f"cancelled {in_words(ids)}" if ids else f"scancel --name={self.name} was not answered")
+        if self.folder.exists() and wait_for_end(self.name, CANCEL_SECONDS):
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def run(self, tasks: Iterable[Task], poll: Callable[[list[Task]], None]) -> Iterator[tuple[Task, Exit]]:
@@ -181,7 +180,7 @@ class SlurmLauncher(Launcher):
         for run in waiting:
             run.reset(0)
         jobs: dict[str, list[_Run]] = {}
-        queue = _Queue(self.name, self.quiet)
+        queue = Queue(self.name, self.quiet)
         while waiting or jobs:
             if waiting:
                 try:
@@ -192,27 +191,16 @@ class SlurmLauncher(Launcher):
                     yield from ((run.task, refused) for run in waiting)
                 waiting = []
             queue.ask(jobs)
-            running = []
             for job, runs in list(jobs.items()):
-                if queue.is_pending(job):
-                    continue
-                left = queue.has_left(job)
-                for run in list(runs):
-                    record = run.read()
-                    ended = Exit(**record["exit"]) if record.get("exit") else None
-                    if ended is None or ended.code == EXIT_INTERRUPTED:
-                        if record.get("started") and ended is None:
-                            running.append(run.task)
-                    elif left or ended.code >= 0:  # SLURM reports at the end of the job who killed the run
-                        runs.remove(run)
-                        yield run.task, self._explained(run, job, queue, ended) if ended.code < 0 else ended
-                if left or not runs:
-                    del jobs[job]
-                for run, ended in self._after(job, runs, queue) if left and runs else ():
+                for run, ended in list(self._ended(job, runs, queue)):
+                    runs.remove(run)
                     if ended is None:
                         waiting.append(run)
                     else:
                         yield run.task, ended
+                if not runs:
+                    del jobs[job]
+            running = [run.task for runs in jobs.values() for run in runs if run.begun]
             queue.report_reasons(bool(running))
             for _ in range(POLLS):
                 poll(running)
@@ -225,34 +213,47 @@ class SlurmLauncher(Launcher):
         executor = self._executor(len(parts))
         arguments = [[(run.task, run.record) for run in part] for part in parts]
         submitted = [job.job_id for job in executor.map_array(run_in_job, arguments, [self.timeout] * len(parts))]
-        note(f"{_jobs(submitted[:1])}: {len(runs)} runs in {len(parts)} array elements", self.quiet)
+        note(f"{in_words(submitted[:1])}: {len(runs)} runs in {len(parts)} array elements", self.quiet)
         return dict(zip(submitted, parts))
 
-    def _after(self, job: str, runs: list[_Run], queue: "_Queue") -> Iterator[tuple[_Run, Exit | None]]:
-        """Yield the runs that a job has left without an end; those without an exit are to be submitted again.
+    def _ended(self, job: str, runs: list[_Run], queue: Queue) -> Iterator[tuple[_Run, Exit | None]]:
+        """Yield the runs of a job that have ended, with their exits; None for those to be submitted again."""
+        if queue.is_pending(job):
+            return
+        state, left, cut_off = queue.state(job), queue.has_left(job), []
+        for run in runs:
+            ended = run.read()
+            if ended is None or ended.code == EXIT_INTERRUPTED:
+                cut_off.append(run)
+            elif ended.code >= 0:
+                yield run, ended
+            elif left:  # SLURM reports at the end of the job who killed the run
+                yield run, self._explained(run, job, state, ended)
+        if left and cut_off:
+            call(["scancel", job])  # it may be held, or on a node that has lost its network
+            for run in cut_off:
+                yield run, self._lost(run, job, state, first=run is cut_off[0])
 
-        The first one has not begun or was cut off; the others were not reached.
+    def _lost(self, run: _Run, job: str, state: str, first: bool) -> Exit | None:
+        """Return the exit of a run that its job has left without an end; None if it is to be submitted again.
+
+        Args:
+            first: it has not begun or was cut off; the other runs of the job were not reached.
         """
-        state = queue.state(job)
-        _call(["scancel", job])  # it may be held, or on a node that has lost its network
-        for number, run in enumerate(runs):
-            record = run.read()
-            if state in ENDED_FOR_GOOD:
-                yield run, self._explained(run, job, queue, Exit(EXIT_FAILED, 0.0))
-                continue
-            lost = record.get("lost", 0)
-            if number == 0 and not (record.get("exit") and run.got_on()):
-                lost += 1
-                note(f"{run.task.name}: SLURM job {job} was lost ({state}), {lost} of {LOSSES + 1}", self.quiet)
-            elif number == 0:
-                note(f"{run.task.name}: SLURM job {job} was interrupted ({state})", self.quiet)
-            if lost > LOSSES:
-                yield run, self._explained(run, job, queue, Exit(EXIT_FAILED, 0.0, error=_lost(job)))
-            else:
-                run.reset(lost)
-                yield run, None
+        if state in ENDED_FOR_GOOD:
+            return self._explained(run, job, state, Exit(EXIT_FAILED, 0.0))
+        lost = run.lost
+        if first and not (run.read() and run.got_on()):
+            lost += 1
+            note(f"{run.task.name}: SLURM job {job} was lost ({state}), {lost} of {LOSSES + 1}", self.quiet)
+        elif first:
+            note(f"{run.task.name}: SLURM job {job} was interrupted ({state})", self.quiet)
+        if lost > LOSSES:
+            return self._explained(run, job, state, Exit(EXIT_FAILED, 0.0, error=_lost_too_often(job)))
+        run.reset(lost)
+        return None
 
-    def _explained(self, run: _Run, job: str, queue: "_Queue", ended: Exit) -> Exit:
+    def _explained(self, run: _Run, job: str, state: str, ended: Exit) -> Exit:
         """Return the exit of a run that was killed or never began, in the words of SLURM; its log gets the details."""
         try:
             lines = (self.folder / f"{job}_0_log.err").read_text("utf-8", errors="replace").splitlines()[-12:]
@@ -260,56 +261,10 @@ class SlurmLauncher(Launcher):
             lines = [f"it left no output; is {self.folder.parent} on a file system that the nodes share?"]
         run.task.log.parent.mkdir(parents=True, exist_ok=True)
         with open(run.task.log, "a", encoding="utf-8") as log:
-            log.write("\n".join([f"SLURM job {job}: {queue.state(job)}", *lines, ""]))
-        if queue.state(job) in ENDED_FOR_GOOD:
-            return dataclasses.replace(ended, error=f"SLURM job {job}: {queue.state(job)}")
+            log.write("\n".join([f"SLURM job {job}: {state}", *lines, ""]))
+        if state in ENDED_FOR_GOOD:
+            return dataclasses.replace(ended, error=f"SLURM job {job}: {state}")
         return ended if ended.code >= 0 else dataclasses.replace(ended, error=f"killed by signal {-ended.code}")
-
-
-class _Queue:
-    """The jobs of a sweep in the queue of SLURM, which is asked every few seconds."""
-
-    def __init__(self, name: str, quiet: bool):
-        self.name, self.quiet = name, quiet
-        self._found: dict[str, tuple[str, str]] = {}
-        self._left: dict[str, float] = {}  # since when
-        self._asked, self._answered, self._reported = 0.0, time.monotonic(), ""
-
-    def ask(self, jobs: Iterable[str]) -> None:
-        """Find out how these jobs stand, unless that was done just now."""
-        now = time.monotonic()
-        if now - self._asked < QUEUE_SECONDS:
-            return
-        self._asked, found = now, _squeue(self.name)
-        if found is None and now - self._answered < SILENT_SECONDS:
-            return
-        if found is not None:
-            self._answered = now
-        self._found = found or {}
-        for job in jobs:
-            if self.state(job) in ENDED or job not in self._found:
-                self._left.setdefault(job, now)
-            else:
-                self._left.pop(job, None)
-
-    def state(self, job: str) -> str:
-        """Return the state of a job in the word of SLURM."""
-        return self._found.get(job, ("not in the queue", ""))[0]
-
-    def is_pending(self, job: str) -> bool:
-        return self.state(job) == "PENDING"
-
-    def has_left(self, job: str) -> bool:
-        """Return whether a job has ended so long ago that its records must be here."""
-        return time.monotonic() - self._left.get(job, float("inf")) > GRACE_SECONDS
-
-    def report_reasons(self, some_run: bool) -> None:
-        """Print why jobs are pending while no run has begun, once for each reason."""
-        reasons = sorted({reason for state, reason in self._found.values() if state == "PENDING" and reason != "None"})
-        text = f"waiting for SLURM ({', '.join(reasons)})"
-        if reasons and not some_run and text != self._reported:
-            self._reported = text
-            note(text, self.quiet)
 
 
 def cancel_left(results: Path) -> None:
@@ -322,10 +277,10 @@ def cancel_left(results: Path) -> None:
     name = read_json_object(folder / "sweep.json").get("job_name")
     if name is None:
         return
-    if ids := _in_queue(name):
-        _call(["scancel", f"--name={name}"])
-        note(f"cancelled {_jobs(ids)} of an earlier sweep")
-    if not _wait_for_end(name, CANCEL_SECONDS):
+    if ids := in_queue(name):
+        call(["scancel", f"--name={name}"])
+        note(f"cancelled {in_words(ids)} of an earlier sweep")
+    if not wait_for_end(name, CANCEL_SECONDS):
         raise UsageError(
             f"{results} is in use by SLURM jobs of an earlier sweep; on the cluster, scancel --name={name} ends them. "
             f"Then delete {folder}"
@@ -333,47 +288,7 @@ def cancel_left(results: Path) -> None:
     shutil.rmtree(folder)
 
 
-def _wait_for_end(name: str, seconds: float) -> bool:
-    """Return whether all jobs of a name have left the queue, which may take some seconds."""
-    deadline = time.monotonic() + seconds
-    while (ids := _in_queue(name)) and time.monotonic() < deadline:
-        time.sleep(STOP_SECONDS / 10)
-    return ids == []
-
-
-def _in_queue(name: str) -> list[str] | None:
-    """Return the ids of the jobs of a name that have not ended; None if SLURM does not answer."""
-    found = _squeue(name)
-    return None if found is None else [job for job, (state, _) in found.items() if state not in ENDED]
-
-
-def _squeue(name: str) -> dict[str, tuple[str, str]] | None:
-    """Return the state and the reason of each job of a name, as long as SLURM remembers it; None without an answer."""
-    done = _call(["squeue", "--noheader", "--array", "--states=all", f"--name={name}", "--format=%i|%T|%r"])
-    if done is None or done.returncode:
-        return None
-    rows = [line.split("|", 2) for line in done.stdout.splitlines()]
-    held = "launch failed"  # and then pending for ever
-    return {job: ("LAUNCH_FAILED" if reason.startswith(held) else state, reason) for job, state, reason in rows}
-
-
-def _call(command: list[str], input: str = "") -> subprocess.CompletedProcess | None:
-    """Call a program of SLURM, without the filters of a user's squeue; return None if it does not answer."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        return subprocess.run(
-            command, input=input, capture_output=True, text=True, timeout=10, env=environment, start_new_session=True
-        )
-    return None
-
-
-def _jobs(ids: list[str]) -> str:
-    """Return jobs in words, an array as one."""
-    numbers = list(dict.fromkeys(job.partition("_")[0] for job in ids))
-    return f"SLURM job{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}"
-
-
-def _lost(job: str) -> str:
+def _lost_too_often(job: str) -> str:
     return f"SLURM job {job} was lost, as {LOSSES} before it"
 
 
@@ -403,7 +318,7 @@ def _run_recorded(task: Task, path: Path, timeout: float | None) -> None:
     write_json(path, record)
     cores = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE", "1")
     if record["lost"] > LOSSES:
-        ended = Exit(EXIT_FAILED, 0.0, error=_lost(job))
+        ended = Exit(EXIT_FAILED, 0.0, error=_lost_too_often(job))
     else:
         try:
             with LocalLauncher([{"OMP_NUM_THREADS": cores}], timeout) as local:

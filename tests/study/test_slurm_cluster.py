@@ -14,7 +14,7 @@ from fake_slurm import FakeSlurm
 import rank_sweep_study
 from ks.errors import UsageError
 from ks.files.atomic import read_json_object, write_json
-from ks.study import slurm_cluster
+from ks.study import slurm_cluster, slurm_queue
 from ks.study.processes import Exit, Task
 from ks.study.slurm_cluster import SlurmLauncher, cancel_left
 
@@ -24,7 +24,9 @@ OK = Exit(0, 1.5)
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
     (tmp_path / "bin").mkdir()
-    for name, value in {"QUEUE": 0.0, "GRACE": 0.0, "CANCEL": 0.1, "STOP": 0.5, "POLL": 0.01}.items():
+    for name, value in {"QUEUE": 0.0, "GRACE": 0.0}.items():
+        monkeypatch.setattr(slurm_queue, f"{name}_SECONDS", value)
+    for name, value in {"CANCEL": 0.1, "POLL": 0.01}.items():
         monkeypatch.setattr(slurm_cluster, f"{name}_SECONDS", value)
     monkeypatch.setattr(slurm_cluster, "POLLS", 1)
     monkeypatch.setenv("SBATCH_JOB_NAME", "")
@@ -221,7 +223,7 @@ def test_a_job_that_left_the_queue_without_a_word_is_lost_and_a_queue_that_does_
 
 
 def test_a_queue_that_is_silent_for_long_counts_as_empty(slurm, tmp_path, tasks, monkeypatch):
-    monkeypatch.setattr(slurm_cluster, "SILENT_SECONDS", 0.05)
+    monkeypatch.setattr(slurm_queue, "SILENT_SECONDS", 0.05)
 
     def job(number, part):
         if number == 2:
