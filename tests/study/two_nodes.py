@@ -58,6 +58,7 @@ class TwoNodes:
             (folder / name).mkdir()
         config = CONFIG.format(folder=folder, address=ADDRESS, host=socket.gethostname(), user=getpass.getuser())
         (folder / "slurm.conf").write_text(config)
+        (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # unused; v2 would need systemd
         (folder / "gres.conf").write_text("Name=gpu File=/dev/null\n")
         key = folder / "munge.key"
         key.touch(0o600)
