@@ -127,9 +127,10 @@ class SlurmLauncher(Launcher):
         script = self.script()
         done = call(["sbatch", "--test-only"], script)
         if done is None or done.returncode:
-            # --test-only also refuses what no node can run right now
-            done = call(["sbatch", "--begin=now+1hour"], script)
-            call(["scancel", f"--name={self.name}"])
+            try:  # --test-only also refuses what no node can run right now
+                done = call(["sbatch", "--begin=now+1hour"], script)
+            finally:
+                call(["scancel", f"--name={self.name}"])
         if done is None or done.returncode:
             reason = done.stderr if done else "no answer"
             given = " ".join(key if value is True else f"{key}={value}" for key, value in self.settings.items())
@@ -213,7 +214,8 @@ class SlurmLauncher(Launcher):
         executor = self._executor(len(parts))
         arguments = [[(run.task, run.record) for run in part] for part in parts]
         submitted = [job.job_id for job in executor.map_array(run_in_job, arguments, [self.timeout] * len(parts))]
-        note(f"{in_words(submitted[:1])}: {len(runs)} runs in {len(parts)} array elements", self.quiet)
+        shared = f" in {len(parts)} array elements" if len(parts) > 1 else ""
+        note(f"{in_words(submitted[:1])}: {len(runs)} run{'s' * (len(runs) > 1)}{shared}", self.quiet)
         return dict(zip(submitted, parts))
 
     def _ended(self, job: str, runs: list[_Run], queue: Queue) -> Iterator[tuple[_Run, Exit | None]]:
@@ -311,7 +313,8 @@ def _run_recorded(task: Task, path: Path, timeout: float | None) -> None:
     ended = record["exit"] and Exit(**record["exit"])
     if ended and ended.code != EXIT_INTERRUPTED:
         return
-    job = os.environ["SLURM_JOB_ID"]
+    array = [os.environ[name] for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID") if name in os.environ]
+    job = "_".join(array) or os.environ["SLURM_JOB_ID"]
     if record["started"] and not ended:
         record["lost"] += 1
     record |= {"started": f"{platform.node()}, job {job}", "exit": None}
