@@ -118,7 +118,7 @@ class SlurmLauncher(Launcher):
         """Let sbatch check the settings.
 
         Raises:
-            UsageError: it refuses them.
+            UsageError: it refuses them, or does not answer.
         """
         if "SLURM_JOB_ID" in os.environ:  # the driver is a job itself, and its jobs would inherit its resources
             for name in [name for name in os.environ if name.startswith(("SLURM_", "SRUN_")) and name != "SLURM_CONF"]:
@@ -126,15 +126,18 @@ class SlurmLauncher(Launcher):
         os.environ["SBATCH_JOB_NAME"] = self.name  # it wins over the script
         script = self.script()
         done = call(["sbatch", "--test-only"], script)
-        if done is None or done.returncode:
+        if done and done.returncode:
             try:  # --test-only also refuses what no node can run right now
                 done = call(["sbatch", "--begin=now+1hour"], script)
             finally:
                 call(["scancel", f"--name={self.name}"])
-        if done is None or done.returncode:
-            reason = done.stderr if done else "no answer"
+        if done is None:
+            raise UsageError(
+                "--launcher slurm: sbatch does not answer; does sinfo list the partitions on this machine?"
+            )
+        if done.returncode:
             given = " ".join(key if value is True else f"{key}={value}" for key, value in self.settings.items())
-            raise UsageError(f"sbatch refuses --slurm {given or 'without a setting'}: {one_line(reason, 300)}")
+            raise UsageError(f"sbatch refuses --slurm {given or 'without a setting'}: {one_line(done.stderr, 300)}")
         return self
 
     def script(self) -> str:

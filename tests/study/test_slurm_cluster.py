@@ -299,6 +299,8 @@ def test_flags_that_do_not_go_together_are_refused(slurm, tmp_path, weight_path,
         "sbatch refuses --slurm partition=nowhere: sbatch: error: invalid partition specified: nowhere sbatch: error"
     )
     assert line(*on_slurm, "--slurm", "partition=nowhere").startswith(expected)
+    monkeypatch.setattr(slurm_cluster, "call", lambda *_: None)
+    assert line(*on_slurm).startswith("--launcher slurm: sbatch does not answer")
     monkeypatch.setitem(sys.modules, "submitit.slurm.slurm", None)
     assert line(*on_slurm) == "--launcher slurm needs submitit: pip install -r requirements-slurm.txt"
     monkeypatch.setenv("PATH", str(tmp_path))
