@@ -16,6 +16,7 @@ ENDED = {
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL"),
     *("OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"),
 }
+UNINTERESTING = {"None", "JobArrayTaskLimit"}  # the latter is --jobs
 ENDED_FOR_GOOD = {"CANCELLED", "DEADLINE", "FAILED", "OUT_OF_MEMORY"}
 
 
@@ -58,7 +59,7 @@ class Queue:
 
     def report_reasons(self, some_run: bool) -> None:
         """Print why jobs are pending while no run has begun, once for each reason."""
-        reasons = sorted({reason for state, reason in self._found.values() if state == "PENDING" and reason != "None"})
+        reasons = sorted({reason for state, reason in self._found.values() if state == "PENDING"} - UNINTERESTING)
         text = f"waiting for SLURM ({', '.join(reasons)})"
         if reasons and not some_run and text != self._reported:
             self._reported = text

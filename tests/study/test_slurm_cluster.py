@@ -67,7 +67,24 @@ def test_runs_are_one_array_and_end_as_their_records_have_it(slurm, tmp_path, ta
     assert not (slurm.folder / "cancelled").exists()
 
 
-def test_only_runs_that_have_begun_are_polled_and_the_reason_for_waiting_is_printed(slurm, tmp_path, tasks, capsys):
+@pytest.mark.parametrize("reason", ["Resources", "None", "JobArrayTaskLimit"])
+def test_the_reason_for_waiting_is_printed_once(slurm, tmp_path, tasks, capsys, reason):
+    def job(number, part):
+        slurm.record = part[0][1]
+        return f"PENDING|{reason}"
+
+    def poll(running):
+        polls.append(running)
+        if len(polls) == 5:
+            end(slurm.record, OK)
+            slurm.set("1_0", "COMPLETED")
+
+    polls, slurm.job = [], job
+    run_all(tmp_path, tasks[:1], poll)
+    assert capsys.readouterr().err.count("waiting for SLURM (Resources)") == (reason == "Resources")
+
+
+def test_only_runs_that_have_begun_are_polled(slurm, tmp_path, tasks):
     seen = []
 
     def job(number, part):
@@ -90,7 +107,6 @@ def test_only_runs_that_have_begun_are_polled_and_the_reason_for_waiting_is_prin
     assert seen[:3] == [[]] * 3
     assert ["rank 2"] in seen[4:]
     assert {tuple(names) for names in seen} == {(), ("rank 2",)}
-    assert "waiting for SLURM (Resources)" not in capsys.readouterr().err  # a run has begun
 
 
 @pytest.mark.parametrize("state", ["NODE_FAIL", "TIMEOUT", "PREEMPTED", "COMPLETED"])
