@@ -310,9 +310,7 @@ class SweepConfig(LayersFlags, TargetFlags, TrainingFlags, OutputFlags, PlotFlag
         None, "stop a run after this many seconds", convert=positive_float, metavar="SECONDS"
     )
     save_plots: bool = flag(False, "accepted for old command lines; figures are saved in any case")
-    jobs: int | str = flag(
-        "auto", "runs at a time; auto is one per core or GPU, or all on SLURM", convert=auto_or(positive_int)
-    )
+    jobs: int | str = flag("auto", "runs at a time; auto is one per core or GPU", convert=auto_or(positive_int))
     launcher: str = flag(
         "local",
         "where to train: local, in processes of this machine; inline, one run after the other in this process, for a "

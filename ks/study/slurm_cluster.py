@@ -118,7 +118,7 @@ class SlurmLauncher(Launcher):
         """Let sbatch check the settings.
 
         Raises:
-            UsageError: it refuses them.
+            UsageError: it refuses them, or does not answer.
         """
         if "SLURM_JOB_ID" in os.environ:  # the driver is a job itself, and its jobs would inherit its resources
             for name in [name for name in os.environ if name.startswith(("SLURM_", "SRUN_")) and name != "SLURM_CONF"]:
@@ -126,14 +126,18 @@ class SlurmLauncher(Launcher):
         os.environ["SBATCH_JOB_NAME"] = self.name  # it wins over the script
         script = self.script()
         done = call(["sbatch", "--test-only"], script)
-        if done is None or done.returncode:
-            # --test-only also refuses what no node can run right now
-            done = call(["sbatch", "--begin=now+1hour"], script)
-            call(["scancel", f"--name={self.name}"])
-        if done is None or done.returncode:
-            reason = done.stderr if done else "no answer"
+        if done and done.returncode:
+            try:  # --test-only also refuses what no node can run right now
+                done = call(["sbatch", "--begin=now+1hour"], script)
+            finally:
+                call(["scancel", f"--name={self.name}"])
+        if done is None:
+            raise UsageError(
+                "--launcher slurm: sbatch does not answer; does sinfo list the partitions on this machine?"
+            )
+        if done.returncode:
             given = " ".join(key if value is True else f"{key}={value}" for key, value in self.settings.items())
-            raise UsageError(f"sbatch refuses --slurm {given or 'without a setting'}: {one_line(reason, 300)}")
+            raise UsageError(f"sbatch refuses --slurm {given or 'without a setting'}: {one_line(done.stderr, 300)}")
         return self
 
     def script(self) -> str:
@@ -213,7 +217,8 @@ class SlurmLauncher(Launcher):
         executor = self._executor(len(parts))
         arguments = [[(run.task, run.record) for run in part] for part in parts]
         submitted = [job.job_id for job in executor.map_array(run_in_job, arguments, [self.timeout] * len(parts))]
-        note(f"{in_words(submitted[:1])}: {len(runs)} runs in {len(parts)} array elements", self.quiet)
+        shared = f" in {len(parts)} array elements" if len(parts) > 1 else ""
+        note(f"{in_words(submitted[:1])}: {len(runs)} run{'s' * (len(runs) > 1)}{shared}", self.quiet)
         return dict(zip(submitted, parts))
 
     def _ended(self, job: str, runs: list[_Run], queue: Queue) -> Iterator[tuple[_Run, Exit | None]]:
@@ -311,7 +316,8 @@ def _run_recorded(task: Task, path: Path, timeout: float | None) -> None:
     ended = record["exit"] and Exit(**record["exit"])
     if ended and ended.code != EXIT_INTERRUPTED:
         return
-    job = os.environ["SLURM_JOB_ID"]
+    array = [os.environ[name] for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID") if name in os.environ]
+    job = "_".join(array) or os.environ["SLURM_JOB_ID"]
     if record["started"] and not ended:
         record["lost"] += 1
     record |= {"started": f"{platform.node()}, job {job}", "exit": None}

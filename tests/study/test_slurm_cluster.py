@@ -299,6 +299,8 @@ def test_flags_that_do_not_go_together_are_refused(slurm, tmp_path, weight_path,
         "sbatch refuses --slurm partition=nowhere: sbatch: error: invalid partition specified: nowhere sbatch: error"
     )
     assert line(*on_slurm, "--slurm", "partition=nowhere").startswith(expected)
+    monkeypatch.setattr(slurm_cluster, "call", lambda *_: None)
+    assert line(*on_slurm).startswith("--launcher slurm: sbatch does not answer")
     monkeypatch.setitem(sys.modules, "submitit.slurm.slurm", None)
     assert line(*on_slurm) == "--launcher slurm needs submitit: pip install -r requirements-slurm.txt"
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -338,10 +340,10 @@ def job(tmp_path):
     ]
     for _, record in tasks:
         write_json(record, {"lost": 0, "started": None, "exit": None})
-    call = "from pathlib import PosixPath; from ks.study.slurm_cluster import Task, run_in_job; "
-    call += f"run_in_job({tasks!r}, None)"
 
-    def start():
+    def start(timeout=None):
+        call = "from pathlib import PosixPath; from ks.study.slurm_cluster import Task, run_in_job; "
+        call += f"run_in_job({tasks!r}, {timeout})"
         environment = os.environ | {"PYTHONPATH": str(ROOT), "SLURM_JOB_ID": "9", "SLURM_CPUS_PER_TASK": "3"}
         return subprocess.Popen([sys.executable, "-c", call], cwd=tmp_path, env=environment)
 
@@ -382,3 +384,8 @@ def test_a_job_that_is_requeued_without_an_end_of_its_run_has_lost_it(job, tmp_p
     first, second = records(tmp_path)
     assert first["exit"]["error"] == "SLURM job 9 was lost, as 2 before it"
     assert second["exit"]["code"] == 0
+
+
+def test_a_run_that_takes_too_long_is_stopped_on_its_node_and_the_next_one_begins(job, tmp_path):
+    assert job(timeout=0.5).wait(20) == 0
+    assert [record["exit"]["timed_out"] for record in records(tmp_path)] == [True, True]
