@@ -111,7 +111,7 @@ def local(tmp_path_factory):
     (toolkit / "train_with_random.py").write_text(edited_text(metrics=SLOW.format(path=str(toolkit / "slow"))))
     torch.save(torch.randn(16, 24, generator=torch.Generator().manual_seed(1)), toolkit / "weight.pth")
     sweep = Sweep(toolkit, toolkit / "local")
-    assert sweep.start().wait(120) == 0, sweep.stderr()
+    assert sweep.start().wait(300) == 0, sweep.stderr()
     return sweep
 
 
@@ -198,9 +198,11 @@ def test_a_run_whose_nodes_are_lost_again_and_again_fails(slurm, sweep):
 def test_preempted_and_requeued_runs_resume(slurm, sweep, assert_as_local):
     process = sweep.on_slurm()
     sweep.wait_for_epochs()
-    urgent = slurm.preempt(sweep.node(4))
+    node = sweep.node(4)
+    urgent = slurm.preempt(node)
     slurm.requeue(sweep.job(1))
     wait_for(lambda: f"{urgent} RUNNING" in slurm.queue("%i %T"))
+    slurm.drain(node)  # so that they go on elsewhere
     slurm.cancel(urgent)
     sweep.hurry()
     assert_as_local(process, resumed=(1, 4))
@@ -256,7 +258,7 @@ def test_the_jobs_of_a_killed_driver_are_cancelled(slurm, sweep, assert_as_local
     assert_as_local(process, resumed=RANKS)
 
 
-def test_a_time_limit_interrupts_and_the_run_goes_on_in_another_job(sweep, slurm):
+def test_a_time_limit_interrupts_and_the_run_goes_on_in_another_job(sweep, local):
     process = sweep.on_slurm("--slurm", "time=1", "signal=USR1@20", ranks=(1,))
     sweep.wait_for_epochs((1,))
     first = sweep.job(1)
@@ -266,3 +268,4 @@ def test_a_time_limit_interrupts_and_the_run_goes_on_in_another_job(sweep, slurm
     assert sweep.job(1) != first
     sweep.hurry()
     assert process.wait(120) == 0, sweep.stderr()
+    assert_same_run(sweep.files(1), local.files(1))
