@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-faults test-ray test-trackers test-models test-scoring test-gpu gpu lint docs pictures inputs clean
+.PHONY: demo test test-faults test-ray test-slurm test-trackers test-models test-scoring test-gpu gpu lint docs pictures inputs clean
 
 demo: $(VENV)/requirements
 	$(RUN) example_rank_sweep.py
@@ -21,6 +21,17 @@ test-faults: $(VENV)/requirements-dev
 # needs Linux with unshare (util-linux) and ip (iproute2).
 test-ray: $(VENV)/requirements-dev $(VENV)/requirements-ray
 	unshare --map-root-user --net sh -c 'ip link set lo up && exec $(RUN) -m pytest -m ray'
+
+# Starts a SLURM cluster of two nodes on this machine, in namespaces of its own that end all processes. Takes five minutes;
+# needs Linux with unshare and ip. Where 127.0.0.1 is the only address, SLURM resolves none.
+test-slurm: $(VENV)/requirements-dev $(VENV)/requirements-slurm /usr/sbin/slurmctld
+	PATH=$$PATH:/usr/sbin unshare $$(test $$(id -u) = 0 || echo --map-current-user --keep-caps) \
+	    --net --pid --fork --kill-child --mount-proc \
+	    sh -c 'ip link set lo up && ip address add 192.0.2.1/32 dev lo && $(RUN) -m pytest -m slurm tests/study; exit $$?'
+
+/usr/sbin/slurmctld:
+	@test $$(id -u) = 0 || { echo "make test-slurm needs SLURM: apt-get install slurm-wlm munge" >&2; exit 2; }
+	apt-get update -q && apt-get install -qy --no-install-recommends slurm-wlm munge
 
 # Tests --log_to with the real trackers, in a folder of their own: trackio needs an older pillow than the tested set.
 test-trackers: $(VENV)/requirements-dev build/trackers

@@ -76,6 +76,8 @@ def main(argv=None) -> int:
             study.plan()
             if config.dry_run:
                 print(study.plan_text())
+                if config.launcher == "slurm":
+                    print(f"\n{study.submission()}")
                 return console.EXIT_OK
             study.open_launcher()
             with signals.deferred():

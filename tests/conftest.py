@@ -267,6 +267,7 @@ def pytest_terminal_summary(terminalreporter):
     reasons = {
         "gpu": ("GPU", "there is no CUDA device"),
         "ray": ("Ray", "make test-ray runs them"),
+        "slurm": ("SLURM", "make test-slurm runs them"),
         "trackers": ("tracker", "make test-trackers runs them"),
     }
     for marker, (name, reason) in reasons.items():

@@ -28,6 +28,7 @@ from ks.cli.parser import (
     positive_int,
     redefault,
     seed_number,
+    setting,
 )
 from ks.errors import UsageError
 from ks.files.globs import is_glob
@@ -313,20 +314,30 @@ class SweepConfig(LayersFlags, TargetFlags, TrainingFlags, OutputFlags, PlotFlag
     launcher: str = flag(
         "local",
         "where to train: local, in processes of this machine; inline, one run after the other in this process, for a "
-        "debugger; on a Ray cluster",
-        choices=("local", "inline", "ray"),
+        "debugger; on a Ray cluster; as a job array of SLURM",
+        choices=("local", "inline", "ray", "slurm"),
     )
     ray_address: str = flag(
         "auto", "head of the Ray cluster; auto is the cluster that this machine has joined", metavar="HOST:PORT"
     )
+    slurm: tuple[str, ...] = flag(
+        (),
+        "settings of sbatch for --launcher slurm, such as partition=gpu time=120 gpus_per_node=1",
+        convert=setting,
+        nargs="+",
+        metavar="KEY=VALUE",
+    )
+    runs_per_job: int = flag(1, "runs of one SLURM job, one after the other", convert=positive_int)
     gpus: str = flag("auto", "GPUs to use: auto (all), none, or numbers such as 0,1 among the visible ones")
 
     def __post_init__(self) -> None:
         """Let a target in the unit of the loss choose its metric, so that the runs get it.
 
         Raises:
-            UsageError: two targets, or a target of another metric.
+            UsageError: two targets, a target of another metric, or flags of another launcher.
         """
+        if self.launcher != "slurm" and (self.slurm or self.runs_per_job != 1):
+            raise UsageError(f"--slurm and --runs_per_job are for --launcher slurm, not for {self.launcher}")
         if self.target_loss_increase is None:
             return
         target = f"--target_loss_increase {self.target_loss_increase:g} together with"

@@ -6,6 +6,7 @@ import difflib
 import functools
 import inspect
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -70,6 +71,12 @@ def key(text: str) -> str:
 def metric_name(text: str) -> str:
     if not METRIC.fullmatch(text):
         raise argparse.ArgumentTypeError(f"{one_line(text, 60)!r} cannot be the name of a metric")
+    return text
+
+
+def setting(text: str) -> str:
+    if not re.fullmatch(r"[a-z][a-z_-]*(=[ -~]+)?", text):
+        raise argparse.ArgumentTypeError(f"{one_line(text, 60)!r} is not KEY=VALUE, nor a KEY without a value")
     return text
 
 
@@ -167,7 +174,7 @@ class Parser(argparse.ArgumentParser, Generic[Config]):
             for field in fields:
                 _add(group, field)
                 described: Flag = field.metadata["flag"]
-                if described.nargs not in (None, "?") and described.convert not in (path, key):
+                if described.nargs not in (None, "?") and described.convert not in (path, key, setting):
                     self._lists |= {f"--{field.name}", *described.aliases}
 
     def error(self, message: str):

@@ -105,6 +105,9 @@ class CheckpointStudy(Study):
             return "\n".join([floors_table(self.candidates), str(files.layer_floors_csv)])
         return "\n".join([str(plan), str(files.plan_json), str(files.plan_csv)])
 
+    def runs_at_most(self) -> int:
+        return len(self.selection.weights) * len(self.config.ranks or [1]) * len(seeds_of(self.config))
+
     def open_launcher(self) -> None:
         """Open the launcher with the files that runs elsewhere read; see `WeightStudy.open_launcher`."""
         files = {}
@@ -115,8 +118,7 @@ class CheckpointStudy(Study):
             if self.config.inputs:
                 inputs = Path(self.config.inputs).absolute()
                 files[str(inputs)] = (f"inputs_{inputs.name}", inputs.read_bytes())
-        runs = len(self.selection.weights) * len(self.config.ranks or [1]) * len(seeds_of(self.config))
-        self._open(choose_device(self.config.device), runs, files)
+        self._open(files)
 
     def claim(self) -> None:
         """Claim a folder in that of the study for every layer that a chain replaces.

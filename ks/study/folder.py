@@ -17,6 +17,7 @@ from ks.files.ownership import check_free, delete, locked, recorded
 from ks.files.provenance import provenance
 from ks.files.schema import StudyRecord, read_json_as
 from ks.study.runs import TARGETS, Run, seeds_of
+from ks.study.slurm_cluster import cancel_left
 from ks.training.criterion_identity import Edits
 from ks.training.problem import Problem
 from ks.training.run_state import NOT_COMPARED, changes, settings_in, settings_of
@@ -128,7 +129,7 @@ def held(files: SweepFiles) -> contextlib.AbstractContextManager[None]:
 def claim_folder(
     files: SweepFiles, runs: list[Run], record: dict, inputs: list[Path], overwrite: bool, remedies: str = ""
 ) -> None:
-    """Claim a results folder for a study: record its settings and files, delete old outputs.
+    """Claim a results folder for a study: record its settings and files, delete old outputs, cancel jobs left by SLURM.
 
     Args:
         files, runs: of the sweep; the folder exists.
@@ -142,6 +143,7 @@ def claim_folder(
     folder, all_files = files.directory, files.all({run.seed for run in runs})
     if not overwrite:
         refuse_another_study(files, record["settings"], remedies)
+    cancel_left(folder)
     present = [run for _, _, run in find_runs(folder)]
     owned = recorded(files.config, [*files.all(), *(path for run in present for path in run.all())])
     for run in runs:

@@ -1,4 +1,4 @@
-"""Where runs train, as the flags choose: this machine with its cores and GPUs, this process, or a Ray cluster."""
+"""Where runs train, as the flags choose: this machine with its cores and GPUs, this process, or a cluster."""
 
 import bdb
 import os
@@ -17,6 +17,7 @@ from ks.cli.flags import SweepConfig
 from ks.errors import UsageError, one_line
 from ks.files.limits import cpu_cores
 from ks.study.processes import Exit, Launcher, LocalLauncher, Task
+from ks.study.slurm_cluster import SlurmLauncher
 
 
 def launcher_of(
@@ -37,12 +38,29 @@ def launcher_of(
             raise UsageError("--launcher inline stops no run: leave out --timeout_per_rank")
         return InlineLauncher()
     if config.gpus not in ("auto", "none") or device.index is not None:
-        raise UsageError("--launcher ray chooses GPUs itself: give no --gpus but none, and no number in --device")
+        raise UsageError(
+            f"--launcher {config.launcher} chooses GPUs itself: give no --gpus but none, and no number in --device"
+        )
+    if config.launcher == "slurm":
+        return slurm_launcher(config, runs)
     from ks.study.ray_cluster import RayLauncher
 
     jobs = None if config.jobs == "auto" else int(config.jobs)
     timeout = config.timeout_per_rank
     return RayLauncher(config.ray_address, trainer, files, use_gpus=config.device != "cpu", jobs=jobs, timeout=timeout)
+
+
+def slurm_launcher(config: SweepConfig, runs: int) -> SlurmLauncher:
+    """Return the launcher of a SLURM cluster, for at most this many runs."""
+    return SlurmLauncher(
+        Path(config.output_dir).absolute(),
+        config.slurm,
+        runs,
+        runs_per_job=config.runs_per_job,
+        jobs=None if config.jobs == "auto" else int(config.jobs),
+        timeout=config.timeout_per_rank,
+        quiet=config.quiet,
+    )
 
 
 def slots_of(config: SweepConfig, device: torch.device, runs: int) -> list[dict[str, str]]:

@@ -14,8 +14,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Self
 
-import torch
-
 from ks.bounds.rank_floors import floor_rows, plan_rows
 from ks.cli import console
 from ks.cli.flags import SweepConfig
@@ -32,13 +30,13 @@ from ks.report.answer import answer, target_note
 from ks.report.verdict import check_above_floor
 from ks.report.words import Words
 from ks.study.folder import claim_folder, held, record_of, refuse_another_study, remedies_of, study_in
-from ks.study.launcher import launcher_of
+from ks.study.launcher import launcher_of, slurm_launcher
 from ks.study.processes import Exit
 from ks.study.run_all import finished_before, run_all
 from ks.study.runs import Result, Run, as_rank, ranks_of, result_of, runs_of, seeds_of, stop_losses, trained_ranks
 from ks.study.study_floors import certify, find_facts, keep_floors, plan_floors, ranks_of_answer
 from ks.training.criterion_identity import TOOLKIT, Edits, edits_of
-from ks.training.problem import chain_notes, relative_target, resolve
+from ks.training.problem import chain_notes, choose_device, relative_target, resolve
 from ks.training.run_state import changes, settings_in
 from ks.training.samples import samples_in_files
 
@@ -67,6 +65,10 @@ class Study:
         with self.locks:
             self.places.close()
 
+    def runs_at_most(self) -> int:
+        """Return the number of runs that a sweep with this plan trains, if none is finished."""
+        raise NotImplementedError
+
     def check_folder(self) -> None:
         """Raise UsageError if the results folder is in use or holds another study, before floors are computed."""
 
@@ -78,9 +80,15 @@ class Study:
 
         yield
 
-    def _open(self, device: torch.device, runs: int, files: dict[str, tuple[str, bytes]]) -> None:
+    def submission(self) -> str:
+        """Return the script that sbatch would get with --launcher slurm."""
+        return slurm_launcher(self.config, self.runs_at_most()).script()
+
+    def _open(self, files: dict[str, tuple[str, bytes]]) -> None:
         """Open the launcher that the flags choose; see `launcher_of`."""
-        self.launcher = self.places.enter_context(launcher_of(self.config, device, runs, self.trainer, files))
+        device = choose_device(self.config.device)
+        launcher = launcher_of(self.config, device, self.runs_at_most(), self.trainer, files)
+        self.launcher = self.places.enter_context(launcher)
 
 
 class WeightStudy(Study):
@@ -151,6 +159,9 @@ class WeightStudy(Study):
                 if not self.config.overwrite:
                     refuse_another_study(self.files, self.record["settings"], remedies_of(self.config))
 
+    def runs_at_most(self) -> int:
+        return len(self.chosen) * len(seeds_of(self.config))
+
     def open_launcher(self) -> None:
         """Open the launcher with the files that runs elsewhere read, before anything of the folder is claimed.
 
@@ -165,7 +176,7 @@ class WeightStudy(Study):
                 inputs = Path(config.inputs).absolute()
                 content = packed_inputs(inputs, config.inputs_key or self.problem.weight.key)
                 files[str(inputs)] = (f"inputs_{inputs.name}", content)
-        self._open(self.problem.device, len(self.chosen) * len(seeds_of(config)), files)
+        self._open(files)
 
     def claim(self) -> None:
         """Claim the results folder, and write the floors of every rank into it."""

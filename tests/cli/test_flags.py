@@ -171,7 +171,10 @@ def test_lists_take_commas(name):
 
 def test_every_list_but_those_of_paths_and_names_takes_commas():
     lists = {field.name for field in dataclasses.fields(SweepConfig) if field.metadata["flag"].nargs == "+"}
-    assert lists == {*LISTS, "weight_key"}
+    assert lists == {*LISTS, "weight_key", "slurm"}
+    assert Parser(SweepConfig, "").parse(["--weight_path", "w", "--launcher", "slurm", "--slurm", "a=b,c"]).slurm == (
+        "a=b,c",
+    )
     assert Parser(flags.PlotConfig, "").parse(["--results_dir", "a,b", "c"]).results_dir == ("a,b", "c")
 
 
