@@ -93,7 +93,7 @@ def become(args, cwd, env, new_session, largest_file, places) -> None:
         for name in [name for name in sys.modules if name.partition(".")[0] == "ks"]:
             del sys.modules[name]  # a run imports its own, whatever the sweep has in memory
         gc.enable()
-        sys.argv, sys.path[0] = args[1:], os.path.dirname(os.path.abspath(args[1]))
+        sys.orig_argv, sys.argv, sys.path[0] = args, args[1:], os.path.dirname(os.path.abspath(args[1]))
         subprocess._fork_exec = stand_in(fork)  # type: ignore[attr-defined]
         runpy.run_path(args[1], run_name="__main__")
         code = 0

@@ -32,6 +32,8 @@ def begin(script: str, task: str = "") -> None:
     Threads that wait for the next product sleep instead of spinning: on cores shared with another process, spinning
     made an epoch 6 times longer and the floors of the demo 20 times. OpenMP reads that when torch loads.
 
+    NumPy's own threads have no work here; a process with threads cannot be forked (`ks.study.fork_server`).
+
     MPLBACKEND counts for `--show` alone: matplotlib does not load with a wrong one, and files need none.
 
     Args:
@@ -43,6 +45,7 @@ def begin(script: str, task: str = "") -> None:
     if task and sys.stderr.isatty() and not {"--quiet", "--help", "--help_all", "-h"} & {*sys.argv}:
         print(f"{os.path.basename(script)}: {task}", file=sys.stderr, flush=True)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if "--show" not in sys.argv:
         os.environ.pop("MPLBACKEND", None)
     gc.disable()

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from tqdm import tqdm
 
@@ -42,13 +42,15 @@ def run_all(
     runs: list[Run],
     launcher: Launcher,
     read_result: ReadResult,
-    floors: Mapping[int, float] | None = None,
+    floors: Mapping[int, float] = {},
+    meanwhile: Iterator[None] | None = None,
 ) -> dict[Run, Result]:
     """Run those that are left in their order, also when others fail.
 
     Args:
         read_result: returns the result of a run whose process has ended.
-        floors: the best known loss of each rank, in the unit of the curves.
+        floors: the best known loss of each rank, in the unit of the curves; `meanwhile` may add to it.
+        meanwhile: work of the sweep itself while runs train, of which every step takes a second or so.
     Returns:
         the results of the runs that have ended; after an interrupt, some are missing.
     """
@@ -59,6 +61,7 @@ def run_all(
     def poll(running: list[Task]) -> None:
         signals.check()
         progress.poll(running)
+        next(meanwhile or iter(()), None)
         if len(running) == 1:
             import ks.study.outputs  # noqa: F401 - pandas and matplotlib load during the last run
 
@@ -79,8 +82,8 @@ class Progress:
     Each run has `num_epochs`; `floors` are the best known losses of the ranks, in the unit of the curves.
     """
 
-    def __init__(self, runs: list[Run], num_epochs: int, quiet: bool, floors: Mapping[int, float] | None = None):
-        self.num_runs, self.num_epochs, self.quiet, self.floors = len(runs), num_epochs, quiet, floors or {}
+    def __init__(self, runs: list[Run], num_epochs: int, quiet: bool, floors: Mapping[int, float] = {}):
+        self.num_runs, self.num_epochs, self.quiet, self.floors = len(runs), num_epochs, quiet, floors
         self.run_of = {run.task: run for run in runs}
         self.tails = {run.task: CurvesTail(run.files.curves_csv) for run in runs}
         self.ended = 0
