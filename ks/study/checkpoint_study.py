@@ -146,7 +146,7 @@ class CheckpointStudy(Study):
             folder = str(layer_folder(self.files.directory, name))
             flags = {"chain": family, "ranks": ranks, "loss_metric": self.loss_metric.value, "output_dir": folder}
             flags |= {"target_relative_loss": None, "target_loss_increase": None}
-            study = _LayerStudy(config.of_layer(name, **flags), self.trainer)
+            study = _LayerStudy(config.of_layer(name, **flags), self.trainer, self.start)
             study.load()
             study.plan()
             yield study

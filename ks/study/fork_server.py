@@ -1,55 +1,43 @@
 """Start runs as forks of a process that has imported torch, so that one import serves all runs of a sweep.
 
-The sweep forks the server before it has a thread, a GPU or anything of its study in memory. For each run the server
-forks a process that runs the script as a fresh interpreter would: the script and whatever it imports besides the
-libraries and this package are read from disk. The run is a child of the sweep, like one that `start_afresh` starts: it
-is forked twice, and the sweep adopts it when the process between ends. The server ends with the sweep.
+The sweep forks the server before it has a thread, a GPU or anything of its study in memory. A run reads its script, and
+what that imports besides libraries and this package, from disk. It is a child of the sweep: it is forked twice, and the
+sweep adopts it when the process between ends.
 """
 
-import atexit
 import contextlib
 import ctypes
 import gc
 import importlib
-import io
-import itertools
 import json
 import os
 import signal
 import socket
 import sys
-import threading
-import types
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from ks.cli.console import note
+from ks.study.forked_script import run_script
 from ks.study.processes import SET_PARENT_DEATH_SIGNAL, Process, Start, start_afresh
 
 SET_CHILD_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of Linux' prctl
-LARGEST_REQUEST = 2**20
-LAST_DESCRIPTOR = 2**20
+LARGEST = 2**20  # bytes of a request
 RUNS_NEED = ("ks.training.recorder", "ks.training.samples", "ks.training.steps", "ks.training.trainable_chain")
 
 
 def unsafe_to_fork(is_script: bool) -> str:
-    """Return why runs cannot be forks of this process; empty if they can.
-
-    Args:
-        is_script: whether this process runs a script from its beginning, instead of calling its main function.
-    """
-    if sys.platform != "linux":
-        return "only Linux lets a sweep adopt them"
-    if not is_script or sys.orig_argv[1:2] != sys.argv[:1]:
-        return "Python was given options, or another program runs this script"
+    """Return why runs cannot be forks; empty if they can. is_script: whether a script runs, not a call of its main."""
     monitoring = getattr(sys, "monitoring", None)  # since Python 3.12
+    if sys.platform != "linux":
+        return "only on Linux can a sweep adopt a run"
+    if not is_script or sys.orig_argv[1:2] != sys.argv[:1]:
+        return "Python was given options, or another program runs the sweep"
     if sys.gettrace() or sys.getprofile() or (monitoring and any(map(monitoring.get_tool, range(6)))):
-        return "a debugger or a profiler watches this process"
+        return "a debugger or a profiler watches the sweep"
     if torch.cuda.is_initialized() or len(os.listdir("/proc/self/task")) > 1:
-        return "this process has threads or a GPU"
+        return "the sweep has threads or a GPU"
     return ""
 
 
@@ -66,7 +54,7 @@ def starting_runs(is_script: bool, verbose: bool) -> Iterator[Start]:
 
 
 class Forked(Process):
-    """A child of this process that was not started by `subprocess`."""
+    """A child of this process that `subprocess` has not started."""
 
     def __init__(self, pid: int):
         self.pid = pid
@@ -93,29 +81,24 @@ class ForkServer:
         if not self._pid:
             try:
                 self._socket.close()
-                _become_server(requests)
+                for module in RUNS_NEED:
+                    importlib.import_module(module)
+                serve(requests, _run)
             finally:
                 os._exit(1)
         requests.close()
 
     def start(
-        self, command: Sequence[str], environment: dict[str, str], stdout: int, stderr: int, kept: Sequence[int] = ()
+        self, command: Sequence[str], environment: dict[str, str], stdout: int, stderr: int, kept: Sequence[int]
     ) -> Process:
         """Start a script as `start_afresh` does; afresh if the server has ended."""
-        request = json.dumps([[*command], environment, [1, 2, *kept]]).encode()
-        prctl = ctypes.CDLL(None).prctl
-        prctl(SET_CHILD_SUBREAPER, 1)  # for this moment alone: other orphans go where they always go
+        request = json.dumps([[*command], environment, [0, 1, 2, *kept]]).encode()
         try:
-            socket.send_fds(self._socket, [request], [stdout, stderr, *kept])
-            pid = int(self._socket.recv(32))
-            self._socket.recv(32)  # the process between has ended
-            return Forked(pid)
+            with open(os.devnull) as stdin:
+                return Forked(forked(self._socket, request, [stdin.fileno(), stdout, stderr, *kept]))
         except (OSError, ValueError) as error:
-            note(f"every run imports torch itself from now on, because none could be forked: {error}")
-            self._socket.close()
+            note(f"a run imports torch itself, because it could not be forked: {error}")
             return start_afresh(command, environment, stdout, stderr, kept)
-        finally:
-            prctl(SET_CHILD_SUBREAPER, 0)
 
     def close(self) -> None:
         self._socket.close()
@@ -123,27 +106,35 @@ class ForkServer:
         os.waitpid(self._pid, 0)
 
 
-def _become_server(requests: socket.socket) -> None:
-    """Fork a run for every request, until the sweep closes its end or ends."""
+def forked(server: socket.socket, request: bytes, descriptors: list[int]) -> int:
+    """Return the process that a server has forked for a request, a child of this process now."""
+    prctl = ctypes.CDLL(None).prctl
+    prctl(SET_CHILD_SUBREAPER, 1)  # for this moment alone: other orphans go where they always go
+    try:
+        socket.send_fds(server, [request], descriptors)
+        pid = int(server.recv(LARGEST))
+        server.recv(LARGEST)  # the process between has ended
+    finally:
+        prctl(SET_CHILD_SUBREAPER, 0)
+    return pid
+
+
+def serve(requests: socket.socket, become: Callable[[bytes, list[int]], None]) -> None:
+    """Fork for every request and call `become`, which never returns, until the other end closes or the parent ends."""
     ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-    os.setsid()  # signals of the terminal are for the sweep
+    os.setsid()  # signals of the terminal are for the parent
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_DFL)
-    for module in RUNS_NEED:
-        importlib.import_module(module)
     gc.freeze()  # a fork would copy what a collection touches
     while True:
-        content, descriptors, *_ = socket.recv_fds(requests, LARGEST_REQUEST, 16)
-        if not content:
+        request, descriptors, *_ = socket.recv_fds(requests, LARGEST, 16)
+        if not request:
             os._exit(0)
         try:
-            between = os.fork()
-            if not between:
-                pid = os.fork()
-                if not pid:
-                    command, environment, places = json.loads(content)
-                    become(command, environment, places, descriptors)
+            if not (between := os.fork()):
+                if not (pid := os.fork()):
+                    become(request, descriptors)
                 requests.send(b"%d" % pid)
                 os._exit(0)
             os.waitpid(between, 0)
@@ -154,67 +145,10 @@ def _become_server(requests: socket.socket) -> None:
             os.close(descriptor)
 
 
-def become(command: list[str], environment: dict[str, str], places: list[int], descriptors: list[int]) -> None:
-    """Turn this process, which was just forked, into that of a script; never returns.
-
-    Args:
-        command: an interpreter, which is this one, a script and its arguments.
-        environment: of the script.
-        places, descriptors: the number of each file that the script has besides stdin, and its number here.
-    """
-    code: Any = 1
-    try:
-        os.setsid()
-        _place([os.open(os.devnull, os.O_RDONLY), *descriptors], [0, *places])
-        if (threads := environment.get("OMP_NUM_THREADS")) != os.environ.get("OMP_NUM_THREADS"):
-            torch.set_num_threads(int(threads or 1))  # OpenMP has read the other one
-        os.environ.clear()
-        os.environ.update(environment)
-        _, script, *_ = sys.orig_argv = command
-        sys.argv = command[1:]
-        del sys.path[0]  # the folder that the script of the sweep has put there
-        if not sys.flags.safe_path:
-            sys.path[0] = os.path.dirname(script)
-        importlib.invalidate_caches()
-        sys.stdin = open(0, encoding=sys.stdin.encoding, closefd=False)  # noqa: SIM115
-        sys.stdout, sys.stderr = _stream(1, sys.stdout, "strict"), _stream(2, sys.stderr, "backslashreplace")
-        for name in ("stdin", "stdout", "stderr"):
-            setattr(sys, f"__{name}__", getattr(sys, name))
-        main = sys.modules["__main__"] = types.ModuleType("__main__")
-        main.__file__ = script
-        exec(compile(Path(script).read_bytes(), script, "exec"), main.__dict__)
-        code = 0
-    except SystemExit as left:
-        code = left.code
-        if code is not None and not isinstance(code, int):
-            print(code, file=sys.stderr)
-            code = 1
-    except BaseException as error:
-        frames = error.__traceback__ and error.__traceback__.tb_next  # without that of this function
-        sys.excepthook(type(error), error, frames)
-    finally:
-        with contextlib.suppress(BaseException):
-            threading._shutdown()  # type: ignore[attr-defined]  # waits for the script's own threads
-            atexit._run_exitfuncs()
-            sys.stdout.flush()
-        os._exit(code or 0)
-
-
-def _place(descriptors: list[int], places: list[int]) -> None:
-    """Give files their numbers, and close all others."""
-    copies = [os.dup(descriptor) for descriptor in descriptors]  # no number is both free and taken
-    while any(copy in places for copy in copies):
-        copies = [os.dup(copy) for copy in copies]
-    for copy, place in zip(copies, places, strict=True):
-        os.dup2(copy, place)
-    numbers = [*sorted(places), LAST_DESCRIPTOR]
-    for before, place in itertools.pairwise(numbers):
-        if before + 1 < place:  # os.closerange of none closes all
-            os.closerange(before + 1, place)
-
-
-def _stream(number: int, before: Any, errors: str) -> io.TextIOWrapper:
-    """Return a standard stream as a fresh interpreter opens it; `before` is that of the sweep."""
-    unbuffered = before.write_through  # with PYTHONUNBUFFERED
-    file = open(number, "wb", 0 if unbuffered else -1, closefd=False)  # noqa: SIM115
-    return io.TextIOWrapper(file, before.encoding, errors, line_buffering=number == 2, write_through=unbuffered)
+def _run(request: bytes, descriptors: list[int]) -> None:
+    os.setsid()
+    command, environment, places = json.loads(request)
+    if (threads := environment.get("OMP_NUM_THREADS")) != os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(int(threads or 1))  # OpenMP has read the other one
+    torch.default_generator.seed()  # else all runs would draw alike
+    run_script(command, environment, places, descriptors)

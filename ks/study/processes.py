@@ -56,28 +56,23 @@ class Process(Protocol):
         """Send a signal, unless the process has ended."""
 
 
-class Start(Protocol):
-    """A way to start a script, as the leader of a session of its own and without input."""
-
-    def __call__(
-        self, command: Sequence[str], environment: dict[str, str], stdout: int, stderr: int, kept: Sequence[int] = ()
-    ) -> Process:
-        """Start a script.
-
-        Args:
-            command: an interpreter, a script and its arguments.
-            environment: of the script.
-            stdout, stderr: descriptors for its output.
-            kept: descriptors that it has too, under the same numbers.
-        Raises:
-            OSError: it cannot start.
-        """
+# A way to start a script, with the arguments of `start_afresh`.
+Start = Callable[[Sequence[str], dict[str, str], int, int, Sequence[int]], Process]
 
 
 def start_afresh(
-    command: Sequence[str], environment: dict[str, str], stdout: int, stderr: int, kept: Sequence[int] = ()
+    command: Sequence[str], environment: dict[str, str], stdout: int, stderr: int, kept: Sequence[int]
 ) -> Process:
-    """Start a script in a fresh interpreter; see `Start`."""
+    """Start a script in a fresh interpreter, without input, as the leader of a session.
+
+    Args:
+        command: an interpreter, a script and its arguments.
+        environment: of the script.
+        stdout, stderr: descriptors for its output.
+        kept: descriptors that it has too, under the same numbers.
+    Raises:
+        OSError: it cannot start.
+    """
     return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,

@@ -4,10 +4,11 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import os
 import shlex
-import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +34,7 @@ from ks.report.verdict import check_above_floor
 from ks.report.words import Words
 from ks.study.folder import claim_folder, held, record_of, refuse_another_study, remedies_of, study_in
 from ks.study.launcher import launcher_of
-from ks.study.processes import Exit, Start, start_afresh
+from ks.study.processes import Exit, Start, start_afresh, wait_for_one
 from ks.study.run_all import finished_before, run_all
 from ks.study.runs import Result, Run, as_rank, ranks_of, result_of, runs_of, seeds_of, stop_losses, trained_ranks
 from ks.study.study_floors import certify, find_facts, is_large, keep_floors, plan_floors, ranks_of_answer
@@ -87,7 +88,7 @@ class WeightStudy(Study):
         """
         config = self.config
         self.problem = problem = resolve(config, edits_of(self.trainer))
-        _check_edits(config, self.trainer, problem.edits)
+        _check_edits(config, self.trainer, problem.edits, self.start)
         self.target = target = relative_target(config, problem)
         self.words = Words(problem.loss_metric, problem.unit, problem.predict_zero_loss)
         if not problem.edits.criterion_is_ours and (target is not None or config.stop_at != "never"):
@@ -265,7 +266,7 @@ class WeightStudy(Study):
 
 
 @functools.cache  # a layer of a checkpoint is prepared twice
-def _check_edits(config: SweepConfig, trainer: Path, edits: Edits) -> None:
+def _check_edits(config: SweepConfig, trainer: Path, edits: Edits, start: Start) -> None:
     """Let the training script try what a person has edited in it, before anything is computed or written.
 
     Raises:
@@ -273,16 +274,14 @@ def _check_edits(config: SweepConfig, trainer: Path, edits: Edits) -> None:
     """
     if edits == TOOLKIT:
         return
-    arguments = to_arguments(config.training_settings() | {"check": True, "quiet": True})
-    done = subprocess.run(
-        [sys.executable, str(trainer), *arguments],
-        stdin=subprocess.DEVNULL,
-        env=os.environ | {"PYTHONBREAKPOINT": "0"},  # a breakpoint is for the runs
-        capture_output=True,
-        text=True,
-    )
-    names, messages = done.stdout.split(), done.stderr.splitlines()
-    if done.returncode:
+    command = [sys.executable, str(trainer), *to_arguments(config.training_settings() | {"check": True, "quiet": True})]
+    environment = os.environ | {"PYTHONBREAKPOINT": "0"}  # a breakpoint is for the runs
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        process = start(command, environment, stdout.fileno(), stderr.fileno(), [])
+        wait_for_one([process], math.inf)
+        stdout.seek(0), stderr.seek(0)
+        names, messages = stdout.read().split(), stderr.read().splitlines()
+    if process.returncode:
         raise UsageError((messages or ["it failed"])[-1].removeprefix(f"{trainer.name}: error: "))
     for warning in messages:
         console.note(f"WARNING: {warning}")
