@@ -28,7 +28,7 @@ RUNS_NEED = ("ks.training.recorder", "ks.training.samples", "ks.training.steps",
 
 
 def unsafe_to_fork(is_script: bool) -> str:
-    """Return why runs cannot be forks; empty if they can. is_script: whether a script runs, not a call of its main."""
+    """Return why runs cannot be forks, or nothing. is_script: whether a script runs, not a call of its main."""
     monitoring = getattr(sys, "monitoring", None)  # since Python 3.12
     if sys.platform != "linux":
         return "only on Linux can a sweep adopt a run"
@@ -96,8 +96,9 @@ class ForkServer:
         try:
             with open(os.devnull) as stdin:
                 return Forked(forked(self._socket, request, [stdin.fileno(), stdout, stderr, *kept]))
-        except (OSError, ValueError) as error:
-            note(f"a run imports torch itself, because it could not be forked: {error}")
+        except (OSError, ValueError):
+            self._socket.close()
+            note("a run imports torch itself, because it could not be forked")
             return start_afresh(command, environment, stdout, stderr, kept)
 
     def close(self) -> None:
@@ -131,16 +132,13 @@ def serve(requests: socket.socket, become: Callable[[bytes, list[int]], None]) -
         request, descriptors, *_ = socket.recv_fds(requests, LARGEST, 16)
         if not request:
             os._exit(0)
-        try:
-            if not (between := os.fork()):
-                if not (pid := os.fork()):
-                    become(request, descriptors)
-                requests.send(b"%d" % pid)
-                os._exit(0)
-            os.waitpid(between, 0)
-            requests.send(b"ended")
-        except OSError as error:
-            requests.send(str(error).encode())
+        if not (between := os.fork()):
+            if not (pid := os.fork()):
+                become(request, descriptors)
+            requests.send(b"%d" % pid)
+            os._exit(0)
+        os.waitpid(between, 0)
+        requests.send(b"ended")
         for descriptor in descriptors:
             os.close(descriptor)
 
