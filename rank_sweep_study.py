@@ -29,7 +29,8 @@ from ks.cli.flags import SweepConfig
 from ks.cli.parser import Parser
 from ks.files.status import Status
 from ks.study.folder import parse
-from ks.study.processes import stop_with_parent
+from ks.study.fork_server import starting_runs
+from ks.study.processes import Start, start_afresh, stop_with_parent
 from ks.study.weight_study import WeightStudy
 
 TRAINER = Path(__file__).resolve().parent / "train_with_random.py"
@@ -47,19 +48,30 @@ def exit_code(statuses: set[Status]) -> int:
     return console.EXIT_OK if statuses == {Status.OK} else console.EXIT_SOME_FAILED
 
 
-def study_of(config: SweepConfig):
-    """Return the study that the flags ask for: of one weight, or of several layers of a checkpoint."""
+def study_of(config: SweepConfig, start: Start):
+    """Return the study that the flags ask for: of one weight, or of several layers of a checkpoint.
+
+    `start` starts a run on this machine.
+    """
     if config.is_of_several_layers():
         from ks.study.checkpoint_study import CheckpointStudy  # loads all of ks.model
 
-        return CheckpointStudy(config, TRAINER)
-    return WeightStudy(config.of_layer(config.weight_key[0] if config.weight_key else None), TRAINER)
+        return CheckpointStudy(config, TRAINER, start)
+    return WeightStudy(config.of_layer(config.weight_key[0] if config.weight_key else None), TRAINER, start)
 
 
 @console.script
 def main(argv=None) -> int:
-    stop_with_parent()
     config = parse(build_parser(), sys.argv[1:] if argv is None else argv)
+    if config.dry_run or config.launcher != "local":
+        return sweep(config, start_afresh)
+    with starting_runs(argv is None, config.verbose) as start:
+        return sweep(config, start)
+
+
+def sweep(config: SweepConfig, start: Start) -> int:
+    """Run a study from its plan to its summary, or print the plan; return the exit code."""
+    stop_with_parent()
     if config.gpus == "none" and config.device == "auto":
         config = dataclasses.replace(config, device="cpu")
     if config.dry_run and config.chains:
@@ -69,7 +81,7 @@ def main(argv=None) -> int:
             print(compare_families(config))
             return console.EXIT_OK
     try:
-        with study_of(config) as study:
+        with study_of(config, start) as study:
             study.load()
             if not config.dry_run:
                 study.check_folder()

@@ -45,6 +45,8 @@ def install(script: str) -> None:
         if not _State.depth:
             check()
 
+    _State.running = _State.came = _State.raised = False  # a fork has them from the process that it comes from
+    _State.depth = 0
     _State.handled = tuple(
         number
         for number in STOPPING

@@ -56,7 +56,7 @@ def nursery():
         yield
         return
     with pytest.MonkeyPatch.context() as patch, contextlib.closing(warm.Nursery()) as nursery:
-        patch.setattr(subprocess, "_fork_exec", warm.stand_in(nursery.fork))
+        patch.setattr(subprocess, "_fork_exec", nursery.fork_exec)
         yield
 
 

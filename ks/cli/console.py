@@ -34,6 +34,8 @@ def begin(script: str, task: str = "") -> None:
     made an epoch 6 times longer and the floors of the demo 20 times. There are no more of them than a CPU quota allows.
     OpenMP reads both when torch loads.
 
+    NumPy's own threads have no work here; a process with threads cannot be forked (`ks.study.fork_server`).
+
     MPLBACKEND counts for `--show` alone: matplotlib does not load with a wrong one, and files need none.
 
     Args:
@@ -46,6 +48,7 @@ def begin(script: str, task: str = "") -> None:
         print(f"{os.path.basename(script)}: {task}", file=sys.stderr, flush=True)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     respect_cpu_quota()
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if "--show" not in sys.argv:
         os.environ.pop("MPLBACKEND", None)
     gc.disable()

@@ -22,7 +22,7 @@ from ks.model.layer_weights import select_weights
 from ks.model.model_plan import ModelPlan
 from ks.moments.moments_file import as_moments
 from ks.study.folder import checkpoint_record_of, claim_folder, held, remedies_of
-from ks.study.processes import Exit
+from ks.study.processes import Exit, Start, start_afresh
 from ks.study.run_all import finished_before, run_all
 from ks.study.runs import Result, Run, result_of, seeds_of
 from ks.study.weight_study import Study, WeightStudy
@@ -34,8 +34,8 @@ from ks.training.problem import chain_of, choose_device
 class CheckpointStudy(Study):
     """Several weights of a checkpoint, each with a results folder of its own in that of the study."""
 
-    def __init__(self, config: SweepConfig, trainer: Path):
-        super().__init__(config, trainer)
+    def __init__(self, config: SweepConfig, trainer: Path, start: Start = start_afresh):
+        super().__init__(config, trainer, start)
         self.settings: dict[Run, dict] = {}  # of the study of its layer, for each run
         self.planned: ModelPlan | None = None
         self.ended: list[Status] = []
@@ -148,7 +148,7 @@ class CheckpointStudy(Study):
             folder = str(layer_folder(self.files.directory, name))
             flags = {"chain": family, "ranks": ranks, "loss_metric": self.loss_metric.value, "output_dir": folder}
             flags |= {"target_relative_loss": None, "target_loss_increase": None}
-            study = _LayerStudy(config.of_layer(name, **flags), self.trainer)
+            study = _LayerStudy(config.of_layer(name, **flags), self.trainer, self.start)
             study.load()
             study.plan()
             yield study
@@ -197,6 +197,10 @@ class _LayerStudy(WeightStudy):
         names = [f"{self.config.weight_key}, {run.task.name}" for run in self.runs]
         tasks = [dataclasses.replace(run.task, name=name) for run, name in zip(self.runs, names)]
         self.runs = [dataclasses.replace(run, task=task) for run, task in zip(self.runs, tasks)]
+
+    def floors_can_wait(self) -> bool:
+        """Return that they cannot: no layer's weight stays in memory while runs train."""
+        return False
 
 
 def _check_flags(config: SweepConfig, goal: Goal | None) -> None:

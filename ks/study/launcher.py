@@ -16,23 +16,29 @@ from ks.cli.console import EXIT_INTERNAL, EXIT_USAGE
 from ks.cli.flags import SweepConfig
 from ks.errors import UsageError, one_line
 from ks.files.limits import cpu_cores
-from ks.study.processes import Exit, Launcher, LocalLauncher, Task
+from ks.study.processes import Exit, Launcher, LocalLauncher, Start, Task, start_afresh
 from ks.study.slurm_cluster import SlurmLauncher
 
 
 def launcher_of(
-    config: SweepConfig, device: torch.device, runs: int, trainer: Path, files: dict[str, tuple[str, bytes]]
+    config: SweepConfig,
+    device: torch.device,
+    runs: int,
+    trainer: Path,
+    files: dict[str, tuple[str, bytes]],
+    start: Start = start_afresh,
 ) -> Launcher:
     """Return the launcher that the flags choose, for at most this many runs.
 
     Args:
         trainer: absolute path of the training script.
         files: that runs on other machines read: absolute path, then name and content there.
+        start: starts a run on this machine.
     Raises:
         UsageError: places that do not exist.
     """
     if config.launcher == "local":
-        return LocalLauncher(slots_of(config, device, runs), config.timeout_per_rank)
+        return LocalLauncher(slots_of(config, device, runs), config.timeout_per_rank, start)
     if config.launcher == "inline":
         if config.timeout_per_rank is not None:
             raise UsageError("--launcher inline stops no run: leave out --timeout_per_rank")

@@ -5,6 +5,7 @@ A process is tied to its parent by a pipe, the lifeline, which closes when the p
 
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import subprocess
@@ -12,12 +13,13 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 POLL_SECONDS = 0.1
+WAKE_SECONDS = 0.01  # between looks at whether a process has ended
 STOP_SECONDS = 5.0
 VARIABLE = "KS_LIFELINE"  # file descriptor and inode of the pipe, so that a value from elsewhere is recognised
 SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux' prctl
@@ -40,6 +42,46 @@ class Exit:
     seconds: float
     timed_out: bool = False
     error: str = ""
+
+
+class Process(Protocol):
+    """A child of this process; a `subprocess.Popen` is one."""
+
+    returncode: int | None
+
+    def poll(self) -> int | None:
+        """Return the exit code, that of `Exit`; None while it runs."""
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless the process has ended."""
+
+
+# A way to start a script, with the arguments of `start_afresh`.
+Start = Callable[[Sequence[str], dict[str, str], int, int, Sequence[int]], Process]
+
+
+def start_afresh(
+    command: Sequence[str], environment: dict[str, str], stdout: int, stderr: int, kept: Sequence[int]
+) -> Process:
+    """Start a script in a fresh interpreter, without input, as the leader of a session.
+
+    Args:
+        command: an interpreter, a script and its arguments.
+        environment: of the script.
+        stdout, stderr: descriptors for its output.
+        kept: descriptors that it has too, under the same numbers.
+    Raises:
+        OSError: it cannot start.
+    """
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
+        env=environment,
+        pass_fds=kept,
+        start_new_session=True,
+    )
 
 
 class Launcher:
@@ -69,11 +111,12 @@ class LocalLauncher(Launcher):
     Args:
         slots: environment variables of the tasks that run at the same time, one entry each.
         timeout: seconds after which a task is stopped, or None.
+        start: starts a script.
     """
 
-    def __init__(self, slots: list[dict[str, str]], timeout: float | None = None):
-        self.slots, self.timeout = slots, timeout
-        self._running: list[_Process] = []
+    def __init__(self, slots: list[dict[str, str]], timeout: float | None = None, start: Start = start_afresh):
+        self.slots, self.timeout, self.start = slots, timeout, start
+        self._running: list[_Running] = []
         self._lifeline = Lifeline()
 
     def __exit__(self, kind, error, traceback) -> None:
@@ -86,34 +129,30 @@ class LocalLauncher(Launcher):
             while waiting and free:
                 task = waiting.popleft()
                 try:
-                    self._running.append(_Process(task, free[0], self._lifeline))
+                    self._running.append(self._started(task, free[0]))
                     free.pop(0)
                 except OSError as error:
                     yield task, Exit(1, 0.0, error=f"it could not start: {error}")
             poll([run.task for run in self._running])
-            time.sleep(POLL_SECONDS)
+            wait_for_one([run.process for run in self._running], POLL_SECONDS)
             for run in [run for run in self._running if run.ended(self.timeout)]:
                 self._running.remove(run)
                 free.append(run.slot)
-                yield run.task, Exit(run.process.returncode, time.monotonic() - run.started, run.timed_out)
+                yield run.task, Exit(run.process.returncode or 0, time.monotonic() - run.started, run.timed_out)
+
+    def _started(self, task: Task, slot: dict[str, str]) -> "_Running":
+        task.log.parent.mkdir(parents=True, exist_ok=True)  # it may have been deleted since the sweep began
+        environment, kept = os.environ | slot | self._lifeline.environment, [self._lifeline.descriptor]
+        with open(task.log, "ab") as log:
+            return _Running(task, slot, self.start(task.command, environment, log.fileno(), log.fileno(), kept))
 
 
-class _Process:
+class _Running:
     """A task in a process of its own."""
 
-    def __init__(self, task: Task, slot: dict[str, str], lifeline: "Lifeline"):
-        self.task, self.slot, self.started, self.timed_out = task, slot, time.monotonic(), False
-        task.log.parent.mkdir(parents=True, exist_ok=True)  # it may have been deleted since the sweep began
-        with open(task.log, "ab") as log:
-            self.process = subprocess.Popen(
-                task.command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=os.environ | slot | lifeline.environment,
-                pass_fds=[lifeline.descriptor],
-                start_new_session=True,
-            )
+    def __init__(self, task: Task, slot: dict[str, str], process: Process):
+        self.task, self.slot, self.process = task, slot, process
+        self.started, self.timed_out = time.monotonic(), False
 
     def ended(self, timeout: float | None) -> bool:
         if timeout is not None and self.process.poll() is None and time.monotonic() - self.started > timeout:
@@ -122,19 +161,23 @@ class _Process:
         return self.process.poll() is not None
 
 
-def stop(processes: list[subprocess.Popen]) -> None:
+def wait_for_one(processes: list[Process], seconds: float) -> None:
+    """Wait until one of the processes has ended, for at most this many seconds."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and all(process.poll() is None for process in processes):
+        time.sleep(WAKE_SECONDS)
+
+
+def stop(processes: list[Process]) -> None:
     """End processes that may still run, also stopped ones: TERM to all, then KILL after five seconds."""
     for process in processes:
-        if process.poll() is None:
-            process.terminate()
-            process.send_signal(signal.SIGCONT)
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGCONT)
     deadline = time.monotonic() + STOP_SECONDS
     for process in processes:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        wait_for_one([process], deadline - time.monotonic())
+        process.send_signal(signal.SIGKILL)
+        wait_for_one([process], math.inf)
 
 
 class Lifeline:

@@ -44,7 +44,7 @@ def run_all(
     read_result: ReadResult,
     results: dict[Run, Result],
     meanwhile: Iterator[None],
-    floors: Mapping[int, float] | None = None,
+    floors: Mapping[int, float] = {},
 ) -> None:
     """Run those that are left in their order, also when others fail.
 
@@ -52,7 +52,7 @@ def run_all(
         read_result: returns the result of a run whose process has ended.
         results: gets the result of each run that ends; after an interrupt, some are missing.
         meanwhile: work of the sweep itself while runs train, in steps of less than a second.
-        floors: the best known loss of each rank, in the unit of the curves.
+        floors: the best known loss of each rank, in the unit of the curves; `meanwhile` may add to it.
     """
     run_of = {run.task: run for run in runs}
     progress = Progress(runs, config.num_epochs, config.quiet, floors)
@@ -78,8 +78,8 @@ class Progress:
     Each run has `num_epochs`; `floors` are the best known losses of the ranks, in the unit of the curves.
     """
 
-    def __init__(self, runs: list[Run], num_epochs: int, quiet: bool, floors: Mapping[int, float] | None = None):
-        self.num_runs, self.num_epochs, self.quiet, self.floors = len(runs), num_epochs, quiet, floors or {}
+    def __init__(self, runs: list[Run], num_epochs: int, quiet: bool, floors: Mapping[int, float] = {}):
+        self.num_runs, self.num_epochs, self.quiet, self.floors = len(runs), num_epochs, quiet, floors
         self.run_of = {run.task: run for run in runs}
         self.tails = {run.task: CurvesTail(run.files.curves_csv) for run in runs}
         self.ended = 0

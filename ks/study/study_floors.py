@@ -21,7 +21,7 @@ def plan_floors(config: SweepConfig, problem: Problem, path: Path) -> RankFloors
     """Return the floors of the study's chain family, with all bounds of the file that `keep_floors` writes."""
     ours = problem.edits.criterion_is_ours
     known = FloorsFile(path).find_bounds(*_identity(problem)) if ours else None
-    if known is not None and known.curve is None and (problem.rows * problem.cols > LARGE_WEIGHT or config.inputs):
+    if known is not None and known.curve is None and (is_large(problem) or config.inputs):
         console.note(f"computing the floors of {problem.rows} × {problem.cols}, {problem.chain.family}", config.quiet)
     beside = config.inputs and problem.loss_metric is LossMetric.OUTPUT_ENERGY  # isotropic inputs cost no model a loss
     return RankFloors(
@@ -33,6 +33,11 @@ def plan_floors(config: SweepConfig, problem: Problem, path: Path) -> RankFloors
         progress=SlowWork(config.quiet),
         reason=None if ours else "floors hold for mean_squared_error alone",
     )
+
+
+def is_large(problem: Problem) -> bool:
+    """Return whether the floors of a weight for isotropic inputs take seconds."""
+    return problem.rows * problem.cols > LARGE_WEIGHT
 
 
 def keep_floors(floors: RankFloors, problem: Problem, path: Path) -> None:

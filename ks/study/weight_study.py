@@ -3,17 +3,20 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
+import math
 import os
 import shlex
-import subprocess
 import sys
+import tempfile
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Self
 
+from ks.bounds.floors import Floor
 from ks.bounds.rank_floors import floor_rows, plan_rows
 from ks.cli import console
 from ks.cli.flags import SweepConfig
@@ -31,10 +34,10 @@ from ks.report.verdict import check_above_floor
 from ks.report.words import Words
 from ks.study.folder import claim_folder, held, record_of, refuse_another_study, remedies_of, study_in
 from ks.study.launcher import launcher_of, slurm_launcher
-from ks.study.processes import Exit
+from ks.study.processes import Exit, Start, start_afresh, wait_for_one
 from ks.study.run_all import finished_before, run_all
 from ks.study.runs import Result, Run, as_rank, ranks_of, result_of, runs_of, seeds_of, stop_losses, trained_ranks
-from ks.study.study_floors import certify, find_facts, keep_floors, plan_floors, ranks_of_answer
+from ks.study.study_floors import certify, find_facts, is_large, keep_floors, plan_floors, ranks_of_answer
 from ks.training.criterion_identity import TOOLKIT, Edits, edits_of
 from ks.training.problem import chain_notes, choose_device, relative_target, resolve
 from ks.training.run_state import changes, settings_in
@@ -48,11 +51,11 @@ class Study:
     folder. run trains whatever has not ended well before. conclude writes summary and figures.
     Leaving the study as a context stops whatever still runs, then lets other sweeps into the folder.
 
-    The trainer is the absolute path of the training script.
+    The trainer is the absolute path of the training script, and `start` starts a run of it on this machine.
     """
 
-    def __init__(self, config: SweepConfig, trainer: Path):
-        self.config, self.trainer = config, trainer
+    def __init__(self, config: SweepConfig, trainer: Path, start: Start = start_afresh):
+        self.config, self.trainer, self.start = config, trainer, start
         self.files = SweepFiles(Path(config.output_dir).absolute(), config.save_prefix, config.metric)
         self.results: dict[Run, Result] = {}
         self.places = contextlib.ExitStack()  # the launcher, until all has run
@@ -87,7 +90,7 @@ class Study:
     def _open(self, files: dict[str, tuple[str, bytes]]) -> None:
         """Open the launcher that the flags choose; see `launcher_of`."""
         device = choose_device(self.config.device)
-        launcher = launcher_of(self.config, device, self.runs_at_most(), self.trainer, files)
+        launcher = launcher_of(self.config, device, self.runs_at_most(), self.trainer, files, self.start)
         self.launcher = self.places.enter_context(launcher)
 
 
@@ -102,7 +105,7 @@ class WeightStudy(Study):
         """
         config = self.config
         self.problem = problem = resolve(config, edits_of(self.trainer))
-        _check_edits(config, self.trainer, problem.edits)
+        _check_edits(config, self.trainer, problem.edits, self.start)
         self.target = target = relative_target(config, problem)
         self.words = Words(problem.loss_metric, problem.unit, problem.predict_zero_loss)
         if not problem.edits.criterion_is_ours and (target is not None or config.stop_at != "never"):
@@ -117,7 +120,7 @@ class WeightStudy(Study):
         self.before = study if same else None
 
     def plan(self) -> None:
-        """Compute the floors that are not known yet, and choose the ranks and when a run may stop; write nothing.
+        """Compute the floors that cannot wait, and choose the ranks and when a run may stop; write nothing.
 
         Raises:
             UsageError: ranks that cannot be studied, or --stop_at without what it refers to.
@@ -127,11 +130,15 @@ class WeightStudy(Study):
         self.chosen, self.ranks = ranks_of(config, self.planned, self.before, self.target)
         if config.dry_run:
             certify(self.planned, [], self.ranks, config.tight_bounds)
-        self.floors = self.planned.floors(self.ranks)
-        stops = stop_losses(config, self.floors, self.target)
+        stops = stop_losses(config, {} if self.floors_can_wait() else self.floors, self.target)
         self.runs = runs_of(config, self.ranks, self.files.directory, self.trainer, stops)
         self.record["ranks"] = self.ranks
         self.trained = trained_ranks(self.ranks, problem.chain.saturation_rank, self.files.directory)
+
+    @property
+    def floors(self) -> dict[int, Floor | None]:
+        """The floors of the ranks; computed when they are first asked for."""
+        return self.planned.floors(self.ranks)
 
     def plan_text(self) -> str:
         """Return the plan, for --dry_run; with --verbose, the commands of the runs too."""
@@ -179,14 +186,25 @@ class WeightStudy(Study):
         self._open(files)
 
     def claim(self) -> None:
-        """Claim the results folder, and write the floors of every rank into it."""
+        """Claim the results folder, and write the floors of every rank into it unless they can wait for the runs."""
         config, files = self.config, self.files
         self.locks.enter_context(held(files))
         delete_leftovers(files.all(seeds_of(config)))
         claim_folder(files, self.runs, self.record, config.files_read(), config.overwrite, remedies_of(config))
-        keep_floors(self.planned, self.problem, files.bounds)
+        if not self.floors_can_wait():
+            self.write_floors()
+
+    def floors_can_wait(self) -> bool:
+        """Return whether nothing but the report needs floors, and they take a second: while the first runs train."""
+        config, planned = self.config, self.planned
+        needed = config.dry_run or config.stop_at != "never" or self.target is not None
+        return not needed and planned.has_floors and planned.curve_is_exact and not is_large(self.problem)
+
+    def write_floors(self) -> None:
+        """Write the floors of every rank into the results folder, and the bounds for a rerun."""
+        keep_floors(self.planned, self.problem, self.files.bounds)
         rows = floor_rows(self.planned, self.problem.predict_zero_loss)
-        write_csv(files.floor_csv, columns.names(columns.FLOOR), rows)
+        write_csv(self.files.floor_csv, columns.names(columns.FLOOR), rows)
 
     def run(self) -> None:
         """Train the chosen ranks that have not ended well before, the largest first."""
@@ -202,11 +220,19 @@ class WeightStudy(Study):
         waiting = sorted((run for run in chosen if run not in results), key=lambda run: (-run.rank, run.seed))
         seeds = Counter(run.seed for run in waiting) if self.config.launcher == "local" else {}
         shared = {seed: self.files.samples(seed) for seed, count in seeds.items() if count > 1}
-        unit = self.problem.predict_zero_loss
-        best_known = {rank: floor.upper * unit for rank, floor in self.floors.items() if floor is not None}
+        best_known: dict[int, float] = {}
         samples = samples_in_files(self.config, self.problem, shared)
-        with self.places, samples, closing(self._prepare()) as steps:
-            run_all(self.config, waiting, self.launcher, self.read_result, results, steps, best_known)
+        with self.places, samples as drawing, closing(self._prepare()) as steps:
+            meanwhile = itertools.chain(drawing, self._find_floors(best_known), steps)
+            run_all(self.config, waiting, self.launcher, self.read_result, results, meanwhile, best_known)
+
+    def _find_floors(self, best_known: dict[int, float]) -> Iterator[None]:
+        """Write the floors in one step, and add the best known loss of each rank in the unit of the curves."""
+        if self.floors_can_wait():
+            self.write_floors()
+        unit = self.problem.predict_zero_loss
+        best_known |= {rank: floor.upper * unit for rank, floor in self.floors.items() if floor is not None}
+        yield
 
     def _prepare(self) -> Generator[None]:
         """Do in short steps, while the last run trains, whatever `conclude` would take its time for."""
@@ -251,10 +277,9 @@ class WeightStudy(Study):
         results = self._all_results()
         _, rows = summarise(self.config, self.problem, self.planned, self.floors, results)
         certify(self.planned, ranks_of_answer(rows, self.planned, target), self.ranks, seconds)
-        self.floors = self.planned.floors(self.ranks)
         self.rows_of_runs, self.rows = summarise(self.config, self.problem, self.planned, self.floors, results)
         facts = find_facts(self.rows, self.planned, target, seconds)
-        keep_floors(self.planned, self.problem, self.files.bounds)
+        self.write_floors()
         self.record["facts"] = dataclasses.asdict(facts)
         self.record["answer"] = answer(self.rows, facts, target)
         self.record["advice"] = advice(self.rows, self.problem.sampling)
@@ -273,12 +298,13 @@ class WeightStudy(Study):
 
     def check_floors(self) -> None:
         """Raise InternalError if a finished run is below its floor."""
+        floors = self.floors
         for row in self.rows_of_runs:
-            check_above_floor(row["population_loss"], self.floors[row["rank"]], self.problem.predict_zero_loss)
+            check_above_floor(row["population_loss"], floors[row["rank"]], self.problem.predict_zero_loss)
 
 
 @functools.cache  # a layer of a checkpoint is prepared twice
-def _check_edits(config: SweepConfig, trainer: Path, edits: Edits) -> None:
+def _check_edits(config: SweepConfig, trainer: Path, edits: Edits, start: Start) -> None:
     """Let the training script try what a person has edited in it, before anything is computed or written.
 
     Raises:
@@ -286,16 +312,14 @@ def _check_edits(config: SweepConfig, trainer: Path, edits: Edits) -> None:
     """
     if edits == TOOLKIT:
         return
-    arguments = to_arguments(config.training_settings() | {"check": True, "quiet": True})
-    done = subprocess.run(
-        [sys.executable, str(trainer), *arguments],
-        stdin=subprocess.DEVNULL,
-        env=os.environ | {"PYTHONBREAKPOINT": "0"},  # a breakpoint is for the runs
-        capture_output=True,
-        text=True,
-    )
-    names, messages = done.stdout.split(), done.stderr.splitlines()
-    if done.returncode:
+    command = [sys.executable, str(trainer), *to_arguments(config.training_settings() | {"check": True, "quiet": True})]
+    environment = os.environ | {"PYTHONBREAKPOINT": "0"}  # a breakpoint is for the runs
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        process = start(command, environment, stdout.fileno(), stderr.fileno(), [])
+        wait_for_one([process], math.inf)
+        stdout.seek(0), stderr.seek(0)
+        names, messages = stdout.read().split(), stderr.read().splitlines()
+    if process.returncode:
         raise UsageError((messages or ["it failed"])[-1].removeprefix(f"{trainer.name}: error: "))
     for warning in messages:
         console.note(f"WARNING: {warning}")

@@ -7,6 +7,7 @@ such file, a damaged one, or samples of other settings, draws its own, with the 
 import contextlib
 import json
 import os
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ from ks.training.run_state import settings_of
 from ks.training.whitening import whiten
 
 FILES_OF_SEEDS = "KS_SAMPLES"  # in the environment of a run: a JSON object from seeds to paths
+WAIT_SECONDS = 0.005
 LONG_WORK = 2**36  # multiply-adds, a few seconds
 _STREAMS = {"train": 0, "validation": 1, "shuffle": 2, "init": 3}
 
@@ -181,15 +183,15 @@ def make_samples(
     output_rows: torch.Tensor | None = None,
     seed: int | None = None,
 ) -> Samples:
-    """Return the samples of a run: from the file of its sweep if there is one, else drawn here.
+    """Return the samples of a run: from the file of its sweep if there is one and no seed is given, else drawn here.
 
     Args:
         weight: W in internal units.
         output_rows: the order of the training targets, as rows of W; None for the natural one.
         seed: of the samples; None for that of the config.
     """
+    stored = _read(config.seed, _settings(config, problem, config.seed)) if seed is None else None
     seed = config.seed if seed is None else seed
-    stored = _read(seed, _settings(config, problem, seed))
     return Samples(
         weight.float(),
         problem.num_train,
@@ -209,28 +211,44 @@ def make_samples(
 
 
 @contextlib.contextmanager
-def samples_in_files(config: TrainingFlags, problem: Problem, paths: dict[int, Path]) -> Iterator[None]:
+def samples_in_files(config: TrainingFlags, problem: Problem, paths: dict[int, Path]) -> Iterator[Iterator[None]]:
     """Keep the samples of some seeds in files, for the runs that start meanwhile on this machine.
 
-    `paths` are those of the files, by seed. `fresh` samples and those on GPUs are left out.
+    A run waits while the file of its seed is empty, so that it can start before its samples are drawn.
+
+    Args:
+        paths: of the files, by seed. `fresh` samples and those on GPUs are left out.
+    Yields:
+        an iterator that draws the samples of the next seed with every step.
     """
     if problem.device.type != "cpu" or problem.sampling == "fresh":
         paths = {}
+    try:
+        for path in paths.values():
+            path.touch()
+        os.environ[FILES_OF_SEEDS] = json.dumps({seed: str(path) for seed, path in paths.items()})
+        yield _drawn(config, problem, paths)
+    finally:
+        os.environ.pop(FILES_OF_SEEDS, None)
+        _delete(paths)
+
+
+def _drawn(config: TrainingFlags, problem: Problem, paths: dict[int, Path]) -> Iterator[None]:
     if len(paths) * problem.num_train * problem.cols * (problem.cols + problem.rows) > LONG_WORK:
         note("drawing the samples that the runs share", config.quiet)
     try:
-        try:
-            for seed, path in paths.items():
-                if not signals.came():
-                    _write(path, config, problem, seed)
-            os.environ[FILES_OF_SEEDS] = json.dumps({seed: str(path) for seed, path in paths.items()})
-        except (OSError, MemoryError, RuntimeError) as error:  # the CPU's allocator raises a RuntimeError
-            note(f"every run draws its own samples, because they cannot be kept in a file: {one_line(error)}")
-        yield
-    finally:
-        os.environ.pop(FILES_OF_SEEDS, None)
-        for path in paths.values():
-            path.unlink(missing_ok=True)
+        for seed, path in paths.items():
+            _write(path, config, problem, seed)
+            yield
+    except (OSError, MemoryError, RuntimeError) as error:  # the CPU's allocator raises a RuntimeError
+        os.environ.pop(FILES_OF_SEEDS)
+        _delete(paths)
+        note(f"every run draws its own samples, because they cannot be kept in a file: {one_line(error)}")
+
+
+def _delete(paths: dict[int, Path]) -> None:
+    for path in paths.values():
+        path.unlink(missing_ok=True)
 
 
 def _settings(config: TrainingFlags, problem: Problem, seed: int) -> dict[str, Any]:
@@ -253,6 +271,9 @@ def _read(seed: int, settings: dict[str, Any]) -> list[Pair] | None:
         path = json.loads(os.environ.get(FILES_OF_SEEDS, "{}")).get(str(seed))
         if path is None:
             return None
+        while not os.path.getsize(path):  # the sweep is drawing them
+            signals.check()
+            time.sleep(WAIT_SECONDS)
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:
                 raise ValueError("it is damaged")

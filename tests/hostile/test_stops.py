@@ -3,6 +3,7 @@
 `make test` runs the first cases of every table, `make test-faults` all.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ALL_FAULTS, ROOT, wait_for
+from conftest import ALL_FAULTS, ROOT, processes_in, wait_for
 
 from ks.files.atomic import read_json
 from ks.files.curves import read_curves
@@ -24,7 +25,7 @@ COMMANDS = {
     "rank_sweep_study.py": (*LONG, "--ranks", "1", "2", "4", "--jobs", "2"),
     "example_rank_sweep.py": ("--output_dir", "out", "--num_epochs", "500"),
 }
-pytestmark = pytest.mark.usefixtures("cold")  # signals come while it imports; processes are found by their command
+pytestmark = pytest.mark.usefixtures("cold")  # signals come while it imports
 INT, TERM, HUP, QUIT = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
 MOMENTS = (0.0, 0.4, 1.5, 3.0, 6.0)  # seconds after the first import: imports, floors, first launch, first epochs
 STORMS = [
@@ -57,10 +58,14 @@ def catches(process: int, number: signal.Signals) -> bool:
     return bool(int(caught, 16) >> ((HUP if number == INT else number) - 1) & 1)
 
 
-def children_of(folder) -> list[int]:
-    """Processes of the toolkit that name the folder, besides the one that was started there."""
-    found = subprocess.run(["pgrep", "-f", "--", f"--output_dir {folder}"], capture_output=True, text=True).stdout
-    return [int(word) for word in found.split()]
+def runs_in(folder) -> list[int]:
+    """Runs of a sweep there: processes that write to a log."""
+    found = []
+    for process in processes_in(folder):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/{process}/fd/1").endswith(".log"):
+                found.append(process)
+    return found
 
 
 @pytest.mark.parametrize(("script", "moment", "sent"), STORMS)
@@ -74,13 +79,13 @@ def test_twenty_signals_in_a_second_are_one_interrupt(weight_path, tmp_path, scr
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr
-    assert not children_of(tmp_path)
+    assert not processes_in(tmp_path)
     assert not list(tmp_path.glob("out/**/.*"))  # locks and temporary files
 
 
 def wait_for_checkpoints(folder, count):
     wait_for(lambda: len(list(folder.glob("out/rank_*/*_curves.csv"))) >= count)
-    return children_of(folder)
+    return runs_in(folder)
 
 
 @pytest.mark.parametrize("sent", [TERM, signal.SIGKILL])
@@ -92,7 +97,7 @@ def test_stopped_runs_end_with_their_sweep(weight_path, tmp_path, sent):
         os.kill(trainer, signal.SIGSTOP)
     process.send_signal(sent)
     process.communicate(timeout=30)
-    wait_for(lambda: not children_of(tmp_path), seconds=15)
+    wait_for(lambda: not processes_in(tmp_path), seconds=15)
     for rank in (2, 4):
         assert (tmp_path / f"out/rank_{rank}/rank_{rank}_resume.pth").exists()
 
@@ -102,7 +107,7 @@ def test_a_killed_demo_leaves_no_process(tmp_path):
     wait_for(lambda: list(tmp_path.glob("out/rank_*/*_curves.csv")))
     process.kill()
     process.communicate()
-    wait_for(lambda: not children_of(tmp_path), seconds=15)
+    wait_for(lambda: not processes_in(tmp_path), seconds=15)
 
 
 @pytest.mark.parametrize("sent", [INT, TERM, HUP, QUIT])

@@ -9,6 +9,7 @@ from ks.bounds import rank_floors
 from ks.cli.parser import to_arguments
 from ks.files.atomic import read_json
 from ks.files.layout import SweepFiles
+from ks.study.processes import LocalLauncher
 from ks.study.study_floors import SlowWork
 
 
@@ -85,3 +86,34 @@ def test_slow_work_prints_its_step_every_two_seconds(monkeypatch, capsys):
         now[0] = second
         work(step)
     assert capsys.readouterr().err == "20%\n55%\n"
+
+
+@pytest.mark.parametrize(
+    ("more", "known_before"),
+    [
+        ([], False),
+        (["--stop_at", "floor"], True),
+        (["--target_relative_loss", "0.5"], True),
+        (["--inputs", "samples.pt"], True),
+        (["--chain", "butterfly"], True),
+    ],
+    ids=str,
+)
+def test_no_run_waits_for_floors_that_nothing_but_the_report_needs(
+    arguments, tmp_path, monkeypatch, blank_pictures, more, known_before
+):
+    monkeypatch.chdir(tmp_path)
+    files, seen = SweepFiles(tmp_path / "out", "rank_sweep"), []
+
+    def run(self, tasks, poll):
+        for _ in range(3):
+            seen.append((files.bounds.exists(), files.floor_csv.exists()))
+            poll([])
+        seen.append((files.bounds.exists(), files.floor_csv.exists()))
+        return iter(())
+
+    monkeypatch.setattr(LocalLauncher, "run", run)
+    arguments = [*arguments[:2], *arguments[4:], "--ranks", "1", "2", *more]
+    assert rank_sweep_study.main(arguments) == 1  # no run has started
+    assert seen[0] == (known_before, known_before)
+    assert seen[-1] == (True, True)

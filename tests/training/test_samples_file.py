@@ -1,6 +1,9 @@
 """Samples in a file of a sweep: the same bits as a run's own, and never believed blindly."""
 
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -32,6 +35,15 @@ def draw(config, problem, output_rows, rank=2):
     return make_samples(config, problem, problem.internal_weight(), output_rows(rank))
 
 
+@contextlib.contextmanager
+def shared(config, problem, path):
+    """Keep samples in a file of a sweep, drawn before any run asks for them."""
+    with samples_in_files(config, problem, {config.seed: path}) as drawing:
+        assert path.read_bytes() == b""
+        next(drawing)
+        yield
+
+
 def tensors(samples):
     return [samples.inputs, samples.targets, *(tensor for one in samples.validation for tensor in one)]
 
@@ -57,7 +69,7 @@ FLAGS = {
 def test_samples_of_a_file_have_the_bits_of_own_ones(case, setting, tmp_path, monkeypatch, capsys):
     config, problem, output_rows = setting(*FLAGS[case])
     own = {rank: draw(config, problem, output_rows, rank) for rank in (8, 1)}
-    with samples_in_files(config, problem, {config.seed: tmp_path / "s.pth"}):
+    with shared(config, problem, tmp_path / "s.pth"):
         monkeypatch.setattr(Samples, "_draw_sets", None)  # nothing is drawn from here on
         for rank in (8, 1):
             assert same(draw(config, problem, output_rows, rank), own[rank])
@@ -67,7 +79,7 @@ def test_samples_of_a_file_have_the_bits_of_own_ones(case, setting, tmp_path, mo
 
 def test_runs_share_the_pages_of_a_file_and_what_one_writes_stays_its_own(setting, tmp_path):
     config, problem, output_rows = setting()
-    with samples_in_files(config, problem, {config.seed: tmp_path / "s.pth"}):
+    with shared(config, problem, tmp_path / "s.pth"):
         content = (tmp_path / "s.pth").read_bytes()
         samples = draw(config, problem, output_rows)
         maps = Path("/proc/self/maps")
@@ -88,7 +100,7 @@ def test_samples_of_other_settings_are_not_believed(flags, others, setting, tmp_
     """Measured samples have the second moment of their inputs, in coordinates that depend on the chain's groups."""
     config, problem, _ = setting(*flags)
     other = setting(*others)
-    with samples_in_files(config, problem, {config.seed: tmp_path / "s.pth"}):
+    with shared(config, problem, tmp_path / "s.pth"):
         found = draw(*other)
     assert "other settings" in capsys.readouterr().err
     assert same(found, draw(*other))
@@ -114,7 +126,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_faulty_file_is_one_line_and_not_believed(fault, setting, tmp_path, capsys):
     case = config, problem, _ = setting()
-    with samples_in_files(config, problem, {config.seed: tmp_path / "s.pth"}):
+    with shared(config, problem, tmp_path / "s.pth"):
         FAULTS[fault](tmp_path / "s.pth")
         found = draw(*case)
     (line,) = capsys.readouterr().err.splitlines()
@@ -129,12 +141,24 @@ def test_any_value_of_the_variable_is_one_line_at_most(value, setting, monkeypat
     assert capsys.readouterr().err.count("drawn here") == (value != "{}")
 
 
-def test_samples_that_cannot_be_written_are_left_to_the_runs(setting, tmp_path, capsys):
+def test_a_run_waits_while_its_samples_are_drawn(setting, tmp_path):
     config, problem, _ = case = setting()
-    with samples_in_files(config, problem, {0: tmp_path / "0.pth", 1: tmp_path / "missing/1.pth"}):
+    with samples_in_files(config, problem, {config.seed: tmp_path / "s.pth"}) as drawing, ThreadPoolExecutor() as pool:
+        found = pool.submit(draw, *case)
+        with pytest.raises(TimeoutError):
+            found.result(timeout=0.2)
+        next(drawing)
+        assert same(found.result(), draw(*case))
+
+
+def test_samples_that_cannot_be_written_are_left_to_the_runs(setting, tmp_path, monkeypatch, capsys):
+    config, problem, _ = case = setting()
+    monkeypatch.setattr("ks.training.samples.save_tensors", Mock(side_effect=OSError(28, "full")))
+    with samples_in_files(config, problem, {0: tmp_path / "s.pth", 1: tmp_path / "t.pth"}) as drawing:
+        list(drawing)
         assert "every run draws its own samples" in capsys.readouterr().err
         assert draw(*case).inputs.any()
-    assert not (tmp_path / "0.pth").exists()
+    assert not (tmp_path / "s.pth").exists()
     assert capsys.readouterr().err == ""
 
 
