@@ -64,8 +64,11 @@ def float32_products(x: torch.Tensor, precision: str = "ieee") -> Iterator[None]
         yield
         return
     settings = torch.backends.cuda.matmul if x.is_cuda else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = settings.fp32_precision
-    settings.fp32_precision = "tf32" if x.is_cuda and precision == "tf32" else "ieee"
+    before, wanted = settings.fp32_precision, "tf32" if x.is_cuda and precision == "tf32" else "ieee"
+    if before == wanted:
+        yield
+        return
+    settings.fp32_precision = wanted
     try:
         yield
     finally:

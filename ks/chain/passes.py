@@ -20,8 +20,8 @@ class ChainPasses:
     Args:
         patterns: (a_l, b_l, c_l, d_l) of the factors, output side first.
         batch_last: x and y have the shapes (n, batch) and (m, batch) instead of (batch, n) and (batch, m).
-        block_order: leave the outputs in the order in which the left-most product makes them, which saves a
-            permutation; `output_rows` says which one it is.
+        block_order: leave the outputs in the order in which the left-most product makes them, features first in memory,
+            which saves a permutation; `output_rows` says which one it is.
         impl: 'triton' for the kernel of this package, 'auto' or 'bmm' for torch.bmm.
         precision: of float32 products; 'tf32' rounds operands to TF32 on a GPU, everything else is IEEE.
     """
@@ -52,18 +52,19 @@ class ChainPasses:
             values: shapes (a_l, b_l, c_l, d_l), output side first.
         Returns:
             [y, then the input of every factor except the right-most, from left to right, each of shape
-            (features, batch)]; y has the layout of x.
+            (features, batch)]; y has the shape of x.
         """
         features = x if self.batch_last else x.t()
         rows, batch = self.patterns[0].rows, features.shape[1]
-        y = x.new_empty((rows, batch) if self.batch_last else (batch, rows))
+        is_row_major = not (self.batch_last or self.block_order)
+        y = x.new_empty(batch, rows).t() if is_row_major else x.new_empty(rows, batch)
         inner: list[torch.Tensor] = []
         with float32_products(x, self.precision):
             for factor in values[:0:-1]:
                 features = self._apply(factor, features)
                 inner.insert(0, features)
-            self._apply(values[0], features, y if self.batch_last else y.t(), out_block_order=self.block_order)
-        return [y, *inner]
+            self._apply(values[0], features, y, out_block_order=self.block_order)
+        return [y if self.batch_last else y.t(), *inner]
 
     def backward(
         self,

@@ -63,7 +63,7 @@ class GaussNewton(Optimizer):
             within every row group of the left-most one.
         batch_size: samples of a batch, B.
         weight_decay: per unit of lr.
-        loss_scaling: for float16.
+        settings: `loss_scaling` and `measure_norm` as in `Optimizer`.
     """
 
     def __init__(
@@ -73,10 +73,10 @@ class GaussNewton(Optimizer):
         batch_size: int,
         *,
         weight_decay: float = 0.0,
-        loss_scaling: bool = False,
+        **settings: bool,
     ):
-        super().__init__("sgd", parameters, max_grad_norm=0.0, loss_scaling=loss_scaling)
-        self.weight_decay, self.decoupled = weight_decay, True
+        super().__init__("sgd", parameters, weight_decay=weight_decay, max_grad_norm=0.0, **settings)
+        self.decoupled = True
         patterns = [Pattern(*values.shape) for values in self.parameters]
         rows, cols = patterns[0].rows, patterns[-1].cols
         metric = Metric.of(metric)
@@ -179,9 +179,7 @@ class GaussNewton(Optimizer):
         diagonal = matrices.diagonal(dim1=-2, dim2=-1)
         diagonal += DAMPING * diagonal.mean(-1, keepdim=True) + SHARED_DAMPING * diagonal.mean() + damping
         root, info = torch.linalg.cholesky_ex(matrices)
-        unit = torch.eye(matrices.shape[-1], device=matrices.device).expand_as(matrices)
-        inverse_root = torch.linalg.solve_triangular(root, unit, upper=False)
-        inverse = inverse_root.mT @ inverse_root
+        inverse = torch.cholesky_inverse(torch.where((info == 0)[..., None, None], root, 1.0))
         # No entry of a positive definite matrix is larger than its diagonal.
         good = (info == 0) & inverse.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()
         kept = place.permute(0, 3, 1, 2)
