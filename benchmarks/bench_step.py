@@ -3,10 +3,10 @@
     python benchmarks/bench_step.py                                # this machine's CPU, one thread
     python benchmarks/bench_step.py --device cuda --shape 2048 4096 --csv step.csv
 
-Steps, on batches of 32 ready samples: "gauss_newton" and "adamw" are those of `train_with_random.py`, the former with its
-fraction of the refreshes of a run of RUN steps; "bare" and "bare_adamw" call only their matrix products and their fused
+Steps, on batches of 32 ready samples: "gauss_newton" and "adamw" are those of `train_with_random.py`, the former with
+its part of the refreshes of a run of RUN steps; "bare" and "bare_adamw" call only their matrix products and their fused
 update; "plain" is the loop of `baselines.py`; "dense" trains a dense matrix with our AdamW. The program compares the
-outputs before it times anything, and interleaves the timings of a row.
+outputs before it times anything, and interleaves the timings of a row: CPU time on one thread, else wall time.
 """
 
 import argparse

@@ -68,8 +68,8 @@ class GaussNewton(Optimizer):
             within every row group of the left-most one.
         batch_size: samples of a batch, B.
         weight_decay: per unit of lr.
-        rate_decays: whether the schedule takes lr to zero, without which the noise of larger steps stays: then they grow
-            under a coupling metric alone.
+        rate_decays: whether the schedule takes lr to zero. Otherwise the noise of larger steps stays, and they grow
+            under a metric that couples groups alone.
         settings: `loss_scaling` and `measure_norm` as in `Optimizer`.
     """
 
@@ -140,7 +140,7 @@ class GaussNewton(Optimizer):
             first, longest = FIRST_COUPLED_REFRESHES, LONGEST_COUPLED_INTERVAL
         interval = min(2 ** ((1 + step // first).bit_length() - 1), longest)
         if step % interval == 0:
-            self.refresh(LOSS_DAMPING / (1 + step / 200) ** 2, step / (step + GROWTH_STEPS))
+            self.refresh(LOSS_DAMPING / (1 + step / 200) ** 2, step**2 / (step**2 + GROWTH_STEPS**2))
 
     def refresh(self, loss_damping: float, grown: float = 0.0) -> None:
         """Compute the inverses from the factors; one that fails keeps its last good value and is counted.

@@ -60,10 +60,11 @@ class Samples:
         training: x and W x to train on instead of random ones, shapes (N, n) and (N, m), any float dtype.
         held_out: the same to validate on.
 
-    `inputs` and `targets` hold the training batches, shape (steps, batch, n or m), targets in another order of rows of
-    shape (steps, m, batch); with `fresh` an epoch overwrites them. `validation` holds batches (x, y) of other samples, y with one sample a row in the order of W's rows; their
-    mean losses, weighted by `validation_fractions`, give the mean over all of them. `sets` are the samples as drawn, in
-    batches: those to train on, then each batch of validation samples; targets in the order of W's rows.
+    `inputs` and `targets` hold the training batches, shape (steps, batch, n or m), and (steps, m, batch) for targets in
+    another order of rows; with `fresh` an epoch overwrites them. `validation` holds batches (x, y) of other samples, y
+    with one sample a row in the order of W's rows; their mean losses, weighted by `validation_fractions`, give the mean
+    over all of them. `sets` are the samples as drawn, in batches: those to train on, then each batch of validation
+    samples; targets in the order of W's rows.
     """
 
     def __init__(
@@ -151,7 +152,8 @@ class Samples:
         """Return the view of a batch of targets with one sample a row."""
         return targets.t() if self.batch_last else targets
 
-    def _batch(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _batch(self, number: int) -> Pair:
+        """Return a training batch: x in the training layout, y of shape (batch, m)."""
         targets = self.targets[number]
         return self.inputs[number], targets if self._output_rows is None and not self.batch_last else targets.t()
 
