@@ -89,7 +89,7 @@ def dense_epoch(weight, samples):
     optimizer = Optimizer("adamw", [dense.view(1, *weight.shape, 1)])
 
     def epoch():
-        for inputs, targets in zip(samples.inputs, samples.targets):
+        for _, inputs, targets in samples.epoch(1):
             loss, gradient = loss_and_gradient(mean_squared_error, torch.nn.functional.linear(inputs, dense), targets)
             torch.mm(gradient.t(), inputs, out=optimizer.gradients[0][0, :, :, 0])
             optimizer.update(1e-4, loss)
@@ -108,7 +108,8 @@ def measure_steps(options, device, rows: Rows) -> None:
             x = torch.randn(options.batch_size, n, device=device)
             plain = PlainChain(layer.factors).to(device)
             torch.testing.assert_close(plain(x), layer(x), rtol=1e-4, atol=1e-4)
-            settings = {"sampling": "fixed", "seed": 0}
+            rows_of_blocks = ChainPasses(patterns, block_order=True).output_rows
+            settings = {"sampling": "fixed", "seed": 0, "output_rows": rows_of_blocks}
             samples = Samples(weight, STEPS * options.batch_size, 1, options.batch_size, **settings)
             flat = samples.inputs.flatten(0, 1)
             adamw, _ = our_epoch(layer, samples, options.impl, "adamw")

@@ -44,7 +44,7 @@ LOSS_DAMPING = 0.5
 LOSS_MEMORY = 0.9  # of the running mean of the loss, ten steps
 # Steps that all refresh, and steps between two refreshes at last; the matrices of coupled inputs are expensive, and may
 # be older.
-FIRST_REFRESHES, LONGEST_INTERVAL = 30, 32
+FIRST_REFRESHES, LONGEST_INTERVAL = 50, 32
 FIRST_COUPLED_REFRESHES, LONGEST_COUPLED_INTERVAL = 100, 64
 # Near-ties of singular values leave slow directions, and so do coupled inputs or outputs. So the step grows to GROWTH
 # times STEP_SIZE, but not at once: a large step diverges while the factors still change fast.

@@ -261,7 +261,7 @@ def test_a_restored_state_goes_on_to_the_bit():
         step, _ = step_of(patterns, own, optimizer)
         losses_of(step, samples, optimizer, range(1, stop + 1))
         states.append([tensor.clone() for tensor in optimizer.state()])
-    assert samples.steps_per_epoch * 5 > 30  # the refresh is no longer due before every step
+    assert samples.steps_per_epoch * 5 > 50  # the refresh is no longer due before every step
     resumed = [factor.clone() for factor in factors]
     optimizer = GaussNewton(resumed, UNIT_MOMENT, samples.batch_size)
     for tensor, value in zip(optimizer.state(), states[1], strict=True):
@@ -345,7 +345,7 @@ def test_matrices_are_inverted_ever_less_often(monkeypatch):
         optimizer.prepare(step)
     due = list(shares)
     gaps = [later - earlier for earlier, later in itertools.pairwise(due)]
-    assert due[:30] == list(range(30))
+    assert due[:50] == list(range(50))
     assert gaps == sorted(gaps)
     assert set(gaps) == {1, 2, 4, 8, 16, 32}
     assert shares[0] == 0.5
