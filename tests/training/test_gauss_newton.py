@@ -353,7 +353,7 @@ def test_matrices_are_inverted_ever_less_often(monkeypatch):
 
 
 def growths_of(chain, moment, **settings):
-    """By how much the step of every factor has grown after so many steps that it is at 64 of 65 of its growth."""
+    """By how much the step of every factor has grown after 64,000 steps, at 4096 of 4097 of its growth."""
     _, factors = chain_of(*chain)
     optimizer = GaussNewton(factors, moment, 8, **settings)
     optimizer.relative_loss.zero_()
@@ -372,7 +372,7 @@ def growths_of(chain, moment, **settings):
 def test_the_step_of_coupled_inputs_grows_once_for_every_factor(chain):
     patterns, _ = chain_of(*chain)
     moment = coupled_moment(patterns[-1].a, patterns[-1].cols)
-    assert growths_of(chain, moment) == pytest.approx([1 + 2 * 64 / 65] * len(patterns), rel=1e-4)
+    assert growths_of(chain, moment) == pytest.approx([1 + 2 * 4096 / 4097] * len(patterns), rel=1e-4)
 
 
 @pytest.mark.parametrize("chain", CHAINS[1:])
@@ -383,6 +383,6 @@ def test_the_step_of_white_inputs_grows_by_the_square_for_inner_factors_within_t
     monkeypatch.setattr(gauss_newton, "WHITE_STEP", 1.5 * step)
     monkeypatch.setattr(gauss_newton, "INNER_NOISE", 1.8 * step * patterns[0].c / 8)
     inner = [min(1.5**2, max(1.0, 1.8 * patterns[0].c / pattern.c)) for pattern in patterns[:-1]]
-    expected = [1 + (most - 1) * 64 / 65 for most in (*inner, 1.5)]
+    expected = [1 + (most - 1) * 4096 / 4097 for most in (*inner, 1.5)]
     assert growths_of(chain, UNIT_MOMENT) == pytest.approx(expected, rel=1e-4)
     assert growths_of(chain, UNIT_MOMENT, rate_decays=False) == pytest.approx([1.0] * len(patterns))
