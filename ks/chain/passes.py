@@ -30,7 +30,8 @@ class ChainPasses:
         self, patterns, *, batch_last: bool = False, block_order: bool = False, impl: str = "auto", precision="ieee"
     ):
         self.patterns = tuple(Pattern(*pattern) for pattern in patterns)
-        self.batch_last, self.block_order, self.precision = batch_last, block_order, precision
+        self.batch_last, self.precision = batch_last, precision
+        self.block_order = block_order and self.patterns[0].d > 1  # else both orders are the same
         self._multiply = bmm.multiply
         if impl == "triton":
             from ks.chain import triton_kernels  # only where it is asked for: Triton may be missing
@@ -54,7 +55,8 @@ class ChainPasses:
             [y, then the input of every factor except the right-most, from left to right, each of shape
             (features, batch)]; y has the shape of x.
         """
-        features, inner = x if self.batch_last else x.t(), []
+        features = x if self.batch_last else x.t()
+        inner: list[torch.Tensor] = []
         with float32_products(x, self.precision):
             for factor in values[:0:-1]:
                 features = self._apply(factor, features)
