@@ -3,14 +3,17 @@
     python benchmarks/bench_step.py                                # this machine's CPU, one thread
     python benchmarks/bench_step.py --device cuda --shape 2048 4096 --csv step.csv
 
-Steps, on batches of 32 ready samples: "ours" is that of `train_with_random.py`; "plain" is the loop of `baselines.py`;
-"bare" calls only the matrix products and the fused optimizer of ours; "dense" trains a dense matrix with our optimizer.
-The program compares the outputs before it times anything, and interleaves the timings of a row.
+Steps, on batches of 32 ready samples: "gauss_newton" and "adamw" are those of `train_with_random.py`, the former with
+its part of the refreshes of a run of RUN steps; "bare" and "bare_adamw" call only their matrix products and their fused
+update; "plain" is the loop of `baselines.py`; "dense" trains a dense matrix with our AdamW. The program compares the
+outputs before it times anything, and interleaves the timings of a row: CPU time on one thread, else wall time.
 """
 
 import argparse
+import copy
 import functools
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -19,41 +22,53 @@ from timing import Rows, interleaved_ms, named_device, place
 
 from ks.chain.passes import ChainPasses
 from ks.chain.patterns import make_chain
+from ks.chain.split_grams import is_chainable
 from ks.cli import console
+from ks.cli.flags import TrainerConfig
 from ks.layer import KSLinear
+from ks.moments.second_moment import UNIT_MOMENT
+from ks.training.choose_optimizer import make_optimizer
 from ks.training.criterion import loss_and_gradient, mean_squared_error
+from ks.training.gauss_newton import GaussNewton
 from ks.training.optimizer import Optimizer
 from ks.training.samples import Samples
 from ks.training.steps import runnable
 
 STEPS = 50
+RUN = 2500  # the steps of a run of the demo's sweep
 
 
-def our_epoch(layer, weight, samples, impl):
-    """Return a function that runs an epoch of our training step, captured on a GPU."""
+def our_epoch(layer, samples, impl, name):
+    """Return a function that runs an epoch of our training step, captured on a GPU, and its optimizer."""
     factors = training_factors(layer)
-    optimizer = Optimizer("adamw", factors)
+    optimizer = make_optimizer(name, TrainerConfig(batch_size=samples.batch_size), factors, UNIT_MOMENT)
+    optimizer.prepare(0)
     passes = ChainPasses(layer.patterns, block_order=True, impl=impl)
     step = our_step(passes, factors, optimizer)
     step, (_, _, warning) = runnable(step, *samples.first(), optimizer.state())
     if warning:
         print(f"WARNING: {warning}", file=sys.stderr)
-    return lambda: torch.stack([step(x, y, 1e-4)[0] for _, x, y in samples.epoch(1)]).mean().item()
+    return lambda: torch.stack([step(x, y, 1e-4)[0] for _, x, y in samples.epoch(1)]).mean().item(), optimizer
 
 
-def bare_epoch(layer, samples):
-    """Return a function for the products of a two-factor step and its optimizer, on operands in the best order."""
+def refreshes(optimizer: GaussNewton) -> int:
+    """Return how often a run of RUN steps measures the curvature."""
+    counted = copy.copy(optimizer)
+    due = []
+    counted.refresh = lambda *settings: due.append(settings)
+    for step in range(RUN):
+        counted.prepare(step)
+    return len(due)
+
+
+def bare_epoch(layer, samples, name):
+    """Return a function for the products of a two-factor step and its update, on operands in the best order."""
     left, right = layer.patterns
     batch, device = samples.batch_size, samples.inputs.device
     matrices = [torch.randn(p.a * p.d, p.b, p.c, device=device) * p.c**-0.5 for p in layer.patterns]
     entered = torch.randn(left.d, left.c, batch, device=device)
     gradients = [torch.randn(left.d, left.b, batch, device=device), torch.randn(right.a, right.b, batch, device=device)]
-    optimizer = Optimizer("adamw", [matrix.unsqueeze(0) for matrix in matrices], max_grad_norm=0)
-    state = zip(optimizer.parameters, optimizer.gradients, optimizer.moments)
-    state = [([values], [gradient], *([moment] for moment in moments), [], [optimizer.count])
-             for values, gradient, moments in state]  # fmt: skip
-    settings = {"lr": 1e-4, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "amsgrad": False}
-    settings |= {"maximize": False, "grad_scale": None, "found_inf": None}
+    optimizer = Optimizer(name, [matrix.unsqueeze(0) for matrix in matrices], max_grad_norm=0)
 
     def epoch():
         for x in samples.inputs:
@@ -63,8 +78,7 @@ def bare_epoch(layer, samples):
             torch.bmm(matrices[0].transpose(1, 2), gradients[0])
             torch.bmm(gradients[0], entered.transpose(1, 2), out=optimizer.gradients[0][0])
             torch.bmm(gradients[1], x.transpose(1, 2), out=optimizer.gradients[1][0])
-            for tensors in state:
-                torch._fused_adamw_(*tensors, **settings)
+            optimizer.update(1e-4, entered)
 
     return epoch
 
@@ -75,7 +89,7 @@ def dense_epoch(weight, samples):
     optimizer = Optimizer("adamw", [dense.view(1, *weight.shape, 1)])
 
     def epoch():
-        for inputs, targets in zip(samples.inputs, samples.targets):
+        for _, inputs, targets in samples.epoch(1):
             loss, gradient = loss_and_gradient(mean_squared_error, torch.nn.functional.linear(inputs, dense), targets)
             torch.mm(gradient.t(), inputs, out=optimizer.gradients[0][0, :, :, 0])
             optimizer.update(1e-4, loss)
@@ -94,23 +108,36 @@ def measure_steps(options, device, rows: Rows) -> None:
             x = torch.randn(options.batch_size, n, device=device)
             plain = PlainChain(layer.factors).to(device)
             torch.testing.assert_close(plain(x), layer(x), rtol=1e-4, atol=1e-4)
-            settings = {"sampling": "fixed", "seed": 0}
+            rows_of_blocks = ChainPasses(patterns, block_order=True).output_rows
+            settings = {"sampling": "fixed", "seed": 0, "output_rows": rows_of_blocks}
             samples = Samples(weight, STEPS * options.batch_size, 1, options.batch_size, **settings)
             flat = samples.inputs.flatten(0, 1)
+            adamw, _ = our_epoch(layer, samples, options.impl, "adamw")
             functions = {
-                "ours": our_epoch(layer, weight, samples, options.impl),
+                "adamw": adamw,
                 "plain": functools.partial(plain_epochs, plain, weight, flat, 1, options.batch_size),
                 "dense": dense_epoch(weight, samples),
             }
+            if is_chainable(patterns):
+                functions["step"], optimizer = our_epoch(layer, samples, options.impl, "gauss_newton")
+                functions["refresh"] = functools.partial(optimizer.refresh, 0.0)
             if len(patterns) == 2 and device.type == "cpu":
-                functions["bare"] = bare_epoch(layer, samples)
-            found = interleaved_ms(functions, device, options.rounds)
-            step_ms = {kind: value / STEPS for kind, value in found.items()}
+                functions |= {"bare": bare_epoch(layer, samples, "sgd")}
+                functions |= {"bare_adamw": bare_epoch(layer, samples, "adamw")}
+            clock = time.process_time if (device.type, options.threads) == ("cpu", 1) else time.perf_counter
+            found = interleaved_ms(functions, device, options.rounds, clock)
+            step_ms = {kind: value / STEPS for kind, value in found.items() if kind not in ("step", "refresh")}
+            if "step" in found:
+                step_ms["gauss_newton"] = found["step"] / STEPS + found["refresh"] * refreshes(optimizer) / RUN
             row = {"what": "step", "chain": name, "shape": f"{m}x{n}", "batch": options.batch_size, "rank": rank}
-            row |= {f"{kind}_ms": step_ms.get(kind, "") for kind in ("ours", "plain", "dense", "bare")}
-            row |= {"plain_over_ours": step_ms["plain"] / step_ms["ours"]}
-            row |= {"dense_over_ours": step_ms["dense"] / step_ms["ours"]}
-            row |= {"ours_over_bare": step_ms["ours"] / step_ms["bare"] if "bare" in step_ms else ""}
+            kinds = ("gauss_newton", "adamw", "bare", "bare_adamw", "plain", "dense")
+            row |= {f"{kind}_ms": step_ms.get(kind, "") for kind in kinds}
+            for kind, base in (
+                *(("gauss_newton", "adamw"), ("gauss_newton", "bare"), ("adamw", "bare_adamw")),
+                *(("plain", "adamw"), ("dense", "adamw")),
+            ):
+                known = kind in step_ms and base in step_ms
+                row[f"{kind}_over_{base}"] = step_ms[kind] / step_ms[base] if known else ""
             rows.add(row | place(device))
 
 

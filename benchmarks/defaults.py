@@ -81,8 +81,8 @@ def gap(
     for epoch in range(1, epochs + 1):
         if reshuffle:
             shuffled = torch.randperm(8000, generator=torch.Generator().manual_seed(epoch))
-            for batches in (samples.inputs, samples.targets):
-                batches.copy_(batches.flatten(0, 1)[shuffled].view_as(batches))
+            for batches in (samples.inputs, samples.targets.mT):  # targets lie features first
+                batches.copy_(batches.flatten(0, 1)[shuffled].view(batches.shape))
         for number, x, y in samples.epoch(epoch):
             step(x, y, schedule.rate(number))
     (floor,) = loss_floor(target, chain, [rank])

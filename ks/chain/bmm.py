@@ -28,14 +28,16 @@ def feature_blocks(features: torch.Tensor, a: int, d: int, block_order: bool = F
     return features.view(a, rows // (a * d), d, batch).transpose(1, 2)
 
 
-def multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
-    """Write out[i, t] = left[i, t] @ right[i, t] for all i and t.
+def multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Return left[i, t] @ right[i, t] for all i and t, shape (a, d, m, n).
 
     Args:
         left, right: shapes (a, d, m, k) and (a, d, k, n), any strides. An operand is copied where torch.bmm cannot
             read it: without one stride over all (i, t), or without a stride of 1 inside.
-        out: shape (a, d, m, n), any strides, overwritten; the product is converted to its dtype.
+        out: a place for the product, any strides; it is converted to its dtype. None for a contiguous one.
     """
+    if out is None:
+        return torch.matmul(left, right)
     a, d = out.shape[:2]
     left, right = _readable(left), _readable(right)
     is_view = a == 1 or d == 1 or out.stride(0) == d * out.stride(1)
@@ -46,6 +48,7 @@ def multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None
         torch.bmm(right.mT, left.mT, out=out.flatten(0, 1).mT)
     else:
         torch.bmm(left, right, out=out.flatten(0, 1))
+    return out
 
 
 def _readable(matrices: torch.Tensor) -> torch.Tensor:
@@ -64,8 +67,11 @@ def float32_products(x: torch.Tensor, precision: str = "ieee") -> Iterator[None]
         yield
         return
     settings = torch.backends.cuda.matmul if x.is_cuda else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = settings.fp32_precision
-    settings.fp32_precision = "tf32" if x.is_cuda and precision == "tf32" else "ieee"
+    before, wanted = settings.fp32_precision, "tf32" if x.is_cuda and precision == "tf32" else "ieee"
+    if before == wanted:
+        yield
+        return
+    settings.fp32_precision = wanted
     try:
         yield
     finally:

@@ -20,8 +20,8 @@ class ChainPasses:
     Args:
         patterns: (a_l, b_l, c_l, d_l) of the factors, output side first.
         batch_last: x and y have the shapes (n, batch) and (m, batch) instead of (batch, n) and (batch, m).
-        block_order: leave the outputs in the order in which the left-most product makes them, which saves a
-            permutation; `output_rows` says which one it is.
+        block_order: leave the outputs in the order in which the left-most product makes them, features first in memory,
+            which saves a permutation; `output_rows` says which one it is.
         impl: 'triton' for the kernel of this package, 'auto' or 'bmm' for torch.bmm.
         precision: of float32 products; 'tf32' rounds operands to TF32 on a GPU, everything else is IEEE.
     """
@@ -30,7 +30,8 @@ class ChainPasses:
         self, patterns, *, batch_last: bool = False, block_order: bool = False, impl: str = "auto", precision="ieee"
     ):
         self.patterns = tuple(Pattern(*pattern) for pattern in patterns)
-        self.batch_last, self.block_order, self.precision = batch_last, block_order, precision
+        self.batch_last, self.precision = batch_last, precision
+        self.block_order = block_order and self.patterns[0].d > 1  # else both orders are the same
         self._multiply = bmm.multiply
         if impl == "triton":
             from ks.chain import triton_kernels  # only where it is asked for: Triton may be missing
@@ -52,18 +53,18 @@ class ChainPasses:
             values: shapes (a_l, b_l, c_l, d_l), output side first.
         Returns:
             [y, then the input of every factor except the right-most, from left to right, each of shape
-            (features, batch)]; y has the layout of x.
+            (features, batch)]; y has the shape of x.
         """
         features = x if self.batch_last else x.t()
-        rows, batch = self.patterns[0].rows, features.shape[1]
-        y = x.new_empty((rows, batch) if self.batch_last else (batch, rows))
         inner: list[torch.Tensor] = []
         with float32_products(x, self.precision):
             for factor in values[:0:-1]:
                 features = self._apply(factor, features)
                 inner.insert(0, features)
-            self._apply(values[0], features, y if self.batch_last else y.t(), out_block_order=self.block_order)
-        return [y, *inner]
+            y = self._apply(values[0], features, out_block_order=self.block_order)
+        if self.batch_last:
+            return [y, *inner]
+        return [y.t() if self.block_order else y.t().contiguous(), *inner]
 
     def backward(
         self,
@@ -99,22 +100,19 @@ class ChainPasses:
         return out
 
     def _apply(
-        self, factor: torch.Tensor, x: torch.Tensor, out: torch.Tensor | None = None, *,
-        x_block_order: bool = False, out_block_order: bool = False,
-    ) -> torch.Tensor:  # fmt: skip
-        """Return K x for the factor K with the given values, written into `out` if that is given."""
+        self, factor: torch.Tensor, x: torch.Tensor, *, x_block_order: bool = False, out_block_order: bool = False
+    ) -> torch.Tensor:
+        """Return K x for the factor K with the given values, shape (features, batch), contiguous."""
         a, b, _, d = factor.shape
-        out = x.new_empty(a * b * d, x.shape[1]) if out is None else out
-        blocks, out_blocks = feature_blocks(x, a, d, x_block_order), feature_blocks(out, a, d, out_block_order)
-        self._multiply(factor.permute(0, 3, 1, 2), blocks, out_blocks)
-        return out
+        product = self._multiply(factor.permute(0, 3, 1, 2), feature_blocks(x, a, d, x_block_order))
+        return (product if out_block_order else product.transpose(1, 2)).reshape(a * b * d, x.shape[1])
 
     def _values_gradient(self, index, gradient, entered, out, scaling: SplitMatrices | None, block_order: bool) -> None:
         """Write Σ over the batch of gradient ⊗ entered, on the support of a factor and scaled, into `out`."""
         (a, b, c, d), batch = self.patterns[index], entered.shape[1]
         left, right = scaling.beside(index) if scaling is not None else (None, None)
         for matrices in (left, right):
-            if matrices is not None:
+            if matrices is not None and matrices.dtype != entered.dtype:
                 dtype = torch.promote_types(entered.dtype, matrices.dtype)
                 gradient, entered = gradient.to(dtype), entered.to(dtype)
         # Activations take r multiply-adds a feature and sample, a gradient r a value: the cheaper one is multiplied.

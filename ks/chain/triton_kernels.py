@@ -41,13 +41,14 @@ def multiply_kernel(
     tl.store(places, sums.to(out.dtype.element_ty), mask=inside)
 
 
-def multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, precision: str = "ieee") -> None:
-    """Write out[i, t] = left[i, t] @ right[i, t], as `ks.chain.bmm.multiply` does, and copy nothing.
+def multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = None, precision: str = "ieee"):
+    """Return left[i, t] @ right[i, t], as `ks.chain.bmm.multiply` does, and copy nothing.
 
     Args:
-        left, right, out: shapes (a, d, m, k), (a, d, k, n) and (a, d, m, n), any strides.
+        left, right, out: shapes (a, d, m, k), (a, d, k, n) and (a, d, m, n), any strides; without out a new tensor.
         precision: of float32 operands, 'ieee' or 'tf32'.
     """
+    out = left.new_empty(*left.shape[:3], right.shape[3]) if out is None else out
     a, d, m, n = out.shape
     tiles_m, tiles_n = triton.cdiv(m, TILES["TILE_M"]), triton.cdiv(n, TILES["TILE_N"])
     sums = tl.float64 if left.dtype == torch.float64 else tl.float32
@@ -57,3 +58,4 @@ def multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, precisi
             *(*left.stride(), *right.stride(), *out.stride()),
             **(TILES | {"SUMS": sums, "PRECISION": precision}),
         )
+    return out

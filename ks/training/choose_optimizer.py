@@ -56,6 +56,7 @@ def make_optimizer(name: str, config: TrainingFlags, factors: list[torch.Tensor]
         metric: of an error in internal units.
     """
     settings: dict[str, Any] = {"weight_decay": config.weight_decay, "loss_scaling": config.dtype == "float16"}
+    settings["measure_norm"] = config.log_grad_norm or config.log_to is not None
     if name == "gauss_newton":
-        return GaussNewton(factors, metric, config.batch_size, **settings)
+        return GaussNewton(factors, metric, config.batch_size, rate_decays=config.scheduler == "cosine", **settings)
     return Optimizer(name, factors, max_grad_norm=config.max_grad_norm, **settings)

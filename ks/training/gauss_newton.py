@@ -42,12 +42,17 @@ SHARED_DAMPING = 1e-3
 # with inverses that are a few steps old diverge, and a warm-up of the rate is needed.
 LOSS_DAMPING = 0.5
 LOSS_MEMORY = 0.9  # of the running mean of the loss, ten steps
-LONGEST_INTERVAL = 16  # steps between two refreshes
-LONGEST_COUPLED_INTERVAL = 64  # the matrices of coupled inputs are expensive, and may be older
-# Coupled inputs or outputs leave slow directions, so that the step grows to GROWTH times STEP_SIZE, but not at once: a
-# large step diverges while the factors still change fast.
+# Steps that all refresh, and steps between two refreshes at last; the matrices of coupled inputs are expensive, and may
+# be older.
+FIRST_REFRESHES, LONGEST_INTERVAL = 50, 32
+FIRST_COUPLED_REFRESHES, LONGEST_COUPLED_INTERVAL = 100, 64
+# Near-ties of singular values leave slow directions, and so do coupled inputs or outputs. So the step grows to GROWTH
+# times STEP_SIZE, but not at once: a large step diverges while the factors still change fast.
 GROWTH = 3.0
 GROWTH_STEPS = 1000  # until half of it
+# Under white inputs it grows until 10 η, with momentum 0.9 the fraction of an error that a step removes, is WHITE_STEP,
+# and the inner factors, whose c inputs are few, grow by the square, until 10 η c / B, their noise, is INNER_NOISE.
+WHITE_STEP, INNER_NOISE = 0.03, 0.4
 # Largest noise of a step at first and at last, η · 10 · (n + c) / B with momentum 0.9 and c inputs of a block of the
 # left-most factor: 1.2 at first diverged at saturation in batches of 8, 2.0 at last trained all layers of MiniLM tried.
 # The largest eigenvalue of a coupled G multiplies it for the left-most factor, whose step G does not divide.
@@ -63,7 +68,9 @@ class GaussNewton(Optimizer):
             within every row group of the left-most one.
         batch_size: samples of a batch, B.
         weight_decay: per unit of lr.
-        loss_scaling: for float16.
+        rate_decays: whether the schedule takes lr to zero. Otherwise the noise of larger steps stays, and they grow
+            under a metric that couples groups alone.
+        settings: `loss_scaling` and `measure_norm` as in `Optimizer`.
     """
 
     def __init__(
@@ -73,10 +80,11 @@ class GaussNewton(Optimizer):
         batch_size: int,
         *,
         weight_decay: float = 0.0,
-        loss_scaling: bool = False,
+        rate_decays: bool = True,
+        **settings: bool,
     ):
-        super().__init__("sgd", parameters, max_grad_norm=0.0, loss_scaling=loss_scaling)
-        self.weight_decay, self.decoupled = weight_decay, True
+        super().__init__("sgd", parameters, weight_decay=weight_decay, max_grad_norm=0.0, **settings)
+        self.decoupled = True
         patterns = [Pattern(*values.shape) for values in self.parameters]
         rows, cols = patterns[0].rows, patterns[-1].cols
         metric = Metric.of(metric)
@@ -97,18 +105,23 @@ class GaussNewton(Optimizer):
         self.scaling = self._inverses = SplitMatrices(
             *([_identities(pattern, device) for pattern in side] for side in (before, behind))
         )
-        self._most_growth = 1.0
+        step = STEP_SIZE / largest * 10
+        noises = [step * (cols + patterns[0].c) / batch_size] * len(patterns)
+        if outputs is not None:
+            noises[0] *= torch.linalg.eigvalsh(outputs)[-1].item()
         if self._is_coupled:
-            noises = [STEP_SIZE / largest * 10 * (cols + patterns[0].c) / batch_size] * len(patterns)
-            if outputs is not None:
-                noises[0] *= torch.linalg.eigvalsh(outputs)[-1].item()
             first = [min(noise, FIRST_NOISE) for noise in noises]
             self.rate_factors = [rate * few / noise for rate, few, noise in zip(self.rate_factors, first, noises)]
-            self._most_growth = min(GROWTH, LAST_NOISE / max(first))
+            noises = first
+        self._most_growth = [min(GROWTH, LAST_NOISE / max(noises))] * len(patterns)
+        if not self._is_coupled:
+            growth = max(1.0, min(*self._most_growth, WHITE_STEP / step)) if rate_decays else 1.0
+            inner = [max(1.0, INNER_NOISE * batch_size / pattern.c / step) for pattern in patterns[:-1]]
+            self._most_growth = [*(min(growth**2, limit) for limit in inner), growth]
         self.relative_loss = torch.ones((), device=device)
         self.failures = torch.zeros((), dtype=torch.int32, device=device)
         # The settings of a refresh stay on the device, so that a captured one reads new values.
-        self._loss_damping, self._growth = torch.zeros((), device=device), torch.ones((), device=device)
+        self._loss_damping, self._grown = torch.zeros((), device=device), torch.zeros((), device=device)
         self._replay: Callable[[], None] | None = None
         self._warnings: list[str] = []
         self._reported = False
@@ -117,18 +130,19 @@ class GaussNewton(Optimizer):
         return [*super().state(), *self._inverses.left, *self._inverses.right, self.relative_loss, self.failures]
 
     def prepare(self, step: int) -> None:
-        """Invert the matrices again if that is due: before each of the first 100 steps, then ever less often.
+        """Invert the matrices again if that is due: before each of the first steps, then ever less often.
 
         The fraction by which the factors change in a step falls about as 1 / step, so the interval grows with it, in
         powers of two.
         """
-        longest = LONGEST_COUPLED_INTERVAL if self._is_coupled else LONGEST_INTERVAL
-        interval = min(2 ** ((1 + step // 100).bit_length() - 1), longest)
+        first, longest = FIRST_REFRESHES, LONGEST_INTERVAL
+        if self._is_coupled:
+            first, longest = FIRST_COUPLED_REFRESHES, LONGEST_COUPLED_INTERVAL
+        interval = min(2 ** ((1 + step // first).bit_length() - 1), longest)
         if step % interval == 0:
-            growth = 1 + (self._most_growth - 1) * step / (step + GROWTH_STEPS)
-            self.refresh(LOSS_DAMPING / (1 + step / 200) ** 2, growth)
+            self.refresh(LOSS_DAMPING / (1 + step / 200) ** 2, step**2 / (step**2 + GROWTH_STEPS**2))
 
-    def refresh(self, loss_damping: float, growth: float = 1.0) -> None:
+    def refresh(self, loss_damping: float, grown: float = 0.0) -> None:
         """Compute the inverses from the factors; one that fails keeps its last good value and is counted.
 
         On a GPU this is about a hundred small kernels, so it is captured as a CUDA graph when it is first due. If the
@@ -136,10 +150,10 @@ class GaussNewton(Optimizer):
 
         Args:
             loss_damping: what the squared loss is multiplied by for the damping of the prefixes.
-            growth: of the step under a metric that couples groups.
+            grown: fraction of the growth of the steps.
         """
         self._loss_damping.fill_(loss_damping)
-        self._growth.fill_(growth)
+        self._grown.fill_(grown)
         if self._replay is None:
             self._replay = self._captured() if self.failures.is_cuda else self._compute_inverses
         self._replay()
@@ -160,15 +174,15 @@ class GaussNewton(Optimizer):
     @torch.no_grad()
     def _compute_inverses(self) -> None:
         damping = self._loss_damping * self.relative_loss.square()
-        # Every factor meets the growth once: the right-most one from its left, the others from their right.
-        growth = self._growth if self._is_coupled else None
-        growths = [None] * (len(self._natural) - 1) + [growth]
+        # Every factor meets its growth once: the right-most one from its left, the others from their right.
+        *inner, last = ((most - 1) * self._grown + 1 for most in self._most_growth)
         values, outputs, inputs = self.parameters, self._outputs, self._inputs
         grams = prefix_grams(values) if outputs is None else coupled_grams(values, outputs)
+        growths = [None] * (len(grams) - 1) + [last]
         for place, gram, natural, growth in zip(self._inverses.left, grams, self._natural, growths, strict=True):
             self._invert(gram, damping * natural, place, growth)
         grams = suffix_grams(values) if inputs is None else coupled_moments(values, inputs)
-        for place, gram in zip(self._inverses.right, grams, strict=True):
+        for place, gram, growth in zip(self._inverses.right, grams, inner, strict=True):
             self._invert(gram, 0.0, place, growth)
 
     def _invert(
@@ -179,9 +193,7 @@ class GaussNewton(Optimizer):
         diagonal = matrices.diagonal(dim1=-2, dim2=-1)
         diagonal += DAMPING * diagonal.mean(-1, keepdim=True) + SHARED_DAMPING * diagonal.mean() + damping
         root, info = torch.linalg.cholesky_ex(matrices)
-        unit = torch.eye(matrices.shape[-1], device=matrices.device).expand_as(matrices)
-        inverse_root = torch.linalg.solve_triangular(root, unit, upper=False)
-        inverse = inverse_root.mT @ inverse_root
+        inverse = torch.cholesky_inverse(torch.where((info == 0)[..., None, None], root, 1.0))
         # No entry of a positive definite matrix is larger than its diagonal.
         good = (info == 0) & inverse.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()
         kept = place.permute(0, 3, 1, 2)

@@ -4,8 +4,10 @@ The updates are the fused kernels under `torch.optim`: building a `torch.optim.O
 double the start-up of every run.
 """
 
+import functools
 import itertools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,6 +51,7 @@ class Optimizer:
         weight_decay: AdamW's decay per unit of lr; for the others the factor of the L2 term.
         max_grad_norm: the global gradient norm is clipped to this; 0 switches it off.
         loss_scaling: for float16.
+        measure_norm: whether `update` returns the gradient norm even if nothing is clipped; that reads all gradients.
 
     A step writes its gradients into `gradients`, laid out as the parameters, before it calls `update`; if `scaling` is
     set, with every gradient multiplied by these matrices. `prepare` comes before the step, and is never captured in it.
@@ -56,9 +59,12 @@ class Optimizer:
 
     scaling: SplitMatrices | None = None
 
-    def __init__(self, name, parameters, *, weight_decay=0.0, max_grad_norm=1.0, loss_scaling=False):
+    def __init__(
+        self, name, parameters, *, weight_decay=0.0, max_grad_norm=1.0, loss_scaling=False, measure_norm=False
+    ):
         self.name, self.parameters = name, list(parameters)
         self.max_grad_norm, self.weight_decay = max_grad_norm, weight_decay
+        self.measure_norm = measure_norm or bool(max_grad_norm)
         self.decoupled = name == "adamw"  # whether weights decay beside the gradient, per unit of lr
         device = self.parameters[0].device
         self.loss_scale = LossScale(device) if loss_scaling else None
@@ -66,7 +72,7 @@ class Optimizer:
         self.gradient = torch.zeros(sum(values.numel() for values in self.parameters), device=device)
         parts = self.gradient.split([values.numel() for values in self.parameters])
         self.gradients = [part.as_strided(v.shape, v.stride()) for part, v in zip(parts, self.parameters)]
-        self.count = torch.zeros((), device=device)
+        self.count, self._no_norm = torch.zeros((), device=device), torch.full((), math.nan, device=device)
         if name == "sgd":
             self.rate_factors = [1.0] * len(self.parameters)
             self.moments = [[torch.zeros_like(values)] for values in self.parameters]
@@ -82,8 +88,14 @@ class Optimizer:
             self.moments = [[torch.zeros_like(values), torch.zeros_like(values)] for values in self.parameters]
             self._fused = torch._fused_adamw_ if name == "adamw" else torch._fused_adam_
             self._settings = {"beta1": ADAM_BETAS[0], "beta2": ADAM_BETAS[1], "eps": ADAM_EPSILON, "amsgrad": False}
-        # Decoupled decay is per unit of the plain rate.
-        self._decays = [weight_decay / factor if name == "adamw" else weight_decay for factor in self.rate_factors]
+
+    @functools.cached_property
+    def _groups(self) -> list[tuple[float, list[list[torch.Tensor]]]]:
+        """Return every rate factor with the values, gradients and moments that it moves: one fused call each."""
+        groups: dict[float, list] = {}
+        for factor, *tensors in zip(self.rate_factors, self.parameters, self.gradients, self.moments, strict=True):
+            groups.setdefault(factor, []).append([*tensors[:2], *tensors[2]])
+        return [(factor, [list(kind) for kind in zip(*members)]) for factor, members in groups.items()]
 
     @property
     def scale(self):
@@ -109,10 +121,10 @@ class Optimizer:
             lr: learning rate of this step; a scalar tensor on the device can change under a captured graph.
             loss: of this step, relative to the zero predictor, a scalar on the device.
         Returns:
-            the gradient norm before clipping, a scalar on the device.
+            the gradient norm before clipping, a scalar on the device; NaN if it is not measured.
         """
         found_inf = None if self.loss_scale is None else self.loss_scale.unscale(self.gradient)
-        norm = torch.linalg.vector_norm(self.gradient)
+        norm = torch.linalg.vector_norm(self.gradient) if self.measure_norm else self._no_norm
         divisor = None
         if self.max_grad_norm:
             # The fused kernels divide the gradients by this number. On a CPU that costs a second pass over memory, so
@@ -120,26 +132,21 @@ class Optimizer:
             divisor = (norm / self.max_grad_norm).clamp_(min=1.0)
             if divisor.device.type == "cpu" and divisor.item() == 1:
                 divisor = None
-        self.count += 1.0 if found_inf is None else 1.0 - found_inf
+        if self.name != "sgd":
+            self.count += 1.0 if found_inf is None else 1.0 - found_inf
         if self.decoupled and self.weight_decay and self.name == "sgd":  # the fused kernel knows the L2 term alone
             taken = 1.0 if found_inf is None else 1.0 - found_inf
             for values in self.parameters:
                 values.mul_(1.0 - lr * self.weight_decay * taken)
-        factors = self.rate_factors
-        if isinstance(lr, torch.Tensor):
-            rates: Sequence[Any] = torch._foreach_mul([lr] * len(factors), factors)  # one kernel for all of them
-        else:
-            rates = [lr * factor for factor in factors]
-        for values, gradient, moments, rate, decay in zip(
-            self.parameters, self.gradients, self.moments, rates, self._decays, strict=True
-        ):
-            state = [[values], [gradient], *([moment] for moment in moments)]
+        for factor, tensors in self._groups:
+            # Decoupled decay is per unit of the plain rate.
+            decay = self.weight_decay if self.name != "adamw" else self.weight_decay / factor
             if self.name != "sgd":
-                state += [[], [self.count]]
+                tensors = [*tensors, [], [self.count] * len(tensors[0])]
             self._fused(
-                *state,
-                lr=rate,
-                weight_decay=decay,
+                *tensors,
+                lr=lr * factor,
+                weight_decay=0.0 if self.decoupled and self.name == "sgd" else decay,
                 maximize=False,
                 grad_scale=divisor,
                 found_inf=found_inf,

@@ -62,10 +62,11 @@ class Samples:
         training: x and W x to train on instead of random ones, shapes (N, n) and (N, m), any float dtype.
         held_out: the same to validate on.
 
-    `inputs` and `targets` hold the training batches, shape (steps, batch, n or m); with `fresh` an epoch overwrites
-    them. `validation` holds batches (x, y) of other samples, y with one sample a row in the order of W's rows; their
-    mean losses, weighted by `validation_fractions`, give the mean over all of them. `sets` are the samples as drawn, in
-    batches: those to train on, then each batch of validation samples; targets in the order of W's rows.
+    `inputs` and `targets` hold the training batches, shape (steps, batch, n or m), and (steps, m, batch) for targets in
+    another order of rows; with `fresh` an epoch overwrites them. `validation` holds batches (x, y) of other samples, y
+    with one sample a row in the order of W's rows; their mean losses, weighted by `validation_fractions`, give the mean
+    over all of them. `sets` are the samples as drawn, in batches: those to train on, then each batch of validation
+    samples; targets in the order of W's rows.
     """
 
     def __init__(
@@ -144,18 +145,23 @@ class Samples:
         return inputs, targets
 
     def _in_order(self, targets: torch.Tensor) -> torch.Tensor:
-        """Return the targets of training batches in the order of the outputs."""
+        """Return the targets of training batches as the outputs lie in memory: features first, if in another order."""
         if self._output_rows is None:
             return targets
-        return targets.index_select(1 if self.batch_last else 2, self._output_rows)
+        return (targets if self.batch_last else targets.mT).index_select(1, self._output_rows)
 
     def _by_sample(self, targets: torch.Tensor) -> torch.Tensor:
         """Return the view of a batch of targets with one sample a row."""
         return targets.t() if self.batch_last else targets
 
+    def _batch(self, number: int) -> Pair:
+        """Return a training batch: x in the training layout, y of shape (batch, m)."""
+        targets = self.targets[number]
+        return self.inputs[number], targets if self._output_rows is None and not self.batch_last else targets.t()
+
     def first(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the first batch as `epoch` yields it; all have its shapes."""
-        return self.inputs[0], self._by_sample(self.targets[0])
+        return self._batch(0)
 
     def epoch(self, number: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Yield the batches of epoch `number` (from 1) in its order, after drawing new samples if it needs any.
@@ -173,7 +179,7 @@ class Samples:
         if self.sampling != "fresh":
             order = torch.randperm(self.steps_per_epoch, generator=seeded_generator(self.seed, "shuffle", number))
         for step, batch in enumerate(order.tolist(), (number - 1) * self.steps_per_epoch):
-            yield step, self.inputs[batch], self._by_sample(self.targets[batch])
+            yield step, *self._batch(batch)
 
 
 def make_samples(

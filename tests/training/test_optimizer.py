@@ -1,6 +1,7 @@
 """One optimizer step against that of torch.optim, and the scaling of losses for float16."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -32,6 +33,13 @@ def test_updates_equal_those_of_torch_optim(name):
         torch.testing.assert_close(norm, expected_norm)
         for mine, other in zip(ours, theirs):
             torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize(("clip", "measured", "norm"), [(1.0, False, 5.0), (0.0, True, 5.0), (0.0, False, math.nan)])
+def test_the_norm_is_measured_to_clip_or_if_asked_for(clip, measured, norm):
+    optimizer = Optimizer("sgd", [torch.zeros(1, 2, 1, 1)], max_grad_norm=clip, measure_norm=measured)
+    optimizer.gradients[0].copy_(torch.tensor([3.0, 4.0]).view(1, 2, 1, 1))
+    assert optimizer.update(0.1, torch.ones(())).item() == pytest.approx(norm, nan_ok=True)
 
 
 def test_an_overflowing_step_is_skipped_and_the_scale_halved():
