@@ -42,17 +42,17 @@ SHARED_DAMPING = 1e-3
 # with inverses that are a few steps old diverge, and a warm-up of the rate is needed.
 LOSS_DAMPING = 0.5
 LOSS_MEMORY = 0.9  # of the running mean of the loss, ten steps
-# Steps that all refresh, and steps between two refreshes at last; the matrices of coupled inputs are expensive, and may
-# be older.
-FIRST_REFRESHES, LONGEST_INTERVAL = 50, 32
-FIRST_COUPLED_REFRESHES, LONGEST_COUPLED_INTERVAL = 100, 64
+# Steps that all refresh, and steps between two refreshes at last. Steps that remove less than SMALL_STEP of an error may
+# have older matrices: with 60 such steps, larger ones diverged in batches of 128. Those of coupled inputs are expensive.
+FIRST_REFRESHES, FIRST_REFRESHES_OF_SMALL_STEPS, LONGEST_INTERVAL, LONGEST_COUPLED_INTERVAL = 100, 60, 16, 64
+SMALL_STEP = 0.03
 # Near-ties of singular values leave slow directions, and so do coupled inputs or outputs. So the step grows to GROWTH
 # times STEP_SIZE, but not at once: a large step diverges while the factors still change fast.
 GROWTH = 3.0
 GROWTH_STEPS = 1000  # until half of it
-# Under white inputs it grows until 10 η, with momentum 0.9 the fraction of an error that a step removes, is WHITE_STEP,
+# Under white inputs it grows until 10 η, with momentum 0.9 the fraction of an error that a step removes, is SMALL_STEP,
 # and the inner factors, whose c inputs are few, grow by the square, until 10 η c / B, their noise, is INNER_NOISE.
-WHITE_STEP, INNER_NOISE = 0.03, 0.4
+INNER_NOISE = 0.4
 # Largest noise of a step at first and at last, η · 10 · (n + c) / B with momentum 0.9 and c inputs of a block of the
 # left-most factor: 1.2 at first diverged at saturation in batches of 8, 2.0 at last trained all layers of MiniLM tried.
 # The largest eigenvalue of a coupled G multiplies it for the left-most factor, whose step G does not divide.
@@ -115,9 +115,11 @@ class GaussNewton(Optimizer):
             noises = first
         self._most_growth = [min(GROWTH, LAST_NOISE / max(noises))] * len(patterns)
         if not self._is_coupled:
-            growth = max(1.0, min(*self._most_growth, WHITE_STEP / step)) if rate_decays else 1.0
+            growth = max(1.0, min(*self._most_growth, SMALL_STEP / step)) if rate_decays else 1.0
             inner = [max(1.0, INNER_NOISE * batch_size / pattern.c / step) for pattern in patterns[:-1]]
             self._most_growth = [*(min(growth**2, limit) for limit in inner), growth]
+        small = step < SMALL_STEP and not self._is_coupled
+        self._first_refreshes = FIRST_REFRESHES_OF_SMALL_STEPS if small else FIRST_REFRESHES
         self.relative_loss = torch.ones((), device=device)
         self.failures = torch.zeros((), dtype=torch.int32, device=device)
         # The settings of a refresh stay on the device, so that a captured one reads new values.
@@ -135,10 +137,8 @@ class GaussNewton(Optimizer):
         The fraction by which the factors change in a step falls about as 1 / step, so the interval grows with it, in
         powers of two.
         """
-        first, longest = FIRST_REFRESHES, LONGEST_INTERVAL
-        if self._is_coupled:
-            first, longest = FIRST_COUPLED_REFRESHES, LONGEST_COUPLED_INTERVAL
-        interval = min(2 ** ((1 + step // first).bit_length() - 1), longest)
+        longest = LONGEST_COUPLED_INTERVAL if self._is_coupled else LONGEST_INTERVAL
+        interval = min(2 ** ((1 + step // self._first_refreshes).bit_length() - 1), longest)
         if step % interval == 0:
             self.refresh(LOSS_DAMPING / (1 + step / 200) ** 2, step**2 / (step**2 + GROWTH_STEPS**2))
 

@@ -380,7 +380,7 @@ def test_the_step_of_white_inputs_grows_by_the_square_for_inner_factors_within_t
     patterns, _ = chain_of(*chain)
     step = 1.0 / UNIT_MOMENT.largest_of_batch(8, patterns[-1].cols)
     assert growths_of(chain, UNIT_MOMENT) == pytest.approx([1.0] * len(patterns))  # the step is large at once
-    monkeypatch.setattr(gauss_newton, "WHITE_STEP", 1.5 * step)
+    monkeypatch.setattr(gauss_newton, "SMALL_STEP", 1.5 * step)
     monkeypatch.setattr(gauss_newton, "INNER_NOISE", 1.8 * step * patterns[0].c / 8)
     inner = [min(1.5**2, max(1.0, 1.8 * patterns[0].c / pattern.c)) for pattern in patterns[:-1]]
     expected = [1 + (most - 1) * 4096 / 4097 for most in (*inner, 1.5)]
