@@ -115,7 +115,7 @@ def inline_svg(figure: Sheet, name: str) -> str:
         name: unique in the page; all ids start with it.
     """
     buffer = io.StringIO()
-    with figure.without_heading(), matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": name}):
+    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     svg = re.sub(LEFT_OUT, "", buffer.getvalue(), flags=re.DOTALL).strip()
     svg = re.sub(r'\bid="', f'id="{name}-', svg)

@@ -1,8 +1,7 @@
 """Parts of figures: colours, ticks, limits, reference lines, headings, labels; the rest is matplotlib's style."""
 
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -98,15 +97,6 @@ class Sheet(Figure):
         for line, down in written:
             line.set_y(1 - down / height)
 
-    @contextmanager
-    def without_heading(self) -> Iterator[None]:
-        """Leave the heading out of what is drawn."""
-        for text in self.texts:
-            text.set_visible(False)
-        yield
-        for text in self.texts:
-            text.set_visible(True)
-
     def parts(self) -> list[str]:
         """Return the places of the panels and of the legend: left, top, width and height in points, as SVG has them."""
         width, height = self.get_size_inches()
@@ -137,7 +127,8 @@ def write_legend(figure: Figure, handles: Sequence[Artist]) -> None:
     """Write the legend below everything else in a figure, where it hides nothing."""
     longest = max(len(str(handle.get_label())) for handle in handles)
     columns = max(1, int(PANEL_WIDTH / (0.6 + 0.068 * longest)))  # inches beside a label, and of a letter
-    figure.legend(handles=handles, loc="lower center", frameon=False, fontsize="small", ncols=columns)
+    look: dict[str, Any] = {"frameon": False, "fontsize": "small", "borderaxespad": 0.0}
+    figure.legend(handles=handles, loc="lower center", ncols=columns, **look)
 
 
 def set_log_axis(axis: XAxis | YAxis, low: float, high: float, form) -> None:

@@ -174,7 +174,8 @@ def test_chains_side_by_side(tmp_path):
 
 
 def test_different_weights_are_drawn_relative_to_the_zero_predictor_and_dense_of_each():
-    small, large = make_study([2, 4], weight_sha256="a"), make_study([1, 8], weight_sha256="b")
+    beyond = CHAIN.saturation_rank  # larger than the dense weight
+    small, large = make_study([2, 4], weight_sha256="a"), make_study([1, beyond], weight_sha256="b")
     large = dataclasses.replace(large, summary=large.summary.assign(loss_metric="model_loss"))
     small = dataclasses.replace(small, summary=small.summary.assign(loss_metric="model_loss", predict_zero_loss=10.0))
     small = dataclasses.replace(small, predict_zero_loss=10.0)
@@ -185,6 +186,8 @@ def test_different_weights_are_drawn_relative_to_the_zero_predictor_and_dense_of
     for study, line, zero in zip((small, large), points, (10.0, PREDICT_ZERO), strict=True):
         assert list(line.get_ydata()) == pytest.approx(list(study.summary["population_loss"] / zero))
         assert list(line.get_xdata()) == pytest.approx(list(study.summary["share_of_dense"]))
+    assert large.summary["share_of_dense"].max() > 1.5
+    assert axes.get_xlim()[1] == pytest.approx(large.summary["share_of_dense"].max())
 
 
 def test_losses_that_do_not_compare_have_figures_of_their_own():
