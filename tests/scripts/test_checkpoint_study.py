@@ -217,6 +217,12 @@ def test_the_page_of_the_model_has_its_plan_its_runs_and_links_to_its_layers(che
     plan.measured(2.0, 3.0).save(files.directory / "mine_plan.json")
     assert "mine_plan.json" in Page(redrawn()).text
     assert Page(redrawn()).count("figure") == 1
+    broken = files.directory / "broken_plan.json"
+    write_json(broken, {"version": 2, "measured_increase": 1.0})
+    study(checkpoint, files.directory, *flags, 0.5, keys=LAYERS[:2])
+    assert f"WARNING: the report has no measured plans, because {broken} is not valid" in capsys.readouterr().err
+    assert Page(files.report.read_text()).count("figure") == 0
+    broken.unlink()
     rows = read_json(files.summary_json)
     write_json(files.summary_json, [rows[0], rows[1] | {"status": "diverged", "loss_increase": None}])
     assert f"<h1>Not every run ended well: {LAYERS[1]}, rank {plan.layers[1].rank}: diverged" in redrawn()

@@ -9,7 +9,6 @@ from ks.files.layout import FIGURES, SweepFiles
 from ks.report.figures.by_cost import front_of
 from ks.report.figures.draw import DRAWN, chains_figures, save_figures, study_figures
 from ks.report.figures.parts import rank_colors
-from ks.report.read_results import Study
 
 
 def test_every_figure_has_its_name_in_the_layout():
@@ -170,7 +169,7 @@ def test_chains_side_by_side(tmp_path):
     assert len(figure.legends[0].get_texts()) == 2
     assert texts(figure)[0].startswith("The least loss is ")
     old = studies[0].summary.assign(population_loss=np.nan)
-    assert chains_figures([Study("old", studies[0].curves, old, studies[0].floor)]) == {}
+    assert chains_figures([dataclasses.replace(studies[0], summary=old, predict_zero_loss=None)]) == {}
 
 
 def test_different_weights_are_drawn_relative_to_the_zero_predictor_and_dense_of_each():
