@@ -28,7 +28,7 @@ from ks.cli.flags import PlotConfig
 from ks.cli.parser import Parser
 from ks.errors import UsageError
 from ks.files.atomic import prepare_output_dir, read_json_object, write_json
-from ks.files.columns import STUDIES, chosen
+from ks.files.columns import STUDIES
 from ks.files.layout import SweepFiles
 from ks.files.ownership import check_free, delete, recorded
 from ks.files.table import filled, table
@@ -39,8 +39,6 @@ from ks.report.read_results import read_study
 from ks.report.studies_report import write_studies_report
 from ks.report.summary import summary_table
 from ks.report.weight_report import write_report
-
-COMPARED = ("study", "target", "rank", "share_of_dense", "relative_loss", "energy_loss", "loss_increase")
 
 
 def build_parser() -> Parser[PlotConfig]:
@@ -115,7 +113,7 @@ def main(argv=None) -> int:
     for plan in plans.values():
         print("\n".join(filled(plan.sentences())) + "\n")
     if several:
-        print(table(chosen(STUDIES, COMPARED), map(study_row, studies)) + "\n")
+        print(table(STUDIES[:7], map(study_row, studies)) + "\n")
         print("\n".join(filled(what_compares(studies))) + "\n")
     for study in studies:
         if several:

@@ -78,8 +78,8 @@ def write_report(study: Study, files: SweepFiles, drawn: dict[str, Sheet], *, lo
     """
     metrics = [name for name in study.metrics if metric_figure(name) not in drawn]
     shown = drawn | study_figures(study, metrics=metrics, log_scale=log_scale, names=())
-    both = not log_scale and is_squashed(study)
-    logarithmic = study_figures(study, log_scale=True, names=AFFECTED) if both else {}
+    squashed = not log_scale and is_squashed(study)
+    logarithmic = study_figures(study, log_scale=True, names=AFFECTED) if squashed else {}
     figures = []
     for name, figure in shown.items():
         caption, other = CAPTIONS.get(name, CAPTIONS["metric"]), logarithmic.get(name, figure)

@@ -58,18 +58,13 @@ def study_figures(
         metrics: names of metrics; those without a value are left out.
         names: of the figures to draw.
     """
-    shown = study.title if title is None else title
-    figures: dict[str, Sheet] = {}
     if has_several_layers(study.rows):  # their losses share no axis
-        return figures
-    for name, (draw, has_data) in DRAWN.items():
-        if name in names and has_data(study):
-            figures[name] = _figure(draw, study, log_scale, shown)
-    for metric in metrics:
-        if metric in study.metrics:
-            draw = partial(metric_by_epoch, metric=metric)
-            figures[metric_figure(metric)] = _figure(draw, study, log_scale, shown)
-    return figures
+        return {}
+    shown = study.title if title is None else title
+    chosen = {name: draw for name, (draw, has_data) in DRAWN.items() if name in names and has_data(study)}
+    known = [metric for metric in metrics if metric in study.metrics]
+    chosen |= {metric_figure(metric): partial(metric_by_epoch, metric=metric) for metric in known}
+    return {name: _figure(draw, study, log_scale, shown) for name, draw in chosen.items()}
 
 
 def chains_figures(studies: Sequence[Study], *, log_scale: bool = False, title: str | None = None) -> dict[str, Sheet]:
