@@ -139,6 +139,7 @@ def test_a_page_shows_every_panel_of_a_figure_and_its_legend_in_turn():
     assert boxes[-1][1] + boxes[-1][3] == pytest.approx(height, abs=0.2)
     assert [attributes for _, attributes in page.tags].count({"href": "#latency-figure_1"}) == 3
     assert page.text == figure.finding
+    assert all(text.get_visible() for text in figure.texts)
 
 
 def test_what_a_user_named_is_text_and_never_markup(tmp_path):

@@ -102,7 +102,7 @@ def chains(figure: Figure, studies: list[Study], log_scale: bool) -> str:
         marker = MARKERS[(index + index // len(FAMILY_COLORS)) % len(MARKERS)]  # 36 studies look different
         look: dict[str, Any] = {"color": color, "marker": marker, "linestyle": ""}
         label = textwrap.fill(parts.literal(f"{study.name}: {study.chain}"), int(13 * parts.PANEL_WIDTH))
-        look |= {"markersize": 8, "label": label}
+        look |= {"markersize": 8, "label": label, "clip_on": False}
         axes.plot(losses["parameters"], losses["exact"], **look)
         _label_points(axes, losses, color)
     _finish_parameter_axis(axes, dense, together["parameters"])
@@ -127,9 +127,9 @@ def _with_parameters(study: Study) -> pd.DataFrame:
 
 
 def _label_points(axes: Axes, losses: pd.DataFrame, color: str) -> None:
-    place: dict[str, Any] = {"textcoords": "offset points", "fontsize": "small", "fontweight": "bold", "color": color}
     for parameters, group in losses.groupby("parameters"):  # ranks above saturation are one point
-        axes.annotate(", ".join(map(str, group["rank"])), (parameters, group["exact"].max()), (6, 6), **place)
+        place = (parameters, group["exact"].max())
+        axes.annotate(", ".join(map(str, group["rank"])), place, (6, 6), color=color, **parts.BESIDE)
 
 
 def _finish_parameter_axis(axes: Axes, dense: float, parameters: pd.Series) -> None:

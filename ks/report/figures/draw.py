@@ -107,8 +107,12 @@ def inline_svg(figure: Sheet, name: str) -> str:
         name: unique in the page; all ids start with it.
     """
     buffer = io.StringIO()
+    for text in figure.texts:  # the heading: its letters are a quarter of a page
+        text.set_visible(False)
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
+    for text in figure.texts:
+        text.set_visible(True)
     svg = re.sub(LEFT_OUT, "", buffer.getvalue(), flags=re.DOTALL).strip()
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'\b(?:xlink:)?href="#', f'href="#{name}-', svg).replace("url(#", f"url(#{name}-")

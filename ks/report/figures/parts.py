@@ -26,6 +26,7 @@ MARKERS = "osD^vP"
 RANK_MAP = "plasma"
 LIGHTEST = 0.66  # of the colour map on white; lighter lines have a contrast below 3 : 1
 NOTE: dict[str, Any] = {"color": GREY, "fontsize": "small"}
+BESIDE: dict[str, Any] = {"textcoords": "offset points", "fontsize": "small", "fontweight": "bold"}  # of a point
 PANEL_WIDTH, PANEL_HEIGHT = 5.2, 3.5  # inches with its labels; in this width, text is legible on a phone
 PAD = 0.05  # inches around a panel
 LETTER = 0.62  # width of a letter of a heading, as a fraction of the size of its font
@@ -221,11 +222,10 @@ def mark_dense(axes: Axes, at: float, text: str) -> None:
 
 def mark_ranks(axes: Axes, ranks: pd.Series, at: pd.Series, losses: pd.Series, colors: dict[int, tuple]) -> None:
     """Draw a point with its rank beside it for every rank."""
-    place: dict[str, Any] = {"textcoords": "offset points", "fontsize": "small", "fontweight": "bold", "zorder": 5}
     look: dict[str, Any] = {"markersize": 8, "markeredgecolor": paper(), "clip_on": False, "zorder": 4}
     for rank, x, y in zip(ranks, at, losses):
         axes.plot(x, y, "o", color=colors[rank], **look)
-        axes.annotate(f"{rank}", (x, y), (6, 5), color=colors[rank], **place)
+        axes.annotate(f"{rank}", (x, y), (6, 5), color=colors[rank], zorder=5, **BESIDE)
 
 
 def finish_epoch_axis(axes: Axes) -> None:
