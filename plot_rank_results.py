@@ -28,19 +28,17 @@ from ks.cli.flags import PlotConfig
 from ks.cli.parser import Parser
 from ks.errors import UsageError
 from ks.files.atomic import prepare_output_dir, read_json_object, write_json
-from ks.files.columns import STUDIES, chosen
+from ks.files.columns import STUDIES
 from ks.files.layout import SweepFiles
 from ks.files.ownership import check_free, delete, recorded
 from ks.files.table import filled, table
 from ks.report.comparison import read_studies, study_row, what_compares
 from ks.report.figures import draw
-from ks.report.html import write_report
 from ks.report.model_report import measured_plans, write_model_report
 from ks.report.read_results import read_study
 from ks.report.studies_report import write_studies_report
 from ks.report.summary import summary_table
-
-COMPARED = ("study", "target", "rank", "share_of_dense", "relative_loss", "energy_loss", "loss_increase")
+from ks.report.weight_report import write_report
 
 
 def build_parser() -> Parser[PlotConfig]:
@@ -85,7 +83,7 @@ def main(argv=None) -> int:
             studies = [read_study(given[0])] if not plans or config.report or given[0].summary_json.exists() else []
     except OSError as error:
         raise UsageError(f"{error.filename} cannot be read: {error.strerror}") from error
-    drawn = {"plans": draw.plans_figure([*plans.values()], title=config.title)} if plans else {}
+    drawn = draw.plans_figures([*plans.values()], title=config.title)
     if several:
         drawn = draw.chains_figures(studies, **look)
         if not drawn and not config.report:
@@ -106,7 +104,7 @@ def main(argv=None) -> int:
             if several:
                 write_studies_report(studies, files, drawn, log_scale=config.log_scale)
             elif studies[0].config is not None and studies[0].config.layers:
-                write_model_report(given[0], files, drawn.get("plans"))
+                write_model_report(studies[0], files, plans, drawn)
             else:
                 write_report(studies[0], files, drawn, log_scale=config.log_scale)
             written.append(files.report)
@@ -115,7 +113,7 @@ def main(argv=None) -> int:
     for plan in plans.values():
         print("\n".join(filled(plan.sentences())) + "\n")
     if several:
-        print(table(chosen(STUDIES, COMPARED), map(study_row, studies)) + "\n")
+        print(table(STUDIES[:7], map(study_row, studies)) + "\n")
         print("\n".join(filled(what_compares(studies))) + "\n")
     for study in studies:
         if several:

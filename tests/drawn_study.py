@@ -1,6 +1,7 @@
 """Studies to draw, with curves that fall towards the floors of a random weight."""
 
 import dataclasses
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -9,6 +10,7 @@ import ks
 from ks.bounds.floors import Floor
 from ks.bounds.rank_floors import RankFloors, floor_rows
 from ks.files import columns
+from ks.files.layout import SweepFiles
 from ks.files.status import OK, Ending, Status
 from ks.model.model_plan import LayerPlan, ModelPlan
 from ks.moments.metric import LossMetric
@@ -49,7 +51,8 @@ def make_study(ranks, num_epochs=10, level=1.1, endings=None, seeds=(None,), spr
         rows.append(row)
     floors = pd.DataFrame(floor_rows(PLAN, PREDICT_ZERO), columns=columns.names(columns.FLOOR))
     described = {"title": "title", "chain": CHAIN.describe(), "predict_zero_loss": PREDICT_ZERO} | described
-    return Study("study", pd.DataFrame(epochs), summary_frame(rows), floors, **described)
+    files = SweepFiles(Path("no such folder"), "p")
+    return Study("study", pd.DataFrame(epochs), summary_frame(rows), floors, **{"files": files} | described)
 
 
 def make_plan(rank, predicted, measured, equal_predicted, equal_measured, unit="nats"):

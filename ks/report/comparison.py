@@ -15,7 +15,6 @@ from ks.report.answer import named_row
 from ks.report.read_results import MEAN_SQUARED_ERROR, Study, read_study
 from ks.report.sentences import of_failures
 
-KINDS = (ISOTROPIC, "measured")  # of inputs
 MOST_HOSTS = 3  # that a row lists by name
 SAME = 1e-4  # relative difference of one loss that was computed on two machines
 RUNS_READ = ("rank", "seed", "status", "train_seconds")
@@ -30,14 +29,14 @@ def read_studies(sources: Sequence[SweepFiles]) -> list[Study]:
         UsageError: a folder that holds no results, or a file that cannot be read.
     """
     studies = {study.files: study for files in sources for study in _layers_of(read_study(files))}
-    paths = [files.directory.parts for files in studies if files is not None]
+    paths = [files.directory.parts for files in studies]
     length = next(n for n in itertools.count(1) if len({path[-n:] for path in paths}) == len(paths))
     return [dataclasses.replace(study, name="/".join(path[-length:])) for study, path in zip(studies.values(), paths)]
 
 
 def _layers_of(study: Study) -> list[Study]:
     """Return the studies of the layers of a checkpoint that were trained; any other study alone."""
-    if study.files is None or study.config is None or not study.config.layers:
+    if study.config is None or not study.config.layers:
         return [study]
     names = dict.fromkeys(row["weight_key"] for row in study.rows)
     folders = [layer_folder(study.files.directory, name) for name in names]
@@ -103,21 +102,17 @@ def what_compares(studies: Sequence[Study]) -> list[str]:
 
 def machines_of(study: Study) -> list[str]:
     """Return where the runs of a study took place: hosts, device and CPU threads, from the record of each run."""
-    if study.files is None or study.config is None:
-        return []
-    hosts: dict[tuple[str, Any], list[str]] = {}
-    for _, _, run in find_runs(study.files.directory, study.config.seeds[0]):
-        if run.config.is_file():
-            record = read_json_as(run.config, RunConfig)
-            where, on_gpu = record.provenance, str(record.settings.get("device")).startswith("cuda")
-            device = (str(where.get("gpu" if on_gpu else "cpu")), where.get("threads"))
-            hosts.setdefault(device, []).append(str(where.get("host")))
-    texts = []
-    for (hardware, threads), found in hosts.items():
-        names = sorted({*found})
-        listed = ", ".join(names) if len(names) <= MOST_HOSTS else f"{len(names)} hosts"
-        texts.append(f"{listed}: {hardware}, {threads} thread{'' if threads == 1 else 's'}")
-    return texts
+    hosts: dict[str, set[str]] = {}
+    for _, _, run in find_runs(study.files.directory, study.config.seeds[0]) if study.config else []:
+        record = read_json_as(run.config, RunConfig) if run.config.is_file() else None
+        if record is not None and (where := record.provenance):
+            on_gpu, threads = str(record.settings.get("device")).startswith("cuda"), where.get("threads")
+            device = f"{where.get('gpu' if on_gpu else 'cpu')}, {threads} thread{'' if threads == 1 else 's'}"
+            hosts.setdefault(device, set()).add(str(where.get("host")))
+    return [
+        f"{', '.join(sorted(names)) if len(names) <= MOST_HOSTS else f'{len(names)} hosts'}: {device}"
+        for device, names in hosts.items()
+    ]
 
 
 def study_row(study: Study) -> dict[str, Any]:
@@ -128,9 +123,10 @@ def study_row(study: Study) -> dict[str, Any]:
     timed = [(run["train_seconds"], run["rank"]) for run in runs if run["train_seconds"] is not None]
     verdicts: dict[str, list[str]] = {}
     for row in rows:
-        if row["verdict"]:
-            for part in str(row["verdict"]).split(", "):
-                verdicts.setdefault(part, []).append(str(row["rank"]))
+        for part in str(row["verdict"] or "").split(", "):
+            verdicts.setdefault(part, []).append(str(row["rank"]))
+    verdicts.pop("", None)
+    kind, _, sha256 = (rows[0]["inputs"] or "").partition(" ")
     relative = study.loss_label == MEAN_SQUARED_ERROR
     reached = target is not None and any(row["reached_target"] for row in rows)
     return {
@@ -138,12 +134,11 @@ def study_row(study: Study) -> dict[str, Any]:
         "layer": rows[0]["weight_key"] or rows[0]["weight"],
         "machine": "; ".join(machines_of(study)),
         "chain": study.chain,
-        "inputs": " ".join(text if text in KINDS else text[:8] for text in (rows[0]["inputs"] or "").split()),
+        "inputs": f"{kind} {sha256[:8]}".strip(),
         "loss": ("loss of the model" if words.of_model else "output energy") if relative else study.loss_label,
         "seeds": study.config and " ".join(map(str, study.config.seeds)),
         "target": target and f"{words.amounts(target)[0]}: {'reached' if reached else 'not reached'}",
         "reached": None if target is None else reached,
-        "weight_sha256": study.weight_sha256,
         "runs": ", ".join(f"{count} {status}" for status, count in Counter(str(run["status"]) for run in runs).items()),
         "verdicts": "; ".join(f"{verdict}: {', '.join(ranks)}" for verdict, ranks in verdicts.items()),
         "train_seconds": sum(seconds for seconds, _ in timed) or None,
@@ -153,7 +148,7 @@ def study_row(study: Study) -> dict[str, Any]:
 
 def _runs(study: Study) -> list[dict[str, Any]]:
     """Return rank, seed, status and seconds of every run; of earlier versions, of every rank."""
-    if study.files is None or not study.files.runs_csv.is_file():
+    if not study.files.runs_csv.is_file():
         return study.rows
     return read_table(study.files.runs_csv, columns.chosen(columns.RUNS, RUNS_READ), RUNS_READ)
 
@@ -167,16 +162,14 @@ def findings(studies: Sequence[Study], rows: Sequence[dict[str, Any]]) -> list[s
     target, words = studies[0].target, studies[0].words
     if are_of_one_weight(studies) and len(targets) == 1 and target is not None:
         limit = words.show(target)
-        least = min((row["share_of_dense"] for row in reached), default=0.0)
-        best = [f"{row['study']} (rank {row['rank']})" for row in reached if row["share_of_dense"] == least]
-        if not reached:
-            return [f"No study reaches the target of {limit}.", *sentences]
-        return [
-            f"The smallest trained chain that {words.loses} at most {limit} has {least:.2%} of the parameters of the "
-            f"dense weight: {' and '.join(best)}.",
-            *sentences,
-        ]
-    weights = len({row["weight_sha256"] for row in rows})
+        first = f"No study reaches the target of {limit}."
+        if reached:
+            least = min(row["share_of_dense"] for row in reached)
+            best = [f"{row['study']} (rank {row['rank']})" for row in reached if row["share_of_dense"] == least]
+            first = f"The smallest trained chain that {words.loses} at most {limit} has {least:.2%} of the parameters "
+            first += f"of the dense weight: {' and '.join(best)}."
+        return [first, *sentences]
+    weights = len({study.weight_sha256 for study in studies})
     first = f"{len(rows)} studies of {'one weight' if weights == 1 else f'{weights} weights'}"
     return [f"{first}; targets that are reached: {len(reached)} of {len(asked)}." if asked else f"{first}.", *sentences]
 

@@ -118,20 +118,22 @@ def commands(lines: Sequence[str]) -> str:
     return f"<pre><code>{escape(chr(10).join(lines))}</code></pre>" if lines else ""
 
 
-def link(page: Path, other: Path) -> str | None:
-    """Return the address of another page below the folder of a page, which stays true when the folder moves.
+def links(page: Path, others: Mapping[str, Path]) -> dict[str, str]:
+    """Return the addresses of other pages, by name, which stay true when the folder of a page moves.
 
-    None if there is no such page, or if it is elsewhere.
+    Those that do not exist or are not below this folder are left out.
     """
-    if not other.is_file() or not other.is_relative_to(page.parent):
-        return None
-    return quote(other.relative_to(page.parent).as_posix())
+    folder = page.parent
+    below = {name: path for name, path in others.items() if path.is_file() and path.is_relative_to(folder)}
+    return {name: quote(path.relative_to(folder).as_posix()) for name, path in below.items()}
 
 
 def table(
     shown: Sequence[Column], rows: Sequence[Mapping[str, Any]], unit: str = "", links: Mapping[str, str] = {}
 ) -> str:
-    """Return rows as a table with the columns that have a value; a column's description is its tooltip.
+    """Return rows, if there are any, as a table with the columns that have a value.
+
+    A column's description is its tooltip.
 
     Args:
         shown: columns.
@@ -139,6 +141,8 @@ def table(
         unit: the headings of columns with this unit end with it.
         links: the addresses of texts in the first column.
     """
+    if not rows:
+        return ""
     shown = [column for column in shown if any(not is_missing(row.get(column.name)) for row in rows)]
     classes = [' class="text"' if column.type is Text else "" for column in shown]
     names = [column.name.replace("_", " ") + (f", {unit}" if unit and column.unit == unit else "") for column in shown]

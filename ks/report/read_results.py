@@ -64,16 +64,17 @@ class Study:
 
     curves: one row for each run and epoch (columns of the curves file, and seed). summary: one row for each rank
     (columns of the summary; for a 2025 folder only the losses are filled). floor: columns of the floor file, empty if
-    there is no floor. title: weight and chain, None if not known. answer: sentences of `ks.report.answer`.
-    predict_zero_loss, held_out_predict_zero_loss: loss of the zero predictor, in the unit of the losses, on the inputs
-    of the runs and on those held out. target: relative loss that is asked for. config: the config file;
-    None for a 2025 folder. files: that it was read from.
+    there is no floor. files: that it was read from. title: weight and chain, None if not known. answer: sentences of
+    `ks.report.answer`. predict_zero_loss, held_out_predict_zero_loss: loss of the zero predictor, in the unit of the
+    losses, on the inputs of the runs and on those held out. target: relative loss that is asked for. config: the config
+    file; None for a 2025 folder.
     """
 
     name: str
     curves: pd.DataFrame
     summary: pd.DataFrame
     floor: pd.DataFrame
+    files: SweepFiles
     title: str | None = None
     chain: str | None = None
     weight_sha256: str | None = None
@@ -83,7 +84,6 @@ class Study:
     held_out_predict_zero_loss: float | None = None
     target: float | None = None
     config: StudyRecord | None = None
-    files: SweepFiles | None = None
 
     @cached_property
     def rows(self) -> list[dict]:
@@ -203,9 +203,9 @@ def read_study(files: SweepFiles, rows: list[dict] | None = None) -> Study:
         ranks = dict.fromkeys(rank for rank, *_ in found)
         rows = [rank_row([row for row, _ in runs if row["rank"] == rank]) for rank in ranks]
     floors = read_table(files.floor_csv, columns.FLOOR, FLOOR_NAMES) if files.floor_csv.is_file() else []
-    tables = (_drawn_curves(runs), summary_frame(rows), pd.DataFrame(floors, columns=FLOOR_NAMES))
+    tables = (_drawn_curves(runs), summary_frame(rows), pd.DataFrame(floors, columns=FLOOR_NAMES), files)
     if config is None:
-        return Study(files.directory.name, *tables, files=files)
+        return Study(files.directory.name, *tables)
     return Study(
         files.directory.name,
         *tables,
@@ -218,7 +218,6 @@ def read_study(files: SweepFiles, rows: list[dict] | None = None) -> Study:
         held_out_predict_zero_loss=config.problem.held_out_predict_zero_loss,
         target=next((row["target_relative_loss"] for row in rows), None),
         config=config,
-        files=files,
     )
 
 

@@ -6,17 +6,19 @@ from ks.files.columns import STUDIES, STUDIES_RUNS
 from ks.files.layout import SweepFiles
 from ks.report import page
 from ks.report.comparison import findings, shared_columns, study_row, what_compares
-from ks.report.figures.draw import chains_figures
+from ks.report.figures.draw import chains_figures, inline_svg
 from ks.report.figures.parts import Sheet
-from ks.report.html import GLOSSARY, GLOSSARY_OF_LOSSES, inline_svg, is_squashed, reproducing_command
 from ks.report.read_results import Study
 from ks.report.sentences import recommendation
+from ks.report.weight_report import GLOSSARY, GLOSSARY_OF_LOSSES, is_squashed, reproducing_command
 
 CAPTION = "Points: trained ranks. Lines: no chain of this family and size can have a smaller loss."
 TERMS = {
+    **{name: GLOSSARY[name] for name in ("rank", "chain")},
     "relative loss": "the loss of a chain, as a fraction of that of the zero predictor on the same weight and inputs",
     "loss increase": "the increase of the loss of the model per token that is predicted to second order",
     "target": "the largest loss that the study was asked for",
+    **{name: GLOSSARY_OF_LOSSES[name] for name in ("zero predictor", "floor")},
 }
 
 
@@ -32,6 +34,7 @@ def write_studies_report(
         log_scale: whether they have logarithmic loss axes.
     """
     rows = [study_row(study) for study in studies]
+    links = page.links(files.report, {study.name: study.files.report for study in studies})
     shared = shared_columns(rows)
     units = {study.words.axis_unit for study in studies if study.words.unit}
     hidden = {*shared} if any(study.words.of_model for study in studies) else {*shared, "energy_loss"}
@@ -39,22 +42,17 @@ def write_studies_report(
     if not log_scale and any(map(is_squashed, studies)):
         drawn = chains_figures(studies, log_scale=True)
     answers = [f"{study.name}: {sentences[0]}" for study in studies if (sentences := recommendation(study))]
-    commands = [
-        f"# {study.name}\n{reproducing_command(study.config)}\n"
-        for study in studies
-        if study.config is not None and study.config.arguments
-    ]
+    recorded = [(study.name, study.config) for study in studies if study.config and study.config.arguments]
+    commands = [f"# {name}\n{reproducing_command(config)}\n" for name, config in recorded]
+    figures = [page.figure(inline_svg(figure, name), _caption(name)) for name, figure in drawn.items()]
     sections = [
-        ("Studies", page.table(results, rows, units.pop() if len(units) == 1 else "", _links(studies, files))),
+        ("Studies", page.table(results, rows, units.pop() if len(units) == 1 else "", links)),
         ("The same in every study", page.definitions({name.replace("_", " "): text for name, text in shared.items()})),
         ("What compares", page.items(what_compares(studies))),
-        (
-            "Figures",
-            page.figures(page.figure(inline_svg(figure, name), _caption(name)) for name, figure in drawn.items()),
-        ),
+        ("Figures", page.figures(figures)),
         ("The answer of each study", page.items(answers)),
         ("Runs, and where the time went", page.table(runs, rows)),
-        ("Glossary", page.definitions(_glossary())),
+        ("Glossary", page.definitions(TERMS)),
         ("Commands that reproduce the studies", page.commands(commands)),
     ]
     page.write_page(files.report, f"{len(studies)} studies", findings(studies, rows), sections)
@@ -64,13 +62,3 @@ def _caption(name: str) -> str:
     """Return the caption of a figure; where there are several, with the kind of losses in it."""
     metric, _, inputs = name.removeprefix("chains").strip("_").rpartition("_")
     return f"{metric.replace('_', ' ').capitalize()}, {inputs} inputs. {CAPTION}" if metric else CAPTION
-
-
-def _glossary() -> dict[str, str]:
-    known = {name: GLOSSARY[name] for name in ("rank", "chain")}
-    return known | TERMS | {name: GLOSSARY_OF_LOSSES[name] for name in ("zero predictor", "floor")}
-
-
-def _links(studies: Sequence[Study], files: SweepFiles) -> dict[str, str]:
-    found = {study.name: page.link(files.report, study.files.report) for study in studies if study.files is not None}
-    return {name: address for name, address in found.items() if address}

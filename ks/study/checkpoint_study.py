@@ -166,7 +166,9 @@ class CheckpointStudy(Study):
 
     def conclude(self) -> list[str]:
         """Write summary, figures and report of every layer and of the model; return the lines to print."""
-        from ks.report.model_report import write_model_report
+        from ks.report.figures.draw import plans_figures
+        from ks.report.model_report import measured_plans, write_model_report
+        from ks.report.read_results import read_study
         from ks.report.summary import summary_table, write_summary
 
         rows = []
@@ -179,7 +181,12 @@ class CheckpointStudy(Study):
             self.ended += [row["status"].status for row in study.rows_of_runs]
             rows += study.rows
         write_summary(self.files, rows)
-        write_model_report(self.files, self.files)
+        try:
+            measured = measured_plans(self.files.directory)
+        except UsageError as error:
+            console.note(f"WARNING: the report has no measured plans, because {error}")
+            measured = {}
+        write_model_report(read_study(self.files), self.files, measured, plans_figures([*measured.values()]))
         return [summary_table(rows), str(self.files.summary_csv), str(self.files.report)]
 
     def statuses(self) -> set[Status]:

@@ -15,10 +15,10 @@ from ks.files.atomic import write_csv, write_json
 from ks.files.curves import long_form
 from ks.files.layout import FIGURES, SweepFiles
 from ks.files.status import ended_well
-from ks.report.figures.draw import save_figures, study_figures
-from ks.report.html import inline_svg, write_report
+from ks.report.figures.draw import inline_svg, save_figures, study_figures
 from ks.report.read_results import read_study
 from ks.report.summary import Reference, rank_row, run_row, write_summary
+from ks.report.weight_report import write_report
 from ks.study.runs import Result
 from ks.training.problem import Problem, relative_target
 

@@ -8,7 +8,9 @@ from html_page import Page
 
 from ks.files.atomic import write_json
 from ks.files.layout import SweepFiles
-from ks.report.model_report import findings, write_model_report
+from ks.report.figures.draw import plans_figures
+from ks.report.model_report import findings, measured_plans, write_model_report
+from ks.report.read_results import read_study
 from ks.report.summary import write_summary
 
 
@@ -24,7 +26,8 @@ def written(tmp_path):
         write_json(files.config, record)
         write_json(files.plan_record, record)
         plan.save(files.plan_json)
-        write_model_report(files, files)
+        measured = measured_plans(tmp_path)
+        write_model_report(read_study(files), files, measured, plans_figures([*measured.values()]))
         return files.report.read_text(), Page(files.report.read_text())
 
     return write
@@ -55,3 +58,9 @@ def test_only_the_first_of_many_failures_are_listed():
     failed = dataclasses.replace(study, summary=study.summary.assign(status="diverged", weight_key="a.weight"))
     expected = "Not every run ended well: a.weight, rank 1: diverged; a.weight, rank 2: diverged; a.weight, rank 4: "
     assert findings(failed, None)[0] == f"{expected}diverged; and 1 more."
+
+
+def test_without_a_plan_the_trained_ranks_are_listed_however_many():
+    study = make_study([1, 2, 3, 4, 8, 16])
+    study.summary["weight_key"] = ["a.weight", "b.weight"] * 3
+    assert findings(study, None) == ["2 layers, at ranks 1, 2, 3, 4, 8, 16."]

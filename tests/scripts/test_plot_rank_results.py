@@ -44,16 +44,6 @@ def test_a_folder_of_the_2025_scripts_plots(run, tmp_path):
     assert "0.2825" in done.stdout
 
 
-def test_chains_side_by_side(run, weight_path, tmp_path):
-    for family in ("monarch", "lowrank"):
-        arguments = ("--weight_path", weight_path, "--ranks", 1, 2, *QUICK, "--chain", family, "--output_dir", family)
-        assert run("rank_sweep_study.py", *arguments).returncode == 0
-    done = run("plot_rank_results.py", "--results_dir", "monarch", "lowrank", "--output_dir", "figures")
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "figures" / "rank_sweep_chains.png").exists()
-    assert "lowrank: lowrank (rows" in done.stdout
-
-
 def blocks_about_style() -> list[str]:
     """The fenced blocks of docs/files.md on the style of figures: a matplotlibrc file, a command, a snippet."""
     page = (ROOT / "docs" / "files.md").read_text().partition("## The style of figures\n")[2].partition("\n## ")[0]

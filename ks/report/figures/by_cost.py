@@ -78,7 +78,7 @@ def chains(figure: Figure, studies: list[Study], log_scale: bool) -> str:
     """Draw several studies together: loss against parameters, floors as lines, trained ranks as points.
 
     Losses of different weights are fractions of that of the zero predictor on each, and parameters are fractions of
-    those of dense.
+    those of the dense weight.
 
     Args:
         figure: empty.
@@ -86,29 +86,26 @@ def chains(figure: Figure, studies: list[Study], log_scale: bool) -> str:
         log_scale: a logarithmic loss axis.
     """
     (axes,) = parts.make_panels(figure)
-    one = are_of_one_weight(studies)
-    units = studies[0].units if one else _fractions(studies[0])
-    tables = [_in_units(study, units, one) for study in studies]
+    one, units, dense = are_of_one_weight(studies), studies[0].units, studies[0].dense_parameters
+    if not one:
+        label = "loss relative to the zero predictor" if units.words.of_model else units.label
+        units, dense = Units(1.0, 1.0, label, 1.0), 1.0
+    tables = [_in_units(study, units, dense) for study in studies]
     together = pd.concat(tables, keys=range(len(tables)), names=["study", None])
     parts.finish_loss_axis(axes, units, together["exact"], together["lower"].dropna(), log_scale=log_scale)
     for index, (study, losses) in enumerate(zip(studies, tables)):
         color = FAMILY_COLORS[index % len(FAMILY_COLORS)]
         own = _floors_of(study).get(study.family)
         if own is not None:
-            sizes = own["parameters"] / (1.0 if one else study.dense_parameters)
+            sizes = own["parameters"] * (dense / study.dense_parameters)
             axes.plot(sizes, own["relative_loss"] * units.zero, color=color, linewidth=1.2, alpha=0.7)
         marker = MARKERS[(index + index // len(FAMILY_COLORS)) % len(MARKERS)]  # 36 studies look different
         look: dict[str, Any] = {"color": color, "marker": marker, "linestyle": ""}
         label = textwrap.fill(parts.literal(f"{study.name}: {study.chain}"), int(13 * parts.PANEL_WIDTH))
-        look |= {"markersize": 8, "label": label}
+        look |= {"markersize": 8, "label": label, "clip_on": False}
         axes.plot(losses["parameters"], losses["exact"], **look)
         _label_points(axes, losses, color)
-    if one:
-        _finish_parameter_axis(axes, studies[0].dense_parameters, together["parameters"])
-    else:
-        parts.set_log_axis(axes.xaxis, together["parameters"].min() / 1.3, 1.2, lambda size: f"{100 * size:g}%")
-        parts.mark_dense(axes, 1.0, "dense")
-        axes.set_xlabel("parameters, as a fraction of those of dense")
+    _finish_parameter_axis(axes, dense, together["parameters"])
     parts.write_legend(figure, axes.get_legend_handles_labels()[0])
     if not one:
         return "each loss is relative to the zero predictor on the same weight"
@@ -117,15 +114,10 @@ def chains(figure: Figure, studies: list[Study], log_scale: bool) -> str:
     return f"the least loss is {least}: {studies[place[0]].name}, rank {rank}"
 
 
-def _fractions(study: Study) -> Units:
-    """Return the units of losses that are relative to the zero predictor, whichever metric they have."""
-    return Units(1.0, 1.0, "loss relative to the zero predictor" if study.words.of_model else study.units.label, 1.0)
-
-
-def _in_units(study: Study, units: Units, one: bool) -> pd.DataFrame:
-    """Return the losses of the finished ranks in common units, and their sizes: parameters, or fractions of dense."""
+def _in_units(study: Study, units: Units, dense: float) -> pd.DataFrame:
+    """Return the losses of the finished ranks in common units, and their sizes in units in which dense has this one."""
     losses, scale = _with_parameters(study).sort_values("parameters"), units.zero / study.units.zero
-    sizes = losses["parameters"] / (1.0 if one else study.dense_parameters)
+    sizes = losses["parameters"] * (dense / study.dense_parameters)
     return losses.assign(exact=losses["exact"] * scale, lower=losses["lower"] * scale, parameters=sizes)
 
 
@@ -135,15 +127,18 @@ def _with_parameters(study: Study) -> pd.DataFrame:
 
 
 def _label_points(axes: Axes, losses: pd.DataFrame, color: str) -> None:
-    place: dict[str, Any] = {"textcoords": "offset points", "fontsize": "small", "fontweight": "bold", "color": color}
     for parameters, group in losses.groupby("parameters"):  # ranks above saturation are one point
-        axes.annotate(", ".join(map(str, group["rank"])), (parameters, group["exact"].max()), (6, 6), **place)
+        place = (parameters, group["exact"].max())
+        axes.annotate(", ".join(map(str, group["rank"])), place, (6, 6), color=color, **parts.BESIDE)
 
 
 def _finish_parameter_axis(axes: Axes, dense: float, parameters: pd.Series) -> None:
-    parts.set_log_axis(axes.xaxis, parameters.min() / 1.3, max(dense * 1.2, parameters.max()), parts.count)
-    parts.mark_dense(axes, dense, f"dense: {parts.count(float(f'{dense:.3g}'))}")
-    axes.set_xlabel("parameters")
+    """Set limits, ticks and label of an axis of parameters, as fractions of those of dense if this has 1."""
+    of_dense = dense == 1
+    form = (lambda size: f"{100 * size:g}%") if of_dense else parts.count
+    parts.set_log_axis(axes.xaxis, parameters.min() / 1.3, max(dense * 1.2, parameters.max()), form)
+    parts.mark_dense(axes, dense, "dense" if of_dense else f"dense: {parts.count(float(f'{dense:.3g}'))}")
+    axes.set_xlabel("parameters, as a fraction of those of dense" if of_dense else "parameters")
 
 
 def loss_by_latency(figure: Figure, study: Study, log_scale: bool) -> str:

@@ -54,9 +54,8 @@ def measured_by_predicted(figure: Figure, plans: Sequence[ModelPlan], log_scale:
         shown = [(plan, found[name]) for plan, found in zip(plans, points) if name in found]
         look = {"linestyle": "", "markersize": 8, "markeredgecolor": paper(), "zorder": 4, "label": label}
         axes.plot(*zip(*(point for _, point in shown)), marker=marker, color=color, **look)
-        text: dict[str, Any] = {"textcoords": "offset points", "fontsize": "small", "fontweight": "bold"}
         for plan, point in shown:
-            axes.annotate(f"{plan.share:.0%}", point, color=color, **text, **place)
+            axes.annotate(f"{plan.share:.0%}", point, color=color, **place, **parts.BESIDE)
     unit = Words(unit=plans[0].unit).axis_unit
     axes.set_xlabel(f"predicted loss increase ({unit})")
     axes.set_ylabel(f"measured loss increase ({unit})")

@@ -1,7 +1,10 @@
 """All figures of a study: which it has the data for, their files, and windows for them."""
 
+import io
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from ks.report.read_results import Study
 from ks.report.summary import has_several_layers, measured_batches
 
 UNHINTED: Any = {"text.hinting": "none"}  # as in SVG; fitting letters to pixels takes a fifth of the time
+LEFT_OUT = r"<style[^>]*>.*?</style>|<!--.*?-->|<\?xml[^>]*>|<!DOCTYPE[^>]*>|<metadata>.*?</metadata>"  # of an SVG
 # By the name in the file name: what draws it, on an empty figure, and returns the finding for its heading; whether a
 # study has the data for it.
 DRAWN: dict[str, tuple[Callable[[Figure, Study, bool], str], Callable[[Study], bool]]] = {
@@ -54,18 +58,13 @@ def study_figures(
         metrics: names of metrics; those without a value are left out.
         names: of the figures to draw.
     """
-    shown = study.title if title is None else title
-    figures: dict[str, Sheet] = {}
     if has_several_layers(study.rows):  # their losses share no axis
-        return figures
-    for name, (draw, has_data) in DRAWN.items():
-        if name in names and has_data(study):
-            figures[name] = _figure(draw, study, log_scale, shown)
-    for metric in metrics:
-        if metric in study.metrics:
-            draw = partial(metric_by_epoch, metric=metric)
-            figures[metric_figure(metric)] = _figure(draw, study, log_scale, shown)
-    return figures
+        return {}
+    shown = study.title if title is None else title
+    chosen = {name: draw for name, (draw, has_data) in DRAWN.items() if name in names and has_data(study)}
+    known = [metric for metric in metrics if metric in study.metrics]
+    chosen |= {metric_figure(metric): partial(metric_by_epoch, metric=metric) for metric in known}
+    return {name: _figure(draw, study, log_scale, shown) for name, draw in chosen.items()}
 
 
 def chains_figures(studies: Sequence[Study], *, log_scale: bool = False, title: str | None = None) -> dict[str, Sheet]:
@@ -76,9 +75,9 @@ def chains_figures(studies: Sequence[Study], *, log_scale: bool = False, title: 
     return {names[kind]: _figure(by_cost.chains, found, log_scale, title) for kind, found in kinds.items()}
 
 
-def plans_figure(plans: Sequence[ModelPlan], *, title: str | None = None) -> Sheet:
-    """Return the predicted and measured increases of plans of one model, each of which has `points_of`."""
-    return _figure(measured_by_predicted, plans, True, title or plans[0].checkpoint)
+def plans_figures(plans: Sequence[ModelPlan], *, title: str | None = None) -> dict[str, Sheet]:
+    """Return the figure of the predicted and measured increases of plans of one model, if there are any."""
+    return {"plans": _figure(measured_by_predicted, plans, True, title or plans[0].checkpoint)} if plans else {}
 
 
 @matplotlib.rc_context(UNHINTED)
@@ -96,6 +95,33 @@ def save_figures(figures: Mapping[str, Figure], files: SweepFiles, formats: Iter
         with atomic_path(path) as temporary:
             figure.savefig(temporary, dpi=dpi)
     return [path for _, path in paths]
+
+
+def inline_svg(figure: Sheet, name: str) -> str:
+    """Return the finding of a figure, and an <svg> for each of its panels and for the legend, which a page stacks.
+
+    Labels are shapes, so that no font is needed; nothing is loaded.
+
+    Args:
+        figure: to draw; its finding is read aloud instead of it.
+        name: unique in the page; all ids start with it.
+    """
+    buffer = io.StringIO()
+    for text in figure.texts:  # the heading: its letters are a quarter of a page
+        text.set_visible(False)
+    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    for text in figure.texts:
+        text.set_visible(True)
+    svg = re.sub(LEFT_OUT, "", buffer.getvalue(), flags=re.DOTALL).strip()
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'\b(?:xlink:)?href="#', f'href="#{name}-', svg).replace("url(#", f"url(#{name}-")
+    finding, content = escape(figure.finding), svg.partition(">")[2].removesuffix("</svg>")
+    shown = f"<p><b>{finding}</b></p>"
+    for box in figure.parts():
+        shown += f'<svg viewBox="{box}" role="img" aria-label="{finding}">{content}</svg>'
+        content = f'<use href="#{name}-figure_1"/>'  # the same again, of which another part is seen
+    return shown
 
 
 def show(figures: Iterable[Figure]) -> None:

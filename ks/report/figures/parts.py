@@ -1,8 +1,7 @@
 """Parts of figures: colours, ticks, limits, reference lines, headings, labels; the rest is matplotlib's style."""
 
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ MARKERS = "osD^vP"
 RANK_MAP = "plasma"
 LIGHTEST = 0.66  # of the colour map on white; lighter lines have a contrast below 3 : 1
 NOTE: dict[str, Any] = {"color": GREY, "fontsize": "small"}
+BESIDE: dict[str, Any] = {"textcoords": "offset points", "fontsize": "small", "fontweight": "bold"}  # of a point
 PANEL_WIDTH, PANEL_HEIGHT = 5.2, 3.5  # inches with its labels; in this width, text is legible on a phone
 PAD = 0.05  # inches around a panel
 LETTER = 0.62  # width of a letter of a heading, as a fraction of the size of its font
@@ -98,15 +98,6 @@ class Sheet(Figure):
         for line, down in written:
             line.set_y(1 - down / height)
 
-    @contextmanager
-    def without_heading(self) -> Iterator[None]:
-        """Leave the heading out of what is drawn."""
-        for text in self.texts:
-            text.set_visible(False)
-        yield
-        for text in self.texts:
-            text.set_visible(True)
-
     def parts(self) -> list[str]:
         """Return the places of the panels and of the legend: left, top, width and height in points, as SVG has them."""
         width, height = self.get_size_inches()
@@ -137,7 +128,8 @@ def write_legend(figure: Figure, handles: Sequence[Artist]) -> None:
     """Write the legend below everything else in a figure, where it hides nothing."""
     longest = max(len(str(handle.get_label())) for handle in handles)
     columns = max(1, int(PANEL_WIDTH / (0.6 + 0.068 * longest)))  # inches beside a label, and of a letter
-    figure.legend(handles=handles, loc="lower center", frameon=False, fontsize="small", ncols=columns)
+    look: dict[str, Any] = {"frameon": False, "fontsize": "small", "borderaxespad": 0.0}
+    figure.legend(handles=handles, loc="lower center", ncols=columns, **look)
 
 
 def set_log_axis(axis: XAxis | YAxis, low: float, high: float, form) -> None:
@@ -230,11 +222,10 @@ def mark_dense(axes: Axes, at: float, text: str) -> None:
 
 def mark_ranks(axes: Axes, ranks: pd.Series, at: pd.Series, losses: pd.Series, colors: dict[int, tuple]) -> None:
     """Draw a point with its rank beside it for every rank."""
-    place: dict[str, Any] = {"textcoords": "offset points", "fontsize": "small", "fontweight": "bold", "zorder": 5}
     look: dict[str, Any] = {"markersize": 8, "markeredgecolor": paper(), "clip_on": False, "zorder": 4}
     for rank, x, y in zip(ranks, at, losses):
         axes.plot(x, y, "o", color=colors[rank], **look)
-        axes.annotate(f"{rank}", (x, y), (6, 5), color=colors[rank], **place)
+        axes.annotate(f"{rank}", (x, y), (6, 5), color=colors[rank], zorder=5, **BESIDE)
 
 
 def finish_epoch_axis(axes: Axes) -> None:

@@ -8,7 +8,7 @@ from matplotlib.colors import to_hex
 
 import plot_rank_results
 from ks.report.figures.by_prediction import MISJUDGED, points_of
-from ks.report.figures.draw import plans_figure
+from ks.report.figures.draw import plans_figures
 
 GOOD = make_plan(12, 0.189, 0.387, 0.285, 0.642)
 BAD = make_plan(8, 0.481, 1.284, 0.613, 0.87)
@@ -33,14 +33,15 @@ def test_a_plan_and_its_equal_fractions_are_two_points_of_one_budget():
     ],
 )
 def test_the_figure_finds_the_plan_that_is_worse_than_equal_fractions(plans, finding, red):
-    figure = plans_figure(plans)
+    figure = plans_figures(plans)["plans"]
     (axes,) = figure.axes
     assert texts(figure)[0].replace("\n", " ") == finding
     assert sum(to_hex(line.get_color()) == to_hex(MISJUDGED) for line in axes.lines) == red
     assert axes.get_xlabel() == "predicted loss increase (nats per token)"
     labels = [text.get_text() for text in axes.texts]
     assert labels == ["75%", "50%"][: len(plans)] * 2
-    assert plans_figure([make_plan(12, 1.0, 2.0, 3.0, 4.0, "two words")]).axes[0].get_ylabel().endswith("(per token)")
+    figure = plans_figures([make_plan(12, 1.0, 2.0, 3.0, 4.0, "two words")])["plans"]
+    assert figure.axes[0].get_ylabel().endswith("(per token)")
 
 
 @pytest.mark.usefixtures("blank_pictures")

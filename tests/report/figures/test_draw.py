@@ -9,7 +9,6 @@ from ks.files.layout import FIGURES, SweepFiles
 from ks.report.figures.by_cost import front_of
 from ks.report.figures.draw import DRAWN, chains_figures, save_figures, study_figures
 from ks.report.figures.parts import rank_colors
-from ks.report.read_results import Study
 
 
 def test_every_figure_has_its_name_in_the_layout():
@@ -170,11 +169,12 @@ def test_chains_side_by_side(tmp_path):
     assert len(figure.legends[0].get_texts()) == 2
     assert texts(figure)[0].startswith("The least loss is ")
     old = studies[0].summary.assign(population_loss=np.nan)
-    assert chains_figures([Study("old", studies[0].curves, old, studies[0].floor)]) == {}
+    assert chains_figures([dataclasses.replace(studies[0], summary=old, predict_zero_loss=None)]) == {}
 
 
 def test_different_weights_are_drawn_relative_to_the_zero_predictor_and_dense_of_each():
-    small, large = make_study([2, 4], weight_sha256="a"), make_study([1, 8], weight_sha256="b")
+    beyond = CHAIN.saturation_rank  # larger than the dense weight
+    small, large = make_study([2, 4], weight_sha256="a"), make_study([1, beyond], weight_sha256="b")
     large = dataclasses.replace(large, summary=large.summary.assign(loss_metric="model_loss"))
     small = dataclasses.replace(small, summary=small.summary.assign(loss_metric="model_loss", predict_zero_loss=10.0))
     small = dataclasses.replace(small, predict_zero_loss=10.0)
@@ -185,6 +185,8 @@ def test_different_weights_are_drawn_relative_to_the_zero_predictor_and_dense_of
     for study, line, zero in zip((small, large), points, (10.0, PREDICT_ZERO), strict=True):
         assert list(line.get_ydata()) == pytest.approx(list(study.summary["population_loss"] / zero))
         assert list(line.get_xdata()) == pytest.approx(list(study.summary["share_of_dense"]))
+    assert large.summary["share_of_dense"].max() > 1.5
+    assert axes.get_xlim()[1] == pytest.approx(large.summary["share_of_dense"].max())
 
 
 def test_losses_that_do_not_compare_have_figures_of_their_own():

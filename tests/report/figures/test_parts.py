@@ -7,7 +7,7 @@ from drawn_study import make_study
 from matplotlib import colors as mpl_colors
 from matplotlib.figure import Figure
 
-from ks.report.figures.draw import study_figures
+from ks.report.figures.draw import UNHINTED, study_figures
 from ks.report.figures.parts import PANEL_WIDTH, Sheet, label_ends, make_panels, rank_colors, set_log_axis
 
 TIMES = {2: (1.0, 2.0), 4: (3.0, 2.0)}
@@ -82,16 +82,17 @@ def test_a_long_heading_wraps_and_is_never_cut(panels, name):
 @pytest.mark.parametrize("ranks", [[8], list(range(1, 13))])
 def test_nothing_in_a_figure_is_cut_and_every_panel_stays_in_its_part(font_size, ranks):
     study = make_study(ranks, spread=1.3, times=dict.fromkeys(ranks, (1.0, 2.0)), title="a long name " * 12)
-    with matplotlib.rc_context({"font.size": font_size}):
+    with matplotlib.rc_context({"font.size": font_size} | UNHINTED):  # as files are written
         drawn = study_figures(study, log_scale=True)
         for name, figure in drawn.items():
             figure.draw_without_rendering()
             width, height = figure.get_size_inches()
-            boxes = [(figure.get_tightbbox(), 0.0, 0.0, width, height)]
+            inches, boxes = figure.dpi_scale_trans.inverted(), [(figure.get_tightbbox(), 0.0, 0.0, width, height)]
             for number, axes in enumerate(figure.axes):
-                box = axes.get_tightbbox().transformed(figure.dpi_scale_trans.inverted())
-                left = number * PANEL_WIDTH
+                box, left = axes.get_tightbbox().transformed(inches), number * PANEL_WIDTH
                 boxes.append((box, left, figure.below, left + PANEL_WIDTH, height - figure.above))
+            for legend in figure.legends:
+                boxes.append((legend.get_window_extent().transformed(inches), 0.0, 0.0, width, figure.below))
             for box, left, bottom, right, top in boxes:
                 assert box.x0 >= left - 0.02, name
                 assert box.y0 >= bottom - 0.02, name

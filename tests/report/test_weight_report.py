@@ -13,10 +13,10 @@ from html_page import Page
 import rank_sweep_study
 from ks.files.layout import FIGURES, SweepFiles
 from ks.files.schema import StudyRecord, convert
-from ks.report.figures.draw import study_figures
+from ks.report.figures.draw import inline_svg, study_figures
 from ks.report.figures.parts import PANEL_WIDTH
-from ks.report.html import inline_svg, reproducing_command, write_report
 from ks.report.read_results import Study
+from ks.report.weight_report import reproducing_command, write_report
 
 HASH = "c2f246c6ae7821dc" * 4
 CONFIG = {
@@ -126,7 +126,7 @@ def test_the_report_loads_nothing_runs_nothing_and_holds_no_path_of_this_machine
     assert used <= {*ids}
 
 
-def test_a_page_shows_every_panel_of_a_figure_and_its_legend_in_turn_and_leaves_the_figure_as_it_was():
+def test_a_page_shows_every_panel_of_a_figure_and_its_legend_in_turn():
     figure = study_figures(measured_study())["latency"]
     page = Page(inline_svg(figure, "latency"))
     boxes = [

@@ -1,15 +1,10 @@
 """The report of a study of one weight, with its figures inside; the command that reproduces a study."""
 
 import dataclasses
-import io
-import re
 import shlex
-from collections.abc import Mapping
-from html import escape
 from pathlib import Path, PurePath
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 
@@ -21,7 +16,7 @@ from ks.files.layout import SweepFiles, metric_figure
 from ks.files.schema import StudyRecord
 from ks.files.table import is_missing
 from ks.report import page
-from ks.report.figures.draw import study_figures
+from ks.report.figures.draw import inline_svg, study_figures
 from ks.report.figures.parts import Sheet
 from ks.report.read_results import MEAN_SQUARED_ERROR, Study
 from ks.report.sentences import recommendation
@@ -38,6 +33,7 @@ CAPTIONS = {
     "front": "Loss against size: the family that loses least with so many parameters.",
     "latency": "Loss against the measured time of a forward pass; right of the line, dense is faster.",
     "metric": "A metric by epoch, on the validation samples.",
+    "plans": "Measured against predicted increases of the loss of the model, of plans and of equal fractions.",
 }
 GLOSSARY = {
     "rank": "inner dimension of the blocks of the chain; a larger rank has more parameters and never a worse optimum",
@@ -67,10 +63,8 @@ GLOSSARY_OF_INCREASES = {
 }
 FRACTIONS_OF_ENERGY = (0.5, 0.9, 0.99)
 
-LEFT_OUT = r"<style[^>]*>.*?</style>|<!--.*?-->|<\?xml[^>]*>|<!DOCTYPE[^>]*>|<metadata>.*?</metadata>"  # of an SVG
 
-
-def write_report(study: Study, files: SweepFiles, drawn: Mapping[str, Sheet], *, log_scale: bool = False) -> None:
+def write_report(study: Study, files: SweepFiles, drawn: dict[str, Sheet], *, log_scale: bool = False) -> None:
     """Write the report of a study, with its figures and those of all its metrics.
 
     Where a linear axis squashes the losses, the curves and the final losses are there on both kinds of axes, and the
@@ -79,22 +73,20 @@ def write_report(study: Study, files: SweepFiles, drawn: Mapping[str, Sheet], *,
     Args:
         study: read from its files.
         files: of the study.
-        drawn: its figures, by name; of metrics, none are needed.
+        drawn: its figures, by name; those of metrics that are missing are drawn here.
         log_scale: whether they have logarithmic loss axes.
     """
     metrics = [name for name in study.metrics if metric_figure(name) not in drawn]
-    shown = {name: figure for name, figure in drawn.items() if name != "plans"}
-    shown |= study_figures(study, metrics=metrics, log_scale=log_scale, names=())
-    both = not log_scale and is_squashed(study)
-    logarithmic = study_figures(study, log_scale=True, names=AFFECTED) if both else {}
+    shown = drawn | study_figures(study, metrics=metrics, log_scale=log_scale, names=())
+    squashed = not log_scale and is_squashed(study)
+    logarithmic = study_figures(study, log_scale=True, names=AFFECTED) if squashed else {}
     figures = []
     for name, figure in shown.items():
-        other = logarithmic.get(name)
-        if other is None or name in ON_BOTH_AXES:
-            figures.append(_figure(name, inline_svg(figure, name), " Linear axis." if other else ""))
-        if other is not None:
-            axis = " Logarithmic axis." if name in ON_BOTH_AXES else ""
-            figures.append(_figure(name, inline_svg(other, f"{name}_logarithmic"), axis))
+        caption, other = CAPTIONS.get(name, CAPTIONS["metric"]), logarithmic.get(name, figure)
+        if name in logarithmic and name in ON_BOTH_AXES:
+            figures.append(page.figure(inline_svg(figure, f"{name}_linear"), f"{caption} Linear axis."))
+            caption += " Logarithmic axis."
+        figures.append(page.figure(inline_svg(other, name), caption))
     name = study.title or study.name
     page.write_page(files.report, name, recommendation(study) or [name], _sections(study, figures))
 
@@ -103,29 +95,6 @@ def is_squashed(study: Study) -> bool:
     """Return whether losses, with the zero predictor, are too far apart for a linear axis."""
     losses = study.losses["best"].dropna()
     return len(losses) > 0 and np.nanmax([losses.max(), study.units.zero]) > SQUASHED * losses.min()
-
-
-def inline_svg(figure: Sheet, name: str) -> str:
-    """Return the finding of a figure, and an <svg> for each of its panels and for the legend, which a page stacks.
-
-    Labels are shapes, so that no font is needed; nothing is loaded.
-
-    Args:
-        figure: to draw; its finding is read aloud instead of it.
-        name: unique in the page; all ids start with it.
-    """
-    buffer = io.StringIO()
-    with figure.without_heading(), matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    svg = re.sub(LEFT_OUT, "", buffer.getvalue(), flags=re.DOTALL).strip()
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r'\b(?:xlink:)?href="#', f'href="#{name}-', svg).replace("url(#", f"url(#{name}-")
-    finding, content = escape(figure.finding), svg.partition(">")[2].removesuffix("</svg>")
-    shown = f"<p><b>{finding}</b></p>"
-    for box in figure.parts():
-        shown += f'<svg viewBox="{box}" role="img" aria-label="{finding}">{content}</svg>'
-        content = f'<use href="#{name}-figure_1"/>'  # the same again, of which another part is seen
-    return shown
 
 
 def _sections(study: Study, drawn: list[str]) -> list[tuple[str, str]]:
@@ -137,10 +106,7 @@ def _sections(study: Study, drawn: list[str]) -> list[tuple[str, str]]:
         ("Ranks", page.table(shown, rows, study.words.axis_unit)),
         ("Figures", page.figures(drawn)),
         ("Remarks", page.items(config.advice if config else [])),
-        (
-            "Latency: median milliseconds of a forward pass",
-            page.table([SUMMARY[0], *LATENCIES], timed) if timed else "",
-        ),
+        ("Latency: median milliseconds of a forward pass", page.table([SUMMARY[0], *LATENCIES], timed)),
         ("Weight", page.definitions(_weight(study, config)) if config else ""),
         ("Inputs", page.definitions(_inputs(config)) if config else ""),
         ("Glossary", page.definitions(_glossary(study))),
@@ -150,17 +116,8 @@ def _sections(study: Study, drawn: list[str]) -> list[tuple[str, str]]:
 
 def ending(config: StudyRecord) -> list[tuple[str, str]]:
     """Return the sections at the end of the page of a study: the command that reproduces it, and where it ran."""
-    return [
-        (
-            "Command that reproduces this study",
-            page.commands([reproducing_command(config)] if config.arguments else []),
-        ),
-        ("Provenance", page.definitions(_provenance(config))),
-    ]
-
-
-def _figure(name: str, svg: str, axis: str) -> str:
-    return page.figure(svg, CAPTIONS.get(name, CAPTIONS["metric"]) + axis)
+    command = page.commands([reproducing_command(config)] if config.arguments else [])
+    return [("Command that reproduces this study", command), ("Provenance", page.definitions(_provenance(config)))]
 
 
 def _glossary(study: Study) -> dict[str, str]:
