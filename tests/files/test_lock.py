@@ -29,6 +29,19 @@ with ownership.locked(path, "a test"):
 """
 
 
+@pytest.fixture(params=["exchanges files", "cannot exchange files"])
+def file_system(request, monkeypatch):
+    """One that exchanges two files, as filelock does to take a lock over, and one that cannot, such as NFS."""
+    if request.param.startswith("cannot"):
+        monkeypatch.setattr("filelock._soft.exchange_names", lambda *names: False)
+
+
+@pytest.fixture
+def lease(monkeypatch):
+    """A lease of two seconds."""
+    monkeypatch.setattr(ownership, "LEASE_SECONDS", 2.0)
+
+
 @pytest.fixture
 def hold(tmp_path):
     """Start processes that hold the lock until the end of their stdin."""
@@ -69,13 +82,23 @@ def test_a_lock_that_is_given_back_is_taken_and_removed(tmp_path, hold):
     assert not [*tmp_path.iterdir()]
 
 
-def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path, hold):
+@pytest.mark.usefixtures("file_system")
+def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path, hold, capsys):
     holder = hold()
     holder.kill()
     holder.wait()
-    assert (tmp_path / ".lock").exists()
     with locked(tmp_path / ".lock", "another test"):
         assert held_by(tmp_path / ".lock") == str(os.getpid())
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    assert capsys.readouterr().err == ""  # it has not waited
+
+
+def test_a_lock_that_another_process_has_taken_over_first_is_left_to_it(tmp_path):
+    with locked(tmp_path / ".lock", "a test"):
+        owner = ownership.SoftFileLease(tmp_path / ".lock").owner
+        ownership._remove(str(tmp_path / ".lock"), owner._replace(token="0"))
+        assert held_by(tmp_path / ".lock") == str(os.getpid())
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_locks_do_not_depend_on_the_locks_of_the_file_system(tmp_path, monkeypatch):
@@ -92,8 +115,8 @@ def test_locks_do_not_depend_on_the_locks_of_the_file_system(tmp_path, monkeypat
             locked(tmp_path / ".lock", "another test").__enter__()
 
 
-def test_a_process_on_another_host_keeps_its_lock_while_it_lives(tmp_path, hold, monkeypatch, capsys):
-    monkeypatch.setattr(ownership, "LEASE_SECONDS", 2.0)
+@pytest.mark.usefixtures("file_system", "lease")
+def test_a_process_on_another_host_keeps_its_lock_while_it_lives(tmp_path, hold, capsys):
     holder = hold("node7")
     with pytest.raises(UsageError, match=rf"in use by another test \(process {holder.pid} on node7\); wait for it"):
         locked(tmp_path / ".lock", "another test").__enter__()
@@ -101,8 +124,8 @@ def test_a_process_on_another_host_keeps_its_lock_while_it_lives(tmp_path, hold,
     assert capsys.readouterr().err == waiting
 
 
-def test_the_lock_of_a_lost_node_is_taken_over_when_the_lease_has_ended(tmp_path, hold, monkeypatch):
-    monkeypatch.setattr(ownership, "LEASE_SECONDS", 2.0)
+@pytest.mark.usefixtures("file_system", "lease")
+def test_the_lock_of_a_lost_node_is_taken_over_when_the_lease_has_ended(tmp_path, hold):
     holder = hold("node7")
     holder.kill()
     holder.wait()
@@ -112,8 +135,8 @@ def test_the_lock_of_a_lost_node_is_taken_over_when_the_lease_has_ended(tmp_path
         assert held_by(tmp_path / ".lock") == str(os.getpid())
 
 
-def test_a_process_whose_lock_was_taken_while_it_was_suspended_is_interrupted(tmp_path, hold, monkeypatch):
-    monkeypatch.setattr(ownership, "LEASE_SECONDS", 2.0)
+@pytest.mark.usefixtures("lease")
+def test_a_process_whose_lock_was_taken_while_it_was_suspended_is_interrupted(tmp_path, hold):
     holder = hold("node7")
     holder.send_signal(signal.SIGSTOP)
     with locked(tmp_path / ".lock", "another test"):
