@@ -120,8 +120,8 @@ def _acquire(lock: SoftFileLease, wait: float) -> None:
     except Timeout as error:
         owner = lock.owner
         if owner is None or "this host cannot probe" in str(error):
-            seconds, date = 1.2 * LEASE_SECONDS, _date_of(lock)
-            print(f"waiting up to {seconds:.0f} s, whether {_holder(lock)} still holds {lock.lock_file}", file=sys.stderr)
+            seconds, date, holder = 1.2 * LEASE_SECONDS, _date_of(lock), _holder(lock)
+            print(f"waiting up to {seconds:.0f} s, whether {holder} still holds {lock.lock_file}", file=sys.stderr)
             try:
                 lock.acquire(timeout=seconds, poll_interval=min(1.0, LEASE_SECONDS / 10))
                 return
@@ -149,7 +149,7 @@ def _runs(process: int) -> bool:
 
 
 def _remove(path: str, owner: OwnerRecord | None) -> None:
-    """Remove the lock file of an owner that has ended; that of a process which was faster stays, and so does its lock."""
+    """Remove the lock file of an owner that has ended; the file of a process that was faster stays."""
     aside = f"{path}.{os.getpid()}"
     with contextlib.suppress(FileNotFoundError, FileExistsError):
         os.rename(path, aside)

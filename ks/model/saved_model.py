@@ -1,6 +1,7 @@
 """Compressed models in folders: all tensors as .safetensors, the chains as JSON, no pickle."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -67,15 +68,15 @@ def save_compressed(
     folder = Path(folder).absolute()
     check_replaceable(folder)
     model = unwrapped(model)
-    chains = {checkpoint_name(path): module for path, module in model.named_modules(remove_duplicate=False)}
-    chains = {name: module for name, module in chains.items() if isinstance(module, KSLinear)}
+    modules = model.named_modules(remove_duplicate=False)
+    chains = {checkpoint_name(path): module for path, module in modules if isinstance(module, KSLinear)}
     state, buffers = _state_of(model), {} if densify else _before_long_inputs(_buffers_beside(model))
     _check_state(state | buffers)
     aliases = {} if densify else _ties(state | buffers)
     layers = {name: _described(chain) for name, chain in chains.items()}
     record = CompressedModel(MODEL_FORMAT, MODEL_VERSION, type(model).__name__, layers, aliases, densify, [*buffers])
     plan = ModelPlan.load(plan) if isinstance(plan, (str, os.PathLike)) else plan
-    card = model_card(model, chains, plan, folder.name, tokenizer=tokenizer is not None, densified=densify)
+    card = model_card(model, chains, plan, folder.name, with_tokenizer=tokenizer is not None, densified=densify)
     with replacing(folder) as new:
         tensors = _densified(state, chains) if densify else iter((state | buffers).items())
         write_tensors(new, ((name, value) for name, value in tensors if name not in aliases), max_shard_size)
@@ -122,10 +123,11 @@ def load_compressed(model: nn.Module | str | os.PathLike, folder=None, *, impl: 
     tensors = stored_tensors(folder)
     if record.version == 1:
         tensors, record.aliases = _as_blocks({name: read_entry(tensors[name], name) for name in tensors}, record)
-    for name in {*record.buffers} - {*_meta_buffers_beside(inside)}:
+    state = _state_of(inside) | _meta_buffers_beside(inside)
+    for name in {*record.buffers} - state.keys():
         tensors.pop(name, None)
         record.aliases.pop(name, None)
-    _check_keys(inside, replacements, tensors, record, folder)
+    _check_keys(inside, state, replacements, tensors, record, folder)
     result = replace_modules(model, replacements)
     _fill(unwrapped(result), tensors, record.aliases)
     return result
@@ -151,10 +153,7 @@ def _before_long_inputs(buffers: Mapping[str, torch.Tensor]) -> dict[str, torch.
 
     A long input can change the frequencies, and a loaded model has not seen it.
     """
-    places = {name: name.rpartition(".") for name in buffers}
-    return {
-        name: buffers.get(f"{path}{dot}original_{last}", buffers[name]) for name, (path, dot, last) in places.items()
-    }
+    return {name: buffers.get(re.sub(r"([^.]+)$", r"original_\1", name), value) for name, value in buffers.items()}
 
 
 def _meta_buffers_beside(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -260,13 +259,13 @@ def _as_blocks(tensors: dict[str, torch.Tensor], record: CompressedModel):
 
 def _check_keys(
     model: nn.Module,
+    state: Mapping[str, torch.Tensor],
     replacements: Mapping[nn.Module, KSLinear],
     tensors: Mapping[str, Any],
     record: CompressedModel,
     folder: Path,
 ) -> None:
     """Compare names and shapes of the tensors of a file with those that the model will have."""
-    state = _state_of(model) | _meta_buffers_beside(model)
     expected = {name: tuple(value.shape) for name, value in state.items()}
     for path, module in model.named_modules(remove_duplicate=False):
         if module in replacements:
