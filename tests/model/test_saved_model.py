@@ -39,6 +39,16 @@ def zeros(model):
     return model.eval()
 
 
+def on_meta(kind):
+    with torch.device("meta"):
+        return kind().eval()
+
+
+def edited(folder, **changes):
+    path = folder / "compressed.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 def bits(model):
     return {name: (value.dtype, value.clone()) for name, value in model.state_dict().items()}
 
@@ -65,18 +75,23 @@ def test_a_loaded_model_has_the_tensors_memory_order_and_outputs_of_the_saved_on
         assert torch.equal(each(x), model(x))
 
 
-def test_a_folder_of_version_1_is_read(tmp_path):
-    """Its factor l has values (a, b, c, d) under the name factors.l."""
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_folder_of_an_earlier_version_is_read_and_replaced(tmp_path, version):
+    """In version 1, factor l has values (a, b, c, d) under the name factors.l."""
     model, folder = compressed(), tmp_path / "small"
     ks.save_compressed(model, folder)
-    tensors = safetensors.torch.load_file(folder / "model.safetensors")
-    for name in ("blocks.0.up", "blocks.0.down"):
-        for index, values in enumerate(model.get_submodule(name).factors):
-            del tensors[f"{name}.block_{index}"]
-            tensors[f"{name}.factors.{index}"] = values.detach().contiguous()
-    safetensors.torch.save_file(tensors, folder / "model.safetensors")
-    edited(folder, version=1)
+    (folder / "README.md").unlink()
+    edited(folder, version=version, buffers=[], files=[])
+    if version == 1:
+        tensors = safetensors.torch.load_file(folder / "model.safetensors")
+        for name in ("blocks.0.up", "blocks.0.down"):
+            for index, values in enumerate(model.get_submodule(name).factors):
+                del tensors[f"{name}.block_{index}"]
+                tensors[f"{name}.factors.{index}"] = values.detach().contiguous()
+        safetensors.torch.save_file(tensors, folder / "model.safetensors")
     assert same_bits(bits(ks.load_compressed(zeros(Network()), folder)), bits(model))
+    ks.save_compressed(model, folder)
+    assert {path.name for path in folder.iterdir()} == FILES
 
 
 def test_tied_tensors_are_stored_once_and_tied_again(tmp_path):
@@ -88,8 +103,8 @@ def test_tied_tensors_are_stored_once_and_tied_again(tmp_path):
     other = Tied()
     other.second.weight = nn.Parameter(other.second.weight.detach().clone())
     other.fourth = copy.deepcopy(other.third)
-    for start in (Tied(), other):
-        loaded = ks.load_compressed(zeros(start), tmp_path / "small")
+    for start in (zeros(Tied()), zeros(other), on_meta(Tied)):
+        loaded = ks.load_compressed(start, tmp_path / "small")
         assert loaded.first.block_0 is loaded.second.block_0
         assert loaded.third.block_0 is loaded.fourth.block_0
         assert torch.equal(loaded(normal(3, 8)), model(normal(3, 8)))
@@ -163,9 +178,9 @@ def test_another_architecture_is_one_line_and_stays_as_it_is(tmp_path, kind):
     assert same_bits(bits(other), before)
 
 
-def edited(folder, **changes):
-    path = folder / "compressed.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+def indexed_pickle(folder):
+    torch.save(safetensors.torch.load_file(folder / "model.safetensors"), folder / "model.bin")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"norm.weight": "model.bin"}}')
 
 
 DAMAGE = {
@@ -176,6 +191,7 @@ DAMAGE = {
     "alias": (lambda folder: edited(folder, aliases={"norm.weight": "y"}), "ties tensors to one"),
     "no record": (lambda folder: (folder / "compressed.json").unlink(), "no such file"),
     "no tensors": (lambda folder: (folder / "model.safetensors").unlink(), "no such file"),
+    "pickle": (indexed_pickle, r"names 'model.bin'; only .safetensors files are read"),
     "cut": (lambda folder: (folder / "model.safetensors").write_bytes(b"12"), "cannot be read"),
 }
 
@@ -204,11 +220,6 @@ class WithBuffer(Network):
         return super().forward(x * self.scale)
 
 
-def on_meta(kind):
-    with torch.device("meta"):
-        return kind().eval()
-
-
 def test_a_model_on_the_meta_device_is_filled_with_all_its_buffers(tmp_path):
     model, x = compressed(WithBuffer().bfloat16()), normal(50, 8).bfloat16()
     model.scale.fill_(0.3)  # another value than that of a new model
@@ -220,24 +231,12 @@ def test_a_model_on_the_meta_device_is_filled_with_all_its_buffers(tmp_path):
     assert all(parameter.requires_grad for parameter in loaded.parameters())
     given = ks.load_compressed(zeros(WithBuffer()), tmp_path / "small")
     assert given.scale == 1.5  # that of a model with values stays
+
+
+def test_a_tensor_on_the_meta_device_that_the_folder_lacks_is_one_line(tmp_path):
     ks.save_compressed(compressed(), tmp_path / "small")
     with pytest.raises(UsageError, match=r"scale is absent in the file and \(1,\) in the model"):
         ks.load_compressed(on_meta(WithBuffer), tmp_path / "small")
-
-
-def test_tied_tensors_are_tied_again_on_the_meta_device(tmp_path):
-    model = Tied()
-    ks.compress(model, tied_plan(model), quiet=True)
-    ks.save_compressed(model, tmp_path / "small")
-    with torch.device("meta"):
-        fresh = Tied()
-    loaded = ks.load_compressed(fresh, tmp_path / "small")
-    assert loaded.first.block_0 is loaded.second.block_0
-    assert torch.equal(loaded(normal(3, 8)), model(normal(3, 8)))
-
-
-def test_a_tensor_on_the_meta_device_that_no_folder_has_is_one_line(tmp_path):
-    ks.save_compressed(compressed(), tmp_path / "small")
     fresh = on_meta(Network)
     fresh.table = torch.empty(2, device="meta")
     with pytest.raises(UsageError, match="table of the model is on the meta device and no buffer"):
@@ -282,17 +281,6 @@ def test_more_tensors_than_a_file_may_hold_go_into_several_with_an_index(tmp_pat
     assert same_bits(bits(ks.load_compressed(zeros(Network()), folder)), bits(model))
     ks.save_compressed(model, folder)
     assert {path.name for path in folder.iterdir()} == FILES
-
-
-def test_only_safetensors_are_read(tmp_path):
-    model, folder = compressed(), tmp_path / "small"
-    ks.save_compressed(model, folder, max_shard_size=500)
-    [first, *_] = sorted(folder.glob("*.safetensors"))
-    torch.save(safetensors.torch.load_file(first), folder / "model.bin")
-    index = folder / "model.safetensors.index.json"
-    index.write_text(index.read_text().replace(first.name, "model.bin"))
-    with pytest.raises(UsageError, match=r"names 'model.bin'; only .safetensors files are read"):
-        ks.load_compressed(zeros(Network()), folder)
 
 
 def test_the_card_has_the_plan_its_losses_and_the_line_that_loads(tmp_path):
@@ -353,18 +341,6 @@ def test_the_files_of_a_tokenizer_are_ours_and_a_file_beside_them_is_not(tmp_pat
     with pytest.raises(UsageError, match="small holds templates/mine.jinja; choose"):
         ks.save_compressed(model, folder)
     (folder / "templates" / "mine.jinja").unlink()
-    ks.save_compressed(model, folder)
-    assert {path.name for path in folder.iterdir()} == FILES
-
-
-def test_a_folder_of_version_2_is_read_and_replaced(tmp_path):
-    model, folder = compressed(), tmp_path / "small"
-    ks.save_compressed(model, folder)
-    (folder / "README.md").unlink()
-    record = json.loads((folder / "compressed.json").read_text())
-    del record["buffers"], record["files"]
-    (folder / "compressed.json").write_text(json.dumps(record | {"version": 2}))
-    assert same_bits(bits(ks.load_compressed(zeros(Network()), folder)), bits(model))
     ks.save_compressed(model, folder)
     assert {path.name for path in folder.iterdir()} == FILES
 
