@@ -287,31 +287,28 @@ def test_the_card_has_the_plan_its_losses_and_the_line_that_loads(tmp_path):
     model = Network()
     plan = dataclasses.replace(plan_of(model, FAMILIES), loss_metric=LossMetric.MODEL_LOSS, unit="nats")
     layers = [dataclasses.replace(layer, loss_increase=0.25 if layer.chain else 0.0) for layer in plan.layers]
-    plan = dataclasses.replace(plan, layers=tuple(layers)).measured(0.75)
-    plan.save(tmp_path / "plan.json")
+    layers[0] = dataclasses.replace(layers[0], interpolated=True)
+    dataclasses.replace(plan, layers=tuple(layers)).measured(0.75).save(tmp_path / "plan.json")
     ks.compress(model, plan, quiet=True)
-    ks.save_compressed(model, tmp_path / "small", plan=tmp_path / "plan.json")
-    card = (tmp_path / "small" / "README.md").read_text()
-    assert card.startswith(
-        "---\nlibrary_name: ks\ntags:\n- kronecker-sparse\n- compression\n---\n\n# Network, compressed\n"
-    )
-    assert (
-        "`Network` with 2 linear layers as chains of Kronecker-sparse factors: 432 of 424 parameters (101.9%)." in card
-    )
-    assert 'ks.load_compressed(model, "small")' in card
-    assert "predicted to increase by 0.5 nats per token" in card
-    assert "Measured: 0.75 nats per token" in card
-    assert "| `blocks.0.down.weight` | monarch | 2 | 166.7% | 0.25 |" in card
-    assert "| `blocks.1.up.weight` | dense | - | 100.0% | 0 |" in card
-    assert str(tmp_path) not in card
-    assert str(ROOT) not in card
-    ks.save_compressed(model, tmp_path / "small")
-    card = (tmp_path / "small" / "README.md").read_text()
-    assert "| `blocks.0.down` | 8 | 12 | 166.7% |" in card
-    ks.save_compressed(model, tmp_path / "dense", densify=True)
-    card = (tmp_path / "dense" / "README.md").read_text()
-    assert "ks.load" not in card
-    assert "The tensors are those of a `Network` with dense layers." in card
+    for name, options in {"planned": {"plan": tmp_path / "plan.json"}, "small": {}, "dense": {"densify": True}}.items():
+        ks.save_compressed(model, tmp_path / name, **options)
+    planned, small, dense = ((tmp_path / name / "README.md").read_text() for name in ("planned", "small", "dense"))
+    head = "---\nlibrary_name: ks\ntags:\n- kronecker-sparse\n- compression\n---\n\n# Network, compressed\n"
+    assert planned.startswith(head)
+    for text in (
+        "`Network` with 2 linear layers as chains of Kronecker-sparse factors: 432 of 424 parameters (101.9%).",
+        'ks.load_compressed(model, "planned")',
+        "predicted to increase by 0.5 nats per token",
+        "Measured: 0.75 nats per token",
+        "| `blocks.0.up.weight` | lowrank | 2 | 41.7% | ~0.25 |",
+        "| `blocks.0.down.weight` | monarch | 2 | 166.7% | 0.25 |",
+        "| `blocks.1.up.weight` | dense | - | 100.0% | 0 |",
+    ):
+        assert text in planned
+    assert not any(str(path) in planned for path in (tmp_path, ROOT))
+    assert "| `blocks.0.down` | 8 | 12 | 166.7% |" in small
+    assert "The tensors are those of a `Network` with dense layers." in dense
+    assert "ks.load" not in dense
 
 
 def test_the_plan_of_another_model_is_refused(tmp_path):
