@@ -19,7 +19,7 @@ from ks.files.provenance import now
 from ks.files.schema import CompressedLayer, CompressedModel
 from ks.files.weights import read_entry, shape_of
 from ks.layer import KSLinear
-from ks.model.linears import checkpoint_name, linears_of, replace_modules, unwrapped
+from ks.model.linears import checkpoint_name, linears_of, modules_of, replace_modules, unwrapped
 from ks.model.model_card import model_card
 from ks.model.model_plan import ModelPlan
 from ks.model.saved_folder import (
@@ -68,8 +68,7 @@ def save_compressed(
     folder = Path(folder).absolute()
     check_replaceable(folder)
     model = unwrapped(model)
-    modules = model.named_modules(remove_duplicate=False)
-    chains = {checkpoint_name(path): module for path, module in modules if isinstance(module, KSLinear)}
+    chains = {name: module for name, module in modules_of(model).items() if isinstance(module, KSLinear)}
     state, buffers = _state_of(model), {} if densify else _before_long_inputs(_buffers_beside(model))
     _check_state(state | buffers)
     aliases = {} if densify else _ties(state | buffers)
@@ -141,8 +140,8 @@ def _state_of(model: nn.Module) -> dict[str, Any]:
 def _buffers_beside(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the buffers that are not part of the state_dict, such as the frequencies of rotary embeddings."""
     return {
-        checkpoint_name(_joined(path, name)): value
-        for path, module in model.named_modules(remove_duplicate=False)
+        _joined(path, name): value
+        for path, module in modules_of(model).items()
         for name, value in module._buffers.items()
         if name in module._non_persistent_buffers_set and value is not None
     }
@@ -162,7 +161,7 @@ def _meta_buffers_beside(model: nn.Module) -> dict[str, torch.Tensor]:
     Raises:
         UsageError: a module has another tensor there, which no folder has.
     """
-    for path, module in model.named_modules():
+    for path, module in modules_of(model).items():
         for name, value in vars(module).items():
             if isinstance(value, torch.Tensor) and value.is_meta:
                 raise UsageError(
@@ -218,8 +217,7 @@ def _joined(path: str, name: str) -> str:
 def _empty_chains(model: nn.Module, record: CompressedModel, folder: Path, impl: str) -> dict[nn.Module, KSLinear]:
     """Return the chains of a record, without values, by the layers that they replace."""
     chains: dict[nn.Module, KSLinear] = {}
-    present = {checkpoint_name(path): module for path, module in model.named_modules(remove_duplicate=False)}
-    linears = linears_of(model)
+    present, linears = modules_of(model), linears_of(model)
     for name, layer in record.layers.items():
         patterns = check_patterns(layer.patterns)
         old = present.get(name)
@@ -267,9 +265,8 @@ def _check_keys(
 ) -> None:
     """Compare names and shapes of the tensors of a file with those that the model will have."""
     expected = {name: tuple(value.shape) for name, value in state.items()}
-    for path, module in model.named_modules(remove_duplicate=False):
+    for place, module in modules_of(model).items():
         if module in replacements:
-            place = checkpoint_name(path)
             for name in module.state_dict():
                 expected.pop(_joined(place, name), None)
             expected |= {_joined(place, name): tuple(v.shape) for name, v in replacements[module].state_dict().items()}
@@ -291,8 +288,8 @@ def _check_keys(
 def _fill(model: nn.Module, tensors: Mapping[str, Any], aliases: Mapping[str, str]) -> None:
     """Copy values, so that chains keep the memory order of their factors, and tie the tied tensors again."""
     owners = {
-        checkpoint_name(_joined(path, name)): (module, name)
-        for path, module in model.named_modules(remove_duplicate=False)
+        _joined(path, name): (module, name)
+        for path, module in modules_of(model).items()
         for name in (*module._parameters, *module._buffers)
     }
     for name, entry in tensors.items():
