@@ -116,22 +116,25 @@ def _acquire(lock: SoftFileLease, wait: float) -> None:
     filelock takes a lock over by exchanging two files, which NFS and Lustre cannot: there the file is removed here.
     """
     try:
-        lock.acquire(timeout=wait)
-    except Timeout as error:
-        owner = lock.owner
-        if owner is None or "this host cannot probe" in str(error):
-            seconds, date, holder = 1.2 * LEASE_SECONDS, _date_of(lock), _holder(lock)
-            print(f"waiting up to {seconds:.0f} s, whether {holder} still holds {lock.lock_file}", file=sys.stderr)
-            try:
-                lock.acquire(timeout=seconds, poll_interval=min(1.0, LEASE_SECONDS / 10))
-                return
-            except Timeout:
-                if owner is None or _date_of(lock) != date:
-                    raise
-        elif _runs(owner.pid):
-            raise
-        _remove(lock.lock_file, owner)
         lock.acquire(timeout=0)
+        return
+    except Timeout as error:
+        owner, date = lock.owner, _date_of(lock)
+        elsewhere = owner is None or "this host cannot probe" in str(error)
+    if owner and not elsewhere and _runs(owner.pid):
+        lock.acquire(timeout=wait)
+        return
+    if elsewhere:
+        seconds = 1.2 * LEASE_SECONDS
+        print(f"waiting up to {seconds:.0f} s, whether {_holder(lock)} still holds {lock.lock_file}", file=sys.stderr)
+        try:
+            lock.acquire(timeout=seconds, poll_interval=min(1.0, LEASE_SECONDS / 10))
+            return
+        except Timeout:
+            if owner is None or _date_of(lock) != date:
+                raise
+    _remove(lock.lock_file, owner)
+    lock.acquire(timeout=0)
 
 
 def _date_of(lock: SoftFileLease) -> int | None:

@@ -1,14 +1,13 @@
 """Tiny models of transformers, one of each kind, from collecting to generating; skipped without transformers."""
 
+import functools
 import json
 import re
-import subprocess
 import sys
-import textwrap
 
 import pytest
 import torch
-from conftest import ROOT
+from planned import peak_mib
 
 import ks
 from ks.errors import UsageError
@@ -271,25 +270,12 @@ def test_a_densified_folder_is_loaded_by_an_auto_class(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_dense_weights_are_never_in_memory(tmp_path):
     """The MLPs of the two blocks would need 72 MiB each where they are dense; their chains have 1.3 MiB."""
-    program = r"""
-        import pathlib, re, sys, torch, ks
-        from transformers import LlamaConfig, LlamaForCausalLM
-        def memory(name):
-            return int(re.search(name + r":\s*(\d+)", pathlib.Path("/proc/self/status").read_text())[1]) / 1024
-        heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 16}
-        sizes = {"vocab_size": 40, "hidden_size": 1024, "intermediate_size": 6144, "num_hidden_layers": 2}
-        config = LlamaConfig(**sizes, **heads)
-        with torch.device("meta"):
-            model = LlamaForCausalLM(config)
-            for layer in model.model.layers:
-                for name, size in {"gate": (1024, 6144), "up": (1024, 6144), "down": (6144, 1024)}.items():
-                    setattr(layer.mlp, f"{name}_proj", ks.KSLinear(*size))
-        ks.save_compressed(model.to_empty(device="cpu"), sys.argv[1])
-        before = memory("VmRSS")
-        model = ks.load_compressed(sys.argv[1])
-        print(memory("VmHWM") - before)
-    """
-    command = [sys.executable, "-c", textwrap.dedent(program), tmp_path / "small"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    print(done.stdout)
-    assert float(done.stdout.split()[-1]) < 40  # MiB above what the process had before
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 16}
+    sizes = {"vocab_size": 40, "hidden_size": 1024, "intermediate_size": 6144, "num_hidden_layers": 2}
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))
+        for layer in model.model.layers:
+            for name, size in {"gate": (1024, 6144), "up": (1024, 6144), "down": (6144, 1024)}.items():
+                setattr(layer.mlp, f"{name}_proj", ks.KSLinear(*size))
+    ks.save_compressed(model.to_empty(device="cpu"), tmp_path / "small")
+    assert peak_mib(functools.partial(ks.load_compressed, tmp_path / "small")) < 40
