@@ -32,9 +32,8 @@ def respect_cpu_quota(root: Path = Path("/")) -> None:
 
     It reads the variable when it loads. A value that is there stays.
     """
-    quotas = [*_cpu_quotas(root)]
-    if min(quotas, default=math.inf) < _bound_cores():
-        os.environ.setdefault("OMP_NUM_THREADS", str(min(quotas)))
+    if (cores := cpu_cores(root)) < _bound_cores():
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores))
 
 
 def _bound_cores() -> int:
@@ -73,23 +72,20 @@ def _groups(controller: str, root: Path) -> Iterator[tuple[int, Path]]:
 
     A container may not see its own group under the path that /proc gives: that group is then the topmost one.
     """
-    own = {}  # path of the group of this process, by its controllers; version 2 lists none
+    own: dict[str, str] = {}  # path of the group of this process, by controller; the name of version 2 is empty
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
-        own[controllers] = path
+        own |= dict.fromkeys(controllers.split(","), path)
     for line in _lines(root / "proc/self/mountinfo"):
         place, _, source = line.partition(" - ")
         inside, mounted = place.split()[3:5]
         kind, *_, options = source.split()
-        if kind == "cgroup2" and "" in own:
-            version, path = 2, own[""]
-        elif kind == "cgroup" and controller in options.split(","):
-            version, path = 1, next(own[names] for names in own if controller in names.split(","))
-        else:
+        name = {"cgroup": controller, "cgroup2": ""}.get(kind)
+        if name not in own or (name and name not in options.split(",")):
             continue
         top = root / mounted.lstrip("/")
-        group = top / os.path.relpath(path, inside)
-        yield from ((version, folder) for folder in (group, *group.parents) if folder.is_relative_to(top))
+        group = top / os.path.relpath(own[name], inside)
+        yield from ((1 if name else 2, folder) for folder in (group, *group.parents) if folder.is_relative_to(top))
 
 
 def _lines(path: Path) -> list[str]:

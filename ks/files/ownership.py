@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
-from filelock import LeaseCompromise, SoftFileLease, Timeout
+from filelock import LeaseCompromise, OwnerRecord, SoftFileLease, Timeout
 
 from ks.errors import UsageError
 from ks.files.atomic import read_json_object
@@ -111,15 +111,56 @@ def locked(path, what: str, wait: float = 0.0) -> Iterator[None]:
 
 
 def _acquire(lock: SoftFileLease, wait: float) -> None:
-    """Acquire a lock; one whose holder runs elsewhere, if at all, is watched until its lease may have ended."""
+    """Acquire a lock; one whose holder runs elsewhere, if at all, is watched until its lease may have ended.
+
+    filelock takes a lock over by exchanging two files, which NFS and Lustre cannot: there the file is removed here.
+    """
     try:
-        lock.acquire(timeout=wait)
+        lock.acquire(timeout=0)
+        return
     except Timeout as error:
-        if lock.owner is not None and "this host cannot probe" not in str(error):
-            raise
+        owner, date = lock.owner, _date_of(lock)
+        elsewhere = owner is None or "this host cannot probe" in str(error)
+    if owner and not elsewhere and _runs(owner.pid):
+        lock.acquire(timeout=wait)
+        return
+    if elsewhere:
         seconds = 1.2 * LEASE_SECONDS
         print(f"waiting up to {seconds:.0f} s, whether {_holder(lock)} still holds {lock.lock_file}", file=sys.stderr)
-        lock.acquire(timeout=seconds, poll_interval=min(1.0, LEASE_SECONDS / 10))
+        try:
+            lock.acquire(timeout=seconds, poll_interval=min(1.0, LEASE_SECONDS / 10))
+            return
+        except Timeout:
+            if owner is None or _date_of(lock) != date:
+                raise
+    _remove(lock.lock_file, owner)
+    lock.acquire(timeout=0)
+
+
+def _date_of(lock: SoftFileLease) -> int | None:
+    with contextlib.suppress(FileNotFoundError):  # it has been given back just now
+        return os.stat(lock.lock_file).st_mtime_ns
+    return None
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
+    return True
+
+
+def _remove(path: str, owner: OwnerRecord | None) -> None:
+    """Remove the lock file of an owner that has ended; the file of a process that was faster stays."""
+    aside = f"{path}.{os.getpid()}"
+    with contextlib.suppress(FileNotFoundError, FileExistsError):
+        os.rename(path, aside)
+        try:
+            if SoftFileLease(aside).owner != owner:
+                os.link(aside, path)
+        finally:
+            os.unlink(aside)
 
 
 def _holder(lock: SoftFileLease) -> str:

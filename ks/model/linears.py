@@ -38,15 +38,19 @@ def checkpoint_name(path: str) -> str:
     return ".".join(part for part in path.split(".") if part not in WRAPPERS)
 
 
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Return all modules by the names that a checkpoint uses; one may have several, and the model itself has ''."""
+    return {checkpoint_name(path): module for path, module in unwrapped(model).named_modules(remove_duplicate=False)}
+
+
 def linears_of(model: nn.Module) -> dict[str, Linear]:
     """Return all nn.Linear and Conv1D layers by the names that a checkpoint uses; the weight's key is `NAME.weight`."""
     linears = {}
-    for path, module in unwrapped(model).named_modules(remove_duplicate=False):
-        name = checkpoint_name(path)
+    for name, module in modules_of(model).items():
         if isinstance(module, nn.Linear):
             linears[name] = Linear(module, module.in_features, f"{name}.weight".lstrip("."), False)
         elif _is_conv1d(module):
-            linears[name] = Linear(module, len(module.weight), f"{name}.weight".lstrip("."), True)
+            linears[name] = Linear(module, len(module.get_parameter("weight")), f"{name}.weight".lstrip("."), True)
     return linears
 
 

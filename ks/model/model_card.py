@@ -29,8 +29,8 @@ def model_card(
     plan: ModelPlan | None,
     folder: str,
     *,
-    tokenizer: bool = False,
-    densified: bool = False,
+    with_tokenizer: bool,
+    densified: bool,
 ) -> str:
     """Return the text of a card.
 
@@ -39,7 +39,7 @@ def model_card(
         chains: its chains, by the names of their layers.
         plan: of these chains, with the losses that it knows.
         folder: its name, without the folders above it.
-        tokenizer: whether the folder has one.
+        with_tokenizer: whether the folder has one.
         densified: whether the chains are multiplied out in it.
     Raises:
         UsageError: the plan is that of another model.
@@ -58,7 +58,7 @@ def model_card(
     parts = [
         f"# {base.split('/')[-1] or name}, compressed",
         made + note,
-        _loading(name, of_transformers, json.dumps(folder), tokenizer, densified),
+        _loading(name, of_transformers, json.dumps(folder), with_tokenizer, densified),
         *_plan_text(plan, chains),
         f"Written by {', '.join(versions)}.",
     ]
@@ -72,28 +72,28 @@ def _base_model(model: Any) -> str:
     return name if HUB_ID.fullmatch(name) and not Path(name).exists() else ""
 
 
-def _loading(name: str, of_transformers: bool, folder: str, tokenizer: bool, densified: bool) -> str:
+def _loading(name: str, of_transformers: bool, folder: str, with_tokenizer: bool, densified: bool) -> str:
     """Return the lines of Python that load the model, in a fenced block; `folder` is quoted."""
     if densified and not of_transformers:
         return f"The tensors are those of a `{name}` with dense layers."
-    lines = ["from transformers import AutoTokenizer"] if tokenizer else []
+    lines = ["from transformers import AutoTokenizer"] if with_tokenizer else []
     if densified:
         lines += [f"from transformers import {name}", "", f"model = {name}.from_pretrained({folder})"]
     elif of_transformers:
         lines += ["import ks", "", f"model = ks.load_compressed({folder})"]
     else:
         lines += ["import ks", "", f"ks.load_compressed(model, {folder})  # a {name} with dense layers and any values"]
-    lines += [f"tokenizer = AutoTokenizer.from_pretrained({folder})"] if tokenizer else []
+    lines += [f"tokenizer = AutoTokenizer.from_pretrained({folder})"] if with_tokenizer else []
     return "\n".join(["```python", *lines, "```"])
 
 
 def _plan_text(plan: ModelPlan | None, chains: Mapping[str, KSLinear]) -> list[str]:
     """Return the sentences of a plan and its table; without one, a table of the chains."""
     if plan is None:
-        shapes = {name: (chain.out_features, chain.in_features, _values(chain)) for name, chain in chains.items()}
         rows = [
-            {"layer": name, "rows": rows, "cols": cols, "share": values / (rows * cols)}
-            for name, (rows, cols, values) in shapes.items()
+            {"layer": name, "rows": chain.out_features, "cols": chain.in_features}
+            | {"share": _values(chain) / (chain.out_features * chain.in_features)}
+            for name, chain in chains.items()
         ]
         return [_table(("layer", "rows", "cols", "share"), rows)] if rows else []
     keys = {f"{name}.weight".lstrip("."): chain for name, chain in chains.items()}
@@ -105,7 +105,7 @@ def _plan_text(plan: ModelPlan | None, chains: Mapping[str, KSLinear]) -> list[s
                     f"{one_line(key)} of the model is another chain than that of the plan; leave out the plan"
                 )
     loss = "loss_increase" if plan.loss_metric is LossMetric.MODEL_LOSS else "relative_loss"
-    table = _table(("layer", "chain", "rank", "share", loss), plan.rows())
+    table = _table(("layer", "chain", "rank", "share", loss), plan.marked_rows())
     return ["## The plan", "\n".join(f"- {one_line(sentence, 1000)}" for sentence in plan.sentences()), table]
 
 

@@ -224,15 +224,19 @@ class ModelPlan:
         """Return the sentences, and a table with one line for each layer."""
         shapes = ("layer", "rows", "cols", "chain", "rank", "share")  # narrow enough for both losses beside each other
         losses = chosen(PLAN, ("loss_increase", "relative_loss"))
-        rows = self.rows()
-        for row, column in itertools.product(rows, losses):
-            if row["interpolated"] and row[column.name] is not None:
-                row[column.name] = "~" + cell(column, row[column.name])
-        return "\n".join([*filled(self.sentences()), "", table([*chosen(PLAN, shapes), *losses], rows)])
+        return "\n".join([*filled(self.sentences()), "", table([*chosen(PLAN, shapes), *losses], self.marked_rows())])
 
     def rows(self) -> list[dict[str, Any]]:
         """Return a row for each layer, with the columns of `ks.files.columns.PLAN`."""
         return [layer.row() for layer in self.layers]
+
+    def marked_rows(self) -> list[dict[str, Any]]:
+        """Return the rows with ~ before every interpolated loss."""
+        rows = self.rows()
+        for row, column in itertools.product(rows, chosen(PLAN, ("loss_increase", "relative_loss"))):
+            if row["interpolated"] and row[column.name] is not None:
+                row[column.name] = "~" + cell(column, row[column.name])
+        return rows
 
     def as_uniform(self) -> "ModelPlan":
         """Return the plan with the same fraction in every layer, as a plan of its own.

@@ -87,20 +87,21 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max
         tensors: with their names.
         max_shard_size: of a file, in bytes; a tensor that exceeds it has a file of its own.
     """
-    number_of: dict[str, int] = {}
+    names_in: list[list[str]] = []  # of the tensors of each file
     size = 0
-    for number, shard in enumerate(_shards(tensors, max_shard_size), 1):
-        write_safetensors(folder / f"{number}.safetensors", shard, {"format": "pt"})
-        number_of |= dict.fromkeys(shard, number)
+    for shard in _shards(tensors, max_shard_size):
+        names_in.append([*shard])
         size += sum(tensor.nbytes for tensor in shard.values())
-    names = (
-        [TENSORS_FILE] if number == 1 else [f"model-{k:05}-of-{number:05}.safetensors" for k in range(1, number + 1)]
-    )
-    for k, name in enumerate(names, 1):
-        (folder / f"{k}.safetensors").rename(folder / name)
-    if number > 1:
-        file_of = {name: names[k - 1] for name, k in number_of.items()}
-        write_json(folder / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": file_of})
+        write_safetensors(folder / f"{len(names_in)}.safetensors", shard, {"format": "pt"})
+    if len(names_in) == 1:
+        (folder / "1.safetensors").rename(folder / TENSORS_FILE)
+        return
+    file_of: dict[str, str] = {}
+    for number, names in enumerate(names_in, 1):
+        file = f"model-{number:05}-of-{len(names_in):05}.safetensors"
+        (folder / f"{number}.safetensors").rename(folder / file)
+        file_of |= dict.fromkeys(names, file)
+    write_json(folder / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": file_of})
 
 
 def _shards(tensors: Iterable[tuple[str, torch.Tensor]], max_shard_size: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -124,10 +125,9 @@ def stored_tensors(folder: Path) -> dict:
     Raises:
         UsageError: a file is missing, damaged, or no .safetensors; or they exceed the memory.
     """
-    index = folder / INDEX_FILE
-    if not index.exists():
-        index, names = folder / TENSORS_FILE, {TENSORS_FILE}
-    else:
+    index, names = folder / TENSORS_FILE, {TENSORS_FILE}
+    if (folder / INDEX_FILE).exists():
+        index = folder / INDEX_FILE
         names = set(read_json_as(index, CheckpointIndex, "the index of a checkpoint").weight_map.values())
         if others := sorted(name for name in names if not name.endswith(".safetensors")):
             raise UsageError(f"{index} names {one_line(others[0])!r}; only .safetensors files are read")

@@ -1,6 +1,7 @@
 """Compressed models in folders: all tensors as .safetensors, the chains as JSON, no pickle."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from ks.files.provenance import now
 from ks.files.schema import CompressedLayer, CompressedModel
 from ks.files.weights import read_entry, shape_of
 from ks.layer import KSLinear
-from ks.model.linears import checkpoint_name, linears_of, replace_modules, unwrapped
+from ks.model.linears import checkpoint_name, linears_of, modules_of, replace_modules, unwrapped
 from ks.model.model_card import model_card
 from ks.model.model_plan import ModelPlan
 from ks.model.saved_folder import (
@@ -67,15 +68,14 @@ def save_compressed(
     folder = Path(folder).absolute()
     check_replaceable(folder)
     model = unwrapped(model)
-    chains = {checkpoint_name(path): module for path, module in model.named_modules(remove_duplicate=False)}
-    chains = {name: module for name, module in chains.items() if isinstance(module, KSLinear)}
+    chains = {name: module for name, module in modules_of(model).items() if isinstance(module, KSLinear)}
     state, buffers = _state_of(model), {} if densify else _before_long_inputs(_buffers_beside(model))
     _check_state(state | buffers)
     aliases = {} if densify else _ties(state | buffers)
     layers = {name: _described(chain) for name, chain in chains.items()}
     record = CompressedModel(MODEL_FORMAT, MODEL_VERSION, type(model).__name__, layers, aliases, densify, [*buffers])
     plan = ModelPlan.load(plan) if isinstance(plan, (str, os.PathLike)) else plan
-    card = model_card(model, chains, plan, folder.name, tokenizer=tokenizer is not None, densified=densify)
+    card = model_card(model, chains, plan, folder.name, with_tokenizer=tokenizer is not None, densified=densify)
     with replacing(folder) as new:
         tensors = _densified(state, chains) if densify else iter((state | buffers).items())
         write_tensors(new, ((name, value) for name, value in tensors if name not in aliases), max_shard_size)
@@ -122,10 +122,11 @@ def load_compressed(model: nn.Module | str | os.PathLike, folder=None, *, impl: 
     tensors = stored_tensors(folder)
     if record.version == 1:
         tensors, record.aliases = _as_blocks({name: read_entry(tensors[name], name) for name in tensors}, record)
-    for name in {*record.buffers} - {*_meta_buffers_beside(inside)}:
+    state = _state_of(inside) | _meta_buffers_beside(inside)
+    for name in {*record.buffers} - state.keys():
         tensors.pop(name, None)
         record.aliases.pop(name, None)
-    _check_keys(inside, replacements, tensors, record, folder)
+    _check_keys(inside, state, replacements, tensors, record, folder)
     result = replace_modules(model, replacements)
     _fill(unwrapped(result), tensors, record.aliases)
     return result
@@ -139,8 +140,8 @@ def _state_of(model: nn.Module) -> dict[str, Any]:
 def _buffers_beside(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the buffers that are not part of the state_dict, such as the frequencies of rotary embeddings."""
     return {
-        checkpoint_name(_joined(path, name)): value
-        for path, module in model.named_modules(remove_duplicate=False)
+        _joined(path, name): value
+        for path, module in modules_of(model).items()
         for name, value in module._buffers.items()
         if name in module._non_persistent_buffers_set and value is not None
     }
@@ -151,10 +152,7 @@ def _before_long_inputs(buffers: Mapping[str, torch.Tensor]) -> dict[str, torch.
 
     A long input can change the frequencies, and a loaded model has not seen it.
     """
-    places = {name: name.rpartition(".") for name in buffers}
-    return {
-        name: buffers.get(f"{path}{dot}original_{last}", buffers[name]) for name, (path, dot, last) in places.items()
-    }
+    return {name: buffers.get(re.sub(r"([^.]+)$", r"original_\1", name), value) for name, value in buffers.items()}
 
 
 def _meta_buffers_beside(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -163,7 +161,7 @@ def _meta_buffers_beside(model: nn.Module) -> dict[str, torch.Tensor]:
     Raises:
         UsageError: a module has another tensor there, which no folder has.
     """
-    for path, module in model.named_modules():
+    for path, module in modules_of(model).items():
         for name, value in vars(module).items():
             if isinstance(value, torch.Tensor) and value.is_meta:
                 raise UsageError(
@@ -219,8 +217,7 @@ def _joined(path: str, name: str) -> str:
 def _empty_chains(model: nn.Module, record: CompressedModel, folder: Path, impl: str) -> dict[nn.Module, KSLinear]:
     """Return the chains of a record, without values, by the layers that they replace."""
     chains: dict[nn.Module, KSLinear] = {}
-    present = {checkpoint_name(path): module for path, module in model.named_modules(remove_duplicate=False)}
-    linears = linears_of(model)
+    present, linears = modules_of(model), linears_of(model)
     for name, layer in record.layers.items():
         patterns = check_patterns(layer.patterns)
         old = present.get(name)
@@ -260,17 +257,16 @@ def _as_blocks(tensors: dict[str, torch.Tensor], record: CompressedModel):
 
 def _check_keys(
     model: nn.Module,
+    state: Mapping[str, torch.Tensor],
     replacements: Mapping[nn.Module, KSLinear],
     tensors: Mapping[str, Any],
     record: CompressedModel,
     folder: Path,
 ) -> None:
     """Compare names and shapes of the tensors of a file with those that the model will have."""
-    state = _state_of(model) | _meta_buffers_beside(model)
     expected = {name: tuple(value.shape) for name, value in state.items()}
-    for path, module in model.named_modules(remove_duplicate=False):
+    for place, module in modules_of(model).items():
         if module in replacements:
-            place = checkpoint_name(path)
             for name in module.state_dict():
                 expected.pop(_joined(place, name), None)
             expected |= {_joined(place, name): tuple(v.shape) for name, v in replacements[module].state_dict().items()}
@@ -292,8 +288,8 @@ def _check_keys(
 def _fill(model: nn.Module, tensors: Mapping[str, Any], aliases: Mapping[str, str]) -> None:
     """Copy values, so that chains keep the memory order of their factors, and tie the tied tensors again."""
     owners = {
-        checkpoint_name(_joined(path, name)): (module, name)
-        for path, module in model.named_modules(remove_duplicate=False)
+        _joined(path, name): (module, name)
+        for path, module in modules_of(model).items()
         for name in (*module._parameters, *module._buffers)
     }
     for name, entry in tensors.items():

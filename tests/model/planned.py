@@ -1,4 +1,9 @@
-"""Tiny models with plans for them, made without the optimisation."""
+"""Tiny models with plans for them, made without the optimisation; the peak memory of loading one."""
+
+import re
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
 
 import torch
 from networks import normal
@@ -89,3 +94,18 @@ class Tied(nn.Module):
 
 
 FAMILIES = {"blocks.0.up": "lowrank", "blocks.0.down": "monarch", "blocks.1.up": None}
+
+
+def peak_mib(load) -> float:
+    """The memory that a call takes at its peak, in a fork of this process, which has the libraries."""
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+        return pool.submit(_peak_mib, load).result()
+
+
+def _peak_mib(load) -> float:
+    def status(name) -> float:
+        return int(re.search(name + r":\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+    before = status("VmRSS")
+    load()
+    return status("VmHWM") - before
