@@ -48,25 +48,12 @@ def launcher_of(
             f"--launcher {config.launcher} chooses GPUs itself: give no --gpus but none, and no number in --device"
         )
     if config.launcher == "slurm":
-        return slurm_launcher(config, runs)
+        return SlurmLauncher(config, runs)
     from ks.study.ray_cluster import RayLauncher
 
     jobs = None if config.jobs == "auto" else int(config.jobs)
     timeout = config.timeout_per_rank
     return RayLauncher(config.ray_address, trainer, files, use_gpus=config.device != "cpu", jobs=jobs, timeout=timeout)
-
-
-def slurm_launcher(config: SweepConfig, runs: int) -> SlurmLauncher:
-    """Return the launcher of a SLURM cluster, for at most this many runs."""
-    return SlurmLauncher(
-        Path(config.output_dir).absolute(),
-        config.slurm,
-        runs,
-        runs_per_job=config.runs_per_job,
-        jobs=None if config.jobs == "auto" else int(config.jobs),
-        timeout=config.timeout_per_rank,
-        quiet=config.quiet,
-    )
 
 
 def slots_of(config: SweepConfig, device: torch.device, runs: int) -> list[dict[str, str]]:

@@ -10,7 +10,7 @@ import shlex
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -33,7 +33,7 @@ from ks.report.answer import answer, target_note
 from ks.report.verdict import check_above_floor
 from ks.report.words import Words
 from ks.study.folder import claim_folder, held, record_of, refuse_another_study, remedies_of, study_in
-from ks.study.launcher import launcher_of, slurm_launcher
+from ks.study.launcher import launcher_of
 from ks.study.processes import Exit, Start, start_afresh, wait_for_one
 from ks.study.run_all import finished_before, run_all
 from ks.study.runs import Result, Run, as_rank, ranks_of, result_of, runs_of, seeds_of, stop_losses, trained_ranks
@@ -82,10 +82,6 @@ class Study:
         import ks.study.outputs  # noqa: F401 - with pandas and matplotlib
 
         yield
-
-    def submission(self) -> str:
-        """Return the script that sbatch would get with --launcher slurm."""
-        return slurm_launcher(self.config, self.runs_at_most()).script()
 
     def _open(self, files: dict[str, tuple[str, bytes]]) -> None:
         """Open the launcher that the flags choose; see `launcher_of`."""
@@ -222,27 +218,27 @@ class WeightStudy(Study):
         shared = {seed: self.files.samples(seed) for seed, count in seeds.items() if count > 1}
         best_known: dict[int, float] = {}
         samples = samples_in_files(self.config, self.problem, shared)
-        with self.places, samples as drawing, closing(self._prepare()) as steps:
-            meanwhile = itertools.chain(drawing, self._find_floors(best_known), steps)
+        with self.places, samples as drawing, closing(self._prepare(best_known)) as steps:
+            meanwhile = itertools.chain(drawing, steps)
             run_all(self.config, waiting, self.launcher, self.read_result, results, meanwhile, best_known)
 
-    def _find_floors(self, best_known: dict[int, float]) -> Iterator[None]:
-        """Write the floors in one step, and add the best known loss of each rank in the unit of the curves."""
+    def _prepare(self, best_known: dict[int, float]) -> Generator[None]:
+        """Do in short steps, while runs train, whatever `conclude` would take its time for.
+
+        The first step writes the floors, and adds the best known loss of each rank in the unit of the curves.
+        """
         if self.floors_can_wait():
             self.write_floors()
         unit = self.problem.predict_zero_loss
         best_known |= {rank: floor.upper * unit for rank, floor in self.floors.items() if floor is not None}
         yield
-
-    def _prepare(self) -> Generator[None]:
-        """Do in short steps, while the last run trains, whatever `conclude` would take its time for."""
         yield from self.until_the_last(self.chosen_runs())
         from ks.study.outputs import rehearse, summarise
 
         results = [result for result in self.results.values() if ended_well(result.ending)]
-        floors = {rank: self.floors[rank] for rank in dict.fromkeys(result.run.rank for result in results)}
         if not results:
             return
+        floors = {result.run.rank: self.floors[result.run.rank] for result in results}
         _, rows = summarise(self.config, self.problem, self.planned, floors, results)
         ranks = ranks_of_answer(rows, self.planned, self.target)
         with ThreadPoolExecutor(1) as pool:  # since a bound takes longer than a step may

@@ -12,6 +12,7 @@ from conftest import QUICK, ROOT, wait_for
 from fake_slurm import FakeSlurm
 
 import rank_sweep_study
+from ks.cli.flags import SweepConfig
 from ks.errors import UsageError
 from ks.files.atomic import read_json_object, write_json
 from ks.study import slurm_cluster, slurm_queue
@@ -46,7 +47,7 @@ def end(path, ended=None, started=True):
 
 def run_all(tmp_path, tasks, poll=lambda running: None, **options):
     """Return the exit of each task by its name, in the order in which they ended."""
-    with SlurmLauncher(tmp_path, [], len(tasks), **options) as launcher:
+    with SlurmLauncher(SweepConfig(weight_path="w.pth", output_dir=str(tmp_path), launcher="slurm", **options), len(tasks)) as launcher:
         return {task.name: exit for task, exit in launcher.run(tasks, poll)}
 
 
