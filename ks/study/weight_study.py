@@ -1,6 +1,7 @@
 """A study of one weight: the floors of a chain family, one run for each rank, summary and figures."""
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import itertools
@@ -10,14 +11,14 @@ import shlex
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Self
 
 from ks.bounds.floors import Floor
-from ks.bounds.rank_floors import floor_rows, plan_rows
+from ks.bounds.rank_floors import Certified, floor_rows, plan_rows
 from ks.cli import console
 from ks.cli.flags import SweepConfig
 from ks.cli.parser import to_arguments
@@ -92,6 +93,8 @@ class Study:
 
 class WeightStudy(Study):
     """The ranks of one chain family on one weight."""
+
+    found: Mapping[int, Certified] = {}  # lower bounds, while the last run trained, of ranks that the answer may need
 
     def load(self) -> None:
         """Read the weight, its inputs and the record of the study that the folder holds; write nothing.
@@ -241,9 +244,12 @@ class WeightStudy(Study):
         floors = {result.run.rank: self.floors[result.run.rank] for result in results}
         _, rows = summarise(self.config, self.problem, self.planned, floors, results)
         ranks = ranks_of_answer(rows, self.planned, self.target)
+        guess = copy.copy(self.planned)
+        guess.known = dataclasses.replace(guess.known, certified={**guess.known.certified})
+        self.found = guess.known.certified
         with ThreadPoolExecutor(1) as pool:  # since a bound takes longer than a step may
-            certified = pool.submit(certify, self.planned, ranks, self.ranks, self.config.tight_bounds)
-            while not certified.done():
+            done = pool.submit(certify, guess, ranks, self.ranks, self.config.tight_bounds)
+            while not done.done():
                 yield
         yield from rehearse(self.config, self.files, rows)
 
@@ -272,7 +278,7 @@ class WeightStudy(Study):
         target, seconds = self.target, self.config.tight_bounds
         results = self._all_results()
         _, rows = summarise(self.config, self.problem, self.planned, self.floors, results)
-        certify(self.planned, ranks_of_answer(rows, self.planned, target), self.ranks, seconds)
+        certify(self.planned, ranks_of_answer(rows, self.planned, target), self.ranks, seconds, self.found)
         self.rows_of_runs, self.rows = summarise(self.config, self.problem, self.planned, self.floors, results)
         facts = find_facts(self.rows, self.planned, target, seconds)
         self.write_floors()
