@@ -84,6 +84,18 @@ def test_a_fork_runs_a_script_as_a_fresh_interpreter_does(tmp_path, cold, enviro
         assert forked[name] == fresh[name], name
 
 
+NOTES = """
+import os, sys
+
+def write(name, text):
+    with open(os.path.join(os.path.dirname(__file__), name), "a") as file:
+        print(text, file=file)
+
+write("began", "an interpreter")
+sys.addaudithook(lambda event, _: event == "os.fork" and write("forked", f"{len(os.listdir('/proc/self/task'))} thread"))
+"""
+
+
 def sweep(folder, *arguments, options=(), env=None):
     command = [sys.executable, *options, str(ROOT / "rank_sweep_study.py"), "--weight_path", "weight.pth", *arguments]
     return subprocess.Popen(
@@ -97,7 +109,7 @@ def sweep(folder, *arguments, options=(), env=None):
 
 
 def test_torch_is_imported_once_and_the_results_are_those_of_fresh_interpreters(weight_path, tmp_path, cold):
-    (tmp_path / "sitecustomize.py").write_text("print('began', file=open(__file__ + '.count', 'a'))")
+    (tmp_path / "sitecustomize.py").write_text(NOTES)
     results = []
     for name, options, how in (("fork", (), "runs are forks"), ("fresh", ("-B",), "Python was given options")):
         process = sweep(
@@ -111,7 +123,8 @@ def test_torch_is_imported_once_and_the_results_are_those_of_fresh_interpreters(
         curves = [read_table(files_of(tmp_path / name, rank).curves_csv) for rank in (1, 2, 4)]
         results.append([{**row, "epoch_seconds": ""} for table in curves for row in table])
     assert results[0] == results[1]
-    assert len((tmp_path / "sitecustomize.py.count").read_text().split()) == 1 + 4
+    assert len((tmp_path / "began").read_text().splitlines()) == 1 + 4
+    assert set((tmp_path / "forked").read_text().splitlines()) == {"1 thread"}  # a lock has one, and so has a lifeline
 
 
 def test_the_server_ends_with_its_sweep_and_the_run_of_a_dead_server_starts_afresh(tmp_path, capfd):
