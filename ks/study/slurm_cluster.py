@@ -30,6 +30,7 @@ FOLDER = ".ks_slurm"  # in the results folder: the name of the jobs, a record fo
 PROGRAMS = ("sbatch", "squeue", "scancel", "srun")
 SIGNAL = "USR1@90"  # comes so many seconds before the time limit
 LOSSES = 2  # after which a run is not submitted again
+TOO_OFTEN = f"SLURM job {{}} was lost, as {LOSSES} before it"
 POLLS = 10  # between two looks at the records
 CANCEL_SECONDS = 40.0  # 30 seconds after it has asked processes to end, SLURM kills them
 # Settings of sbatch and of submitit that the launcher chooses.
@@ -210,9 +211,9 @@ class SlurmLauncher(Launcher):
 
     def _ended(self, job: str, runs: list[_Run], queue: Queue) -> Iterator[tuple[_Run, Exit | None]]:
         """Yield the runs of a job that have ended, with their exits; None for those to be submitted again."""
-        if queue.is_pending(job):
-            return
         state, left, cut_off = queue.state(job), queue.has_left(job), []
+        if state == "PENDING":
+            return
         for run in runs:
             ended = run.read()
             if ended is None or ended.code == EXIT_INTERRUPTED:
@@ -241,7 +242,7 @@ class SlurmLauncher(Launcher):
         elif first:
             note(f"{run.task.name}: SLURM job {job} was interrupted ({state})", self.config.quiet)
         if lost > LOSSES:
-            return self._explained(run, job, state, Exit(EXIT_FAILED, 0.0, error=_lost_too_often(job)))
+            return self._explained(run, job, state, Exit(EXIT_FAILED, 0.0, error=TOO_OFTEN.format(job)))
         run.reset(lost)
         return None
 
@@ -280,10 +281,6 @@ def cancel_left(results: Path) -> None:
     shutil.rmtree(folder)
 
 
-def _lost_too_often(job: str) -> str:
-    return f"SLURM job {job} was lost, as {LOSSES} before it"
-
-
 def run_in_job(tasks: list[tuple[Task, Path]], timeout: float | None) -> None:
     """Run tasks one after the other, on a node; each comes with its record.
 
@@ -311,7 +308,7 @@ def _run_recorded(task: Task, path: Path, timeout: float | None) -> None:
     write_json(path, record)
     cores = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE", "1")
     if record["lost"] > LOSSES:
-        ended = Exit(EXIT_FAILED, 0.0, error=_lost_too_often(job))
+        ended = Exit(EXIT_FAILED, 0.0, error=TOO_OFTEN.format(job))
     else:
         try:
             with LocalLauncher([{"OMP_NUM_THREADS": cores}], timeout) as local:

@@ -92,7 +92,8 @@ def write(name, text):
         print(text, file=file)
 
 write("began", "an interpreter")
-sys.addaudithook(lambda event, _: event == "os.fork" and write("forked", f"{len(os.listdir('/proc/self/task'))} thread"))
+tasks = "/proc/self/task"
+sys.addaudithook(lambda event, _: event == "os.fork" and write("forked", f"{len(os.listdir(tasks))} thread"))
 """
 
 

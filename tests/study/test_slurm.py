@@ -139,13 +139,6 @@ def assert_as_local(slurm, local, sweep):
     return check
 
 
-def test_a_batch_job_runs_on_each_node(slurm):
-    jobs = {node: slurm.submit("hostname", "-w", node) for node in ("n1", "n2")}
-    wait_for(lambda: not slurm.queue())
-    outputs = {node: (slurm.folder / f"{job}.out").read_text() for node, job in jobs.items()}
-    assert outputs == {"n1": "n1\n", "n2": "n2\n"}, slurm.logs()
-
-
 def test_a_sweep_is_the_same_as_on_one_machine(sweep, assert_as_local):
     sweep.hurry()
     assert_as_local(sweep.on_slurm("--runs_per_job", "2"))

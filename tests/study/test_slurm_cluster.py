@@ -1,4 +1,4 @@
-"""The SLURM launcher beside a stand-in for SLURM; tests/slurm has a real one."""
+"""The SLURM launcher beside a stand-in for SLURM; test_slurm.py has a real one."""
 
 import dataclasses
 import json
@@ -53,7 +53,8 @@ def leave(part, ended=None, state="COMPLETED"):
 
 def run_all(tmp_path, tasks, poll=lambda running: None, **options):
     """Return the exit of each task by its name, in the order in which they ended."""
-    with SlurmLauncher(SweepConfig(weight_path="w.pth", output_dir=str(tmp_path), launcher="slurm", **options), len(tasks)) as launcher:
+    config = SweepConfig(weight_path="w.pth", output_dir=str(tmp_path), launcher="slurm", **options)
+    with SlurmLauncher(config, len(tasks)) as launcher:
         return {task.name: exit for task, exit in launcher.run(tasks, poll)}
 
 
