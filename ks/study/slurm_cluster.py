@@ -15,16 +15,18 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import ks
 from ks import signals
 from ks.cli.console import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, note
-from ks.cli.flags import SweepConfig
 from ks.errors import UsageError, one_line
 from ks.files.atomic import read_json_object, write_json
 from ks.study.processes import POLL_SECONDS, Exit, Launcher, LocalLauncher, Task
 from ks.study.slurm_queue import ENDED_FOR_GOOD, Queue, call, in_queue, in_words, wait_for_end
+
+if TYPE_CHECKING:  # a job does without torch, which this module loads
+    from ks.cli.flags import SweepConfig
 
 FOLDER = ".ks_slurm"  # in the results folder: the name of the jobs, a record for each run, the files of submitit
 PROGRAMS = ("sbatch", "squeue", "scancel", "srun")
@@ -82,7 +84,7 @@ class SlurmLauncher(Launcher):
         UsageError: SLURM or submitit is not here, or a setting that the launcher chooses itself.
     """
 
-    def __init__(self, config: SweepConfig, runs: int):
+    def __init__(self, config: "SweepConfig", runs: int):
         if missing := [program for program in PROGRAMS if shutil.which(program) is None]:
             raise UsageError(
                 f"--launcher slurm: {missing[0]} is not on PATH; start the sweep on a login node, or choose another "

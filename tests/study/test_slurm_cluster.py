@@ -321,8 +321,8 @@ def job(tmp_path):
         write_json(record, {"lost": 0, "started": None, "exit": None})
 
     def start(timeout=None):
-        call = "from pathlib import PosixPath; from ks.study.slurm_cluster import Task, run_in_job; "
-        call += f"run_in_job({tasks!r}, {timeout})"
+        call = "import sys; from pathlib import PosixPath; from ks.study.slurm_cluster import Task, run_in_job; "
+        call += f"run_in_job({tasks!r}, {timeout}); assert 'torch' not in sys.modules"
         environment = os.environ | {"PYTHONPATH": str(ROOT), "SLURM_JOB_ID": "9", "SLURM_CPUS_PER_TASK": "3"}
         return subprocess.Popen([sys.executable, "-c", call], cwd=tmp_path, env=environment)
 
