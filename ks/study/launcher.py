@@ -16,7 +16,7 @@ from ks.cli.console import EXIT_INTERNAL, EXIT_USAGE
 from ks.cli.flags import SweepConfig
 from ks.errors import UsageError, one_line
 from ks.files.limits import cpu_cores
-from ks.study.processes import Exit, Launcher, LocalLauncher, Start, Task, start_afresh
+from ks.study.processes import Exit, Launcher, LocalLauncher, Start, Task
 from ks.study.slurm_cluster import SlurmLauncher
 
 
@@ -26,7 +26,7 @@ def launcher_of(
     runs: int,
     trainer: Path,
     files: dict[str, tuple[str, bytes]],
-    start: Start = start_afresh,
+    start: Start,
 ) -> Launcher:
     """Return the launcher that the flags choose, for at most this many runs.
 

@@ -35,7 +35,7 @@ from ks.report.verdict import check_above_floor
 from ks.report.words import Words
 from ks.study.folder import claim_folder, held, record_of, refuse_another_study, remedies_of, study_in
 from ks.study.launcher import launcher_of
-from ks.study.processes import Exit, Start, start_afresh, wait_for_one
+from ks.study.processes import Exit, Start, wait_for_one
 from ks.study.run_all import finished_before, run_all
 from ks.study.runs import Result, Run, as_rank, ranks_of, result_of, runs_of, seeds_of, stop_losses, trained_ranks
 from ks.study.study_floors import certify, find_facts, is_large, keep_floors, plan_floors, ranks_of_answer
@@ -55,7 +55,7 @@ class Study:
     The trainer is the absolute path of the training script, and `start` starts a run of it on this machine.
     """
 
-    def __init__(self, config: SweepConfig, trainer: Path, start: Start = start_afresh):
+    def __init__(self, config: SweepConfig, trainer: Path, start: Start):
         self.config, self.trainer, self.start = config, trainer, start
         self.files = SweepFiles(Path(config.output_dir).absolute(), config.save_prefix, config.metric)
         self.results: dict[Run, Result] = {}
