@@ -31,6 +31,7 @@ from ks.files.status import Status
 from ks.study.folder import parse
 from ks.study.fork_server import starting_runs
 from ks.study.processes import Start, start_afresh, stop_with_parent
+from ks.study.slurm_cluster import SlurmLauncher
 from ks.study.weight_study import WeightStudy
 
 TRAINER = Path(__file__).resolve().parent / "train_with_random.py"
@@ -89,7 +90,7 @@ def sweep(config: SweepConfig, start: Start) -> int:
             if config.dry_run:
                 print(study.plan_text())
                 if config.launcher == "slurm":
-                    print(f"\n{study.submission()}")
+                    print(f"\n{SlurmLauncher(config, study.runs_at_most()).script()}")
                 return console.EXIT_OK
             study.open_launcher()
             with signals.deferred():

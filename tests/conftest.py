@@ -82,6 +82,16 @@ def processes_in(folder) -> list[int]:
     return found
 
 
+def runs_in(folder) -> list[int]:
+    """Runs of a sweep there: processes that write to a log."""
+    found = []
+    for process in processes_in(folder):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/{process}/fd/1").endswith(".log"):
+                found.append(process)
+    return found
+
+
 @pytest.fixture(autouse=True)
 def leave_no_process(request):
     """A test that fails half-way must not leave runs behind."""

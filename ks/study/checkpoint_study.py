@@ -22,7 +22,7 @@ from ks.model.layer_weights import select_weights
 from ks.model.model_plan import ModelPlan
 from ks.moments.moments_file import as_moments
 from ks.study.folder import checkpoint_record_of, claim_folder, held, remedies_of
-from ks.study.processes import Exit, Start, start_afresh
+from ks.study.processes import Exit, Start
 from ks.study.run_all import finished_before, run_all
 from ks.study.runs import Result, Run, result_of, seeds_of
 from ks.study.weight_study import Study, WeightStudy
@@ -34,7 +34,7 @@ from ks.training.problem import chain_of, choose_device
 class CheckpointStudy(Study):
     """Several weights of a checkpoint, each with a results folder of its own in that of the study."""
 
-    def __init__(self, config: SweepConfig, trainer: Path, start: Start = start_afresh):
+    def __init__(self, config: SweepConfig, trainer: Path, start: Start):
         super().__init__(config, trainer, start)
         self.settings: dict[Run, dict] = {}  # of the study of its layer, for each run
         self.planned: ModelPlan | None = None

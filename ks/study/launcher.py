@@ -16,7 +16,7 @@ from ks.cli.console import EXIT_INTERNAL, EXIT_USAGE
 from ks.cli.flags import SweepConfig
 from ks.errors import UsageError, one_line
 from ks.files.limits import cpu_cores
-from ks.study.processes import Exit, Launcher, LocalLauncher, Start, Task, start_afresh
+from ks.study.processes import Exit, Launcher, LocalLauncher, Start, Task
 from ks.study.slurm_cluster import SlurmLauncher
 
 
@@ -26,7 +26,7 @@ def launcher_of(
     runs: int,
     trainer: Path,
     files: dict[str, tuple[str, bytes]],
-    start: Start = start_afresh,
+    start: Start,
 ) -> Launcher:
     """Return the launcher that the flags choose, for at most this many runs.
 
@@ -48,25 +48,12 @@ def launcher_of(
             f"--launcher {config.launcher} chooses GPUs itself: give no --gpus but none, and no number in --device"
         )
     if config.launcher == "slurm":
-        return slurm_launcher(config, runs)
+        return SlurmLauncher(config, runs)
     from ks.study.ray_cluster import RayLauncher
 
     jobs = None if config.jobs == "auto" else int(config.jobs)
     timeout = config.timeout_per_rank
     return RayLauncher(config.ray_address, trainer, files, use_gpus=config.device != "cpu", jobs=jobs, timeout=timeout)
-
-
-def slurm_launcher(config: SweepConfig, runs: int) -> SlurmLauncher:
-    """Return the launcher of a SLURM cluster, for at most this many runs."""
-    return SlurmLauncher(
-        Path(config.output_dir).absolute(),
-        config.slurm,
-        runs,
-        runs_per_job=config.runs_per_job,
-        jobs=None if config.jobs == "auto" else int(config.jobs),
-        timeout=config.timeout_per_rank,
-        quiet=config.quiet,
-    )
 
 
 def slots_of(config: SweepConfig, device: torch.device, runs: int) -> list[dict[str, str]]:

@@ -1,5 +1,6 @@
 """All runs of a study: those that ended well before are kept, the others run, with their progress on stderr."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -51,7 +52,8 @@ def run_all(
     Args:
         read_result: returns the result of a run whose process has ended.
         results: gets the result of each run that ends; after an interrupt, some are missing.
-        meanwhile: work of the sweep itself while runs train, in steps of less than a second.
+        meanwhile: work of the sweep itself while runs train, in steps of less than a second. What fails there stops no
+            run: the sweep does the same work again when all runs have ended, and fails then.
         floors: the best known loss of each rank, in the unit of the curves; `meanwhile` may add to it.
     """
     run_of = {run.task: run for run in runs}
@@ -60,7 +62,8 @@ def run_all(
     def poll(running: list[Task]) -> None:
         signals.check()
         progress.poll(running)
-        next(meanwhile, None)
+        with contextlib.suppress(Exception):
+            next(meanwhile, None)
 
     try:
         for task, exit in launcher.run(list(run_of), poll):

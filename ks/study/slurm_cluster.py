@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import ks
 from ks import signals
@@ -25,10 +25,14 @@ from ks.files.atomic import read_json_object, write_json
 from ks.study.processes import POLL_SECONDS, Exit, Launcher, LocalLauncher, Task
 from ks.study.slurm_queue import ENDED_FOR_GOOD, Queue, call, in_queue, in_words, wait_for_end
 
+if TYPE_CHECKING:  # a job does without torch, which this module loads
+    from ks.cli.flags import SweepConfig
+
 FOLDER = ".ks_slurm"  # in the results folder: the name of the jobs, a record for each run, the files of submitit
 PROGRAMS = ("sbatch", "squeue", "scancel", "srun")
 SIGNAL = "USR1@90"  # comes so many seconds before the time limit
 LOSSES = 2  # after which a run is not submitted again
+TOO_OFTEN = f"SLURM job {{}} was lost, as {LOSSES} before it"
 POLLS = 10  # between two looks at the records
 CANCEL_SECONDS = 40.0  # 30 seconds after it has asked processes to end, SLURM kills them
 # Settings of sbatch and of submitit that the launcher chooses.
@@ -74,28 +78,13 @@ class SlurmLauncher(Launcher):
     """Submits tasks as a job array, and those that are lost once more.
 
     Args:
-        results: the folder of the sweep, on a file system that the nodes share.
-        settings: of sbatch, as KEY=VALUE or KEY.
+        config: of the sweep; the nodes share the file system of its results.
         runs: the number of tasks, at most.
-        runs_per_job: tasks of an array element, which run one after the other.
-        jobs: largest number of array elements at a time, or None.
-        timeout: seconds after which a task is stopped, or None.
-        quiet: print no line for a submission.
     Raises:
         UsageError: SLURM or submitit is not here, or a setting that the launcher chooses itself.
     """
 
-    def __init__(
-        self,
-        results: Path,
-        settings: Iterable[str],
-        runs: int,
-        *,
-        runs_per_job: int = 1,
-        jobs: int | None = None,
-        timeout: float | None = None,
-        quiet: bool = False,
-    ):
+    def __init__(self, config: "SweepConfig", runs: int):
         if missing := [program for program in PROGRAMS if shutil.which(program) is None]:
             raise UsageError(
                 f"--launcher slurm: {missing[0]} is not on PATH; start the sweep on a login node, or choose another "
@@ -106,13 +95,12 @@ class SlurmLauncher(Launcher):
         except ImportError as error:
             raise UsageError("--launcher slurm needs submitit: pip install -r requirements-slurm.txt") from error
         self._submitit = submitit
-        split = [setting.partition("=") for setting in settings]
+        split = [setting.partition("=") for setting in config.slurm]
         self.settings = {key.replace("-", "_"): value if equals else True for key, equals, value in split}
         if chosen := OWN & self.settings.keys():
             raise UsageError(f"--slurm {min(chosen)}: the launcher chooses it; leave it out (docs/clusters.md)")
-        self.folder, self.name = results / FOLDER, f"ks_{uuid.uuid4().hex[:8]}"
-        self.runs, self.runs_per_job, self.jobs, self.timeout, self.quiet = runs, runs_per_job, jobs, timeout, quiet
-        self._done = True
+        self.folder, self.name = Path(config.output_dir).absolute() / FOLDER, f"ks_{uuid.uuid4().hex[:8]}"
+        self.config, self.runs, self._done = config, runs, True
 
     def __enter__(self) -> Self:
         """Let sbatch check the settings.
@@ -142,7 +130,7 @@ class SlurmLauncher(Launcher):
 
     def script(self) -> str:
         """Return the script that sbatch gets for all runs."""
-        elements = -(-self.runs // self.runs_per_job)
+        elements = -(-self.runs // self.config.runs_per_job)
         executor = self._executor(elements)
         executor.parameters |= {"map_count": elements} if elements > 1 else {}
         return executor._make_submission_file_text(executor._submitit_command_str, "")
@@ -155,7 +143,7 @@ class SlurmLauncher(Launcher):
             **{"time": None, "wckey": None}  # submitit has defaults for them
             | {key: value for key, value in self.settings.items() if key in known},
             job_name=self.name,
-            array_parallelism=self.jobs or elements,
+            array_parallelism=elements if self.config.jobs == "auto" else self.config.jobs,
             setup=[
                 f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(os.pathsep.join(path))}",
                 '[ -z "$SLURM_CPUS_PER_TASK" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK',  # srun forgets it
@@ -184,7 +172,7 @@ class SlurmLauncher(Launcher):
         for run in waiting:
             run.reset(0)
         jobs: dict[str, list[_Run]] = {}
-        queue = Queue(self.name, self.quiet)
+        queue = Queue(self.name, self.config.quiet)
         while waiting or jobs:
             if waiting:
                 try:
@@ -213,19 +201,21 @@ class SlurmLauncher(Launcher):
 
     def _submit(self, runs: list[_Run]) -> dict[str, list[_Run]]:
         """Submit runs as one array; return the runs of each job by its id."""
-        parts = [runs[start : start + self.runs_per_job] for start in range(0, len(runs), self.runs_per_job)]
+        count = self.config.runs_per_job
+        parts = [runs[start : start + count] for start in range(0, len(runs), count)]
         executor = self._executor(len(parts))
         arguments = [[(run.task, run.record) for run in part] for part in parts]
-        submitted = [job.job_id for job in executor.map_array(run_in_job, arguments, [self.timeout] * len(parts))]
+        timeouts = [self.config.timeout_per_rank] * len(parts)
+        submitted = [job.job_id for job in executor.map_array(run_in_job, arguments, timeouts)]
         shared = f" in {len(parts)} array elements" if len(parts) > 1 else ""
-        note(f"{in_words(submitted[:1])}: {len(runs)} run{'s' * (len(runs) > 1)}{shared}", self.quiet)
+        note(f"{in_words(submitted[:1])}: {len(runs)} run{'s' * (len(runs) > 1)}{shared}", self.config.quiet)
         return dict(zip(submitted, parts))
 
     def _ended(self, job: str, runs: list[_Run], queue: Queue) -> Iterator[tuple[_Run, Exit | None]]:
         """Yield the runs of a job that have ended, with their exits; None for those to be submitted again."""
-        if queue.is_pending(job):
-            return
         state, left, cut_off = queue.state(job), queue.has_left(job), []
+        if state == "PENDING":
+            return
         for run in runs:
             ended = run.read()
             if ended is None or ended.code == EXIT_INTERRUPTED:
@@ -250,11 +240,11 @@ class SlurmLauncher(Launcher):
         lost = run.lost
         if first and not (run.read() and run.got_on()):
             lost += 1
-            note(f"{run.task.name}: SLURM job {job} was lost ({state}), {lost} of {LOSSES + 1}", self.quiet)
+            note(f"{run.task.name}: SLURM job {job} was lost ({state}), {lost} of {LOSSES + 1}", self.config.quiet)
         elif first:
-            note(f"{run.task.name}: SLURM job {job} was interrupted ({state})", self.quiet)
+            note(f"{run.task.name}: SLURM job {job} was interrupted ({state})", self.config.quiet)
         if lost > LOSSES:
-            return self._explained(run, job, state, Exit(EXIT_FAILED, 0.0, error=_lost_too_often(job)))
+            return self._explained(run, job, state, Exit(EXIT_FAILED, 0.0, error=TOO_OFTEN.format(job)))
         run.reset(lost)
         return None
 
@@ -293,10 +283,6 @@ def cancel_left(results: Path) -> None:
     shutil.rmtree(folder)
 
 
-def _lost_too_often(job: str) -> str:
-    return f"SLURM job {job} was lost, as {LOSSES} before it"
-
-
 def run_in_job(tasks: list[tuple[Task, Path]], timeout: float | None) -> None:
     """Run tasks one after the other, on a node; each comes with its record.
 
@@ -324,7 +310,7 @@ def _run_recorded(task: Task, path: Path, timeout: float | None) -> None:
     write_json(path, record)
     cores = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE", "1")
     if record["lost"] > LOSSES:
-        ended = Exit(EXIT_FAILED, 0.0, error=_lost_too_often(job))
+        ended = Exit(EXIT_FAILED, 0.0, error=TOO_OFTEN.format(job))
     else:
         try:
             with LocalLauncher([{"OMP_NUM_THREADS": cores}], timeout) as local:

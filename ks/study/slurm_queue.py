@@ -50,9 +50,6 @@ class Queue:
         """Return the state of a job in the word of SLURM."""
         return self._found.get(job, ("not in the queue", ""))[0]
 
-    def is_pending(self, job: str) -> bool:
-        return self.state(job) == "PENDING"
-
     def has_left(self, job: str) -> bool:
         """Return whether a job has ended so long ago that its records must be here."""
         return time.monotonic() - self._left.get(job, float("inf")) > GRACE_SECONDS

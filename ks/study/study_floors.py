@@ -1,11 +1,12 @@
 """The floors of a study of one weight: kept in its folder, certified within a time, and as facts for the answer."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from ks import signals
 from ks.bounds.floors_file import FloorsFile
-from ks.bounds.rank_floors import RankFloors
+from ks.bounds.rank_floors import Certified, RankFloors
 from ks.chain.patterns import Chain
 from ks.cli import console
 from ks.cli.flags import SweepConfig
@@ -74,10 +75,17 @@ def ranks_of_answer(rows: list[dict], floors: RankFloors, target: float | None) 
     return ranks
 
 
-def certify(floors: RankFloors, first: list[int], ranks: list[int], seconds: float) -> None:
-    """Raise the lower bounds of the first ranks, those of the answer; with more than 30 seconds, then those of all."""
+def certify(
+    floors: RankFloors, first: list[int], ranks: list[int], seconds: float, found: Mapping[int, Certified] = {}
+) -> None:
+    """Raise the lower bounds of the first ranks, those of the answer; with more than 30 seconds, then those of all.
+
+    Bounds that were `found` before are taken, but none of another rank: the result does not depend on them.
+    """
     more = seconds > DEFAULT_SECONDS
-    floors.certify([*first, *ranks] if more else first, seconds, tight=more, stop=signals.came)
+    wanted = [*first, *ranks] if more else first
+    floors.known.certified |= {rank: found[rank] for rank in floors.uncertified(wanted, 1 + more) if rank in found}
+    floors.certify(wanted, seconds, tight=more, stop=signals.came)
 
 
 def find_facts(rows: list[dict], floors: RankFloors, target: float | None, seconds: float) -> Facts:

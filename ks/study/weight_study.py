@@ -1,6 +1,7 @@
 """A study of one weight: the floors of a chain family, one run for each rank, summary and figures."""
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import itertools
@@ -10,14 +11,14 @@ import shlex
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Self
 
 from ks.bounds.floors import Floor
-from ks.bounds.rank_floors import floor_rows, plan_rows
+from ks.bounds.rank_floors import Certified, floor_rows, plan_rows
 from ks.cli import console
 from ks.cli.flags import SweepConfig
 from ks.cli.parser import to_arguments
@@ -33,8 +34,8 @@ from ks.report.answer import answer, target_note
 from ks.report.verdict import check_above_floor
 from ks.report.words import Words
 from ks.study.folder import claim_folder, held, record_of, refuse_another_study, remedies_of, study_in
-from ks.study.launcher import launcher_of, slurm_launcher
-from ks.study.processes import Exit, Start, start_afresh, wait_for_one
+from ks.study.launcher import launcher_of
+from ks.study.processes import Exit, Start, wait_for_one
 from ks.study.run_all import finished_before, run_all
 from ks.study.runs import Result, Run, as_rank, ranks_of, result_of, runs_of, seeds_of, stop_losses, trained_ranks
 from ks.study.study_floors import certify, find_facts, is_large, keep_floors, plan_floors, ranks_of_answer
@@ -54,7 +55,7 @@ class Study:
     The trainer is the absolute path of the training script, and `start` starts a run of it on this machine.
     """
 
-    def __init__(self, config: SweepConfig, trainer: Path, start: Start = start_afresh):
+    def __init__(self, config: SweepConfig, trainer: Path, start: Start):
         self.config, self.trainer, self.start = config, trainer, start
         self.files = SweepFiles(Path(config.output_dir).absolute(), config.save_prefix, config.metric)
         self.results: dict[Run, Result] = {}
@@ -83,10 +84,6 @@ class Study:
 
         yield
 
-    def submission(self) -> str:
-        """Return the script that sbatch would get with --launcher slurm."""
-        return slurm_launcher(self.config, self.runs_at_most()).script()
-
     def _open(self, files: dict[str, tuple[str, bytes]]) -> None:
         """Open the launcher that the flags choose; see `launcher_of`."""
         device = choose_device(self.config.device)
@@ -96,6 +93,8 @@ class Study:
 
 class WeightStudy(Study):
     """The ranks of one chain family on one weight."""
+
+    found: Mapping[int, Certified] = {}  # lower bounds, while the last run trained, of ranks that the answer may need
 
     def load(self) -> None:
         """Read the weight, its inputs and the record of the study that the folder holds; write nothing.
@@ -222,32 +221,35 @@ class WeightStudy(Study):
         shared = {seed: self.files.samples(seed) for seed, count in seeds.items() if count > 1}
         best_known: dict[int, float] = {}
         samples = samples_in_files(self.config, self.problem, shared)
-        with self.places, samples as drawing, closing(self._prepare()) as steps:
-            meanwhile = itertools.chain(drawing, self._find_floors(best_known), steps)
+        with self.places, samples as drawing, closing(self._prepare(best_known)) as steps:
+            meanwhile = itertools.chain(drawing, steps)
             run_all(self.config, waiting, self.launcher, self.read_result, results, meanwhile, best_known)
 
-    def _find_floors(self, best_known: dict[int, float]) -> Iterator[None]:
-        """Write the floors in one step, and add the best known loss of each rank in the unit of the curves."""
+    def _prepare(self, best_known: dict[int, float]) -> Generator[None]:
+        """Do in short steps, while runs train, whatever `conclude` would take its time for.
+
+        The first step writes the floors, and adds the best known loss of each rank in the unit of the curves.
+        """
         if self.floors_can_wait():
             self.write_floors()
         unit = self.problem.predict_zero_loss
         best_known |= {rank: floor.upper * unit for rank, floor in self.floors.items() if floor is not None}
         yield
-
-    def _prepare(self) -> Generator[None]:
-        """Do in short steps, while the last run trains, whatever `conclude` would take its time for."""
         yield from self.until_the_last(self.chosen_runs())
         from ks.study.outputs import rehearse, summarise
 
         results = [result for result in self.results.values() if ended_well(result.ending)]
-        floors = {rank: self.floors[rank] for rank in dict.fromkeys(result.run.rank for result in results)}
         if not results:
             return
+        floors = {result.run.rank: self.floors[result.run.rank] for result in results}
         _, rows = summarise(self.config, self.problem, self.planned, floors, results)
         ranks = ranks_of_answer(rows, self.planned, self.target)
+        guess = copy.copy(self.planned)
+        guess.known = dataclasses.replace(guess.known, certified={**guess.known.certified})
+        self.found = guess.known.certified
         with ThreadPoolExecutor(1) as pool:  # since a bound takes longer than a step may
-            certified = pool.submit(certify, self.planned, ranks, self.ranks, self.config.tight_bounds)
-            while not certified.done():
+            done = pool.submit(certify, guess, ranks, self.ranks, self.config.tight_bounds)
+            while not done.done():
                 yield
         yield from rehearse(self.config, self.files, rows)
 
@@ -276,7 +278,7 @@ class WeightStudy(Study):
         target, seconds = self.target, self.config.tight_bounds
         results = self._all_results()
         _, rows = summarise(self.config, self.problem, self.planned, self.floors, results)
-        certify(self.planned, ranks_of_answer(rows, self.planned, target), self.ranks, seconds)
+        certify(self.planned, ranks_of_answer(rows, self.planned, target), self.ranks, seconds, self.found)
         self.rows_of_runs, self.rows = summarise(self.config, self.problem, self.planned, self.floors, results)
         facts = find_facts(self.rows, self.planned, target, seconds)
         self.write_floors()

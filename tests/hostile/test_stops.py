@@ -3,7 +3,6 @@
 `make test` runs the first cases of every table, `make test-faults` all.
 """
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ALL_FAULTS, ROOT, processes_in, wait_for
+from conftest import ALL_FAULTS, ROOT, processes_in, runs_in, wait_for
 
 from ks.files.atomic import read_json
 from ks.files.curves import read_curves
@@ -56,16 +55,6 @@ def catches(process: int, number: signal.Signals) -> bool:
     """Whether a process has a handler of its own for a signal; Python has one for SIGINT from the start."""
     caught = Path(f"/proc/{process}/status").read_text().split("SigCgt:")[1].split()[0]
     return bool(int(caught, 16) >> ((HUP if number == INT else number) - 1) & 1)
-
-
-def runs_in(folder) -> list[int]:
-    """Runs of a sweep there: processes that write to a log."""
-    found = []
-    for process in processes_in(folder):
-        with contextlib.suppress(OSError):
-            if os.readlink(f"/proc/{process}/fd/1").endswith(".log"):
-                found.append(process)
-    return found
 
 
 @pytest.mark.parametrize(("script", "moment", "sent"), STORMS)

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import QUICK, ROOT, dense_loss, files_of, floor_of, processes_in, read_table, wait_for
+from conftest import QUICK, ROOT, dense_loss, files_of, floor_of, processes_in, read_table, runs_in, wait_for
 
 import ks
 import rank_sweep_study
@@ -134,7 +134,7 @@ def test_a_killed_rank_stays_visible_and_does_not_stop_the_others(weight_path, t
     command += ["--ranks", "1", "2", "4", "--num_epochs", "300", "--jobs", "1", "--output_dir", "out"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(files_of(tmp_path / "out", 2).curves_csv.exists)
-    (rank,) = {*processes_in(tmp_path)} - {process.pid}
+    (rank,) = runs_in(tmp_path)
     os.kill(rank, signal.SIGKILL)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 3, stderr

@@ -1,17 +1,15 @@
 """Runs as forks: what a script sees and how it ends are as in a fresh interpreter, and torch is imported once."""
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 
 import pytest
 from conftest import QUICK, ROOT, files_of, processes_in, read_table, wait_for
+from test_survival import start
 
-from ks.study import fork_server
 from ks.study.fork_server import ForkServer, unsafe_to_fork
 from ks.study.processes import wait_for_one
 
@@ -84,34 +82,33 @@ def test_a_fork_runs_a_script_as_a_fresh_interpreter_does(tmp_path, cold, enviro
         assert forked[name] == fresh[name], name
 
 
-def sweep(folder, *arguments, options=(), env=None):
-    command = [sys.executable, *options, str(ROOT / "rank_sweep_study.py"), "--weight_path", "weight.pth", *arguments]
-    return subprocess.Popen(
-        list(map(str, command)),
-        cwd=folder,
-        env=os.environ | (env or {}),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+NOTES = """
+import os, sys
+
+def write(name, text):
+    with open(os.path.join(os.path.dirname(__file__), name), "a") as file:
+        print(text, file=file)
+
+write("began", "an interpreter")
+tasks = "/proc/self/task"
+sys.addaudithook(lambda event, _: event == "os.fork" and write("forked", f"{len(os.listdir(tasks))} thread"))
+"""
 
 
 def test_torch_is_imported_once_and_the_results_are_those_of_fresh_interpreters(weight_path, tmp_path, cold):
-    (tmp_path / "sitecustomize.py").write_text("print('began', file=open(__file__ + '.count', 'a'))")
+    (tmp_path / "sitecustomize.py").write_text(NOTES)
     results = []
     for name, options, how in (("fork", (), "runs are forks"), ("fresh", ("-B",), "Python was given options")):
-        process = sweep(
-            *(tmp_path, "--ranks", 1, 2, 4, *QUICK, "--verbose", "--output_dir", name),
-            options=options,
-            env={"PYTHONPATH": str(tmp_path)},
-        )
-        _, stderr = process.communicate(timeout=300)
-        assert process.returncode == 0, stderr
-        assert how in stderr
+        command = [sys.executable, *options, str(ROOT / "rank_sweep_study.py"), "--weight_path", str(weight_path)]
+        command += ["--ranks", "1", "2", "4", *QUICK, "--verbose", "--output_dir", str(tmp_path / name)]
+        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert how in done.stderr
         curves = [read_table(files_of(tmp_path / name, rank).curves_csv) for rank in (1, 2, 4)]
         results.append([{**row, "epoch_seconds": ""} for table in curves for row in table])
     assert results[0] == results[1]
-    assert len((tmp_path / "sitecustomize.py.count").read_text().split()) == 1 + 4
+    assert len((tmp_path / "began").read_text().splitlines()) == 1 + 4
+    assert set((tmp_path / "forked").read_text().splitlines()) == {"1 thread"}  # a lock has one, and so has a lifeline
 
 
 def test_the_server_ends_with_its_sweep_and_the_run_of_a_dead_server_starts_afresh(tmp_path, capfd):
@@ -130,7 +127,7 @@ def test_the_server_ends_with_its_sweep_and_the_run_of_a_dead_server_starts_afre
 
 
 def test_a_killed_sweep_leaves_neither_server_nor_run(weight_path, tmp_path):
-    process = sweep(tmp_path, "--ranks", 2, "--num_samples", 80, "--num_epochs", 100000)
+    process = start("rank_sweep_study.py", tmp_path, "--ranks", 2, "--num_samples", 80, "--num_epochs", 100000)
     wait_for(files_of(tmp_path / "rank_sweep_results", 2).curves_csv.exists)
     others = {*processes_in(tmp_path)} - {process.pid}
     assert len(others) == 2
@@ -141,38 +138,22 @@ def test_a_killed_sweep_leaves_neither_server_nor_run(weight_path, tmp_path):
     wait_for(lambda: not processes_in(tmp_path), seconds=15)
 
 
-@contextlib.contextmanager
-def alive_thread():
-    event = threading.Event()
-    threading.Thread(target=event.wait).start()
-    yield
-    event.set()
-
-
-@contextlib.contextmanager
-def traced():
-    before = sys.gettrace()
-    sys.settrace(lambda *event: None)
-    yield
-    sys.settrace(before)
-
-
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("place", "name", "value", "reason"),
     [
-        (contextlib.nullcontext, ""),
-        (alive_thread, "threads"),
-        (traced, "debugger"),
-        (lambda: pytest.MonkeyPatch.context(), "Linux"),
+        (sys, "byteorder", sys.byteorder, ""),
+        (sys, "platform", "darwin", "only on Linux"),
+        (sys, "orig_argv", [sys.executable, "-B", sys.argv[0]], "Python was given options"),
+        (sys, "gettrace", lambda: print, "a debugger"),
+        (os, "listdir", lambda path: ["1", "2"], "threads"),
     ],
 )
-def test_where_a_fork_is_not_safe_the_reason_is_given(monkeypatch, change, reason):
+def test_where_a_fork_is_not_safe_the_reason_is_given(monkeypatch, place, name, value, reason):
     monkeypatch.setattr(sys, "orig_argv", [sys.executable, sys.argv[0]])
-    monkeypatch.setattr(fork_server.os, "listdir", lambda path: [""] * threading.active_count())
-    with change() as patch:
-        if reason == "Linux":
-            patch.setattr(sys, "platform", "darwin")
-        found = unsafe_to_fork(is_script=True)
-        assert "another program" in unsafe_to_fork(is_script=False) or reason == "Linux"
+    monkeypatch.setattr(sys, "gettrace", lambda: None)
+    monkeypatch.setattr(os, "listdir", lambda path: ["1"])
+    monkeypatch.setattr(place, name, value)
+    found = unsafe_to_fork(is_script=True)
     assert reason in found
     assert bool(found) == bool(reason)
+    assert unsafe_to_fork(is_script=False)

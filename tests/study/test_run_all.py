@@ -3,20 +3,23 @@
 import os
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from conftest import QUICK
 
-from ks.cli.flags import SweepConfig
+import rank_sweep_study
+import train_with_random
+from ks.cli.console import EXIT_INTERNAL, EXIT_OK
 from ks.files.atomic import write_json
 from ks.files.curves import write_curves
 from ks.files.layout import run_files
 from ks.files.schema import TrainingLog
 from ks.files.status import OK, Ending, Status
-from ks.study.processes import Exit, Launcher, Task
-from ks.study.run_all import Progress, run_all
+from ks.study import outputs, weight_study
+from ks.study.processes import Exit, LocalLauncher, Task
+from ks.study.run_all import Progress
 from ks.study.runs import Result, Run
-from ks.study.weight_study import Study
+from ks.study.weight_study import WeightStudy
 
 
 @pytest.fixture
@@ -111,29 +114,36 @@ def test_a_resumed_run_prints_where_it_resumes_and_its_old_epochs_take_no_time(r
     assert printed.count("resumes after") == printed.count("rank 1: resumes after epoch 3\n") == 1
 
 
-class InOrder(Launcher):
-    """Ends every task after two polls."""
+@pytest.mark.parametrize("failing", ["nothing", "write_floors", "certify"])
+def test_the_sweep_works_while_runs_train_and_what_fails_then_fails_again_at_the_end(
+    weight_path, tmp_path, monkeypatch, blank_pictures, failing
+):
+    steps = []
+
+    def recorded(name, function):
+        def record(*arguments):
+            steps.append(name)
+            assert failing != name
+            return function(*arguments)
+
+        return record
 
     def run(self, tasks, poll):
         for task in tasks:
-            poll([task])
-            poll([task])
+            for _ in range(100):
+                poll([task])
+                time.sleep(0.001)
+            assert train_with_random.main([*task.command[2:], "--quiet"]) == 0
+            steps.append(task.name)
             yield task, Exit(0, 1.0)
 
-
-def test_the_sweep_works_on_while_runs_train_and_knows_the_last_one(runs, monkeypatch):
-    study = Study(SweepConfig(weight_path="w.pth"), Path("trainer.py"))
-
-    def sweep():
-        study.results.clear()
-        steps = study.until_the_last(runs)
-        run_all(study.config, runs, InOrder(), lambda run, exit: ended(run, OK, 1.0)[0], study.results, steps)
-        return steps
-
-    monkeypatch.setitem(sys.modules, "ks.study.outputs", None)  # what the last run's time is for
-    with pytest.raises(ImportError):
-        sweep()
-    assert list(study.results) == runs[:-1]
-    monkeypatch.undo()
-    assert list(sweep()) == []
-    assert list(study.results) == runs
+    monkeypatch.setattr(LocalLauncher, "run", run)
+    for place, name in ((WeightStudy, "write_floors"), (weight_study, "certify"), (outputs, "rehearse")):
+        monkeypatch.setattr(place, name, recorded(name, getattr(place, name)))
+    arguments = ["--weight_path", str(weight_path), "--output_dir", str(tmp_path / "out"), "--ranks", "1", "2", "4"]
+    code = rank_sweep_study.main([*arguments, *QUICK])
+    assert code == (EXIT_OK if failing == "nothing" else EXIT_INTERNAL)
+    assert [step for step in steps if step.startswith("rank")] == ["rank 4", "rank 2", "rank 1"]
+    if failing == "nothing":
+        expected = ["write_floors", "rank 4", "rank 2", "certify", "rehearse", "rank 1", "certify", "write_floors"]
+        assert steps == expected

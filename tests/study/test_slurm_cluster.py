@@ -1,4 +1,4 @@
-"""The SLURM launcher beside a stand-in for SLURM; tests/slurm has a real one."""
+"""The SLURM launcher beside a stand-in for SLURM; test_slurm.py has a real one."""
 
 import dataclasses
 import json
@@ -12,6 +12,7 @@ from conftest import QUICK, ROOT, wait_for
 from fake_slurm import FakeSlurm
 
 import rank_sweep_study
+from ks.cli.flags import SweepConfig
 from ks.errors import UsageError
 from ks.files.atomic import read_json_object, write_json
 from ks.study import slurm_cluster, slurm_queue
@@ -44,9 +45,16 @@ def end(path, ended=None, started=True):
     write_json(path, read_json_object(path) | {"started": "n1" if started else None, "exit": exit})
 
 
+def leave(part, ended=None, state="COMPLETED"):
+    """End a job in this state, after its first run has begun and ended so, if at all."""
+    end(part[0][1], ended)
+    return state
+
+
 def run_all(tmp_path, tasks, poll=lambda running: None, **options):
     """Return the exit of each task by its name, in the order in which they ended."""
-    with SlurmLauncher(tmp_path, [], len(tasks), **options) as launcher:
+    config = SweepConfig(weight_path="w.pth", output_dir=str(tmp_path), launcher="slurm", **options)
+    with SlurmLauncher(config, len(tasks)) as launcher:
         return {task.name: exit for task, exit in launcher.run(tasks, poll)}
 
 
@@ -68,37 +76,22 @@ def test_runs_are_one_array_and_end_as_their_records_have_it(slurm, tmp_path, ta
 
 
 @pytest.mark.parametrize("reason", ["Resources", "None", "JobArrayTaskLimit"])
-def test_the_reason_for_waiting_is_printed_once(slurm, tmp_path, tasks, capsys, reason):
+def test_only_runs_that_have_begun_are_polled_and_the_reason_for_waiting_is_printed_once(
+    slurm, tmp_path, tasks, capsys, reason
+):
+    seen, records = [], {}
+
     def job(number, part):
-        slurm.record = part[0][1]
+        records[part[0][0].name] = part[0][1]
         return f"PENDING|{reason}"
-
-    def poll(running):
-        polls.append(running)
-        if len(polls) == 5:
-            end(slurm.record, OK)
-            slurm.set("1_0", "COMPLETED")
-
-    polls, slurm.job = [], job
-    run_all(tmp_path, tasks[:1], poll)
-    assert capsys.readouterr().err.count("waiting for SLURM (Resources)") == (reason == "Resources")
-
-
-def test_only_runs_that_have_begun_are_polled(slurm, tmp_path, tasks):
-    seen = []
-
-    def job(number, part):
-        slurm.records = {**getattr(slurm, "records", {}), part[0][0].name: part[0][1]}
-        return "PENDING"
 
     def poll(running):
         seen.append([task.name for task in running])
         if len(seen) == 3:
-            for index in range(3):
-                slurm.set(f"1_{index}", "RUNNING" if index == 1 else "PENDING", "Resources")
-            end(slurm.records["rank 2"])
+            end(records["rank 2"])
+            slurm.set("1_1", "RUNNING")
         if len(seen) == 9:
-            for index, record in enumerate(slurm.records.values()):
+            for index, record in enumerate(records.values()):
                 end(record, OK)
                 slurm.set(f"1_{index}", "COMPLETED")
 
@@ -107,18 +100,12 @@ def test_only_runs_that_have_begun_are_polled(slurm, tmp_path, tasks):
     assert seen[:3] == [[]] * 3
     assert ["rank 2"] in seen[4:]
     assert {tuple(names) for names in seen} == {(), ("rank 2",)}
+    assert capsys.readouterr().err.count("waiting for SLURM (Resources)") == (reason == "Resources")
 
 
 @pytest.mark.parametrize("state", ["NODE_FAIL", "TIMEOUT", "PREEMPTED", "COMPLETED"])
 def test_a_lost_run_is_submitted_again_twice(slurm, tmp_path, tasks, capsys, state):
-    def job(number, part):
-        if part[0][0].name != "rank 2":
-            end(part[0][1], OK)
-            return "COMPLETED"
-        end(part[0][1])
-        return state
-
-    slurm.job = job
+    slurm.job = lambda number, part: leave(part, None if part[0][0].name == "rank 2" else OK, state)
     ended = run_all(tmp_path, tasks)
     assert ended["rank 4"] == ended["rank 1"] == OK
     assert ended["rank 2"].error == "SLURM job 3_0 was lost, as 2 before it"
@@ -128,13 +115,8 @@ def test_a_lost_run_is_submitted_again_twice(slurm, tmp_path, tasks, capsys, sta
 
 
 def test_a_job_that_is_held_after_a_failed_start_is_cancelled_and_submitted_again(slurm, tmp_path, tasks):
-    def job(number, part):
-        if number == 1:
-            return "PENDING|launch failed requeued held"
-        end(part[0][1], OK)
-        return "COMPLETED"
-
-    slurm.job = job
+    held = "PENDING|launch failed requeued held"
+    slurm.job = lambda number, part: held if number == 1 else leave(part, OK)
     assert run_all(tmp_path, tasks[:1]) == {"rank 4": OK}
     assert (slurm.folder / "cancelled").read_text() == "1_0\n"
 
@@ -146,8 +128,7 @@ def test_the_jobs_of_a_driver_that_is_a_job_do_not_inherit_its_resources(slurm, 
 
     def job(number, part):
         seen.extend(name for name in os.environ if name.startswith(("SLURM", "SRUN")))
-        end(part[0][1], OK)
-        return "COMPLETED"
+        return leave(part, OK)
 
     slurm.job = job
     run_all(tmp_path, tasks[:1])
@@ -162,8 +143,7 @@ def test_an_interrupted_run_is_submitted_as_often_as_it_gets_on(slurm, tmp_path,
     def job(number, part):
         if number <= 6:
             curves.write_text(f"{curves.read_text()}epoch\n")
-        end(part[0][1], Exit(130, 1.0))
-        return "COMPLETED"
+        return leave(part, Exit(130, 1.0))
 
     slurm.job = job
     assert "was lost" in run_all(tmp_path, tasks[:1])["rank 4"].error
@@ -171,33 +151,27 @@ def test_an_interrupted_run_is_submitted_as_often_as_it_gets_on(slurm, tmp_path,
 
 
 def test_runs_that_a_lost_job_did_not_reach_lose_nothing(slurm, tmp_path, tasks):
-    def job(number, part):
-        end(part[0][1], OK if number > 1 else None)
-        return "NODE_FAIL"
-
-    slurm.job = job
+    slurm.job = lambda number, part: leave(part, OK if number > 1 else None, "NODE_FAIL")
     assert set(run_all(tmp_path, tasks, runs_per_job=3).values()) == {OK}
     names = ["rank 4", "rank 2", "rank 1"]
     assert [parts for _, parts in slurm.submitted] == [[names], [names], [names[1:]], [names[2:]]]
 
 
-@pytest.mark.parametrize("state", ["FAILED", "CANCELLED", "OUT_OF_MEMORY"])
-def test_a_job_that_fails_is_not_submitted_again_and_shows_the_words_of_slurm(slurm, tmp_path, tasks, state):
+@pytest.mark.parametrize(
+    ("state", "error"), [("FAILED", "python: command not found"), ("CANCELLED", ""), ("OUT_OF_MEMORY", "")]
+)
+def test_a_job_that_fails_is_not_submitted_again_and_shows_the_words_of_slurm(slurm, tmp_path, tasks, state, error):
     def job(number, part):
-        (tmp_path / ".ks_slurm" / "1_0_0_log.err").write_text("python: command not found\n")
+        if error:
+            (tmp_path / ".ks_slurm" / "1_0_0_log.err").write_text(error)
         return state
 
     slurm.job = job
     ended = run_all(tmp_path, tasks, runs_per_job=3)
     assert {exit.error for exit in ended.values()} == {f"SLURM job 1_0: {state}"}
     assert len(slurm.submitted) == 1
-    assert all("command not found" in task.log.read_text() for task in tasks)
-
-
-def test_a_folder_that_the_nodes_do_not_see_is_suspected(slurm, tmp_path, tasks):
-    slurm.job = lambda number, part: "FAILED"
-    run_all(tmp_path, tasks)
-    assert f"is {tmp_path} on a file system that the nodes share?" in tasks[0].log.read_text()
+    expected = error or f"it left no output; is {tmp_path} on a file system that the nodes share?"
+    assert all(expected in task.log.read_text() for task in tasks)
 
 
 @pytest.mark.parametrize(
@@ -205,9 +179,8 @@ def test_a_folder_that_the_nodes_do_not_see_is_suspected(slurm, tmp_path, tasks)
 )
 def test_a_killed_run_waits_for_the_words_of_slurm(slurm, tmp_path, tasks, state, error):
     def job(number, part):
-        end(part[0][1], Exit(-9, 3.0))
         (tmp_path / ".ks_slurm" / "1_0_0_log.err").write_text("slurmstepd: error: Detected 1 oom_kill event\n")
-        return state
+        return leave(part, Exit(-9, 3.0), state)
 
     slurm.job = job
     assert run_all(tmp_path, tasks[:1]) == {"rank 4": Exit(-9, 3.0, error=error)}
@@ -219,11 +192,6 @@ def test_a_job_that_left_the_queue_without_a_word_is_lost_and_a_queue_that_does_
 ):
     polls = []
 
-    def job(number, part):
-        if number > 1:
-            end(part[0][1], OK)
-        return "RUNNING"
-
     def poll(running):
         polls.append(len(slurm.submitted))
         if len(polls) == 1:
@@ -232,7 +200,7 @@ def test_a_job_that_left_the_queue_without_a_word_is_lost_and_a_queue_that_does_
             slurm.states.clear()
             (slurm.folder / f"queue_{slurm.name}").touch()
 
-    slurm.job = job
+    slurm.job = lambda number, part: leave(part, OK if number > 1 else None, "RUNNING")
     assert run_all(tmp_path, tasks[:1], poll) == {"rank 4": OK}
     assert polls[:10] == [1] * 10
     assert len(slurm.submitted) == 2
@@ -290,18 +258,13 @@ def test_jobs_that_cannot_be_cancelled_keep_the_folder(slurm, left, program):
     assert (left / ".ks_slurm" / "sweep.json").exists()
 
 
-def refused(tmp_path, weight_path, capsys, *flags):
-    """Return the line that refuses a sweep with these flags."""
-    arguments = ["--weight_path", str(weight_path), "--output_dir", str(tmp_path / "out"), "--ranks", "2", "--quiet"]
-    assert rank_sweep_study.main([*arguments, *flags]) == 2
-    assert not (tmp_path / "out").exists()
-    [line] = capsys.readouterr().err.splitlines()
-    return line.removeprefix("rank_sweep_study.py: error: ")
-
-
 def test_flags_that_do_not_go_together_are_refused(slurm, tmp_path, weight_path, capsys, monkeypatch):
     def line(*flags):
-        return refused(tmp_path, weight_path, capsys, *flags)
+        arguments = ["--weight_path", str(weight_path), "--output_dir", str(tmp_path / "out"), "--ranks", "2"]
+        assert rank_sweep_study.main([*arguments, "--quiet", *flags]) == 2
+        assert not (tmp_path / "out").exists()
+        [printed] = capsys.readouterr().err.splitlines()
+        return printed.removeprefix("rank_sweep_study.py: error: ")
 
     assert line("--slurm", "partition=a") == "--slurm and --runs_per_job are for --launcher slurm, not for local"
     assert line("--runs_per_job", "2", "--launcher", "ray").endswith("not for ray")
@@ -358,8 +321,8 @@ def job(tmp_path):
         write_json(record, {"lost": 0, "started": None, "exit": None})
 
     def start(timeout=None):
-        call = "from pathlib import PosixPath; from ks.study.slurm_cluster import Task, run_in_job; "
-        call += f"run_in_job({tasks!r}, {timeout})"
+        call = "import sys; from pathlib import PosixPath; from ks.study.slurm_cluster import Task, run_in_job; "
+        call += f"run_in_job({tasks!r}, {timeout}); assert 'torch' not in sys.modules"
         environment = os.environ | {"PYTHONPATH": str(ROOT), "SLURM_JOB_ID": "9", "SLURM_CPUS_PER_TASK": "3"}
         return subprocess.Popen([sys.executable, "-c", call], cwd=tmp_path, env=environment)
 

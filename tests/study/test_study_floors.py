@@ -6,11 +6,13 @@ from conftest import QUICK
 
 import rank_sweep_study
 from ks.bounds import rank_floors
+from ks.bounds.rank_floors import Certified, RankFloors
+from ks.chain.patterns import make_chain
 from ks.cli.parser import to_arguments
 from ks.files.atomic import read_json
 from ks.files.layout import SweepFiles
 from ks.study.processes import LocalLauncher
-from ks.study.study_floors import SlowWork
+from ks.study.study_floors import SlowWork, certify
 
 
 @pytest.fixture
@@ -117,3 +119,14 @@ def test_no_run_waits_for_floors_that_nothing_but_the_report_needs(
     assert rank_sweep_study.main(arguments) == 1  # no run has started
     assert seen[0] == (known_before, known_before)
     assert seen[-1] == (True, True)
+
+
+def test_bounds_found_while_runs_trained_count_for_the_ranks_of_the_answer_alone():
+    """Else a table would depend on which runs had ended by then."""
+    moment = torch.eye(24) + torch.ones(24, 24)  # couples the groups
+    floors = RankFloors(torch.randn(16, 24), make_chain(16, 24, "monarch"), moment)
+    found = {1: Certified(0.125, 1), 2: Certified(0.0625, 1)}
+    certify(floors, [2], [1, 2], 5.0, found)
+    assert floors.known.certified == {2: found[2]}
+    certify(floors, [2], [1, 2], 60.0, {1: Certified(0.125, 2)})
+    assert floors.known.certified[1] == Certified(0.125, 2)

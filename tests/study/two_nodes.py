@@ -105,28 +105,10 @@ class TwoNodes:
         """Take cores until the job that is returned is cancelled."""
         return self.submit("sleep 1000", f"-n{cores}")
 
-    def preempt(self, node: str) -> str:
-        """Take a node from the jobs of partition main, which return to the queue, until the job is cancelled."""
-        return self.submit("sleep 1000", "-p", "urgent", "-w", node, "--exclusive")
-
-    def cancel(self, job: str) -> None:
-        self.call("scancel", job)
-
-    def requeue(self, job: str) -> None:
-        self.call("scontrol", "requeue", job)
-
-    def drain(self, node: str) -> None:
-        """Let the jobs of a node end and start no further one there."""
-        self.call("scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=test")
-
     def kill(self, node: str) -> None:
         """End everything on a node at once, as a loss of power does."""
         self._daemons[node].kill()
         self._daemons[node].wait()
-
-    def set_down(self, node: str) -> None:
-        """Let the controller know at once that a node is lost."""
-        self.call("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
 
     def restore(self, node: str) -> None:
         """Start a node that was killed, or end its draining; wait until it takes jobs."""
