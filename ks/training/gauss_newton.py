@@ -42,10 +42,12 @@ SHARED_DAMPING = 1e-3
 # with inverses that are a few steps old diverge, and a warm-up of the rate is needed.
 LOSS_DAMPING = 0.5
 LOSS_MEMORY = 0.9  # of the running mean of the loss, ten steps
-# Steps that all refresh, and steps between two refreshes at last. Steps that remove less than SMALL_STEP of an error may
-# have older matrices: with 60 such steps, larger ones diverged in batches of 128. Those of coupled inputs are expensive.
-FIRST_REFRESHES, FIRST_REFRESHES_OF_SMALL_STEPS, LONGEST_INTERVAL, LONGEST_COUPLED_INTERVAL = 100, 60, 16, 64
+# Steps that all refresh. Those that remove less than SMALL_STEP of an error may have older matrices; with 60 refreshes,
+# larger steps diverged in batches of 128.
+FIRST_REFRESHES, FIRST_REFRESHES_OF_SMALL_STEPS = 100, 60
 SMALL_STEP = 0.03
+LONGEST_INTERVAL = 16  # steps between two refreshes
+LONGEST_COUPLED_INTERVAL = 64  # the matrices of coupled inputs are expensive, and may be older
 # Near-ties of singular values leave slow directions, and so do coupled inputs or outputs. So the step grows to GROWTH
 # times STEP_SIZE, but not at once: a large step diverges while the factors still change fast.
 GROWTH = 3.0
