@@ -347,7 +347,8 @@ def test_matrices_are_inverted_ever_less_often_and_sooner_so_for_small_steps(mon
         optimizer.prepare(step)
     due = list(shares)
     gaps = [later - earlier for earlier, later in itertools.pairwise(due)]
-    assert due[:first] == list(range(first)) and gaps[first] > 1
+    assert due[:first] == list(range(first))
+    assert gaps[first] > 1
     assert gaps == sorted(gaps)
     assert set(gaps) == {1, 2, 4, 8, 16}
     assert shares[0] == 0.5
