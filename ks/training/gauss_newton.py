@@ -51,7 +51,7 @@ LONGEST_COUPLED_INTERVAL = 64  # the matrices of coupled inputs are expensive, a
 # Near-ties of singular values leave slow directions, and so do coupled inputs or outputs. So the step grows to GROWTH
 # times STEP_SIZE, but not at once: a large step diverges while the factors still change fast.
 GROWTH = 3.0
-GROWTH_STEPS = 1000  # until half of it
+GROWTH_STEPS = 1000  # until half of it; under white inputs slower before and faster after
 # Under white inputs it grows until 10 η, with momentum 0.9 the fraction of an error that a step removes, is SMALL_STEP,
 # and the inner factors, whose c inputs are few, grow by the square, until 10 η c / B, their noise, is INNER_NOISE.
 INNER_NOISE = 0.4
@@ -142,7 +142,8 @@ class GaussNewton(Optimizer):
         longest = LONGEST_COUPLED_INTERVAL if self._is_coupled else LONGEST_INTERVAL
         interval = min(2 ** ((1 + step // self._first_refreshes).bit_length() - 1), longest)
         if step % interval == 0:
-            self.refresh(LOSS_DAMPING / (1 + step / 200) ** 2, step**2 / (step**2 + GROWTH_STEPS**2))
+            time = (step / GROWTH_STEPS) ** (1 if self._is_coupled else 2)
+            self.refresh(LOSS_DAMPING / (1 + step / 200) ** 2, time / (1 + time))
 
     def refresh(self, loss_damping: float, grown: float = 0.0) -> None:
         """Compute the inverses from the factors; one that fails keeps its last good value and is counted.
