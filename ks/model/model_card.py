@@ -73,7 +73,7 @@ def _base_model(model: Any) -> str:
 
 
 def _loading(name: str, of_transformers: bool, folder: str, with_tokenizer: bool, densified: bool) -> str:
-    """Return the lines of Python that load the model, in a fenced block; `folder` is quoted."""
+    """Return the lines of Python that load the model, in a fenced block, and their limit; `folder` is quoted."""
     if densified and not of_transformers:
         return f"The tensors are those of a `{name}` with dense layers."
     lines = ["from transformers import AutoTokenizer"] if with_tokenizer else []
@@ -84,7 +84,10 @@ def _loading(name: str, of_transformers: bool, folder: str, with_tokenizer: bool
     else:
         lines += ["import ks", "", f"ks.load_compressed(model, {folder})  # a {name} with dense layers and any values"]
     lines += [f"tokenizer = AutoTokenizer.from_pretrained({folder})"] if with_tokenizer else []
-    return "\n".join(["```python", *lines, "```"])
+    code = "\n".join(["```python", *lines, "```"])
+    if densified or not of_transformers:
+        return code
+    return f"{code}\n\n`from_pretrained` does not load it: for that, save the model with `densify=True`."
 
 
 def _plan_text(plan: ModelPlan | None, chains: Mapping[str, KSLinear]) -> list[str]:

@@ -15,9 +15,9 @@ from ks.files.memory import check_fits
 from ks.files.schema import CheckpointIndex, CompressedModel, read_json_as
 from ks.files.weights import INDEX_SUFFIX, entries_of
 
-RECORD_FILE, CARD_FILE, TENSORS_FILE = "compressed.json", "README.md", "model.safetensors"
-INDEX_FILE = TENSORS_FILE + INDEX_SUFFIX
-MODEL_FORMAT, MODEL_VERSION = "ks_compressed_model", 3  # 1 has factors.l, 2 neither buffers nor a list of files
+RECORD_FILE, CARD_FILE, DENSE_FILE = "compressed.json", "README.md", "model.safetensors"
+CHAINS_FILE = "compressed.safetensors"  # from_pretrained would take model.safetensors and start the chains anew
+MODEL_FORMAT, MODEL_VERSION = "ks_compressed_model", 3  # 1 has factors.l, 2 model.safetensors and no list of files
 
 
 def read_record(folder: Path) -> CompressedModel:
@@ -44,7 +44,7 @@ def check_replaceable(folder: Path) -> None:
         return
     names = entries_in(folder) if folder.is_dir() else []
     if RECORD_FILE in names:
-        ours = {RECORD_FILE, *(read_record(folder).files or [TENSORS_FILE])}
+        ours = {RECORD_FILE, *(read_record(folder).files or [DENSE_FILE])}
         names = [name for name in names if name not in ours]
     if names or not folder.is_dir():
         found = f"holds {one_line(', '.join(names[:3]))}" if names else "is no folder"
@@ -80,10 +80,11 @@ def replacing(folder: Path) -> Iterator[Path]:
         raise UsageError(f"{folder} cannot be written ({one_line(error, 200)})") from error
 
 
-def write_tensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_size: int) -> None:
-    """Write tensors as model.safetensors, or in several files with an index; one file at a time is in memory.
+def write_tensors(path: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_size: int) -> None:
+    """Write tensors into a file, or into several beside it with an index; one file at a time is in memory.
 
     Args:
+        path: CHAINS_FILE or DENSE_FILE in its folder.
         tensors: with their names.
         max_shard_size: of a file, in bytes; a tensor that exceeds it has a file of its own.
     """
@@ -92,16 +93,16 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max
     for shard in _shards(tensors, max_shard_size):
         names_in.append([*shard])
         size += sum(tensor.nbytes for tensor in shard.values())
-        write_safetensors(folder / f"{len(names_in)}.safetensors", shard, {"format": "pt"})
+        write_safetensors(path.with_name(f"{len(names_in)}.safetensors"), shard, {"format": "pt"})
     if len(names_in) == 1:
-        (folder / "1.safetensors").rename(folder / TENSORS_FILE)
+        path.with_name("1.safetensors").rename(path)
         return
     file_of: dict[str, str] = {}
     for number, names in enumerate(names_in, 1):
-        file = f"model-{number:05}-of-{len(names_in):05}.safetensors"
-        (folder / f"{number}.safetensors").rename(folder / file)
+        file = f"{path.stem}-{number:05}-of-{len(names_in):05}.safetensors"
+        path.with_name(f"{number}.safetensors").rename(path.with_name(file))
         file_of |= dict.fromkeys(names, file)
-    write_json(folder / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": file_of})
+    write_json(path.with_name(path.name + INDEX_SUFFIX), {"metadata": {"total_size": size}, "weight_map": file_of})
 
 
 def _shards(tensors: Iterable[tuple[str, torch.Tensor]], max_shard_size: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -119,15 +120,16 @@ def _shards(tensors: Iterable[tuple[str, torch.Tensor]], max_shard_size: int) ->
     yield shard
 
 
-def stored_tensors(folder: Path) -> dict:
+def stored_tensors(folder: Path, version: int) -> dict:
     """Return the entries of all tensors in a folder, as `ks.files.weights.entries_of` does; none is read yet.
 
     Raises:
         UsageError: a file is missing, damaged, or no .safetensors; or they exceed the memory.
     """
-    index, names = folder / TENSORS_FILE, {TENSORS_FILE}
-    if (folder / INDEX_FILE).exists():
-        index = folder / INDEX_FILE
+    file = CHAINS_FILE if version > 2 else DENSE_FILE
+    index, names = folder / file, {file}
+    if (folder / (file + INDEX_SUFFIX)).exists():
+        index = folder / (file + INDEX_SUFFIX)
         names = set(read_json_as(index, CheckpointIndex, "the index of a checkpoint").weight_map.values())
         if others := sorted(name for name in names if not name.endswith(".safetensors")):
             raise UsageError(f"{index} names {one_line(others[0])!r}; only .safetensors files are read")

@@ -24,6 +24,8 @@ from ks.model.model_card import model_card
 from ks.model.model_plan import ModelPlan
 from ks.model.saved_folder import (
     CARD_FILE,
+    CHAINS_FILE,
+    DENSE_FILE,
     MODEL_FORMAT,
     MODEL_VERSION,
     RECORD_FILE,
@@ -49,8 +51,8 @@ def save_compressed(
     """Write a model with chains to a folder: its tensors as .safetensors, its chains in compressed.json, and README.md.
 
     A model of transformers gets its configuration beside them, so that `ks.load_compressed(folder)` needs nothing else.
-    The folder is written beside its place and then renamed, so that it is complete or absent. One that this function
-    wrote earlier is replaced.
+    `from_pretrained` refuses the folder, unless it is densified. The folder is written beside its place and then
+    renamed, so that it is complete or absent. One that this function wrote earlier is replaced.
 
     Args:
         model: with `KSLinear` layers; `ks.compress` makes one. Tensors that are tied are stored once.
@@ -78,7 +80,8 @@ def save_compressed(
     card = model_card(model, chains, plan, folder.name, with_tokenizer=tokenizer is not None, densified=densify)
     with replacing(folder) as new:
         tensors = _densified(state, chains) if densify else iter((state | buffers).items())
-        write_tensors(new, ((name, value) for name, value in tensors if name not in aliases), max_shard_size)
+        stored = ((name, value) for name, value in tensors if name not in aliases)
+        write_tensors(new / (DENSE_FILE if densify else CHAINS_FILE), stored, max_shard_size)
         if is_of_transformers(model):
             write_configuration(model, new)
         if tokenizer is not None:
@@ -119,7 +122,7 @@ def load_compressed(model: nn.Module | str | os.PathLike, folder=None, *, impl: 
         model = empty_model(folder, record.model)
     inside = unwrapped(model)
     replacements = _empty_chains(inside, record, folder, impl)
-    tensors = stored_tensors(folder)
+    tensors = stored_tensors(folder, record.version)
     if record.version == 1:
         tensors, record.aliases = _as_blocks({name: read_entry(tensors[name], name) for name in tensors}, record)
     state = _state_of(inside) | _meta_buffers_beside(inside)

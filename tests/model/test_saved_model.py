@@ -22,7 +22,7 @@ from ks.errors import UsageError
 from ks.model.linears import linears_of
 from ks.moments.metric import LossMetric
 
-FILES = {"model.safetensors", "compressed.json", "README.md"}
+FILES = {"compressed.safetensors", "compressed.json", "README.md"}
 
 
 def compressed(model=None, families=FAMILIES):
@@ -80,6 +80,7 @@ def test_a_folder_of_an_earlier_version_is_read_and_replaced(tmp_path, version):
     model, folder = compressed(), tmp_path / "small"
     ks.save_compressed(model, folder)
     (folder / "README.md").unlink()
+    (folder / "compressed.safetensors").rename(folder / "model.safetensors")
     edited(folder, version=version, buffers=[], files=[])
     if version == 1:
         tensors = safetensors.torch.load_file(folder / "model.safetensors")
@@ -97,7 +98,7 @@ def test_tied_tensors_are_stored_once_and_tied_again(tmp_path):
     model = Tied()
     ks.compress(model, tied_plan(model), quiet=True)
     ks.save_compressed(model, tmp_path / "small")
-    stored = safetensors.torch.load_file(tmp_path / "small" / "model.safetensors")
+    stored = safetensors.torch.load_file(tmp_path / "small" / "compressed.safetensors")
     assert sum(tensor.numel() for tensor in stored.values()) == sum(p.numel() for p in model.parameters())
     other = Tied()
     other.second.weight = nn.Parameter(other.second.weight.detach().clone())
@@ -178,8 +179,8 @@ def test_another_architecture_is_one_line_and_stays_as_it_is(tmp_path, kind):
 
 
 def indexed_pickle(folder):
-    torch.save(safetensors.torch.load_file(folder / "model.safetensors"), folder / "model.bin")
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"norm.weight": "model.bin"}}')
+    torch.save(safetensors.torch.load_file(folder / "compressed.safetensors"), folder / "model.bin")
+    (folder / "compressed.safetensors.index.json").write_text('{"weight_map": {"norm.weight": "model.bin"}}')
 
 
 DAMAGE = {
@@ -189,9 +190,9 @@ DAMAGE = {
     "sizes": (lambda folder: edited(folder, layers={"blocks.0.up": {"patterns": [[1, 8, 3, 1]] * 2}}), "do not fit"),
     "alias": (lambda folder: edited(folder, aliases={"norm.weight": "y"}), "ties tensors to one"),
     "no record": (lambda folder: (folder / "compressed.json").unlink(), "no such file"),
-    "no tensors": (lambda folder: (folder / "model.safetensors").unlink(), "no such file"),
+    "no tensors": (lambda folder: (folder / "compressed.safetensors").unlink(), "no such file"),
     "pickle": (indexed_pickle, r"names 'model.bin'; only .safetensors files are read"),
-    "cut": (lambda folder: (folder / "model.safetensors").write_bytes(b"12"), "cannot be read"),
+    "cut": (lambda folder: (folder / "compressed.safetensors").write_bytes(b"12"), "cannot be read"),
 }
 
 
@@ -259,10 +260,10 @@ def test_dense_weights_are_never_in_memory(tmp_path):
 def test_more_tensors_than_a_file_may_hold_go_into_several_with_an_index(tmp_path):
     model, folder = compressed(), tmp_path / "small"
     ks.save_compressed(model, folder, max_shard_size=500)
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index = json.loads((folder / "compressed.safetensors.index.json").read_text())
     files = sorted(folder.glob("*.safetensors"))
     assert [path.name for path in files] == [
-        f"model-{k:05}-of-{len(files):05}.safetensors" for k in range(1, len(files) + 1)
+        f"compressed-{k:05}-of-{len(files):05}.safetensors" for k in range(1, len(files) + 1)
     ]
     stored = {path.name: safetensors.torch.load_file(path) for path in files}
     assert index["weight_map"] == {name: file for file, tensors in stored.items() for name in tensors}

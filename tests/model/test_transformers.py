@@ -215,6 +215,14 @@ def test_a_class_that_is_not_of_transformers_itself_is_given_with_the_folder(tmp
     assert torch.equal(ks.load_compressed(fresh, tmp_path / "small")(TOKENS).logits, model(TOKENS).logits)
 
 
+@pytest.mark.parametrize("size", [1000, 10**9])
+def test_from_pretrained_refuses_a_folder_with_chains_instead_of_starting_them_anew(tmp_path, size):
+    ks.save_compressed(small_llama(), tmp_path / "small", max_shard_size=size)
+    with pytest.raises(OSError, match="no file named model.safetensors"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert "does not load it: for that, save the model with `densify" in (tmp_path / "small" / "README.md").read_text()
+
+
 def word_tokenizer():
     words = {"[UNK]": 0} | {f"w{index}": index for index in range(1, 40)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "[UNK]"))
