@@ -20,6 +20,7 @@ from ks.model.model_plan import ModelPlan
 from ks.model.transformers_model import is_of_transformers
 from ks.moments.metric import LossMetric
 
+IMPORT = "import ks  # after pip install -e . in a clone of its repository"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
@@ -80,9 +81,9 @@ def _loading(name: str, of_transformers: bool, folder: str, with_tokenizer: bool
     if densified:
         lines += [f"from transformers import {name}", "", f"model = {name}.from_pretrained({folder})"]
     elif of_transformers:
-        lines += ["import ks", "", f"model = ks.load_compressed({folder})"]
+        lines += [IMPORT, "", f"model = ks.load_compressed({folder})"]
     else:
-        lines += ["import ks", "", f"ks.load_compressed(model, {folder})  # a {name} with dense layers and any values"]
+        lines += [IMPORT, "", f"ks.load_compressed(model, {folder})  # a {name} with dense layers and any values"]
     lines += [f"tokenizer = AutoTokenizer.from_pretrained({folder})"] if with_tokenizer else []
     code = "\n".join(["```python", *lines, "```"])
     if densified or not of_transformers:
