@@ -189,6 +189,8 @@ class ModelPlan:
             sentences.append(f"The loss of the model is predicted to increase by {amount}{beside}.")
         if measured is not None:
             ratio = f", {measured / predicted:.2f} times the prediction" if predicted else ""
+            if measured <= 0:
+                ratio = ", no increase beyond the noise of the measurement"
             beside = "" if self.measured_uniform is None else f"; {self.measured_uniform:.3g}{same}"
             sentences.append(f"Measured: {per_token(measured, self.unit)}{ratio}{beside}.")
         elif predicted is not None and self.factor is not None:

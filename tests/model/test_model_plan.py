@@ -107,6 +107,10 @@ def test_a_measured_plan_calibrates_the_prediction_of_another():
     assert first.as_uniform().measured_increase == 1.6
     measured = "Measured: 1 nats per token (perplexity × 2.718), 2.00 times the prediction; 1.6 with the same fraction"
     assert measured in " ".join(first.sentences())
+    noise = " ".join(by_loss().measured(-0.25).sentences())
+    assert "Measured: -0.25 nats per token" in noise
+    assert "no increase beyond the noise of the measurement" in noise
+    assert "times the prediction" not in noise
     second = by_loss().measured(4.0)
     made = by_loss().calibrated([first, second, plan().measured(3.0), by_loss()])
     assert made.calibrated_by == 3
