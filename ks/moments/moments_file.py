@@ -75,6 +75,13 @@ class InputMoments:
     loss: str = ""
     unit: str = ""
 
+    def __repr__(self) -> str:
+        """Return one line: how many layers, how many samples the first of them has, and whose gradients."""
+        first = next(iter(self.train), "")  # of an open file, each costs a matrix to read
+        samples, held_out = (part[first].count if first in part else 0 for part in (self.train, self.held_out))
+        of = f"gradients of {one_line(self.loss)}" if self.gradients else "no gradients"
+        return f"InputMoments(layers: {len(self.aliases)}, samples: {samples:,}, held out: {held_out:,}, {of})"
+
     def key_of(self, key: str | None) -> str:
         """Return the key of a weight as these moments spell it.
 

@@ -54,6 +54,13 @@ def test_saved_moments_are_loaded_to_the_bit(tmp_path, make):
             assert torch.equal(part[name].sum_x, counterpart[name].sum_x)
 
 
+def test_moments_are_printed_in_one_line(tmp_path):
+    assert repr(moments(1200)) == "InputMoments(layers: 4, samples: 1,200, held out: 9, no gradients)"
+    with_gradients(held_out={}).save(tmp_path / "m.safetensors")
+    found = repr(InputMoments.open(tmp_path / "m.safetensors"))
+    assert found == "InputMoments(layers: 4, samples: 40, held out: 0, gradients of next token)"
+
+
 def metadata_of(path):
     with safetensors.safe_open(path, "pt") as file:
         return json.loads(file.metadata()["ks_input_moments"])
