@@ -92,7 +92,7 @@ def compress(
     replacements: dict[nn.Module, KSLinear] = {}
     for number, place in enumerate(places, 1):
         if not quiet:
-            print(f"{number} of {len(places)}: {described(place)}", file=sys.stderr)
+            print(f"{number} of {len(places)}, {described(place)}", file=sys.stderr)
         replacements |= replacements_of(place, chain_of)
     return replace_modules(model, replacements)
 
@@ -138,10 +138,11 @@ def _trained(place: Place, folder: Path, impl: str) -> KSLinear:
 
 
 def described(place: Place) -> str:
-    """Return the place and its chain in one line."""
+    """Return the layer of a place and its chain in one line."""
     layer, others = place.plan, [one_line(name) for name in place.names[1:]]
     change = "stays dense" if layer.chain is None else f"{layer.chain.describe()}, rank {layer.rank}"
-    return f"{one_line(place.names[0])}: {change}" + (f", shared with the tied {', '.join(others)}" if others else "")
+    shared = f", shared with the tied {', '.join(others)}" if others else ""
+    return f"layer {one_line(place.names[0])}: {change}{shared}"
 
 
 def replacements_of(place: Place, chain_of: Callable[[Place], KSLinear]) -> dict[nn.Module, KSLinear]:

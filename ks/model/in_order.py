@@ -99,7 +99,7 @@ def compress_in_order(
                 for name in group:
                     place, number = planned[name], number + 1  # of the places; a tied one has several layers
                     if not quiet:
-                        print(f"{number} of {len(planned)}: {described(place)}", file=sys.stderr)
+                        print(f"{number} of {len(planned)}, {described(place)}", file=sys.stderr)
                     target = place.weight
                     if drifts:
                         moved = target.double() @ (drifts[group[0]] / inputs.count).to(target.device)

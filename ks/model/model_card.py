@@ -52,7 +52,9 @@ def model_card(
     distinct = {chain.block_0: chain for chain in chains.values()}.values()  # tied layers share one
     saved = sum(chain.out_features * chain.in_features - _values(chain) for chain in distinct)
     size = f"{small:,} of {small + saved:,} parameters ({small / max(1, small + saved):.1%})"
-    made = f"`{name}` with {len({*chains.values()})} linear layers as chains of Kronecker-sparse factors: {size}."
+    count = len({*chains.values()})
+    layers = "1 linear layer as a chain" if count == 1 else f"{count} linear layers as chains"
+    made = f"`{name}` with {layers} of Kronecker-sparse factors: {size}."
     note = " Every chain is multiplied out here, so that this checkpoint has the full size." if densified else ""
     versions = [f"ks {ks.__version__}", f"torch {torch.__version__}"]
     versions += [f"transformers {version('transformers')}"] if of_transformers else []

@@ -214,7 +214,10 @@ class ModelPlan:
             limits.append(f"Training chains of these ranks can lower {name} to {lower:{form}} at best.")
         if loss and self.gap >= NEGLIGIBLE and self.objective is Objective.BUDGET:
             least = f"{loss * (1 - self.gap):{form}}"
-            limits.append(f"Without training, no other choice of ranks and families lowers {name} below {least}.")
+            lowers = f"lowers {name}" + (
+                f" below {least}" if least != f"{loss:{form}}" else ", to the digits shown: the plan is optimal"
+            )
+            limits.append(f"Without training, no other choice of ranks and families {lowers}.")
         elif self.gap >= NEGLIGIBLE:
             limits.append(
                 "Without training, every choice of ranks and families that meets the target has at least "

@@ -10,6 +10,7 @@ from ks.bounds.rank_floors import Certified, RankFloors
 from ks.chain.patterns import Chain
 from ks.cli import console
 from ks.cli.flags import SweepConfig
+from ks.errors import one_line
 from ks.moments.metric import LossMetric
 from ks.report.answer import Facts, named_row
 from ks.training.problem import Problem
@@ -23,7 +24,9 @@ def plan_floors(config: SweepConfig, problem: Problem, path: Path) -> RankFloors
     ours = problem.edits.criterion_is_ours
     known = FloorsFile(path).find_bounds(*_identity(problem)) if ours else None
     if known is not None and known.curve is None and (is_large(problem) or config.inputs):
-        console.note(f"computing the floors of {problem.rows} × {problem.cols}, {problem.chain.family}", config.quiet)
+        key = f"{one_line(problem.weight.key)}, " if problem.weight.key else ""
+        weight = f"{key}{problem.rows} × {problem.cols}, {problem.chain.family}"
+        console.note(f"computing the floors of {weight}", config.quiet)
     beside = config.inputs and problem.loss_metric is LossMetric.OUTPUT_ENERGY  # isotropic inputs cost no model a loss
     return RankFloors(
         problem.internal_weight(),

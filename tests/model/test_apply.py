@@ -38,8 +38,8 @@ def test_planned_layers_become_chains_and_the_others_stay(tmp_path, capsys):
     plan.save(tmp_path / "x_plan.json")
     assert ks.compress(model, tmp_path / "x_plan.json") is model
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("1 of 3: blocks.0.up: lowrank ")
-    assert lines[2] == "3 of 3: blocks.1.up: stays dense"
+    assert lines[0].startswith("1 of 3, layer blocks.0.up: lowrank ")
+    assert lines[2] == "3 of 3, layer blocks.1.up: stays dense"
     up, down = model.blocks[0]["up"], model.blocks[0]["down"]
     assert isinstance(up, ks.KSLinear)
     assert isinstance(down, ks.KSLinear)

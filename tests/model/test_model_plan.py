@@ -96,6 +96,8 @@ def test_training_and_another_choice_have_limits_of_their_own():
         training, choice = [sentence for sentence in made.sentences() if "raining" in sentence]
         assert training == f"Training chains of these ranks can lower {loss} to {lower} at best."
         assert choice == f"Without training, no other choice of ranks and families lowers {loss} below {least}."
+    optimal = " ".join(by_loss(gap=5e-4).sentences())
+    assert "families lowers the predicted increase, to the digits shown: the plan is optimal." in optimal
     exact = tuple(dataclasses.replace(each, loss_increase_lower=each.loss_increase) for each in by_loss().layers)
     text = " ".join(by_loss(layers=exact, objective=Objective.TARGET_LOSS_INCREASE).sentences())
     assert "Training chains" not in text

@@ -126,6 +126,7 @@ def test_conv1d_and_a_lone_layer(tmp_path, model):
     small, x = ks.compress(model, single(linear.key, linear.weight), quiet=True), normal(3, 8)
     ks.save_compressed(small, tmp_path / "small")
     assert torch.equal(ks.load_compressed(zeros(copy.deepcopy(fresh)), tmp_path / "small")(x), small(x))
+    assert "with 1 linear layer as a chain of Kronecker" in (tmp_path / "small" / "README.md").read_text()
     ks.save_compressed(small, tmp_path / "dense", densify=True)
     dense = safetensors.torch.load_file(tmp_path / "dense" / "model.safetensors")
     assert dense[linear.key].shape == stored
@@ -154,7 +155,7 @@ def changed(**modules):
 
 OTHERS = {
     "width": (lambda: Network(inner=16), r"blocks.0.up has a weight of shape \(16, 8\), 12 × 8 is needed"),
-    "missing": (lambda: nn.Sequential(nn.Linear(8, 12)), "blocks.0.up is missing .nearest of 2"),
+    "missing": (lambda: nn.Sequential(nn.Linear(8, 12)), r"blocks.0.up is missing \(nearest of 1: 0\)"),
     "kind": (
         lambda: changed(**{"blocks.0.up": nn.Embedding(12, 8)}),
         "blocks.0.up is a Embedding, a linear layer 12 × 8 is needed",

@@ -1,5 +1,6 @@
 """A sweep of one layer by the loss of the model: its target in nats, its files, and what it prints."""
 
+import dataclasses
 import shlex
 
 import pytest
@@ -13,6 +14,7 @@ from ks.errors import UsageError
 from ks.files.atomic import read_json, write_json
 from ks.files.layout import SweepFiles
 from ks.files.schema import StudyRecord, convert
+from ks.files.weights import Weight
 from ks.study.folder import parse
 from ks.study.runs import ranks_of
 from ks.study.study_floors import keep_floors, plan_floors
@@ -55,6 +57,13 @@ def test_a_target_in_nats_is_one_of_the_zero_predictor_and_too_large_a_one_is_re
     assert relative_target(config, problem) == pytest.approx(1 / 8)
     with pytest.raises(UsageError, match="the zero predictor costs .* nats per token"):
         relative_target(config_of(*given, "--target_loss_increase", 2 * zero), problem)
+
+
+def test_the_note_of_floors_has_the_name_of_the_layer(given, tmp_path, capsys):
+    problem = problem_of(given)
+    problem = dataclasses.replace(problem, weight=Weight(problem.weight.tensor, "a.up.weight"))
+    plan_floors(config_of(*given), problem, tmp_path / "bounds.npz")
+    assert "computing the floors of a.up.weight, 16 × 24, lowrank" in capsys.readouterr().err
 
 
 def test_floors_are_those_of_the_metric_and_bounds_of_both_metrics_live_in_one_file(given, zero, tmp_path):
