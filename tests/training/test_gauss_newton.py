@@ -356,7 +356,7 @@ def test_matrices_are_inverted_ever_less_often_and_sooner_so_for_small_steps(mon
 
 
 def growths_of(chain, moment, **settings):
-    """By how much the step of every factor has grown after 64,000 steps: 4096 of 4097 of its growth, coupled 64 of 65."""
+    """By how much the step of every factor has grown after 64,000 steps: 4096/4097 of its growth, coupled 64/65."""
     _, factors = chain_of(*chain)
     optimizer = GaussNewton(factors, moment, 8, **settings)
     optimizer.relative_loss.zero_()
