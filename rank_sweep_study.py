@@ -90,7 +90,9 @@ def sweep(config: SweepConfig, start: Start) -> int:
             if config.dry_run:
                 print(study.plan_text())
                 if config.launcher == "slurm":
-                    print(f"\n{SlurmLauncher(config, study.runs_at_most()).script()}")
+                    launcher = SlurmLauncher(config, study.runs_at_most())
+                    print(f"\n{launcher.script()}")
+                    launcher.check()
                 return console.EXIT_OK
             study.open_launcher()
             with signals.deferred():

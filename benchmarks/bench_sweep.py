@@ -54,7 +54,7 @@ def overhead(launcher_of: Callable[[Path], Launcher], tasks: int) -> float:
         with launcher_of(script) as launcher:
             connected = time.perf_counter() - started
             outcomes = list(launcher.run(work, poll=lambda running: None))
-        assert all(outcome.returncode == 0 for _, outcome in outcomes)
+        assert all(outcome.code == 0 for _, outcome in outcomes)
         return (time.perf_counter() - started - connected) / tasks - alone
 
 

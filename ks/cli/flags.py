@@ -208,7 +208,7 @@ class TargetFlags:
     target_relative_loss: float | None = flag(
         None,
         "find the smallest rank that can reach this loss, a fraction of the zero predictor's; without --ranks, train "
-        "the ranks around it",
+        "the ranks around it, which join those of the study in the folder",
         convert=open_fraction,
     )
     target_loss_increase: float | None = flag(

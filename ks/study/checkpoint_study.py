@@ -158,8 +158,9 @@ class CheckpointStudy(Study):
         runs = list(self.settings)
         self.results = finished_before(self.config, runs, self._read_result)
         waiting = [run for run in runs if run not in self.results]
+        config = dataclasses.replace(self.config, loss_metric=self.loss_metric.value)
         with self.places:
-            run_all(self.config, waiting, self.launcher, self._read_result, self.results, self.until_the_last(runs))
+            run_all(config, waiting, self.launcher, self._read_result, self.results, self.until_the_last(runs))
 
     def _read_result(self, run: Run, exit: Exit | None = None) -> Result:
         return result_of(run, self.config.num_epochs, exit, self.settings[run])

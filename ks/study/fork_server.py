@@ -94,7 +94,7 @@ class ForkServer:
         """Start a script as `start_afresh` does; afresh if the server has ended."""
         request = json.dumps([[*command], environment, [0, 1, 2, *kept]]).encode()
         try:
-            with open(os.devnull) as stdin:
+            with open(os.devnull, "rb") as stdin:
                 return Forked(forked(self._socket, request, [stdin.fileno(), stdout, stderr, *kept]))
         except (OSError, ValueError):
             self._socket.close()

@@ -14,6 +14,7 @@ from ks.errors import UsageError, one_line
 from ks.files.curves import CurvesTail
 from ks.files.schema import TrainingLog, read_json_as
 from ks.files.status import ended_well
+from ks.moments.metric import LossMetric
 from ks.study.processes import Exit, Launcher, Task
 from ks.study.runs import Result, Run
 
@@ -57,7 +58,7 @@ def run_all(
         floors: the best known loss of each rank, in the unit of the curves; `meanwhile` may add to it.
     """
     run_of = {run.task: run for run in runs}
-    progress = Progress(runs, config.num_epochs, config.quiet, floors)
+    progress = Progress(runs, config.num_epochs, config.quiet, floors, config.loss_metric == LossMetric.MODEL_LOSS)
 
     def poll(running: list[Task]) -> None:
         signals.check()
@@ -78,11 +79,15 @@ def run_all(
 class Progress:
     """One bar over the epochs of all runs on a terminal, a line for each run elsewhere, nothing if quiet.
 
-    Each run has `num_epochs`; `floors` are the best known losses of the ranks, in the unit of the curves.
+    Each run has `num_epochs`; `floors` are the best known losses of the ranks, in the unit of the curves; `of_model`
+    is whether that is the loss of the model.
     """
 
-    def __init__(self, runs: list[Run], num_epochs: int, quiet: bool, floors: Mapping[int, float] = {}):
+    def __init__(
+        self, runs: list[Run], num_epochs: int, quiet: bool, floors: Mapping[int, float] = {}, of_model: bool = False
+    ):
         self.num_runs, self.num_epochs, self.quiet, self.floors = len(runs), num_epochs, quiet, floors
+        self.of_model = of_model
         self.run_of = {run.task: run for run in runs}
         self.tails = {run.task: CurvesTail(run.files.curves_csv) for run in runs}
         self.ended = 0
@@ -148,13 +153,15 @@ class Progress:
 
     def end(self, result: Result, exit: Exit) -> None:
         """Show how one run ended; after a failure, with the end of its log."""
-        task, curves = result.run.task, result.curves
+        task, curves, log = result.run.task, result.curves, result.log
         self._print_resumed(task)
         loss = f", validation loss {curves[-1]['val_loss']:.6g}" if curves else ""
-        if (relative := result.log.relative_loss) is not None:
-            loss = f", relative loss {relative:.2%}"
-        if (increase := result.log.loss_increase) is not None:
-            loss += f", loss increase {increase:.3g}"
+        if self.of_model and log.energy_loss is not None:
+            loss = f", energy loss {log.energy_loss:.2%}"
+        elif log.relative_loss is not None:
+            loss = f", relative loss {log.relative_loss:.2%}"
+        if log.loss_increase is not None:
+            loss += f", loss increase {log.loss_increase:.3g}"
         message = f"{task.name}: {result.ending}{loss}, {exit.seconds:.1f} s"
         if not ended_well(result.ending):
             message = "\n  ".join([f"{message}; end of {task.log}:", *_tail(task)])

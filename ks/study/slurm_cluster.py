@@ -108,6 +108,18 @@ class SlurmLauncher(Launcher):
         Raises:
             UsageError: it refuses them, or does not answer.
         """
+        if not self.check():
+            raise UsageError(
+                "--launcher slurm: sbatch does not answer; does sinfo list the partitions on this machine?"
+            )
+        return self
+
+    def check(self) -> bool:
+        """Let sbatch check the settings; return whether it answers.
+
+        Raises:
+            UsageError: it refuses them.
+        """
         if "SLURM_JOB_ID" in os.environ:  # the driver is a job itself, and its jobs would inherit its resources
             for name in [name for name in os.environ if name.startswith(("SLURM_", "SRUN_")) and name != "SLURM_CONF"]:
                 del os.environ[name]
@@ -119,14 +131,10 @@ class SlurmLauncher(Launcher):
                 done = call(["sbatch", "--begin=now+1hour"], script)
             finally:
                 call(["scancel", f"--name={self.name}"])
-        if done is None:
-            raise UsageError(
-                "--launcher slurm: sbatch does not answer; does sinfo list the partitions on this machine?"
-            )
-        if done.returncode:
+        if done and done.returncode:
             given = " ".join(key if value is True else f"{key}={value}" for key, value in self.settings.items())
-            raise UsageError(f"sbatch refuses --slurm {given or 'without a setting'}: {one_line(done.stderr, 300)}")
-        return self
+            raise UsageError(f"sbatch refuses --slurm {given or 'without a setting'}: {_reason(done.stderr)}")
+        return done is not None
 
     def script(self) -> str:
         """Return the script that sbatch gets for all runs."""
@@ -179,7 +187,7 @@ class SlurmLauncher(Launcher):
                     jobs |= self._submit(waiting)
                 except (RuntimeError, OSError) as error:
                     poll([])  # after Ctrl-C, which ends sbatch too
-                    refused = Exit(EXIT_FAILED, 0.0, error=f"sbatch: {one_line(error)}")
+                    refused = Exit(EXIT_FAILED, 0.0, error=f"sbatch: {_reason(str(error))}")
                     yield from ((run.task, refused) for run in waiting)
                 waiting = []
             queue.ask(jobs)
@@ -260,6 +268,11 @@ class SlurmLauncher(Launcher):
         if state in ENDED_FOR_GOOD:
             return dataclasses.replace(ended, error=f"SLURM job {job}: {state}")
         return ended if ended.code >= 0 else dataclasses.replace(ended, error=f"killed by signal {-ended.code}")
+
+
+def _reason(refusal: str) -> str:
+    """Return the first line that sbatch prints when it refuses a script; the next ones repeat it."""
+    return one_line(refusal.strip().partition("\n")[0].removeprefix("sbatch: error: "), 300)
 
 
 def cancel_left(results: Path) -> None:

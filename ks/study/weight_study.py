@@ -127,6 +127,13 @@ class WeightStudy(Study):
         config, problem = self.config, self.problem
         self.planned = plan_floors(config, problem, self.files.bounds)
         self.chosen, self.ranks = ranks_of(config, self.planned, self.before, self.target)
+        if self.before and not config.ranks and (added := self.chosen.difference(self.before.ranks)):
+            new, old = (" ".join(map(str, sorted(ranks))) for ranks in (added, self.before.ranks))
+            console.note(
+                "the target is new to this study, so the ranks around the smallest that can reach it are trained too: "
+                f"{new}; --ranks {old} trains no others",
+                config.quiet,
+            )
         if config.dry_run:
             certify(self.planned, [], self.ranks, config.tight_bounds)
         stops = stop_losses(config, {} if self.floors_can_wait() else self.floors, self.target)

@@ -92,7 +92,8 @@ def read_state(files: RunFiles, num_epochs: int, stop_below: float | None, other
     status = Status.of(log.status)
     if status not in (Status.DIVERGED, Status.OUT_OF_MEMORY, Status.FAILED):
         status = Status.INTERRUPTED if log.status or curves else Status.NOT_STARTED
-    return RunState(Ending(status), curves, log)
+    reached = f"after epoch {len(curves)}" if status is Status.INTERRUPTED and curves else ""
+    return RunState(Ending(status, reached), curves, log)
 
 
 def _is_complete(

@@ -272,7 +272,7 @@ def test_a_sweep_does_not_count_a_damaged_run_as_finished_and_says_why(trained, 
     assert result_of(run, EPOCHS).ending == Ending(Status.OK)
     name, edit = FINISHED[damage]
     edit(getattr(files, name))
-    assert result_of(run, EPOCHS).ending == Ending(Status.INTERRUPTED)
+    assert result_of(run, EPOCHS).ending.status is Status.INTERRUPTED
     (line,) = capsys.readouterr().err.splitlines()
     assert str(files.directory) in line
     assert line.endswith("; rank 2 is trained again")

@@ -184,7 +184,10 @@ def test_planned_layers_are_trained_in_the_metric_of_the_plan(checkpoint, tmp_pa
     # 2 of 4 layers, an embedding and a norm: a reader must not take the plan for one of the whole model
     assert plan.coverage.startswith("768 of 1,696 parameters (45.3%); the others: ")
     assert plan.sentences()[-1] == f"These weights have {plan.coverage}."
-    assert plan.sentences()[-1] in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert plan.sentences()[-1] in printed
+    assert "energy loss" in printed
+    assert "relative loss" not in printed
 
 
 def test_the_page_of_the_model_has_its_plan_its_runs_and_links_to_its_layers(checkpoint, tmp_path, capsys):

@@ -144,7 +144,8 @@ def test_a_rank_that_is_left_out_keeps_its_row(sweep, tmp_path):
     sweep("--ranks", 1, 2, *SMALL, "--num_epochs", 2)
     files_of(study, 2).final.unlink()
     sweep("--max_rank", 1)
-    assert [row["status"] for row in read_table(study / "rank_sweep_summary.csv")] == ["ok", "interrupted"]
+    rows = read_table(study / "rank_sweep_summary.csv")
+    assert [row["status"] for row in rows] == ["ok", "interrupted (after epoch 2)"]
     assert "rank 2: ok" in sweep().stderr
 
 

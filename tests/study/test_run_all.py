@@ -58,6 +58,12 @@ def test_elsewhere_there_is_a_line_for_every_start_and_end(runs, capsys):
     assert capsys.readouterr().err.splitlines() == expected
 
 
+def test_by_the_loss_of_the_model_the_energy_that_is_lost_has_its_name(runs, capsys):
+    progress = Progress(runs, 10, quiet=False, of_model=True)
+    progress.end(*ended(runs[0], OK, relative_loss=0.26, energy_loss=0.28, loss_increase=0.004))
+    assert capsys.readouterr().err == "rank 1: ok, energy loss 28.00%, loss increase 0.004, 1.5 s\n"
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_quiet_is_quiet(runs, monkeypatch, capsys, terminal):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)

@@ -60,7 +60,7 @@ def test_every_rank_and_seed_has_a_command_that_the_trainer_takes(tmp_path):
     [
         (None, Status.OK, OK),
         (None, "finished", OK),  # of an earlier version
-        (None, "running", Ending(Status.INTERRUPTED)),
+        (None, "running", Ending(Status.INTERRUPTED, "after epoch 2")),
         (None, "diverged", Ending(Status.DIVERGED)),
         (Exit(0, 1.0), Status.OK, OK),
         (Exit(0, 1.0), "running", Ending(Status.FAILED, "exit 0")),
@@ -89,7 +89,7 @@ def test_a_damaged_log_is_reported_and_the_run_is_judged_without_it(finished, ca
     assert line.startswith(f"{finished.files.training_log} is not valid")
     assert line.endswith("; rank 2 has failed")
     result = result_of(finished, EPOCHS)
-    assert result.ending == Ending(Status.INTERRUPTED)
+    assert result.ending == Ending(Status.INTERRUPTED, "after epoch 2")
     assert (len(result.curves), result.log.train_seconds) == (EPOCHS, None)
     assert capsys.readouterr().err.endswith("; rank 2 is trained again\n")
 

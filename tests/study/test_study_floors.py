@@ -50,6 +50,19 @@ def test_a_rerun_computes_no_bound_and_says_the_same(arguments, tmp_path, monkey
         assert rank_sweep_study.main([*arguments, "--dry_run"]) == 0
 
 
+def test_a_new_target_prints_the_ranks_that_it_adds_to_a_study(arguments, capsys):
+    assert rank_sweep_study.main([*arguments, "--ranks", "1"]) == 0
+    for flags, announced in (([], True), (["--ranks", "1"], False)):
+        capsys.readouterr()
+        plan = [*arguments, "--target_relative_loss", "0.3", "--dry_run", *flags]
+        assert rank_sweep_study.main(plan) == 0
+        printed = capsys.readouterr()
+        planned = [line.split()[0] for line in printed.out.splitlines() if "%" in line and line.split()[0].isdigit()]
+        expected = f"trained too: {' '.join(planned[1:])}; --ranks 1 trains no others\n"
+        assert (expected in printed.err, "trained too" in printed.err) == (announced, announced)
+        assert (planned == ["1"]) != announced
+
+
 def test_without_seconds_no_lower_bound_is_certified_and_the_answer_says_so(arguments, monkeypatch, capsys):
     monkeypatch.delattr("ks.bounds.floors.CoupledBounds.lower")
     assert rank_sweep_study.main([*arguments, "--ranks", "1", "2", "--num_epochs", "1", "--tight_bounds", "0"]) == 0
