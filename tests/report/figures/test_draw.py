@@ -162,12 +162,14 @@ def test_a_metric_has_a_line_for_each_rank_that_has_it():
 
 
 def test_chains_side_by_side(tmp_path):
-    studies = [make_study([2, 4]), make_study([1, 8])]
+    studies = [make_study([2, 4]), make_study([4, 8])]
     drawn = chains_figures(studies, log_scale=True)
     figure = drawn["chains"]
     save_figures(drawn, SweepFiles(tmp_path, "p"), ["png"], 40)
     assert len(figure.legends[0].get_texts()) == 2
-    assert texts(figure)[0].startswith("The least loss is ")
+    assert texts(figure)[0].startswith("At equal size")
+    both = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text() == "4"]
+    assert not both[0].overlaps(both[1])
     old = studies[0].summary.assign(population_loss=np.nan)
     assert chains_figures([dataclasses.replace(studies[0], summary=old, predict_zero_loss=None)]) == {}
 
