@@ -15,6 +15,7 @@ from ks.report.words import Words, percents
 
 # A knee lies below the chord of the front by this fraction of its height and width, in logarithms.
 KNEE_DEPTH = 0.05
+LOWRANK = "A low-rank factorisation of the same size"  # begins the sentence on it
 # More epochs are advised up to this many times those of the study; beyond, a larger rank is the remedy.
 MOST_EPOCHS = 10
 # A continuation that is shorter than the run restarts at a small rate and may gain less than 1 / epochs predicts.
@@ -253,14 +254,21 @@ def best_known(row: dict) -> float:
 
 
 def lowrank_beside(row: dict, facts: Facts) -> list[str]:
-    """Return the loss that a low-rank factorisation with at most as many parameters can reach."""
+    """Return the loss that low-rank with at most as many parameters can reach, beside what this rank did and can."""
     if row["rank"] not in facts.lowrank:
         return []
     rank, floor = facts.lowrank[row["rank"]]
-    loss, ours = Words.of(row).amounts(floor, row["relative_loss"])
+    loss, ours = trained_and_reachable(row, floor)
     advice = "; sweep --chain lowrank as well" if floor < best_known(row) else ""
-    start = f"A low-rank factorisation of the same size (rank {rank}) gets down to {loss}"
-    return [f"{start}, against {ours} here{advice}."]
+    return [f"{LOWRANK} (rank {rank}) can reach {loss}; this chain {ours}{advice}."]
+
+
+def trained_and_reachable(row: dict, other: float) -> tuple[str, str]:
+    """Return another loss, and how a sentence on a chain goes on: what its run reached, and what it can reach."""
+    trained, best = row["relative_loss"], best_known(row)
+    shown, ours, least = Words.of(row).amounts(other, trained, best)
+    can = "can" if row.get("loss_floor_is_exact") else "is known to"
+    return shown, f"is trained to {ours}" + (f" and {can} reach {least}" if best < trained else "")
 
 
 def _warnings(row: dict, target: float | None, words: Words) -> list[str]:

@@ -6,7 +6,7 @@ import pandas as pd
 
 from ks.files.columns import BATCHES, FINAL
 from ks.files.status import ended_well
-from ks.report.answer import Facts, best_known, lowrank_beside, named_row
+from ks.report.answer import LOWRANK, best_known, named_row, trained_and_reachable
 from ks.report.read_results import Study
 from ks.report.summary import times_of
 from ks.report.verdict import ROUNDING, SMALL_EXCESS, Limit
@@ -120,16 +120,15 @@ def recommendation(study: Study) -> list[str]:
     if not study.answer or row is None or study.floor.empty or study.family == "lowrank":
         return list(study.answer)
     beside = study.lowrank_beside(pd.Series([row["parameters"]])).iloc[0]
-    rank, loss, words = int(beside["rank"]), beside["relative_loss"], study.words
+    rank, loss = int(beside["rank"]), beside["relative_loss"]
     if loss >= best_known(row):
         return list(study.answer)
-    least, ours = words.amounts(loss, row["relative_loss"])
+    least, ours = trained_and_reachable(row, loss)
     first = (
-        f"Prefer a low-rank factorisation: at rank {rank} it gets down to {least}, with no more parameters than this "
-        f"chain at rank {row['rank']}, which {words.loses} {ours}."
+        f"Prefer a low-rank factorisation: at rank {rank} it can reach {least}, with no more parameters than this "
+        f"chain at rank {row['rank']}, which {ours}."
     )
-    same = lowrank_beside(row, Facts({row["rank"]: (rank, loss)}))
-    return [first, *(sentence for sentence in study.answer if sentence not in same)]
+    return [first, *(sentence for sentence in study.answer if not sentence.startswith(LOWRANK))]
 
 
 def of_losses(study: Study) -> str:
@@ -215,25 +214,24 @@ def of_gaps(study: Study) -> str:
 
 
 def of_front(study: Study, losses: pd.DataFrame) -> str:
-    """Return whether the trained chains lose less than low-rank of the same size.
+    """Return whether the trained ranks can lose less than low-rank of the same size, by the best known chains.
 
     Args:
         study: of the chains.
         losses: rows of its losses with a population loss and parameters.
     """
     family, units, lose, loses = study.family, study.units, study.words.lose, study.words.loses
+    can, cannot = ("are known to", "are not known to") if losses["bracketed"].any() else ("can", "cannot")
     if family == "lowrank":
         last = losses.iloc[-1]
         return f"rank {last['rank']} {loses} {units.show(last['best'])} with {last['parameters']:,.0f} parameters"
     beside = study.lowrank_beside(losses["parameters"])["relative_loss"] * units.zero
-    better = losses["rank"][losses["best"] < beside]
+    better = losses["rank"][losses[["best", "upper"]].min(axis=1) < beside * (1 - ROUNDING)]
     if better.empty:
-        return f"at equal size, low-rank can {lose} less than every trained {family} chain"
-    if len(better) == len(losses):
-        return f"every trained {family} chain {loses} less than low-rank can at equal size"
-    verb = loses if len(better) == 1 else lose
-    which = listed(better, len(losses))
-    return f"at equal size, {which} of {family} {verb} less than low-rank can; the other ranks {lose} more"
+        return f"at equal size, the trained ranks of {family} {cannot} {lose} less than low-rank"
+    which, others = listed(better, len(losses)), "" if len(better) == len(losses) else f"; the other ranks {cannot}"
+    can = "is known to" if can != "can" and (len(better) in (1, len(losses))) else can
+    return f"at equal size, {which} of {family} {can} {lose} less than low-rank{others}"
 
 
 def of_metric(metric: str, summary: pd.DataFrame) -> str:

@@ -47,8 +47,8 @@ def test_studies_of_one_weight_and_one_target_open_with_the_smallest_chain_that_
          "energy (rank 4); small 41% (rank 4)."),
         ((0.4, 0.403), (1000, 1000), "At equal size (1,000 parameters), losses are equal within 0.30% of the output "
          "energy: small 40% (rank 4); large 40.30% (rank 4)."),
-        ((0.4, 0.41), (1000, 1100), "No ranks of equal size were trained in every study, so their losses show no better "
-         "one."),
+        ((0.4, 0.41), (1000, 1100), "No ranks of equal size were trained in every study, so their losses show no "
+         "better one."),
     ],
 )  # fmt: skip
 def test_the_headline_compares_at_equal_size_and_not_the_largest_ranks(losses, sizes, sentence):
@@ -83,7 +83,8 @@ def test_what_does_not_compare_is_stated(summary, described, sentence):
     first = study_of("a", summary={"inputs": "measured 12"})
     assert sentence in " ".join(what_compares([first, study_of("b", summary=summary, **described)]))
     assert what_compares([first, first]) == [
-        "One weight and the same inputs: losses compare at equal parameters. Equal ranks of two families differ in size."
+        "One weight and the same inputs: losses compare at equal parameters. Equal ranks of two families differ in "
+        "size."
     ]
 
 
