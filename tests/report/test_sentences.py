@@ -143,6 +143,12 @@ def test_ranks_slower_than_dense_or_low_rank_by_more_than_noise_are_listed_by_ba
     assert advice(rows) == expected
 
 
+def test_low_rank_is_not_advised_against_itself():
+    slow = row(2, "lowrank", batch_1=(2.0, 1.0))
+    assert advice([slow | {"chain": "lowrank (rows 256·1, columns 1·512)"}]) == []
+    assert advice([slow | {"chain": "lowrank_butterfly (rows 256·1, columns 1·512)"}]) != []
+
+
 def test_the_figure_of_latency_says_whether_chains_are_faster_than_dense():
     slow, fast = (make_study([2, 4], times={2: (1.0, 2.0), 4: (time, 2.0)}) for time in (3.0, 1.0))
     assert headings(slow)["latency"] == (
