@@ -9,7 +9,7 @@ from ks.files.status import ended_well
 from ks.report.answer import LOWRANK, best_known, named_row, trained_and_reachable
 from ks.report.read_results import Study
 from ks.report.summary import times_of
-from ks.report.verdict import ROUNDING, SMALL_EXCESS, Limit
+from ks.report.verdict import ROUNDING, SMALL_EXCESS, Limit, converged_loss
 from ks.report.words import Words
 
 NONE_FINISHED = "no rank has finished"
@@ -72,13 +72,10 @@ def advice(rows: list[dict], sampling: str | None = None) -> list[str]:
             remedy = "--sampling auto or more samples" if sampling == "fixed" else "more samples"
             sentences.append(
                 f"Rank {rank} is sample-limited: its loss is {_above(row, words)}, and the training loss shows less "
-                f"than half of this gap. Use {remedy}."
+                f"than half of this distance. Use {remedy}."
             )
         elif limit is Limit.TRAINING:
-            sentences.append(
-                f"Rank {rank} is undertrained: its loss is {_above(row, words)} ({row['removed_share']:.2%} of the "
-                "achievable reduction). Increase --num_epochs."
-            )
+            sentences.append(f"Rank {rank} is undertrained: its loss is {_above(row, words)}. Increase --num_epochs.")
         elif limit is words.small:
             sentences.append(
                 f"Rank {rank} is {limit}: its loss exceeds {_reference(row)} by {words.show(row['excess'])}. "
@@ -106,10 +103,10 @@ def _reference(row: dict) -> str:
 
 
 def _above(row: dict, words: Words) -> str:
-    if row.get("optimality_gap") is None:
-        return f"{words.show(row['excess'])} above {_reference(row)}"
-    gap = 100 * row["optimality_gap"]
-    return f"{gap:.0f}% above {_reference(row)}" if gap >= 10 else f"{gap:.2g}% above {_reference(row)}"
+    """Return how far a loss is above the best known one, and the distance at which the verdict would change."""
+    best = row["relative_floor_upper"]
+    distance, limit = words.amounts(row["excess"], max(converged_loss(best) - best, SMALL_EXCESS))
+    return f"{words.whole(distance)} above {_reference(row)}, where at most {limit} would do"
 
 
 def recommendation(study: Study) -> list[str]:

@@ -174,13 +174,13 @@ def test_advice_is_plain():
         make_row(population=0.0007, train=0.0007, lower=0.0001, upper=0.000126),  # many times a tiny floor
     ]
     assert advice(rows, "fixed") == [
-        "Rank 2 is sample-limited: its loss is 30% above the floor, and the training loss shows less than half of this "
-        "gap. Use --sampling auto or more samples.",
-        "Rank 3 is undertrained: its loss is 30% above the floor (92.50% of the achievable reduction). Increase "
-        "--num_epochs.",
+        "Rank 2 is sample-limited: its loss is 6% of the output energy above the floor, where at most 0.20% would do, and "
+        "the training loss shows less than half of this distance. Use --sampling auto or more samples.",
+        "Rank 3 is undertrained: its loss is 6% of the output energy above the floor, where at most 0.20% would do. "
+        "Increase --num_epochs.",
         "Rank 2: diverged; see its train.log.",
-        "Rank 2 is undertrained: its loss is 26% of the output energy above the floor (74.00% of the achievable "
-        "reduction). Increase --num_epochs.",
+        "Rank 2 is undertrained: its loss is 26% of the output energy above the floor, where at most 0.10% would do. "
+        "Increase --num_epochs.",
         "Rank 2 is within 0.1% of the energy: its loss exceeds that of the best known chain by 0.057% of the output "
         "energy. A larger --num_epochs gains little.",
         "Larger than the dense weight: rank 3.",
