@@ -179,7 +179,7 @@ def _on_front(named: dict, rows: list[dict], words: Words) -> list[str]:
         start, end = f"Rank {named['rank']} is the knee of loss against parameters", ""
     else:
         start = f"Rank {named['rank']} {words.loses} least"
-        end = f"; loss against parameters has no knee, so choose with {words.target_flag}" if len(rows) > 1 else ""
+        end = f"; loss against parameters has no knee, so choose with {words.target_flag}" if len(rows) > 2 else ""
     return [f"{start}: it {words.loses} {words.show(named['relative_loss'])}, with {_size(named)}{end}."]
 
 

@@ -98,6 +98,7 @@ def test_without_a_target_the_knee_is_named():
     assert first.startswith("Rank 8 loses least: it loses 12.50%")
     assert "no knee, so choose with --target_relative_loss" in first
     assert knee(rows[:2]) is None
+    assert "knee" not in answer_of(rows[:2])[0]
 
 
 def test_an_exact_rank_is_the_answer():

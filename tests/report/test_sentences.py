@@ -174,8 +174,8 @@ def test_advice_is_plain():
         make_row(population=0.0007, train=0.0007, lower=0.0001, upper=0.000126),  # many times a tiny floor
     ]
     assert advice(rows, "fixed") == [
-        "Rank 2 is sample-limited: its loss is 6% of the output energy above the floor, where at most 0.20% would do, and "
-        "the training loss shows less than half of this distance. Use --sampling auto or more samples.",
+        "Rank 2 is sample-limited: its loss is 6% of the output energy above the floor, where at most 0.20% would do, "
+        "and the training loss shows less than half of this distance. Use --sampling auto or more samples.",
         "Rank 3 is undertrained: its loss is 6% of the output energy above the floor, where at most 0.20% would do. "
         "Increase --num_epochs.",
         "Rank 2: diverged; see its train.log.",

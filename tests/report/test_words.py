@@ -44,6 +44,8 @@ def test_a_unit_of_several_words_is_no_part_of_a_number_and_only_nats_have_a_per
     assert words.both_metrics(row_of()) == [
         f"Rank 4 is predicted to cost the model about {both}; it loses 0.60% of the output energy."
     ]
+    energy = Words(unit=unit)  # another sentence has the energy that is lost
+    assert energy.both_metrics(row_of()) == [f"Rank 4 is predicted to cost the model about {both}."]
 
 
 def test_a_table_of_bounds_is_in_nats():
@@ -89,7 +91,7 @@ def test_the_other_sentences_of_an_answer_are_in_nats():
     ):
         assert line in lines
     assert not any("%" in line for line in lines if "parameters" not in line and "output energy" not in line)
-    assert "so choose with --target_loss_increase." in answer([row_of(), row_of()], Facts())[0]
+    assert "so choose with --target_loss_increase." in answer([row_of()] * 3, Facts())[0]
 
 
 def test_advice_and_the_note_on_a_target_are_in_nats():

@@ -69,7 +69,8 @@ def loss_by_parameters(figure: Figure, study: Study, log_scale: bool) -> str:
     _label_points(axes, losses, color)
     _finish_parameter_axis(axes, study.dense_parameters, losses["parameters"])
     axes.plot([], [], "o", color=color, label="trained (number: rank)")
-    axes.plot([], [], "o", color=paper(), label="trained, and off the front", **look)
+    if (at_front < 0.99 * losses["exact"]).any():
+        axes.plot([], [], "o", color=paper(), label="trained, and off the front", **look)
     parts.write_legend(figure, axes.get_legend_handles_labels()[0])
     return of_front(study, losses)
 
