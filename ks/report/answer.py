@@ -30,7 +30,8 @@ class Facts:
     least loss; empty if the family has no floor or is low-rank. target: the ranks around the target; None without a
     target or a floor. remedy: if the target was missed, a rank whose best known chain reaches it with a margin as large
     as the excess of the named rank, the loss of that chain, and whether it is larger than dense. uncertified: the ranks
-    of the answer whose lower bounds ran out of time, and `seconds`, the time for all of them.
+    of the answer whose lower bounds ran out of time, and `seconds`, the time for all of them. disturbed: whether other
+    runs were going on when the times of the named rank were measured.
     """
 
     lowrank: Mapping[int, tuple[int, float]] = field(default_factory=dict)
@@ -38,6 +39,7 @@ class Facts:
     remedy: tuple[int, float, bool] | None = None
     uncertified: tuple[int, ...] = ()
     seconds: float = 0.0
+    disturbed: bool = False
 
 
 def answer(rows: list[dict], facts: Facts, target: float | None = None) -> list[str]:
@@ -68,7 +70,7 @@ def answer(rows: list[dict], facts: Facts, target: float | None = None) -> list[
     sentences += _bounds_of(named, words)
     sentences += _uncertified(facts)
     sentences += lowrank_beside(named, facts)
-    sentences += _warnings(named, target, words)
+    sentences += _warnings(named, target, facts.disturbed, words)
     return sentences + _dominated(known)
 
 
@@ -271,7 +273,7 @@ def trained_and_reachable(row: dict, other: float) -> tuple[str, str]:
     return shown, f"is trained to {ours}" + (f" and {can} reach {least}" if best < trained else "")
 
 
-def _warnings(row: dict, target: float | None, words: Words) -> list[str]:
+def _warnings(row: dict, target: float | None, disturbed: bool, words: Words) -> list[str]:
     """Return the size of the named rank if it is too large, its time, and held-out inputs that lose more."""
     rank, sentences = row["rank"], []
     if row["compression_ratio"] < 1:
@@ -282,6 +284,8 @@ def _warnings(row: dict, target: float | None, words: Words) -> list[str]:
         start = f"Time of rank {rank} over that of the dense weight here"
         if slow := [str(batch) for batch, ratio in ratios.items() if ratio > 1]:
             start = f"WARNING: rank {rank} is slower than dense at batch {', '.join(slow)}; its time over that of dense"
+        if disturbed:
+            start += ", measured while other runs were training (--jobs 1 avoids that)"
         sentences.append(f"{start}: {texts}.")
     held_out = words.held_out(row)
     if target is not None and held_out is not None and row["relative_loss"] <= target < held_out:

@@ -126,6 +126,17 @@ def test_a_slower_chain_and_held_out_inputs_that_miss_the_target_have_warnings()
     ]
 
 
+def test_times_that_were_measured_beside_other_runs_are_marked():
+    (row,) = rows_of({4: 0.0})
+    for time, start in ((0.2, "WARNING: rank 4 is slower than dense at batch 1; its time over that of dense"),
+                        (0.05, "Time of rank 4 over that of the dense weight here")):  # fmt: skip
+        lines = answer([row | {"latency_ms_batch_1": time, "dense_latency_ms_batch_1": 0.1}], Facts(disturbed=True))
+        marked = (
+            f"{start}, measured while other runs were training (--jobs 1 avoids that): {time / 0.1:.2f} at batch 1."
+        )
+        assert marked in lines
+
+
 def test_two_bounds_are_both_named():
     floors = RankFloors(make_weight(), ks.make_chain(64, 96, "butterfly"))
     lines = answer_of(rows_of({4: -1e-5}, floors), 0.9, floors)
