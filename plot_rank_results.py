@@ -32,7 +32,7 @@ from ks.files.columns import STUDIES
 from ks.files.layout import SweepFiles
 from ks.files.ownership import check_free, delete, recorded
 from ks.files.table import filled, table
-from ks.report.comparison import read_studies, study_row, what_compares
+from ks.report.comparison import findings, read_studies, study_row, what_compares
 from ks.report.figures import draw
 from ks.report.model_report import measured_plans, write_model_report
 from ks.report.read_results import read_study
@@ -110,17 +110,20 @@ def main(argv=None) -> int:
             written.append(files.report)
     except OSError as error:
         raise UsageError(f"figures cannot be written to {target}: {error.strerror}") from error
+    explained: set[str] = set()
     for plan in plans.values():
         print("\n".join(filled(plan.sentences())) + "\n")
     if several:
-        print(table(STUDIES[:7], map(study_row, studies)) + "\n")
-        print("\n".join(filled(what_compares(studies))) + "\n")
+        rows = [study_row(study) for study in studies]
+        print("\n".join(filled(findings(studies, rows))) + "\n")
+        print(table(STUDIES[:7], rows, explained=explained) + "\n")
+        print("\n".join(filled(what_compares(studies))))
     for study in studies:
         if several:
-            print(f"{study.name}: {study.chain}")
+            print(f"\n{study.name}: {study.chain}")
         if study.answer:
             print("\n".join(filled(study.answer)) + "\n")
-        print(summary_table(study.rows, config.verbose))
+        print(summary_table(study.rows, config.verbose, explained))
     for path in written:
         print(path)
     if config.show:

@@ -97,7 +97,7 @@ SUMMARY = (
     Column("status", Text, "`ok`, or why the run failed; its final losses are then empty"),
     Column("population_loss", Loss, "exact expected loss of the last epoch's chain", LOSS, "{:.4g}"),
     Column("loss_floor", Loss, "lower bound: no chain of this rank has a smaller loss", LOSS, "{:.4g}",
-           "the least loss that any chain of the rank can have"),
+           "no chain of the rank can have a smaller loss"),
     Column("loss_floor_upper", Loss, "upper bound: the best known chain of this rank has this loss; where the bounds "
            "differ, a run may beat it", LOSS, "{:.4g}",
            "where the floor lies between two bounds, the loss of the best chain known"),
@@ -132,7 +132,7 @@ SUMMARY = (
            FRACTION, "{:.2%}"),
     Column("segments", Text, "epochs of each segment of the run, joined by +"),
     Column("relative_floor", Loss, "`loss_floor` / loss of the zero predictor", FRACTION, "{:.2%}",
-           "the least that any chain of the rank can lose"),
+           "no chain of the rank can lose less"),
     Column("relative_floor_upper", Loss, "`loss_floor_upper` / loss of the zero predictor", FRACTION, "{:.2%}",
            "where the floor lies between two bounds, the loss of the best chain known"),
     Column("relative_loss_se", Loss, "standard error of `relative_loss` over the seeds", FRACTION, "{:.3%}"),

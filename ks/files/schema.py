@@ -47,6 +47,8 @@ class TrainingLog(Struct):
     held_out_loss_increase: Loss | None = None
     energy_loss: Loss | None = None
     resumed_after: Count | None = None
+    started: Text = ""
+    ended: Text = ""
     latency: Latency | None = None
 
 

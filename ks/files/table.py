@@ -10,7 +10,9 @@ WIDTH = 100
 MIN_WRAPPED = 16  # characters that a wrapped column needs
 
 
-def table(columns: Iterable[Column], rows: Iterable[Mapping[str, Any]], width: int = WIDTH) -> str:
+def table(
+    columns: Iterable[Column], rows: Iterable[Mapping[str, Any]], width: int = WIDTH, explained: set[str] | None = None
+) -> str:
     """Return rows as lines of text, followed by the legends of the columns that are shown.
 
     A column without any value is left out, a missing value is "-". Texts are set to the left, numbers to the right, and
@@ -20,6 +22,7 @@ def table(columns: Iterable[Column], rows: Iterable[Mapping[str, Any]], width: i
         columns: to show, in this order; the first one identifies the rows.
         rows: the value of each column by its name. A string is shown as it is, everything else in the column's form.
         width: of a line, in characters.
+        explained: legends of tables above, which are left out here; those of this table join them.
     """
     rows = list(rows)
     first, *others = (column for column in columns if any(not is_missing(row.get(column.name)) for row in rows))
@@ -36,6 +39,9 @@ def table(columns: Iterable[Column], rows: Iterable[Mapping[str, Any]], width: i
         blocks[-1].append(column)
         left -= 1 + widths[column.name]
     legends = [f"{column.name}: {column.legend}." for column in (first, *others) if column.legend]
+    if explained is not None:
+        legends = [legend for legend in legends if legend not in explained]
+        explained.update(legends)
     return "\n".join(["\n\n".join(_block(block, cells, widths) for block in blocks), *filled(legends, width)])
 
 

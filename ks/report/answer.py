@@ -15,6 +15,7 @@ from ks.report.words import Words, percents
 
 # A knee lies below the chord of the front by this fraction of its height and width, in logarithms.
 KNEE_DEPTH = 0.05
+LOWRANK = "A low-rank factorisation of the same size"  # begins the sentence on it
 # More epochs are advised up to this many times those of the study; beyond, a larger rank is the remedy.
 MOST_EPOCHS = 10
 # A continuation that is shorter than the run restarts at a small rate and may gain less than 1 / epochs predicts.
@@ -29,7 +30,8 @@ class Facts:
     least loss; empty if the family has no floor or is low-rank. target: the ranks around the target; None without a
     target or a floor. remedy: if the target was missed, a rank whose best known chain reaches it with a margin as large
     as the excess of the named rank, the loss of that chain, and whether it is larger than dense. uncertified: the ranks
-    of the answer whose lower bounds ran out of time, and `seconds`, the time for all of them.
+    of the answer whose lower bounds ran out of time, and `seconds`, the time for all of them. disturbed: whether other
+    runs were going on when the times of the named rank were measured.
     """
 
     lowrank: Mapping[int, tuple[int, float]] = field(default_factory=dict)
@@ -37,6 +39,7 @@ class Facts:
     remedy: tuple[int, float, bool] | None = None
     uncertified: tuple[int, ...] = ()
     seconds: float = 0.0
+    disturbed: bool = False
 
 
 def answer(rows: list[dict], facts: Facts, target: float | None = None) -> list[str]:
@@ -67,7 +70,7 @@ def answer(rows: list[dict], facts: Facts, target: float | None = None) -> list[
     sentences += _bounds_of(named, words)
     sentences += _uncertified(facts)
     sentences += lowrank_beside(named, facts)
-    sentences += _warnings(named, target, words)
+    sentences += _warnings(named, target, facts.disturbed, words)
     return sentences + _dominated(known)
 
 
@@ -178,7 +181,7 @@ def _on_front(named: dict, rows: list[dict], words: Words) -> list[str]:
         start, end = f"Rank {named['rank']} is the knee of loss against parameters", ""
     else:
         start = f"Rank {named['rank']} {words.loses} least"
-        end = f"; loss against parameters has no knee, so choose with {words.target_flag}" if len(rows) > 1 else ""
+        end = f"; loss against parameters has no knee, so choose with {words.target_flag}" if len(rows) > 2 else ""
     return [f"{start}: it {words.loses} {words.show(named['relative_loss'])}, with {_size(named)}{end}."]
 
 
@@ -253,17 +256,24 @@ def best_known(row: dict) -> float:
 
 
 def lowrank_beside(row: dict, facts: Facts) -> list[str]:
-    """Return the loss that a low-rank factorisation with at most as many parameters can reach."""
+    """Return the loss that low-rank with at most as many parameters can reach, beside what this rank did and can."""
     if row["rank"] not in facts.lowrank:
         return []
     rank, floor = facts.lowrank[row["rank"]]
-    loss, ours = Words.of(row).amounts(floor, row["relative_loss"])
+    loss, ours = trained_and_reachable(row, floor)
     advice = "; sweep --chain lowrank as well" if floor < best_known(row) else ""
-    start = f"A low-rank factorisation of the same size (rank {rank}) gets down to {loss}"
-    return [f"{start}, against {ours} here{advice}."]
+    return [f"{LOWRANK} (rank {rank}) can reach {loss}; this chain {ours}{advice}."]
 
 
-def _warnings(row: dict, target: float | None, words: Words) -> list[str]:
+def trained_and_reachable(row: dict, other: float) -> tuple[str, str]:
+    """Return another loss, and how a sentence on a chain goes on: what its run reached, and what it can reach."""
+    trained, best = row["relative_loss"], best_known(row)
+    shown, ours, least = Words.of(row).amounts(other, trained, best)
+    can = "can" if row.get("loss_floor_is_exact") else "is known to"
+    return shown, f"is trained to {ours}" + (f" and {can} reach {least}" if best < trained else "")
+
+
+def _warnings(row: dict, target: float | None, disturbed: bool, words: Words) -> list[str]:
     """Return the size of the named rank if it is too large, its time, and held-out inputs that lose more."""
     rank, sentences = row["rank"], []
     if row["compression_ratio"] < 1:
@@ -274,6 +284,8 @@ def _warnings(row: dict, target: float | None, words: Words) -> list[str]:
         start = f"Time of rank {rank} over that of the dense weight here"
         if slow := [str(batch) for batch, ratio in ratios.items() if ratio > 1]:
             start = f"WARNING: rank {rank} is slower than dense at batch {', '.join(slow)}; its time over that of dense"
+        if disturbed:
+            start += ", measured while other runs were training (--jobs 1 avoids that)"
         sentences.append(f"{start}: {texts}.")
     held_out = words.held_out(row)
     if target is not None and held_out is not None and row["relative_loss"] <= target < held_out:

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Sequence
+from math import log
 from typing import Any
 
 from ks.files import columns
@@ -13,10 +14,12 @@ from ks.files.rows import read_table
 from ks.files.schema import RunConfig, read_json_as
 from ks.report.answer import named_row
 from ks.report.read_results import MEAN_SQUARED_ERROR, Study, read_study
-from ks.report.sentences import of_failures
+from ks.report.sentences import first_of, of_failures
+from ks.report.verdict import converged_loss
 
 MOST_HOSTS = 3  # that a row lists by name
 SAME = 1e-4  # relative difference of one loss that was computed on two machines
+OF_ONE_SIZE = 1.05  # the most parameters over the fewest of ranks that count as of equal size
 RUNS_READ = ("rank", "seed", "status", "train_seconds")
 
 
@@ -66,6 +69,41 @@ def are_of_one_weight(studies: Sequence[Study]) -> bool:
     return len({study.weight_sha256 for study in studies}) == 1 and max(zeros) - min(zeros) <= SAME * max(zeros)
 
 
+def at_equal_size(studies: Sequence[Study]) -> str:
+    """Return which study loses least where trained ranks of all are nearest in size, the largest such size.
+
+    Losses are equal if the largest would count as converged to a floor at the least one.
+
+    Args:
+        studies: of one weight, which are `comparable`.
+    """
+    points = [[row for row in study.rows if None not in (row["relative_loss"], row["parameters"])] for study in studies]
+
+    def nearest(parameters: float) -> list[tuple[dict[str, Any], str]]:
+        found = (min(rows, key=lambda row: abs(log(row["parameters"] / parameters))) for rows in points)
+        return sorted(zip(found, (study.name for study in studies)), key=lambda one: one[0]["relative_loss"])
+
+    def sizes(group: list[tuple[dict[str, Any], str]]) -> list[float]:
+        return sorted(row["parameters"] for row, _ in group)
+
+    groups = [nearest(row["parameters"]) for rows in points for row in rows]
+    group = min(groups, key=lambda group: (sizes(group)[-1] / sizes(group)[0], -sizes(group)[0]))
+    small, large = sizes(group)[0], sizes(group)[-1]
+    if large > OF_ONE_SIZE * small:
+        return "no ranks of equal size were trained in every study, so their losses show no better one"
+    words, losses = studies[0].words, [row["relative_loss"] for row, _ in group]
+    size = f"{small:,.0f} parameters" if small == large else f"{small:,.0f} to {large:,.0f} parameters"
+    shown = words.amounts(*losses)
+    texts = [f"{name} {loss} (rank {row['rank']})" for (row, name), loss in zip(group, shown)]
+    start = f"at equal size ({size}), "
+    if losses[-1] <= converged_loss(losses[0]):
+        within = words.amounts(losses[-1] - losses[0])[0]
+        return f"{start}losses are equal within {words.whole(within)}: {first_of(texts)}"
+    return f"{start}{group[0][1]} {words.loses} least: {words.whole(shown[0])} (rank {group[0][0]['rank']}); " + (
+        first_of(texts[1:])
+    )
+
+
 def what_compares(studies: Sequence[Study]) -> list[str]:
     """Return sentences on what of these studies compares, and what does not."""
     kinds, sentences = comparable(studies), []
@@ -78,6 +116,11 @@ def what_compares(studies: Sequence[Study]) -> list[str]:
         sources = {(row["weight"], row["loss_unit"]) for study in studies for row in study.rows[:1]}
         if len(sources) == 1 and all(study.summary["loss_increase"].notna().any() for study in studies):
             sentences.append("The predicted increases of the loss of the model compare if the inputs are of one model.")
+    elif len(kinds) == 1 and len({study.rows[0]["inputs"] for study in studies}) == 1:
+        sentences.append(
+            "One weight and the same inputs: losses compare at equal parameters. Equal ranks of two families differ in "
+            "size."
+        )
     metrics = {study.words.loss_metric for found in kinds.values() for study in found}
     if len(metrics) > 1:
         sentences.append(
@@ -169,9 +212,15 @@ def findings(studies: Sequence[Study], rows: Sequence[dict[str, Any]]) -> list[s
             first = f"The smallest trained chain that {words.loses} at most {limit} has {least:.2%} of the parameters "
             first += f"of the dense weight: {' and '.join(best)}."
         return [first, *sentences]
-    weights = len({study.weight_sha256 for study in studies})
-    first = f"{len(rows)} studies of {'one weight' if weights == 1 else f'{weights} weights'}"
-    return [f"{first}; targets that are reached: {len(reached)} of {len(asked)}." if asked else f"{first}.", *sentences]
+    if are_of_one_weight(studies) and [*map(len, comparable(studies).values())] == [len(studies)]:
+        first = at_equal_size(studies)
+        firsts = [f"{first[0].upper()}{first[1:]}."]
+    else:
+        weights = len({study.weight_sha256 for study in studies})
+        firsts = [f"{len(rows)} studies of {'one weight' if weights == 1 else f'{weights} weights'}."]
+    if asked:
+        firsts.append(f"Targets that are reached: {len(reached)} of {len(asked)}.")
+    return [*firsts, *sentences]
 
 
 def shared_columns(rows: Sequence[dict[str, Any]]) -> dict[str, str]:

@@ -6,10 +6,10 @@ import pandas as pd
 
 from ks.files.columns import BATCHES, FINAL
 from ks.files.status import ended_well
-from ks.report.answer import Facts, best_known, lowrank_beside, named_row
+from ks.report.answer import LOWRANK, best_known, named_row, trained_and_reachable
 from ks.report.read_results import Study
 from ks.report.summary import times_of
-from ks.report.verdict import ROUNDING, SMALL_EXCESS, Limit
+from ks.report.verdict import ROUNDING, SMALL_EXCESS, Limit, converged_loss
 from ks.report.words import Words
 
 NONE_FINISHED = "no rank has finished"
@@ -72,13 +72,10 @@ def advice(rows: list[dict], sampling: str | None = None) -> list[str]:
             remedy = "--sampling auto or more samples" if sampling == "fixed" else "more samples"
             sentences.append(
                 f"Rank {rank} is sample-limited: its loss is {_above(row, words)}, and the training loss shows less "
-                f"than half of this gap. Use {remedy}."
+                f"than half of this distance. Use {remedy}."
             )
         elif limit is Limit.TRAINING:
-            sentences.append(
-                f"Rank {rank} is undertrained: its loss is {_above(row, words)} ({row['removed_share']:.2%} of the "
-                "achievable reduction). Increase --num_epochs."
-            )
+            sentences.append(f"Rank {rank} is undertrained: its loss is {_above(row, words)}. Increase --num_epochs.")
         elif limit is words.small:
             sentences.append(
                 f"Rank {rank} is {limit}: its loss exceeds {_reference(row)} by {words.show(row['excess'])}. "
@@ -95,7 +92,8 @@ def advice(rows: list[dict], sampling: str | None = None) -> list[str]:
         sentences.append(f"Larger than the dense weight: rank {', '.join(larger)}.")
     if slow := _slower(rows, "dense", AS_FAST):
         sentences.append(f"Not faster than dense: {slow}.")
-    if slow := _slower(rows, "lowrank", 1 / AS_FAST):
+    is_lowrank = str(rows[0].get("chain")).split()[0] == "lowrank"  # two nn.Linear of the very same products
+    if not is_lowrank and (slow := _slower(rows, "lowrank", 1 / AS_FAST)):
         sentences.append(f"Slower than a low-rank factorisation of the same size: {slow}.")
     return sentences
 
@@ -105,10 +103,10 @@ def _reference(row: dict) -> str:
 
 
 def _above(row: dict, words: Words) -> str:
-    if row.get("optimality_gap") is None:
-        return f"{words.show(row['excess'])} above {_reference(row)}"
-    gap = 100 * row["optimality_gap"]
-    return f"{gap:.0f}% above {_reference(row)}" if gap >= 10 else f"{gap:.2g}% above {_reference(row)}"
+    """Return how far a loss is above the best known one, and the distance at which the verdict would change."""
+    best = row["relative_floor_upper"]
+    distance, limit = words.amounts(row["excess"], max(converged_loss(best) - best, SMALL_EXCESS))
+    return f"{words.whole(distance)} above {_reference(row)}, where at most {limit} would do"
 
 
 def recommendation(study: Study) -> list[str]:
@@ -120,16 +118,15 @@ def recommendation(study: Study) -> list[str]:
     if not study.answer or row is None or study.floor.empty or study.family == "lowrank":
         return list(study.answer)
     beside = study.lowrank_beside(pd.Series([row["parameters"]])).iloc[0]
-    rank, loss, words = int(beside["rank"]), beside["relative_loss"], study.words
+    rank, loss = int(beside["rank"]), beside["relative_loss"]
     if loss >= best_known(row):
         return list(study.answer)
-    least, ours = words.amounts(loss, row["relative_loss"])
+    least, ours = trained_and_reachable(row, loss)
     first = (
-        f"Prefer a low-rank factorisation: at rank {rank} it gets down to {least}, with no more parameters than this "
-        f"chain at rank {row['rank']}, which {words.loses} {ours}."
+        f"Prefer a low-rank factorisation: at rank {rank} it can reach {least}, with no more parameters than this "
+        f"chain at rank {row['rank']}, which {ours}."
     )
-    same = lowrank_beside(row, Facts({row["rank"]: (rank, loss)}))
-    return [first, *(sentence for sentence in study.answer if sentence not in same)]
+    return [first, *(sentence for sentence in study.answer if not sentence.startswith(LOWRANK))]
 
 
 def of_losses(study: Study) -> str:
@@ -215,25 +212,24 @@ def of_gaps(study: Study) -> str:
 
 
 def of_front(study: Study, losses: pd.DataFrame) -> str:
-    """Return whether the trained chains lose less than low-rank of the same size.
+    """Return whether the trained ranks can lose less than low-rank of the same size, by the best known chains.
 
     Args:
         study: of the chains.
         losses: rows of its losses with a population loss and parameters.
     """
     family, units, lose, loses = study.family, study.units, study.words.lose, study.words.loses
+    can, cannot = ("are known to", "are not known to") if losses["bracketed"].any() else ("can", "cannot")
     if family == "lowrank":
         last = losses.iloc[-1]
         return f"rank {last['rank']} {loses} {units.show(last['best'])} with {last['parameters']:,.0f} parameters"
     beside = study.lowrank_beside(losses["parameters"])["relative_loss"] * units.zero
-    better = losses["rank"][losses["best"] < beside]
+    better = losses["rank"][losses[["best", "upper"]].min(axis=1) < beside * (1 - ROUNDING)]
     if better.empty:
-        return f"at equal size, low-rank can {lose} less than every trained {family} chain"
-    if len(better) == len(losses):
-        return f"every trained {family} chain {loses} less than low-rank can at equal size"
-    verb = loses if len(better) == 1 else lose
-    which = listed(better, len(losses))
-    return f"at equal size, {which} of {family} {verb} less than low-rank can; the other ranks {lose} more"
+        return f"at equal size, the trained ranks of {family} {cannot} {lose} less than low-rank"
+    which, others = listed(better, len(losses)), "" if len(better) == len(losses) else f"; the other ranks {cannot}"
+    can = "is known to" if can != "can" and (len(better) in (1, len(losses))) else can
+    return f"at equal size, {which} of {family} {can} {lose} less than low-rank{others}"
 
 
 def of_metric(metric: str, summary: pd.DataFrame) -> str:

@@ -217,9 +217,12 @@ def summary_columns(rows: list[dict], more: Sequence[str] = ()) -> list[Column]:
     return words.with_units(chosen(SUMMARY, dict.fromkeys([*order, *more])))
 
 
-def summary_table(rows: list[dict], verbose: bool = False) -> str:
-    """Return the summary as a printed table, a line for each rank; with the details in further tables if verbose."""
-    shown = table(summary_columns(rows), rows)
+def summary_table(rows: list[dict], verbose: bool = False, explained: set[str] | None = None) -> str:
+    """Return the summary as a printed table, a line for each rank; with the details in further tables if verbose.
+
+    `explained` is as in `ks.files.table.table`.
+    """
+    shown = table(summary_columns(rows), rows, explained=explained)
     if not verbose:
         return shown
     metrics = [name for name in summary_metrics(rows) if name.startswith(FINAL)]

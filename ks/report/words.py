@@ -110,12 +110,12 @@ class Words:
         return relative if relative is None or not self.of_model else row["final_val_loss"] / self.predict_zero_loss
 
     def both_metrics(self, row: Mapping[str, Any]) -> list[str]:
-        """Return a sentence with the increase of the loss of the model and the energy lost; none if not known."""
+        """Return a sentence on the increase of the loss of the model, if known; with the energy where it is new."""
         increase, energy = row.get("loss_increase"), row.get("energy_loss")
         if increase is None or energy is None:
             return []
         cost = f"Rank {row['rank']} is predicted to cost the model about {per_token(increase, self.unit)}"
-        return [f"{cost}; it loses {percents(energy)[0]} of the output energy."]
+        return [f"{cost}; it loses {percents(energy)[0]} of the output energy." if self.of_model else f"{cost}."]
 
 
 def percents(*values: float) -> list[str]:

@@ -3,7 +3,7 @@
 import dataclasses
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +45,18 @@ class Result:
     ending: Ending
     curves: list[dict]
     log: TrainingLog
+
+
+def were_disturbed(results: Sequence[Result], rank: int) -> bool:
+    """Return whether other runs were going on at the end of those of a rank, when its times on the CPU are measured."""
+    logs = {id(result.log): result.log for result in results if result.log.started and result.log.ended}
+    own = [result.log for result in results if result.run.rank == rank and id(result.log) in logs]
+    return any(
+        other is not log and other.started < log.ended <= other.ended and other.ended > log.started
+        for log in own
+        if log.latency is not None and log.latency.device == "cpu"
+        for other in logs.values()
+    )
 
 
 def ranks_of(

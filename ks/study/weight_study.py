@@ -30,14 +30,25 @@ from ks.files.status import Status, ended_well
 from ks.files.table import filled, table
 from ks.files.weights import packed
 from ks.moments.read import packed_inputs
-from ks.report.answer import answer, target_note
+from ks.report.answer import answer, named_row, target_note
 from ks.report.verdict import check_above_floor
 from ks.report.words import Words
 from ks.study.folder import claim_folder, held, record_of, refuse_another_study, remedies_of, study_in
 from ks.study.launcher import launcher_of
 from ks.study.processes import Exit, Start, wait_for_one
 from ks.study.run_all import finished_before, run_all
-from ks.study.runs import Result, Run, as_rank, ranks_of, result_of, runs_of, seeds_of, stop_losses, trained_ranks
+from ks.study.runs import (
+    Result,
+    Run,
+    as_rank,
+    ranks_of,
+    result_of,
+    runs_of,
+    seeds_of,
+    stop_losses,
+    trained_ranks,
+    were_disturbed,
+)
 from ks.study.study_floors import certify, find_facts, is_large, keep_floors, plan_floors, ranks_of_answer
 from ks.training.criterion_identity import TOOLKIT, Edits, edits_of
 from ks.training.problem import chain_notes, choose_device, relative_target, resolve
@@ -288,6 +299,9 @@ class WeightStudy(Study):
         certify(self.planned, ranks_of_answer(rows, self.planned, target), self.ranks, seconds, self.found)
         self.rows_of_runs, self.rows = summarise(self.config, self.problem, self.planned, self.floors, results)
         facts = find_facts(self.rows, self.planned, target, seconds)
+        if named := named_row(self.rows, target):
+            disturbed = self.config.launcher != "slurm" and were_disturbed(results, named["rank"])
+            facts = dataclasses.replace(facts, disturbed=disturbed)
         self.write_floors()
         self.record["facts"] = dataclasses.asdict(facts)
         self.record["answer"] = answer(self.rows, facts, target)

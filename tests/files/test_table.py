@@ -32,3 +32,9 @@ def test_the_last_text_wraps_and_further_columns_continue_below():
 
 def test_a_sentence_that_continues_is_indented():
     assert filled(["one two three"], 9) == ["one two\n  three"]
+
+
+def test_a_legend_stands_below_the_first_of_several_tables():
+    explained = set()
+    texts = [table([RANK, LOSS], [{"rank": 2, "relative_loss": 0.5}], explained=explained) for _ in range(2)]
+    assert ["the fraction lost" in text for text in texts] == [True, False]

@@ -47,7 +47,7 @@ def test_the_smallest_rank_that_reached_the_target_is_named():
     assert first.startswith("Rank 4 is the smallest trained rank that loses at most ")
     assert f"it loses {percents(curve[4].item() + 1e-4)[0]}, with 41.67% of the parameters" in first
     assert second == "No smaller rank can reach it."
-    assert any(line.startswith("A low-rank factorisation of the same size (rank 16) gets down to ") for line in others)
+    assert any(line.startswith("A low-rank factorisation of the same size (rank 16) can reach ") for line in others)
 
 
 def test_a_smaller_rank_that_can_reach_the_target_is_named_too():
@@ -98,6 +98,7 @@ def test_without_a_target_the_knee_is_named():
     assert first.startswith("Rank 8 loses least: it loses 12.50%")
     assert "no knee, so choose with --target_relative_loss" in first
     assert knee(rows[:2]) is None
+    assert "knee" not in answer_of(rows[:2])[0]
 
 
 def test_an_exact_rank_is_the_answer():
@@ -123,6 +124,17 @@ def test_a_slower_chain_and_held_out_inputs_that_miss_the_target_have_warnings()
         "32.",
         "WARNING: on held-out inputs, rank 4 loses 30%, more than 20%.",
     ]
+
+
+def test_times_that_were_measured_beside_other_runs_are_marked():
+    (row,) = rows_of({4: 0.0})
+    for time, start in ((0.2, "WARNING: rank 4 is slower than dense at batch 1; its time over that of dense"),
+                        (0.05, "Time of rank 4 over that of the dense weight here")):  # fmt: skip
+        lines = answer([row | {"latency_ms_batch_1": time, "dense_latency_ms_batch_1": 0.1}], Facts(disturbed=True))
+        marked = (
+            f"{start}, measured while other runs were training (--jobs 1 avoids that): {time / 0.1:.2f} at batch 1."
+        )
+        assert marked in lines
 
 
 def test_two_bounds_are_both_named():

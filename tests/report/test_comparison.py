@@ -3,12 +3,13 @@
 import dataclasses
 
 import pytest
-from drawn_study import DIVERGED, make_study
+from drawn_study import DIVERGED, make_study, texts
 
 from ks.files.atomic import write_csv, write_json
 from ks.files.layout import SweepFiles, run_files
 from ks.files.schema import StudyRecord
 from ks.report.comparison import findings, machines_of, shared_columns, study_row, what_compares
+from ks.report.figures.draw import chains_figures
 
 
 def study_of(name, ranks=(2, 4), summary=None, **described):
@@ -34,7 +35,32 @@ def test_studies_of_one_weight_and_one_target_open_with_the_smallest_chain_that_
     ]
     assert findings_of(studies[0])[0] == "No study reaches the target of 50% of the output energy."
     other = dataclasses.replace(studies[1], weight_sha256="b")
-    assert findings_of(studies[0], other) == ["2 studies of 2 weights; targets that are reached: 1 of 2."]
+    assert findings_of(studies[0], other) == ["2 studies of 2 weights.", "Targets that are reached: 1 of 2."]
+
+
+@pytest.mark.parametrize(
+    ("losses", "sizes", "sentence"),
+    [
+        ((0.4, 0.41), (1000, 1000), "At equal size (1,000 parameters), small loses least: 40% of the output energy "
+         "(rank 4); large 41% (rank 4)."),
+        ((0.41, 0.4), (1000, 1020), "At equal size (1,000 to 1,020 parameters), large loses least: 40% of the output "
+         "energy (rank 4); small 41% (rank 4)."),
+        ((0.4, 0.403), (1000, 1000), "At equal size (1,000 parameters), losses are equal within 0.30% of the output "
+         "energy: small 40% (rank 4); large 40.30% (rank 4)."),
+        ((0.4, 0.41), (1000, 1100), "No ranks of equal size were trained in every study, so their losses show no "
+         "better one."),
+    ],
+)  # fmt: skip
+def test_the_headline_compares_at_equal_size_and_not_the_largest_ranks(losses, sizes, sentence):
+    small, large = (
+        study_of(name, ranks, {"relative_loss": found, "parameters": held}, target=0.5 if name == "large" else None)
+        for name, ranks, found, held in (
+            ("small", (2, 4), (0.9, losses[0]), (500, sizes[0])),
+            ("large", (4, 8), (losses[1], 0.1), (sizes[1], 9000)),
+        )
+    )
+    assert findings_of(small, large)[0] == sentence
+    assert texts(chains_figures([small, large])["chains"])[0].replace("\n", " ") == sentence[:-1]
 
 
 def test_a_run_that_failed_is_in_the_findings_and_in_its_row():
@@ -56,7 +82,10 @@ def test_a_run_that_failed_is_in_the_findings_and_in_its_row():
 def test_what_does_not_compare_is_stated(summary, described, sentence):
     first = study_of("a", summary={"inputs": "measured 12"})
     assert sentence in " ".join(what_compares([first, study_of("b", summary=summary, **described)]))
-    assert what_compares([first, first]) == []
+    assert what_compares([first, first]) == [
+        "One weight and the same inputs: losses compare at equal parameters. Equal ranks of two families differ in "
+        "size."
+    ]
 
 
 def test_machines_and_times_are_those_of_the_runs(tmp_path):

@@ -226,9 +226,13 @@ def test_the_page_of_the_model_has_its_plan_its_runs_and_links_to_its_layers(che
 def test_a_checkpoint_is_expanded_to_its_layers_beside_another_study(checkpoint, tmp_path, capsys):
     study(checkpoint, tmp_path / "a", "--chain", "lowrank", "--ranks", 2, keys=LAYERS[:2])
     study(checkpoint, tmp_path / "b", "--ranks", 1, 2, keys=LAYERS[:1])
+    capsys.readouterr()
     folders = [str(tmp_path / name) for name in ("a", "b", f"a/{LAYERS[0]}")]
     assert plot_rank_results.main(["--results_dir", *folders, "--output_dir", str(tmp_path), "--report"]) == 0
-    assert "b: monarch (rows" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "b: monarch (rows" in printed
+    assert printed.count("relative_loss: the fraction") == 1
+    assert "\n\n\n" not in printed
     page = Page((tmp_path / "rank_sweep_report.html").read_text())
     addresses = [*(f"a/{name}/rank_sweep_report.html" for name in LAYERS[:2]), "b/rank_sweep_report.html"]
     assert page.loads == addresses

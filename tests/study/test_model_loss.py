@@ -88,7 +88,7 @@ def test_floors_are_those_of_the_metric_and_bounds_of_both_metrics_live_in_one_f
 def test_a_dry_run_prints_floors_in_the_unit_of_the_loss(given, zero, capsys):
     assert rank_sweep_study.main([*given, "--loss_metric", "model_loss", "--ranks", "2", "--dry_run"]) == 0
     printed = capsys.readouterr().out
-    assert "loss_floor: the least loss that any chain of the rank can have, in nats per token." in printed
+    assert "loss_floor: no chain of the rank can have a smaller loss, in nats per token." in printed
     assert "relative" not in printed
     (row,) = (line.split() for line in printed.splitlines() if line.startswith("   2 "))
     assert 0 < float(row[1]) < zero

@@ -11,10 +11,11 @@ import rank_sweep_study
 import train_with_random
 from ks.files.atomic import read_json, write_json
 from ks.files.curves import read_curves, write_curves
+from ks.files.schema import Latency, TrainingLog
 from ks.files.status import OK, Ending, Status
 from ks.layer import KSLinear
 from ks.study.processes import Exit
-from ks.study.runs import as_rank, result_of, runs_of, trained_ranks
+from ks.study.runs import Result, as_rank, result_of, runs_of, trained_ranks, were_disturbed
 
 EPOCHS = 2
 FAILED = Ending(Status.FAILED, "exit 1")
@@ -143,3 +144,26 @@ def test_a_trained_rank_keeps_its_files_even_as_another_run_object(finished):
 def test_a_failed_run_stands_for_a_rank_above_saturation_too(finished, tmp_path):
     (run,) = runs_of(config_of(), [9], tmp_path, Path("trainer.py"))
     assert as_rank(result_of(finished, EPOCHS, Exit(-9, 1.0)), run).ending == Ending(Status.FAILED, "exit -9")
+
+
+@pytest.mark.parametrize(
+    ("named", "other", "device", "disturbed"),
+    [
+        (("10:00", "10:05"), ("10:04", "10:09"), "cpu", True),
+        (("10:00", "10:05"), ("10:00", "10:05"), "cpu", True),
+        (("10:00", "10:05"), ("10:01", "10:03"), "cpu", False),  # it ended before times were measured
+        (("10:00", "10:05"), ("10:05", "10:09"), "cpu", False),
+        (("10:05", "10:05"), ("10:00", "10:05"), "cpu", False),  # one after the other, within a second
+        (("10:00", "10:05"), ("10:04", "10:09"), "cuda", False),
+    ],
+)
+def test_times_are_disturbed_by_a_run_that_was_going_on_at_the_end_of_another(
+    named, other, device, disturbed, tmp_path
+):
+    runs = runs_of(config_of(), [2, 4, 8], tmp_path, Path("trainer.py"))
+    logs = [
+        TrainingLog("ok", started=a, ended=b, latency=Latency(threads=1, dtype="float32", device=device))
+        for a, b in (named, other)
+    ]
+    results = [Result(run, OK, [], log) for run, log in zip(runs, [*logs, logs[0]])]  # the last one is a copy
+    assert were_disturbed(results, 2) == were_disturbed(results, 8) == disturbed

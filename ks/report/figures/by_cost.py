@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from ks.files.columns import ISOTROPIC
-from ks.report.comparison import are_of_one_weight
+from ks.report.comparison import are_of_one_weight, at_equal_size
 from ks.report.figures import parts
 from ks.report.figures.parts import FAMILY_COLORS, GREY, MARKERS, ink, paper, rank_colors
 from ks.report.read_results import Study, Units
@@ -69,7 +69,8 @@ def loss_by_parameters(figure: Figure, study: Study, log_scale: bool) -> str:
     _label_points(axes, losses, color)
     _finish_parameter_axis(axes, study.dense_parameters, losses["parameters"])
     axes.plot([], [], "o", color=color, label="trained (number: rank)")
-    axes.plot([], [], "o", color=paper(), label="trained, and off the front", **look)
+    if (at_front < 0.99 * losses["exact"]).any():
+        axes.plot([], [], "o", color=paper(), label="trained, and off the front", **look)
     parts.write_legend(figure, axes.get_legend_handles_labels()[0])
     return of_front(study, losses)
 
@@ -104,14 +105,12 @@ def chains(figure: Figure, studies: list[Study], log_scale: bool) -> str:
         label = textwrap.fill(parts.literal(f"{study.name}: {study.chain}"), int(13 * parts.PANEL_WIDTH))
         look |= {"markersize": 8, "label": label, "clip_on": False}
         axes.plot(losses["parameters"], losses["exact"], **look)
-        _label_points(axes, losses, color)
+        _label_points(axes, losses, color, index)
     _finish_parameter_axis(axes, dense, together["parameters"])
     parts.write_legend(figure, axes.get_legend_handles_labels()[0])
     if not one:
         return "each loss is relative to the zero predictor on the same weight"
-    place = together["exact"].idxmin()
-    least, rank = units.show(together["exact"].min()), together["rank"][place]
-    return f"the least loss is {least}: {studies[place[0]].name}, rank {rank}"
+    return at_equal_size(studies)
 
 
 def _in_units(study: Study, units: Units, dense: float) -> pd.DataFrame:
@@ -126,10 +125,14 @@ def _with_parameters(study: Study) -> pd.DataFrame:
     return study.losses.dropna(subset=["exact", "parameters"])
 
 
-def _label_points(axes: Axes, losses: pd.DataFrame, color: str) -> None:
+def _label_points(axes: Axes, losses: pd.DataFrame, color: str, index: int = 0) -> None:
+    """Write the ranks beside their points; every study has a place of its own, for points of several may coincide."""
+    away = 6 + 11 * (index // 2)
+    offset, sides = ((6, away), ("left", "bottom")) if index % 2 == 0 else ((-6, -away), ("right", "top"))
+    look: dict[str, Any] = {"color": color, "ha": sides[0], "va": sides[1], **parts.BESIDE}
     for parameters, group in losses.groupby("parameters"):  # ranks above saturation are one point
         place = (parameters, group["exact"].max())
-        axes.annotate(", ".join(map(str, group["rank"])), place, (6, 6), color=color, **parts.BESIDE)
+        axes.annotate(", ".join(map(str, group["rank"])), place, offset, **look)
 
 
 def _finish_parameter_axis(axes: Axes, dense: float, parameters: pd.Series) -> None:

@@ -161,13 +161,21 @@ def test_a_metric_has_a_line_for_each_rank_that_has_it():
         assert study_figures(short, log_scale=True, metrics=["r2"])["metric_r2"].axes[0].get_yscale() == scale
 
 
+@pytest.mark.parametrize(("level", "off"), [(1.0, False), (1.3, True)])
+def test_the_legend_has_points_off_the_front_only_where_there_are_some(level, off):
+    legend = study_figures(make_study([2, 4], level=level, num_epochs=3000))["front"].legends[0]
+    assert ("trained, and off the front" in [text.get_text() for text in legend.get_texts()]) == off
+
+
 def test_chains_side_by_side(tmp_path):
-    studies = [make_study([2, 4]), make_study([1, 8])]
+    studies = [make_study([2, 4]), make_study([4, 8])]
     drawn = chains_figures(studies, log_scale=True)
     figure = drawn["chains"]
     save_figures(drawn, SweepFiles(tmp_path, "p"), ["png"], 40)
     assert len(figure.legends[0].get_texts()) == 2
-    assert texts(figure)[0].startswith("The least loss is ")
+    assert texts(figure)[0].startswith("At equal size")
+    both = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text() == "4"]
+    assert not both[0].overlaps(both[1])
     old = studies[0].summary.assign(population_loss=np.nan)
     assert chains_figures([dataclasses.replace(studies[0], summary=old, predict_zero_loss=None)]) == {}
 
