@@ -22,7 +22,7 @@ test-faults: $(VENV)/requirements-dev
 test-ray: $(VENV)/requirements-dev $(VENV)/requirements-ray
 	unshare --map-root-user --net sh -c 'ip link set lo up && exec $(RUN) -m pytest -m ray'
 
-# Starts a SLURM cluster of two nodes on this machine, in namespaces of its own that end all processes. Takes five minutes;
+# Starts a SLURM cluster of two nodes on this machine, in namespaces of its own that end all processes. Takes six minutes;
 # needs Linux with unshare and ip. Where 127.0.0.1 is the only address, SLURM resolves none.
 test-slurm: $(VENV)/requirements-dev $(VENV)/requirements-slurm /usr/sbin/slurmctld
 	PATH=$$PATH:/usr/sbin unshare $$(test $$(id -u) = 0 || echo --map-current-user --keep-caps) \
