@@ -61,18 +61,18 @@ def train(config: TrainerConfig, problem: Problem, run: Recorder) -> None:
     weight = problem.internal_weight()
     chain = TrainableChain(config, problem, weight)
     samples = make_samples(config, problem, weight, chain.output_rows)  # targets in the order of the chain's outputs
-    optimizer = make_optimizer(problem.optimizer, config, chain.factors, problem.metric)
+    optimizer = make_optimizer(problem.optimizer, config, chain.factors, problem.metric, samples)
     schedule = Schedule(config, samples.steps_per_epoch)
     guarded = GuardedMetrics(metrics, lambda warning: run.warn("metrics", warning))
 
     def step(x, y, lr):
         prediction = chain(x)
-        loss, gradient = loss_and_gradient(criterion, prediction, y, optimizer.scale, chain.output_metric)
+        loss, gradient = loss_and_gradient(criterion, prediction, y, optimizer.scale(lr), chain.output_metric)
         chain.backward(gradient, optimizer)  # writes the gradients of the factors to where the update reads them
         norm = optimizer.update(lr, loss)
         return loss, norm
 
-    take_step, how = runnable(step, *samples.first(), optimizer.state())  # captured as a CUDA graph on a GPU
+    take_step, how = runnable(step, *samples.first(), optimizer)  # captured as a CUDA graph on a GPU
     run.record_choice("impl", *chain.impl)
     run.record_choice("steps", *how)
     run.begin(weight, chain, optimizer, schedule)
@@ -82,6 +82,7 @@ def train(config: TrainerConfig, problem: Problem, run: Recorder) -> None:
             lr = schedule.rate(number)
             optimizer.prepare(number)  # Gauss–Newton measures the curvature anew if that is due
             taken.append(take_step(x, y, lr))
+        optimizer.end_epoch()
         val_loss, values = validate(chain, samples, guarded)
         schedule.end_epoch(val_loss)
         run.record(taken, val_loss, values, lr)

@@ -65,8 +65,9 @@ def curve(weight, chain, rank: int, optimizer: str, epochs: int, num_samples: in
     model.reset_parameters(seeded_generator(seed, "init"))
     torch.nn.init.zeros_(model.factors[0])
     factors = training_factors(model)
-    optimizer = make_optimizer(optimizer, TrainerConfig(batch_size=BATCH), factors, UNIT_MOMENT)
-    schedule = Schedule(TrainerConfig(num_epochs=epochs), samples.steps_per_epoch)
+    config = TrainerConfig(batch_size=BATCH, num_epochs=epochs)
+    optimizer = make_optimizer(optimizer, config, factors, UNIT_MOMENT, samples)
+    schedule = Schedule(config, samples.steps_per_epoch)
     step = our_step(passes, factors, optimizer)
     taken, seconds = 0, 0.0
     for epoch in range(1, epochs + 1):
@@ -75,6 +76,7 @@ def curve(weight, chain, rank: int, optimizer: str, epochs: int, num_samples: in
             optimizer.prepare(number)
             step(x, y, schedule.rate(number))
             taken += 1
+        optimizer.end_epoch()
         seconds += time.process_time() - started
         if epoch % max(1, epochs // 10) == 0 or epoch == epochs:
             loss = population_loss(weight, factors)

@@ -5,6 +5,7 @@ along the batch.
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 
@@ -74,7 +75,8 @@ class ChainPasses:
         inner: list[torch.Tensor],
         *,
         for_x: bool = False,
-        out: list[torch.Tensor] | None = None,
+        out: Sequence[torch.Tensor | None] | None = None,
+        accumulate: bool = False,
         scaling: SplitMatrices | None = None,
     ) -> list[torch.Tensor]:
         """Return the gradients of the values, and before them that of x if `for_x`.
@@ -83,21 +85,24 @@ class ChainPasses:
             gradient: of y, in the layout and order of y.
             x, values: as given to `forward`.
             inner: the activations that it returned after y.
-            out: places for the gradients of the values, in the memory order of `empty_values`, any float dtype.
+            out: places for the gradients of the values, in the memory order of `empty_values`, any float dtype, or the
+                values themselves; None for a gradient that is not wanted.
+            accumulate: add the gradients to what is there.
             scaling: matrices that multiply the gradient of every factor; with them, products are at least as precise
                 as they are.
         """
         features, gradient = (x, gradient) if self.batch_last else (x.t(), gradient.t())
         out = out or [empty_values(pattern, x.device, x.dtype) for pattern in self.patterns]
+        last = max(index for index, place in enumerate(out) if place is not None)
         with float32_products(x, self.precision):
             for index, entered in enumerate([*inner, features]):
-                block_order = self.block_order and index == 0
-                self._values_gradient(index, gradient, entered, out[index], scaling, block_order)
-                if for_x or index + 1 < len(values):
-                    gradient = self._apply(values[index].transpose(1, 2), gradient, x_block_order=block_order)
-        if for_x:
-            return [gradient if self.batch_last else gradient.t(), *out]
-        return out
+                block_order, arrived = self.block_order and index == 0, gradient
+                if for_x or index < last:  # before the values may change
+                    gradient = self._apply(values[index].transpose(1, 2), arrived, x_block_order=block_order)
+                if (place := out[index]) is not None:
+                    self._values_gradient(index, arrived, entered, place, accumulate, scaling, block_order)
+        found = [place for place in out if place is not None]
+        return [gradient if self.batch_last else gradient.t(), *found] if for_x else found
 
     def _apply(
         self, factor: torch.Tensor, x: torch.Tensor, *, x_block_order: bool = False, out_block_order: bool = False
@@ -105,10 +110,12 @@ class ChainPasses:
         """Return K x for the factor K with the given values, shape (features, batch), contiguous."""
         a, b, _, d = factor.shape
         product = self._multiply(factor.permute(0, 3, 1, 2), feature_blocks(x, a, d, x_block_order))
-        return (product if out_block_order else product.transpose(1, 2)).reshape(a * b * d, x.shape[1])
+        return (product if out_block_order or d == 1 else product.transpose(1, 2)).reshape(a * b * d, x.shape[1])
 
-    def _values_gradient(self, index, gradient, entered, out, scaling: SplitMatrices | None, block_order: bool) -> None:
-        """Write Σ over the batch of gradient ⊗ entered, on the support of a factor and scaled, into `out`."""
+    def _values_gradient(
+        self, index, gradient, entered, out, accumulate: bool, scaling: SplitMatrices | None, block_order: bool
+    ) -> None:
+        """Write Σ over the batch of gradient ⊗ entered, on the support of a factor and scaled, to `out`, or add it."""
         (a, b, c, d), batch = self.patterns[index], entered.shape[1]
         left, right = scaling.beside(index) if scaling is not None else (None, None)
         for matrices in (left, right):
@@ -121,6 +128,10 @@ class ChainPasses:
         if right is not None and batch <= b:
             entered, right = self._apply(right, entered), None
         blocks = feature_blocks(gradient, a, d, block_order), feature_blocks(entered, a, d).mT
-        self._multiply(*blocks, out.permute(0, 3, 1, 2))
-        if left is not None or right is not None:
-            out.copy_(scale_gradient(out, left, right))
+        if left is None and right is None:
+            self._multiply(*blocks, out.permute(0, 3, 1, 2), accumulate)
+            return
+        plain = empty_values(self.patterns[index], out.device, out.dtype)
+        self._multiply(*blocks, plain.permute(0, 3, 1, 2))
+        scaled = scale_gradient(plain, left, right)
+        out.add_(scaled) if accumulate else out.copy_(scaled)

@@ -21,9 +21,10 @@ def _tile(base, rows, cols, height, width, row_stride, col_stride):
 def multiply_kernel(
     left, right, out, d, m, n, k, tiles_m, tiles_n,
     left_i, left_t, left_m, left_k, right_i, right_t, right_k, right_n, out_i, out_t, out_m, out_n,
-    SUMS: tl.constexpr, PRECISION: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+    SUMS: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
-    """Write one tile of out[i, t] = left[i, t] @ right[i, t] for one (i, t)."""
+    """Write one tile of out[i, t] = left[i, t] @ right[i, t] for one (i, t), or add it to what is there."""
     program = tl.program_id(0)
     block = (program // (tiles_m * tiles_n)).to(tl.int64)
     i, t = block // d, block % d
@@ -38,14 +39,24 @@ def multiply_kernel(
         right_tile = tl.load(places, mask=inside, other=0.0)
         sums = tl.dot(left_tile, right_tile, sums, input_precision=PRECISION, out_dtype=SUMS)
     places, inside = _tile(out + i * out_i + t * out_t, rows, cols, m, n, out_m, out_n)
+    if ACCUMULATE:
+        sums += tl.load(places, mask=inside, other=0.0)
     tl.store(places, sums.to(out.dtype.element_ty), mask=inside)
 
 
-def multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = None, precision: str = "ieee"):
+def multiply(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    out: torch.Tensor | None = None,
+    accumulate: bool = False,
+    *,
+    precision: str = "ieee",
+) -> torch.Tensor:
     """Return left[i, t] @ right[i, t], as `ks.chain.bmm.multiply` does, and copy nothing.
 
     Args:
         left, right, out: shapes (a, d, m, k), (a, d, k, n) and (a, d, m, n), any strides; without out a new tensor.
+        accumulate: add the product to `out`.
         precision: of float32 operands, 'ieee' or 'tf32'.
     """
     out = left.new_empty(*left.shape[:3], right.shape[3]) if out is None else out
@@ -56,6 +67,6 @@ def multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None =
         multiply_kernel[(a * d * tiles_m * tiles_n,)](
             *(left, right, out, d, m, n, left.shape[3], tiles_m, tiles_n),
             *(*left.stride(), *right.stride(), *out.stride()),
-            **(TILES | {"SUMS": sums, "PRECISION": precision}),
+            **(TILES | {"SUMS": sums, "PRECISION": precision, "ACCUMULATE": accumulate}),
         )
     return out

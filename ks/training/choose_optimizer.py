@@ -1,6 +1,6 @@
 """Choose the optimizer that `--optimizer` means for a chain and a criterion, and make it."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,6 +12,9 @@ from ks.moments.metric import MetricLike
 from ks.training.criterion_identity import Edits
 from ks.training.gauss_newton import GaussNewton
 from ks.training.optimizer import Optimizer
+
+if TYPE_CHECKING:
+    from ks.training.samples import Samples
 
 # On five, a step of gauss_newton costs more than two of adamw and comes less close to the floor.
 MOST_FACTORS = 3
@@ -46,7 +49,9 @@ def choose_optimizer(name: str, chain: Chain, edits: Edits) -> tuple[str, str]:
     return "gauss_newton", f"the chain has {len(patterns)} chainable factors"
 
 
-def make_optimizer(name: str, config: TrainingFlags, factors: list[torch.Tensor], metric: MetricLike) -> Optimizer:
+def make_optimizer(
+    name: str, config: TrainingFlags, factors: list[torch.Tensor], metric: MetricLike, samples: "Samples | None" = None
+) -> Optimizer:
     """Return an optimizer of the factors.
 
     Args:
@@ -54,9 +59,13 @@ def make_optimizer(name: str, config: TrainingFlags, factors: list[torch.Tensor]
         config: with weight decay, clipping, batch size and dtype.
         factors: values of the chain, output side first, float32; updated in place.
         metric: of an error in internal units.
+        samples: to train on; without them, gauss_newton has no epochs of alternating least squares.
     """
     settings: dict[str, Any] = {"weight_decay": config.weight_decay, "loss_scaling": config.dtype == "float16"}
     settings["measure_norm"] = config.log_grad_norm or config.log_to is not None
     if name == "gauss_newton":
-        return GaussNewton(factors, metric, config.batch_size, rate_decays=config.scheduler == "cosine", **settings)
+        decays, run = config.scheduler == "cosine", (1, 0)
+        if samples is not None and samples.sampling == "whitened" and decays and not config.weight_decay:
+            run = (samples.steps_per_epoch, config.num_epochs)
+        return GaussNewton(factors, metric, config.batch_size, rate_decays=decays, whitened_run=run, **settings)
     return Optimizer(name, factors, max_grad_norm=config.max_grad_norm, **settings)

@@ -29,14 +29,17 @@ from ks.moments.metric import Metric, MetricLike
 from ks.training.optimizer import Optimizer
 from ks.training.steps import cuda_graph
 
-# The step at lr = 1e-3 is STEP_SIZE over the largest eigenvalue of the second moment of a batch, (1 + √(n/B))² for
-# white inputs. 0.16 trained the two steepest weights too, 0.2 diverged on them (benchmarks/README.md).
-STEP_SIZE = 0.1
+# At this rate, a step removes 1 / (largest eigenvalue of the second moment of a batch) of an error at first, or
+# LARGEST_STEP if that is less; white inputs have (1 + √(n/B))² there. In batches of 512 with 768 inputs, a step of 0.2
+# diverged and 0.13 did not.
 REFERENCE_LR = 1e-3
+LARGEST_STEP = 0.125
 # Damping, relative to the mean diagonal of each matrix.
 DAMPING = 1e-4
 # Damping, relative to the mean over all matrices of a split: at small ranks noise takes single ones through zero.
 SHARED_DAMPING = 1e-3
+# Eigenvalues of a matrix, relative to its largest, that count as zero in epochs of least squares.
+SMALLEST_EIGENVALUE = 1e-6
 # Levenberg–Marquardt damping of the prefixes, times the squared relative loss and less with every step. The left-most
 # factor starts from zero, and while the loss is high, noise drives the weak directions of a prefix: without this, steps
 # with inverses that are a few steps old diverge, and a warm-up of the rate is needed.
@@ -44,34 +47,44 @@ LOSS_DAMPING = 0.5
 LOSS_MEMORY = 0.9  # of the running mean of the loss, ten steps
 # Steps that all refresh. Those that remove less than SMALL_STEP of an error may have older matrices; with 60 refreshes,
 # larger steps diverged in batches of 128.
-FIRST_REFRESHES, FIRST_REFRESHES_OF_SMALL_STEPS = 100, 60
+FIRST_REFRESHES, FIRST_REFRESHES_OF_SMALL_STEPS = 100, 30
 SMALL_STEP = 0.03
-LONGEST_INTERVAL = 16  # steps between two refreshes
-LONGEST_COUPLED_INTERVAL = 64  # the matrices of coupled inputs are expensive, and may be older
+LONGEST_INTERVAL = 64  # steps between two refreshes
 # Near-ties of singular values leave slow directions, and so do coupled inputs or outputs. So the step grows to GROWTH
-# times STEP_SIZE, but not at once: a large step diverges while the factors still change fast.
+# times what it is at first, but not at once: a large step diverges while the factors still change fast.
 GROWTH = 3.0
 GROWTH_STEPS = 1000  # until half of it; under white inputs slower before and faster after
-# Under white inputs it grows until 10 η, with momentum 0.9 the fraction of an error that a step removes, is SMALL_STEP,
-# and the inner factors, whose c inputs are few, grow by the square, until 10 η c / B, their noise, is INNER_NOISE.
+# Under white inputs it grows until it removes SMALL_STEP of an error, h, and the inner factors, whose c inputs are few,
+# grow by the square, until their noise h c / B is INNER_NOISE.
 INNER_NOISE = 0.4
-# Largest noise of a step at first and at last, η · 10 · (n + c) / B with momentum 0.9 and c inputs of a block of the
-# left-most factor: 1.2 at first diverged at saturation in batches of 8, 2.0 at last trained all layers of MiniLM tried.
-# The largest eigenvalue of a coupled G multiplies it for the left-most factor, whose step G does not divide.
+# Largest noise of a step at first and at last, h (n + c) / B with c inputs of a block of the left-most factor: 1.2 at
+# first diverged at saturation in batches of 8, 2.0 at last trained all layers of MiniLM tried. The largest eigenvalue
+# of a coupled G multiplies it for the left-most factor, whose step G does not divide.
 FIRST_NOISE, LAST_NOISE = 0.8, 2.0
+# The last 1 / LEAST_SQUARES_PART of the epochs are of least squares. They remove all noise, so that the steps before
+# may be large; more of them came no closer, because steps turn near-tied directions faster.
+LEAST_SQUARES_PART = 4
 
 
 class GaussNewton(Optimizer):
-    """The Gauss–Newton step with momentum 0.9, decoupled weight decay and without clipping; it has no host read.
+    """Gauss–Newton steps on batches, then epochs of alternating least squares; it clips nothing and has no host read.
+
+    A step changes all factors. It adds the scaled gradients to their values as they are made, without a buffer in
+    between, unless their norm or, in float16, their overflow must be known before.
+
+    An epoch of least squares changes one factor, from the right-most to the left-most and again, the right-most one in
+    the last epoch: it adds up the whole steps of all batches, V / (batches), and takes them at the end. On whitened
+    samples of white inputs, the sum is the solution of the least-squares problem in this factor, without any noise.
 
     Args:
         parameters: values of shape (a, b, c, d) of a chainable chain, output side first, float32; updated in place.
         metric: G ⊗ C with C the second moment of x; C is I within every column group of the right-most factor, and G
             within every row group of the left-most one.
         batch_size: samples of a batch, B.
-        weight_decay: per unit of lr.
+        weight_decay: decoupled, per unit of lr.
         rate_decays: whether the schedule takes lr to zero. Otherwise the noise of larger steps stays, and they grow
             under a metric that couples groups alone.
+        whitened_run: steps of an epoch and epochs of a run on whitened samples; (1, 0) for no least squares.
         settings: `loss_scaling` and `measure_norm` as in `Optimizer`.
     """
 
@@ -83,45 +96,51 @@ class GaussNewton(Optimizer):
         *,
         weight_decay: float = 0.0,
         rate_decays: bool = True,
+        whitened_run: tuple[int, int] = (1, 0),
         **settings: bool,
     ):
         super().__init__("sgd", parameters, weight_decay=weight_decay, max_grad_norm=0.0, **settings)
-        self.decoupled = True
+        self.moments = []  # without momentum, which the noise of batches makes useless
+        self._is_buffered = self.measure_norm or self.loss_scale is not None
+        self.accumulates = not self._is_buffered
         patterns = [Pattern(*values.shape) for values in self.parameters]
         rows, cols = patterns[0].rows, patterns[-1].cols
         metric = Metric.of(metric)
         outputs, inputs = metric.outputs.coupling(patterns[0].d), metric.inputs.coupling(patterns[-1].a)
-        largest = metric.inputs.largest_of_batch(batch_size, cols)
+        first_step = min(1 / metric.inputs.largest_of_batch(batch_size, cols), LARGEST_STEP)
         # The curvature belongs to half the squared error summed over outputs, the loss is its mean.
-        self.rate_factors = [rows / 2 * STEP_SIZE / REFERENCE_LR / largest] * len(patterns)
+        self._whole_step, self._first_step = rows / 2, first_step
         # The mean diagonal of PᵀP if outputs of mean square 1 are spread evenly over features of mean square 1.
         self._natural = [rows / pattern.cols for pattern in patterns[:-1]]
         device = self.parameters[0].device
         splits = split_patterns(patterns)
         before = splits if outputs is None else [Pattern(a, b, b, d) for a, b, _, d in patterns[1:]]
         behind = splits if inputs is None else [Pattern(a, c, c, d) for a, _, c, d in patterns[:-1]]
-        self._is_coupled = outputs is not None or inputs is not None
         self._outputs, self._inputs = (
             None if matrix is None else matrix.to(device, torch.float32) for matrix in (outputs, inputs)
         )
-        self.scaling = self._inverses = SplitMatrices(
-            *([_identities(pattern, device) for pattern in side] for side in (before, behind))
+        self._inverses, self._exact = (
+            SplitMatrices(*([_identities(pattern, device) for pattern in side] for side in (before, behind)))
+            for _ in range(2)
         )
-        step = STEP_SIZE / largest * 10
-        noises = [step * (cols + patterns[0].c) / batch_size] * len(patterns)
+        self._is_coupled = outputs is not None or inputs is not None
+        noises = [first_step * (cols + patterns[0].c) / batch_size] * len(patterns)
         if outputs is not None:
             noises[0] *= torch.linalg.eigvalsh(outputs)[-1].item()
-        if self._is_coupled:
-            first = [min(noise, FIRST_NOISE) for noise in noises]
-            self.rate_factors = [rate * few / noise for rate, few, noise in zip(self.rate_factors, first, noises)]
-            noises = first
-        self._most_growth = [min(GROWTH, LAST_NOISE / max(noises))] * len(patterns)
+        # What the step of every factor is multiplied by, at first and at last.
+        self._sizes = [min(1.0, FIRST_NOISE / noise) if self._is_coupled else 1.0 for noise in noises]
+        growth = min(GROWTH, LAST_NOISE / max(size * noise for size, noise in zip(self._sizes, noises)))
+        self._last_sizes = [size * growth for size in self._sizes]
         if not self._is_coupled:
-            growth = max(1.0, min(*self._most_growth, SMALL_STEP / step)) if rate_decays else 1.0
-            inner = [max(1.0, INNER_NOISE * batch_size / pattern.c / step) for pattern in patterns[:-1]]
-            self._most_growth = [*(min(growth**2, limit) for limit in inner), growth]
-        small = step < SMALL_STEP and not self._is_coupled
+            growth = max(1.0, min(growth, SMALL_STEP / first_step)) if rate_decays else 1.0
+            inner = [max(1.0, INNER_NOISE * batch_size / pattern.c / first_step) for pattern in patterns[:-1]]
+            self._last_sizes = [*(min(growth**2, limit) for limit in inner), growth]
+        small = first_step < SMALL_STEP and not self._is_coupled
         self._first_refreshes = FIRST_REFRESHES_OF_SMALL_STEPS if small else FIRST_REFRESHES
+        self._steps_per_epoch, self._num_epochs = whitened_run
+        last_epochs = 0 if self._is_coupled else self._num_epochs // LEAST_SQUARES_PART
+        self._least_squares_epochs = last_epochs if last_epochs >= len(patterns) else 0
+        self._sums = [torch.empty_like(values) for values in self.parameters] if self._least_squares_epochs else []
         self.relative_loss = torch.ones((), device=device)
         self.failures = torch.zeros((), dtype=torch.int32, device=device)
         # The settings of a refresh stay on the device, so that a captured one reads new values.
@@ -129,9 +148,18 @@ class GaussNewton(Optimizer):
         self._replay: Callable[[], None] | None = None
         self._warnings: list[str] = []
         self._reported = False
+        self._begin_steps()
 
     def state(self) -> list[torch.Tensor]:
-        return [*super().state(), *self._inverses.left, *self._inverses.right, self.relative_loss, self.failures]
+        changed = self._sums if self.phase else ()
+        return [
+            *super().state(),
+            *self._inverses.left,
+            *self._inverses.right,
+            self.relative_loss,
+            self.failures,
+            *changed,
+        ]
 
     def prepare(self, step: int) -> None:
         """Invert the matrices again if that is due: before each of the first steps, then ever less often.
@@ -139,11 +167,36 @@ class GaussNewton(Optimizer):
         The fraction by which the factors change in a step falls about as 1 / step, so the interval grows with it, in
         powers of two.
         """
-        longest = LONGEST_COUPLED_INTERVAL if self._is_coupled else LONGEST_INTERVAL
-        interval = min(2 ** ((1 + step // self._first_refreshes).bit_length() - 1), longest)
+        epoch, in_epoch = divmod(step, self._steps_per_epoch)
+        if 0 < (left := self._num_epochs - epoch) <= self._least_squares_epochs:
+            if in_epoch == 0:
+                self._begin_least_squares(-left % len(self.parameters))
+            return
+        interval = min(2 ** ((1 + step // self._first_refreshes).bit_length() - 1), LONGEST_INTERVAL)
         if step % interval == 0:
             time = (step / GROWTH_STEPS) ** (1 if self._is_coupled else 2)
             self.refresh(LOSS_DAMPING / (1 + step / 200) ** 2, time / (1 + time))
+
+    def end_epoch(self) -> None:
+        if self.phase:
+            index = self.phase - 1
+            self.parameters[index].copy_(self._sums[index])
+            self._begin_steps()
+
+    def _begin_steps(self) -> None:
+        self.phase, self.scaling = 0, self._inverses
+        self.places = [*(self.gradients if self._is_buffered else self.parameters)]
+
+    def _begin_least_squares(self, index: int) -> None:
+        """Begin an epoch in which the factor `index` takes the whole step, and the others stay."""
+        values = [factor.double() for factor in self.parameters]
+        for places, grams in zip(self._exact, (prefix_grams(values), suffix_grams(values))):
+            torch._foreach_copy_(places, [_pseudo_inverse(gram) for gram in grams])
+        self.phase, self.scaling = index + 1, self._exact
+        self._sums[index].copy_(self.parameters[index])
+        self.gradient.zero_()
+        self.places = [None] * len(values)
+        self.places[index] = (self.gradients if self._is_buffered else self._sums)[index]
 
     def refresh(self, loss_damping: float, grown: float = 0.0) -> None:
         """Compute the inverses from the factors; one that fails keeps its last good value and is counted.
@@ -153,7 +206,7 @@ class GaussNewton(Optimizer):
 
         Args:
             loss_damping: what the squared loss is multiplied by for the damping of the prefixes.
-            grown: fraction of the growth of the steps.
+            grown: fraction of the way from the first size of the steps to the last.
         """
         self._loss_damping.fill_(loss_damping)
         self._grown.fill_(grown)
@@ -176,22 +229,22 @@ class GaussNewton(Optimizer):
 
     @torch.no_grad()
     def _compute_inverses(self) -> None:
-        damping = self._loss_damping * self.relative_loss.square()
-        # Every factor meets its growth once: the right-most one from its left, the others from their right.
-        *inner, last = ((most - 1) * self._grown + 1 for most in self._most_growth)
+        damping = self._loss_damping * self.relative_loss.clamp(max=1.0).square()
+        # Every factor meets its size once: the right-most one from its left, the others from their right.
+        *inner, last = ((at_last - size) * self._grown + size for size, at_last in zip(self._sizes, self._last_sizes))
         values, outputs, inputs = self.parameters, self._outputs, self._inputs
         grams = prefix_grams(values) if outputs is None else coupled_grams(values, outputs)
-        growths = [None] * (len(grams) - 1) + [last]
-        for place, gram, natural, growth in zip(self._inverses.left, grams, self._natural, growths, strict=True):
-            self._invert(gram, damping * natural, place, growth)
+        sizes = [None] * (len(grams) - 1) + [last]
+        for place, gram, natural, size in zip(self._inverses.left, grams, self._natural, sizes, strict=True):
+            self._invert(gram, damping * natural, place, size)
         grams = suffix_grams(values) if inputs is None else coupled_moments(values, inputs)
-        for place, gram, growth in zip(self._inverses.right, grams, inner, strict=True):
-            self._invert(gram, 0.0, place, growth)
+        for place, gram, size in zip(self._inverses.right, grams, inner, strict=True):
+            self._invert(gram, 0.0, place, size)
 
     def _invert(
-        self, gram: torch.Tensor, damping: torch.Tensor | float, place: torch.Tensor, growth: torch.Tensor | None
+        self, gram: torch.Tensor, damping: torch.Tensor | float, place: torch.Tensor, size: torch.Tensor | None
     ) -> None:
-        """Write `growth` times the inverses of damped matrices, shape (a, c, c, d), into `place`; failures stay."""
+        """Write `size` times the inverses of damped matrices, shape (a, c, c, d), into `place`; failures stay."""
         matrices = gram.permute(0, 3, 1, 2)
         diagonal = matrices.diagonal(dim1=-2, dim2=-1)
         diagonal += DAMPING * diagonal.mean(-1, keepdim=True) + SHARED_DAMPING * diagonal.mean() + damping
@@ -200,12 +253,41 @@ class GaussNewton(Optimizer):
         # No entry of a positive definite matrix is larger than its diagonal.
         good = (info == 0) & inverse.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()
         kept = place.permute(0, 3, 1, 2)
-        torch.where(good[..., None, None], inverse if growth is None else inverse.mul_(growth), kept, out=kept)
+        torch.where(good[..., None, None], inverse if size is None else inverse.mul_(size), kept, out=kept)
         self.failures += (~good).sum()
 
+    def scale(self, lr: float | torch.Tensor) -> float | torch.Tensor:
+        return super().scale(lr) if self._is_buffered else -self._rate(lr)
+
+    def _rate(self, lr: float | torch.Tensor) -> float | torch.Tensor:
+        """Return the factor of a scaled gradient in a step."""
+        part = 1 / self._steps_per_epoch if self.phase else lr * (self._first_step / REFERENCE_LR)
+        return self._whole_step * part
+
     def update(self, lr: float | torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
-        self.relative_loss.lerp_(loss.clamp(max=1.0), 1 - LOSS_MEMORY)
-        return super().update(lr, loss)
+        self.relative_loss.lerp_(loss, 1 - LOSS_MEMORY)
+        found_inf = None if self.loss_scale is None else self.loss_scale.unscale(self.gradient)
+        if self._is_buffered:
+            changed = [self.phase - 1] if self.phase else range(len(self.parameters))
+            values = self._sums if self.phase else self.parameters
+            torch._fused_sgd_(
+                [values[index] for index in changed],
+                [self.gradients[index] for index in changed],
+                [],
+                lr=self._rate(lr),
+                weight_decay=0.0,
+                momentum=0.0,
+                dampening=0.0,
+                nesterov=False,
+                maximize=False,
+                is_first_step=False,
+                found_inf=found_inf,
+            )
+        if self.weight_decay:
+            taken = 1.0 if found_inf is None else 1.0 - found_inf
+            for values in self.parameters:
+                values.mul_(1.0 - lr * self.weight_decay * taken)
+        return torch.linalg.vector_norm(self.gradient) if self.measure_norm else self._no_norm
 
     def trouble(self) -> str | None:
         """Return a warning, once, if the capture or an inverse failed; this reads the device."""
@@ -223,3 +305,8 @@ class GaussNewton(Optimizer):
 def _identities(pattern: Pattern, device: torch.device) -> torch.Tensor:
     values = empty_values(pattern, device)
     return values.copy_(torch.eye(pattern.b, device=device)[None, :, :, None].expand(pattern))
+
+
+def _pseudo_inverse(gram: torch.Tensor) -> torch.Tensor:
+    """Return the pseudo-inverses of matrices of shape (a, c, c, d)."""
+    return torch.linalg.pinv(gram.permute(0, 3, 1, 2), rtol=SMALLEST_EIGENVALUE, hermitian=True).permute(0, 2, 3, 1)

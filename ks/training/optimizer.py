@@ -53,11 +53,15 @@ class Optimizer:
         loss_scaling: for float16.
         measure_norm: whether `update` returns the gradient norm even if nothing is clipped; that reads all gradients.
 
-    A step writes its gradients into `gradients`, laid out as the parameters, before it calls `update`; if `scaling` is
-    set, with every gradient multiplied by these matrices. `prepare` comes before the step, and is never captured in it.
+    A step multiplies its loss gradient by `scale(lr)`, and writes the gradients of the parameters into `places`, laid
+    out as they are, before it calls `update`; if `scaling` is set, with every gradient multiplied by these matrices; if
+    `accumulates`, it adds them. `prepare` comes before the step and `end_epoch` after all steps of an epoch; a captured
+    step contains neither, and belongs to one `phase`.
     """
 
     scaling: SplitMatrices | None = None
+    accumulates = False
+    phase = 0
 
     def __init__(
         self, name, parameters, *, weight_decay=0.0, max_grad_norm=1.0, loss_scaling=False, measure_norm=False
@@ -65,13 +69,13 @@ class Optimizer:
         self.name, self.parameters = name, list(parameters)
         self.max_grad_norm, self.weight_decay = max_grad_norm, weight_decay
         self.measure_norm = measure_norm or bool(max_grad_norm)
-        self.decoupled = name == "adamw"  # whether weights decay beside the gradient, per unit of lr
         device = self.parameters[0].device
         self.loss_scale = LossScale(device) if loss_scaling else None
         # One buffer, so that norm and scaling are one operation.
         self.gradient = torch.zeros(sum(values.numel() for values in self.parameters), device=device)
         parts = self.gradient.split([values.numel() for values in self.parameters])
         self.gradients = [part.as_strided(v.shape, v.stride()) for part, v in zip(parts, self.parameters)]
+        self.places: list[torch.Tensor | None] = [*self.gradients]
         self.count, self._no_norm = torch.zeros((), device=device), torch.full((), math.nan, device=device)
         if name == "sgd":
             self.rate_factors = [1.0] * len(self.parameters)
@@ -97,9 +101,8 @@ class Optimizer:
             groups.setdefault(factor, []).append([*tensors[:2], *tensors[2]])
         return [(factor, [list(kind) for kind in zip(*members)]) for factor, members in groups.items()]
 
-    @property
-    def scale(self):
-        """The number by which a step multiplies its loss gradient: the loss scale, or 1."""
+    def scale(self, lr: float | torch.Tensor) -> float | torch.Tensor:
+        """Return the number by which a step multiplies its loss gradient: the loss scale, or 1."""
         return 1.0 if self.loss_scale is None else self.loss_scale.scale
 
     def state(self) -> list[torch.Tensor]:
@@ -109,6 +112,9 @@ class Optimizer:
 
     def prepare(self, step: int) -> None:
         """Do what is due before step `step`, counted from 0 over the whole run."""
+
+    def end_epoch(self) -> None:
+        """Do what is due after the steps of an epoch, before the parameters are read."""
 
     def trouble(self) -> str | None:
         """Return a warning about the steps so far, each once; read at the end of an epoch."""
@@ -134,10 +140,6 @@ class Optimizer:
                 divisor = None
         if self.name != "sgd":
             self.count += 1.0 if found_inf is None else 1.0 - found_inf
-        if self.decoupled and self.weight_decay and self.name == "sgd":  # the fused kernel knows the L2 term alone
-            taken = 1.0 if found_inf is None else 1.0 - found_inf
-            for values in self.parameters:
-                values.mul_(1.0 - lr * self.weight_decay * taken)
         for factor, tensors in self._groups:
             # Decoupled decay is per unit of the plain rate.
             decay = self.weight_decay if self.name != "adamw" else self.weight_decay / factor
@@ -146,7 +148,7 @@ class Optimizer:
             self._fused(
                 *tensors,
                 lr=lr * factor,
-                weight_decay=0.0 if self.decoupled and self.name == "sgd" else decay,
+                weight_decay=decay,
                 maximize=False,
                 grad_scale=divisor,
                 found_inf=found_inf,

@@ -7,6 +7,7 @@ import torch
 
 from ks import signals
 from ks.errors import UsageError
+from ks.training.optimizer import Optimizer
 
 # (x, y, lr) → (loss, gradient norm), scalars on the device.
 Step = Callable[[torch.Tensor, torch.Tensor, Any], tuple[torch.Tensor, torch.Tensor]]
@@ -91,26 +92,32 @@ def cuda_graph(function: Callable[[], None]) -> Callable[[], None]:
 
 
 def runnable(
-    step: Step, x: torch.Tensor, y: torch.Tensor, state: list[torch.Tensor]
+    step: Step, x: torch.Tensor, y: torch.Tensor, optimizer: Optimizer
 ) -> tuple[Step, tuple[str, str, str | None]]:
     """Return the step as it runs on the device of its batches, which may be interrupted before each call.
 
     Args:
-        step, x, y, state: as in `CapturedStep`.
+        step, x, y: as in `CapturedStep`.
+        optimizer: with the state that the step changes; every one of its phases has a graph of its own.
     Returns:
         (the step; how it runs, the reason, and a warning or None).
     """
-    taken: Step = step
     how: tuple[str, str, str | None] = ("one by one", "a CUDA graph needs a GPU", None)
+    captured: dict[int, Step] = {}
     if x.device.type == "cuda":
         try:
-            taken, how = CapturedStep(step, x, y, state), ("captured as a CUDA graph", "on a GPU", None)
+            captured[optimizer.phase] = CapturedStep(step, x, y, optimizer.state())
+            how = ("captured as a CUDA graph", "on a GPU", None)
         except CaptureFailed as error:
             how = ("one by one", "on a GPU", f"steps run one by one, which is slower: no CUDA graph ({error})")
 
-    def interruptible(x: torch.Tensor, y: torch.Tensor, lr: float):
+    def interruptible(batch_x: torch.Tensor, batch_y: torch.Tensor, lr: float):
         signals.check()
-        return taken(x, y, lr)
+        if not captured:
+            return step(batch_x, batch_y, lr)
+        if optimizer.phase not in captured:
+            captured[optimizer.phase] = CapturedStep(step, x, y, optimizer.state())
+        return captured[optimizer.phase](batch_x, batch_y, lr)
 
     return interruptible, how
 

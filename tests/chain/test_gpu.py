@@ -91,7 +91,7 @@ def test_the_captured_step_equals_the_eager_one(dtype):
         def step(inputs, targets, lr):
             values = [factor.to(dtype) for factor in factors]
             y, *inner = passes.forward(inputs, values)
-            loss, gradient = loss_and_gradient(mean_squared_error, y, targets, optimizer.scale)
+            loss, gradient = loss_and_gradient(mean_squared_error, y, targets, optimizer.scale(1e-3))
             passes.backward(gradient, inputs, values, inner, out=optimizer.gradients)
             return loss, optimizer.update(lr, loss)
 

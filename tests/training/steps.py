@@ -20,7 +20,7 @@ def schedule_of(name, steps_per_epoch=1, num_epochs=20, **flags):
 
 def update(optimizer, loss, lr):
     """Backward pass by autograd, then the optimizer's update."""
-    gradients = torch.autograd.grad(loss * optimizer.scale, optimizer.parameters)
+    gradients = torch.autograd.grad(loss * optimizer.scale(lr), optimizer.parameters)
     with torch.no_grad():
         for place, gradient in zip(optimizer.gradients, gradients):
             place.copy_(gradient)

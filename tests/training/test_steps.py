@@ -1,5 +1,7 @@
 """Steps as they run: one by one, or captured, with the capture itself replaced: it needs a card (`make test-gpu`)."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from steps import make_samples, run_epoch, update
@@ -9,6 +11,8 @@ from ks.errors import UsageError
 from ks.training import steps
 from ks.training.optimizer import Optimizer
 from ks.training.steps import CapturedStep, CaptureFailed, runnable, useful_threads
+
+IDLE = SimpleNamespace(phase=0, state=lambda: [])  # an optimizer that changes nothing
 
 
 class OnACard:
@@ -75,7 +79,7 @@ def run_on_a_card(monkeypatch, card, value, error):
         return value[0], value[0]
 
     monkeypatch.setattr(steps, "cuda_graph", capture)
-    return runnable(step, *card, [value])
+    return runnable(step, *card, SimpleNamespace(phase=0, state=lambda: [value]))
 
 
 @pytest.mark.parametrize(
@@ -117,10 +121,10 @@ def test_a_card_replays_a_captured_step_and_a_cpu_takes_plain_ones(monkeypatch, 
         seen.append(lr)
         return torch.zeros(()), torch.zeros(())
 
-    _, how = runnable(step, *card, [])
+    _, how = runnable(step, *card, IDLE)
     assert how == ("captured as a CUDA graph", "on a GPU", None)
     assert isinstance(seen.pop(), torch.Tensor)
-    taken, (name, _, warning) = runnable(step, *make_samples().first(), [])
+    taken, (name, _, warning) = runnable(step, *make_samples().first(), IDLE)
     assert (name, warning) == ("one by one", None)
     taken(None, None, 0.5)
     assert seen == [0.5]
@@ -139,7 +143,7 @@ def test_what_is_no_failed_capture_ends_the_run(monkeypatch, card, error):
 
 
 def test_an_interrupt_comes_before_a_step(monkeypatch):
-    taken, _ = runnable(lambda *_: pytest.fail("a step was taken"), *make_samples().first(), [])
+    taken, _ = runnable(lambda *_: pytest.fail("a step was taken"), *make_samples().first(), IDLE)
 
     def interrupt():
         raise KeyboardInterrupt
