@@ -61,7 +61,7 @@ def train(config: TrainerConfig, problem: Problem, run: Recorder) -> None:
     weight = problem.internal_weight()
     chain = TrainableChain(config, problem, weight)
     samples = make_samples(config, problem, weight, chain.output_rows)  # targets in the order of the chain's outputs
-    optimizer = make_optimizer(problem.optimizer, config, chain.factors, problem.metric, samples)
+    optimizer = make_optimizer(problem.optimizer, config, chain.factors, problem.metric, samples.whitened_steps)
     schedule = Schedule(config, samples.steps_per_epoch)
     guarded = GuardedMetrics(metrics, lambda warning: run.warn("metrics", warning))
 

@@ -66,7 +66,7 @@ def curve(weight, chain, rank: int, optimizer: str, epochs: int, num_samples: in
     torch.nn.init.zeros_(model.factors[0])
     factors = training_factors(model)
     config = TrainerConfig(batch_size=BATCH, num_epochs=epochs)
-    optimizer = make_optimizer(optimizer, config, factors, UNIT_MOMENT, samples)
+    optimizer = make_optimizer(optimizer, config, factors, UNIT_MOMENT, samples.whitened_steps)
     schedule = Schedule(config, samples.steps_per_epoch)
     step = our_step(passes, factors, optimizer)
     taken, seconds = 0, 0.0

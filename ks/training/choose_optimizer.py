@@ -1,6 +1,6 @@
 """Choose the optimizer that `--optimizer` means for a chain and a criterion, and make it."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -12,9 +12,6 @@ from ks.moments.metric import MetricLike
 from ks.training.criterion_identity import Edits
 from ks.training.gauss_newton import GaussNewton
 from ks.training.optimizer import Optimizer
-
-if TYPE_CHECKING:
-    from ks.training.samples import Samples
 
 # On five, a step of gauss_newton costs more than two of adamw and comes less close to the floor.
 MOST_FACTORS = 3
@@ -50,7 +47,7 @@ def choose_optimizer(name: str, chain: Chain, edits: Edits) -> tuple[str, str]:
 
 
 def make_optimizer(
-    name: str, config: TrainingFlags, factors: list[torch.Tensor], metric: MetricLike, samples: "Samples | None" = None
+    name: str, config: TrainingFlags, factors: list[torch.Tensor], metric: MetricLike, whitened_steps: int = 0
 ) -> Optimizer:
     """Return an optimizer of the factors.
 
@@ -59,13 +56,14 @@ def make_optimizer(
         config: with weight decay, clipping, batch size and dtype.
         factors: values of the chain, output side first, float32; updated in place.
         metric: of an error in internal units.
-        samples: to train on; without them, gauss_newton has no epochs of alternating least squares.
+        whitened_steps: of an epoch; 0 for samples that are not whitened, on which gauss_newton has no epochs of least
+            squares.
     """
     settings: dict[str, Any] = {"weight_decay": config.weight_decay, "loss_scaling": config.dtype == "float16"}
     settings["measure_norm"] = config.log_grad_norm or config.log_to is not None
     if name == "gauss_newton":
         decays, run = config.scheduler == "cosine", (1, 0)
-        if samples is not None and samples.sampling == "whitened" and decays and not config.weight_decay:
-            run = (samples.steps_per_epoch, config.num_epochs)
+        if whitened_steps and decays and not config.weight_decay:
+            run = (whitened_steps, config.num_epochs)
         return GaussNewton(factors, metric, config.batch_size, rate_decays=decays, whitened_run=run, **settings)
     return Optimizer(name, factors, max_grad_norm=config.max_grad_norm, **settings)

@@ -159,6 +159,11 @@ class Samples:
         targets = self.targets[number]
         return self.inputs[number], targets if self._output_rows is None and not self.batch_last else targets.t()
 
+    @property
+    def whitened_steps(self) -> int:
+        """The steps of an epoch if the training samples are whitened, else 0."""
+        return self.steps_per_epoch if self.sampling == "whitened" else 0
+
     def first(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the first batch as `epoch` yields it; all have its shapes."""
         return self._batch(0)

@@ -50,3 +50,15 @@ def test_the_optimizer_takes_the_flags():
     adamw = make_optimizer("adamw", flags, factors, UNIT_MOMENT)
     assert type(adamw) is Optimizer
     assert (adamw.name, adamw.max_grad_norm, adamw.loss_scale) == ("adamw", 3.0, None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps"),
+    [({}, 3), ({"scheduler": "none"}, 3), ({"weight_decay": 0.1}, 3), ({}, 0)],
+    ids=["default", "a rate that stays", "weight decay", "samples that are not whitened"],
+)
+def test_least_squares_end_a_default_run_on_whitened_samples_alone(flags, steps):
+    factors = [factor.detach() for factor in KSLinear(24, 16, rank=2).factors]
+    optimizer = make_optimizer("gauss_newton", TrainerConfig(num_epochs=8, **flags), factors, UNIT_MOMENT, steps)
+    optimizer.prepare(3 * 7)  # the first step of the last epoch
+    assert bool(optimizer.phase) == (not flags and steps > 0)

@@ -90,7 +90,7 @@ def dense_step(values, x, residual, metric):
     suffixes = [torch.eye(n).double()]
     for factor in dense[:0:-1]:
         suffixes.insert(0, factor @ suffixes[0])
-    rate = 1 / moment.largest_of_batch(batch, n)
+    rate = min(1 / moment.largest_of_batch(batch, n), 0.125)
     rates = [rate] * len(values)
     if outputs is not None:
         noise = rate * (n + values[0].shape[2]) / batch
@@ -431,7 +431,7 @@ def test_the_step_of_coupled_inputs_grows_once_for_every_factor(chain):
 @pytest.mark.parametrize("chain", CHAINS[1:])
 def test_the_step_of_white_inputs_grows_by_the_square_for_inner_factors_within_their_noise(monkeypatch, chain):
     patterns, _ = chain_of(*chain)
-    step = 1.0 / UNIT_MOMENT.largest_of_batch(8, patterns[-1].cols)
+    step = min(1 / UNIT_MOMENT.largest_of_batch(8, patterns[-1].cols), gauss_newton.LARGEST_STEP)
     assert growths_of(chain, UNIT_MOMENT) == pytest.approx([1.0] * len(patterns))  # the step is large at once
     monkeypatch.setattr(gauss_newton, "SMALL_STEP", 1.5 * step)
     monkeypatch.setattr(gauss_newton, "INNER_NOISE", 1.8 * step * patterns[0].c / 8)
