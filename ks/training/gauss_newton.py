@@ -22,6 +22,7 @@ from ks.chain.split_grams import (
     coupled_grams,
     coupled_moments,
     prefix_grams,
+    scale_gradient,
     split_patterns,
     suffix_grams,
 )
@@ -63,7 +64,7 @@ INNER_NOISE = 0.4
 FIRST_NOISE, LAST_NOISE = 0.8, 2.0
 # The last 1 / LEAST_SQUARES_PART of the epochs are of least squares. They remove all noise, so that the steps before
 # may be large; more of them came no closer, because steps turn near-tied directions faster.
-LEAST_SQUARES_PART = 4
+LEAST_SQUARES_PART = 3
 
 
 class GaussNewton(Optimizer):
@@ -73,8 +74,8 @@ class GaussNewton(Optimizer):
     between, unless their norm or, in float16, their overflow must be known before.
 
     An epoch of least squares changes one factor, from the right-most to the left-most and again, the right-most one in
-    the last epoch: it adds up the whole steps of all batches, V / (batches), and takes them at the end. On whitened
-    samples of white inputs, the sum is the solution of the least-squares problem in this factor, without any noise.
+    the last epoch: it adds up the gradients of all batches, and takes the whole step V of their mean at the end. On
+    whitened samples of white inputs, this is the solution of the least-squares problem in this factor, without noise.
 
     Args:
         parameters: values of shape (a, b, c, d) of a chainable chain, output side first, float32; updated in place.
@@ -119,9 +120,8 @@ class GaussNewton(Optimizer):
         self._outputs, self._inputs = (
             None if matrix is None else matrix.to(device, torch.float32) for matrix in (outputs, inputs)
         )
-        self._inverses, self._exact = (
-            SplitMatrices(*([_identities(pattern, device) for pattern in side] for side in (before, behind)))
-            for _ in range(2)
+        self._inverses = SplitMatrices(
+            *([_identities(pattern, device) for pattern in side] for side in (before, behind))
         )
         self._is_coupled = outputs is not None or inputs is not None
         noises = [first_step * (cols + patterns[0].c) / batch_size] * len(patterns)
@@ -178,24 +178,24 @@ class GaussNewton(Optimizer):
             self.refresh(LOSS_DAMPING / (1 + step / 200) ** 2, time / (1 + time))
 
     def end_epoch(self) -> None:
-        if self.phase:
-            index = self.phase - 1
-            self.parameters[index].copy_(self._sums[index])
-            self._begin_steps()
+        if not self.phase:
+            return
+        index, values = self.phase - 1, [factor.double() for factor in self.parameters]
+        grams = SplitMatrices(prefix_grams(values), suffix_grams(values)).beside(index)
+        inverses = (None if gram is None else _pseudo_inverse(gram) for gram in grams)
+        self.parameters[index].add_(scale_gradient(self._sums[index].double(), *inverses))
+        self._begin_steps()
 
     def _begin_steps(self) -> None:
         self.phase, self.scaling = 0, self._inverses
         self.places = [*(self.gradients if self._is_buffered else self.parameters)]
 
     def _begin_least_squares(self, index: int) -> None:
-        """Begin an epoch in which the factor `index` takes the whole step, and the others stay."""
-        values = [factor.double() for factor in self.parameters]
-        for places, grams in zip(self._exact, (prefix_grams(values), suffix_grams(values))):
-            torch._foreach_copy_(places, [_pseudo_inverse(gram) for gram in grams])
-        self.phase, self.scaling = index + 1, self._exact
-        self._sums[index].copy_(self.parameters[index])
+        """Begin an epoch that changes the factor `index` alone."""
+        self.phase, self.scaling = index + 1, None
+        self._sums[index].zero_()
         self.gradient.zero_()
-        self.places = [None] * len(values)
+        self.places = [None] * len(self.parameters)
         self.places[index] = (self.gradients if self._is_buffered else self._sums)[index]
 
     def refresh(self, loss_damping: float, grown: float = 0.0) -> None:

@@ -256,15 +256,15 @@ def test_a_refresh_that_cannot_be_captured_runs_eagerly_and_is_reported_once(mon
     assert [optimizer.trouble(), optimizer.trouble()] == [warning, None]
 
 
-@pytest.mark.parametrize("restored", [5, 11])
+@pytest.mark.parametrize("restored", [5, 9])
 def test_a_restored_state_goes_on_to_the_bit(restored):
     """Over the end of the steps that all refresh, in the middle of an interval, and between epochs of least squares."""
     patterns, factors = chain_of(*CHAINS[2])
     factors[0].zero_()
     samples = make_samples_of(patterns)
     states = []
-    run = {"whitened_run": (samples.steps_per_epoch, 13)}  # the last three are epochs of least squares
-    for stop in (13, restored):
+    run = {"whitened_run": (samples.steps_per_epoch, 11)}  # the last three are epochs of least squares
+    for stop in (11, restored):
         own = [factor.clone() for factor in factors]
         optimizer = GaussNewton(own, UNIT_MOMENT, samples.batch_size, **run)
         step, _ = step_of(patterns, own, optimizer)
@@ -276,7 +276,7 @@ def test_a_restored_state_goes_on_to_the_bit(restored):
     for tensor, value in zip(optimizer.state(), states[1], strict=True):
         tensor.copy_(value)
     step, _ = step_of(patterns, resumed, optimizer)
-    losses_of(step, samples, optimizer, range(restored + 1, 14))
+    losses_of(step, samples, optimizer, range(restored + 1, 12))
     assert all(map(torch.equal, optimizer.state(), states[0]))
 
 
@@ -373,10 +373,10 @@ def test_an_epoch_of_least_squares_solves_for_one_factor(chain, settings):
     weight = chain_to_dense([factor.double() for factor in chain_of(*chain, seed=5)[1]])
     weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
     samples.targets.copy_(samples.inputs @ weight.t().float())
-    run = (samples.steps_per_epoch, 16)
+    run = (samples.steps_per_epoch, 12)
     optimizer = GaussNewton(factors, UNIT_MOMENT, samples.batch_size, whitened_run=run, **settings)
     step, _ = step_of(patterns, factors, optimizer)
-    for epoch, index in ((15, len(factors) - 2), (16, len(factors) - 1)):
+    for epoch, index in ((11, len(factors) - 2), (12, len(factors) - 1)):
         before = [factor.clone() for factor in factors]
         losses_of(step, samples, optimizer, [epoch])
         assert [torch.equal(*pair) for pair in zip(factors, before)] == [i != index for i in range(len(factors))]
@@ -400,9 +400,9 @@ def test_least_squares_need_as_many_epochs_as_factors_and_whitened_samples_of_wh
             optimizer.end_epoch()
         return found
 
-    assert phases(16) == [0] * 12 + [3, 1, 2, 3]
-    assert phases(11) == [0] * 11
-    assert phases(16, moment) == [0] * 16
+    assert phases(12) == [0] * 8 + [3, 1, 2, 3]
+    assert phases(8) == [0] * 8
+    assert phases(12, moment) == [0] * 12
 
 
 def growths_of(chain, moment, **settings):
