@@ -2,7 +2,7 @@
 
 import copy
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,20 +80,19 @@ def compress(
         raise UsageError(f"trained chains of {folder} need no moments; leave them out")
     if moments is not None and not any(layer.inputs_sha256 for layer in plan.layers if layer.chain is not None):
         raise UsageError("the plan is for isotropic inputs and needs no moments; leave them out, or plan with them")
-    given = as_moments(moments)
-
-    def chain_of(place: Place) -> KSLinear:
-        if folder is not None:
-            return _trained(place, folder, impl)
-        metric = metric_of(place.plan, given, plan.loss_metric)
-        return KSLinear.from_dense(place.weight, patterns=place.plan.patterns, metric=metric, impl=impl)
-
-    places = find_places(model, plan)
+    given, places = as_moments(moments), find_places(model, plan)
     replacements: dict[nn.Module, KSLinear] = {}
     for number, place in enumerate(places, 1):
         if not quiet:
             print(f"{number} of {len(places)}, {described(place)}", file=sys.stderr)
-        replacements |= replacements_of(place, chain_of)
+        if place.plan.chain is None:
+            continue
+        if folder is not None:
+            chain = _trained(place, folder, impl)
+        else:
+            metric = metric_of(place.plan, given, plan.loss_metric)
+            chain = KSLinear.from_dense(place.weight, patterns=place.plan.patterns, metric=metric, impl=impl)
+        replacements |= replacements_of(place, chain)
     return replace_modules(model, replacements)
 
 
@@ -145,11 +144,8 @@ def described(place: Place) -> str:
     return f"layer {one_line(place.names[0])}: {change}{shared}"
 
 
-def replacements_of(place: Place, chain_of: Callable[[Place], KSLinear]) -> dict[nn.Module, KSLinear]:
-    """Return the new layer for each layer of a place, by a function that makes its chain; none if it stays dense."""
-    if place.plan.chain is None:
-        return {}
-    chain = chain_of(place)
+def replacements_of(place: Place, chain: KSLinear) -> dict[nn.Module, KSLinear]:
+    """Return the new layer for each layer of a place, with the factors of a chain and the bias of the layer."""
     extra, parameter = chain.bias, place.linears[0].module.weight
     assert isinstance(parameter, nn.Parameter)
     for block in chain.blocks:

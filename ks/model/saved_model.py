@@ -19,7 +19,7 @@ from ks.files.provenance import now
 from ks.files.schema import CompressedLayer, CompressedModel
 from ks.files.weights import read_entry, shape_of
 from ks.layer import KSLinear
-from ks.model.linears import checkpoint_name, linears_of, modules_of, replace_modules, unwrapped
+from ks.model.linears import checkpoint_name, joined, linears_of, modules_of, replace_modules, unwrapped
 from ks.model.model_card import model_card
 from ks.model.model_plan import ModelPlan
 from ks.model.saved_folder import (
@@ -143,7 +143,7 @@ def _state_of(model: nn.Module) -> dict[str, Any]:
 def _buffers_beside(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the buffers that are not part of the state_dict, such as the frequencies of rotary embeddings."""
     return {
-        _joined(path, name): value
+        joined(path, name): value
         for path, module in modules_of(model).items()
         for name, value in module._buffers.items()
         if name in module._non_persistent_buffers_set and value is not None
@@ -168,7 +168,7 @@ def _meta_buffers_beside(model: nn.Module) -> dict[str, torch.Tensor]:
         for name, value in vars(module).items():
             if isinstance(value, torch.Tensor) and value.is_meta:
                 raise UsageError(
-                    f"{one_line(_joined(path, name))} of the model is on the meta device and no buffer; give a model "
+                    f"{one_line(joined(path, name))} of the model is on the meta device and no buffer; give a model "
                     "that was not made there: ks.load_compressed(model, folder)"
                 )
     return {name: value for name, value in _buffers_beside(model).items() if value.is_meta}
@@ -205,16 +205,11 @@ def _ties(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
 
 def _densified(state: Mapping[str, torch.Tensor], chains: Mapping[str, KSLinear]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield a state_dict with one dense weight in the place of the factors of each chain."""
-    blocks = {_joined(name, f"block_{index}") for name, chain in chains.items() for index in range(len(chain.patterns))}
+    blocks = {joined(name, f"block_{index}") for name, chain in chains.items() for index in range(len(chain.patterns))}
     yield from ((name, value) for name, value in state.items() if name not in blocks)
     for name, chain in chains.items():
         dense = chain.to_dense()
-        yield _joined(name, "weight"), dense.t() if chain.stored_transposed else dense
-
-
-def _joined(path: str, name: str) -> str:
-    """Return the name of a tensor in a state_dict; the model itself has the path ''."""
-    return f"{path}.{name}" if path else name
+        yield joined(name, "weight"), dense.t() if chain.stored_transposed else dense
 
 
 def _empty_chains(model: nn.Module, record: CompressedModel, folder: Path, impl: str) -> dict[nn.Module, KSLinear]:
@@ -249,7 +244,7 @@ def _empty_chains(model: nn.Module, record: CompressedModel, folder: Path, impl:
 def _as_blocks(tensors: dict[str, torch.Tensor], record: CompressedModel):
     """Return tensors and aliases of version 1, whose factor l has values (a, b, c, d) as factors.l, as blocks."""
     name_of = {
-        _joined(name, f"factors.{index}"): _joined(name, f"block_{index}")
+        joined(name, f"factors.{index}"): joined(name, f"block_{index}")
         for name, layer in record.layers.items()
         for index in range(len(layer.patterns))
     }
@@ -271,8 +266,8 @@ def _check_keys(
     for place, module in modules_of(model).items():
         if module in replacements:
             for name in module.state_dict():
-                expected.pop(_joined(place, name), None)
-            expected |= {_joined(place, name): tuple(v.shape) for name, v in replacements[module].state_dict().items()}
+                expected.pop(joined(place, name), None)
+            expected |= {joined(place, name): tuple(v.shape) for name, v in replacements[module].state_dict().items()}
     if not set(record.aliases.values()) <= tensors.keys():
         raise UsageError(f"{folder / RECORD_FILE} is not valid: it ties tensors to one that the files lack")
     stored = {name: name for name in tensors} | record.aliases
@@ -291,7 +286,7 @@ def _check_keys(
 def _fill(model: nn.Module, tensors: Mapping[str, Any], aliases: Mapping[str, str]) -> None:
     """Copy values, so that chains keep the memory order of their factors, and tie the tied tensors again."""
     owners = {
-        _joined(path, name): (module, name)
+        joined(path, name): (module, name)
         for path, module in modules_of(model).items()
         for name in (*module._parameters, *module._buffers)
     }
