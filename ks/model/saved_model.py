@@ -72,7 +72,12 @@ def save_compressed(
     model = unwrapped(model)
     chains = {name: module for name, module in modules_of(model).items() if isinstance(module, KSLinear)}
     state, buffers = _state_of(model), {} if densify else _before_long_inputs(_buffers_beside(model))
-    _check_state(state | buffers)
+    for name, value in (state | buffers).items():
+        if not isinstance(value, torch.Tensor):
+            kind = type(value).__name__
+            raise UsageError(f"state {one_line(name)!r} of the model is {kind}, no tensor; only tensors are saved")
+        if value.is_meta:
+            raise UsageError(f"{one_line(name)!r} of the model is a meta tensor without values; give it some first")
     aliases = {} if densify else _ties(state | buffers)
     layers = {name: _described(chain) for name, chain in chains.items()}
     record = CompressedModel(MODEL_FORMAT, MODEL_VERSION, type(model).__name__, layers, aliases, densify, [*buffers])
@@ -172,17 +177,6 @@ def _meta_buffers_beside(model: nn.Module) -> dict[str, torch.Tensor]:
                     "that was not made there: ks.load_compressed(model, folder)"
                 )
     return {name: value for name, value in _buffers_beside(model).items() if value.is_meta}
-
-
-def _check_state(state: Mapping[str, Any]) -> None:
-    """Check that all state is tensors with values."""
-    for name, value in state.items():
-        if not isinstance(value, torch.Tensor):
-            raise UsageError(
-                f"state {one_line(name)!r} of the model is {type(value).__name__}, no tensor; only tensors are saved"
-            )
-        if value.is_meta:
-            raise UsageError(f"{one_line(name)!r} of the model is a meta tensor without values; give it some first")
 
 
 def _described(chain: KSLinear) -> CompressedLayer:
@@ -285,6 +279,8 @@ def _check_keys(
 @torch.no_grad()
 def _fill(model: nn.Module, tensors: Mapping[str, Any], aliases: Mapping[str, str]) -> None:
     """Copy values, so that chains keep the memory order of their factors, and tie the tied tensors again."""
+    place = torch.get_default_device()
+    model._apply(lambda tensor: torch.empty_like(tensor, device=place) if tensor.is_meta else tensor)
     owners = {
         joined(path, name): (module, name)
         for path, module in modules_of(model).items()
@@ -293,13 +289,9 @@ def _fill(model: nn.Module, tensors: Mapping[str, Any], aliases: Mapping[str, st
     for name, entry in tensors.items():
         module, attribute = owners[name]
         value, target = read_entry(entry, name), getattr(module, attribute)
-        if target.is_meta:
-            made = torch.empty_like(target, dtype=value.dtype, device=torch.get_default_device())
-            is_parameter = isinstance(target, nn.Parameter)
-            setattr(module, attribute, nn.Parameter(made, target.requires_grad) if is_parameter else made)
-        elif target.dtype != value.dtype:
-            target.data = target.data.to(value.dtype)
-        getattr(module, attribute).copy_(value)
+        if target.dtype != value.dtype:
+            target.data = torch.empty_like(target, dtype=value.dtype)
+        target.copy_(value)
     for name, stored in aliases.items():
         (module, attribute), (first, stored_attribute) = owners[name], owners[stored]
         setattr(module, attribute, getattr(first, stored_attribute))
