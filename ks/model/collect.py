@@ -124,29 +124,25 @@ class _Collection:
     def start_pass(self, is_held_out: bool, mask_of: Callable[[str], torch.Tensor | None]) -> None:
         self.batch += 1
         self.is_held_out, self.mask_of = is_held_out, mask_of
-        self._met: dict[tuple, str] = {}  # input tensor → NAME
-        self._alive: list[StorageWeakRef] = []  # so that no storage of this pass is taken for a later one
-        self._received: defaultdict[str, set[tuple]] = defaultdict(set)
+        self._groups_with: defaultdict[tuple, list[str]] = defaultdict(list)  # that have added an input tensor
+        self._received: defaultdict[str, set[tuple]] = defaultdict(set)  # input tensors of a layer
         self._earlier = {*self.group.values()}  # groups with sums of earlier passes
-        self._added: set[tuple] = set()
 
     def take(self, name: str, inputs: torch.Tensor) -> None:
         """Add the inputs of a layer, unless another layer of its group has received the same tensor in this pass."""
         if self.paused or name in self.left_out or not self._fits(name, inputs):
             return
-        storage = StorageWeakRef(inputs.untyped_storage())
-        self._alive.append(storage)
+        storage = StorageWeakRef(inputs.untyped_storage())  # kept, so that no later storage is taken for this one
         version = 0 if inputs.is_inference() else inputs._version  # changes when a tensor is modified in place
-        tensor = (storage.cdata, inputs.storage_offset(), inputs.shape, inputs.stride(), inputs.dtype, version)
+        tensor = (storage, inputs.storage_offset(), inputs.shape, inputs.stride(), inputs.dtype, version)
         self._received[name].add(tensor)
+        groups = self._groups_with[tensor]
         if name not in self.group:
             # A group from an earlier pass has sums that this layer has not seen.
-            shared = self._met.get(tensor, name)
-            self.group[name] = name if shared in self._earlier else shared
+            self.group[name] = groups[0] if groups and groups[0] not in self._earlier else name
         group = self.group[name]
-        self._met.setdefault(tensor, group)
-        if (group, tensor) not in self._added:
-            self._added.add((group, tensor))
+        if group not in groups:
+            groups.append(group)
             self._add(self.inputs, group, counted(inputs, self.mask_of(name)), torch.float64)
 
     def take_gradient(self, name: str, gradients: torch.Tensor) -> None:
