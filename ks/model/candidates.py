@@ -23,7 +23,7 @@ from ks.model.layer_weights import LayerWeight, listed
 from ks.moments.metric import DAMPING, LossMetric, Metric
 from ks.moments.moments_file import InputMoments, as_moments
 from ks.moments.pieces import one_thread_each
-from ks.moments.read import gradients_sha256, inputs_of, inputs_sha256
+from ks.moments.read import hashes_of, inputs_of
 
 FRACTIONS = (0.1, 0.25, 0.5, 0.75)  # of the dense parameters, at which floors are printed
 
@@ -135,7 +135,7 @@ def find_candidates(
         given = inputs = gradients = None
         if moments is not None:
             given = moments.only(weight.name)
-            inputs, gradients = inputs_sha256(given, weight.name), gradients_sha256(given, weight.name)
+            inputs, gradients = hashes_of(given)
         unchanged = None if gradients is None else 0.0
         dense = LayerPlan(
             weight.name,
