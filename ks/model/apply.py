@@ -153,7 +153,11 @@ def replacements_of(place: Place, chain: KSLinear) -> dict[nn.Module, KSLinear]:
     made: dict[nn.Module, KSLinear] = {}
     for linear in place.linears:
         twin = copy.deepcopy(chain, {id(block): block for block in chain.blocks}) if made else chain
-        twin.bias = _with_extra(linear.module._parameters.get("bias"), extra)
+        own = linear.module._parameters.get("bias")
+        twin.bias = own if extra is None else extra
+        if own is not None and extra is not None:
+            total = own.detach().double() + extra.detach().double()
+            twin.bias = nn.Parameter(total.to(own.dtype), own.requires_grad)
         twin.stored_transposed = linear.transposed
         twin.train(linear.module.training)
         for name, hooks in vars(linear.module).items():
@@ -161,14 +165,6 @@ def replacements_of(place: Place, chain: KSLinear) -> dict[nn.Module, KSLinear]:
                 setattr(twin, name, hooks)
         made[linear.module] = twin
     return made
-
-
-def _with_extra(bias: nn.Parameter | None, extra: nn.Parameter | None) -> nn.Parameter | None:
-    """Return the bias of a layer, itself, or with the bias of its chain added."""
-    if extra is None or bias is None:
-        return bias if extra is None else extra
-    total = (bias.detach().double() + extra.detach().double()).to(bias.dtype)
-    return nn.Parameter(total, bias.requires_grad)
 
 
 def find_places(model: nn.Module, plan: ModelPlan) -> list[Place]:

@@ -153,7 +153,11 @@ def find_candidates(
         floors = {family: file.find(dense.weight_sha256, name, family) for family in families}
         missing = [family for family in families if floors[family] is None]
         if missing:
-            metric, other = _metrics_of(weight.name, cols, given, loss_metric)
+            metric, other = Metric(), None
+            if given is not None:
+                calibration, [other_metric] = inputs_of(given, cols, weight.name), {*LossMetric} - {loss_metric}
+                metric = calibration.metric(loss_metric)
+                other = calibration.metric(other_metric) if calibration.gradients else None
             tensor = loaded.tensor.to(device)
             for family in missing:
                 floors[family] = layer_floors(tensor, family, metric, lambda text: check_stop(), other)
@@ -191,20 +195,6 @@ def find_candidates(
         report(f"floors of {known_before} layers were computed before")
     most = max(entry.tokens for entry in found)
     return [dataclasses.replace(entry, most_tokens=most) for entry in found]
-
-
-def _metrics_of(
-    name: str, width: int, moments: InputMoments | None, loss_metric: LossMetric
-) -> tuple[Metric, Metric | None]:
-    """Return the metric in which the floors of a weight are computed, and the other one if there are gradients."""
-    if moments is None:
-        return Metric(), None
-    given = inputs_of(moments, width, name)
-    metric = given.metric(loss_metric)
-    if given.gradients is None:
-        return metric, None
-    [other] = {*LossMetric} - {loss_metric}
-    return metric, given.metric(other)
 
 
 def _metric_name(dense: LayerPlan, loss_metric: LossMetric) -> str | None:

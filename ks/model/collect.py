@@ -66,7 +66,11 @@ def collect_input_moments(
     if not 0 <= held_out < 1:
         raise UsageError(f"a held-out fraction of {held_out}: at least 0 and less than 1 is needed")
     model = unwrapped(model)
-    linears = _matching_linears(model, layers)
+    known = linears_of(model)
+    linears = {name: known[name] for name in matching(known, layers)}
+    if not linears:
+        wanted = layers if isinstance(layers, str) else ", ".join(layers)
+        raise UsageError(f"no nn.Linear or Conv1D of the model matches {one_line(wanted)!r}; {nearest(wanted, known)}")
     model_name = model_name or (moments.model if moments else type(model).__name__)
     collection = _Collection(linears, moments, model_name, None if loss is None else as_loss(loss))
     if not quiet:
@@ -87,14 +91,6 @@ def collect_input_moments(
         _report(found, linears, collection.left_out)
         print(f"inputs are known for {coverage(parameters_of(model), {*found.aliases})}", file=sys.stderr)
     return whole
-
-
-def _matching_linears(model: torch.nn.Module, layers: str | Sequence[str]) -> dict[str, Linear]:
-    linears = linears_of(model)
-    if matched := matching(linears, layers):
-        return {name: linears[name] for name in matched}
-    wanted = layers if isinstance(layers, str) else ", ".join(layers)
-    raise UsageError(f"no nn.Linear or Conv1D of the model matches {one_line(wanted)!r}; {nearest(wanted, linears)}")
 
 
 class _Collection:
