@@ -41,6 +41,11 @@ def joined(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
+def place_of(tensor: torch.Tensor) -> tuple:
+    """Return where the values of a tensor are in memory, equal for tied tensors alone, also on the meta device."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+
+
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     """Return all modules by the names that a checkpoint uses; one may have several, and the model itself has ''."""
     return {checkpoint_name(path): module for path, module in unwrapped(model).named_modules(remove_duplicate=False)}

@@ -19,7 +19,7 @@ from ks.files.provenance import now
 from ks.files.schema import CompressedLayer, CompressedModel
 from ks.files.weights import read_entry, shape_of
 from ks.layer import KSLinear
-from ks.model.linears import checkpoint_name, joined, linears_of, modules_of, replace_modules, unwrapped
+from ks.model.linears import checkpoint_name, joined, linears_of, modules_of, place_of, replace_modules, unwrapped
 from ks.model.model_card import model_card
 from ks.model.model_plan import ModelPlan
 from ks.model.saved_folder import (
@@ -190,10 +190,8 @@ def _ties(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
     first: dict[tuple, str] = {}
     ties = {}
     for name, value in state.items():
-        # a storage has its own identity on the meta device too, where all addresses are 0
-        memory = (value.untyped_storage()._cdata, value.storage_offset(), value.shape, value.stride(), value.dtype)
-        if value.numel() and first.setdefault(memory, name) != name:
-            ties[name] = first[memory]
+        if value.numel() and first.setdefault(place_of(value), name) != name:
+            ties[name] = first[place_of(value)]
     return ties
 
 
