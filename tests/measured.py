@@ -2,7 +2,7 @@
 
 import torch
 
-from ks.moments.moments_file import InputMoments
+from ks.moments.moments_file import PARTS, InputMoments
 from ks.moments.second_moment import VectorSums
 
 KINDS = ("regular", "steep", "low energy feature", "singular", "rank one", "block diagonal", "isotropic")
@@ -45,6 +45,20 @@ def measured_moments(weights, without_gradients=(), seed=0):
     gradients = {name: sums(weight.shape[0]) for name, weight in weights.items() if name not in without_gradients}
     names = {name: name for name in weights}
     return InputMoments(train, {}, names, dict.fromkeys(names, 1), gradients=gradients, loss="a loss", unit="nats")
+
+
+def assert_same_moments(one, other, tolerance=0.0, of_gradients=0.0):
+    """Check that two moments hold the same sums, up to tolerances for the order of the additions."""
+    for name in ("aliases", "batches", "transposed", "model", "loss", "unit"):
+        assert getattr(one, name) == getattr(other, name)
+    for part in PARTS:
+        sums, others = getattr(one, part), getattr(other, part)
+        allowed = of_gradients if "gradients" in part else tolerance
+        assert sums.keys() == others.keys()
+        for name in sums:
+            assert sums[name].count == others[name].count
+            torch.testing.assert_close(sums[name].sum_xx, others[name].sum_xx, rtol=allowed, atol=allowed)
+            torch.testing.assert_close(sums[name].sum_x, others[name].sum_x, rtol=allowed, atol=allowed)
 
 
 def weighted_loss(weight, dense, moment):

@@ -202,17 +202,6 @@ def test_a_weight_that_an_embedding_keeps_is_refused():
     assert ks.compress(model, kept, quiet=True)["head"].weight is model["table"].weight
 
 
-def test_weights_that_are_used_without_a_call_are_refused():
-    attention = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
-    plan = single("attention.out_proj.weight", attention["attention"].out_proj.weight)
-    refused(attention, plan, "nn.MultiheadAttention uses it without calling its layer")
-    model = Network()
-    plan = plan_of(model, FAMILIES)
-    nn.utils.parametrizations.weight_norm(model.blocks[0]["up"])
-    with pytest.raises(UsageError, match="remove its parametrization"):
-        ks.compress(model, plan, quiet=True)
-
-
 @pytest.mark.parametrize("masked", [False, True])
 def test_an_encoder_of_torch_calls_its_chains(masked):
     torch.manual_seed(0)

@@ -5,6 +5,7 @@ from collections import UserDict
 
 import pytest
 import torch
+from measured import assert_same_moments
 from networks import Attention, Conv1D, agrees, hand_computed, normal, squares
 
 import ks
@@ -19,21 +20,7 @@ def collect(model, batches, layers=ALL, **options):
     return ks.collect_input_moments(model, batches, layers, quiet=True, **options)
 
 
-def equal(one, other):
-    """Whether two moments hold the same sums, up to the order of the additions."""
-    assert one.aliases == other.aliases
-    assert one.batches == other.batches
-    assert (one.loss, one.unit) == (other.loss, other.unit)
-    for kind, tolerance in {"train": 1e-12, "held_out": 1e-12, "gradients": 1e-6, "held_out_gradients": 1e-6}.items():
-        part, counterpart = getattr(one, kind), getattr(other, kind)
-        assert part.keys() == counterpart.keys()
-        for name, sums in part.items():
-            assert sums.count == counterpart[name].count
-            torch.testing.assert_close(sums.sum_xx, counterpart[name].sum_xx, rtol=tolerance, atol=tolerance)
-            torch.testing.assert_close(sums.sum_x, counterpart[name].sum_x, rtol=tolerance, atol=tolerance)
-
-
-def test_the_sums_are_those_computed_by_hand():
+def test_the_sums_are_those_computed_by_hand_and_layers_with_one_input_share_them():
     model, x = Attention().eval(), normal(4, 3, 6)
     found = collect(model, [x[:2], x[2:]], held_out=0)
     layer = model.encoder["layer"][0]
@@ -44,10 +31,6 @@ def test_the_sums_are_those_computed_by_hand():
         agrees(found.train[f"{LAYER}.up"], layer["output"](mixed))
     assert found.held_out == {}
     torch.testing.assert_close(found.second_moment(f"{LAYER}.query.weight"), hand_computed(x)[0] / 12)
-
-
-def test_layers_that_share_their_input_share_its_sums():
-    found = collect(Attention(), [normal(4, 6)], held_out=0)
     shared = {f"{LAYER}.{name}.weight": f"{LAYER}.query" for name in ("query", "key", "value")}
     own = {f"{LAYER}.{name}.weight": f"{LAYER}.{name}" for name in ("output", "up")}
     assert found.aliases == shared | own
@@ -258,11 +241,9 @@ def test_inputs_given_by_keyword():
 
 
 def test_conv1d_of_transformers_is_recognised_by_its_name():
-    model = torch.nn.ModuleDict({"c_fc": Conv1D(8, 6)})
-    model.forward = lambda x: model["c_fc"](x)
-    found = collect(model, [normal(3, 6)], "c_fc", held_out=0)
-    agrees(found.train["c_fc"], normal(3, 6))
-    assert found.transposed == ("c_fc.weight",)
+    found = collect(torch.nn.Sequential(Conv1D(8, 6)), [normal(3, 6)], "**", held_out=0)
+    agrees(found.train["0"], normal(3, 6))
+    assert found.transposed == ("0.weight",)
     other = type("Conv1D", (torch.nn.Module,), {"__module__": "elsewhere"})
     assert linears_of(torch.nn.Sequential(other())) == {}
 
@@ -301,9 +282,10 @@ def test_a_collection_in_parts_is_that_of_the_whole(loss):
     first = collect(model, batches[:3], loss=loss)
     before = first.train[f"{LAYER}.query"].sum_xx.clone()
     second = collect(model, batches[3:8], loss=loss, moments=first)
-    equal(collect(model, batches[8:], loss=loss, moments=second), whole)
+    merged = collect(model, batches[:5], loss=loss).merge(collect(model, batches[5:], loss=loss))
+    for found in (collect(model, batches[8:], loss=loss, moments=second), merged):
+        assert_same_moments(found, whole, 1e-12, 1e-6)
     assert torch.equal(first.train[f"{LAYER}.query"].sum_xx, before)
-    equal(collect(model, batches[:5], loss=loss).merge(collect(model, batches[5:], loss=loss)), whole)
 
 
 def test_a_collection_that_does_not_fit_the_earlier_one_is_refused():
@@ -315,23 +297,20 @@ def test_a_collection_that_does_not_fit_the_earlier_one_is_refused():
 
 
 def test_layers_and_batches_that_cannot_be_collected_are_refused():
-    message = r"no nn.Linear or Conv1D of the model matches 'a, enc\.outputs'; nearest of 5: encoder.layer.0.output"
-    with pytest.raises(UsageError, match=message):
-        collect(Attention(), [normal(3, 6)], ["a", "enc.outputs"])
-    with pytest.raises(UsageError, match="no batch"):
-        collect(Attention(), [])
-    with pytest.raises(UsageError, match="a held-out fraction of 1"):
-        collect(Attention(), [normal(3, 6)], held_out=1)
-    with pytest.raises(UsageError, match="a batch of type int"):
-        collect(Attention(), [3])
-    with pytest.raises(UsageError, match="a mask of dtype torch.float32"):
-        collect(Attention(), [normal(2, 3, 6)], mask=lambda batch: MASK.float())
-    with pytest.raises(UsageError, match="no layer of first was called"):
-        collect(Calls(lambda layers, x: x), [normal(3, 5)], "first")
-    with pytest.raises(
-        UsageError, match=r"inputs of layer encoder\.layer\.0\.query hold NaN or infinite values in batch 2"
-    ):
-        collect(Attention(), [normal(3, 6), normal(3, 6) / 0])
+    model, x = Attention(), normal(3, 6)
+    for call, message in {
+        lambda: collect(model, [x], ["a", "enc.outputs"]): (
+            r"no nn.Linear or Conv1D of the model matches 'a, enc\.outputs'; nearest of 5: encoder.layer.0.output"
+        ),
+        lambda: collect(model, []): "no batch",
+        lambda: collect(model, [x], held_out=1): "a held-out fraction of 1",
+        lambda: collect(model, [3]): "a batch of type int",
+        lambda: collect(model, [normal(2, 3, 6)], mask=lambda batch: MASK.float()): "a mask of dtype torch.float32",
+        lambda: collect(Calls(lambda layers, x: x), [normal(3, 5)], "first"): "no layer of first was called",
+        lambda: collect(model, [x, x / 0]): r"layer encoder.layer.0.query hold NaN or infinite values in batch 2",
+    }.items():
+        with pytest.raises(UsageError, match=message):
+            call()
 
 
 def test_sums_that_exceed_the_memory_are_refused(monkeypatch):

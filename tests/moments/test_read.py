@@ -280,11 +280,6 @@ def test_the_hash_is_that_of_the_values(tmp_path, path):
 def test_moments_in_memory_are_read_as_those_of_a_file(path):
     moments = InputMoments.load(path)
     given, read = inputs_of(moments, WIDTH, KEY), read_input_moments(path, WIDTH, KEY)
-    assert given.sha256 == read.sha256
-    assert given.key == read.key == KEY
+    assert (given.sha256, given.key) == (read.sha256, read.key)
     torch.testing.assert_close(given.train.second_moment, read.train.second_moment, rtol=0, atol=0)
-    assert (given.held_out is None) == (read.held_out is None)
-    with pytest.raises(UsageError, match="no inputs for key 'y'; nearest"):
-        inputs_of(moments, WIDTH, "y")
-    with pytest.raises(UsageError, match="6 wide, and the weight takes 9"):
-        inputs_of(moments, 9, KEY)
+    torch.testing.assert_close(given.held_out.second_moment, read.held_out.second_moment, rtol=0, atol=0)
