@@ -7,7 +7,7 @@ import pytest
 import torch
 from measured import measured_moments
 from networks import Conv1D, normal
-from planned import FAMILIES, Network, Tied, layer_plan, plan_of, single, tied_plan
+from planned import FAMILIES, Network, Tied, bits, layer_plan, plan_of, same_bits, single, tied_plan
 from torch import nn
 
 import ks
@@ -18,18 +18,14 @@ from ks.model.model_plan import ModelPlan
 from ks.moments.metric import LossMetric
 
 
-def state_of(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
 def refused(model, plan, message, **options):
     """The model stays as it is, and the message has one line."""
-    before, modules = state_of(model), list(model.modules())
+    before, modules = bits(model), list(model.modules())
     with pytest.raises(UsageError, match=message) as caught:
         ks.compress(model, plan, quiet=True, **options)
     assert "\n" not in str(caught.value)
     assert list(model.modules()) == modules
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert same_bits(bits(model), before)
 
 
 def test_planned_layers_become_chains_and_the_others_stay(tmp_path, capsys):

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from conftest import ROOT
 from networks import Conv1D, normal
-from planned import FAMILIES, Network, Tied, peak_mib, plan_of, single, tied_plan
+from planned import FAMILIES, Network, Tied, bits, peak_mib, plan_of, same_bits, single, tied_plan
 from torch import nn
 
 import ks
@@ -46,16 +46,6 @@ def on_meta(kind):
 def edited(folder, **changes):
     path = folder / "compressed.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def bits(model):
-    return {name: (value.dtype, value.clone()) for name, value in model.state_dict().items()}
-
-
-def same_bits(one, other):
-    return one.keys() == other.keys() and all(
-        dtype == other[name][0] and torch.equal(value, other[name][1]) for name, (dtype, value) in one.items()
-    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
