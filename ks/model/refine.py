@@ -1,6 +1,7 @@
 """Refinement: train the blocks of a compressed model, one after another, to give the outputs of the dense model."""
 
 import contextlib
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -212,7 +213,8 @@ class _Stream:
     def output(self, name: str, index: int, values: Values | None = None) -> torch.Tensor:
         """Return the output of a block for a batch, with its own parameters except for those in `values`."""
         block, (positional, named) = self.model.get_submodule(name), self._others[index][name]
-        hidden = self.hidden[index].to(next(block.parameters()).device, copy=True)  # a block may add to it in place
+        device = next(itertools.chain(block.parameters(), self.model.parameters())).device
+        hidden = self.hidden[index].to(device, copy=True)  # a block may add to it in place
         return _first(functional_call(block, values or {}, (hidden, *positional), named))
 
     def advance(self, name: str) -> None:

@@ -185,6 +185,11 @@ def refined_network(dtype=torch.float32, **options):
     return small, block
 
 
+def test_a_block_without_parameters_passes_its_inputs_on():
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH))
+    assert [block.name for block in ks.refine(model, small_of(model), BATCHES, "*", quiet=True)] == ["0", "2"]
+
+
 def test_a_block_may_change_its_input_in_place():
     assert refined_network(in_place=True)[1] == refined_network()[1]
 
