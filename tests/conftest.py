@@ -198,12 +198,6 @@ def floor_of(weight: torch.Tensor, rank: int) -> float:
     return ks.loss_floor(weight, ks.make_chain(*weight.shape), [rank])[0].lower
 
 
-def sums_of(rows: torch.Tensor) -> VectorSums:
-    sums = VectorSums.zeros(rows.shape[1])
-    sums.add(rows)
-    return sums.finished()
-
-
 def save_moments(
     path,
     rows: torch.Tensor,
@@ -216,7 +210,7 @@ def save_moments(
     from ks.moments.moments_file import InputMoments  # the tests of a borrowed card run without its msgspec
 
     def sums(name: str, given: torch.Tensor | None) -> dict[str, VectorSums]:
-        return {} if given is None else {name: sums_of(given)}
+        return {} if given is None else {name: VectorSums.of(given)}
 
     name = key.removesuffix(".weight")
     loss = {} if gradients is None else {"loss": "next token", "unit": "nats"}

@@ -36,10 +36,8 @@ def measured_moments(weights, without_gradients=(), seed=0):
     generator = torch.Generator().manual_seed(seed)
 
     def sums(width):
-        found = VectorSums.zeros(width)
         mixing = torch.randn(width, width, generator=generator) * torch.logspace(0, -1.5, width)[:, None]
-        found.add(torch.randn(6 * width, width, generator=generator) @ mixing)
-        return found.finished()
+        return VectorSums.of(torch.randn(6 * width, width, generator=generator) @ mixing)
 
     train = {name: sums(weight.shape[1]) for name, weight in weights.items()}
     gradients = {name: sums(weight.shape[0]) for name, weight in weights.items() if name not in without_gradients}

@@ -94,15 +94,11 @@ def find_candidates(
     written on the way, in at most a twentieth of the time, and at the end, so that the same call resumes.
 
     Args:
-        weights: to plan.
+        weights, chains, moments, floors_path, device: as in `ks.plan_model`.
         make: returns the chain of a family for an m × n weight.
-        chains: families.
-        moments: of the model's inputs, in memory or in a file; None for isotropic inputs.
-        floors_path: .npz file in which floors are kept; None keeps none.
-        device: on which floors are computed.
         report: called with a line about each layer.
         check_stop: called before every longer computation; an exception from it ends the work.
-        loss_metric: that floors are computed in; `check_inputs` has checked that the moments suffice.
+        loss_metric: of the floors; `check_inputs` has checked that the moments suffice.
     Returns:
         one entry for each weight in their order; of tied weights the first alone. Weights of zeros, and those that are
         not finite, are left out with a line to `report`.

@@ -180,12 +180,7 @@ def _read_samples(
             f"{where}: of {len(samples)} samples, holding out a fraction of {val_split} leaves none; give more"
         )
     check_fits(f"the second moment of {where}", 6 * width * width * 8, "use a machine with more memory")
-    parts = []
-    for rows in (samples[:num_train], samples[num_train:]):
-        sums = VectorSums.zeros(width)
-        sums.add(rows)
-        parts.append(sums.finished())
-    train, held_out = parts
+    train, held_out = VectorSums.of(samples[:num_train]), VectorSums.of(samples[num_train:])
     return Calibration(
         _checked(train, where),
         _checked_if_any(held_out, f"{where}, held out"),

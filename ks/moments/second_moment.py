@@ -220,6 +220,13 @@ class VectorSums:
         square = torch.zeros(width, width, dtype=torch.float64, device=device)
         return cls(square, torch.zeros(width, dtype=torch.float64, device=device), 0)
 
+    @classmethod
+    def of(cls, rows: torch.Tensor) -> "VectorSums":
+        """Return the sums over vectors of shape (N, n), any float dtype, on the CPU."""
+        sums = cls.zeros(rows.shape[1], rows.device)
+        sums.add(rows)
+        return sums.finished()
+
     @property
     def width(self) -> int:
         """n."""

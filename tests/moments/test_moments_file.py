@@ -5,21 +5,21 @@ import json
 import pytest
 import safetensors
 import torch
-from conftest import sums_of
 from measured import assert_same_moments
 from networks import hand_computed, normal
 from safetensors.torch import load_file, save_file
 
 from ks.errors import UsageError
 from ks.moments.moments_file import InputMoments
+from ks.moments.second_moment import VectorSums
 
 
 def moments(rows=40, width=6, model="MiniLM", **changed):
     """Moments of two input tensors; the first is that of three weights."""
     aliases = {"a.q.weight": "a.q", "a.k.weight": "a.q", "a.v.weight": "a.q", "a.up.weight": "a.up"}
     values = {
-        "train": {"a.q": sums_of(normal(rows, width)), "a.up": sums_of(normal(rows, 4))},
-        "held_out": {"a.q": sums_of(normal(9, width, seed=1))},
+        "train": {"a.q": VectorSums.of(normal(rows, width)), "a.up": VectorSums.of(normal(rows, 4))},
+        "held_out": {"a.q": VectorSums.of(normal(9, width, seed=1))},
         "aliases": aliases,
         "batches": {"a.q": 5, "a.up": 5},
         "transposed": ("a.up.weight",),
@@ -31,8 +31,8 @@ def moments(rows=40, width=6, model="MiniLM", **changed):
 def with_gradients(rows=40, loss="next token", keys=("a.q.weight", "a.up.weight"), **changed):
     """The same with gradients at the outputs of two weights, of which one has a held-out part."""
     values = {
-        "gradients": {key: sums_of(normal(rows, 3, seed=seed)) for seed, key in enumerate(keys)},
-        "held_out_gradients": {"a.q.weight": sums_of(normal(9, 3, seed=2))},
+        "gradients": {key: VectorSums.of(normal(rows, 3, seed=seed)) for seed, key in enumerate(keys)},
+        "held_out_gradients": {"a.q.weight": VectorSums.of(normal(9, 3, seed=2))},
         "loss": loss,
         "unit": "nats",
     }
@@ -95,7 +95,7 @@ def test_the_second_moment_of_a_weight():
 
 def test_merged_moments_add_up_and_keep_the_layers_of_each():
     other = with_gradients(rows=7, held_out={}, held_out_gradients={})
-    other.train["b"], other.aliases["b.weight"], other.batches["b"] = sums_of(normal(3, 2)), "b", 1
+    other.train["b"], other.aliases["b.weight"], other.batches["b"] = VectorSums.of(normal(3, 2)), "b", 1
     merged = with_gradients().merge(other)
     for found, width in ((merged.train["a.q"], 6), (merged.gradients["a.q.weight"], 3)):
         expected = hand_computed(torch.cat([normal(40, width), normal(7, width)]))[0]
@@ -121,7 +121,7 @@ def test_merged_moments_add_up_and_keep_the_layers_of_each():
         (with_gradients(loss="classes"), "gradients of 'next token' and of 'classes' are not to be merged"),
         (with_gradients(keys=("a.q.weight",)), "weight 'a.up.weight' has gradients in one of the moments only"),
         (
-            with_gradients(gradients={key: sums_of(normal(4, 2)) for key in ("a.q.weight", "a.up.weight")}),
+            with_gradients(gradients={key: VectorSums.of(normal(4, 2)) for key in ("a.q.weight", "a.up.weight")}),
             "gradients of 'a..*.weight' are 3 wide in one of the moments and 2 in the other",
         ),
     ],
