@@ -49,7 +49,7 @@ def plan_model(
             of the loss.
         loss_metric: 'model_loss' to minimise the increase of the loss of the model, summed over the layers;
             'output_energy' to minimise the sum of the fractions of output energy that they lose. None for the loss of
-            the model if the moments have its gradients, and a target for the output energy does not ask otherwise.
+            the model if the moments have its gradients, unless the target is one of the output energy.
         moments: of the inputs of these layers (`ks.collect_input_moments`), or their file; None for isotropic inputs.
         chains: families to choose from, best for each layer; None for `USUAL_FAMILIES` of the metric.
         blocks, num_factors: of the families, as in `ks.make_chain`.

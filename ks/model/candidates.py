@@ -55,9 +55,9 @@ class Candidates:
         return self.tokens / self.most_tokens / 2
 
     def losses(self, floors: LayerFloors) -> np.ndarray:
-        """Return the loss of the best known chains of ranks 0 … R: what the sum over the layers of a plan is made of.
+        """Return the loss of the best known chains of ranks 0 … R, a term of the sum over layers that a plan minimises.
 
-        It is the fraction of the output energy that is lost; or the increase of the loss of the model.
+        It is the fraction of the output energy that is lost, or the increase of the loss of the model.
         """
         return floors.upper * (floors.energy * self._per_token if self.loss_metric is LossMetric.MODEL_LOSS else 1.0)
 

@@ -312,7 +312,7 @@ class ModelPlan:
 
     @classmethod
     def load(cls, path) -> "ModelPlan":
-        """Read what `save` wrote.
+        """Read a plan that `save` wrote.
 
         Raises:
             UsageError: the file is missing, damaged, of a newer version, or holds no valid plan.

@@ -286,7 +286,7 @@ def _train(
 
 
 def _read(path: Path, identity: str, block: nn.Module) -> tuple[RefinedBlock, Values]:
-    """Return what `_train` gave for a block that has its values from before the refinement, or those from after it."""
+    """Return the result of `_train` for a block with its values from before the refinement, or from after it."""
     found = read_torch_file(path, "a refined block")
     if not isinstance(found, dict) or found.get("identity") != identity or _state(block, {}) not in found["states"]:
         raise UsageError(f"{path} is of another refinement; give another folder, or the models as they were")

@@ -132,7 +132,7 @@ def stored_tensors(folder: Path, version: int) -> dict:
         index = folder / (file + INDEX_SUFFIX)
         names = set(read_json_as(index, CheckpointIndex, "the index of a checkpoint").weight_map.values())
         if others := sorted(name for name in names if not name.endswith(".safetensors")):
-            raise UsageError(f"{index} names {one_line(others[0])!r}; only .safetensors files are read")
+            raise UsageError(f"{index} lists {one_line(others[0])!r}; only .safetensors files are read")
     entries = entries_of(index, "a compressed model")
     check_fits(str(folder), sum((folder / name).stat().st_size for name in names), "use a machine with more memory")
     return entries

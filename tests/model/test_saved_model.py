@@ -182,7 +182,7 @@ DAMAGE = {
     "alias": (lambda folder: edited(folder, aliases={"norm.weight": "y"}), "ties tensors to one"),
     "no record": (lambda folder: (folder / "compressed.json").unlink(), "no such file"),
     "no tensors": (lambda folder: (folder / "compressed.safetensors").unlink(), "no such file"),
-    "pickle": (indexed_pickle, r"names 'model.bin'; only .safetensors files are read"),
+    "pickle": (indexed_pickle, r"lists 'model.bin'; only .safetensors files are read"),
     "cut": (lambda folder: (folder / "compressed.safetensors").write_bytes(b"12"), "cannot be read"),
 }
 
