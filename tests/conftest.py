@@ -18,6 +18,7 @@ import torch
 import warm
 
 import ks
+from ks.errors import UsageError
 from ks.files.layout import RunFiles, run_files
 from ks.moments.second_moment import VectorSums
 from ks.training.resume_state import ResumeState
@@ -187,6 +188,14 @@ def read_table(path) -> list[dict[str, str]]:
 def files_of(results_dir, rank: int, seed: int | None = None) -> RunFiles:
     """The files of one rank of a sweep; of its first seed, if none is given."""
     return run_files(results_dir, rank, seed, None)
+
+
+@contextlib.contextmanager
+def refusal(message: str):
+    """Check that the user's error is reported, in one line that matches a regular expression."""
+    with pytest.raises(UsageError, match=message) as raised:
+        yield raised
+    assert "\n" not in str(raised.value)
 
 
 def dense_loss(weight: torch.Tensor, chain: ks.KSLinear) -> float:

@@ -5,11 +5,11 @@ from collections import UserDict
 
 import pytest
 import torch
+from conftest import refusal
 from measured import assert_same_moments
 from networks import Attention, Conv1D, agrees, hand_computed, normal, squares
 
 import ks
-from ks.errors import UsageError
 from ks.model.linears import linears_of
 
 LAYER = "encoder.layer.0"
@@ -78,7 +78,7 @@ def test_memory_that_is_used_again_is_not_taken_for_a_shared_input():
 
 def test_layers_that_stop_sharing_are_refused():
     model = Calls(lambda layers, x: layers.first(x) + layers.second(x if len(x) == 2 else x + 1))
-    with pytest.raises(UsageError, match="second and first shared their input at first, but not in batch 2; collect"):
+    with refusal("second and first shared their input at first, but not in batch 2; collect"):
         collect(model, [normal(2, 5), normal(3, 5)], "**")
 
 
@@ -143,10 +143,10 @@ def test_a_layer_whose_inputs_the_mask_does_not_fit_is_left_out(capsys):
     assert [*found.train] == ["first"]
     reason = "its inputs have shape (2, 5), and the mask has shape (2, 3) (mask= takes masks by globs)"
     assert f"second: left out, {reason}" in capsys.readouterr().err
-    with pytest.raises(UsageError, match=r"no layer has inputs that the mask fits; second: its inputs have shape"):
+    with refusal(r"no layer has inputs that the mask fits; second: its inputs have shape"):
         collect(model, [normal(2, 3, 5)], "second", mask=lambda batch: MASK)
     shapes = iter([MASK, MASK.t()])
-    with pytest.raises(UsageError, match=r"layer first: .* the mask has shape \(3, 2\) in batch 2; give another mask"):
+    with refusal(r"layer first: .* the mask has shape \(3, 2\) in batch 2; give another mask"):
         collect(model, [normal(2, 3, 5)] * 2, "first", held_out=0, mask=lambda batch: next(shapes))
 
 
@@ -171,12 +171,12 @@ def test_a_mask_of_one_sequence_does_not_count_for_another():
         (Attention(), one | {"decoder_input_ids": MASK}, "x, decoder_input_ids"),
         (configured, one, "x"),
     ):
-        with pytest.raises(UsageError, match=rf"the batch has several \({parts}\); give a mask for each part"):
+        with refusal(rf"the batch has several \({parts}\); give a mask for each part"):
             collect(model, [given], "**")
     masks = {"encoder": lambda batch: batch["attention_mask"], "**": lambda batch: None}
     found = collect(Translator(), [batch], "**", held_out=0, mask=masks)
     assert (found.train["encoder"].count, found.train["decoder"].count) == (3, 6)
-    with pytest.raises(UsageError, match="no glob of mask= matches layer decoder"):
+    with refusal("no glob of mask= matches layer decoder"):
         collect(Translator(), [batch], "**", mask={"encoder": masks["encoder"]})
 
 
@@ -290,9 +290,9 @@ def test_a_collection_in_parts_is_that_of_the_whole(loss):
 
 def test_a_collection_that_does_not_fit_the_earlier_one_is_refused():
     earlier = collect(Attention(), [normal(3, 6)])
-    with pytest.raises(UsageError, match="earlier moments have 'encoder.layer.0.query.weight', which layers does not"):
+    with refusal("earlier moments have 'encoder.layer.0.query.weight', which layers does not"):
         collect(Attention(), [normal(3, 6)], f"{LAYER}.output", moments=earlier)
-    with pytest.raises(UsageError, match="of model 'Attention' and of 'Other' are not to be merged"):
+    with refusal("of model 'Attention' and of 'Other' are not to be merged"):
         collect(Attention(), [normal(3, 6)], moments=earlier, model_name="Other")
 
 
@@ -309,13 +309,13 @@ def test_layers_and_batches_that_cannot_be_collected_are_refused():
         lambda: collect(Calls(lambda layers, x: x), [normal(3, 5)], "first"): "no layer of first was called",
         lambda: collect(model, [x, x / 0]): r"layer encoder.layer.0.query hold NaN or infinite values in batch 2",
     }.items():
-        with pytest.raises(UsageError, match=message):
+        with refusal(message):
             call()
 
 
 def test_sums_that_exceed_the_memory_are_refused(monkeypatch):
     monkeypatch.setattr("ks.files.memory.available_bytes", lambda: 1000)
-    with pytest.raises(UsageError, match="collect fewer layers at a time"):
+    with refusal("collect fewer layers at a time"):
         collect(Attention(), [normal(3, 6)])
 
 

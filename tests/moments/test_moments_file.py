@@ -5,11 +5,11 @@ import json
 import pytest
 import safetensors
 import torch
+from conftest import refusal
 from measured import assert_same_moments
 from networks import hand_computed, normal
 from safetensors.torch import load_file, save_file
 
-from ks.errors import UsageError
 from ks.moments.moments_file import InputMoments
 from ks.moments.second_moment import VectorSums
 
@@ -79,9 +79,9 @@ def test_the_format_of_the_file(tmp_path):
 
 
 def test_a_path_that_cannot_be_written_is_one_line(tmp_path):
-    with pytest.raises(UsageError, match="give it that suffix"):
+    with refusal("give it that suffix"):
         moments().save(tmp_path / "m.pt")
-    with pytest.raises(UsageError, match="cannot be written"):
+    with refusal("cannot be written"):
         moments().save(tmp_path / "absent" / "m.safetensors")
 
 
@@ -89,7 +89,7 @@ def test_the_second_moment_of_a_weight():
     torch.testing.assert_close(moments().second_moment("a.k.weight"), hand_computed(normal(40, 6))[0] / 40)
     held_out = moments().second_moment("a.q.weight", held_out=True)
     torch.testing.assert_close(held_out, hand_computed(normal(9, 6, seed=1))[0] / 9)
-    with pytest.raises(UsageError, match=r"inputs 'a\.up' have no held-out part"):
+    with refusal(r"inputs 'a\.up' have no held-out part"):
         moments().second_moment("a.up.weight", held_out=True)
 
 
@@ -127,7 +127,7 @@ def test_merged_moments_add_up_and_keep_the_layers_of_each():
     ],
 )
 def test_moments_that_do_not_belong_together_are_not_merged(other, message):
-    with pytest.raises(UsageError, match=message):
+    with refusal(message):
         with_gradients().merge(other)
 
 
@@ -162,7 +162,7 @@ TENSORS = {
 def test_invalid_sums_are_refused(tmp_path, case):
     tensors, message = TENSORS[case]
     write(tmp_path / "m.safetensors", tensors)
-    with pytest.raises(UsageError, match=message):
+    with refusal(message):
         InputMoments.load(tmp_path / "m.safetensors")
 
 
@@ -177,9 +177,8 @@ def test_invalid_sums_are_refused(tmp_path, case):
 )
 def test_invalid_metadata_is_refused(tmp_path, changed, message):
     write(tmp_path / "m.safetensors", **changed)
-    with pytest.raises(UsageError, match=message) as raised:
+    with refusal(message):
         InputMoments.open(tmp_path / "m.safetensors")
-    assert "\n" not in str(raised.value)
 
 
 def test_other_files_are_refused(tmp_path):
@@ -191,13 +190,12 @@ def test_other_files_are_refused(tmp_path):
         "damaged.safetensors": "cannot be read as moments of inputs",
     }
     for name, message in messages.items():
-        with pytest.raises(UsageError, match=message) as raised:
+        with refusal(message):
             InputMoments.load(tmp_path / name)
-        assert "\n" not in str(raised.value)
 
 
 def test_sums_that_exceed_the_memory_are_not_read(tmp_path, monkeypatch):
     moments().save(tmp_path / "m.safetensors")
     monkeypatch.setattr("ks.files.memory.available_bytes", lambda: 1000)
-    with pytest.raises(UsageError, match=r"'a\.q' needs .* of memory"):
+    with refusal(r"'a\.q' needs .* of memory"):
         InputMoments.load(tmp_path / "m.safetensors")

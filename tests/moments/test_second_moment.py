@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from conftest import refusal
 from measured import KINDS, random_moment
 from networks import hand_computed, normal
 
-from ks.errors import UsageError
 from ks.moments import second_moment
 from ks.moments.second_moment import SecondMoment, VectorSums
 
@@ -67,9 +67,9 @@ def test_a_matrix_that_is_no_second_moment_is_refused():
         (indefinite, "not positive semi-definite: its eigenvalues reach from -"),
         (broken, "NaN"),
     ):
-        with pytest.raises(UsageError, match=message):
+        with refusal(message):
             SecondMoment(moment)
-    with pytest.raises(UsageError, match=r"4 features: a weight of 10 columns needs 10"):
+    with refusal(r"4 features: a weight of 10 columns needs 10"):
         SecondMoment(good).times_root(WEIGHT)
 
 
