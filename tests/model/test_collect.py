@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import refusal
 from measured import assert_same_moments
-from networks import Attention, Conv1D, agrees, hand_computed, normal, squares
+from networks import Attention, Calls, Conv1D, agrees, hand_computed, normal, squares
 
 import ks
 from ks.model.linears import linears_of
@@ -35,17 +35,6 @@ def test_the_sums_are_those_computed_by_hand_and_layers_with_one_input_share_the
     own = {f"{LAYER}.{name}.weight": f"{LAYER}.{name}" for name in ("output", "up")}
     assert found.aliases == shared | own
     assert list(found.train) == [f"{LAYER}.{name}" for name in ("query", "output", "up")]
-
-
-class Calls(torch.nn.Module):
-    """Two layers with what a test does to them."""
-
-    def __init__(self, call):
-        super().__init__()
-        self.first, self.second, self.call = torch.nn.Linear(5, 5), torch.nn.Linear(5, 5), call
-
-    def forward(self, x):
-        return self.call(self, x)
 
 
 def test_views_of_one_tensor_are_shared_and_copies_are_not():

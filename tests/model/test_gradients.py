@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import refusal
-from networks import Attention, normal, squares
+from networks import Attention, Calls, normal, squares
 from networks import agrees as sums_agree
 from torch.nn import Linear, ReLU, Sequential
 from torch.nn.utils.parametrizations import weight_norm
@@ -207,24 +207,9 @@ def test_autocast_does_not_round_the_sums():
     sums_agree(found.train[f"{LAYER}.query"], x)
 
 
-class Two(torch.nn.Module):
-    """The loss depends on the first layer, and on the second one if `used`."""
-
-    def __init__(self, used):
-        super().__init__()
-        self.first, self.second, self.used = Linear(6, 5), Linear(6, 5), used
-
-    def forward(self, x):
-        second = self.second(x)
-        return self.first(x) + (second if self.used else second.detach())
-
-
 def test_a_layer_that_held_out_batches_alone_call_has_an_empty_training_part():
-    class Sometimes(Two):
-        def forward(self, x):
-            return self.first(x) + (self.second(x) if len(x) == 3 else 0)
-
-    found = collect(Sometimes(True), [normal(2, 6), normal(3, 6)], held_out=0.5)
+    model = Calls(lambda layers, x: layers.first(x) + (layers.second(x) if len(x) == 3 else 0))
+    found = collect(model, [normal(2, 5), normal(3, 5)], held_out=0.5)
     for train, held_out, name in (
         (found.train, found.held_out, found.aliases["second.weight"]),
         (found.gradients, found.held_out_gradients, "second.weight"),
@@ -239,12 +224,13 @@ def test_moments_of_another_loss_are_refused_before_the_first_batch():
 
 
 def test_a_layer_without_a_gradient_is_named(capsys):
-    found = ks.collect_input_moments(Two(False), [normal(3, 6)] * 5, "*", loss=squares)
+    model = Calls(lambda layers, x: layers.first(x) + layers.second(x).detach())
+    found = ks.collect_input_moments(model, [normal(3, 5)] * 5, "*", loss=squares)
     assert set(found.gradients) == set(found.held_out_gradients) == {"first.weight"}
     assert set(found.aliases) == {"first.weight", "second.weight"}
     assert capsys.readouterr().err.splitlines()[-2] == "second: inputs alone, because the loss gives it no gradient"
     with refusal("the loss squares gives no gradient to any layer of second; give layers"):
-        collect(Two(False), [normal(3, 6)], "second")
+        collect(model, [normal(3, 5)], "second")
 
 
 FAULTS = {

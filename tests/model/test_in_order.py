@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import refusal
 from measured import measured_moments
-from networks import normal
+from networks import Calls, normal
 from planned import Network, Tied, layer_plan, plan_of
 from torch import nn
 
@@ -188,19 +188,12 @@ def test_passes_batches_and_layers_that_cannot_be_used_are_refused():
 
 
 def test_tokens_that_have_no_pair_in_the_dense_model_are_refused():
-    class Sparse(nn.Module):
-        """Its second layer sees the tokens whose output of the first one is positive."""
-
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
-
-        def forward(self, x):
-            y = self.first(x)
-            return self.second(y[y[:, 0] > 0])
+    def call(layers, x):
+        y = layers.first(x)
+        return layers.second(y[y[:, 0] > 0])
 
     torch.manual_seed(0)
-    model = Sparse()
+    model = Calls(call, 8)
     modules = [*model.modules()]
     with refusal("layer second sees other tokens in the compressed model"):
         ks.compress_in_order(model, plan_of(model), BATCHES, anchor=0.5, quiet=True)
