@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,8 +116,7 @@ def refine(
                 if resumed := path is not None and path.exists():
                     refined, values = _read(path, identity, block)
                 else:
-                    errors = partial(_errors, name, stream, dense.hidden, masks[name])
-                    refined, values = _train(name, trained, errors, split, passes, lr)
+                    refined, values = _train(name, trained, stream, dense.hidden, masks[name], split, passes, lr)
                     if path is not None:
                         states = [_state(block, {}), _state(block, values)]
                         content = {"identity": identity, "states": states, "refined": [*refined], "values": values}
@@ -230,29 +229,13 @@ def _first(output: Any) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else output[0]
 
 
-def _errors(
-    name: str,
-    stream: _Stream,
-    targets: list[torch.Tensor],
-    masks: list[torch.Tensor | None],
-    index: int,
-    values: Values,
-) -> torch.Tensor:
-    """Return ‖y − ŷ‖² / ‖y‖² of each token of a batch that counts."""
-    output, mask = stream.output(name, index, values), masks[index]
-    if mask is not None and output.shape[:-1] not in (mask.shape, (mask.numel(),)):
-        given = f"a mask of shape {tuple(mask.shape)} for outputs of shape {tuple(output.shape)}"
-        raise UsageError(f"block {one_line(name)} has {given}; it must have one entry for each token")
-    y = counted(targets[index].to(output), mask)
-    energy = y.square().sum(-1).clamp(min=torch.finfo(y.dtype).tiny)
-    return (y - counted(output, mask)).square().sum(-1) / energy
-
-
 @torch.enable_grad()
 def _train(
     name: str,
     trained: dict[str, nn.Parameter],
-    errors: Callable[[int, Values], torch.Tensor],
+    stream: _Stream,
+    targets: list[torch.Tensor],
+    masks: list[torch.Tensor | None],
     split: list[bool],
     passes: int,
     lr: float,
@@ -260,9 +243,19 @@ def _train(
     """Return the result for a block, and the values with the least held-out error; its parameters stay as they are.
 
     Args:
-        errors: returns those of the tokens of a batch, for values in the place of the parameters.
-        split: whether each batch is held out.
+        targets, masks, split: the outputs y, the tokens that count and whether it is held out, of each batch.
     """
+
+    def errors(index: int) -> torch.Tensor:
+        """Return ‖y − ŷ‖² / ‖y‖² of each token of a batch that counts."""
+        output, mask = stream.output(name, index, values), masks[index]
+        if mask is not None and output.shape[:-1] not in (mask.shape, (mask.numel(),)):
+            given = f"a mask of shape {tuple(mask.shape)} for outputs of shape {tuple(output.shape)}"
+            raise UsageError(f"block {one_line(name)} has {given}; it must have one entry for each token")
+        y = counted(targets[index].to(output), mask)
+        energy = y.square().sum(-1).clamp(min=torch.finfo(y.dtype).tiny)
+        return (y - counted(output, mask)).square().sum(-1) / energy
+
     training = [index for index, is_held_out in enumerate(split) if not is_held_out]
     values = {key: parameter.detach().clone().requires_grad_() for key, parameter in trained.items()}
     groups = [{"params": [each], "lr": lr * (each.square().mean().sqrt().item() or 1.0)} for each in values.values()]
@@ -273,11 +266,11 @@ def _train(
         order = torch.randperm(len(training), generator=torch.Generator().manual_seed(number)).tolist()
         for place in order if number else ():
             optimizer.zero_grad()
-            errors(training[place], values).mean().backward(inputs=[*values.values()])
+            errors(training[place]).mean().backward(inputs=[*values.values()])
             optimizer.step()
             rate.step()
         with torch.no_grad():
-            error = torch.cat([errors(i, values) for i, is_held_out in enumerate(split) if is_held_out]).mean().item()
+            error = torch.cat([errors(index) for index, is_held_out in enumerate(split) if is_held_out]).mean().item()
         if kept and not error < kept[-1]:
             break
         kept.append(error)
