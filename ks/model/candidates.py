@@ -27,8 +27,6 @@ from ks.moments.read import hashes_of, inputs_of
 
 FRACTIONS = (0.1, 0.25, 0.5, 0.75)  # of the dense parameters, at which floors are printed
 
-Report = Callable[[str], None]
-
 
 @dataclass(frozen=True)
 class Candidates:
@@ -84,7 +82,7 @@ def find_candidates(
     moments: InputMoments | str | Path | None = None,
     floors_path: Path | None = None,
     device: torch.device | str = "cpu",
-    report: Report = lambda text: None,
+    report: Callable[[str], None] = lambda text: None,
     check_stop: Callable[[], None] = lambda: None,
     loss_metric: LossMetric = LossMetric.OUTPUT_ENERGY,
 ) -> list[Candidates]:
