@@ -116,7 +116,8 @@ def metric_of(layer: LayerPlan, moments: InputMoments | None, loss_metric: LossM
             f"the moments of the inputs of {one_line(layer.layer)} (hash {given.sha256[:12]}…) are not those of the "
             f"plan ({layer.inputs_sha256[:12]}…); give the moments that the plan was made with, or plan anew"
         )
-    if loss_metric is LossMetric.MODEL_LOSS and given.gradients_sha256 != layer.gradients_sha256:
+    missing = given.gradients is None or given.gradients_sha256 != layer.gradients_sha256
+    if loss_metric is LossMetric.MODEL_LOSS and missing:
         raise UsageError(
             f"the gradients at the outputs of {one_line(layer.layer)} are missing or not those of the plan; give the "
             "moments that the plan was made with, or plan anew"
@@ -182,12 +183,12 @@ def find_places(model: nn.Module, plan: ModelPlan) -> list[Place]:
     model = unwrapped(model)
     linears = linears_of(model)
     refused = refusals(model)
-    key_of = {linear.key: name for name, linear in linears.items()}
+    by_key = {linear.key: linear for linear in linears.values()}
     places: list[Place] = []
     planned_by: dict[nn.Module, LayerPlan] = {}
     for layer in plan.layers:
-        keys = [find_weight(key_of, key, "the model", "linear layer") for key in (layer.layer, *layer.shared_with)]
-        planned = [linears[key_of[key]] for key in keys]
+        keys = [find_weight(by_key, key, "the model", "linear layer") for key in (layer.layer, *layer.shared_with)]
+        planned = [by_key[key] for key in keys]
         weights = [linear.module.weight for linear in planned]
         using = [linear for linear in linears.values() if any(linear.module.weight is weight for weight in weights)]
         users = tuple({linear.module: linear for linear in (*planned, *using)}.values())

@@ -171,11 +171,8 @@ def _repeatable(model: nn.Module) -> Iterator[None]:
 class _Stream:
     """The inputs of one block of a model for all batches, on the CPU; in the beginning those of the first block.
 
-    Before, all batches pass through the whole model, for these inputs and for the other arguments of every block, such
-    as masks and positions.
-
-    Args:
-        order: names of the blocks in the order of their calls.
+    Before, all batches pass through the whole model, for these inputs, for the other arguments of every block, such as
+    masks and positions, and for the `order` in which the blocks are called.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], batches: list[Any]):

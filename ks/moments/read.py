@@ -48,22 +48,14 @@ class Calibration:
     unit: str = ""
 
     def metric(self, kind: LossMetric, held_out: bool = False) -> Metric:
-        """Return the metric of the training part, or of the held-out part, which must not be None.
-
-        Raises:
-            UsageError: the loss of the model is asked for, and there are no gradients.
-        """
+        """Return the metric of the training part, or of the held-out part; that of the loss needs gradients."""
         inputs, gradients = self.train, self.gradients
         if held_out:
             assert self.held_out is not None
             inputs, gradients = self.held_out, self.held_out_gradients or self.gradients
         if kind is LossMetric.OUTPUT_ENERGY:
             return Metric(inputs.second_moment)
-        if gradients is None:
-            raise UsageError(
-                "these inputs come without gradients of the loss of the model; collect them with loss=… "
-                "(ks.collect_input_moments), or minimise the output energy"
-            )
+        assert gradients is not None  # `ks.model.candidates.check_inputs` and the flags of a study refuse such inputs
         return Metric(inputs.second_moment, gradients.second_moment)
 
 

@@ -354,6 +354,8 @@ def test_state_that_is_no_tensor_is_refused(tmp_path):
     with_state = type("WithState", (nn.Module,), {"get_extra_state": lambda module: {"x": 1}})
     with refusal("no tensor"):
         ks.save_compressed(with_state(), tmp_path / "small")
+    with refusal("is a meta tensor without values; give it some first"):
+        ks.save_compressed(on_meta(Network), tmp_path / "small")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -9,6 +9,7 @@ from measured import KINDS, random_moment
 from networks import hand_computed, normal
 
 from ks.moments import second_moment
+from ks.moments.metric import Metric
 from ks.moments.second_moment import SecondMoment, VectorSums
 
 WEIGHT = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
@@ -69,6 +70,8 @@ def test_a_matrix_that_is_no_second_moment_is_refused():
     ):
         with refusal(message):
             SecondMoment(moment)
+    with refusal("a damping of 1.5: 0 to 1 is allowed"):
+        Metric(good, damping=1.5)
     with refusal(r"4 features: a weight of 10 columns needs 10"):
         SecondMoment(good).times_root(WEIGHT)
 
