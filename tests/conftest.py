@@ -18,6 +18,7 @@ import torch
 import warm
 
 import ks
+from ks.errors import UsageError
 from ks.files.layout import RunFiles, run_files
 from ks.moments.second_moment import VectorSums
 from ks.training.resume_state import ResumeState
@@ -189,6 +190,14 @@ def files_of(results_dir, rank: int, seed: int | None = None) -> RunFiles:
     return run_files(results_dir, rank, seed, None)
 
 
+@contextlib.contextmanager
+def refusal(message: str):
+    """Check that the user's error is reported, in one line that matches a regular expression."""
+    with pytest.raises(UsageError, match=message) as raised:
+        yield raised
+    assert "\n" not in str(raised.value)
+
+
 def dense_loss(weight: torch.Tensor, chain: ks.KSLinear) -> float:
     """The population loss of a saved chain on inputs of second moment I, from its dense weight."""
     return ((weight.double() - chain.to_dense().double()).square().sum() / len(weight)).item()
@@ -196,12 +205,6 @@ def dense_loss(weight: torch.Tensor, chain: ks.KSLinear) -> float:
 
 def floor_of(weight: torch.Tensor, rank: int) -> float:
     return ks.loss_floor(weight, ks.make_chain(*weight.shape), [rank])[0].lower
-
-
-def sums_of(rows: torch.Tensor) -> VectorSums:
-    sums = VectorSums.zeros(rows.shape[1])
-    sums.add(rows)
-    return sums.finished()
 
 
 def save_moments(
@@ -216,7 +219,7 @@ def save_moments(
     from ks.moments.moments_file import InputMoments  # the tests of a borrowed card run without its msgspec
 
     def sums(name: str, given: torch.Tensor | None) -> dict[str, VectorSums]:
-        return {} if given is None else {name: sums_of(given)}
+        return {} if given is None else {name: VectorSums.of(given)}
 
     name = key.removesuffix(".weight")
     loss = {} if gradients is None else {"loss": "next token", "unit": "nats"}

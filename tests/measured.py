@@ -2,7 +2,7 @@
 
 import torch
 
-from ks.moments.moments_file import InputMoments
+from ks.moments.moments_file import PARTS, InputMoments
 from ks.moments.second_moment import VectorSums
 
 KINDS = ("regular", "steep", "low energy feature", "singular", "rank one", "block diagonal", "isotropic")
@@ -36,15 +36,27 @@ def measured_moments(weights, without_gradients=(), seed=0):
     generator = torch.Generator().manual_seed(seed)
 
     def sums(width):
-        found = VectorSums.zeros(width)
         mixing = torch.randn(width, width, generator=generator) * torch.logspace(0, -1.5, width)[:, None]
-        found.add(torch.randn(6 * width, width, generator=generator) @ mixing)
-        return found.finished()
+        return VectorSums.of(torch.randn(6 * width, width, generator=generator) @ mixing)
 
     train = {name: sums(weight.shape[1]) for name, weight in weights.items()}
     gradients = {name: sums(weight.shape[0]) for name, weight in weights.items() if name not in without_gradients}
     names = {name: name for name in weights}
     return InputMoments(train, {}, names, dict.fromkeys(names, 1), gradients=gradients, loss="a loss", unit="nats")
+
+
+def assert_same_moments(one, other, tolerance=0.0, of_gradients=0.0):
+    """Check that two moments hold the same sums, up to tolerances for the order of the additions."""
+    for name in ("aliases", "batches", "transposed", "model", "loss", "unit"):
+        assert getattr(one, name) == getattr(other, name)
+    for part in PARTS:
+        sums, others = getattr(one, part), getattr(other, part)
+        allowed = of_gradients if "gradients" in part else tolerance
+        assert sums.keys() == others.keys()
+        for name in sums:
+            assert sums[name].count == others[name].count
+            torch.testing.assert_close(sums[name].sum_xx, others[name].sum_xx, rtol=allowed, atol=allowed)
+            torch.testing.assert_close(sums[name].sum_x, others[name].sum_x, rtol=allowed, atol=allowed)
 
 
 def weighted_loss(weight, dense, moment):

@@ -26,6 +26,17 @@ class Attention(torch.nn.Module):
         return layer["up"](layer["output"](mixed))
 
 
+class Calls(torch.nn.Module):
+    """Two layers, and how they are called."""
+
+    def __init__(self, call, width=5):
+        super().__init__()
+        self.first, self.second, self.call = Linear(width, width), Linear(width, width), call
+
+    def forward(self, x):
+        return self.call(self, x)
+
+
 class Conv1D(torch.nn.Module):
     """What transformers calls Conv1D: y = x W + b with W of shape (in, out)."""
 

@@ -9,10 +9,11 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
-from conftest import QUICK, ROOT, read_table, sums_of
+from conftest import QUICK, ROOT, read_table
 
 import ks
 from ks.moments.moments_file import InputMoments
+from ks.moments.second_moment import VectorSums
 
 SCRIPTS = [
     "train_with_random",
@@ -109,7 +110,7 @@ def test_the_commands_of_a_page_run_as_written(page, run, tmp_path):
     weights = {f"{name}.weight": torch.randn(shape) for name, shape in shapes.items()}
     safetensors.torch.save_file(weights, model)
     (tmp_path / "build").mkdir()
-    train = {name: sums_of(torch.randn(500, width)) for name, (_, width) in shapes.items()}
+    train = {name: VectorSums.of(torch.randn(500, width)) for name, (_, width) in shapes.items()}
     moments = InputMoments(train, {}, {f"{name}.weight": name for name in train}, dict.fromkeys(train, 1))
     moments.save(tmp_path / "build" / "minilm_inputs.safetensors")
     for command in commands(page):

@@ -3,13 +3,11 @@
 import bisect
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ks.bounds.layer_floors import LayerFloors
 from ks.chain.patterns import make_chain
 from ks.errors import UsageError
 from ks.model.candidates import Candidates, check_inputs, find_candidates
@@ -51,7 +49,7 @@ def plan_model(
             of the loss.
         loss_metric: 'model_loss' to minimise the increase of the loss of the model, summed over the layers;
             'output_energy' to minimise the sum of the fractions of output energy that they lose. None for the loss of
-            the model if the moments have its gradients, and a target for the output energy does not ask otherwise.
+            the model if the moments have its gradients, unless the target is one of the output energy.
         moments: of the inputs of these layers (`ks.collect_input_moments`), or their file; None for isotropic inputs.
         chains: families to choose from, best for each layer; None for `USUAL_FAMILIES` of the metric.
         blocks, num_factors: of the families, as in `ks.make_chain`.
@@ -156,7 +154,7 @@ def allocate(candidates: Sequence[Candidates], goal: Goal, rank_multiple: int, s
         UsageError: a budget below the smallest options, or a negative target.
     """
     objective, value = goal
-    layers = [_options(entry, rank_multiple) for entry in candidates]
+    layers = [_Options(entry, rank_multiple) for entry in candidates]
     costs, losses = [layer.parameters for layer in layers], [layer.losses for layer in layers]
     if objective is Objective.BUDGET:
         dense = sum(layer.entry.dense.parameters for layer in layers)
@@ -189,14 +187,16 @@ def allocate(candidates: Sequence[Candidates], goal: Goal, rank_multiple: int, s
     )
 
 
-@dataclass(frozen=True)
 class _Options:
     """The options of one layer: every rank of every family, and dense as the last one, which has no `chosen`."""
 
-    entry: Candidates
-    chosen: list[tuple[LayerFloors, int]]  # family and rank
-    parameters: np.ndarray
-    losses: np.ndarray
+    def __init__(self, entry: Candidates, rank_multiple: int):
+        pairs = [(floors, floors.ranks[floors.ranks % rank_multiple == 0]) for floors in entry.floors]
+        self.entry = entry
+        self.chosen = [(floors, int(rank)) for floors, ranks in pairs for rank in ranks]
+        parameters = (floors.parameters[ranks - 1] for floors, ranks in pairs)
+        self.parameters = np.concatenate([*parameters, [entry.dense.parameters]])
+        self.losses = np.concatenate([*(entry.losses(floors)[ranks] for floors, ranks in pairs), [0.0]])
 
     def best_within(self, fraction: float) -> int:
         """Return the option with the least loss and at most this fraction of the dense parameters, or the smallest."""
@@ -206,16 +206,6 @@ class _Options:
     def plan(self, option: int) -> LayerPlan:
         """Return an option as a plan."""
         return self.entry.plan(*self.chosen[option]) if option < len(self.chosen) else self.entry.dense
-
-
-def _options(entry: Candidates, rank_multiple: int) -> _Options:
-    pairs = [(floors, floors.ranks[floors.ranks % rank_multiple == 0]) for floors in entry.floors]
-    return _Options(
-        entry,
-        [(floors, int(rank)) for floors, ranks in pairs for rank in ranks],
-        np.concatenate([*(floors.parameters[ranks - 1] for floors, ranks in pairs), [entry.dense.parameters]]),
-        np.concatenate([*(entry.losses(floors)[ranks] for floors, ranks in pairs), [0.0]]),
-    )
 
 
 def _smallest_uniform(layers: Sequence[_Options], limit: float) -> list[int]:

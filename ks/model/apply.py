@@ -2,7 +2,7 @@
 
 import copy
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,20 +80,19 @@ def compress(
         raise UsageError(f"trained chains of {folder} need no moments; leave them out")
     if moments is not None and not any(layer.inputs_sha256 for layer in plan.layers if layer.chain is not None):
         raise UsageError("the plan is for isotropic inputs and needs no moments; leave them out, or plan with them")
-    given = as_moments(moments)
-
-    def chain_of(place: Place) -> KSLinear:
-        if folder is not None:
-            return _trained(place, folder, impl)
-        metric = metric_of(place.plan, given, plan.loss_metric)
-        return KSLinear.from_dense(place.weight, patterns=place.plan.patterns, metric=metric, impl=impl)
-
-    places = find_places(model, plan)
+    given, places = as_moments(moments), find_places(model, plan)
     replacements: dict[nn.Module, KSLinear] = {}
     for number, place in enumerate(places, 1):
         if not quiet:
             print(f"{number} of {len(places)}, {described(place)}", file=sys.stderr)
-        replacements |= replacements_of(place, chain_of)
+        if place.plan.chain is None:
+            continue
+        if folder is not None:
+            chain = _trained(place, folder, impl)
+        else:
+            metric = metric_of(place.plan, given, plan.loss_metric)
+            chain = KSLinear.from_dense(place.weight, patterns=place.plan.patterns, metric=metric, impl=impl)
+        replacements |= replacements_of(place, chain)
     return replace_modules(model, replacements)
 
 
@@ -117,7 +116,8 @@ def metric_of(layer: LayerPlan, moments: InputMoments | None, loss_metric: LossM
             f"the moments of the inputs of {one_line(layer.layer)} (hash {given.sha256[:12]}…) are not those of the "
             f"plan ({layer.inputs_sha256[:12]}…); give the moments that the plan was made with, or plan anew"
         )
-    if loss_metric is LossMetric.MODEL_LOSS and given.gradients_sha256 != layer.gradients_sha256:
+    missing = given.gradients is None or given.gradients_sha256 != layer.gradients_sha256
+    if loss_metric is LossMetric.MODEL_LOSS and missing:
         raise UsageError(
             f"the gradients at the outputs of {one_line(layer.layer)} are missing or not those of the plan; give the "
             "moments that the plan was made with, or plan anew"
@@ -145,11 +145,8 @@ def described(place: Place) -> str:
     return f"layer {one_line(place.names[0])}: {change}{shared}"
 
 
-def replacements_of(place: Place, chain_of: Callable[[Place], KSLinear]) -> dict[nn.Module, KSLinear]:
-    """Return the new layer for each layer of a place, by a function that makes its chain; none if it stays dense."""
-    if place.plan.chain is None:
-        return {}
-    chain = chain_of(place)
+def replacements_of(place: Place, chain: KSLinear) -> dict[nn.Module, KSLinear]:
+    """Return the new layer for each layer of a place, with the factors of a chain and the bias of the layer."""
     extra, parameter = chain.bias, place.linears[0].module.weight
     assert isinstance(parameter, nn.Parameter)
     for block in chain.blocks:
@@ -157,7 +154,11 @@ def replacements_of(place: Place, chain_of: Callable[[Place], KSLinear]) -> dict
     made: dict[nn.Module, KSLinear] = {}
     for linear in place.linears:
         twin = copy.deepcopy(chain, {id(block): block for block in chain.blocks}) if made else chain
-        twin.bias = _with_extra(linear.module._parameters.get("bias"), extra)
+        own = linear.module._parameters.get("bias")
+        twin.bias = own if extra is None else extra
+        if own is not None and extra is not None:
+            total = own.detach().double() + extra.detach().double()
+            twin.bias = nn.Parameter(total.to(own.dtype), own.requires_grad)
         twin.stored_transposed = linear.transposed
         twin.train(linear.module.training)
         for name, hooks in vars(linear.module).items():
@@ -165,14 +166,6 @@ def replacements_of(place: Place, chain_of: Callable[[Place], KSLinear]) -> dict
                 setattr(twin, name, hooks)
         made[linear.module] = twin
     return made
-
-
-def _with_extra(bias: nn.Parameter | None, extra: nn.Parameter | None) -> nn.Parameter | None:
-    """Return the bias of a layer, itself, or with the bias of its chain added."""
-    if extra is None or bias is None:
-        return bias if extra is None else extra
-    total = (bias.detach().double() + extra.detach().double()).to(bias.dtype)
-    return nn.Parameter(total, bias.requires_grad)
 
 
 def find_places(model: nn.Module, plan: ModelPlan) -> list[Place]:
@@ -190,12 +183,12 @@ def find_places(model: nn.Module, plan: ModelPlan) -> list[Place]:
     model = unwrapped(model)
     linears = linears_of(model)
     refused = refusals(model)
-    key_of = {linear.key: name for name, linear in linears.items()}
+    by_key = {linear.key: linear for linear in linears.values()}
     places: list[Place] = []
     planned_by: dict[nn.Module, LayerPlan] = {}
     for layer in plan.layers:
-        keys = [find_weight(key_of, key, "the model", "linear layer") for key in (layer.layer, *layer.shared_with)]
-        planned = [linears[key_of[key]] for key in keys]
+        keys = [find_weight(by_key, key, "the model", "linear layer") for key in (layer.layer, *layer.shared_with)]
+        planned = [by_key[key] for key in keys]
         weights = [linear.module.weight for linear in planned]
         using = [linear for linear in linears.values() if any(linear.module.weight is weight for weight in weights)]
         users = tuple({linear.module: linear for linear in (*planned, *using)}.values())

@@ -110,16 +110,14 @@ def masks_of(model: torch.nn.Module, batch: Any, mask: Mask | None) -> Callable[
     Raises:
         UsageError: as `mask_of`; the function, for a layer that no glob matches.
     """
-    if not isinstance(mask, Mapping):
-        found = mask_of(batch, mask)
-        if mask is None and found is not None and (others := _sequences(model, batch, found)):
-            raise UsageError(
-                f"the attention_mask speaks of one sequence, and the batch has several ({', '.join(others)}); give a "
-                'mask for each part of the model, as in mask={"encoder.**": lambda batch: batch["attention_mask"], '
-                '"**": lambda batch: None}'
-            )
-        return lambda name: found
-    masks = {glob: mask_of(batch, function) for glob, function in mask.items()}
+    functions = mask if isinstance(mask, Mapping) else {"**": mask}
+    masks = {glob: mask_of(batch, function) for glob, function in functions.items()}
+    if mask is None and masks["**"] is not None and (others := _sequences(model, batch, masks["**"])):
+        raise UsageError(
+            f"the attention_mask is that of one sequence, and the batch has several ({', '.join(others)}); give a "
+            'mask for each part of the model, as in mask={"encoder.**": lambda batch: batch["attention_mask"], '
+            '"**": lambda batch: None}'
+        )
 
     def of_layer(name: str) -> torch.Tensor | None:
         for glob, found in masks.items():
@@ -131,7 +129,7 @@ def masks_of(model: torch.nn.Module, batch: Any, mask: Mask | None) -> Callable[
 
 
 def _sequences(model: torch.nn.Module, batch: Mapping[str, Any], mask: torch.Tensor) -> list[str]:
-    """Return the names of the sequences in a batch if there are several, so that a mask may not speak of all."""
+    """Return the names of the sequences in a batch if there are several, so that a mask may be that of one of them."""
     of_its_size = [
         name
         for name, value in batch.items()

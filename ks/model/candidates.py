@@ -23,11 +23,9 @@ from ks.model.layer_weights import LayerWeight, listed
 from ks.moments.metric import DAMPING, LossMetric, Metric
 from ks.moments.moments_file import InputMoments, as_moments
 from ks.moments.pieces import one_thread_each
-from ks.moments.read import gradients_sha256, inputs_of, inputs_sha256
+from ks.moments.read import hashes_of, inputs_of
 
 FRACTIONS = (0.1, 0.25, 0.5, 0.75)  # of the dense parameters, at which floors are printed
-
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -55,9 +53,9 @@ class Candidates:
         return self.tokens / self.most_tokens / 2
 
     def losses(self, floors: LayerFloors) -> np.ndarray:
-        """Return the loss of the best known chains of ranks 0 … R: what the sum over the layers of a plan is made of.
+        """Return the loss of the best known chains of ranks 0 … R, a term of the sum over layers that a plan minimises.
 
-        It is the fraction of the output energy that is lost; or the increase of the loss of the model.
+        It is the fraction of the output energy that is lost, or the increase of the loss of the model.
         """
         return floors.upper * (floors.energy * self._per_token if self.loss_metric is LossMetric.MODEL_LOSS else 1.0)
 
@@ -84,7 +82,7 @@ def find_candidates(
     moments: InputMoments | str | Path | None = None,
     floors_path: Path | None = None,
     device: torch.device | str = "cpu",
-    report: Report = lambda text: None,
+    report: Callable[[str], None] = lambda text: None,
     check_stop: Callable[[], None] = lambda: None,
     loss_metric: LossMetric = LossMetric.OUTPUT_ENERGY,
 ) -> list[Candidates]:
@@ -94,15 +92,11 @@ def find_candidates(
     written on the way, in at most a twentieth of the time, and at the end, so that the same call resumes.
 
     Args:
-        weights: to plan.
+        weights, chains, moments, floors_path, device: as in `ks.plan_model`.
         make: returns the chain of a family for an m × n weight.
-        chains: families.
-        moments: of the model's inputs, in memory or in a file; None for isotropic inputs.
-        floors_path: .npz file in which floors are kept; None keeps none.
-        device: on which floors are computed.
         report: called with a line about each layer.
         check_stop: called before every longer computation; an exception from it ends the work.
-        loss_metric: that floors are computed in; `check_inputs` has checked that the moments suffice.
+        loss_metric: of the floors; `check_inputs` has checked that the moments suffice.
     Returns:
         one entry for each weight in their order; of tied weights the first alone. Weights of zeros, and those that are
         not finite, are left out with a line to `report`.
@@ -135,7 +129,7 @@ def find_candidates(
         given = inputs = gradients = None
         if moments is not None:
             given = moments.only(weight.name)
-            inputs, gradients = inputs_sha256(given, weight.name), gradients_sha256(given, weight.name)
+            inputs, gradients = hashes_of(given)
         unchanged = None if gradients is None else 0.0
         dense = LayerPlan(
             weight.name,
@@ -153,7 +147,11 @@ def find_candidates(
         floors = {family: file.find(dense.weight_sha256, name, family) for family in families}
         missing = [family for family in families if floors[family] is None]
         if missing:
-            metric, other = _metrics_of(weight.name, cols, given, loss_metric)
+            metric, other = Metric(), None
+            if given is not None:
+                calibration, [other_metric] = inputs_of(given, cols, weight.name), {*LossMetric} - {loss_metric}
+                metric = calibration.metric(loss_metric)
+                other = calibration.metric(other_metric) if calibration.gradients else None
             tensor = loaded.tensor.to(device)
             for family in missing:
                 floors[family] = layer_floors(tensor, family, metric, lambda text: check_stop(), other)
@@ -191,20 +189,6 @@ def find_candidates(
         report(f"floors of {known_before} layers were computed before")
     most = max(entry.tokens for entry in found)
     return [dataclasses.replace(entry, most_tokens=most) for entry in found]
-
-
-def _metrics_of(
-    name: str, width: int, moments: InputMoments | None, loss_metric: LossMetric
-) -> tuple[Metric, Metric | None]:
-    """Return the metric in which the floors of a weight are computed, and the other one if there are gradients."""
-    if moments is None:
-        return Metric(), None
-    given = inputs_of(moments, width, name)
-    metric = given.metric(loss_metric)
-    if given.gradients is None:
-        return metric, None
-    [other] = {*LossMetric} - {loss_metric}
-    return metric, given.metric(other)
 
 
 def _metric_name(dense: LayerPlan, loss_metric: LossMetric) -> str | None:

@@ -66,9 +66,18 @@ def collect_input_moments(
     if not 0 <= held_out < 1:
         raise UsageError(f"a held-out fraction of {held_out}: at least 0 and less than 1 is needed")
     model = unwrapped(model)
-    linears = _matching_linears(model, layers)
+    known = linears_of(model)
+    linears = {name: known[name] for name in matching(known, layers)}
+    if not linears:
+        wanted = layers if isinstance(layers, str) else ", ".join(layers)
+        raise UsageError(f"no nn.Linear or Conv1D of the model matches {one_line(wanted)!r}; {nearest(wanted, known)}")
+    loss = None if loss is None else as_loss(loss)
     model_name = model_name or (moments.model if moments else type(model).__name__)
-    collection = _Collection(linears, moments, model_name, None if loss is None else as_loss(loss))
+    name, unit = (loss.name, loss.unit) if loss else ("", "")
+    earlier = InputMoments({}, {}, {}, {}, model=model_name, loss=name, unit=unit)
+    if moments is not None:
+        earlier = moments.merge(earlier)  # refuses another model or loss before the first batch
+    collection = _Collection(linears, earlier)
     if not quiet:
         lines = [f"{one_line(name)}: {linear.width} wide" for name, linear in linears.items()]
         print(f"inputs of {len(linears)} layers:", *lines, sep="\n", file=sys.stderr)
@@ -78,23 +87,15 @@ def collect_input_moments(
             collection.start_pass(is_held_out(collection.batch, held_out), masks_of(model, batch, mask))
             placed = on_device_of(model, batch)
             output = call(model, placed)
-            if collection.loss is not None:
-                collection.go_back(collection.loss, model, placed, output)
+            if loss is not None:
+                collection.go_back(loss, model, placed, output)
             collection.check_pass()
         found = collection.result()
-        whole = found if moments is None else moments.merge(found)
+    whole = earlier.merge(found)
     if not quiet:
         _report(found, linears, collection.left_out)
         print(f"inputs are known for {coverage(parameters_of(model), {*found.aliases})}", file=sys.stderr)
     return whole
-
-
-def _matching_linears(model: torch.nn.Module, layers: str | Sequence[str]) -> dict[str, Linear]:
-    linears = linears_of(model)
-    if matched := matching(linears, layers):
-        return {name: linears[name] for name in matched}
-    wanted = layers if isinstance(layers, str) else ", ".join(layers)
-    raise UsageError(f"no nn.Linear or Conv1D of the model matches {one_line(wanted)!r}; {nearest(wanted, linears)}")
 
 
 class _Collection:
@@ -103,18 +104,16 @@ class _Collection:
     Earlier moments that are continued keep their sharing of inputs.
     """
 
-    def __init__(self, linears: dict[str, Linear], earlier: InputMoments | None, model_name: str, loss: Loss | None):
-        self.linears, self.model_name, self.loss = linears, model_name, loss
+    def __init__(self, linears: dict[str, Linear], earlier: InputMoments):
+        self.linears, self.earlier = linears, earlier
         self.inputs: _Parts = {False: {}, True: {}}  # by the NAME of the input tensor
         self.gradients: _Parts = {False: {}, True: {}}  # by the name of the layer
         self.paused = False
         self.left_out: dict[str, str] = {}  # reasons, by the name of the layer
         self.group: dict[str, str] = {}  # layer → NAME of its input tensor
-        self.batch = self.earlier_batches = max(earlier.batches.values()) if earlier else 0
-        if earlier:  # refuse another model or loss before the first batch
-            earlier.merge(InputMoments({}, {}, {}, {}, model=model_name, loss=loss.name if loss else ""))
+        self.batch = self.earlier_batches = max(earlier.batches.values(), default=0)
         layer_of = {linear.key: name for name, linear in linears.items()}
-        for key, name in earlier.aliases.items() if earlier else ():
+        for key, name in earlier.aliases.items():
             if key not in layer_of or name not in linears:
                 raise UsageError(
                     f"earlier moments have {one_line(key)!r}, which layers does not match; add it to layers"
@@ -124,29 +123,25 @@ class _Collection:
     def start_pass(self, is_held_out: bool, mask_of: Callable[[str], torch.Tensor | None]) -> None:
         self.batch += 1
         self.is_held_out, self.mask_of = is_held_out, mask_of
-        self._met: dict[tuple, str] = {}  # input tensor → NAME
-        self._alive: list[StorageWeakRef] = []  # so that no storage of this pass is taken for a later one
-        self._received: defaultdict[str, set[tuple]] = defaultdict(set)
+        self._groups_with: defaultdict[tuple, list[str]] = defaultdict(list)  # that have added an input tensor
+        self._received: defaultdict[str, set[tuple]] = defaultdict(set)  # input tensors of a layer
         self._earlier = {*self.group.values()}  # groups with sums of earlier passes
-        self._added: set[tuple] = set()
 
     def take(self, name: str, inputs: torch.Tensor) -> None:
         """Add the inputs of a layer, unless another layer of its group has received the same tensor in this pass."""
         if self.paused or name in self.left_out or not self._fits(name, inputs):
             return
-        storage = StorageWeakRef(inputs.untyped_storage())
-        self._alive.append(storage)
+        storage = StorageWeakRef(inputs.untyped_storage())  # kept, so that no later storage is taken for this one
         version = 0 if inputs.is_inference() else inputs._version  # changes when a tensor is modified in place
-        tensor = (storage.cdata, inputs.storage_offset(), inputs.shape, inputs.stride(), inputs.dtype, version)
+        tensor = (storage, inputs.storage_offset(), inputs.shape, inputs.stride(), inputs.dtype, version)
         self._received[name].add(tensor)
+        groups = self._groups_with[tensor]
         if name not in self.group:
             # A group from an earlier pass has sums that this layer has not seen.
-            shared = self._met.get(tensor, name)
-            self.group[name] = name if shared in self._earlier else shared
+            self.group[name] = groups[0] if groups and groups[0] not in self._earlier else name
         group = self.group[name]
-        self._met.setdefault(tensor, group)
-        if (group, tensor) not in self._added:
-            self._added.add((group, tensor))
+        if group not in groups:
+            groups.append(group)
             self._add(self.inputs, group, counted(inputs, self.mask_of(name)), torch.float64)
 
     def take_gradient(self, name: str, gradients: torch.Tensor) -> None:
@@ -226,9 +221,9 @@ class _Collection:
                 f"no layer of {one_line(', '.join(self.linears), 300)} was called as a module, so that nothing was "
                 "seen (nn.MultiheadAttention uses the weight of its out_proj only)"
             )
-        if self.loss is not None and not gradients:
+        if self.earlier.loss and not gradients:
             raise UsageError(
-                f"the loss {one_line(self.loss.name)} gives no gradient to any layer of "
+                f"the loss {one_line(self.earlier.loss)} gives no gradient to any layer of "
                 f"{one_line(', '.join(self.linears), 300)}; give layers that it depends on"
             )
         called = {name: group for name, group in self.group.items() if group in train}
@@ -238,11 +233,11 @@ class _Collection:
             {self.linears[name].key: group for name, group in called.items()},
             dict.fromkeys(train, self.batch - self.earlier_batches),
             tuple(sorted(self.linears[name].key for name in called if self.linears[name].transposed)),
-            self.model_name,
+            self.earlier.model,
             gradients=gradients,
             held_out_gradients=held_out_gradients,
-            loss=self.loss.name if self.loss else "",
-            unit=self.loss.unit if self.loss else "",
+            loss=self.earlier.loss,
+            unit=self.earlier.unit,
         )
 
 

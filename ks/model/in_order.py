@@ -1,5 +1,6 @@
 """Sequential calibration: every layer is compressed for the inputs that the compressed layers before it give."""
 
+import copy
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -13,11 +14,11 @@ from torch import nn
 
 from ks.errors import UsageError, one_line
 from ks.layer import KSLinear
-from ks.model.apply import Place, described, find_places, metric_of, replacements_of
+from ks.model.apply import described, find_places, metric_of, replacements_of
 from ks.model.batches import Mask, call, counted, masks_of, on_device_of
 from ks.model.collect import collect_input_moments
 from ks.model.hooks import observed
-from ks.model.linears import light_copy, linears_of, replace_modules, unwrapped
+from ks.model.linears import joined, linears_of, replace_modules, unwrapped
 from ks.model.model_plan import ModelPlan
 from ks.moments.metric import LossMetric, Metric
 from ks.moments.moments_file import InputMoments, as_moments
@@ -84,7 +85,10 @@ def compress_in_order(
     groups = _groups(collect(batches[:1], [*planned]), [*planned])
     passes = min(max_passes or len(groups), len(groups))
     bounds = [len(groups) * index // passes for index in range(passes + 1)]
-    dense = light_copy(unwrapped(model)) if anchor else None
+    dense = None
+    if anchor:  # a copy with modules of its own, which shares the tensors
+        inside = unwrapped(model)
+        dense = copy.deepcopy(inside, {id(tensor): tensor for tensor in (*inside.parameters(), *inside.buffers())})
     replaced: dict[nn.Module, KSLinear] = {}
     result, number = model, 0
     try:
@@ -94,7 +98,7 @@ def compress_in_order(
                 found = collect(given, [*chain.from_iterable(several)])
             new: dict[nn.Module, KSLinear] = {}
             for group in several:
-                inputs = inputs_of(found, planned[group[0]].plan.cols, _key_of(group[0])).train
+                inputs = inputs_of(found, planned[group[0]].plan.cols, joined(group[0], "weight")).train
                 moment = SecondMoment(inputs.second_moment)
                 for name in group:
                     place, number = planned[name], number + 1  # of the places; a tied one has several layers
@@ -106,18 +110,14 @@ def compress_in_order(
                         target = target + anchor * moment.times_inverse_root(moment.times_inverse_root(moved))
                     of_plan = None if moments is None else metric_of(place.plan, moments, plan.loss_metric)
                     metric = Metric(moment, of_plan.outputs if of_plan else None, damping=0)  # G was damped before
-                    new |= replacements_of(place, partial(_chain, target, metric, impl))
+                    made = KSLinear.from_dense(target, patterns=place.plan.patterns, metric=metric, impl=impl)
+                    new |= replacements_of(place, made.to(place.weight))  # rounded at the end
             result = replace_modules(result, new)
             replaced |= new
     except BaseException:
         replace_modules(model, {new: linear for linear, new in replaced.items()})
         raise
     return result
-
-
-def _chain(target: torch.Tensor, metric: Metric, impl: str, place: Place) -> KSLinear:
-    """Return the best known chain for a target, rounded to the dtype of the weight at the end."""
-    return KSLinear.from_dense(target, patterns=place.plan.patterns, metric=metric, impl=impl).to(place.weight)
 
 
 @contextmanager
@@ -165,15 +165,10 @@ def _paired(
 
 def _groups(moments: InputMoments, names: list[str]) -> list[list[str]]:
     """Return the names of the layers with one input tensor, in the order in which the model calls them."""
-    name_of = {_key_of(name): name for name in names}
+    name_of = {joined(name, "weight"): name for name in names}
     if missing := [name for key, name in name_of.items() if key not in moments.aliases]:
         raise UsageError(f"the first batch does not call {one_line(', '.join(missing), 300)}; leave it out of the plan")
     groups: dict[str, list[str]] = {}
     for key, group in moments.aliases.items():
         groups.setdefault(group, []).append(name_of[key])
     return list(groups.values())
-
-
-def _key_of(name: str) -> str:
-    """Return the key of the weight of a layer; a model that is itself a layer has the name ''."""
-    return f"{name}.weight".lstrip(".")

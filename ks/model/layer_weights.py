@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ from ks.errors import UsageError, one_line
 from ks.files.globs import matching, nearest
 from ks.files.tensor_kinds import REFUSED, kinds_of
 from ks.files.weights import Weight, entries_of, is_matrix, load_entry, shape_of
-from ks.model.linears import coverage, linears_of, parameters_of, refusals
+from ks.model.linears import coverage, linears_of, parameters_of, place_of, refusals
 
 MAX_LISTED = 3  # of the names that a remark lists
 
@@ -62,7 +63,7 @@ def select_weights(
     in_model, file = isinstance(source, torch.nn.Module), ""
     if isinstance(source, torch.nn.Module):
         where, linears, kinds, parts = "the model", linears_of(source).values(), refusals(source), parameters_of(source)
-        entries = {linear.key: linear.module.weight for linear in linears}
+        entries: dict[str, Any] = {linear.key: linear.module.weight for linear in linears}
         stored_transposed = {linear.key for linear in linears if linear.transposed}
     else:
         if isinstance(source, Mapping):
@@ -92,7 +93,9 @@ def select_weights(
         else:
             read = functools.partial(load_entry, entry, name, f"{where}, key {name!r}", transposed)
             rows = shape_of(entry)[int(transposed)]
-            weights.append(LayerWeight(name, rows, read, (_place(entry, name), transposed)))
+            is_in_memory = isinstance(entry, torch.Tensor) and entry.layout is torch.strided
+            place = place_of(entry) if is_in_memory else name
+            weights.append(LayerWeight(name, rows, read, (place, transposed)))
     notes = [f"skipped {listed(names)}: {kind}" for kind, names in skipped.items()]
     if not weights:
         raise UsageError(
@@ -103,13 +106,6 @@ def select_weights(
 
 def _kind_of(entry) -> str:
     return "other 2-D weights" if is_matrix(entry) else "tensors that are not 2-D"
-
-
-def _place(entry, name: str) -> Hashable:
-    """Return where the values of an entry are in memory; those that are read later have a place of their own."""
-    if not isinstance(entry, torch.Tensor) or entry.layout is not torch.strided:
-        return name
-    return entry.device, entry.data_ptr(), entry.shape, entry.stride()
 
 
 def _matching(names: Iterable[str], globs: list[str]) -> list[str]:

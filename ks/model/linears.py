@@ -1,6 +1,5 @@
 """The linear layers of a model, by the names that its checkpoint uses; other modules take their place."""
 
-import copy
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from ks.layer import KSLinear
 
 # Components that torch puts into the names of modules; a checkpoint does not have them.
 WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 @dataclass(frozen=True)
@@ -38,6 +36,16 @@ def checkpoint_name(path: str) -> str:
     return ".".join(part for part in path.split(".") if part not in WRAPPERS)
 
 
+def joined(path: str, name: str) -> str:
+    """Return the name of a tensor or module in the module at a path; the model itself has the path ''."""
+    return f"{path}.{name}" if path else name
+
+
+def place_of(tensor: torch.Tensor) -> tuple:
+    """Return where the values of a tensor are in memory, equal for tied tensors alone, also on the meta device."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+
+
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     """Return all modules by the names that a checkpoint uses; one may have several, and the model itself has ''."""
     return {checkpoint_name(path): module for path, module in unwrapped(model).named_modules(remove_duplicate=False)}
@@ -48,9 +56,9 @@ def linears_of(model: nn.Module) -> dict[str, Linear]:
     linears = {}
     for name, module in modules_of(model).items():
         if isinstance(module, nn.Linear):
-            linears[name] = Linear(module, module.in_features, f"{name}.weight".lstrip("."), False)
+            linears[name] = Linear(module, module.in_features, joined(name, "weight"), False)
         elif _is_conv1d(module):
-            linears[name] = Linear(module, len(module.get_parameter("weight")), f"{name}.weight".lstrip("."), True)
+            linears[name] = Linear(module, len(module.get_parameter("weight")), joined(name, "weight"), True)
     return linears
 
 
@@ -79,7 +87,7 @@ def parameters_of(model: nn.Module) -> dict[str, tuple[int, str]]:
     parts, seen = {}, set()
     for path, module in unwrapped(model).named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            key = checkpoint_name(f"{path}.{name}".lstrip("."))
+            key = checkpoint_name(joined(path, name))
             size = 0 if parameter in seen or isinstance(parameter, UninitializedParameter) else parameter.numel()
             seen.add(parameter)
             parts[key] = size, "biases" if name == "bias" else type(module).__name__
@@ -136,15 +144,10 @@ def _computes_linear(linear: Linear) -> bool:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model inside torch.compile and data parallelism."""
-    if isinstance(model, PARALLEL):
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return unwrapped(model.module)
     compiled = getattr(model, "_orig_mod", None)
     return model if compiled is None else unwrapped(compiled)
-
-
-def light_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of a model whose modules are its own and whose tensors are shared."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def _is_conv1d(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Losses of a model whose gradients are collected, each summed over what counts: tokens, examples, embeddings."""
+"""Losses of a model whose gradients are collected, summed over all tokens, examples or embeddings that count."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable

@@ -95,13 +95,13 @@ class Comparison:
         tokens: number of tokens that count in the masks of the batches; images count once.
         cosine: mean cosine between the outputs of both.
         relative_change: ‖Δ‖ / ‖outputs of the dense model‖ over all outputs.
-        parameters, num_bytes: of the models; what is tied counts once.
+        parameters, num_bytes: of the models; tied tensors count once.
         milliseconds: median of a forward pass, by the size of the batch.
         increase: of the loss per token of `tokens`, as plans predict it; None without a loss. For labels that are drawn
             from the dense model it is the divergence, for random directions half the squared change of the outputs.
         unit: of the increase.
         losses: None without a loss, or for one with random labels or directions.
-        divergence: KL(dense ‖ small) of the distributions, mean over what counts in the loss, in nats; None unless the
+        divergence: KL(dense ‖ small) of the distributions, mean over the tokens of the loss, in nats; None unless the
             loss is one of logits.
     """
 
@@ -144,11 +144,11 @@ class Comparison:
 def compare(
     model: torch.nn.Module, small: torch.nn.Module, batches: Iterable[Any], loss: LossLike | None = None
 ) -> Comparison:
-    """Measure what a compressed model has lost and gained against the dense one, end to end.
+    """Compare a compressed model with the dense one, end to end.
 
     Both run in evaluation mode and without gradients, each on its own device. Outputs are the logits, the last hidden
-    states, or the tensor that the model returns, at the tokens that count; for `ks.RandomDirections`, what its function
-    returns. The forward passes are timed in turns, on the first batch and on its first entry.
+    states, or the tensor that the model returns, at the tokens that count; for `ks.RandomDirections`, the
+    values of its function. The forward passes are timed in turns, on the first batch and on its first entry.
 
     Args:
         model: the dense one.

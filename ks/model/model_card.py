@@ -16,6 +16,7 @@ from ks.files.columns import PLAN, chosen
 from ks.files.globs import find_weight
 from ks.files.table import cell, markdown
 from ks.layer import KSLinear
+from ks.model.linears import joined
 from ks.model.model_plan import ModelPlan
 from ks.model.transformers_model import is_of_transformers
 from ks.moments.metric import LossMetric
@@ -102,7 +103,7 @@ def _plan_text(plan: ModelPlan | None, chains: Mapping[str, KSLinear]) -> list[s
             for name, chain in chains.items()
         ]
         return [_table(("layer", "rows", "cols", "share"), rows)] if rows else []
-    keys = {f"{name}.weight".lstrip("."): chain for name, chain in chains.items()}
+    keys = {joined(name, "weight"): chain for name, chain in chains.items()}
     for layer in plan.layers:
         if layer.chain is not None:
             key = find_weight(keys, layer.layer, "the model", "chain")

@@ -134,9 +134,10 @@ class ModelPlan:
         """Whether the plan is predicted to be better than its uniform one, and was measured to be worse."""
         if self.measured_increase is None or self.measured_uniform is None:
             return False
-        predicted, uniform = self.loss_increase, self.as_uniform().loss_increase
-        if predicted is None or uniform is None:
-            predicted, uniform = self.mean_relative_loss, self.as_uniform().mean_relative_loss
+        predicted, uniform = (
+            plan.mean_relative_loss if plan.loss_increase is None else plan.loss_increase
+            for plan in (self, self.as_uniform())
+        )
         return predicted < uniform and self.measured_increase > self.measured_uniform
 
     def sentences(self) -> list[str]:
@@ -311,7 +312,7 @@ class ModelPlan:
 
     @classmethod
     def load(cls, path) -> "ModelPlan":
-        """Read what `save` wrote.
+        """Read a plan that `save` wrote.
 
         Raises:
             UsageError: the file is missing, damaged, of a newer version, or holds no valid plan.

@@ -1,8 +1,9 @@
 """Refinement: train the blocks of a compressed model, one after another, to give the outputs of the dense model."""
 
 import contextlib
+import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,8 +116,7 @@ def refine(
                 if resumed := path is not None and path.exists():
                     refined, values = _read(path, identity, block)
                 else:
-                    errors = partial(_errors, name, stream, dense.hidden, masks[name])
-                    refined, values = _train(name, trained, errors, split, passes, lr)
+                    refined, values = _train(name, trained, stream, dense.hidden, masks[name], split, passes, lr)
                     if path is not None:
                         states = [_state(block, {}), _state(block, values)]
                         content = {"identity": identity, "states": states, "refined": [*refined], "values": values}
@@ -171,11 +171,8 @@ def _repeatable(model: nn.Module) -> Iterator[None]:
 class _Stream:
     """The inputs of one block of a model for all batches, on the CPU; in the beginning those of the first block.
 
-    Before, all batches pass through the whole model, for these inputs and for the other arguments of every block, such
-    as masks and positions.
-
-    Args:
-        order: names of the blocks in the order of their calls.
+    Before, all batches pass through the whole model, for these inputs, for the other arguments of every block, such as
+    masks and positions, and for the `order` in which the blocks are called.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], batches: list[Any]):
@@ -212,7 +209,8 @@ class _Stream:
     def output(self, name: str, index: int, values: Values | None = None) -> torch.Tensor:
         """Return the output of a block for a batch, with its own parameters except for those in `values`."""
         block, (positional, named) = self.model.get_submodule(name), self._others[index][name]
-        hidden = self.hidden[index].to(next(block.parameters()).device, copy=True)  # a block may add to it in place
+        device = next(itertools.chain(block.parameters(), self.model.parameters())).device
+        hidden = self.hidden[index].to(device, copy=True)  # a block may add to it in place
         return _first(functional_call(block, values or {}, (hidden, *positional), named))
 
     def advance(self, name: str) -> None:
@@ -228,29 +226,13 @@ def _first(output: Any) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else output[0]
 
 
-def _errors(
-    name: str,
-    stream: _Stream,
-    targets: list[torch.Tensor],
-    masks: list[torch.Tensor | None],
-    index: int,
-    values: Values,
-) -> torch.Tensor:
-    """Return ‖y − ŷ‖² / ‖y‖² of each token of a batch that counts."""
-    output, mask = stream.output(name, index, values), masks[index]
-    if mask is not None and output.shape[:-1] not in (mask.shape, (mask.numel(),)):
-        given = f"a mask of shape {tuple(mask.shape)} for outputs of shape {tuple(output.shape)}"
-        raise UsageError(f"block {one_line(name)} has {given}; it must have one entry for each token")
-    y = counted(targets[index].to(output), mask)
-    energy = y.square().sum(-1).clamp(min=torch.finfo(y.dtype).tiny)
-    return (y - counted(output, mask)).square().sum(-1) / energy
-
-
 @torch.enable_grad()
 def _train(
     name: str,
     trained: dict[str, nn.Parameter],
-    errors: Callable[[int, Values], torch.Tensor],
+    stream: _Stream,
+    targets: list[torch.Tensor],
+    masks: list[torch.Tensor | None],
     split: list[bool],
     passes: int,
     lr: float,
@@ -258,9 +240,19 @@ def _train(
     """Return the result for a block, and the values with the least held-out error; its parameters stay as they are.
 
     Args:
-        errors: returns those of the tokens of a batch, for values in the place of the parameters.
-        split: whether each batch is held out.
+        targets, masks, split: the outputs y, the tokens that count and whether it is held out, of each batch.
     """
+
+    def errors(index: int) -> torch.Tensor:
+        """Return ‖y − ŷ‖² / ‖y‖² of each token of a batch that counts."""
+        output, mask = stream.output(name, index, values), masks[index]
+        if mask is not None and output.shape[:-1] not in (mask.shape, (mask.numel(),)):
+            given = f"a mask of shape {tuple(mask.shape)} for outputs of shape {tuple(output.shape)}"
+            raise UsageError(f"block {one_line(name)} has {given}; it must have one entry for each token")
+        y = counted(targets[index].to(output), mask)
+        energy = y.square().sum(-1).clamp(min=torch.finfo(y.dtype).tiny)
+        return (y - counted(output, mask)).square().sum(-1) / energy
+
     training = [index for index, is_held_out in enumerate(split) if not is_held_out]
     values = {key: parameter.detach().clone().requires_grad_() for key, parameter in trained.items()}
     groups = [{"params": [each], "lr": lr * (each.square().mean().sqrt().item() or 1.0)} for each in values.values()]
@@ -271,11 +263,11 @@ def _train(
         order = torch.randperm(len(training), generator=torch.Generator().manual_seed(number)).tolist()
         for place in order if number else ():
             optimizer.zero_grad()
-            errors(training[place], values).mean().backward(inputs=[*values.values()])
+            errors(training[place]).mean().backward(inputs=[*values.values()])
             optimizer.step()
             rate.step()
         with torch.no_grad():
-            error = torch.cat([errors(i, values) for i, is_held_out in enumerate(split) if is_held_out]).mean().item()
+            error = torch.cat([errors(index) for index, is_held_out in enumerate(split) if is_held_out]).mean().item()
         if kept and not error < kept[-1]:
             break
         kept.append(error)
@@ -284,7 +276,7 @@ def _train(
 
 
 def _read(path: Path, identity: str, block: nn.Module) -> tuple[RefinedBlock, Values]:
-    """Return what `_train` gave for a block that has its values from before the refinement, or those from after it."""
+    """Return the result of `_train` for a block with its values from before the refinement, or from after it."""
     found = read_torch_file(path, "a refined block")
     if not isinstance(found, dict) or found.get("identity") != identity or _state(block, {}) not in found["states"]:
         raise UsageError(f"{path} is of another refinement; give another folder, or the models as they were")

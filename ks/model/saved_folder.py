@@ -94,15 +94,13 @@ def write_tensors(path: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_s
         names_in.append([*shard])
         size += sum(tensor.nbytes for tensor in shard.values())
         write_safetensors(path.with_name(f"{len(names_in)}.safetensors"), shard, {"format": "pt"})
-    if len(names_in) == 1:
-        path.with_name("1.safetensors").rename(path)
-        return
-    file_of: dict[str, str] = {}
+    count, file_of = len(names_in), dict[str, str]()
     for number, names in enumerate(names_in, 1):
-        file = f"{path.stem}-{number:05}-of-{len(names_in):05}.safetensors"
+        file = path.name if count == 1 else f"{path.stem}-{number:05}-of-{count:05}.safetensors"
         path.with_name(f"{number}.safetensors").rename(path.with_name(file))
         file_of |= dict.fromkeys(names, file)
-    write_json(path.with_name(path.name + INDEX_SUFFIX), {"metadata": {"total_size": size}, "weight_map": file_of})
+    if count > 1:
+        write_json(path.with_name(path.name + INDEX_SUFFIX), {"metadata": {"total_size": size}, "weight_map": file_of})
 
 
 def _shards(tensors: Iterable[tuple[str, torch.Tensor]], max_shard_size: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -132,7 +130,7 @@ def stored_tensors(folder: Path, version: int) -> dict:
         index = folder / (file + INDEX_SUFFIX)
         names = set(read_json_as(index, CheckpointIndex, "the index of a checkpoint").weight_map.values())
         if others := sorted(name for name in names if not name.endswith(".safetensors")):
-            raise UsageError(f"{index} names {one_line(others[0])!r}; only .safetensors files are read")
+            raise UsageError(f"{index} lists {one_line(others[0])!r}; only .safetensors files are read")
     entries = entries_of(index, "a compressed model")
     check_fits(str(folder), sum((folder / name).stat().st_size for name in names), "use a machine with more memory")
     return entries

@@ -1,7 +1,6 @@
 """Compressed models in folders: all tensors as .safetensors, the chains as JSON, no pickle."""
 
 import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from ks.files.provenance import now
 from ks.files.schema import CompressedLayer, CompressedModel
 from ks.files.weights import read_entry, shape_of
 from ks.layer import KSLinear
-from ks.model.linears import checkpoint_name, linears_of, modules_of, replace_modules, unwrapped
+from ks.model.linears import checkpoint_name, joined, linears_of, modules_of, place_of, replace_modules, unwrapped
 from ks.model.model_card import model_card
 from ks.model.model_plan import ModelPlan
 from ks.model.saved_folder import (
@@ -71,8 +70,13 @@ def save_compressed(
     check_replaceable(folder)
     model = unwrapped(model)
     chains = {name: module for name, module in modules_of(model).items() if isinstance(module, KSLinear)}
-    state, buffers = _state_of(model), {} if densify else _before_long_inputs(_buffers_beside(model))
-    _check_state(state | buffers)
+    state, buffers = _state_of(model), {} if densify else _buffers_beside(model)
+    for name, value in (state | buffers).items():
+        if not isinstance(value, torch.Tensor):
+            kind = type(value).__name__
+            raise UsageError(f"state {one_line(name)!r} of the model is {kind}, no tensor; only tensors are saved")
+        if value.is_meta:
+            raise UsageError(f"{one_line(name)!r} of the model is a meta tensor without values; give it some first")
     aliases = {} if densify else _ties(state | buffers)
     layers = {name: _described(chain) for name, chain in chains.items()}
     record = CompressedModel(MODEL_FORMAT, MODEL_VERSION, type(model).__name__, layers, aliases, densify, [*buffers])
@@ -120,8 +124,8 @@ def load_compressed(model: nn.Module | str | os.PathLike, folder=None, *, impl: 
         )
     if not isinstance(model, nn.Module):
         model = empty_model(folder, record.model)
-    inside = unwrapped(model)
-    replacements = _empty_chains(inside, record, folder, impl)
+    inside, where = unwrapped(model), f"{folder} is for another architecture ({one_line(record.model)})"
+    replacements = _empty_chains(inside, record, where, impl)
     tensors = stored_tensors(folder, record.version)
     if record.version == 1:
         tensors, record.aliases = _as_blocks({name: read_entry(tensors[name], name) for name in tensors}, record)
@@ -129,7 +133,10 @@ def load_compressed(model: nn.Module | str | os.PathLike, folder=None, *, impl: 
     for name in {*record.buffers} - state.keys():
         tensors.pop(name, None)
         record.aliases.pop(name, None)
-    _check_keys(inside, state, replacements, tensors, record, folder)
+    if not set(record.aliases.values()) <= tensors.keys():
+        raise UsageError(f"{folder / RECORD_FILE} is not valid: it ties tensors to one that the files lack")
+    replaced = {name: replacements[module] for name, module in modules_of(inside).items() if module in replacements}
+    _check_keys(state, replaced, tensors, record.aliases, where)
     result = replace_modules(model, replacements)
     _fill(unwrapped(result), tensors, record.aliases)
     return result
@@ -141,21 +148,17 @@ def _state_of(model: nn.Module) -> dict[str, Any]:
 
 
 def _buffers_beside(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the buffers that are not part of the state_dict, such as the frequencies of rotary embeddings."""
+    """Return the buffers that are not part of the state_dict, such as the frequencies of rotary embeddings.
+
+    A long input can change these frequencies, and a loaded model has not seen it: the first ones, which transformers
+    keeps as original_…, take their place.
+    """
     return {
-        _joined(path, name): value
+        joined(path, name): value if (first := module._buffers.get(f"original_{name}")) is None else first
         for path, module in modules_of(model).items()
         for name, value in module._buffers.items()
         if name in module._non_persistent_buffers_set and value is not None
     }
-
-
-def _before_long_inputs(buffers: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return buffers with the first frequencies of rotary embeddings, which transformers keeps as original_….
-
-    A long input can change the frequencies, and a loaded model has not seen it.
-    """
-    return {name: buffers.get(re.sub(r"([^.]+)$", r"original_\1", name), value) for name, value in buffers.items()}
 
 
 def _meta_buffers_beside(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -168,21 +171,10 @@ def _meta_buffers_beside(model: nn.Module) -> dict[str, torch.Tensor]:
         for name, value in vars(module).items():
             if isinstance(value, torch.Tensor) and value.is_meta:
                 raise UsageError(
-                    f"{one_line(_joined(path, name))} of the model is on the meta device and no buffer; give a model "
+                    f"{one_line(joined(path, name))} of the model is on the meta device and no buffer; give a model "
                     "that was not made there: ks.load_compressed(model, folder)"
                 )
     return {name: value for name, value in _buffers_beside(model).items() if value.is_meta}
-
-
-def _check_state(state: Mapping[str, Any]) -> None:
-    """Check that all state is tensors with values."""
-    for name, value in state.items():
-        if not isinstance(value, torch.Tensor):
-            raise UsageError(
-                f"state {one_line(name)!r} of the model is {type(value).__name__}, no tensor; only tensors are saved"
-            )
-        if value.is_meta:
-            raise UsageError(f"{one_line(name)!r} of the model is a meta tensor without values; give it some first")
 
 
 def _described(chain: KSLinear) -> CompressedLayer:
@@ -196,29 +188,22 @@ def _ties(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
     first: dict[tuple, str] = {}
     ties = {}
     for name, value in state.items():
-        # a storage has its own identity on the meta device too, where all addresses are 0
-        memory = (value.untyped_storage()._cdata, value.storage_offset(), value.shape, value.stride(), value.dtype)
-        if value.numel() and first.setdefault(memory, name) != name:
-            ties[name] = first[memory]
+        if value.numel() and first.setdefault(place_of(value), name) != name:
+            ties[name] = first[place_of(value)]
     return ties
 
 
 def _densified(state: Mapping[str, torch.Tensor], chains: Mapping[str, KSLinear]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield a state_dict with one dense weight in the place of the factors of each chain."""
-    blocks = {_joined(name, f"block_{index}") for name, chain in chains.items() for index in range(len(chain.patterns))}
+    blocks = {joined(name, f"block_{index}") for name, chain in chains.items() for index in range(len(chain.patterns))}
     yield from ((name, value) for name, value in state.items() if name not in blocks)
     for name, chain in chains.items():
         dense = chain.to_dense()
-        yield _joined(name, "weight"), dense.t() if chain.stored_transposed else dense
+        yield joined(name, "weight"), dense.t() if chain.stored_transposed else dense
 
 
-def _joined(path: str, name: str) -> str:
-    """Return the name of a tensor in a state_dict; the model itself has the path ''."""
-    return f"{path}.{name}" if path else name
-
-
-def _empty_chains(model: nn.Module, record: CompressedModel, folder: Path, impl: str) -> dict[nn.Module, KSLinear]:
-    """Return the chains of a record, without values, by the layers that they replace."""
+def _empty_chains(model: nn.Module, record: CompressedModel, where: str, impl: str) -> dict[nn.Module, KSLinear]:
+    """Return the chains of a record, without values, by the layers that they replace; `where` begins a message."""
     chains: dict[nn.Module, KSLinear] = {}
     present, linears = modules_of(model), linears_of(model)
     for name, layer in record.layers.items():
@@ -228,14 +213,14 @@ def _empty_chains(model: nn.Module, record: CompressedModel, folder: Path, impl:
             continue
         linear = linears.get(name)
         rows, cols = patterns[0].rows, patterns[-1].cols
-        where = f"{folder} is for another architecture ({one_line(record.model)}): {one_line(name)}"
         if linear is None:
             kind = f"is a {type(old).__name__}" if old is not None else f"is missing ({nearest(name, present)})"
-            raise UsageError(f"{where} {kind}, a linear layer {rows} × {cols} is needed")
+            raise UsageError(f"{where}: {one_line(name)} {kind}, a linear layer {rows} × {cols} is needed")
         weight = linear.module.weight
         assert isinstance(weight, nn.Parameter)
         if linear.weight.shape != (rows, cols):
-            raise UsageError(f"{where} has a weight of shape {tuple(weight.shape)}, {rows} × {cols} is needed")
+            shape = f"a weight of shape {tuple(weight.shape)}"
+            raise UsageError(f"{where}: {one_line(name)} has {shape}, {rows} × {cols} is needed")
         if linear.module not in chains:
             chain = KSLinear.uninitialised(
                 patterns, layer.bias, impl=impl, batch_last=layer.batch_last, device=weight.device, dtype=weight.dtype
@@ -249,7 +234,7 @@ def _empty_chains(model: nn.Module, record: CompressedModel, folder: Path, impl:
 def _as_blocks(tensors: dict[str, torch.Tensor], record: CompressedModel):
     """Return tensors and aliases of version 1, whose factor l has values (a, b, c, d) as factors.l, as blocks."""
     name_of = {
-        _joined(name, f"factors.{index}"): _joined(name, f"block_{index}")
+        joined(name, f"factors.{index}"): joined(name, f"block_{index}")
         for name, layer in record.layers.items()
         for index in range(len(layer.patterns))
     }
@@ -259,25 +244,23 @@ def _as_blocks(tensors: dict[str, torch.Tensor], record: CompressedModel):
 
 
 def _check_keys(
-    model: nn.Module,
     state: Mapping[str, torch.Tensor],
-    replacements: Mapping[nn.Module, KSLinear],
+    replaced: Mapping[str, KSLinear],
     tensors: Mapping[str, Any],
-    record: CompressedModel,
-    folder: Path,
+    aliases: Mapping[str, str],
+    where: str,
 ) -> None:
-    """Compare names and shapes of the tensors of a file with those that the model will have."""
-    expected = {name: tuple(value.shape) for name, value in state.items()}
-    for place, module in modules_of(model).items():
-        if module in replacements:
-            for name in module.state_dict():
-                expected.pop(_joined(place, name), None)
-            expected |= {_joined(place, name): tuple(v.shape) for name, v in replacements[module].state_dict().items()}
-    if not set(record.aliases.values()) <= tensors.keys():
-        raise UsageError(f"{folder / RECORD_FILE} is not valid: it ties tensors to one that the files lack")
-    stored = {name: name for name in tensors} | record.aliases
+    """Compare names, shapes and ties of the tensors of a file with those that the model will have.
+
+    Args:
+        state: of the model before the layers are replaced, under the names of a file.
+        replaced: the new chains, by the names of their layers.
+    """
+    expected = {name: tuple(each.shape) for name, each in state.items() if name.rpartition(".")[0] not in replaced}
+    for path, chain in replaced.items():
+        expected |= {joined(path, name): tuple(each.shape) for name, each in chain.state_dict().items()}
+    stored = {name: name for name in tensors} | dict(aliases)
     found = {name: shape_of(tensors[first]) for name, first in stored.items()}
-    where = f"{folder} is for another architecture ({one_line(record.model)})"
     for name in dict.fromkeys((*expected, *found)):
         if expected.get(name) != found.get(name):
             sizes = [str(shapes.get(name, "absent")) for shapes in (found, expected)]
@@ -290,21 +273,19 @@ def _check_keys(
 @torch.no_grad()
 def _fill(model: nn.Module, tensors: Mapping[str, Any], aliases: Mapping[str, str]) -> None:
     """Copy values, so that chains keep the memory order of their factors, and tie the tied tensors again."""
+    place = torch.get_default_device()
+    model._apply(lambda tensor: torch.empty_like(tensor, device=place) if tensor.is_meta else tensor)
     owners = {
-        _joined(path, name): (module, name)
+        joined(path, name): (module, name)
         for path, module in modules_of(model).items()
         for name in (*module._parameters, *module._buffers)
     }
     for name, entry in tensors.items():
         module, attribute = owners[name]
         value, target = read_entry(entry, name), getattr(module, attribute)
-        if target.is_meta:
-            made = torch.empty_like(target, dtype=value.dtype, device=torch.get_default_device())
-            is_parameter = isinstance(target, nn.Parameter)
-            setattr(module, attribute, nn.Parameter(made, target.requires_grad) if is_parameter else made)
-        elif target.dtype != value.dtype:
-            target.data = target.data.to(value.dtype)
-        getattr(module, attribute).copy_(value)
+        if target.dtype != value.dtype:
+            target.data = torch.empty_like(target, dtype=value.dtype)
+        target.copy_(value)
     for name, stored in aliases.items():
         (module, attribute), (first, stored_attribute) = owners[name], owners[stored]
         setattr(module, attribute, getattr(first, stored_attribute))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from ks.files.globs import find_weight, nearest
 from ks.files.memory import check_fits
 from ks.files.provenance import now
 from ks.files.schema import Count, Positive, Text
+from ks.files.weights import entries_of, read_entry, shape_of
 from ks.moments.second_moment import VectorSums
 
 METADATA = "ks_input_moments"  # the entry of the file's metadata, as JSON
@@ -103,16 +105,12 @@ class InputMoments:
         """Return the moments of one weight alone, in memory; the key is that of `key_of`."""
         found = self.key_of(key)
         name = self.aliases[found]
-        return dataclasses.replace(
-            self,
-            train=_alone(self.train, name),
-            held_out=_alone(self.held_out, name),
-            aliases={found: name},
-            batches={name: self.batches.get(name, 0)},
-            transposed=tuple(key for key in self.transposed if key == found),
-            gradients=_alone(self.gradients, found),
-            held_out_gradients=_alone(self.held_out_gradients, found),
-        )
+        alone: dict[str, Any] = {}
+        for part, prefix in PARTS.items():
+            sums, own = getattr(self, part), found if GRADIENTS in prefix else name
+            alone[part] = {own: sums[own]} if own in sums else {}
+        batches, transposed = {name: self.batches.get(name, 0)}, (found,) if found in self.transposed else ()
+        return dataclasses.replace(self, **alone, aliases={found: name}, batches=batches, transposed=transposed)
 
     def second_moment(self, key: str, held_out: bool = False) -> torch.Tensor:
         """Return C = Σ x xᵀ / N for a weight.
@@ -160,18 +158,18 @@ class InputMoments:
                 raise UsageError(
                     f"weight {one_line(key)!r} has gradients in one of the moments only; collect both with one loss"
                 )
+        sums: dict[str, Any] = {
+            part: _added(getattr(self, part), getattr(other, part), "gradients of" if GRADIENTS in prefix else "inputs")
+            for part, prefix in PARTS.items()
+        }
+        batches = Counter(self.batches)
+        batches.update(other.batches)
         return InputMoments(
-            _added(self.train, other.train),
-            _added(self.held_out, other.held_out),
-            self.aliases | other.aliases,
-            {
-                name: self.batches.get(name, 0) + other.batches.get(name, 0)
-                for name in {**self.batches, **other.batches}
-            },
-            tuple(sorted({*self.transposed, *other.transposed})),
-            self.model,
-            gradients=_added(self.gradients, other.gradients, "gradients of"),
-            held_out_gradients=_added(self.held_out_gradients, other.held_out_gradients, "gradients of"),
+            **sums,
+            aliases=self.aliases | other.aliases,
+            batches=dict(batches),
+            transposed=tuple(sorted({*self.transposed, *other.transposed})),
+            model=self.model,
             loss=self.loss,
             unit=self.unit,
         )
@@ -233,37 +231,31 @@ class InputMoments:
         Raises:
             UsageError: it is no valid file of moments.
         """
-        file, metadata = open_safetensors(Path(path), "moments of inputs")
-        if METADATA not in metadata:
+        entries, text = entries_of(Path(path), "moments of inputs"), moments_metadata(Path(path))
+        if text is None:
             raise UsageError(f"{path} holds no moments of inputs; ks.collect_input_moments(…).save(path) makes some")
         try:
-            record = msgspec.json.decode(metadata[METADATA], type=_Metadata)
+            record = msgspec.json.decode(text, type=_Metadata)
         except (msgspec.MsgspecError, RecursionError) as error:
             raise UsageError(f"{path} has invalid metadata: {one_line(error, 200)}") from error
         if record.version > MOMENTS_VERSION:
             raise UsageError(f"{path} has version {record.version}; {MOMENTS_VERSION} is the newest known, update ks")
         names = list(dict.fromkeys(record.aliases.values()))
-        stored = set(file.keys())
-
-        def sums(names: list[str], prefix: str) -> _StoredSums:
-            held = HELD_OUT in prefix
-            kept = [
-                name for name in names if not held or any(f"{name}/{prefix}{each}" in stored for each in SUM_LABELS)
-            ]
-            return _StoredSums(file, str(path), kept, prefix)
-
+        sums: dict[str, Any] = {}
+        for part, prefix in PARTS.items():
+            kept = record.gradients if GRADIENTS in prefix else names
+            if HELD_OUT in prefix:
+                kept = [name for name in kept if any(f"{name}/{prefix}{each}" in entries for each in SUM_LABELS)]
+            sums[part] = _StoredSums(entries, str(path), kept, prefix)
         return cls(
-            sums(names, ""),
-            sums(names, HELD_OUT),
-            record.aliases,
-            {name: record.batches.get(name, 0) for name in names},
-            tuple(record.transposed),
-            record.model,
-            str(path),
-            sums(record.gradients, GRADIENTS),
-            sums(record.gradients, GRADIENTS + HELD_OUT),
-            record.loss,
-            record.unit,
+            **sums,
+            aliases=record.aliases,
+            batches={name: record.batches.get(name, 0) for name in names},
+            transposed=tuple(record.transposed),
+            model=record.model,
+            source=str(path),
+            loss=record.loss,
+            unit=record.unit,
         )
 
 
@@ -275,8 +267,8 @@ def as_moments(moments: InputMoments | str | Path | None) -> InputMoments | None
 class _StoredSums(Mapping[str, VectorSums]):
     """The sums of one part of an open file, by NAME; they are read and checked when one is asked for."""
 
-    def __init__(self, file, path: str, names: list[str], prefix: str):
-        self._file, self._path, self._names, self._prefix = file, path, names, prefix
+    def __init__(self, entries: dict, path: str, names: list[str], prefix: str):
+        self._entries, self._path, self._names, self._prefix = entries, path, names, prefix
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -296,22 +288,18 @@ class _StoredSums(Mapping[str, VectorSums]):
         """
         if name not in self._names:
             raise KeyError(name)
-        stored = set(self._file.keys())
-        key_of = {label: f"{name}/{self._prefix}{label}" for label in SUM_LABELS}
+        entries = {label: self._entries.get(f"{name}/{self._prefix}{label}") for label in SUM_LABELS}
         what = "gradients" if self._prefix.startswith(GRADIENTS) else "inputs"
         shown = f"{name}/{self._prefix.removeprefix(GRADIENTS)}".rstrip("/")
         where = f"{self._path}, {what} {one_line(shown)!r}"
-        if missing := [label for label, key in key_of.items() if key not in stored]:
+        if missing := [label for label, entry in entries.items() if entry is None]:
             raise UsageError(f"{where}: the file lacks {', '.join(missing)}; collect the moments again")
-        shape = self._file.get_slice(key_of["sum_xx"]).get_shape()
+        shape = shape_of(entries["sum_xx"])
         if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
-            raise UsageError(f"{where}: sum_xx has shape {tuple(shape)}; a square one is needed")
+            raise UsageError(f"{where}: sum_xx has shape {shape}; a square one is needed")
         width = shape[0]
         check_fits(where, 5 * width * width * 8, "use a machine with more memory")  # the checks copy it
-        try:
-            square, sum_x, count = (self._file.get_tensor(key) for key in key_of.values())
-        except Exception as error:  # SafetensorError, or torch has no such dtype
-            raise UsageError(f"{where} cannot be read ({one_line(error, 160)})") from error
+        square, sum_x, count = (read_entry(entry, where) for entry in entries.values())
         if sum_x.shape != (width,):
             raise UsageError(f"{where}: sum_x has shape {tuple(sum_x.shape)}; ({width},) is needed")
         if not (square.is_floating_point() and sum_x.is_floating_point()):
@@ -324,14 +312,7 @@ class _StoredSums(Mapping[str, VectorSums]):
         return VectorSums(square, sum_x, int(count.item()))
 
 
-def _alone(part: Mapping[str, VectorSums], name: str) -> dict[str, VectorSums]:
-    """Return the sums of one name alone; none if there are none of it."""
-    return {name: part[name]} if name in part else {}
-
-
-def _added(
-    first: Mapping[str, VectorSums], second: Mapping[str, VectorSums], what: str = "inputs"
-) -> dict[str, VectorSums]:
+def _added(first: Mapping[str, VectorSums], second: Mapping[str, VectorSums], what: str) -> dict[str, VectorSums]:
     """Return the sums of both, by name."""
     added = {**second, **first}
     for name in first.keys() & second.keys():
@@ -344,19 +325,9 @@ def _added(
     return added
 
 
-def open_safetensors(path: Path, what: str) -> tuple[Any, dict[str, str]]:
-    """Return an open .safetensors file and its metadata.
-
-    Args:
-        path: of the file.
-        what: a plural for the message, as "moments of inputs".
-    Raises:
-        UsageError: no regular file, or a damaged one.
-    """
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file" if not path.exists() else f"{path} is not a regular file")
-    try:
-        file = safetensors.safe_open(path, framework="pt", device="cpu")
-        return file, file.metadata() or {}
-    except Exception as error:  # a damaged file can raise nearly anything
-        raise UsageError(f"{path} cannot be read as {what} ({one_line(error, 160)})") from error
+def moments_metadata(path: Path) -> str | None:
+    """Return the JSON in a file of moments, None for another file; `entries_of` has opened the file before."""
+    if path.suffix.lower() != ".safetensors":
+        return None
+    with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+        return (file.metadata() or {}).get(METADATA)

@@ -1,5 +1,6 @@
 """The inputs of one weight from a file: moments that were collected, or raw samples; checked before they are used."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from ks.files.globs import nearest
 from ks.files.memory import check_fits
 from ks.files.weights import entries_of, read_entry, tensors_sha256
 from ks.moments.metric import LossMetric, Metric
-from ks.moments.moments_file import METADATA, InputMoments, open_safetensors
+from ks.moments.moments_file import InputMoments, moments_metadata
 from ks.moments.second_moment import FLOAT32_ROUNDING, VectorSums, is_semi_definite
 
 ENOUGH_PER_FEATURE = 10  # inputs; in a trial with 13 per feature, a floor was still 30% too low
@@ -47,22 +48,14 @@ class Calibration:
     unit: str = ""
 
     def metric(self, kind: LossMetric, held_out: bool = False) -> Metric:
-        """Return the metric of the training part, or of the held-out part, which must not be None.
-
-        Raises:
-            UsageError: the loss of the model is asked for, and there are no gradients.
-        """
+        """Return the metric of the training part, or of the held-out part; that of the loss needs gradients."""
         inputs, gradients = self.train, self.gradients
         if held_out:
             assert self.held_out is not None
             inputs, gradients = self.held_out, self.held_out_gradients or self.gradients
         if kind is LossMetric.OUTPUT_ENERGY:
             return Metric(inputs.second_moment)
-        if gradients is None:
-            raise UsageError(
-                "these inputs come without gradients of the loss of the model; collect them with loss=… "
-                "(ks.collect_input_moments), or minimise the output energy"
-            )
+        assert gradients is not None  # `ks.model.candidates.check_inputs` and the flags of a study refuse such inputs
         return Metric(inputs.second_moment, gradients.second_moment)
 
 
@@ -83,9 +76,10 @@ def read_input_moments(
     """
     path = Path(path)
     try:
-        if _holds_moments(path):
+        entries = entries_of(path, "inputs")
+        if moments_metadata(path) is not None:
             return inputs_of(InputMoments.open(path), width, key or weight_key)
-        return _read_samples(path, width, key, val_split, weight_key)
+        return _read_samples(path, entries, width, key, val_split, weight_key)
     except OSError as error:  # a folder above it is closed, or the name is too long
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
 
@@ -98,11 +92,7 @@ def packed_inputs(path, key: str | None) -> bytes:
         key: of the weight in the moments file.
     """
     path = Path(path)
-    return InputMoments.open(path).only(key).packed() if _holds_moments(path) else path.read_bytes()
-
-
-def _holds_moments(path: Path) -> bool:
-    return path.suffix == ".safetensors" and METADATA in open_safetensors(path, "inputs")[1]
+    return path.read_bytes() if moments_metadata(path) is None else InputMoments.open(path).only(key).packed()
 
 
 def inputs_of(moments: InputMoments, width: int, weight_key: str | None) -> Calibration:
@@ -115,8 +105,9 @@ def inputs_of(moments: InputMoments, width: int, weight_key: str | None) -> Cali
     Raises:
         UsageError: the key is missing; the inputs have another width, or are no moments of real inputs.
     """
-    found = moments.key_of(weight_key)
-    name, transposed = moments.aliases[found], found in moments.transposed
+    moments = moments.only(weight_key)
+    [(found, name)] = moments.aliases.items()
+    transposed = found in moments.transposed
     where = f"{moments.source}, inputs {one_line(name)!r}"
     train, held_out = moments.train[name], moments.held_out.get(name)
     if train.width != width:
@@ -129,42 +120,39 @@ def inputs_of(moments: InputMoments, width: int, weight_key: str | None) -> Cali
     of = f"{moments.source}, gradients of {one_line(found)!r}"
     same = weight_key is None or found in (weight_key, f"{weight_key}.weight")
     renamed = [] if same else [f"inputs of {one_line(str(weight_key))}: found in {moments.source} as {one_line(found)}"]
+    sha256, gradients_sha256 = hashes_of(moments)
     return Calibration(
         _checked(train, where),
         _checked_if_any(held_out, f"{where}, held out"),
         found,
-        _sums_sha256(train, held_out),
+        sha256,
         transposed=transposed,
         notes=(*renamed, *_few(where, train)),
         gradients=_checked_if_any(moments.gradients.get(found), of, "gradients"),
         held_out_gradients=_checked_if_any(moments.held_out_gradients.get(found), f"{of}, held out", "gradients"),
-        gradients_sha256=gradients_sha256(moments, found),
+        gradients_sha256=gradients_sha256,
         unit=moments.unit,
     )
 
 
-def inputs_sha256(moments: InputMoments, weight_key: str) -> str:
-    """Return the hash of the inputs of a weight, `Calibration.sha256`, without the checks of `inputs_of`."""
-    name = moments.aliases[moments.key_of(weight_key)]
-    return _sums_sha256(moments.train[name], moments.held_out.get(name))
+def hashes_of(moments: InputMoments) -> tuple[str, str | None]:
+    """Return the hashes of the inputs and of the gradients in moments of one weight, without the checks of `inputs_of`.
+
+    They are `Calibration.sha256` and `Calibration.gradients_sha256`.
+    """
+
+    def sha256(*parts: Mapping[str, VectorSums]) -> str:
+        given = [sums for part in parts for sums in part.values() if sums.count]
+        return tensors_sha256(*(each for sums in given for each in (sums.sum_xx, sums.sum_x, torch.tensor(sums.count))))
+
+    has_gradients = any(sums.count for sums in moments.gradients.values())
+    of_gradients = sha256(moments.gradients, moments.held_out_gradients) if has_gradients else None
+    return sha256(moments.train, moments.held_out), of_gradients
 
 
-def gradients_sha256(moments: InputMoments, weight_key: str) -> str | None:
-    """Return the hash of the gradients of a weight, `Calibration.gradients_sha256`; None if there are none."""
-    found = moments.key_of(weight_key)
-    gradients = moments.gradients.get(found)
-    if gradients is None or not gradients.count:
-        return None
-    return _sums_sha256(gradients, moments.held_out_gradients.get(found))
-
-
-def _sums_sha256(train: VectorSums, held_out: VectorSums | None) -> str:
-    parts = [part for part in (train, held_out) if part is not None and part.count]
-    return tensors_sha256(*(tensor for part in parts for tensor in (part.sum_xx, part.sum_x, torch.tensor(part.count))))
-
-
-def _read_samples(path: Path, width: int, key: str | None, val_split: float, weight_key: str | None) -> Calibration:
-    entries = entries_of(path, "samples")
+def _read_samples(
+    path: Path, entries: dict, width: int, key: str | None, val_split: float, weight_key: str | None
+) -> Calibration:
     name, notes = _samples_key(path, entries, key, weight_key)
     where = f"{path}, key {one_line(name)!r}" if name else f"{path}"
     samples = read_entry(entries[name], where)
@@ -184,12 +172,7 @@ def _read_samples(path: Path, width: int, key: str | None, val_split: float, wei
             f"{where}: of {len(samples)} samples, holding out a fraction of {val_split} leaves none; give more"
         )
     check_fits(f"the second moment of {where}", 6 * width * width * 8, "use a machine with more memory")
-    parts = []
-    for rows in (samples[:num_train], samples[num_train:]):
-        sums = VectorSums.zeros(width)
-        sums.add(rows)
-        parts.append(sums.finished())
-    train, held_out = parts
+    train, held_out = VectorSums.of(samples[:num_train]), VectorSums.of(samples[num_train:])
     return Calibration(
         _checked(train, where),
         _checked_if_any(held_out, f"{where}, held out"),

@@ -25,6 +25,9 @@ class SecondMoment:
         UsageError: another shape, entries that are not finite, not symmetric, or not positive semi-definite.
     """
 
+    matrix: torch.Tensor  # C in float64; σ²I has no size, and so none
+    _std: float | None = None  # σ of σ²I
+
     def __init__(self, matrix: torch.Tensor):
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.is_floating_point():
             raise UsageError(
@@ -36,10 +39,9 @@ class SecondMoment:
         difference = (matrix - matrix.mT).abs().max().item()
         if difference > FLOAT32_ROUNDING * matrix.abs().max().item():
             raise UsageError(f"the second moment is not symmetric: entries differ by up to {difference:.3g} across it")
-        self._std: float | None = None
-        self._matrix = (matrix + matrix.mT) / 2
-        rounding = len(matrix) * torch.finfo(torch.float64).eps * self._matrix.diagonal().abs().max().item()
-        if not is_semi_definite(self._matrix, rounding):
+        self.matrix = (matrix + matrix.mT) / 2
+        rounding = len(matrix) * torch.finfo(torch.float64).eps * self.matrix.diagonal().abs().max().item()
+        if not is_semi_definite(self.matrix, rounding):
             eigenvalues, _ = self._spectrum
             if eigenvalues[0] < -FLOAT32_ROUNDING * eigenvalues[-1].clamp(min=0):
                 raise UsageError(
@@ -47,7 +49,7 @@ class SecondMoment:
                     f"to {eigenvalues[-1]:.3g}"
                 )
             # Without the negative part of a moment in float32, no loss is below a floor that comes from the root.
-            self._matrix = self._root @ self._root
+            self.matrix = self._root @ self._root
 
     @classmethod
     def isotropic(cls, std: float = 1.0) -> "SecondMoment":
@@ -72,20 +74,9 @@ class SecondMoment:
         """Whether C is σ²I by construction."""
         return self._std is not None
 
-    @property
-    def matrix(self) -> torch.Tensor:
-        """C, shape (n, n), float64.
-
-        Raises:
-            ValueError: C is σ²I for any n.
-        """
-        if self.is_isotropic:
-            raise ValueError("an isotropic second moment has no size, so there is no matrix of it")
-        return self._matrix
-
     def matrix_of(self, features: int) -> torch.Tensor:
         """Return C, shape (n, n), float64, for n features, also where it is σ²I."""
-        return self._matrix if self._std is None else self._std**2 * torch.eye(features, dtype=torch.float64)
+        return self.matrix if self._std is None else self._std**2 * torch.eye(features, dtype=torch.float64)
 
     @cached_property
     def _spectrum(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,7 +97,7 @@ class SecondMoment:
         if self._std is not None:
             return sum_of_squares(self.times_root(weight))  # scaled before squaring, which would overflow earlier
         wide = self._sized(weight)
-        return ((wide @ self._matrix.to(wide.device)) * wide).sum().clamp(min=0).item()  # NaN stays NaN
+        return ((wide @ self.matrix.to(wide.device)) * wide).sum().clamp(min=0).item()  # NaN stays NaN
 
     def times_root(self, weight: torch.Tensor) -> torch.Tensor:
         """Return W C^{1/2} in float64: its squared singular values are the output energies of W's directions."""
@@ -129,14 +120,12 @@ class SecondMoment:
         if self._std is not None:
             return lower_gram(self.times_root(weight).unsqueeze(0))[0]
         wide = self._sized(weight)
-        return wide @ self._matrix.to(wide.device) @ wide.mT
+        return wide @ self.matrix.to(wide.device) @ wide.mT
 
     def check_features(self, count: int) -> None:
         """Raise UsageError unless C may be that of `count` features."""
-        if not self.is_isotropic and len(self._matrix) != count:
-            raise UsageError(
-                f"second moment of {len(self._matrix)} features: a weight of {count} columns needs {count}"
-            )
+        if not self.is_isotropic and len(self.matrix) != count:
+            raise UsageError(f"second moment of {len(self.matrix)} features: a weight of {count} columns needs {count}")
 
     def _sized(self, weight: torch.Tensor) -> torch.Tensor:
         self.check_features(weight.shape[-1])
@@ -156,11 +145,11 @@ class SecondMoment:
         """Return C if it couples any two of `groups` equal groups of features, None if it is block diagonal."""
         if self._std is not None:
             return None
-        width = len(self._matrix) // groups
-        outside = self._matrix.clone()
+        width = len(self.matrix) // groups
+        outside = self.matrix.clone()
         for start in range(0, len(outside), width):
             outside[start : start + width, start : start + width] = 0
-        return self._matrix if outside.any() else None
+        return self.matrix if outside.any() else None
 
     def largest_of_batch(self, batch: int, features: int) -> float:
         """Return about the largest eigenvalue of Xᵀ X / B over batches X of B Gaussian samples: (√λ + √(tr C / B))²
@@ -176,7 +165,7 @@ class SecondMoment:
         if self._std is not None:
             return self._std**2 * (1 + (features / batch) ** 0.5) ** 2
         largest = self._spectrum[0][-1].item()
-        return (largest**0.5 + (self._matrix.trace().item() / batch) ** 0.5) ** 2
+        return (largest**0.5 + (self.matrix.trace().item() / batch) ** 0.5) ** 2
 
     @property
     def effective_rank(self) -> float:
@@ -219,6 +208,13 @@ class VectorSums:
         """Return the sums over no vectors of n features."""
         square = torch.zeros(width, width, dtype=torch.float64, device=device)
         return cls(square, torch.zeros(width, dtype=torch.float64, device=device), 0)
+
+    @classmethod
+    def of(cls, rows: torch.Tensor) -> "VectorSums":
+        """Return the sums over vectors of shape (N, n), any float dtype, on the CPU."""
+        sums = cls.zeros(rows.shape[1], rows.device)
+        sums.add(rows)
+        return sums.finished()
 
     @property
     def width(self) -> int:

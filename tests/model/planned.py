@@ -93,6 +93,17 @@ class Tied(nn.Module):
         return self.fourth(torch.relu(self.third(self.second(torch.relu(self.first(x))))))
 
 
+def bits(model):
+    """Dtype and values of everything in the state of a model."""
+    return {name: (value.dtype, value.clone()) for name, value in model.state_dict().items()}
+
+
+def same_bits(one, other):
+    return one.keys() == other.keys() and all(
+        dtype == other[name][0] and torch.equal(value, other[name][1]) for name, (dtype, value) in one.items()
+    )
+
+
 FAMILIES = {"blocks.0.up": "lowrank", "blocks.0.down": "monarch", "blocks.1.up": None}
 
 

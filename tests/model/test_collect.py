@@ -5,10 +5,11 @@ from collections import UserDict
 
 import pytest
 import torch
-from networks import Attention, Conv1D, agrees, hand_computed, normal, squares
+from conftest import refusal
+from measured import assert_same_moments
+from networks import Attention, Calls, Conv1D, agrees, hand_computed, normal, squares
 
 import ks
-from ks.errors import UsageError
 from ks.model.linears import linears_of
 
 LAYER = "encoder.layer.0"
@@ -19,21 +20,7 @@ def collect(model, batches, layers=ALL, **options):
     return ks.collect_input_moments(model, batches, layers, quiet=True, **options)
 
 
-def equal(one, other):
-    """Whether two moments hold the same sums, up to the order of the additions."""
-    assert one.aliases == other.aliases
-    assert one.batches == other.batches
-    assert (one.loss, one.unit) == (other.loss, other.unit)
-    for kind, tolerance in {"train": 1e-12, "held_out": 1e-12, "gradients": 1e-6, "held_out_gradients": 1e-6}.items():
-        part, counterpart = getattr(one, kind), getattr(other, kind)
-        assert part.keys() == counterpart.keys()
-        for name, sums in part.items():
-            assert sums.count == counterpart[name].count
-            torch.testing.assert_close(sums.sum_xx, counterpart[name].sum_xx, rtol=tolerance, atol=tolerance)
-            torch.testing.assert_close(sums.sum_x, counterpart[name].sum_x, rtol=tolerance, atol=tolerance)
-
-
-def test_the_sums_are_those_computed_by_hand():
+def test_the_sums_are_those_computed_by_hand_and_layers_with_one_input_share_them():
     model, x = Attention().eval(), normal(4, 3, 6)
     found = collect(model, [x[:2], x[2:]], held_out=0)
     layer = model.encoder["layer"][0]
@@ -44,25 +31,10 @@ def test_the_sums_are_those_computed_by_hand():
         agrees(found.train[f"{LAYER}.up"], layer["output"](mixed))
     assert found.held_out == {}
     torch.testing.assert_close(found.second_moment(f"{LAYER}.query.weight"), hand_computed(x)[0] / 12)
-
-
-def test_layers_that_share_their_input_share_its_sums():
-    found = collect(Attention(), [normal(4, 6)], held_out=0)
     shared = {f"{LAYER}.{name}.weight": f"{LAYER}.query" for name in ("query", "key", "value")}
     own = {f"{LAYER}.{name}.weight": f"{LAYER}.{name}" for name in ("output", "up")}
     assert found.aliases == shared | own
     assert list(found.train) == [f"{LAYER}.{name}" for name in ("query", "output", "up")]
-
-
-class Calls(torch.nn.Module):
-    """Two layers with what a test does to them."""
-
-    def __init__(self, call):
-        super().__init__()
-        self.first, self.second, self.call = torch.nn.Linear(5, 5), torch.nn.Linear(5, 5), call
-
-    def forward(self, x):
-        return self.call(self, x)
 
 
 def test_views_of_one_tensor_are_shared_and_copies_are_not():
@@ -95,7 +67,7 @@ def test_memory_that_is_used_again_is_not_taken_for_a_shared_input():
 
 def test_layers_that_stop_sharing_are_refused():
     model = Calls(lambda layers, x: layers.first(x) + layers.second(x if len(x) == 2 else x + 1))
-    with pytest.raises(UsageError, match="second and first shared their input at first, but not in batch 2; collect"):
+    with refusal("second and first shared their input at first, but not in batch 2; collect"):
         collect(model, [normal(2, 5), normal(3, 5)], "**")
 
 
@@ -160,10 +132,10 @@ def test_a_layer_whose_inputs_the_mask_does_not_fit_is_left_out(capsys):
     assert [*found.train] == ["first"]
     reason = "its inputs have shape (2, 5), and the mask has shape (2, 3) (mask= takes masks by globs)"
     assert f"second: left out, {reason}" in capsys.readouterr().err
-    with pytest.raises(UsageError, match=r"no layer has inputs that the mask fits; second: its inputs have shape"):
+    with refusal(r"no layer has inputs that the mask fits; second: its inputs have shape"):
         collect(model, [normal(2, 3, 5)], "second", mask=lambda batch: MASK)
     shapes = iter([MASK, MASK.t()])
-    with pytest.raises(UsageError, match=r"layer first: .* the mask has shape \(3, 2\) in batch 2; give another mask"):
+    with refusal(r"layer first: .* the mask has shape \(3, 2\) in batch 2; give another mask"):
         collect(model, [normal(2, 3, 5)] * 2, "first", held_out=0, mask=lambda batch: next(shapes))
 
 
@@ -188,12 +160,12 @@ def test_a_mask_of_one_sequence_does_not_count_for_another():
         (Attention(), one | {"decoder_input_ids": MASK}, "x, decoder_input_ids"),
         (configured, one, "x"),
     ):
-        with pytest.raises(UsageError, match=rf"the batch has several \({parts}\); give a mask for each part"):
+        with refusal(rf"the batch has several \({parts}\); give a mask for each part"):
             collect(model, [given], "**")
     masks = {"encoder": lambda batch: batch["attention_mask"], "**": lambda batch: None}
     found = collect(Translator(), [batch], "**", held_out=0, mask=masks)
     assert (found.train["encoder"].count, found.train["decoder"].count) == (3, 6)
-    with pytest.raises(UsageError, match="no glob of mask= matches layer decoder"):
+    with refusal("no glob of mask= matches layer decoder"):
         collect(Translator(), [batch], "**", mask={"encoder": masks["encoder"]})
 
 
@@ -258,11 +230,9 @@ def test_inputs_given_by_keyword():
 
 
 def test_conv1d_of_transformers_is_recognised_by_its_name():
-    model = torch.nn.ModuleDict({"c_fc": Conv1D(8, 6)})
-    model.forward = lambda x: model["c_fc"](x)
-    found = collect(model, [normal(3, 6)], "c_fc", held_out=0)
-    agrees(found.train["c_fc"], normal(3, 6))
-    assert found.transposed == ("c_fc.weight",)
+    found = collect(torch.nn.Sequential(Conv1D(8, 6)), [normal(3, 6)], "**", held_out=0)
+    agrees(found.train["0"], normal(3, 6))
+    assert found.transposed == ("0.weight",)
     other = type("Conv1D", (torch.nn.Module,), {"__module__": "elsewhere"})
     assert linears_of(torch.nn.Sequential(other())) == {}
 
@@ -301,42 +271,40 @@ def test_a_collection_in_parts_is_that_of_the_whole(loss):
     first = collect(model, batches[:3], loss=loss)
     before = first.train[f"{LAYER}.query"].sum_xx.clone()
     second = collect(model, batches[3:8], loss=loss, moments=first)
-    equal(collect(model, batches[8:], loss=loss, moments=second), whole)
+    merged = collect(model, batches[:5], loss=loss).merge(collect(model, batches[5:], loss=loss))
+    for found in (collect(model, batches[8:], loss=loss, moments=second), merged):
+        assert_same_moments(found, whole, 1e-12, 1e-6)
     assert torch.equal(first.train[f"{LAYER}.query"].sum_xx, before)
-    equal(collect(model, batches[:5], loss=loss).merge(collect(model, batches[5:], loss=loss)), whole)
 
 
 def test_a_collection_that_does_not_fit_the_earlier_one_is_refused():
     earlier = collect(Attention(), [normal(3, 6)])
-    with pytest.raises(UsageError, match="earlier moments have 'encoder.layer.0.query.weight', which layers does not"):
+    with refusal("earlier moments have 'encoder.layer.0.query.weight', which layers does not"):
         collect(Attention(), [normal(3, 6)], f"{LAYER}.output", moments=earlier)
-    with pytest.raises(UsageError, match="of model 'Attention' and of 'Other' are not to be merged"):
+    with refusal("of model 'Attention' and of 'Other' are not to be merged"):
         collect(Attention(), [normal(3, 6)], moments=earlier, model_name="Other")
 
 
 def test_layers_and_batches_that_cannot_be_collected_are_refused():
-    message = r"no nn.Linear or Conv1D of the model matches 'a, enc\.outputs'; nearest of 5: encoder.layer.0.output"
-    with pytest.raises(UsageError, match=message):
-        collect(Attention(), [normal(3, 6)], ["a", "enc.outputs"])
-    with pytest.raises(UsageError, match="no batch"):
-        collect(Attention(), [])
-    with pytest.raises(UsageError, match="a held-out fraction of 1"):
-        collect(Attention(), [normal(3, 6)], held_out=1)
-    with pytest.raises(UsageError, match="a batch of type int"):
-        collect(Attention(), [3])
-    with pytest.raises(UsageError, match="a mask of dtype torch.float32"):
-        collect(Attention(), [normal(2, 3, 6)], mask=lambda batch: MASK.float())
-    with pytest.raises(UsageError, match="no layer of first was called"):
-        collect(Calls(lambda layers, x: x), [normal(3, 5)], "first")
-    with pytest.raises(
-        UsageError, match=r"inputs of layer encoder\.layer\.0\.query hold NaN or infinite values in batch 2"
-    ):
-        collect(Attention(), [normal(3, 6), normal(3, 6) / 0])
+    model, x = Attention(), normal(3, 6)
+    for call, message in {
+        lambda: collect(model, [x], ["a", "enc.outputs"]): (
+            r"no nn.Linear or Conv1D of the model matches 'a, enc\.outputs'; nearest of 5: encoder.layer.0.output"
+        ),
+        lambda: collect(model, []): "no batch",
+        lambda: collect(model, [x], held_out=1): "a held-out fraction of 1",
+        lambda: collect(model, [3]): "a batch of type int",
+        lambda: collect(model, [normal(2, 3, 6)], mask=lambda batch: MASK.float()): "a mask of dtype torch.float32",
+        lambda: collect(Calls(lambda layers, x: x), [normal(3, 5)], "first"): "no layer of first was called",
+        lambda: collect(model, [x, x / 0]): r"layer encoder.layer.0.query hold NaN or infinite values in batch 2",
+    }.items():
+        with refusal(message):
+            call()
 
 
 def test_sums_that_exceed_the_memory_are_refused(monkeypatch):
     monkeypatch.setattr("ks.files.memory.available_bytes", lambda: 1000)
-    with pytest.raises(UsageError, match="collect fewer layers at a time"):
+    with refusal("collect fewer layers at a time"):
         collect(Attention(), [normal(3, 6)])
 
 

@@ -6,14 +6,14 @@ import itertools
 
 import pytest
 import torch
+from conftest import refusal
 from measured import measured_moments
-from networks import normal
-from planned import Network, Tied, layer_plan, plan_of, tied_plan
+from networks import Calls, normal
+from planned import Network, Tied, layer_plan, plan_of
 from torch import nn
 
 import ks
 from ks.bounds.factorize import factorize
-from ks.errors import UsageError
 from ks.model.model_plan import ModelPlan
 
 NAMES = ("blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down")
@@ -140,7 +140,7 @@ def test_layers_with_one_input_are_one_group_in_the_order_of_the_calls(capsys):
     assert names[2:] == ["down"]
 
 
-def test_tied_layers_and_dense_ones():
+def test_tied_layers_share_a_chain_and_count_once_and_dense_ones_stay(capsys):
     model = Tied()
     layers = (
         layer_plan("second.weight", model.second.weight, shared_with=("first.weight",)),
@@ -148,17 +148,12 @@ def test_tied_layers_and_dense_ones():
     )
     dense = model.second.weight.detach()
     inputs = second_moment(seen_by(copy.deepcopy(model), "second"))
-    ks.compress_in_order(model, ModelPlan(layers, "budget", 0.5), BATCHES, quiet=True)
+    ks.compress_in_order(model, ModelPlan(layers, "budget", 0.5), BATCHES)
+    assert [line.split(",")[0] for line in capsys.readouterr().err.splitlines()] == ["1 of 1"]
     assert model.first.block_0 is model.second.block_0
     assert isinstance(model.third, nn.Linear)
     expected = factorize(dense, model.second.patterns, inputs)
     torch.testing.assert_close(model.second.factors[0].detach(), expected[0], rtol=1e-3, atol=1e-4)
-
-
-def test_a_tied_weight_counts_once_in_the_lines(capsys):
-    model = Tied()
-    ks.compress_in_order(model, tied_plan(model), BATCHES)
-    assert [line.split(",")[0] for line in capsys.readouterr().err.splitlines()] == ["1 of 2", "2 of 2"]
 
 
 def test_an_error_leaves_the_model_as_it_was():
@@ -177,37 +172,30 @@ def test_an_error_leaves_the_model_as_it_was():
 
 def test_passes_batches_and_layers_that_cannot_be_used_are_refused():
     model = Network()
-    with pytest.raises(UsageError, match="max_passes 0: at least 1"):
-        ks.compress_in_order(model, plan_for(model), BATCHES, max_passes=0)
-    with pytest.raises(UsageError, match="an anchor of 1.5: 0 to 1 is allowed"):
-        ks.compress_in_order(model, plan_for(model), BATCHES, anchor=1.5)
-    with pytest.raises(UsageError, match="minimises the output energy and needs no moments in order"):
-        ks.compress_in_order(model, plan_for(model), BATCHES, moments=measured_moments({"a": torch.ones(3, 4)}))
-    with pytest.raises(UsageError, match="no batch was given"):
-        ks.compress_in_order(model, plan_for(model), [], quiet=True)
+    for options, message in (
+        ({"max_passes": 0}, "max_passes 0: at least 1"),
+        ({"anchor": 1.5}, "an anchor of 1.5: 0 to 1 is allowed"),
+        ({"moments": measured_moments({"a": torch.ones(3, 4)})}, "minimises the output energy and needs no moments in"),
+        ({"batches": []}, "no batch was given"),
+    ):
+        with refusal(message):
+            ks.compress_in_order(model, plan_for(model), **{"batches": BATCHES, "quiet": True} | options)
     unused = nn.ModuleDict({"used": nn.Linear(8, 8), "unused": nn.Linear(8, 8)})
     unused.forward = lambda x: unused["used"](x)
-    with pytest.raises(UsageError, match="the first batch does not call unused"):
+    with refusal("the first batch does not call unused"):
         ks.compress_in_order(unused, plan_of(unused), BATCHES, quiet=True)
     assert isinstance(unused["used"], nn.Linear)
 
 
 def test_tokens_that_have_no_pair_in_the_dense_model_are_refused():
-    class Sparse(nn.Module):
-        """Its second layer sees the tokens whose output of the first one is positive."""
-
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
-
-        def forward(self, x):
-            y = self.first(x)
-            return self.second(y[y[:, 0] > 0])
+    def call(layers, x):
+        y = layers.first(x)
+        return layers.second(y[y[:, 0] > 0])
 
     torch.manual_seed(0)
-    model = Sparse()
+    model = Calls(call, 8)
     modules = [*model.modules()]
-    with pytest.raises(UsageError, match="layer second sees other tokens in the compressed model"):
+    with refusal("layer second sees other tokens in the compressed model"):
         ks.compress_in_order(model, plan_of(model), BATCHES, anchor=0.5, quiet=True)
     assert [*model.modules()] == modules
     assert not model.second._forward_pre_hooks

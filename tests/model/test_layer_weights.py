@@ -5,9 +5,9 @@ import json
 import pytest
 import safetensors.torch
 import torch
+from conftest import refusal
 from networks import Conv1D
 
-from ks.errors import UsageError
 from ks.model.layer_weights import select_weights
 
 
@@ -68,7 +68,7 @@ def test_an_index_that_does_not_fit_is_refused(tmp_path, weight_map, message):
     safetensors.torch.save_file({"a": torch.ones(2, 2)}, tmp_path / "one.safetensors")
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(UsageError, match=message):
+    with refusal(message):
         select_weights(index)
 
 
@@ -83,11 +83,9 @@ def test_other_tensors_and_embeddings_are_skipped_with_a_note(tensors):
 
 
 def test_a_glob_that_matches_nothing_names_the_nearest(tensors):
-    with pytest.raises(UsageError, match=r"nothing matches 'layer.\*.dens.weight'; nearest of 6: layer.1.dense.weight"):
+    with refusal(r"nothing matches 'layer.\*.dens.weight'; nearest of 6: layer.1.dense.weight"):
         select_weights(tensors, ["layer.0.dense.weight", "layer.*.dens.weight"])
-    with pytest.raises(
-        UsageError, match="matches no 2-D weight that a chain can replace; skipped layer.0.dense.bias: not"
-    ):
+    with refusal("matches no 2-D weight that a chain can replace; skipped layer.0.dense.bias: not"):
         select_weights(tensors, "**.bias")
 
 
@@ -102,7 +100,7 @@ def test_weights_of_a_model_are_those_of_its_linear_layers():
 
 
 def test_an_offloaded_model_is_planned_by_its_file():
-    with pytest.raises(UsageError, match="0.weight of the model has no values.*; plan the file of its checkpoint"):
+    with refusal("0.weight of the model has no values.*; plan the file of its checkpoint"):
         select_weights(torch.nn.Sequential(torch.nn.Linear(4, 3, device="meta")))
 
 

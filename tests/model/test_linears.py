@@ -4,12 +4,12 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import refusal
 from networks import Conv1D
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import ks
-from ks.errors import UsageError
 from ks.model.layer_weights import select_weights
 from ks.model.linears import refusals
 
@@ -70,7 +70,7 @@ def test_a_layer_that_is_more_is_left_out_of_the_plan_with_the_reason(make):
     assert [weight.name for weight in found.weights] == ["plain.weight"]
     (note,) = found.notes
     assert note.startswith("skipped more.weight: ")
-    with pytest.raises(UsageError, match=reason):
+    with refusal(reason):
         select_weights(model, "more")
 
 

@@ -2,13 +2,12 @@
 
 from types import SimpleNamespace
 
-import pytest
 import torch
+from conftest import refusal
 from networks import normal, squares
 from torch.nn.functional import normalize
 
 import ks
-from ks.errors import UsageError
 from ks.model.losses import FunctionLoss, as_loss
 
 IDS = torch.tensor([[3, 1, 4, 1], [5, 2, 0, 0]])
@@ -124,5 +123,5 @@ def test_outputs_and_labels_that_do_not_fit_are_refused():
         lambda: ks.ClassifierLoss()(logits[:, 0], [IDS, IDS]): r"batch: a tensor of shape \(2, 4\); integers",
         lambda: ks.sentence_embedding(SimpleNamespace(), IDS): "a SimpleNamespace; .* such a last_hidden_state, is",
     }.items():
-        with pytest.raises(UsageError, match=message):
+        with refusal(message):
             call()

@@ -7,11 +7,11 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import refusal
 from networks import normal
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 import ks
-from ks.errors import UsageError
 from ks.model import measure
 
 VOCABULARY = 7
@@ -157,8 +157,8 @@ def test_what_cannot_be_measured_is_refused(pair):
         lambda: ks.measure_loss(dense, [IDS], lambda output, batch: output): "the loss <lambda> is a tensor of shape",
         lambda: ks.compare(dense, dense.embed, [IDS]): r"outputs of shape \(15, 7\) and \(15, 6\) do not compare",
     }.items():
-        with pytest.raises(UsageError, match=message):
+        with refusal(message):
             call()
     squared = measure.MeasuredLoss(1.0, 3, "half the squared change of the outputs")
-    with pytest.raises(UsageError, match="has no perplexity; one in nats is needed"):
+    with refusal("has no perplexity; one in nats is needed"):
         squared.perplexity  # noqa: B018

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
+from conftest import refusal
 from planned import peak_mib
 
 import ks
-from ks.errors import UsageError
 
 transformers = pytest.importorskip("transformers")
 huggingface_hub = pytest.importorskip("huggingface_hub")
@@ -181,7 +181,7 @@ def test_no_code_of_a_folder_is_run(tmp_path, capsys):
     assert not marker.exists()
     for name in ("EvilForCausalLM", "evil.EvilForCausalLM", "AutoModel", "LlamaConfig", "pipeline", "os", "__class__"):
         edited(folder / "compressed.json", lambda record, name=name: record.update(model=name))
-        with pytest.raises(UsageError, match=f"holds a {name}, which the installed transformers .* does not have;"):
+        with refusal(f"holds a {name}, which the installed transformers .* does not have;"):
             ks.load_compressed(folder)
     assert not marker.exists()
 
@@ -199,16 +199,15 @@ def test_a_configuration_that_does_not_fit_is_one_line(tmp_path, damage):
     ks.save_compressed(small_llama(), tmp_path / "small")
     change, message = DAMAGED[damage]
     edited(tmp_path / "small" / "config.json", change)
-    with pytest.raises(UsageError, match=message) as caught:
+    with refusal(message):
         ks.load_compressed(tmp_path / "small")
-    assert "\n" not in str(caught.value)
 
 
 def test_a_class_that_is_not_of_transformers_itself_is_given_with_the_folder(tmp_path):
     own = type("OwnLlama", (transformers.LlamaForCausalLM,), {})
     model = small_llama(own)
     ks.save_compressed(model, tmp_path / "small")
-    with pytest.raises(UsageError, match="has no config.json, since OwnLlama is no class of transformers; give the mo"):
+    with refusal("has no config.json, since OwnLlama is no class of transformers; give the mo"):
         ks.load_compressed(tmp_path / "small")
     with torch.device("meta"):
         fresh = own(model.config).eval()
@@ -271,7 +270,7 @@ def test_a_densified_folder_is_loaded_by_an_auto_class(tmp_path):
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     assert loaded.dtype == torch.bfloat16
     torch.testing.assert_close(loaded(TOKENS).logits, model(TOKENS).logits, atol=0.02, rtol=0.02)
-    with pytest.raises(UsageError, match="holds an ordinary checkpoint .*; load it by from_pretrained of LlamaForC"):
+    with refusal("holds an ordinary checkpoint .*; load it by from_pretrained of LlamaForC"):
         ks.load_compressed(tmp_path / "dense")
 
 

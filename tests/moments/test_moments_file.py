@@ -5,20 +5,21 @@ import json
 import pytest
 import safetensors
 import torch
-from conftest import sums_of
+from conftest import refusal
+from measured import assert_same_moments
 from networks import hand_computed, normal
 from safetensors.torch import load_file, save_file
 
-from ks.errors import UsageError
 from ks.moments.moments_file import InputMoments
+from ks.moments.second_moment import VectorSums
 
 
 def moments(rows=40, width=6, model="MiniLM", **changed):
     """Moments of two input tensors; the first is that of three weights."""
     aliases = {"a.q.weight": "a.q", "a.k.weight": "a.q", "a.v.weight": "a.q", "a.up.weight": "a.up"}
     values = {
-        "train": {"a.q": sums_of(normal(rows, width)), "a.up": sums_of(normal(rows, 4))},
-        "held_out": {"a.q": sums_of(normal(9, width, seed=1))},
+        "train": {"a.q": VectorSums.of(normal(rows, width)), "a.up": VectorSums.of(normal(rows, 4))},
+        "held_out": {"a.q": VectorSums.of(normal(9, width, seed=1))},
         "aliases": aliases,
         "batches": {"a.q": 5, "a.up": 5},
         "transposed": ("a.up.weight",),
@@ -30,8 +31,8 @@ def moments(rows=40, width=6, model="MiniLM", **changed):
 def with_gradients(rows=40, loss="next token", keys=("a.q.weight", "a.up.weight"), **changed):
     """The same with gradients at the outputs of two weights, of which one has a held-out part."""
     values = {
-        "gradients": {key: sums_of(normal(rows, 3, seed=seed)) for seed, key in enumerate(keys)},
-        "held_out_gradients": {"a.q.weight": sums_of(normal(9, 3, seed=2))},
+        "gradients": {key: VectorSums.of(normal(rows, 3, seed=seed)) for seed, key in enumerate(keys)},
+        "held_out_gradients": {"a.q.weight": VectorSums.of(normal(9, 3, seed=2))},
         "loss": loss,
         "unit": "nats",
     }
@@ -42,16 +43,7 @@ def with_gradients(rows=40, loss="next token", keys=("a.q.weight", "a.up.weight"
 def test_saved_moments_are_loaded_to_the_bit(tmp_path, make):
     other = make()
     other.save(tmp_path / "m.safetensors")
-    one = InputMoments.load(tmp_path / "m.safetensors")
-    for field in ("aliases", "batches", "transposed", "model", "loss", "unit"):
-        assert getattr(one, field) == getattr(other, field)
-    for name in ("train", "held_out", "gradients", "held_out_gradients"):
-        part, counterpart = getattr(one, name), getattr(other, name)
-        assert part.keys() == counterpart.keys()
-        for name in part:
-            assert part[name].count == counterpart[name].count
-            assert torch.equal(part[name].sum_xx, counterpart[name].sum_xx)
-            assert torch.equal(part[name].sum_x, counterpart[name].sum_x)
+    assert_same_moments(InputMoments.load(tmp_path / "m.safetensors"), other)
 
 
 def test_moments_are_printed_in_one_line(tmp_path):
@@ -87,9 +79,9 @@ def test_the_format_of_the_file(tmp_path):
 
 
 def test_a_path_that_cannot_be_written_is_one_line(tmp_path):
-    with pytest.raises(UsageError, match="give it that suffix"):
+    with refusal("give it that suffix"):
         moments().save(tmp_path / "m.pt")
-    with pytest.raises(UsageError, match="cannot be written"):
+    with refusal("cannot be written"):
         moments().save(tmp_path / "absent" / "m.safetensors")
 
 
@@ -97,13 +89,13 @@ def test_the_second_moment_of_a_weight():
     torch.testing.assert_close(moments().second_moment("a.k.weight"), hand_computed(normal(40, 6))[0] / 40)
     held_out = moments().second_moment("a.q.weight", held_out=True)
     torch.testing.assert_close(held_out, hand_computed(normal(9, 6, seed=1))[0] / 9)
-    with pytest.raises(UsageError, match=r"inputs 'a\.up' have no held-out part"):
+    with refusal(r"inputs 'a\.up' have no held-out part"):
         moments().second_moment("a.up.weight", held_out=True)
 
 
 def test_merged_moments_add_up_and_keep_the_layers_of_each():
     other = with_gradients(rows=7, held_out={}, held_out_gradients={})
-    other.train["b"], other.aliases["b.weight"], other.batches["b"] = sums_of(normal(3, 2)), "b", 1
+    other.train["b"], other.aliases["b.weight"], other.batches["b"] = VectorSums.of(normal(3, 2)), "b", 1
     merged = with_gradients().merge(other)
     for found, width in ((merged.train["a.q"], 6), (merged.gradients["a.q.weight"], 3)):
         expected = hand_computed(torch.cat([normal(40, width), normal(7, width)]))[0]
@@ -129,13 +121,13 @@ def test_merged_moments_add_up_and_keep_the_layers_of_each():
         (with_gradients(loss="classes"), "gradients of 'next token' and of 'classes' are not to be merged"),
         (with_gradients(keys=("a.q.weight",)), "weight 'a.up.weight' has gradients in one of the moments only"),
         (
-            with_gradients(gradients={key: sums_of(normal(4, 2)) for key in ("a.q.weight", "a.up.weight")}),
+            with_gradients(gradients={key: VectorSums.of(normal(4, 2)) for key in ("a.q.weight", "a.up.weight")}),
             "gradients of 'a..*.weight' are 3 wide in one of the moments and 2 in the other",
         ),
     ],
 )
 def test_moments_that_do_not_belong_together_are_not_merged(other, message):
-    with pytest.raises(UsageError, match=message):
+    with refusal(message):
         with_gradients().merge(other)
 
 
@@ -170,7 +162,7 @@ TENSORS = {
 def test_invalid_sums_are_refused(tmp_path, case):
     tensors, message = TENSORS[case]
     write(tmp_path / "m.safetensors", tensors)
-    with pytest.raises(UsageError, match=message):
+    with refusal(message):
         InputMoments.load(tmp_path / "m.safetensors")
 
 
@@ -181,36 +173,29 @@ def test_invalid_sums_are_refused(tmp_path, case):
         ({"aliases": {}}, "invalid metadata"),
         ({"batches": {"a.q": -1}}, "invalid metadata"),
         ({"metadata": "{"}, "invalid metadata"),
-        ({"metadata": "[" * 100_000}, "invalid metadata"),
     ],
 )
 def test_invalid_metadata_is_refused(tmp_path, changed, message):
     write(tmp_path / "m.safetensors", **changed)
-    with pytest.raises(UsageError, match=message) as raised:
+    with refusal(message):
         InputMoments.open(tmp_path / "m.safetensors")
-    assert "\n" not in str(raised.value)
 
 
 def test_other_files_are_refused(tmp_path):
     save_file({"w": torch.ones(2, 2)}, tmp_path / "weights.safetensors")
     (tmp_path / "damaged.safetensors").write_bytes(b"nonsense")
-    moments().save(tmp_path / "cut.safetensors")
-    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "cut.safetensors").read_bytes()[:-50])
     messages = {
         "absent.safetensors": "no such file",
-        ".": "not a regular file",
         "weights.safetensors": "holds no moments of inputs; ks.collect_input_moments",
         "damaged.safetensors": "cannot be read as moments of inputs",
-        "cut.safetensors": "cannot be read as moments of inputs",
     }
     for name, message in messages.items():
-        with pytest.raises(UsageError, match=message) as raised:
+        with refusal(message):
             InputMoments.load(tmp_path / name)
-        assert "\n" not in str(raised.value)
 
 
 def test_sums_that_exceed_the_memory_are_not_read(tmp_path, monkeypatch):
     moments().save(tmp_path / "m.safetensors")
     monkeypatch.setattr("ks.files.memory.available_bytes", lambda: 1000)
-    with pytest.raises(UsageError, match=r"'a\.q' needs .* of memory"):
+    with refusal(r"'a\.q' needs .* of memory"):
         InputMoments.load(tmp_path / "m.safetensors")

@@ -5,11 +5,10 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import sums_of
+from conftest import refusal
 from networks import hand_computed, normal
 from safetensors.torch import save_file
 
-from ks.errors import UsageError
 from ks.moments.moments_file import InputMoments
 from ks.moments.read import inputs_of, packed_inputs, read_input_moments
 from ks.moments.second_moment import VectorSums
@@ -30,14 +29,14 @@ def saved(path, train=None, held_out=None, name="x", **changed):
     """A moments file with one input tensor."""
     aliases = {KEY: name, KEY.replace("output", "other"): name}
     fields = {"aliases": aliases, "batches": {name: 5}, "transposed": (), "model": "MiniLM"} | changed
-    parts = {name: sums_of(ROWS) if train is None else train}, {name: held_out} if held_out is not None else {}
+    parts = {name: VectorSums.of(ROWS) if train is None else train}, {name: held_out} if held_out is not None else {}
     InputMoments(*parts, **fields).save(path)
     return path
 
 
 @pytest.fixture
 def path(tmp_path):
-    return saved(tmp_path / "m.safetensors", held_out=sums_of(UNSEEN))
+    return saved(tmp_path / "m.safetensors", held_out=VectorSums.of(UNSEEN))
 
 
 def is_moments_of(part, rows):
@@ -50,9 +49,8 @@ def is_moments_of(part, rows):
 
 
 def refused(path, message, width=WIDTH, key=KEY, **options):
-    with pytest.raises(UsageError, match=message) as raised:
+    with refusal(message) as raised:
         read_input_moments(path, width, key, **options)
-    assert "\n" not in str(raised.value)
     assert str(path) in str(raised.value)
 
 
@@ -97,7 +95,7 @@ def test_another_width_is_refused_with_the_reason(tmp_path, path):
 
 
 def changed(**fields):
-    found = sums_of(ROWS)
+    found = VectorSums.of(ROWS)
     for name, change in fields.items():
         setattr(found, name, change(getattr(found, name)))
     return found
@@ -132,7 +130,9 @@ def test_sums_that_real_inputs_cannot_have_are_refused(tmp_path, case):
 def test_the_held_out_part_is_checked_too(tmp_path):
     sums_of_others, message = FAULTS["mean of others"]
     refused(saved(tmp_path / "other.safetensors", held_out=sums_of_others), f"held out: {message}")
-    refused(saved(tmp_path / "m.safetensors", held_out=sums_of(normal(9, 5))), "the held-out part is 5 wide, not 6")
+    refused(
+        saved(tmp_path / "m.safetensors", held_out=VectorSums.of(normal(9, 5))), "the held-out part is 5 wide, not 6"
+    )
 
 
 def with_gradients(path, gradients, unseen=None, **changed):
@@ -143,7 +143,7 @@ def with_gradients(path, gradients, unseen=None, **changed):
 def test_gradients_are_read_with_the_inputs(tmp_path):
     outputs = normal(90, 3), normal(20, 3, seed=1)
     path = with_gradients(
-        tmp_path / "m.safetensors", sums_of(outputs[0]), sums_of(outputs[1]), held_out=sums_of(UNSEEN)
+        tmp_path / "m.safetensors", VectorSums.of(outputs[0]), VectorSums.of(outputs[1]), held_out=VectorSums.of(UNSEEN)
     )
     found = read_input_moments(path, WIDTH, KEY)
     is_moments_of(found.gradients, outputs[0])
@@ -151,7 +151,7 @@ def test_gradients_are_read_with_the_inputs(tmp_path):
     assert found.unit == "nats"
     other = read_input_moments(path, WIDTH, KEY.replace("output", "other"))
     assert other.gradients is None is other.gradients_sha256
-    again = with_gradients(tmp_path / "again.safetensors", sums_of(outputs[0] + 1), sums_of(outputs[1]))
+    again = with_gradients(tmp_path / "again.safetensors", VectorSums.of(outputs[0] + 1), VectorSums.of(outputs[1]))
     assert read_input_moments(again, WIDTH, KEY).gradients_sha256 not in (None, found.gradients_sha256)
 
 
@@ -166,7 +166,7 @@ def test_gradients_are_read_with_the_inputs(tmp_path):
 )
 def test_sums_that_real_gradients_cannot_have_are_refused_by_name(tmp_path, case, message):
     refused(with_gradients(tmp_path / "m.safetensors", FAULTS[case][0]), f"gradients of '{KEY}': {message}")
-    held_out = with_gradients(tmp_path / "other.safetensors", sums_of(ROWS), FAULTS[case][0])
+    held_out = with_gradients(tmp_path / "other.safetensors", VectorSums.of(ROWS), FAULTS[case][0])
     refused(held_out, f"gradients of '{KEY}', held out: {message}")
 
 
@@ -186,7 +186,7 @@ def test_rounding_is_no_fault(tmp_path, dtype):
     [(60, None), (59, "59 samples for 6 features: floors"), (5, "singular, so floors")],
 )
 def test_few_inputs_are_remarked(tmp_path, count, remark):
-    notes = read_input_moments(saved(tmp_path / "m.safetensors", sums_of(ROWS[:count])), WIDTH, KEY).notes
+    notes = read_input_moments(saved(tmp_path / "m.safetensors", VectorSums.of(ROWS[:count])), WIDTH, KEY).notes
     assert len(notes) == (remark is not None)
     if remark:
         assert remark in notes[0]
@@ -252,7 +252,7 @@ def test_tensors_that_are_no_samples_are_refused(tmp_path, rows, message):
 @pytest.mark.parametrize("key", [KEY, f"bert.{KEY}", KEY.replace("output", "other")])
 def test_packed_inputs_are_those_of_one_weight(tmp_path, key):
     path = tmp_path / "m.safetensors"
-    parts = {"x": sums_of(ROWS), "y": sums_of(normal(9, 4))}, {"x": sums_of(UNSEEN)}
+    parts = {"x": VectorSums.of(ROWS), "y": VectorSums.of(normal(9, 4))}, {"x": VectorSums.of(UNSEEN)}
     aliases = {KEY: "x", KEY.replace("output", "other"): "x", "y.weight": "y"}
     InputMoments(*parts, aliases, {"x": 5, "y": 5}, (KEY, "y.weight"), "MiniLM").save(path)
     (tmp_path / "alone.safetensors").write_bytes(packed_inputs(path, key))
@@ -266,10 +266,10 @@ def test_packed_inputs_are_those_of_one_weight(tmp_path, key):
 
 def test_the_hash_is_that_of_the_values(tmp_path, path):
     first = read_input_moments(path, WIDTH, KEY).sha256
-    again = saved(tmp_path / "again.safetensors", held_out=sums_of(UNSEEN), name="other", model="GPT")
+    again = saved(tmp_path / "again.safetensors", held_out=VectorSums.of(UNSEEN), name="other", model="GPT")
     assert read_input_moments(again, WIDTH, KEY).sha256 == first
     for number, other in enumerate(
-        ({}, {"held_out": sums_of(ROWS)}, {"train": sums_of(UNSEEN), "held_out": sums_of(UNSEEN)})
+        ({}, {"held_out": VectorSums.of(ROWS)}, {"train": VectorSums.of(UNSEEN), "held_out": VectorSums.of(UNSEEN)})
     ):
         assert read_input_moments(saved(tmp_path / f"{number}.safetensors", **other), WIDTH, KEY).sha256 != first
     samples = [write_samples(tmp_path / f"x{suffix}", ROWS) for suffix in (".npy", ".safetensors")]
@@ -280,11 +280,6 @@ def test_the_hash_is_that_of_the_values(tmp_path, path):
 def test_moments_in_memory_are_read_as_those_of_a_file(path):
     moments = InputMoments.load(path)
     given, read = inputs_of(moments, WIDTH, KEY), read_input_moments(path, WIDTH, KEY)
-    assert given.sha256 == read.sha256
-    assert given.key == read.key == KEY
+    assert (given.sha256, given.key) == (read.sha256, read.key)
     torch.testing.assert_close(given.train.second_moment, read.train.second_moment, rtol=0, atol=0)
-    assert (given.held_out is None) == (read.held_out is None)
-    with pytest.raises(UsageError, match="no inputs for key 'y'; nearest"):
-        inputs_of(moments, WIDTH, "y")
-    with pytest.raises(UsageError, match="6 wide, and the weight takes 9"):
-        inputs_of(moments, 9, KEY)
+    torch.testing.assert_close(given.held_out.second_moment, read.held_out.second_moment, rtol=0, atol=0)

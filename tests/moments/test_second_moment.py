@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+from conftest import refusal
 from measured import KINDS, random_moment
 from networks import hand_computed, normal
 
-from ks.errors import UsageError
 from ks.moments import second_moment
+from ks.moments.metric import Metric
 from ks.moments.second_moment import SecondMoment, VectorSums
 
 WEIGHT = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
@@ -67,9 +68,11 @@ def test_a_matrix_that_is_no_second_moment_is_refused():
         (indefinite, "not positive semi-definite: its eigenvalues reach from -"),
         (broken, "NaN"),
     ):
-        with pytest.raises(UsageError, match=message):
+        with refusal(message):
             SecondMoment(moment)
-    with pytest.raises(UsageError, match=r"4 features: a weight of 10 columns needs 10"):
+    with refusal("a damping of 1.5: 0 to 1 is allowed"):
+        Metric(good, damping=1.5)
+    with refusal(r"4 features: a weight of 10 columns needs 10"):
         SecondMoment(good).times_root(WEIGHT)
 
 

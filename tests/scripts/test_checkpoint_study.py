@@ -261,7 +261,7 @@ BAD = {
     "splits": (("--row_splits", 4, 6, "--col_splits", 4, 4), LAYERS, "are for one weight"),
     "no floor": (("--chain", "lowrank_butterfly"), LAYERS, "has no floor, and a plan needs one"),
     "inputs": (("--inputs", "x.safetensors"), LAYERS, "(4 layers lack them); collect them, or name other layers"),
-    "samples": (("--inputs", "x.npy"), LAYERS, "x.npy cannot be read as moments of inputs"),
+    "samples": (("--inputs", "x.npy"), LAYERS, "x.npy holds no moments of inputs"),
     "bias": (("--fit_bias",), LAYERS, "--fit_bias is for one weight"),
 }
 
