@@ -10,7 +10,7 @@ from math import log
 from ks.bounds.rank_floors import TargetRanks
 from ks.files.status import ended_well
 from ks.report.summary import times_of
-from ks.report.verdict import NEGLIGIBLE_FLOOR, Limit
+from ks.report.verdict import NEGLIGIBLE_FLOOR, Limit, parts_of
 from ks.report.words import Words, percents
 
 # A knee lies below the chord of the front by this fraction of its height and width, in logarithms.
@@ -165,8 +165,7 @@ def _more_epochs(row: dict, floor: float, target: float) -> list[str]:
     None are advised if the floor is above the target, if samples are the limit, or beyond ten times those of the study.
     """
     room = target - floor
-    sampled = row["verdict"] is not None and row["verdict"].limit is Limit.SAMPLES
-    if room <= 0 or sampled:
+    if room <= 0 or Limit.SAMPLES in parts_of(row):
         return []
     total = max(LEAST_EPOCHS * row["num_epochs"], -(-row["num_epochs"] * (row["relative_loss"] - floor) // room))
     if total > MOST_EPOCHS * row["num_epochs"]:

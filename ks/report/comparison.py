@@ -15,7 +15,7 @@ from ks.files.schema import RunConfig, read_json_as
 from ks.report.answer import named_row
 from ks.report.read_results import MEAN_SQUARED_ERROR, Study, read_study
 from ks.report.sentences import first_of, of_failures
-from ks.report.verdict import converged_loss
+from ks.report.verdict import converged_loss, parts_of
 
 MOST_HOSTS = 3  # that a row lists by name
 SAME = 1e-4  # relative difference of one loss that was computed on two machines
@@ -166,9 +166,8 @@ def study_row(study: Study) -> dict[str, Any]:
     timed = [(run["train_seconds"], run["rank"]) for run in runs if run["train_seconds"] is not None]
     verdicts: dict[str, list[str]] = {}
     for row in rows:
-        for part in str(row["verdict"] or "").split(", "):
+        for part in parts_of(row):
             verdicts.setdefault(part, []).append(str(row["rank"]))
-    verdicts.pop("", None)
     kind, _, sha256 = (rows[0]["inputs"] or "").partition(" ")
     relative = study.loss_label == MEAN_SQUARED_ERROR
     reached = target is not None and any(row["reached_target"] for row in rows)

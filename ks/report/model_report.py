@@ -19,7 +19,7 @@ from ks.report.figures.parts import Sheet
 from ks.report.read_results import Study
 from ks.report.sentences import first_of, of_failures
 from ks.report.summary import summary_columns
-from ks.report.verdict import Limit
+from ks.report.verdict import Limit, parts_of
 from ks.report.weight_report import (
     CAPTIONS,
     GLOSSARY,
@@ -71,8 +71,7 @@ def write_model_report(
     if plan is not None and any(config.arguments.get(flag) != planned_for.get(flag) for flag in GOAL):
         remarks.append(f"{source.plan_json.name} was made for another goal than these runs, and is left out.")
         plan = None
-    weak = [row for row in rows if str(row["verdict"]).startswith(Limit.TRAINING)]
-    if weak:
+    if weak := [row for row in rows if Limit.TRAINING in parts_of(row)]:
         names = first_of([f"{row['weight_key']}, rank {row['rank']}" for row in weak])
         remarks.append(f"Undertrained: {names}. Increase --num_epochs.")
     first, *more = findings(study, plan)

@@ -9,7 +9,7 @@ from ks.files.status import ended_well
 from ks.report.answer import LOWRANK, best_known, named_row, trained_and_reachable
 from ks.report.read_results import Study
 from ks.report.summary import times_of
-from ks.report.verdict import ROUNDING, SMALL_EXCESS, Limit, converged_loss
+from ks.report.verdict import ROUNDING, SMALL_EXCESS, Limit, Mark, converged_loss, parts_of
 from ks.report.words import Words
 
 NONE_FINISHED = "no rank has finished"
@@ -64,30 +64,29 @@ def advice(rows: list[dict], sampling: str | None = None) -> list[str]:
     """
     sentences, words = [], Words.of(rows[0])
     for row in rows:
-        rank, verdict = row["rank"], row["verdict"]
-        limit = None if verdict is None else verdict.limit
+        rank, verdict = row["rank"], parts_of(row)
         if row["failed"]:
             sentences.append(f"Rank {rank}: {row['status']}; see its train.log.")
-        elif limit is Limit.SAMPLES:
+        elif Limit.SAMPLES in verdict:
             remedy = "--sampling auto or more samples" if sampling == "fixed" else "more samples"
             sentences.append(
                 f"Rank {rank} is sample-limited: its loss is {_above(row, words)}, and the training loss shows less "
                 f"than half of this distance. Use {remedy}."
             )
-        elif limit is Limit.TRAINING:
+        elif Limit.TRAINING in verdict:
             sentences.append(f"Rank {rank} is undertrained: its loss is {_above(row, words)}. Increase --num_epochs.")
-        elif limit is words.small:
+        elif words.small in verdict:
             sentences.append(
-                f"Rank {rank} is {limit}: its loss exceeds {_reference(row)} by {words.show(row['excess'])}. "
+                f"Rank {rank} is {words.small}: its loss exceeds {_reference(row)} by {words.show(row['excess'])}. "
                 "A larger --num_epochs gains little."
             )
-        if verdict is not None and verdict.calibration_limited:
+        if Mark.CALIBRATION_LIMITED in verdict:
             held_out, measured = words.amounts(words.held_out(row), row["relative_loss"])
             sentences.append(
                 f"Rank {rank} is calibration-limited: it {words.loses} {held_out} on held-out inputs, {measured} on "
                 "the measured ones. Measure more inputs."
             )
-    larger = [str(row["rank"]) for row in rows if row["verdict"] is not None and row["verdict"].larger_than_dense]
+    larger = [str(row["rank"]) for row in rows if Mark.LARGER_THAN_DENSE in parts_of(row)]
     if larger:
         sentences.append(f"Larger than the dense weight: rank {', '.join(larger)}.")
     if slow := _slower(rows, "dense", AS_FAST):
@@ -131,7 +130,7 @@ def recommendation(study: Study) -> list[str]:
 
 def of_losses(study: Study) -> str:
     """Return the loss of the best rank, and which ranks are not at their floors."""
-    return "; ".join(filter(None, [_of_best(study), _of_limits(study.summary)]))
+    return "; ".join(filter(None, [_of_best(study), _of_limits(study.rows)]))
 
 
 def _of_best(study: Study) -> str:
@@ -143,20 +142,18 @@ def _of_best(study: Study) -> str:
     return f"rank {best['rank']} {verb} {study.units.whole(best['best'])}"
 
 
-def _of_limits(summary: pd.DataFrame) -> str:
+def _of_limits(rows: list[dict]) -> str:
     """Return which ranks are not at their floors; empty if no rank has a verdict on its floor."""
-    verdicts = dict(zip(summary["rank"], summary["verdict"].map(lambda verdict: str(verdict).split(", ")[0])))
-    judged = {rank: verdict for rank, verdict in verdicts.items() if verdict in [*Limit]}
-    texts = []
-    for limit in Limit:
-        ranks = [rank for rank, verdict in judged.items() if verdict == limit]
-        if ranks and limit is not Limit.CONVERGED:
-            subject = "it" if len(summary) == 1 else listed(ranks, len(summary))
-            texts.append(f"{subject} {'is' if len(ranks) in (1, len(summary)) else 'are'} {limit}")
-    if texts or not judged:
+    limited = {limit: [row["rank"] for row in rows if limit in parts_of(row)] for limit in Limit}
+    converged, texts = limited.pop(Limit.CONVERGED), []
+    for limit, ranks in limited.items():
+        if ranks:
+            subject = "it" if len(rows) == 1 else listed(ranks, len(rows))
+            texts.append(f"{subject} {'is' if len(ranks) in (1, len(rows)) else 'are'} {limit}")
+    if texts or not converged:
         return ", ".join(texts)
-    state = "at its floor" if summary["loss_floor_is_exact"].fillna(True).all() else "converged"
-    return f"every rank is {state}" if len(judged) > 1 else f"it is {state}"
+    state = "converged" if any(row["loss_floor_is_exact"] is False for row in rows) else "at its floor"
+    return f"every rank is {state}" if len(converged) > 1 else f"it is {state}"
 
 
 def of_range(study: Study) -> str:
@@ -207,8 +204,8 @@ def of_gaps(study: Study) -> str:
         return f"no rank ends above {goal}"
     if worst <= SMALL_EXCESS * units.zero:
         return f"every rank ends at most {units.whole(worst)} above {goal}"
-    verdict = str(study.summary.set_index("rank")["verdict"].get(rank)).split(", ")[0]
-    return f"rank {rank} ends furthest above {goal}, by {units.whole(worst)}; it is {verdict}"
+    limit = [f"it is {parts_of(row)[0]}" for row in study.rows if row["rank"] == rank and row["verdict"]]
+    return "; ".join([f"rank {rank} ends furthest above {goal}, by {units.whole(worst)}", *limit])
 
 
 def of_front(study: Study, losses: pd.DataFrame) -> str:

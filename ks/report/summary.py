@@ -16,7 +16,7 @@ from ks.files.layout import SweepFiles
 from ks.files.schema import TrainingLog
 from ks.files.status import OK, Ending, Status, ended_well
 from ks.files.table import is_missing, table
-from ks.report.verdict import NEGLIGIBLE_FLOOR, ROUNDING, Verdict, is_calibration_limited, limit_of
+from ks.report.verdict import NEGLIGIBLE_FLOOR, ROUNDING, Mark, is_calibration_limited, limit_of
 from ks.report.words import Words
 
 LOSSES = ("final_train_loss", "final_val_loss", "min_train_loss", "min_val_loss", "population_loss", *columns.EFFECTS)
@@ -118,7 +118,7 @@ def rank_row(
         row |= {"relative_floor": floor.lower, "relative_floor_upper": upper}
         row |= {"loss_floor": floor.lower * predict_zero, "loss_floor_upper": upper * predict_zero}
         row["loss_floor_is_exact"] = floor.exact
-    limit, better, calibration = None, False, False
+    limit, better, calibration_limited = None, False, False
     if row["population_loss"] is not None and chain is not None:
         relative = row["relative_loss"] = row["population_loss"] / predict_zero
         if reference.target is not None:
@@ -131,11 +131,15 @@ def rank_row(
             better = not floor.exact and row["excess"] < -ROUNDING
         if reference.held_out_predict_zero_loss and row["final_val_loss"] is not None:
             held_out = row["held_out_relative_loss"] = row["final_val_loss"] / reference.held_out_predict_zero_loss
-            calibration = is_calibration_limited(relative, held_out, reference.held_out_count)
-    row["verdict"] = None
+            calibration_limited = is_calibration_limited(relative, held_out, reference.held_out_count)
     if finished and chain is not None:
-        verdict = Verdict(limit, row["saturated"], row["compression_ratio"] < 1, better, calibration)
-        row["verdict"] = verdict if str(verdict) else None
+        marks = {
+            Mark.SATURATED: row["saturated"],
+            Mark.LARGER_THAN_DENSE: row["compression_ratio"] < 1,
+            Mark.BETTER: better,
+            Mark.CALIBRATION_LIMITED: calibration_limited,
+        }
+        row["verdict"] = ", ".join([*filter(None, [limit]), *(mark for mark in marks if marks[mark])]) or None
     return row
 
 

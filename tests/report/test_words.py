@@ -11,7 +11,6 @@ from ks.moments.metric import LossMetric
 from ks.report.answer import Facts, answer, target_note
 from ks.report.figures.draw import study_figures
 from ks.report.sentences import advice
-from ks.report.verdict import Limit, Verdict
 from ks.report.words import Words, significant
 
 NATS = Words(LossMetric.MODEL_LOSS, "nats", 0.5)
@@ -95,9 +94,8 @@ def test_the_other_sentences_of_an_answer_are_in_nats():
 
 
 def test_advice_and_the_note_on_a_target_are_in_nats():
-    verdict = Verdict(Limit.SMALL_INCREASE, False, False, calibration_limited=True)
     changes = {"relative_loss": 0.0105, "excess": 0.0005, "held_out_relative_loss": 0.04, "final_val_loss": 0.015}
-    row = row_of(verdict=verdict, **changes)
+    row = row_of(verdict="within 0.1% of the zero predictor's loss, calibration-limited", **changes)
     assert advice([row])[:2] == [
         "Rank 4 is within 0.1% of the zero predictor's loss: its loss exceeds the floor by 0.00025 nats per token. A "
         "larger --num_epochs gains little.",
