@@ -39,7 +39,7 @@ def read_studies(sources: Sequence[SweepFiles]) -> list[Study]:
 
 def _layers_of(study: Study) -> list[Study]:
     """Return the studies of the layers of a checkpoint that were trained; any other study alone."""
-    if study.config is None or not study.config.layers:
+    if not study.config.layers:
         return [study]
     names = dict.fromkeys(row["weight_key"] for row in study.rows)
     folders = [layer_folder(study.files.directory, name) for name in names]
@@ -66,7 +66,11 @@ def _kind(inputs: str | None) -> str:
 def are_of_one_weight(studies: Sequence[Study]) -> bool:
     """Return whether losses and parameters of studies compare as they are, without dividing them by those of dense."""
     zeros = [study.units.zero for study in studies]
-    return len({study.weight_sha256 for study in studies}) == 1 and max(zeros) - min(zeros) <= SAME * max(zeros)
+    return number_of_weights(studies) == 1 and max(zeros) - min(zeros) <= SAME * max(zeros)
+
+
+def number_of_weights(studies: Sequence[Study]) -> int:
+    return len({study.config.problem.weight.sha256 for study in studies})
 
 
 def at_equal_size(studies: Sequence[Study]) -> str:
@@ -107,7 +111,7 @@ def at_equal_size(studies: Sequence[Study]) -> str:
 def what_compares(studies: Sequence[Study]) -> list[str]:
     """Return sentences on what of these studies compares, and what does not."""
     kinds, sentences = comparable(studies), []
-    weights = len({study.weight_sha256 for study in studies})
+    weights = number_of_weights(studies)
     if weights > 1:
         sentences.append(
             f"These are studies of {weights} weights. Only sizes and relative losses compare: each loss is relative to "
@@ -146,7 +150,7 @@ def what_compares(studies: Sequence[Study]) -> list[str]:
 def machines_of(study: Study) -> list[str]:
     """Return where the runs of a study took place: hosts, device and CPU threads, from the record of each run."""
     hosts: dict[str, set[str]] = {}
-    for _, _, run in find_runs(study.files.directory, study.config.seeds[0]) if study.config else []:
+    for _, _, run in find_runs(study.files.directory, study.config.seeds[0]) if study.config.seeds else []:
         record = read_json_as(run.config, RunConfig) if run.config.is_file() else None
         if record is not None and (where := record.provenance):
             on_gpu, threads = str(record.settings.get("device")).startswith("cuda"), where.get("threads")
@@ -175,10 +179,10 @@ def study_row(study: Study) -> dict[str, Any]:
         "study": study.name,
         "layer": rows[0]["weight_key"] or rows[0]["weight"],
         "machine": "; ".join(machines_of(study)),
-        "chain": study.chain,
+        "chain": study.config.problem.chain,
         "inputs": f"{kind} {sha256[:8]}".strip(),
         "loss": ("loss of the model" if words.of_model else "output energy") if relative else study.loss_label,
-        "seeds": study.config and " ".join(map(str, study.config.seeds)),
+        "seeds": " ".join(map(str, study.config.seeds)),
         "target": target and f"{words.amounts(target)[0]}: {'reached' if reached else 'not reached'}",
         "reached": None if target is None else reached,
         "runs": ", ".join(f"{count} {status}" for status, count in Counter(str(run["status"]) for run in runs).items()),
@@ -215,7 +219,7 @@ def findings(studies: Sequence[Study], rows: Sequence[dict[str, Any]]) -> list[s
         first = at_equal_size(studies)
         firsts = [f"{first[0].upper()}{first[1:]}."]
     else:
-        weights = len({study.weight_sha256 for study in studies})
+        weights = number_of_weights(studies)
         firsts = [f"{len(rows)} studies of {'one weight' if weights == 1 else f'{weights} weights'}."]
     if asked:
         firsts.append(f"Targets that are reached: {len(reached)} of {len(asked)}.")

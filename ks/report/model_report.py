@@ -65,7 +65,6 @@ def write_model_report(
         UsageError: a plan of the study is not valid.
     """
     config, source, rows = study.config, study.files, study.rows
-    assert config is not None
     plan, remarks = ModelPlan.load(source.plan_json) if source.plan_json.exists() else None, []
     planned_for = read_json_object(source.plan_record).get("arguments") or {}
     if plan is not None and any(config.arguments.get(flag) != planned_for.get(flag) for flag in GOAL):

@@ -64,10 +64,7 @@ class Study:
 
     curves: one row for each run and epoch (columns of the curves file, and seed). summary: one row for each rank
     (columns of the summary; for a 2025 folder only the losses are filled). floor: columns of the floor file, empty if
-    there is no floor. files: that it was read from. title: weight and chain, None if not known. answer: sentences of
-    `ks.report.answer`. predict_zero_loss, held_out_predict_zero_loss: loss of the zero predictor, in the unit of the
-    losses, on the inputs of the runs and on those held out. target: relative loss that is asked for. config: the config
-    file; None for a 2025 folder.
+    there is no floor. files: that it was read from. config: the config file; that of a 2025 folder is empty.
     """
 
     name: str
@@ -75,21 +72,29 @@ class Study:
     summary: pd.DataFrame
     floor: pd.DataFrame
     files: SweepFiles
-    title: str | None = None
-    chain: str | None = None
-    weight_sha256: str | None = None
-    loss_label: str = MEAN_SQUARED_ERROR
-    answer: tuple[str, ...] = ()
-    predict_zero_loss: float | None = None
-    held_out_predict_zero_loss: float | None = None
-    target: float | None = None
-    config: StudyRecord | None = None
+    config: StudyRecord
 
     @cached_property
     def rows(self) -> list[dict]:
         """Rows of the summary, with None for a missing value."""
         rows = self.summary.to_dict("records")
         return [{str(name): None if is_missing(value) else value for name, value in row.items()} for row in rows]
+
+    @property
+    def target(self) -> float | None:
+        """Relative loss that is asked for."""
+        return self.rows[0]["target_relative_loss"]
+
+    @cached_property
+    def loss_label(self) -> str:
+        """Label of the losses: MEAN_SQUARED_ERROR for the toolkit's own criterion, and for no other."""
+        criterion = self.config.settings.get("criterion")
+        if criterion is None:  # an earlier version, whose config may hold the label itself
+            return self.config.loss or MEAN_SQUARED_ERROR
+        if criterion == "mean_squared_error":
+            return MEAN_SQUARED_ERROR
+        name = re.sub(r" (of \S+ [\d.]+|sha256 [0-9a-f]+)$", "", str(criterion))
+        return f"loss, {one_line(name, 40)}"
 
     @cached_property
     def metrics(self) -> list[str]:
@@ -114,12 +119,13 @@ class Study:
 
         Mean squared errors with a known zero predictor become fractions; increases of the loss of the model stay.
         """
-        zero, words = self.predict_zero_loss, self.words
+        problem, words = self.config.problem, self.words
+        zero = problem.predict_zero_loss
         if self.loss_label != MEAN_SQUARED_ERROR or zero is None:
             return Units(1.0, 1.0, self.loss_label)
         if words.of_model:
             return Units(1.0, 1.0, words.label, zero, words)
-        return Units(zero, self.held_out_predict_zero_loss or zero, words.label, 1.0, words)
+        return Units(zero, problem.held_out_predict_zero_loss or zero, words.label, 1.0, words)
 
     @cached_property
     def words(self) -> Words:
@@ -189,13 +195,12 @@ def read_study(files: SweepFiles, rows: list[dict] | None = None) -> Study:
     """
     if not files.directory.is_dir():
         raise UsageError(f"{files.directory}: no such folder")
-    config = read_json_as(files.config, StudyRecord) if files.config.exists() else None
-    first_seed = config.seeds[0] if config else None
-    found = [run for run in find_runs(files.directory, first_seed) if run[2].curves_csv.is_file()]
+    config = read_json_as(files.config, StudyRecord) if files.config.exists() else StudyRecord({}, [], [])
+    found = [run for run in find_runs(files.directory, *config.seeds[:1]) if run[2].curves_csv.is_file()]
     rows = _summary_rows(files) if rows is None else rows
     if not found and not rows:
         raise UsageError(f"{files.directory} holds no results (no rank_R/rank_R_rank_R_loss_curves.csv in it)")
-    if config is not None and rows:
+    if config.seeds and rows:
         runs = _runs_of_study(files, found, rows, config.seeds)
     else:  # of the 2025 scripts, whose summary has no more than the curves
         curves_of = [(rank, seed, read_curves(run.curves_csv, rank)) for rank, seed, run in found]
@@ -203,33 +208,8 @@ def read_study(files: SweepFiles, rows: list[dict] | None = None) -> Study:
         ranks = dict.fromkeys(rank for rank, *_ in found)
         rows = [rank_row([row for row, _ in runs if row["rank"] == rank]) for rank in ranks]
     floors = read_table(files.floor_csv, columns.FLOOR, FLOOR_NAMES) if files.floor_csv.is_file() else []
-    tables = (_drawn_curves(runs), summary_frame(rows), pd.DataFrame(floors, columns=FLOOR_NAMES), files)
-    if config is None:
-        return Study(files.directory.name, *tables)
-    return Study(
-        files.directory.name,
-        *tables,
-        title=config.title,
-        chain=config.problem.chain,
-        weight_sha256=config.problem.weight.sha256,
-        loss_label=_loss_label(config),
-        answer=tuple(config.answer),
-        predict_zero_loss=config.problem.predict_zero_loss,
-        held_out_predict_zero_loss=config.problem.held_out_predict_zero_loss,
-        target=next((row["target_relative_loss"] for row in rows), None),
-        config=config,
-    )
-
-
-def _loss_label(config: StudyRecord) -> str:
-    """Return the label of a study's losses: MEAN_SQUARED_ERROR for the toolkit's own criterion, and for no other."""
-    criterion = config.settings.get("criterion")
-    if criterion is None:  # an earlier version, whose config may hold the label itself
-        return config.loss or MEAN_SQUARED_ERROR
-    if criterion == "mean_squared_error":
-        return MEAN_SQUARED_ERROR
-    name = re.sub(r" (of \S+ [\d.]+|sha256 [0-9a-f]+)$", "", str(criterion))
-    return f"loss, {one_line(name, 40)}"
+    floor = pd.DataFrame(floors, columns=FLOOR_NAMES)
+    return Study(files.directory.name, _drawn_curves(runs), summary_frame(rows), floor, files, config)
 
 
 def _summary_rows(files: SweepFiles) -> list[dict]:

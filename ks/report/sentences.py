@@ -113,19 +113,19 @@ def recommendation(study: Study) -> list[str]:
 
     Low-rank is better if it can lose less than the rank that the answer names can, with no more parameters.
     """
-    row = named_row(study.rows, study.target)
-    if not study.answer or row is None or study.floor.empty or study.family == "lowrank":
-        return list(study.answer)
+    row, answer = named_row(study.rows, study.target), study.config.answer
+    if not answer or row is None or study.floor.empty or study.family == "lowrank":
+        return answer
     beside = study.lowrank_beside(pd.Series([row["parameters"]])).iloc[0]
     rank, loss = int(beside["rank"]), beside["relative_loss"]
     if loss >= best_known(row):
-        return list(study.answer)
+        return answer
     least, ours = trained_and_reachable(row, loss)
     first = (
         f"Prefer a low-rank factorisation: at rank {rank} it can reach {least}, with no more parameters than this "
         f"chain at rank {row['rank']}, which {ours}."
     )
-    return [first, *(sentence for sentence in study.answer if not sentence.startswith(LOWRANK))]
+    return [first, *(sentence for sentence in answer if not sentence.startswith(LOWRANK))]
 
 
 def of_losses(study: Study) -> str:

@@ -42,7 +42,7 @@ def write_studies_report(
     if not log_scale and any(map(is_squashed, studies)):
         drawn = chains_figures(studies, log_scale=True)
     answers = [f"{study.name}: {sentences[0]}" for study in studies if (sentences := recommendation(study))]
-    recorded = [(study.name, study.config) for study in studies if study.config and study.config.arguments]
+    recorded = [(study.name, study.config) for study in studies if study.config.arguments]
     commands = [f"# {name}\n{reproducing_command(config)}\n" for name, config in recorded]
     figures = [page.figure(inline_svg(figure, name), _caption(name)) for name, figure in drawn.items()]
     sections = [

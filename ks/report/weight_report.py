@@ -87,7 +87,7 @@ def write_report(study: Study, files: SweepFiles, drawn: dict[str, Sheet], *, lo
             figures.append(page.figure(inline_svg(figure, f"{name}_linear"), f"{caption} Linear axis."))
             caption += " Logarithmic axis."
         figures.append(page.figure(inline_svg(other, name), caption))
-    name = study.title or study.name
+    name = study.config.title or study.name
     page.write_page(files.report, name, recommendation(study) or [name], _sections(study, figures))
 
 
@@ -102,16 +102,16 @@ def _sections(study: Study, drawn: list[str]) -> list[tuple[str, str]]:
     metrics = [f"{columns.FINAL}{metric}" for metric in study.metrics]
     shown = [*summary_columns(rows, ("held_out_loss_increase", "parameters")), *columns.metric_columns(metrics)]
     timed = [row for row in rows if any(not is_missing(row.get(column.name)) for column in LATENCIES)]
-    sections = [
+    return [
         ("Ranks", page.table(shown, rows, study.words.axis_unit)),
         ("Figures", page.figures(drawn)),
-        ("Remarks", page.items(config.advice if config else [])),
+        ("Remarks", page.items(config.advice)),
         ("Latency: median milliseconds of a forward pass", page.table([SUMMARY[0], *LATENCIES], timed)),
-        ("Weight", page.definitions(_weight(study, config)) if config else ""),
-        ("Inputs", page.definitions(_inputs(config)) if config else ""),
+        ("Weight", page.definitions(_weight(study))),
+        ("Inputs", page.definitions(_inputs(config))),
         ("Glossary", page.definitions(_glossary(study))),
+        *ending(config),
     ]
-    return [*sections, *ending(config)] if config else sections
 
 
 def ending(config: StudyRecord) -> list[tuple[str, str]]:
@@ -130,8 +130,8 @@ def _glossary(study: Study) -> dict[str, str]:
     return glossary
 
 
-def _weight(study: Study, config: StudyRecord) -> dict[str, str | None]:
-    weight, criterion = config.problem.weight, config.settings.get("criterion")
+def _weight(study: Study) -> dict[str, str | None]:
+    config, weight, criterion = study.config, study.config.problem.weight, study.config.settings.get("criterion")
     if study.loss_label == MEAN_SQUARED_ERROR:
         criterion = None
     return {
@@ -140,7 +140,7 @@ def _weight(study: Study, config: StudyRecord) -> dict[str, str | None]:
         "shape (out × in)": weight.shape
         and f"{weight.shape[0]} × {weight.shape[1]}, {weight.shape[0] * weight.shape[1]:,} parameters",
         "dtype": weight.dtype,
-        "chain": study.chain,
+        "chain": config.problem.chain,
         "criterion": criterion
         and f"{criterion}; losses are those of outputs in units of the root mean square of W x, and no floor holds",
         "spectrum": _spectrum(study),

@@ -31,13 +31,13 @@ def folder(tmp_path):
 
 def test_a_study_is_read_without_the_runs_of_other_studies(folder):
     """Failed runs are drawn only for ranks of which no seed finished."""
-    problem = {"chain": "monarch", "weight": {"sha256": "abc"}}
-    write_json(folder.config, {"settings": {}, "ranks": [2, 4], "seeds": [7, 8], "title": "T", "problem": problem})
+    record = {"settings": {}, "ranks": [2, 4], "seeds": [7, 8], "title": "T", "problem": {"chain": "monarch"}}
+    write_json(folder.config, record)
     study = read_study(folder)
     assert list(study.summary["rank"]) == [2, 4]
     assert list(study.summary["status"]) == ["diverged (1 of 2 seeds)", "diverged (2 of 2 seeds)"]
     assert list(study.curves.groupby(["rank", "seed"]).groups) == [(2, 7), (4, 7), (4, 8)]
-    assert (study.title, study.chain, study.weight_sha256) == ("T", "monarch", "abc")
+    assert (study.config.title, study.config.problem.chain) == ("T", "monarch")
     assert (len(study.floor), list(study.floor)) == (0, columns.names(columns.FLOOR))
 
 

@@ -102,7 +102,7 @@ def chains(figure: Figure, studies: list[Study], log_scale: bool) -> str:
             axes.plot(sizes, own["relative_loss"] * units.zero, color=color, linewidth=1.2, alpha=0.7)
         marker = MARKERS[(index + index // len(FAMILY_COLORS)) % len(MARKERS)]  # 36 studies look different
         look: dict[str, Any] = {"color": color, "marker": marker, "linestyle": ""}
-        label = textwrap.fill(parts.literal(f"{study.name}: {study.chain}"), int(13 * parts.PANEL_WIDTH))
+        label = textwrap.fill(parts.literal(f"{study.name}: {study.config.problem.chain}"), int(13 * parts.PANEL_WIDTH))
         look |= {"markersize": 8, "label": label, "clip_on": False}
         axes.plot(losses["parameters"], losses["exact"], **look)
         _label_points(axes, losses, color, index)

@@ -56,10 +56,9 @@ def loss_curves(figure: Figure, study: Study, log_scale: bool) -> str:
     )
     floored = losses[losses["lower"].notna()]
     values, floors = curves[["train_loss", "val_loss"]].to_numpy().ravel(), floored[["lower", "upper"]].to_numpy()
-    held_out = study.held_out_predict_zero_loss is not None
+    held_out = study.config.problem.held_out_predict_zero_loss
     names = ("Training", "Held-out inputs" if held_out else "Validation")
-    held_out_zero = study.held_out_predict_zero_loss if units.words.of_model else None  # fractions are of their own
-    zeros = (units.zero, held_out_zero or units.zero)
+    zeros = (units.zero, held_out if held_out and units.words.of_model else units.zero)  # fractions are of their own
     for axes, column, name, zero in zip(panels, ("train_loss", "val_loss"), names, zeros):
         ends = _draw_ranks(axes, curves, column, study.summary)
         axes.set_title(name, fontsize="medium", y=1.0)

@@ -67,7 +67,8 @@ def final_losses(figure: Figure, study: Study, log_scale: bool) -> str:
 
 
 def _legend(study: Study, log_scale: bool) -> list[Artist]:
-    losses, checked = study.losses, "held out" if study.held_out_predict_zero_loss is not None else "validation"
+    held_out = study.config.problem.held_out_predict_zero_loss is not None
+    losses, checked = study.losses, "held out" if held_out else "validation"
     number = "number: exact" if losses["exact"].notna().any() else f"number: {checked}"
     handles: list[Artist] = []
     for text, light in (("training", True), (f"{checked} ({number})", False)):

@@ -60,7 +60,7 @@ def study_figures(
     """
     if has_several_layers(study.rows):  # their losses share no axis
         return {}
-    shown = study.title if title is None else title
+    shown = study.config.title if title is None else title
     chosen = {name: draw for name, (draw, has_data) in DRAWN.items() if name in names and has_data(study)}
     known = [metric for metric in metrics if metric in study.metrics]
     chosen |= {metric_figure(metric): partial(metric_by_epoch, metric=metric) for metric in known}

@@ -177,15 +177,15 @@ def test_chains_side_by_side(tmp_path):
     both = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text() == "4"]
     assert not both[0].overlaps(both[1])
     old = studies[0].summary.assign(population_loss=np.nan)
-    assert chains_figures([dataclasses.replace(studies[0], summary=old, predict_zero_loss=None)]) == {}
+    assert chains_figures([dataclasses.replace(make_study([2, 4], predict_zero_loss=None), summary=old)]) == {}
 
 
 def test_different_weights_are_drawn_relative_to_the_zero_predictor_and_dense_of_each():
     beyond = CHAIN.saturation_rank  # larger than the dense weight
-    small, large = make_study([2, 4], weight_sha256="a"), make_study([1, beyond], weight_sha256="b")
+    small = make_study([2, 4], weight={"sha256": "a"}, predict_zero_loss=10.0)
+    large = make_study([1, beyond], weight={"sha256": "b"})
     large = dataclasses.replace(large, summary=large.summary.assign(loss_metric="model_loss"))
     small = dataclasses.replace(small, summary=small.summary.assign(loss_metric="model_loss", predict_zero_loss=10.0))
-    small = dataclasses.replace(small, predict_zero_loss=10.0)
     (figure,) = chains_figures([small, large]).values()
     (axes,) = figure.axes
     assert axes.get_ylabel() == "loss relative to the zero predictor"
@@ -198,7 +198,7 @@ def test_different_weights_are_drawn_relative_to_the_zero_predictor_and_dense_of
 
 
 def test_losses_that_do_not_compare_have_figures_of_their_own():
-    energy, measured, model = (make_study([2, 4], weight_sha256="a") for _ in range(3))
+    energy, measured, model = (make_study([2, 4]) for _ in range(3))
     measured = dataclasses.replace(measured, summary=measured.summary.assign(inputs="measured 1234"))
     model = dataclasses.replace(model, summary=model.summary.assign(loss_metric="model_loss"))
     drawn = chains_figures([energy, measured, model, energy])
@@ -216,7 +216,7 @@ RELATIVE = "relative loss (output energy lost)"
     ("described", "label"),
     [
         ({}, RELATIVE),
-        ({"loss_label": "l1_loss"}, "l1_loss"),
+        ({"criterion": "l1_loss of torch 2.13.0"}, "loss, l1_loss"),
         ({"predict_zero_loss": None}, "mean squared error per output"),
     ],
 )
