@@ -109,7 +109,7 @@ class Sheet(Figure):
 
 def _labels_of(axes: Axes, renderer) -> tuple[float, float, float, float]:
     """Return how far the labels of a panel reach beyond its axes: left, below, right and above."""
-    inside, whole = axes.bbox, axes.get_tightbbox(renderer)
+    inside, whole = axes.bbox, axes.get_tightbbox(renderer, bbox_extra_artists=[*axes.texts, *axes.child_axes])
     assert whole is not None  # it is visible
     return inside.x0 - whole.x0, inside.y0 - whole.y0, whole.x1 - inside.x1, whole.y1 - inside.y1
 
@@ -222,9 +222,9 @@ def mark_dense(axes: Axes, at: float, text: str) -> None:
 
 def mark_ranks(axes: Axes, ranks: pd.Series, at: pd.Series, losses: pd.Series, colors: dict[int, tuple]) -> None:
     """Draw a point with its rank beside it for every rank."""
-    look: dict[str, Any] = {"markersize": 8, "markeredgecolor": paper(), "clip_on": False, "zorder": 4}
+    points = [colors[rank] for rank in ranks]
+    axes.scatter(at, losses, 64, color=points, edgecolors=paper(), linewidths=1.0, clip_on=False, zorder=4)
     for rank, x, y in zip(ranks, at, losses):
-        axes.plot(x, y, "o", color=colors[rank], **look)
         axes.annotate(f"{rank}", (x, y), (6, 5), color=colors[rank], zorder=5, **BESIDE)
 
 
