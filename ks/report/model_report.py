@@ -89,7 +89,7 @@ def write_model_report(
         planned = [(layer.layer, layer.rank) for layer in plan.layers]
         beside = [row for row in rows if (row["weight_key"], row["rank"]) not in planned]
         others = page.table([*of_summary.values()], beside, unit, links)
-    figures = [page.figure(inline_svg(drawn["plans"], "plans"), CAPTIONS["plans"])] if "plans" in drawn else []
+    figures = [(inline_svg(drawn["plans"], "plans"), CAPTIONS["plans"])] if "plans" in drawn else []
     increases = page.table(MEASURED_PLANS, _pairs(measured), unit) + page.figures(figures)
     sections = [
         ("Layers", layers),

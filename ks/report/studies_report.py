@@ -44,7 +44,7 @@ def write_studies_report(
     answers = [f"{study.name}: {sentences[0]}" for study in studies if (sentences := recommendation(study))]
     recorded = [(study.name, study.config) for study in studies if study.config.arguments]
     commands = [f"# {name}\n{reproducing_command(config)}\n" for name, config in recorded]
-    figures = [page.figure(inline_svg(figure, name), _caption(name)) for name, figure in drawn.items()]
+    figures = [(inline_svg(figure, name), _caption(name)) for name, figure in drawn.items()]
     sections = [
         ("Studies", page.table(results, rows, units.pop() if len(units) == 1 else "", links)),
         ("The same in every study", page.definitions({name.replace("_", " "): text for name, text in shared.items()})),

@@ -84,9 +84,9 @@ def write_report(study: Study, files: SweepFiles, drawn: dict[str, Sheet], *, lo
     for name, figure in shown.items():
         caption, other = CAPTIONS.get(name, CAPTIONS["metric"]), logarithmic.get(name, figure)
         if name in logarithmic and name in ON_BOTH_AXES:
-            figures.append(page.figure(inline_svg(figure, f"{name}_linear"), f"{caption} Linear axis."))
+            figures.append((inline_svg(figure, f"{name}_linear"), f"{caption} Linear axis."))
             caption += " Logarithmic axis."
-        figures.append(page.figure(inline_svg(other, name), caption))
+        figures.append((inline_svg(other, name), caption))
     name = study.config.title or study.name
     page.write_page(files.report, name, recommendation(study) or [name], _sections(study, figures))
 
@@ -97,7 +97,7 @@ def is_squashed(study: Study) -> bool:
     return len(losses) > 0 and np.nanmax([losses.max(), study.units.zero]) > SQUASHED * losses.min()
 
 
-def _sections(study: Study, drawn: list[str]) -> list[tuple[str, str]]:
+def _sections(study: Study, drawn: list[tuple[str, str]]) -> list[tuple[str, str]]:
     config, rows = study.config, study.rows
     metrics = [f"{columns.FINAL}{metric}" for metric in study.metrics]
     shown = [*summary_columns(rows, ("held_out_loss_increase", "parameters")), *columns.metric_columns(metrics)]

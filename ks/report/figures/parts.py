@@ -74,16 +74,13 @@ class Sheet(Figure):
         self.finding = finding[:1].upper() + finding[1:]
         width, panel = self.get_size_inches()
         written, top = [], 0.08
-        looks: tuple[tuple[str | None, float, dict[str, Any]], ...] = (
-            (self.finding, 1.1, {"weight": "bold"}),
-            (name, 0.9, {"color": GREY}),
-        )
-        for text, scale, look in looks:
+        looks = ((self.finding, 1.1, "bold", ink()), (name or "", 0.9, rcParams["font.weight"], GREY))
+        for text, scale, weight, color in looks:
             size = scale * rcParams["font.size"]
-            wrapped = textwrap.wrap(one_line(text or "", 300), int((width - 0.2) * 72 / (LETTER * size)))
+            wrapped = textwrap.wrap(one_line(text, 300), int((width - 0.2) * 72 / (LETTER * size)))
             shown = "\n".join(wrapped).replace("$", r"\$")
-            look |= {"va": "top", "ha": "left", "linespacing": 1.2, "fontsize": size}
-            written.append((self.text(0.1 / width, 1.0, shown, **look), top))
+            look: dict[str, Any] = {"va": "top", "ha": "left", "linespacing": 1.2, "fontsize": size}
+            written.append((self.text(0.1 / width, 1.0, shown, weight=weight, color=color, **look), top))
             top += len(wrapped) * 1.35 * size / 72
         renderer, dpi = FigureCanvasAgg(self).get_renderer(), self.dpi
         legends = [legend.get_window_extent(renderer).height for legend in self.legends]
@@ -228,19 +225,12 @@ def mark_ranks(axes: Axes, ranks: pd.Series, at: pd.Series, losses: pd.Series, c
         axes.annotate(f"{rank}", (x, y), (6, 5), color=colors[rank], zorder=5, **BESIDE)
 
 
-def finish_epoch_axis(axes: Axes) -> None:
-    axes.set_xlabel("epoch")
-    axes.margins(x=0.02)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-
-
-def label_ends(axes: Axes, ends: list, heading: str) -> None:
-    """Write labels at the ends of lines, below a heading; those of lines that end close together are moved apart.
+def label_ends(axes: Axes, ends: list) -> None:
+    """Write the ranks of lines at their ends; those of lines that end close together are moved apart.
 
     Args:
         axes: with final limits.
         ends: x, y, label and color of the end of each line.
-        heading: above the labels.
     """
     if not ends:
         return
@@ -261,4 +251,4 @@ def label_ends(axes: Axes, ends: list, heading: str) -> None:
     joined = LineCollection(lines, colors=colors, linewidths=0.6, transform=axes.transAxes, clip_on=False)
     axes.add_collection(joined, autolim=False)
     place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "bottom"}
-    axes.annotate(heading, (1.02, apart[-1]), (0, 7), **place, **NOTE)
+    axes.annotate("rank", (1.02, apart[-1]), (0, 7), **place, **NOTE)
