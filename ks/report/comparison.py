@@ -10,17 +10,15 @@ from typing import Any
 from ks.files import columns
 from ks.files.columns import ISOTROPIC
 from ks.files.layout import SweepFiles, find_runs, layer_folder
-from ks.files.rows import read_table
 from ks.files.schema import RunConfig, read_json_as
 from ks.report.answer import named_row
-from ks.report.read_results import MEAN_SQUARED_ERROR, Study, read_study
+from ks.report.read_results import MEAN_SQUARED_ERROR, Study, read_runs, read_study
 from ks.report.sentences import first_of, of_failures
 from ks.report.verdict import converged_loss, parts_of
 
 MOST_HOSTS = 3  # that a row lists by name
 SAME = 1e-4  # relative difference of one loss that was computed on two machines
 OF_ONE_SIZE = 1.05  # the most parameters over the fewest of ranks that count as of equal size
-RUNS_READ = ("rank", "seed", "status", "train_seconds")
 
 
 def read_studies(sources: Sequence[SweepFiles]) -> list[Study]:
@@ -46,21 +44,17 @@ def _layers_of(study: Study) -> list[Study]:
     return [read_study(dataclasses.replace(study.files, directory=folder)) for folder in folders]
 
 
-def comparable(studies: Sequence[Study]) -> dict[str, list[Study]]:
-    """Return the studies whose relative losses compare, by a name for what they are relative to.
+def comparable(studies: Sequence[Study]) -> dict[tuple[str, str], list[Study]]:
+    """Return the studies whose relative losses compare, by the metric of the loss and the kind of the inputs.
 
-    That is a loss, output energy or loss of the model, under inputs that were measured, or isotropic ones. A study of
-    another criterion, or without a finished rank, is left out.
+    A study of another criterion, or without a finished rank, is left out.
     """
-    kinds: dict[str, list[Study]] = {}
+    kinds: dict[tuple[str, str], list[Study]] = {}
     for study in studies:
         if study.units.relative and study.summary[["relative_loss", "parameters"]].notna().all(axis=1).any():
-            kinds.setdefault(f"{study.words.loss_metric}_{_kind(study.rows[0]['inputs'])}", []).append(study)
+            inputs = (study.rows[0]["inputs"] or ISOTROPIC).split()[0]
+            kinds.setdefault((study.words.loss_metric, inputs), []).append(study)
     return kinds
-
-
-def _kind(inputs: str | None) -> str:
-    return (inputs or ISOTROPIC).split()[0]
 
 
 def are_of_one_weight(studies: Sequence[Study]) -> bool:
@@ -125,13 +119,12 @@ def what_compares(studies: Sequence[Study]) -> list[str]:
             "One weight and the same inputs: losses compare at equal parameters. Equal ranks of two families differ in "
             "size."
         )
-    metrics = {study.words.loss_metric for found in kinds.values() for study in found}
+    metrics, inputs = {metric for metric, _ in kinds}, {inputs for _, inputs in kinds}
     if len(metrics) > 1:
         sentences.append(
             "Relative losses by output energy and by the loss of the model do not compare: one is a fraction of the "
             "output energy, the other a fraction of the increase of the loss by the zero predictor."
         )
-    inputs = {_kind(study.rows[0]["inputs"]) for found in kinds.values() for study in found}
     if len(inputs) > 1:
         sentences.append("Losses under isotropic inputs and under measured ones do not compare.")
     if weights == 1 and inputs == {"measured"} and len({study.rows[0]["inputs"] for study in studies}) > 1:
@@ -166,8 +159,8 @@ def study_row(study: Study) -> dict[str, Any]:
     """Return the row of a study, with the columns `STUDIES` and `STUDIES_RUNS` of `ks.files.columns`."""
     rows, words, target = study.rows, study.words, study.target
     named = named_row(rows, target) or {}
-    runs = [run for run in _runs(study) if "(as rank" not in str(run["status"])]  # copies of another rank
-    timed = [(run["train_seconds"], run["rank"]) for run in runs if run["train_seconds"] is not None]
+    runs = [run for run in read_runs(study.files, rows) if "(as rank" not in str(run["status"])]  # those are copies
+    timed = [(seconds, run["rank"]) for run in runs if (seconds := run.get("train_seconds")) is not None]
     verdicts: dict[str, list[str]] = {}
     for row in rows:
         for part in parts_of(row):
@@ -190,13 +183,6 @@ def study_row(study: Study) -> dict[str, Any]:
         "train_seconds": sum(seconds for seconds, _ in timed) or None,
         "longest_run": "rank {1}: {0:.1f} s".format(*max(timed)) if timed else None,
     } | {name: named.get(name) for name in ("rank", "share_of_dense", "relative_loss", "loss_increase", "energy_loss")}
-
-
-def _runs(study: Study) -> list[dict[str, Any]]:
-    """Return rank, seed, status and seconds of every run; of earlier versions, of every rank."""
-    if not study.files.runs_csv.is_file():
-        return study.rows
-    return read_table(study.files.runs_csv, columns.chosen(columns.RUNS, RUNS_READ), RUNS_READ)
 
 
 def findings(studies: Sequence[Study], rows: Sequence[dict[str, Any]]) -> list[str]:

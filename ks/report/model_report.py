@@ -84,7 +84,7 @@ def write_model_report(
     else:
         ended_badly = any(not ended_well(row["status"]) for row in rows)
         shown = [column for column in TRAINED_LAYERS if column.name != "status" or ended_badly]
-        layers = page.table(shown, _with_marks(plan, _layer_rows(plan, rows)), unit, links)
+        layers = page.table(shown, _layer_rows(plan, rows), unit, links)
         layers += f'<p class="soft">{BOTH_ARE_PREDICTED}</p>'
         planned = [(layer.layer, layer.rank) for layer in plan.layers]
         beside = [row for row in rows if (row["weight_key"], row["rank"]) not in planned]
@@ -128,7 +128,7 @@ def findings(study: Study, plan: ModelPlan | None) -> list[str]:
 def _layer_rows(plan: ModelPlan, rows: list[dict]) -> list[dict[str, Any]]:
     """Return a row for each layer of a plan, with the losses of the chain that was trained for it, and their total.
 
-    A sum or mean is known if all its parts are.
+    A sum or mean is known if all its parts are. Planned losses that are interpolated have a ~ before them.
     """
     trained = {(row["weight_key"], row["rank"]): row for row in rows}
     found: list[dict[str, Any]] = []
@@ -152,16 +152,11 @@ def _layer_rows(plan: ModelPlan, rows: list[dict]) -> list[dict[str, Any]]:
         for column in (f"planned_{name}", f"trained_{name}"):
             values = [row[column] for row in found]
             total[column] = None if None in values else sum(values) / parts
+    for layer, row in zip(plan.layers, found):
+        for known in chosen(TRAINED_LAYERS, ("planned_increase", "planned_energy_loss")):
+            if layer.interpolated and row[known.name] is not None:
+                row[known.name] = f"~{cell(known, row[known.name])}"
     return [*found, total]
-
-
-def _with_marks(plan: ModelPlan, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of `_layer_rows` with ~ before the planned losses that are interpolated."""
-    for layer, row in zip(plan.layers, rows):
-        for column in chosen(TRAINED_LAYERS, ("planned_increase", "planned_energy_loss")):
-            if layer.interpolated and row[column.name] is not None:
-                row[column.name] = f"~{cell(column, row[column.name])}"
-    return rows
 
 
 def _pairs(plans: Mapping[str, ModelPlan]) -> list[dict[str, Any]]:

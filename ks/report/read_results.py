@@ -231,11 +231,7 @@ def _runs_of_study(
 ) -> list[tuple[dict, list[dict]]]:
     """Return (row, curves) of the runs of a study; the status of each seed comes from the runs file."""
     ranks = {row["rank"]: row["status"] for row in rows}
-    status_of: dict = {}
-    if files.runs_csv.is_file():
-        read = ("rank", "seed", "status")
-        known = read_table(files.runs_csv, columns.chosen(columns.RUNS, read), read)
-        status_of = {(row["rank"], row["seed"]): row["status"] for row in known}
+    status_of = {(run["rank"], run.get("seed")): run["status"] for run in read_runs(files, rows)}
     return [
         (
             {"rank": rank, "seed": seed, "status": status_of.get((rank, seed), ranks[rank])},
@@ -244,6 +240,14 @@ def _runs_of_study(
         for rank, seed, run in found
         if rank in ranks and seed in seeds
     ]
+
+
+def read_runs(files: SweepFiles, rows: list[dict]) -> list[dict]:
+    """Return rank, seed, status and seconds of every run; for a folder without the runs file, the rows of its ranks."""
+    if not files.runs_csv.is_file():
+        return rows
+    needed = ("rank", "seed", "status")
+    return read_table(files.runs_csv, columns.chosen(columns.RUNS, (*needed, "train_seconds")), needed)
 
 
 def _drawn_curves(runs: list[tuple[dict, list[dict]]]) -> pd.DataFrame:

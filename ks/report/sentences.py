@@ -91,14 +91,14 @@ def advice(rows: list[dict], sampling: str | None = None) -> list[str]:
         sentences.append(f"Larger than the dense weight: rank {', '.join(larger)}.")
     if slow := _slower(rows, "dense", AS_FAST):
         sentences.append(f"Not faster than dense: {slow}.")
-    is_lowrank = str(rows[0].get("chain")).split()[0] == "lowrank"  # two nn.Linear of the very same products
+    is_lowrank = (rows[0]["chain"] or "").split(" ")[0] == "lowrank"  # two nn.Linear of the very same products
     if not is_lowrank and (slow := _slower(rows, "lowrank", 1 / AS_FAST)):
         sentences.append(f"Slower than a low-rank factorisation of the same size: {slow}.")
     return sentences
 
 
 def _reference(row: dict) -> str:
-    return "the floor" if row.get("loss_floor_is_exact") else "that of the best known chain"
+    return "the floor" if row["loss_floor_is_exact"] else "that of the best known chain"
 
 
 def _above(row: dict, words: Words) -> str:

@@ -96,12 +96,12 @@ def test_machines_and_times_are_those_of_the_runs(tmp_path):
         write_json(run.config, {"settings": {"device": device}, "provenance": where})
     runs = [{"rank": 2, "status": "ok", "train_seconds": 1.5}, {"rank": 4, "status": "ok", "train_seconds": 4.0}]
     copied = {"rank": 8, "status": "ok (as rank 4)", "train_seconds": 4.0}
-    rows = [row | {"seed": 0} for row in (*runs, copied)]
+    rows = [row | {"seed": 0} for row in (*runs, copied, {"rank": 16, "status": "not started"})]
     write_csv(files.runs_csv, ["rank", "seed", "status", "train_seconds"], rows)
     study = study_of("a", (2, 4, 8), files=files)
     assert machines_of(study) == ["n1, n2: A CPU, 1 thread", "n3: A GPU, 1 thread"]
     row = study_row(study)
-    assert (row["train_seconds"], row["longest_run"], row["runs"]) == (5.5, "rank 4: 4.0 s", "2 ok")
+    assert (row["train_seconds"], row["longest_run"], row["runs"]) == (5.5, "rank 4: 4.0 s", "2 ok, 1 not started")
 
 
 def test_only_texts_that_every_study_has_are_left_out_of_the_table():

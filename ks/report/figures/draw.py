@@ -71,7 +71,7 @@ def chains_figures(studies: Sequence[Study], *, log_scale: bool = False, title: 
     """Return a figure for each kind of studies whose losses compare, by the name in its file name."""
     title = title or "points: trained (number: rank); lines: floors"
     kinds = comparable(studies)
-    names = {kind: "chains" if len(kinds) == 1 else f"chains_{kind}" for kind in kinds}
+    names = {kind: "chains" if len(kinds) == 1 else "_".join(["chains", *kind]) for kind in kinds}
     return {names[kind]: _figure(by_cost.chains, found, log_scale, title) for kind, found in kinds.items()}
 
 
