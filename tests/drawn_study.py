@@ -15,8 +15,8 @@ from ks.files.schema import StudyRecord, convert
 from ks.files.status import OK, Ending, Status
 from ks.model.model_plan import LayerPlan, ModelPlan
 from ks.moments.metric import LossMetric
-from ks.report.read_results import Study, summary_frame
-from ks.report.summary import Reference, rank_row, run_row
+from ks.report.read_results import Study
+from ks.report.summary import Reference, rank_row, run_row, written_columns
 
 WEIGHT = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
 CHAIN = ks.make_chain(64, 96)
@@ -59,7 +59,8 @@ def make_study(
     problem = {"chain": CHAIN.describe(), "predict_zero_loss": PREDICT_ZERO} | problem
     record = {"settings": {"criterion": criterion}, "ranks": [*ranks], "seeds": [0], "title": title, "answer": answer}
     config = convert(record | {"problem": problem}, StudyRecord, "a test")
-    return Study("study", pd.DataFrame(epochs), summary_frame(rows), floors, files, config)
+    summary = pd.DataFrame(rows, columns=written_columns(rows))
+    return Study("study", pd.DataFrame(epochs), summary, floors, files, config)
 
 
 def make_plan(rank, predicted, measured, equal_predicted, equal_measured, unit="nats"):

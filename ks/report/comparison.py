@@ -75,31 +75,32 @@ def at_equal_size(studies: Sequence[Study]) -> str:
     Args:
         studies: of one weight, which are `comparable`.
     """
-    points = [[row for row in study.rows if None not in (row["relative_loss"], row["parameters"])] for study in studies]
+    points = [
+        [row | {"study": study.name} for row in study.rows if None not in (row["relative_loss"], row["parameters"])]
+        for study in studies
+    ]
 
-    def nearest(parameters: float) -> list[tuple[dict[str, Any], str]]:
-        found = (min(rows, key=lambda row: abs(log(row["parameters"] / parameters))) for rows in points)
-        return sorted(zip(found, (study.name for study in studies)), key=lambda one: one[0]["relative_loss"])
+    def nearest(size: float) -> list[dict[str, Any]]:
+        found = (min(rows, key=lambda row: abs(log(row["parameters"] / size))) for rows in points)
+        return sorted(found, key=lambda row: row["relative_loss"])
 
-    def sizes(group: list[tuple[dict[str, Any], str]]) -> list[float]:
-        return sorted(row["parameters"] for row, _ in group)
+    def sizes(group: list[dict[str, Any]]) -> list[float]:
+        return sorted(row["parameters"] for row in group)
 
     groups = [nearest(row["parameters"]) for rows in points for row in rows]
     group = min(groups, key=lambda group: (sizes(group)[-1] / sizes(group)[0], -sizes(group)[0]))
     small, large = sizes(group)[0], sizes(group)[-1]
     if large > OF_ONE_SIZE * small:
         return "no ranks of equal size were trained in every study, so their losses show no better one"
-    words, losses = studies[0].words, [row["relative_loss"] for row, _ in group]
+    words, best, losses = studies[0].words, group[0], [row["relative_loss"] for row in group]
     size = f"{small:,.0f} parameters" if small == large else f"{small:,.0f} to {large:,.0f} parameters"
     shown = words.amounts(*losses)
-    texts = [f"{name} {loss} (rank {row['rank']})" for (row, name), loss in zip(group, shown)]
-    start = f"at equal size ({size}), "
+    texts = [f"{row['study']} {loss} (rank {row['rank']})" for row, loss in zip(group, shown)]
     if losses[-1] <= converged_loss(losses[0]):
-        within = words.amounts(losses[-1] - losses[0])[0]
-        return f"{start}losses are equal within {words.whole(within)}: {first_of(texts)}"
-    return f"{start}{group[0][1]} {words.loses} least: {words.whole(shown[0])} (rank {group[0][0]['rank']}); " + (
-        first_of(texts[1:])
-    )
+        equal = f"losses are equal within {words.show(losses[-1] - losses[0])}"
+        return f"at equal size ({size}), {equal}: {first_of(texts)}"
+    least = f"{best['study']} {words.loses} least: {words.whole(shown[0])} (rank {best['rank']})"
+    return f"at equal size ({size}), {least}; {first_of(texts[1:])}"
 
 
 def what_compares(studies: Sequence[Study]) -> list[str]:

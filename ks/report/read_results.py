@@ -179,11 +179,6 @@ class Study:
         return f"--metric {' '.join(unknown)}: no run of {self.name} has values of that name; {known}"
 
 
-def summary_frame(rows: list[dict]) -> pd.DataFrame:
-    """Return the rows of the summary with all its columns, in their order, and those of metrics after them."""
-    return pd.DataFrame([{name: row.get(name) for name in written_columns(rows)} for row in rows])
-
-
 def read_study(files: SweepFiles, rows: list[dict] | None = None) -> Study:
     """Read a results folder, ours or one of the 2025 ksmm scripts; its summary says which ranks belong to the study.
 
@@ -208,8 +203,8 @@ def read_study(files: SweepFiles, rows: list[dict] | None = None) -> Study:
         ranks = dict.fromkeys(rank for rank, *_ in found)
         rows = [rank_row([row for row, _ in runs if row["rank"] == rank]) for rank in ranks]
     floors = read_table(files.floor_csv, columns.FLOOR, FLOOR_NAMES) if files.floor_csv.is_file() else []
-    floor = pd.DataFrame(floors, columns=FLOOR_NAMES)
-    return Study(files.directory.name, _drawn_curves(runs), summary_frame(rows), floor, files, config)
+    summary, floor = pd.DataFrame(rows, columns=written_columns(rows)), pd.DataFrame(floors, columns=FLOOR_NAMES)
+    return Study(files.directory.name, _drawn_curves(runs), summary, floor, files, config)
 
 
 def _summary_rows(files: SweepFiles) -> list[dict]:

@@ -232,10 +232,8 @@ def of_front(study: Study, losses: pd.DataFrame) -> str:
 def of_metric(metric: str, summary: pd.DataFrame) -> str:
     """Return where a metric ends, for the smallest and the largest finished rank that has it."""
     column = f"{FINAL}{metric}"
-    known = summary.dropna(subset=[column]).sort_values("rank") if column in summary else summary.iloc[:0]
-    if known.empty:
+    if column not in summary or (values := summary.set_index("rank")[column].dropna().sort_index()).empty:
         return NONE_FINISHED
-    values = known.set_index("rank")[column]
     ends = dict.fromkeys((values.index[0], values.index[-1]))
     return f"at the end, {metric} is " + " and ".join(f"{values[rank]:.4g} at rank {rank}" for rank in ends)
 

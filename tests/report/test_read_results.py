@@ -7,7 +7,7 @@ from ks.files.atomic import write_csv, write_json
 from ks.files.curves import write_curves
 from ks.files.layout import SweepFiles, run_files
 from ks.files.status import OK, Ending, Status
-from ks.report.read_results import read_study, summary_frame
+from ks.report.read_results import read_study
 from ks.report.summary import rank_row, run_row, write_summary
 
 DIVERGED = Ending(Status.DIVERGED)
@@ -25,7 +25,7 @@ def folder(tmp_path):
         write_curves(run, [row | {"rank": rank} for row in CURVES])
     rows = [rank_row(runs[:2], CHAIN), rank_row(runs[2:], CHAIN)]
     write_csv(files.runs_csv, columns.names(columns.RUNS), runs)
-    write_json(files.summary_json, summary_frame(rows).to_dict("records"))
+    write_summary(files, rows)
     return files
 
 
