@@ -20,15 +20,7 @@ from ks.report.read_results import Study
 from ks.report.sentences import first_of, of_failures
 from ks.report.summary import summary_columns
 from ks.report.verdict import Limit, parts_of
-from ks.report.weight_report import (
-    CAPTIONS,
-    GLOSSARY,
-    GLOSSARY_OF_ENERGY,
-    GLOSSARY_OF_INCREASES,
-    GLOSSARY_OF_LOSSES,
-    ending,
-    file_name,
-)
+from ks.report.weight_report import CAPTIONS, GLOSSARY, OF_LOSSES, ending, file_name
 from ks.report.words import Words, percents, significant
 
 GOAL = ("budget", "target_relative_loss", "target_loss_increase", "chains", "chain", "rank_multiple", "loss_metric")
@@ -185,11 +177,10 @@ def _model(config: StudyRecord, study: Study) -> dict[str, str | None]:
 
 
 def _glossary(study: Study, plan: ModelPlan | None) -> dict[str, str]:
-    glossary = {name: GLOSSARY[name] for name in ("rank", "chain")}
+    of_losses = OF_LOSSES if study.words.of_model else (*OF_LOSSES, "relative loss")
+    terms = ["rank", "chain", *(() if plan else of_losses), "energy loss"]
+    glossary = {term: GLOSSARY[term] for term in terms}
     glossary["share"] = "parameters of the chain, as a fraction of those of the dense weight"
-    if plan is None:
-        glossary |= GLOSSARY_OF_LOSSES | ({} if study.words.of_model else GLOSSARY_OF_ENERGY)
-    glossary |= {"energy loss": GLOSSARY_OF_INCREASES["energy loss"]}
     if study.summary["loss_increase"].notna().any() or (plan and plan.loss_increase is not None):
-        glossary["increase"] = GLOSSARY_OF_INCREASES["loss increase"].format(unit=study.words.in_unit)
+        glossary["increase"] = GLOSSARY["loss increase"].format(unit=study.words.in_unit)
     return glossary

@@ -10,7 +10,7 @@ from ks.report.figures.draw import chains_figures, inline_svg
 from ks.report.figures.parts import Sheet
 from ks.report.read_results import Study
 from ks.report.sentences import recommendation
-from ks.report.weight_report import GLOSSARY, GLOSSARY_OF_LOSSES, is_squashed, reproducing_command
+from ks.report.weight_report import GLOSSARY, is_squashed, reproducing_command
 
 CAPTION = "Points: trained ranks. Lines: no chain of this family and size can have a smaller loss."
 TERMS = {
@@ -18,7 +18,7 @@ TERMS = {
     "relative loss": "the loss of a chain, as a fraction of that of the zero predictor on the same weight and inputs",
     "loss increase": "the increase of the loss of the model per token that is predicted to second order",
     "target": "the largest loss that the study was asked for",
-    **{name: GLOSSARY_OF_LOSSES[name] for name in ("zero predictor", "floor")},
+    **{name: GLOSSARY[name] for name in ("zero predictor", "floor")},
 }
 
 

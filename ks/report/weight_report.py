@@ -40,20 +40,13 @@ GLOSSARY = {
     "chain": "a product of sparse factors that takes the place of the dense weight",
     "saturated": "a rank so large that a larger one changes nothing",
     "held out": "inputs that were measured and kept back from the runs",
-}
-GLOSSARY_OF_LOSSES = {
     "zero predictor": "outputs that are all 0",
     "floor": "the least loss that any chain of the rank can have; where two bounds stand, it lies between them",
     "best known chain": "the chain whose loss is the upper bound of the floor; a run may beat it",
     "optimality gap": "how far the loss is above that of the best known chain, as a fraction of it",
     "front": "the least loss with at most so many parameters, over all families",
-}
-GLOSSARY_OF_ENERGY = {
-    "zero predictor": "outputs that are all 0; its loss is the energy of the dense outputs",
     "relative loss": "E‖Wx − Ŵx‖² / E‖Wx‖², the fraction of the output energy that is lost: 0% is dense, 100% is the "
-    "zero predictor",
-}
-GLOSSARY_OF_INCREASES = {
+    "zero predictor, whose loss is the energy of the dense outputs",
     "loss increase": "½ tr(G (W − Ŵ) C (W − Ŵ)ᵀ), with C = E[x xᵀ] of the inputs and G = E[g gᵀ] of the gradients of "
     "the loss of the model at the outputs of the layer: the increase of the loss{unit}, that is predicted to "
     "second order, with x and g taken as independent. The prediction ranks chains; the increase that was measured on a "
@@ -61,6 +54,7 @@ GLOSSARY_OF_INCREASES = {
     "energy loss": "E‖Wx − Ŵx‖² / E‖Wx‖², the fraction of the output energy that is lost; a chain that loses less of "
     "it may cost the model more",
 }
+OF_LOSSES = ("zero predictor", "floor", "best known chain", "optimality gap", "front")  # terms of the glossary
 FRACTIONS_OF_ENERGY = (0.5, 0.9, 0.99)
 
 
@@ -122,12 +116,12 @@ def ending(config: StudyRecord) -> list[tuple[str, str]]:
 
 def _glossary(study: Study) -> dict[str, str]:
     """Return the terms that the page uses."""
-    glossary = dict(GLOSSARY)
+    terms = ["rank", "chain", "saturated", "held out"]
     if study.loss_label == MEAN_SQUARED_ERROR:
-        glossary |= GLOSSARY_OF_LOSSES | ({} if study.words.of_model else GLOSSARY_OF_ENERGY)
+        terms += OF_LOSSES if study.words.of_model else [*OF_LOSSES, "relative loss"]
     if study.summary["loss_increase"].notna().any():
-        glossary |= {term: text.format(unit=study.words.in_unit) for term, text in GLOSSARY_OF_INCREASES.items()}
-    return glossary
+        terms += ["loss increase", "energy loss"]
+    return {term: GLOSSARY[term].format(unit=study.words.in_unit) for term in terms}
 
 
 def _weight(study: Study) -> dict[str, str | None]:

@@ -19,8 +19,6 @@ from ks.report.read_results import Study, Units
 from ks.report.sentences import of_front, of_latency
 from ks.report.summary import measured_batches
 
-FAMILY_LINES = ((0, (4, 2)), (0, (1, 1)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
-
 
 def _floors_of(study: Study) -> dict[str, pd.DataFrame]:
     """Return the floors of every family of a study, by its name; rows by parameters."""
@@ -52,13 +50,10 @@ def loss_by_parameters(figure: Figure, study: Study, log_scale: bool) -> str:
     look: dict[str, Any] = {"color": "#F0C800", "linewidth": 7, "alpha": 0.45, "solid_capstyle": "butt"}
     look |= {"label": "front: the least loss of all", "drawstyle": "steps-post"}
     axes.plot(front["parameters"], front["relative_loss"] * units.zero, **look)
-    own, bracketed, others = study.family, bool(losses["bracketed"].any()), 0
-    for index, (name, rows) in enumerate(_floors_of(study).items()):
-        look = {"color": FAMILY_COLORS[index % len(FAMILY_COLORS)], "linewidth": 1.4, "linestyle": "-"}
-        if name != own:
-            look["linestyle"] = FAMILY_LINES[others % len(FAMILY_LINES)]
-            others += 1
-        label = parts.floor_label(name, quick=bracketed and name == own)
+    for color, (name, rows) in zip(FAMILY_COLORS, _floors_of(study).items()):
+        own = name == study.family
+        look = {"color": color, "linewidth": 1.4, "linestyle": "-" if own else (0, (4, 2))}
+        label = parts.floor_label(name, quick=own and bool(losses["bracketed"].any()))
         axes.plot(rows["parameters"], rows["relative_loss"] * units.zero, label=label, **look)
     color = FAMILY_COLORS[0]
     look = {"markeredgecolor": color, "markeredgewidth": 1.8}
