@@ -11,7 +11,7 @@ from ks.moments.metric import LossMetric
 from ks.report.answer import Facts, answer, target_note
 from ks.report.figures.draw import study_figures
 from ks.report.sentences import advice
-from ks.report.words import Words, significant
+from ks.report.words import Words, percents, significant
 
 NATS = Words(LossMetric.MODEL_LOSS, "nats", 0.5)
 
@@ -130,8 +130,15 @@ def test_figures_of_the_loss_of_the_model_have_its_unit_on_their_axes():
 
 
 @pytest.mark.parametrize(
-    ("values", "expected"),
-    [((0.004,), ["0.004"]), ((0.004021, 0.0040214), ["0.004021", "0.0040214"]), ((1234.5,), ["1230"]), ((0.0,), ["0"])],
+    ("form", "values", "expected"),
+    [
+        (percents, (0.1, 0.1007), ["10%", "10.07%"]),
+        (percents, (0.1, 0.100001), ["10%", "10.0001%"]),
+        (percents, (1e-5, 1.0), ["0.001%", "100%"]),
+        (significant, (0.004021, 0.0040214), ["0.004021", "0.0040214"]),
+        (significant, (1234.5,), ["1230"]),
+        (significant, (0.0,), ["0"]),
+    ],
 )
-def test_increases_have_three_digits_or_as_many_as_tell_them_apart(values, expected):
-    assert significant(*values) == expected
+def test_losses_have_as_many_digits_as_tell_different_ones_apart(form, values, expected):
+    assert form(*values) == expected
