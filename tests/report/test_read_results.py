@@ -85,24 +85,20 @@ def test_what_is_no_study_is_one_line(tmp_path, folder):
             read_study(files)
 
 
-@pytest.mark.parametrize("name", ["runs_csv", "floor_csv"])
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00\x80", b"a,b\n1,2\n"], ids=["empty", "binary", "other columns"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *((name, text) for name in ("runs_csv", "floor_csv") for text in (b"", b"\xff\xfe\x00\x80", b"a,b\n1,2\n")),
+        *(("summary_json", text) for text in (b"[1, 2]", b'{"rank": 2}', b'[{"rank": 2}, {"status": "ok"}]')),
+    ],
+)
 def test_a_damaged_table_is_one_line_with_its_name(folder, name, content):
     write_json(folder.config, {"settings": {}, "ranks": [2], "seeds": [7, 8]})
     path = getattr(folder, name)
     path.write_bytes(content)
-    with pytest.raises(UsageError, match="cannot be read|lacks the columns") as raised:
+    with pytest.raises(UsageError, match="cannot be read|lacks the columns|is not valid") as raised:
         read_study(folder)
     assert str(raised.value).startswith(str(path))
-    assert "\n" not in str(raised.value)
-
-
-@pytest.mark.parametrize("content", [[1, 2], {"rank": 2}, [{"rank": 2}, {"status": "ok"}]], ids=str)
-def test_a_summary_of_another_kind_is_one_line_with_its_name(folder, content):
-    write_json(folder.summary_json, content)
-    with pytest.raises(UsageError, match="is not valid") as raised:
-        read_study(folder)
-    assert str(raised.value).startswith(str(folder.summary_json))
     assert "\n" not in str(raised.value)
 
 

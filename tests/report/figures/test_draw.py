@@ -108,10 +108,12 @@ def test_the_front_is_the_least_loss_of_all_families_and_of_what_was_trained():
     assert (at_own > own["relative_loss"])[:-1].all()
 
 
-def test_a_trained_rank_is_hollow_where_as_many_parameters_can_lose_less():
-    figure = study_figures(make_study([2, 4], level=1.3))["front"]
+@pytest.mark.parametrize(("level", "off"), [(1.0, False), (1.3, True)])
+def test_a_trained_rank_is_hollow_where_as_many_parameters_can_lose_less(level, off):
+    figure = study_figures(make_study([2, 4], level=level, num_epochs=3000))["front"]
     points = [line for line in figure.axes[0].lines if line.get_marker() == "o" and len(line.get_xdata())]
-    assert {line.get_markerfacecolor() for line in points} == {"white"}
+    assert [line.get_markerfacecolor() == "white" for line in points] == [off] * 2
+    assert ("trained, and off the front" in [text.get_text() for text in figure.legends[0].get_texts()]) == off
 
 
 def test_seeds_give_bands_and_whiskers():
@@ -122,7 +124,7 @@ def test_seeds_give_bands_and_whiskers():
     assert whiskers[1] == whiskers[0] + 2
 
 
-def test_a_failed_rank_is_shown_with_its_status_and_no_bar(tmp_path):
+def test_a_failed_rank_is_shown_with_its_status_and_no_bar():
     drawn = study_figures(make_study([2, 4], endings={4: DIVERGED}))
     assert "diverged" in texts(drawn["final_losses"])
     assert "4 (failed)" in texts(drawn["loss_curves"])
@@ -130,15 +132,15 @@ def test_a_failed_rank_is_shown_with_its_status_and_no_bar(tmp_path):
     drawn = study_figures(nothing, log_scale=True)
     assert list(drawn) == ["final_losses"]
     assert "No rank has finished" in texts(drawn["final_losses"])
-    save_figures(drawn, SweepFiles(tmp_path, "p"), ["svg"], dpi=40)
+    drawn["final_losses"].draw_without_rendering()
 
 
-def test_nan_epochs_and_floors_of_zero_do_not_break_a_log_axis(tmp_path):
+def test_nan_epochs_and_floors_of_zero_do_not_break_a_log_axis():
     study = make_study([2, CHAIN.saturation_rank])
     study.curves.loc[study.curves["rank"] == 2, ["train_loss", "val_loss"]] = np.nan
     study.summary.loc[1, ["loss_floor", "loss_floor_upper"]] = 0.0
-    drawn = study_figures(study, log_scale=True)
-    save_figures(drawn, SweepFiles(tmp_path, "p"), ["png"], 40)
+    for figure in study_figures(study, log_scale=True).values():
+        figure.draw_without_rendering()
 
 
 def test_a_metric_has_a_line_for_each_rank_that_has_it():
@@ -165,17 +167,10 @@ def test_a_metric_has_a_line_for_each_rank_that_has_it():
         assert study_figures(short, log_scale=True, metrics=["r2"])["metric_r2"].axes[0].get_yscale() == scale
 
 
-@pytest.mark.parametrize(("level", "off"), [(1.0, False), (1.3, True)])
-def test_the_legend_has_points_off_the_front_only_where_there_are_some(level, off):
-    legend = study_figures(make_study([2, 4], level=level, num_epochs=3000))["front"].legends[0]
-    assert ("trained, and off the front" in [text.get_text() for text in legend.get_texts()]) == off
-
-
-def test_chains_side_by_side(tmp_path):
+def test_chains_side_by_side():
     studies = [make_study([2, 4]), make_study([4, 8])]
-    drawn = chains_figures(studies, log_scale=True)
-    figure = drawn["chains"]
-    save_figures(drawn, SweepFiles(tmp_path, "p"), ["png"], 40)
+    figure = chains_figures(studies, log_scale=True)["chains"]
+    figure.draw_without_rendering()
     assert len(figure.legends[0].get_texts()) == 2
     assert texts(figure)[0].startswith("At equal size")
     both = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text() == "4"]
