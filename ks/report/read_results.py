@@ -12,7 +12,7 @@ import pandas as pd
 from ks.errors import UsageError, one_line
 from ks.files import columns
 from ks.files.curves import read_curves
-from ks.files.layout import RunFiles, SweepFiles, find_runs
+from ks.files.layout import SweepFiles, find_runs
 from ks.files.rows import read_summary, read_table
 from ks.files.schema import StudyRecord, read_json_as
 from ks.files.status import OK, ended_well
@@ -195,16 +195,18 @@ def read_study(files: SweepFiles, rows: list[dict] | None = None) -> Study:
     rows = _summary_rows(files) if rows is None else rows
     if not found and not rows:
         raise UsageError(f"{files.directory} holds no results (no rank_R/rank_R_rank_R_loss_curves.csv in it)")
-    if config.seeds and rows:
-        runs = _runs_of_study(files, found, rows, config.seeds)
-    else:  # of the 2025 scripts, whose summary has no more than the curves
-        curves_of = [(rank, seed, read_curves(run.curves_csv, rank)) for rank, seed, run in found]
-        runs = [(run_row(rank, curves, OK, seed), curves) for rank, seed, curves in curves_of]
-        ranks = dict.fromkeys(rank for rank, *_ in found)
-        rows = [rank_row([row for row, _ in runs if row["rank"] == rank]) for rank in ranks]
+    is_ours, ranks = config.seeds and rows, {row["rank"] for row in rows}
+    if is_ours:
+        found = [(rank, seed, run) for rank, seed, run in found if rank in ranks and seed in config.seeds]
+    runs = [(rank, seed, read_curves(run.curves_csv, rank)) for rank, seed, run in found]
+    if not is_ours:  # of the 2025 scripts, whose summary has no more than the curves
+        by_rank: dict[int, list[dict]] = {}
+        for rank, seed, curves in runs:
+            by_rank.setdefault(rank, []).append(run_row(rank, curves, OK, seed))
+        rows = [*map(rank_row, by_rank.values())]
     floors = read_table(files.floor_csv, columns.FLOOR, FLOOR_NAMES) if files.floor_csv.is_file() else []
     summary, floor = pd.DataFrame(rows, columns=written_columns(rows)), pd.DataFrame(floors, columns=FLOOR_NAMES)
-    return Study(files.directory.name, _drawn_curves(runs), summary, floor, files, config)
+    return Study(files.directory.name, _drawn_curves(files, rows, runs), summary, floor, files, config)
 
 
 def _summary_rows(files: SweepFiles) -> list[dict]:
@@ -221,22 +223,6 @@ def _summary_rows(files: SweepFiles) -> list[dict]:
     return []
 
 
-def _runs_of_study(
-    files: SweepFiles, found: list[tuple[int, int | None, RunFiles]], rows: list[dict], seeds: list
-) -> list[tuple[dict, list[dict]]]:
-    """Return (row, curves) of the runs of a study; the status of each seed comes from the runs file."""
-    ranks = {row["rank"]: row["status"] for row in rows}
-    status_of = {(run["rank"], run.get("seed")): run["status"] for run in read_runs(files, rows)}
-    return [
-        (
-            {"rank": rank, "seed": seed, "status": status_of.get((rank, seed), ranks[rank])},
-            read_curves(run.curves_csv, rank),
-        )
-        for rank, seed, run in found
-        if rank in ranks and seed in seeds
-    ]
-
-
 def read_runs(files: SweepFiles, rows: list[dict]) -> list[dict]:
     """Return rank, seed, status and seconds of every run; for a folder without the runs file, the rows of its ranks."""
     if not files.runs_csv.is_file():
@@ -245,8 +231,11 @@ def read_runs(files: SweepFiles, rows: list[dict]) -> list[dict]:
     return read_table(files.runs_csv, columns.chosen(columns.RUNS, (*needed, "train_seconds")), needed)
 
 
-def _drawn_curves(runs: list[tuple[dict, list[dict]]]) -> pd.DataFrame:
-    """Return the curves to draw: failed runs only for ranks of which no seed finished."""
-    well = {row["rank"] for row, _ in runs if ended_well(row["status"])}
-    drawn = [run for run in runs if ended_well(run[0]["status"]) or run[0]["rank"] not in well]
-    return pd.DataFrame([epoch | {"seed": row["seed"]} for row, curves in drawn for epoch in curves])
+def _drawn_curves(files: SweepFiles, rows: list[dict], runs: list[tuple[int, int | None, list[dict]]]) -> pd.DataFrame:
+    """Return the curves to draw, with their seeds: failed runs only for ranks of which no seed finished."""
+    status_of = {(run["rank"], run.get("seed")): run["status"] for run in read_runs(files, rows)}
+    ranks = {row["rank"]: row["status"] for row in rows}
+    well = {(rank, seed) for rank, seed, _ in runs if ended_well(status_of.get((rank, seed), ranks[rank]))}
+    finished = {rank for rank, _ in well}
+    drawn = [run for run in runs if run[:2] in well or run[0] not in finished]
+    return pd.DataFrame([epoch | {"seed": seed} for _, seed, curves in drawn for epoch in curves])
