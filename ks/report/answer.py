@@ -69,7 +69,11 @@ def answer(rows: list[dict], facts: Facts, target: float | None = None) -> list[
     sentences += words.both_metrics(named)
     sentences += _bounds(named, facts, words)
     sentences += _warnings(named, target, facts.disturbed, words)
-    return sentences + _dominated(known)
+    beaten = {row["rank"]: found[0]["rank"] for row in known if (found := _dominators(row, known))}
+    if beaten:
+        pairs = ", ".join(f"{rank} by {better}" for rank, better in beaten.items())
+        sentences.append(f"Dominated, by a rank with no more parameters and no more loss: {pairs}.")
+    return sentences
 
 
 def named_row(rows: list[dict], target: float | None = None) -> dict | None:
@@ -130,7 +134,11 @@ def _smaller_ranks(found: TargetRanks, rank: int) -> str:
 
 
 def _not_reached(named: dict, facts: Facts, target: float, words: Words) -> list[str]:
-    """Return how close the named row came, and the remedies."""
+    """Return how close the named row came, and the remedies.
+
+    Epochs suffice if the excess falls at least as fast as 1 / epochs does. None are advised if the floor is above the
+    target, if samples are the limit, or beyond ten times those of the study.
+    """
     rank, floor, found = named["rank"], named["relative_floor_upper"], facts.target
     if found is None or floor is None:
         loss, limit = words.amounts(named["relative_loss"], target)
@@ -142,7 +150,11 @@ def _not_reached(named: dict, facts: Facts, target: float, words: Words) -> list
         text += f"; no rank below {found.none_below} can reach it"
     elif rank > found.reaching:
         text += f"; rank {found.reaching} is the smallest that can reach it"
-    remedies = _more_epochs(named, floor, target)
+    room, epochs, remedies = target - floor, named["num_epochs"], []
+    if room > 0 and Limit.SAMPLES not in parts_of(named):
+        total = max(LEAST_EPOCHS * epochs, -(-epochs * (named["relative_loss"] - floor) // room))
+        if total <= MOST_EPOCHS * epochs:
+            remedies.append(f"--num_epochs {int(total)}")
     if facts.remedy is not None:
         larger, loss_there, larger_than_dense = facts.remedy
         dense = ", larger than dense" if larger_than_dense else ""
@@ -155,20 +167,6 @@ def _not_reached(named: dict, facts: Facts, target: float, words: Words) -> list
 def _floor_is(exact: bool, words: Words) -> str:
     """Return how a sentence begins that gives the upper bound of a rank: only an exact floor is its floor."""
     return "its floor is" if exact else f"the best known chain {words.loses}"
-
-
-def _more_epochs(row: dict, floor: float, target: float) -> list[str]:
-    """Return the epochs that suffice if the excess falls at least as fast as 1 / epochs does.
-
-    None are advised if the floor is above the target, if samples are the limit, or beyond ten times those of the study.
-    """
-    room = target - floor
-    if room <= 0 or Limit.SAMPLES in parts_of(row):
-        return []
-    total = max(LEAST_EPOCHS * row["num_epochs"], -(-row["num_epochs"] * (row["relative_loss"] - floor) // room))
-    if total > MOST_EPOCHS * row["num_epochs"]:
-        return []
-    return [f"--num_epochs {int(total)}"]
 
 
 def _on_front(named: dict, rows: list[dict], words: Words) -> list[str]:
@@ -217,15 +215,6 @@ def _dominators(row: dict, rows: list[dict]) -> list[dict]:
         and other["relative_loss"] <= loss
         and (other["parameters"] < parameters or other["relative_loss"] < loss or other["rank"] < row["rank"])
     ]
-
-
-def _dominated(rows: list[dict]) -> list[str]:
-    """Return a sentence that lists the ranks that another one makes useless."""
-    beaten = {row["rank"]: found[0]["rank"] for row in rows if (found := _dominators(row, rows))}
-    if not beaten:
-        return []
-    pairs = ", ".join(f"{rank} by {better}" for rank, better in beaten.items())
-    return [f"Dominated, by a rank with no more parameters and no more loss: {pairs}."]
 
 
 def _bounds(row: dict, facts: Facts, words: Words) -> list[str]:

@@ -86,9 +86,13 @@ class Sheet(Figure):
         legends = [legend.get_window_extent(renderer).height for legend in self.legends]
         self.above, self.below = top, sum(legends) / dpi
         height = self.above + panel + self.below
-        outside = np.array([_labels_of(axes, renderer) for axes in self.axes]).max(axis=0, initial=0.0) / dpi + PAD
+        reach = np.zeros(4)  # of the labels beyond the axes: left, below, right and above
+        for axes in self.axes:
+            box = axes.get_tightbbox(renderer, bbox_extra_artists=[*axes.texts, *axes.child_axes])
+            assert box is not None  # it is visible
+            reach = np.maximum(reach, np.subtract(axes.bbox.extents, box.extents) * (1, 1, -1, -1))
+        left, bottom, right, above = reach / dpi + PAD
         self.set_figheight(height)
-        left, bottom, right, above = outside
         size = ((PANEL_WIDTH - left - right) / width, (panel - bottom - above) / height)
         for index, axes in enumerate(self.axes):
             axes.set_position(((index * PANEL_WIDTH + left) / width, (self.below + bottom) / height, *size))
@@ -102,13 +106,6 @@ class Sheet(Figure):
         boxes = [(left, self.above, PANEL_WIDTH, height - self.above - self.below) for left in lefts]
         boxes.append(((width - PANEL_WIDTH) / 2, height - self.below, PANEL_WIDTH, self.below))
         return [" ".join(f"{72 * inches:.1f}" for inches in box) for box in boxes if box[-1] > 0]
-
-
-def _labels_of(axes: Axes, renderer) -> tuple[float, float, float, float]:
-    """Return how far the labels of a panel reach beyond its axes: left, below, right and above."""
-    inside, whole = axes.bbox, axes.get_tightbbox(renderer, bbox_extra_artists=[*axes.texts, *axes.child_axes])
-    assert whole is not None  # it is visible
-    return inside.x0 - whole.x0, inside.y0 - whole.y0, whole.x1 - inside.x1, whole.y1 - inside.y1
 
 
 def make_panels(figure: Figure, count: int = 1, height: float = PANEL_HEIGHT) -> list[Axes]:
