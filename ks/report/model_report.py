@@ -71,21 +71,19 @@ def write_model_report(
     unit = Words(unit=study.words.unit or (plan.unit if plan else "")).axis_unit
     # The name of the layer is a column also if there is one layer alone.
     of_summary = {column.name: column for column in [*chosen(SUMMARY, ("weight_key",)), *summary_columns(rows)]}
-    if plan is None:
-        layers, others = page.table([*of_summary.values()], rows, unit, links), ""
-    else:
+    layers, beside = "", rows
+    if plan is not None:
         ended_badly = any(not ended_well(row["status"]) for row in rows)
         shown = [column for column in TRAINED_LAYERS if column.name != "status" or ended_badly]
         layers = page.table(shown, _layer_rows(plan, rows), unit, links)
         layers += f'<p class="soft">{BOTH_ARE_PREDICTED}</p>'
         planned = [(layer.layer, layer.rank) for layer in plan.layers]
         beside = [row for row in rows if (row["weight_key"], row["rank"]) not in planned]
-        others = page.table([*of_summary.values()], beside, unit, links)
     figures = [(inline_svg(drawn["plans"], "plans"), CAPTIONS["plans"])] if "plans" in drawn else []
     increases = page.table(MEASURED_PLANS, _pairs(measured), unit) + page.figures(figures)
     sections = [
         ("Layers", layers),
-        ("Other ranks", others),
+        ("Other ranks" if plan else "Layers", page.table([*of_summary.values()], beside, unit, links)),
         ("Measured increase of the loss of the model", increases),
         ("Model", page.definitions(_model(config, study))),
         ("Glossary", page.definitions(_glossary(study, plan))),
@@ -105,15 +103,16 @@ def findings(study: Study, plan: ModelPlan | None) -> list[str]:
         listed = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, sorted(ranks)))}"
         return [*sentences, f"{len(layers)} layers, at {listed}."]
     warning, others = plan.sentences()[: plan.is_misjudged], plan.sentences()[plan.is_misjudged :]
-    total, size = _layer_rows(plan, study.rows)[-1], f"{plan.share:.2%} of the parameters of {len(plan.layers)} weights"
+    total, trained = _layer_rows(plan, study.rows)[-1], ""
     if total["trained_increase"] is not None:
         planned, found = significant(total["planned_increase"], total["trained_increase"])
-        found = f"are predicted to cost the model {found} {Words(unit=plan.unit).axis_unit}"
-        sentences.append(f"The trained chains {found}, with {size}; the plan predicts {planned}.")
+        trained = f"are predicted to cost the model {found} {Words(unit=plan.unit).axis_unit}"
     elif total["trained_energy_loss"] is not None:
         planned, found = percents(total["planned_energy_loss"], total["trained_energy_loss"])
-        found = f"lose {found} of the output energy on average"
-        sentences.append(f"The trained chains {found}, with {size}; the plan predicts {planned}.")
+        trained = f"lose {found} of the output energy on average"
+    if trained:
+        size = f"{plan.share:.2%} of the parameters of {len(plan.layers)} weights"
+        sentences.append(f"The trained chains {trained}, with {size}; the plan predicts {planned}.")
     return [*warning, *sentences, *others]
 
 
