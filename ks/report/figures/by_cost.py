@@ -56,16 +56,16 @@ def loss_by_parameters(figure: Figure, study: Study, log_scale: bool) -> str:
         label = parts.floor_label(name, quick=own and bool(losses["bracketed"].any()))
         axes.plot(rows["parameters"], rows["relative_loss"] * units.zero, label=label, **look)
     color = FAMILY_COLORS[0]
-    look = {"markeredgecolor": color, "markeredgewidth": 1.8}
     at_front = np.interp(losses["parameters"], front["parameters"], front["relative_loss"] * units.zero)
-    for row, least in zip(losses.itertuples(), at_front):
-        inside = paper() if least < 0.99 * row.exact else color
-        axes.plot(row.parameters, row.exact, "o", color=inside, markersize=8, clip_on=False, zorder=4, **look)
+    off = at_front < 0.99 * losses["exact"]
+    inside = [paper() if hollow else color for hollow in off]
+    look = {"edgecolors": color, "linewidths": 1.8, "clip_on": False, "zorder": 4}
+    axes.scatter(losses["parameters"], losses["exact"], 64, color=inside, **look)
     _label_points(axes, losses, color)
     _finish_parameter_axis(axes, study.dense_parameters, losses["parameters"])
     axes.plot([], [], "o", color=color, label="trained (number: rank)")
-    if (at_front < 0.99 * losses["exact"]).any():
-        axes.plot([], [], "o", color=paper(), label="trained, and off the front", **look)
+    if off.any():
+        axes.scatter([], [], color=paper(), label="trained, and off the front", **look)
     parts.write_legend(figure, axes.get_legend_handles_labels()[0])
     return of_front(study, losses)
 

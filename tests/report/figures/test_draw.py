@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 from drawn_study import CHAIN, DIVERGED, PREDICT_ZERO, make_study, texts
 from matplotlib.collections import PathCollection, PolyCollection
+from matplotlib.colors import to_rgba
 
 from ks.files.layout import FIGURES, SweepFiles
 from ks.report.figures.by_cost import front_of
 from ks.report.figures.draw import DRAWN, chains_figures, save_figures, study_figures
-from ks.report.figures.parts import rank_colors
+from ks.report.figures.parts import FAMILY_COLORS, rank_colors
 
 
 def test_every_figure_has_its_name_in_the_layout():
@@ -111,8 +112,8 @@ def test_the_front_is_the_least_loss_of_all_families_and_of_what_was_trained():
 @pytest.mark.parametrize(("level", "off"), [(1.0, False), (1.3, True)])
 def test_a_trained_rank_is_hollow_where_as_many_parameters_can_lose_less(level, off):
     figure = study_figures(make_study([2, 4], level=level, num_epochs=3000))["front"]
-    points = [line for line in figure.axes[0].lines if line.get_marker() == "o" and len(line.get_xdata())]
-    assert [line.get_markerfacecolor() == "white" for line in points] == [off] * 2
+    points = next(drawn for drawn in figure.axes[0].collections if isinstance(drawn, PathCollection))
+    assert points.get_facecolors().tolist() == [[*to_rgba("white" if off else FAMILY_COLORS[0])]] * 2
     assert ("trained, and off the front" in [text.get_text() for text in figure.legends[0].get_texts()]) == off
 
 
