@@ -102,21 +102,24 @@ def rank_row(
     row |= {"predict_zero_loss": predict_zero, "target_relative_loss": reference.target, **reference.identity}
     row["status"] = _joint_ending(runs)
     row["failed"] = row["status"].status not in (Status.OK, Status.INTERRUPTED, Status.NOT_STARTED)
-    if chain is not None:
-        row["parameters"] = chain.parameters(row["rank"])
-        row["compression_ratio"] = chain.rows * chain.cols / row["parameters"]
-        row["share_of_dense"] = 1 / row["compression_ratio"]
-        row["saturated"] = row["rank"] >= chain.saturation_rank
+    if chain is None:  # of the 2025 scripts, which computed nothing to compare
+        return row
+    row["parameters"] = chain.parameters(row["rank"])
+    row["compression_ratio"] = chain.rows * chain.cols / row["parameters"]
+    row["share_of_dense"] = 1 / row["compression_ratio"]
+    row["saturated"] = row["rank"] >= chain.saturation_rank
     if floor is not None:
         upper = floor.lower if floor.exact else floor.upper
         row |= {"relative_floor": floor.lower, "relative_floor_upper": upper}
         row |= {"loss_floor": floor.lower * predict_zero, "loss_floor_upper": upper * predict_zero}
         row["loss_floor_is_exact"] = floor.exact
+    if not finished:
+        return row
     limit, better, calibration_limited = None, False, False
-    if row["population_loss"] is not None and chain is not None:
+    if row["population_loss"] is not None:
         relative = row["relative_loss"] = row["population_loss"] / predict_zero
         if reference.target is not None:
-            row["reached_target"] = bool(finished) and relative <= reference.target
+            row["reached_target"] = relative <= reference.target
         if floor is not None:
             row |= _distance(relative, floor)
             if reference.isotropic_floors is not None:
@@ -126,14 +129,13 @@ def rank_row(
         if reference.held_out_predict_zero_loss and row["final_val_loss"] is not None:
             held_out = row["held_out_relative_loss"] = row["final_val_loss"] / reference.held_out_predict_zero_loss
             calibration_limited = is_calibration_limited(relative, held_out, reference.held_out_count)
-    if finished and chain is not None:
-        marks = {
-            Mark.SATURATED: row["saturated"],
-            Mark.LARGER_THAN_DENSE: row["compression_ratio"] < 1,
-            Mark.BETTER: better,
-            Mark.CALIBRATION_LIMITED: calibration_limited,
-        }
-        row["verdict"] = ", ".join([*filter(None, [limit]), *(mark for mark in marks if marks[mark])]) or None
+    marks = {
+        Mark.SATURATED: row["saturated"],
+        Mark.LARGER_THAN_DENSE: row["compression_ratio"] < 1,
+        Mark.BETTER: better,
+        Mark.CALIBRATION_LIMITED: calibration_limited,
+    }
+    row["verdict"] = ", ".join([*filter(None, [limit]), *(mark for mark in marks if marks[mark])]) or None
     return row
 
 
