@@ -100,10 +100,3 @@ def test_a_damaged_table_is_one_line_with_its_name(folder, name, content):
         read_study(folder)
     assert str(raised.value).startswith(str(path))
     assert "\n" not in str(raised.value)
-
-
-def test_a_summary_without_a_config_is_one_of_2025(folder):
-    """Its ranks are those that have curves."""
-    study = read_study(folder)
-    assert list(study.summary["rank"]) == [2, 4, 16]
-    assert list(study.summary["num_seeds"]) == [3, 2, 1]
