@@ -64,21 +64,22 @@ def advice(rows: list[dict], sampling: str | None = None) -> list[str]:
     """
     sentences, words = [], Words.of(rows[0])
     for row in rows:
-        rank, verdict = row["rank"], parts_of(row)
+        rank, verdict, best = row["rank"], parts_of(row), row["relative_floor_upper"]
+        goal = "the floor" if row["loss_floor_is_exact"] else "that of the best known chain"
         if row["failed"]:
             sentences.append(f"Rank {rank}: {row['status']}; see its train.log.")
-        elif Limit.SAMPLES in verdict:
-            remedy = "--sampling auto or more samples" if sampling == "fixed" else "more samples"
-            sentences.append(
-                f"Rank {rank} is sample-limited: its loss is {_above(row, words)}, and the training loss shows less "
-                f"than half of this distance. Use {remedy}."
-            )
-        elif Limit.TRAINING in verdict:
-            sentences.append(f"Rank {rank} is undertrained: its loss is {_above(row, words)}. Increase --num_epochs.")
+        elif Limit.SAMPLES in verdict or Limit.TRAINING in verdict:
+            distance, limit = words.amounts(row["excess"], max(converged_loss(best) - best, SMALL_EXCESS))
+            text = f"its loss is {words.whole(distance)} above {goal}, where at most {limit} would do"
+            remedy = "Increase --num_epochs."
+            if Limit.SAMPLES in verdict:
+                text += ", and the training loss shows less than half of this distance"
+                remedy = f"Use {'--sampling auto or ' if sampling == 'fixed' else ''}more samples."
+            sentences.append(f"Rank {rank} is {verdict[0]}: {text}. {remedy}")
         elif words.small in verdict:
             sentences.append(
-                f"Rank {rank} is {words.small}: its loss exceeds {_reference(row)} by {words.show(row['excess'])}. "
-                "A larger --num_epochs gains little."
+                f"Rank {rank} is {words.small}: its loss exceeds {goal} by {words.show(row['excess'])}. A larger "
+                "--num_epochs gains little."
             )
         if Mark.CALIBRATION_LIMITED in verdict:
             held_out, measured = words.amounts(words.held_out(row), row["relative_loss"])
@@ -95,17 +96,6 @@ def advice(rows: list[dict], sampling: str | None = None) -> list[str]:
     if not is_lowrank and (slow := _slower(rows, "lowrank", 1 / AS_FAST)):
         sentences.append(f"Slower than a low-rank factorisation of the same size: {slow}.")
     return sentences
-
-
-def _reference(row: dict) -> str:
-    return "the floor" if row["loss_floor_is_exact"] else "that of the best known chain"
-
-
-def _above(row: dict, words: Words) -> str:
-    """Return how far a loss is above the best known one, and the distance at which the verdict would change."""
-    best = row["relative_floor_upper"]
-    distance, limit = words.amounts(row["excess"], max(converged_loss(best) - best, SMALL_EXCESS))
-    return f"{words.whole(distance)} above {_reference(row)}, where at most {limit} would do"
 
 
 def recommendation(study: Study) -> list[str]:
