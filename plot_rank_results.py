@@ -103,7 +103,7 @@ def main(argv=None) -> int:
         if config.report:
             if several:
                 write_studies_report(studies, files, drawn, log_scale=config.log_scale)
-            elif studies[0].config is not None and studies[0].config.layers:
+            elif studies[0].config.layers:
                 write_model_report(studies[0], files, plans, drawn)
             else:
                 write_report(studies[0], files, drawn, log_scale=config.log_scale)
@@ -120,9 +120,9 @@ def main(argv=None) -> int:
         print("\n".join(filled(what_compares(studies))))
     for study in studies:
         if several:
-            print(f"\n{study.name}: {study.chain}")
-        if study.answer:
-            print("\n".join(filled(study.answer)) + "\n")
+            print(f"\n{study.name}: {study.config.problem.chain}")
+        if study.config.answer:
+            print("\n".join(filled(study.config.answer)) + "\n")
         print(summary_table(study.rows, config.verbose, explained))
     for path in written:
         print(path)

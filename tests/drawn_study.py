@@ -11,25 +11,31 @@ from ks.bounds.floors import Floor
 from ks.bounds.rank_floors import RankFloors, floor_rows
 from ks.files import columns
 from ks.files.layout import SweepFiles
+from ks.files.schema import StudyRecord, convert
 from ks.files.status import OK, Ending, Status
 from ks.model.model_plan import LayerPlan, ModelPlan
 from ks.moments.metric import LossMetric
-from ks.report.read_results import Study, summary_frame
-from ks.report.summary import Reference, rank_row, run_row
+from ks.report.read_results import Study
+from ks.report.summary import Reference, rank_row, run_row, written_columns
 
 WEIGHT = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
 CHAIN = ks.make_chain(64, 96)
 PLAN = RankFloors(WEIGHT * 8 / WEIGHT.norm(), CHAIN)
 PREDICT_ZERO = 2.0
+FILES = SweepFiles(Path("no such folder"), "p")
 DIVERGED = Ending(Status.DIVERGED)
 
 
-def make_study(ranks, num_epochs=10, level=1.1, endings=None, seeds=(None,), spread=1.0, times=None, **described):
+def make_study(
+    ranks, num_epochs=10, level=1.1, endings=None, seeds=(None,), spread=1.0, times=None, target=None,
+    criterion="mean_squared_error", title="title", answer=(), files=FILES, **problem
+):  # fmt: skip
     """Return a study whose curves fall towards `level` times the upper bound of each rank.
 
     Args:
         spread: the upper bound of each floor over the lower one.
         times: milliseconds of chain and dense at every batch size, by rank.
+        problem: of its record.
     """
     epochs, rows = [], []
     for rank, exact in PLAN.floors(ranks).items():
@@ -45,14 +51,16 @@ def make_study(ranks, num_epochs=10, level=1.1, endings=None, seeds=(None,), spr
             epochs += [row | {"seed": seed} for row in runs[-1]]
         ending = (endings or {}).get(rank, OK)
         run_rows = [run_row(rank, run if ending == OK else [], ending) for run in runs]
-        row = rank_row(run_rows, CHAIN, floor, Reference(PREDICT_ZERO))
+        row = rank_row(run_rows, CHAIN, floor, Reference(PREDICT_ZERO, target=target))
         for batch in columns.BATCHES if times else ():
             row[f"latency_ms_batch_{batch}"], row[f"dense_latency_ms_batch_{batch}"] = times[rank]
         rows.append(row)
     floors = pd.DataFrame(floor_rows(PLAN, PREDICT_ZERO), columns=columns.names(columns.FLOOR))
-    described = {"title": "title", "chain": CHAIN.describe(), "predict_zero_loss": PREDICT_ZERO} | described
-    files = SweepFiles(Path("no such folder"), "p")
-    return Study("study", pd.DataFrame(epochs), summary_frame(rows), floors, **{"files": files} | described)
+    problem = {"chain": CHAIN.describe(), "predict_zero_loss": PREDICT_ZERO} | problem
+    record = {"settings": {"criterion": criterion}, "ranks": [*ranks], "seeds": [0], "title": title, "answer": answer}
+    config = convert(record | {"problem": problem}, StudyRecord, "a test")
+    summary = pd.DataFrame(rows, columns=written_columns(rows))
+    return Study("study", pd.DataFrame(epochs), summary, floors, files, config)
 
 
 def make_plan(rank, predicted, measured, equal_predicted, equal_measured, unit="nats"):

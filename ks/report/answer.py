@@ -10,7 +10,7 @@ from math import log
 from ks.bounds.rank_floors import TargetRanks
 from ks.files.status import ended_well
 from ks.report.summary import times_of
-from ks.report.verdict import NEGLIGIBLE_FLOOR, Limit
+from ks.report.verdict import NEGLIGIBLE_FLOOR, Limit, parts_of
 from ks.report.words import Words, percents
 
 # A knee lies below the chord of the front by this fraction of its height and width, in logarithms.
@@ -67,11 +67,13 @@ def answer(rows: list[dict], facts: Facts, target: float | None = None) -> list[
     else:
         sentences = _not_reached(named, facts, target, words)
     sentences += words.both_metrics(named)
-    sentences += _bounds_of(named, words)
-    sentences += _uncertified(facts)
-    sentences += lowrank_beside(named, facts)
+    sentences += _bounds(named, facts, words)
     sentences += _warnings(named, target, facts.disturbed, words)
-    return sentences + _dominated(known)
+    beaten = {row["rank"]: found[0]["rank"] for row in known if (found := _dominators(row, known))}
+    if beaten:
+        pairs = ", ".join(f"{rank} by {better}" for rank, better in beaten.items())
+        sentences.append(f"Dominated, by a rank with no more parameters and no more loss: {pairs}.")
+    return sentences
 
 
 def named_row(rows: list[dict], target: float | None = None) -> dict | None:
@@ -88,13 +90,13 @@ def named_row(rows: list[dict], target: float | None = None) -> dict | None:
         exact = [row for row in known if row["relative_loss"] < NEGLIGIBLE_FLOOR]
         return min(exact, key=lambda row: row["parameters"]) if exact else knee(known) or closest
     reached = [row for row in known if row["relative_loss"] <= target]
-    able = [row for row in known if (bound := row.get("relative_floor_upper")) is not None and bound <= target]
+    able = [row for row in known if (bound := row["relative_floor_upper"]) is not None and bound <= target]
     return min(reached or able, key=lambda row: row["rank"], default=closest)
 
 
 def _with_losses(rows: list[dict]) -> list[dict]:
     """Return the rows of finished ranks with a relative loss."""
-    return [row for row in rows if ended_well(row["status"]) and row.get("relative_loss") is not None]
+    return [row for row in rows if ended_well(row["status"]) and row["relative_loss"] is not None]
 
 
 def _reached(named: dict, rows: list[dict], facts: Facts, target: float, words: Words) -> list[str]:
@@ -132,8 +134,12 @@ def _smaller_ranks(found: TargetRanks, rank: int) -> str:
 
 
 def _not_reached(named: dict, facts: Facts, target: float, words: Words) -> list[str]:
-    """Return how close the named row came, and the remedies."""
-    rank, floor, found = named["rank"], named.get("relative_floor_upper"), facts.target
+    """Return how close the named row came, and the remedies.
+
+    Epochs suffice if the excess falls at least as fast as 1 / epochs does. None are advised if the floor is above the
+    target, if samples are the limit, or beyond ten times those of the study.
+    """
+    rank, floor, found = named["rank"], named["relative_floor_upper"], facts.target
     if found is None or floor is None:
         loss, limit = words.amounts(named["relative_loss"], target)
         return [f"{words.whole(limit)} is not reached: rank {rank} ends at {loss}; try a larger rank."]
@@ -144,7 +150,11 @@ def _not_reached(named: dict, facts: Facts, target: float, words: Words) -> list
         text += f"; no rank below {found.none_below} can reach it"
     elif rank > found.reaching:
         text += f"; rank {found.reaching} is the smallest that can reach it"
-    remedies = _more_epochs(named, floor, target)
+    room, epochs, remedies = target - floor, named["num_epochs"], []
+    if room > 0 and Limit.SAMPLES not in parts_of(named):
+        total = max(LEAST_EPOCHS * epochs, -(-epochs * (named["relative_loss"] - floor) // room))
+        if total <= MOST_EPOCHS * epochs:
+            remedies.append(f"--num_epochs {int(total)}")
     if facts.remedy is not None:
         larger, loss_there, larger_than_dense = facts.remedy
         dense = ", larger than dense" if larger_than_dense else ""
@@ -157,21 +167,6 @@ def _not_reached(named: dict, facts: Facts, target: float, words: Words) -> list
 def _floor_is(exact: bool, words: Words) -> str:
     """Return how a sentence begins that gives the upper bound of a rank: only an exact floor is its floor."""
     return "its floor is" if exact else f"the best known chain {words.loses}"
-
-
-def _more_epochs(row: dict, floor: float, target: float) -> list[str]:
-    """Return the epochs that suffice if the excess falls at least as fast as 1 / epochs does.
-
-    None are advised if the floor is above the target, if samples are the limit, or beyond ten times those of the study.
-    """
-    room = target - floor
-    sampled = row["verdict"] is not None and row["verdict"].limit is Limit.SAMPLES
-    if room <= 0 or sampled:
-        return []
-    total = max(LEAST_EPOCHS * row["num_epochs"], -(-row["num_epochs"] * (row["relative_loss"] - floor) // room))
-    if total > MOST_EPOCHS * row["num_epochs"]:
-        return []
-    return [f"--num_epochs {int(total)}"]
 
 
 def _on_front(named: dict, rows: list[dict], words: Words) -> list[str]:
@@ -212,7 +207,6 @@ def knee(rows: list[dict]) -> dict | None:
 
 def _dominators(row: dict, rows: list[dict]) -> list[dict]:
     """Return the rows with at most the parameters and the loss of a row; of equal ones the smallest rank counts."""
-
     parameters, loss = row["parameters"], row["relative_loss"]
     return [
         other
@@ -223,53 +217,39 @@ def _dominators(row: dict, rows: list[dict]) -> list[dict]:
     ]
 
 
-def _dominated(rows: list[dict]) -> list[str]:
-    """Return a sentence that lists the ranks that another one makes useless."""
-    beaten = {row["rank"]: found[0]["rank"] for row in rows if (found := _dominators(row, rows))}
-    if not beaten:
-        return []
-    pairs = ", ".join(f"{rank} by {better}" for rank, better in beaten.items())
-    return [f"Dominated, by a rank with no more parameters and no more loss: {pairs}."]
-
-
-def _bounds_of(row: dict, words: Words) -> list[str]:
-    if row.get("loss_floor_is_exact") in (True, None):
-        return []
-    lower, upper = words.amounts(row["relative_floor"], row["relative_floor_upper"])
-    return [
-        f"No chain of rank {row['rank']} {words.loses} less than {lower}; the best known one {words.loses} {upper}."
-    ]
-
-
-def _uncertified(facts: Facts) -> list[str]:
-    if not facts.uncertified:
-        return []
-    ranks = "ranks " if len(facts.uncertified) > 1 else "rank "
-    ranks += " and ".join(map(str, sorted(facts.uncertified)))
-    return [f"The lower bound of {ranks} can be tighter, but not within {facts.seconds:g} s: raise --tight_bounds."]
+def _bounds(row: dict, facts: Facts, words: Words) -> list[str]:
+    """Return the bounds of a rank if they differ, those that ran out of time, and the loss that low-rank can reach."""
+    rank, sentences = row["rank"], []
+    if row["loss_floor_is_exact"] is False:
+        lower, upper = words.amounts(row["relative_floor"], row["relative_floor_upper"])
+        sentences.append(
+            f"No chain of rank {rank} {words.loses} less than {lower}; the best known one {words.loses} {upper}."
+        )
+    if facts.uncertified:
+        ranks = "ranks " if len(facts.uncertified) > 1 else "rank "
+        ranks += " and ".join(map(str, sorted(facts.uncertified)))
+        sentences.append(
+            f"The lower bound of {ranks} can be tighter, but not within {facts.seconds:g} s: raise --tight_bounds."
+        )
+    if rank in facts.lowrank:
+        lowrank, floor = facts.lowrank[rank]
+        loss, ours = trained_and_reachable(row, floor)
+        advice = "; sweep --chain lowrank as well" if floor < best_known(row) else ""
+        sentences.append(f"{LOWRANK} (rank {lowrank}) can reach {loss}; this chain {ours}{advice}.")
+    return sentences
 
 
 def best_known(row: dict) -> float:
     """Return the relative loss of the best chain of a rank that is known: the trained one, or that of the floor."""
-    upper = row.get("relative_floor_upper")
-    return row["relative_loss"] if upper is None or upper != upper else min(row["relative_loss"], upper)
-
-
-def lowrank_beside(row: dict, facts: Facts) -> list[str]:
-    """Return the loss that low-rank with at most as many parameters can reach, beside what this rank did and can."""
-    if row["rank"] not in facts.lowrank:
-        return []
-    rank, floor = facts.lowrank[row["rank"]]
-    loss, ours = trained_and_reachable(row, floor)
-    advice = "; sweep --chain lowrank as well" if floor < best_known(row) else ""
-    return [f"{LOWRANK} (rank {rank}) can reach {loss}; this chain {ours}{advice}."]
+    upper = row["relative_floor_upper"]
+    return row["relative_loss"] if upper is None else min(row["relative_loss"], upper)
 
 
 def trained_and_reachable(row: dict, other: float) -> tuple[str, str]:
     """Return another loss, and how a sentence on a chain goes on: what its run reached, and what it can reach."""
     trained, best = row["relative_loss"], best_known(row)
     shown, ours, least = Words.of(row).amounts(other, trained, best)
-    can = "can" if row.get("loss_floor_is_exact") else "is known to"
+    can = "can" if row["loss_floor_is_exact"] else "is known to"
     return shown, f"is trained to {ours}" + (f" and {can} reach {least}" if best < trained else "")
 
 

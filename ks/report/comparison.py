@@ -10,17 +10,15 @@ from typing import Any
 from ks.files import columns
 from ks.files.columns import ISOTROPIC
 from ks.files.layout import SweepFiles, find_runs, layer_folder
-from ks.files.rows import read_table
 from ks.files.schema import RunConfig, read_json_as
 from ks.report.answer import named_row
-from ks.report.read_results import MEAN_SQUARED_ERROR, Study, read_study
+from ks.report.read_results import MEAN_SQUARED_ERROR, Study, read_runs, read_study
 from ks.report.sentences import first_of, of_failures
-from ks.report.verdict import converged_loss
+from ks.report.verdict import converged_loss, parts_of
 
 MOST_HOSTS = 3  # that a row lists by name
 SAME = 1e-4  # relative difference of one loss that was computed on two machines
 OF_ONE_SIZE = 1.05  # the most parameters over the fewest of ranks that count as of equal size
-RUNS_READ = ("rank", "seed", "status", "train_seconds")
 
 
 def read_studies(sources: Sequence[SweepFiles]) -> list[Study]:
@@ -39,34 +37,34 @@ def read_studies(sources: Sequence[SweepFiles]) -> list[Study]:
 
 def _layers_of(study: Study) -> list[Study]:
     """Return the studies of the layers of a checkpoint that were trained; any other study alone."""
-    if study.config is None or not study.config.layers:
+    if not study.config.layers:
         return [study]
     names = dict.fromkeys(row["weight_key"] for row in study.rows)
     folders = [layer_folder(study.files.directory, name) for name in names]
     return [read_study(dataclasses.replace(study.files, directory=folder)) for folder in folders]
 
 
-def comparable(studies: Sequence[Study]) -> dict[str, list[Study]]:
-    """Return the studies whose relative losses compare, by a name for what they are relative to.
+def comparable(studies: Sequence[Study]) -> dict[tuple[str, str], list[Study]]:
+    """Return the studies whose relative losses compare, by the metric of the loss and the kind of the inputs.
 
-    That is a loss, output energy or loss of the model, under inputs that were measured, or isotropic ones. A study of
-    another criterion, or without a finished rank, is left out.
+    A study of another criterion, or without a finished rank, is left out.
     """
-    kinds: dict[str, list[Study]] = {}
+    kinds: dict[tuple[str, str], list[Study]] = {}
     for study in studies:
         if study.units.relative and study.summary[["relative_loss", "parameters"]].notna().all(axis=1).any():
-            kinds.setdefault(f"{study.words.loss_metric}_{_kind(study.rows[0]['inputs'])}", []).append(study)
+            inputs = (study.rows[0]["inputs"] or ISOTROPIC).split()[0]
+            kinds.setdefault((study.words.loss_metric, inputs), []).append(study)
     return kinds
-
-
-def _kind(inputs: str | None) -> str:
-    return (inputs or ISOTROPIC).split()[0]
 
 
 def are_of_one_weight(studies: Sequence[Study]) -> bool:
     """Return whether losses and parameters of studies compare as they are, without dividing them by those of dense."""
     zeros = [study.units.zero for study in studies]
-    return len({study.weight_sha256 for study in studies}) == 1 and max(zeros) - min(zeros) <= SAME * max(zeros)
+    return number_of_weights(studies) == 1 and max(zeros) - min(zeros) <= SAME * max(zeros)
+
+
+def number_of_weights(studies: Sequence[Study]) -> int:
+    return len({study.config.problem.weight.sha256 for study in studies})
 
 
 def at_equal_size(studies: Sequence[Study]) -> str:
@@ -77,37 +75,38 @@ def at_equal_size(studies: Sequence[Study]) -> str:
     Args:
         studies: of one weight, which are `comparable`.
     """
-    points = [[row for row in study.rows if None not in (row["relative_loss"], row["parameters"])] for study in studies]
+    points = [
+        [row | {"study": study.name} for row in study.rows if None not in (row["relative_loss"], row["parameters"])]
+        for study in studies
+    ]
 
-    def nearest(parameters: float) -> list[tuple[dict[str, Any], str]]:
-        found = (min(rows, key=lambda row: abs(log(row["parameters"] / parameters))) for rows in points)
-        return sorted(zip(found, (study.name for study in studies)), key=lambda one: one[0]["relative_loss"])
+    def nearest(size: float) -> list[dict[str, Any]]:
+        found = (min(rows, key=lambda row: abs(log(row["parameters"] / size))) for rows in points)
+        return sorted(found, key=lambda row: row["relative_loss"])
 
-    def sizes(group: list[tuple[dict[str, Any], str]]) -> list[float]:
-        return sorted(row["parameters"] for row, _ in group)
+    def sizes(group: list[dict[str, Any]]) -> list[float]:
+        return sorted(row["parameters"] for row in group)
 
     groups = [nearest(row["parameters"]) for rows in points for row in rows]
     group = min(groups, key=lambda group: (sizes(group)[-1] / sizes(group)[0], -sizes(group)[0]))
     small, large = sizes(group)[0], sizes(group)[-1]
     if large > OF_ONE_SIZE * small:
         return "no ranks of equal size were trained in every study, so their losses show no better one"
-    words, losses = studies[0].words, [row["relative_loss"] for row, _ in group]
+    words, best, losses = studies[0].words, group[0], [row["relative_loss"] for row in group]
     size = f"{small:,.0f} parameters" if small == large else f"{small:,.0f} to {large:,.0f} parameters"
     shown = words.amounts(*losses)
-    texts = [f"{name} {loss} (rank {row['rank']})" for (row, name), loss in zip(group, shown)]
-    start = f"at equal size ({size}), "
+    texts = [f"{row['study']} {loss} (rank {row['rank']})" for row, loss in zip(group, shown)]
     if losses[-1] <= converged_loss(losses[0]):
-        within = words.amounts(losses[-1] - losses[0])[0]
-        return f"{start}losses are equal within {words.whole(within)}: {first_of(texts)}"
-    return f"{start}{group[0][1]} {words.loses} least: {words.whole(shown[0])} (rank {group[0][0]['rank']}); " + (
-        first_of(texts[1:])
-    )
+        equal = f"losses are equal within {words.show(losses[-1] - losses[0])}"
+        return f"at equal size ({size}), {equal}: {first_of(texts)}"
+    least = f"{best['study']} {words.loses} least: {words.whole(shown[0])} (rank {best['rank']})"
+    return f"at equal size ({size}), {least}; {first_of(texts[1:])}"
 
 
 def what_compares(studies: Sequence[Study]) -> list[str]:
     """Return sentences on what of these studies compares, and what does not."""
     kinds, sentences = comparable(studies), []
-    weights = len({study.weight_sha256 for study in studies})
+    weights = number_of_weights(studies)
     if weights > 1:
         sentences.append(
             f"These are studies of {weights} weights. Only sizes and relative losses compare: each loss is relative to "
@@ -121,13 +120,12 @@ def what_compares(studies: Sequence[Study]) -> list[str]:
             "One weight and the same inputs: losses compare at equal parameters. Equal ranks of two families differ in "
             "size."
         )
-    metrics = {study.words.loss_metric for found in kinds.values() for study in found}
+    metrics, inputs = {metric for metric, _ in kinds}, {inputs for _, inputs in kinds}
     if len(metrics) > 1:
         sentences.append(
             "Relative losses by output energy and by the loss of the model do not compare: one is a fraction of the "
             "output energy, the other a fraction of the increase of the loss by the zero predictor."
         )
-    inputs = {_kind(study.rows[0]["inputs"]) for found in kinds.values() for study in found}
     if len(inputs) > 1:
         sentences.append("Losses under isotropic inputs and under measured ones do not compare.")
     if weights == 1 and inputs == {"measured"} and len({study.rows[0]["inputs"] for study in studies}) > 1:
@@ -146,7 +144,7 @@ def what_compares(studies: Sequence[Study]) -> list[str]:
 def machines_of(study: Study) -> list[str]:
     """Return where the runs of a study took place: hosts, device and CPU threads, from the record of each run."""
     hosts: dict[str, set[str]] = {}
-    for _, _, run in find_runs(study.files.directory, study.config.seeds[0]) if study.config else []:
+    for _, _, run in find_runs(study.files.directory, study.config.seeds[0]) if study.config.seeds else []:
         record = read_json_as(run.config, RunConfig) if run.config.is_file() else None
         if record is not None and (where := record.provenance):
             on_gpu, threads = str(record.settings.get("device")).startswith("cuda"), where.get("threads")
@@ -162,13 +160,12 @@ def study_row(study: Study) -> dict[str, Any]:
     """Return the row of a study, with the columns `STUDIES` and `STUDIES_RUNS` of `ks.files.columns`."""
     rows, words, target = study.rows, study.words, study.target
     named = named_row(rows, target) or {}
-    runs = [run for run in _runs(study) if "(as rank" not in str(run["status"])]  # copies of another rank
-    timed = [(run["train_seconds"], run["rank"]) for run in runs if run["train_seconds"] is not None]
+    runs = [run for run in read_runs(study.files, rows) if "(as rank" not in str(run["status"])]  # those are copies
+    timed = [(seconds, run["rank"]) for run in runs if (seconds := run.get("train_seconds")) is not None]
     verdicts: dict[str, list[str]] = {}
     for row in rows:
-        for part in str(row["verdict"] or "").split(", "):
+        for part in parts_of(row):
             verdicts.setdefault(part, []).append(str(row["rank"]))
-    verdicts.pop("", None)
     kind, _, sha256 = (rows[0]["inputs"] or "").partition(" ")
     relative = study.loss_label == MEAN_SQUARED_ERROR
     reached = target is not None and any(row["reached_target"] for row in rows)
@@ -176,10 +173,10 @@ def study_row(study: Study) -> dict[str, Any]:
         "study": study.name,
         "layer": rows[0]["weight_key"] or rows[0]["weight"],
         "machine": "; ".join(machines_of(study)),
-        "chain": study.chain,
+        "chain": study.config.problem.chain,
         "inputs": f"{kind} {sha256[:8]}".strip(),
         "loss": ("loss of the model" if words.of_model else "output energy") if relative else study.loss_label,
-        "seeds": study.config and " ".join(map(str, study.config.seeds)),
+        "seeds": " ".join(map(str, study.config.seeds)),
         "target": target and f"{words.amounts(target)[0]}: {'reached' if reached else 'not reached'}",
         "reached": None if target is None else reached,
         "runs": ", ".join(f"{count} {status}" for status, count in Counter(str(run["status"]) for run in runs).items()),
@@ -187,13 +184,6 @@ def study_row(study: Study) -> dict[str, Any]:
         "train_seconds": sum(seconds for seconds, _ in timed) or None,
         "longest_run": "rank {1}: {0:.1f} s".format(*max(timed)) if timed else None,
     } | {name: named.get(name) for name in ("rank", "share_of_dense", "relative_loss", "loss_increase", "energy_loss")}
-
-
-def _runs(study: Study) -> list[dict[str, Any]]:
-    """Return rank, seed, status and seconds of every run; of earlier versions, of every rank."""
-    if not study.files.runs_csv.is_file():
-        return study.rows
-    return read_table(study.files.runs_csv, columns.chosen(columns.RUNS, RUNS_READ), RUNS_READ)
 
 
 def findings(studies: Sequence[Study], rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -216,7 +206,7 @@ def findings(studies: Sequence[Study], rows: Sequence[dict[str, Any]]) -> list[s
         first = at_equal_size(studies)
         firsts = [f"{first[0].upper()}{first[1:]}."]
     else:
-        weights = len({study.weight_sha256 for study in studies})
+        weights = number_of_weights(studies)
         firsts = [f"{len(rows)} studies of {'one weight' if weights == 1 else f'{weights} weights'}."]
     if asked:
         firsts.append(f"Targets that are reached: {len(reached)} of {len(asked)}.")

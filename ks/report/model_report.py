@@ -19,16 +19,8 @@ from ks.report.figures.parts import Sheet
 from ks.report.read_results import Study
 from ks.report.sentences import first_of, of_failures
 from ks.report.summary import summary_columns
-from ks.report.verdict import Limit
-from ks.report.weight_report import (
-    CAPTIONS,
-    GLOSSARY,
-    GLOSSARY_OF_ENERGY,
-    GLOSSARY_OF_INCREASES,
-    GLOSSARY_OF_LOSSES,
-    ending,
-    file_name,
-)
+from ks.report.verdict import Limit, parts_of
+from ks.report.weight_report import CAPTIONS, GLOSSARY, OF_LOSSES, ending, file_name
 from ks.report.words import Words, percents, significant
 
 GOAL = ("budget", "target_relative_loss", "target_loss_increase", "chains", "chain", "rank_multiple", "loss_metric")
@@ -65,14 +57,12 @@ def write_model_report(
         UsageError: a plan of the study is not valid.
     """
     config, source, rows = study.config, study.files, study.rows
-    assert config is not None
     plan, remarks = ModelPlan.load(source.plan_json) if source.plan_json.exists() else None, []
     planned_for = read_json_object(source.plan_record).get("arguments") or {}
     if plan is not None and any(config.arguments.get(flag) != planned_for.get(flag) for flag in GOAL):
         remarks.append(f"{source.plan_json.name} was made for another goal than these runs, and is left out.")
         plan = None
-    weak = [row for row in rows if str(row["verdict"]).startswith(Limit.TRAINING)]
-    if weak:
+    if weak := [row for row in rows if Limit.TRAINING in parts_of(row)]:
         names = first_of([f"{row['weight_key']}, rank {row['rank']}" for row in weak])
         remarks.append(f"Undertrained: {names}. Increase --num_epochs.")
     first, *more = findings(study, plan)
@@ -81,21 +71,19 @@ def write_model_report(
     unit = Words(unit=study.words.unit or (plan.unit if plan else "")).axis_unit
     # The name of the layer is a column also if there is one layer alone.
     of_summary = {column.name: column for column in [*chosen(SUMMARY, ("weight_key",)), *summary_columns(rows)]}
-    if plan is None:
-        layers, others = page.table([*of_summary.values()], rows, unit, links), ""
-    else:
+    layers, beside = "", rows
+    if plan is not None:
         ended_badly = any(not ended_well(row["status"]) for row in rows)
         shown = [column for column in TRAINED_LAYERS if column.name != "status" or ended_badly]
-        layers = page.table(shown, _with_marks(plan, _layer_rows(plan, rows)), unit, links)
+        layers = page.table(shown, _layer_rows(plan, rows), unit, links)
         layers += f'<p class="soft">{BOTH_ARE_PREDICTED}</p>'
         planned = [(layer.layer, layer.rank) for layer in plan.layers]
         beside = [row for row in rows if (row["weight_key"], row["rank"]) not in planned]
-        others = page.table([*of_summary.values()], beside, unit, links)
-    figures = [page.figure(inline_svg(drawn["plans"], "plans"), CAPTIONS["plans"])] if "plans" in drawn else []
+    figures = [(inline_svg(drawn["plans"], "plans"), CAPTIONS["plans"])] if "plans" in drawn else []
     increases = page.table(MEASURED_PLANS, _pairs(measured), unit) + page.figures(figures)
     sections = [
         ("Layers", layers),
-        ("Other ranks", others),
+        ("Other ranks" if plan else "Layers", page.table([*of_summary.values()], beside, unit, links)),
         ("Measured increase of the loss of the model", increases),
         ("Model", page.definitions(_model(config, study))),
         ("Glossary", page.definitions(_glossary(study, plan))),
@@ -115,22 +103,23 @@ def findings(study: Study, plan: ModelPlan | None) -> list[str]:
         listed = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, sorted(ranks)))}"
         return [*sentences, f"{len(layers)} layers, at {listed}."]
     warning, others = plan.sentences()[: plan.is_misjudged], plan.sentences()[plan.is_misjudged :]
-    total, size = _layer_rows(plan, study.rows)[-1], f"{plan.share:.2%} of the parameters of {len(plan.layers)} weights"
+    total, trained = _layer_rows(plan, study.rows)[-1], ""
     if total["trained_increase"] is not None:
         planned, found = significant(total["planned_increase"], total["trained_increase"])
-        found = f"are predicted to cost the model {found} {Words(unit=plan.unit).axis_unit}"
-        sentences.append(f"The trained chains {found}, with {size}; the plan predicts {planned}.")
+        trained = f"are predicted to cost the model {found} {Words(unit=plan.unit).axis_unit}"
     elif total["trained_energy_loss"] is not None:
         planned, found = percents(total["planned_energy_loss"], total["trained_energy_loss"])
-        found = f"lose {found} of the output energy on average"
-        sentences.append(f"The trained chains {found}, with {size}; the plan predicts {planned}.")
+        trained = f"lose {found} of the output energy on average"
+    if trained:
+        size = f"{plan.share:.2%} of the parameters of {len(plan.layers)} weights"
+        sentences.append(f"The trained chains {trained}, with {size}; the plan predicts {planned}.")
     return [*warning, *sentences, *others]
 
 
 def _layer_rows(plan: ModelPlan, rows: list[dict]) -> list[dict[str, Any]]:
     """Return a row for each layer of a plan, with the losses of the chain that was trained for it, and their total.
 
-    A sum or mean is known if all its parts are.
+    A sum or mean is known if all its parts are. Planned losses that are interpolated have a ~ before them.
     """
     trained = {(row["weight_key"], row["rank"]): row for row in rows}
     found: list[dict[str, Any]] = []
@@ -154,16 +143,11 @@ def _layer_rows(plan: ModelPlan, rows: list[dict]) -> list[dict[str, Any]]:
         for column in (f"planned_{name}", f"trained_{name}"):
             values = [row[column] for row in found]
             total[column] = None if None in values else sum(values) / parts
+    for layer, row in zip(plan.layers, found):
+        for known in chosen(TRAINED_LAYERS, ("planned_increase", "planned_energy_loss")):
+            if layer.interpolated and row[known.name] is not None:
+                row[known.name] = f"~{cell(known, row[known.name])}"
     return [*found, total]
-
-
-def _with_marks(plan: ModelPlan, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of `_layer_rows` with ~ before the planned losses that are interpolated."""
-    for layer, row in zip(plan.layers, rows):
-        for column in chosen(TRAINED_LAYERS, ("planned_increase", "planned_energy_loss")):
-            if layer.interpolated and row[column.name] is not None:
-                row[column.name] = f"~{cell(column, row[column.name])}"
-    return rows
 
 
 def _pairs(plans: Mapping[str, ModelPlan]) -> list[dict[str, Any]]:
@@ -192,11 +176,10 @@ def _model(config: StudyRecord, study: Study) -> dict[str, str | None]:
 
 
 def _glossary(study: Study, plan: ModelPlan | None) -> dict[str, str]:
-    glossary = {name: GLOSSARY[name] for name in ("rank", "chain")}
+    of_losses = OF_LOSSES if study.words.of_model else (*OF_LOSSES, "relative loss")
+    terms = ["rank", "chain", *(() if plan else of_losses), "energy loss"]
+    glossary = {term: GLOSSARY[term] for term in terms}
     glossary["share"] = "parameters of the chain, as a fraction of those of the dense weight"
-    if plan is None:
-        glossary |= GLOSSARY_OF_LOSSES | ({} if study.words.of_model else GLOSSARY_OF_ENERGY)
-    glossary |= {"energy loss": GLOSSARY_OF_INCREASES["energy loss"]}
     if study.summary["loss_increase"].notna().any() or (plan and plan.loss_increase is not None):
-        glossary["increase"] = GLOSSARY_OF_INCREASES["loss increase"].format(unit=study.words.in_unit)
+        glossary["increase"] = GLOSSARY["loss increase"].format(unit=study.words.in_unit)
     return glossary

@@ -102,15 +102,10 @@ def definitions(pairs: Mapping[str, str | None]) -> str:
     return f"<dl>{found}</dl>" if found else ""
 
 
-def figures(drawn: Iterable[str]) -> str:
-    """Return figures of `figure`, in as many columns as the page has room for."""
-    found = "".join(drawn)
+def figures(drawn: Iterable[tuple[str, str]]) -> str:
+    """Return figures, each an <svg> and its caption, in as many columns as the page has room for."""
+    found = "".join(f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>" for svg, caption in drawn)
     return f'<div class="figures">{found}</div>' if found else ""
-
-
-def figure(svg: str, caption: str) -> str:
-    """Return a figure with its caption."""
-    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def commands(lines: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ import pandas as pd
 from ks.errors import UsageError, one_line
 from ks.files import columns
 from ks.files.curves import read_curves
-from ks.files.layout import RunFiles, SweepFiles, find_runs
+from ks.files.layout import SweepFiles, find_runs
 from ks.files.rows import read_summary, read_table
 from ks.files.schema import StudyRecord, read_json_as
 from ks.files.status import OK, ended_well
@@ -64,10 +64,7 @@ class Study:
 
     curves: one row for each run and epoch (columns of the curves file, and seed). summary: one row for each rank
     (columns of the summary; for a 2025 folder only the losses are filled). floor: columns of the floor file, empty if
-    there is no floor. files: that it was read from. title: weight and chain, None if not known. answer: sentences of
-    `ks.report.answer`. predict_zero_loss, held_out_predict_zero_loss: loss of the zero predictor, in the unit of the
-    losses, on the inputs of the runs and on those held out. target: relative loss that is asked for. config: the config
-    file; None for a 2025 folder.
+    there is no floor. files: that it was read from. config: the config file; that of a 2025 folder is empty.
     """
 
     name: str
@@ -75,21 +72,29 @@ class Study:
     summary: pd.DataFrame
     floor: pd.DataFrame
     files: SweepFiles
-    title: str | None = None
-    chain: str | None = None
-    weight_sha256: str | None = None
-    loss_label: str = MEAN_SQUARED_ERROR
-    answer: tuple[str, ...] = ()
-    predict_zero_loss: float | None = None
-    held_out_predict_zero_loss: float | None = None
-    target: float | None = None
-    config: StudyRecord | None = None
+    config: StudyRecord
 
     @cached_property
     def rows(self) -> list[dict]:
         """Rows of the summary, with None for a missing value."""
         rows = self.summary.to_dict("records")
         return [{str(name): None if is_missing(value) else value for name, value in row.items()} for row in rows]
+
+    @property
+    def target(self) -> float | None:
+        """Relative loss that is asked for."""
+        return self.rows[0]["target_relative_loss"]
+
+    @cached_property
+    def loss_label(self) -> str:
+        """Label of the losses: MEAN_SQUARED_ERROR for the toolkit's own criterion, and for no other."""
+        criterion = self.config.settings.get("criterion")
+        if criterion is None:  # an earlier version, whose config may hold the label itself
+            return self.config.loss or MEAN_SQUARED_ERROR
+        if criterion == "mean_squared_error":
+            return MEAN_SQUARED_ERROR
+        name = re.sub(r" (of \S+ [\d.]+|sha256 [0-9a-f]+)$", "", str(criterion))
+        return f"loss, {one_line(name, 40)}"
 
     @cached_property
     def metrics(self) -> list[str]:
@@ -114,12 +119,13 @@ class Study:
 
         Mean squared errors with a known zero predictor become fractions; increases of the loss of the model stay.
         """
-        zero, words = self.predict_zero_loss, self.words
+        problem, words = self.config.problem, self.words
+        zero = problem.predict_zero_loss
         if self.loss_label != MEAN_SQUARED_ERROR or zero is None:
             return Units(1.0, 1.0, self.loss_label)
         if words.of_model:
             return Units(1.0, 1.0, words.label, zero, words)
-        return Units(zero, self.held_out_predict_zero_loss or zero, words.label, 1.0, words)
+        return Units(zero, problem.held_out_predict_zero_loss or zero, words.label, 1.0, words)
 
     @cached_property
     def words(self) -> Words:
@@ -173,11 +179,6 @@ class Study:
         return f"--metric {' '.join(unknown)}: no run of {self.name} has values of that name; {known}"
 
 
-def summary_frame(rows: list[dict]) -> pd.DataFrame:
-    """Return the rows of the summary with all its columns, in their order, and those of metrics after them."""
-    return pd.DataFrame([{name: row.get(name) for name in written_columns(rows)} for row in rows])
-
-
 def read_study(files: SweepFiles, rows: list[dict] | None = None) -> Study:
     """Read a results folder, ours or one of the 2025 ksmm scripts; its summary says which ranks belong to the study.
 
@@ -189,47 +190,23 @@ def read_study(files: SweepFiles, rows: list[dict] | None = None) -> Study:
     """
     if not files.directory.is_dir():
         raise UsageError(f"{files.directory}: no such folder")
-    config = read_json_as(files.config, StudyRecord) if files.config.exists() else None
-    first_seed = config.seeds[0] if config else None
-    found = [run for run in find_runs(files.directory, first_seed) if run[2].curves_csv.is_file()]
+    config = read_json_as(files.config, StudyRecord) if files.config.exists() else StudyRecord({}, [], [])
+    found = [run for run in find_runs(files.directory, *config.seeds[:1]) if run[2].curves_csv.is_file()]
     rows = _summary_rows(files) if rows is None else rows
     if not found and not rows:
         raise UsageError(f"{files.directory} holds no results (no rank_R/rank_R_rank_R_loss_curves.csv in it)")
-    if config is not None and rows:
-        runs = _runs_of_study(files, found, rows, config.seeds)
-    else:  # of the 2025 scripts, whose summary has no more than the curves
-        curves_of = [(rank, seed, read_curves(run.curves_csv, rank)) for rank, seed, run in found]
-        runs = [(run_row(rank, curves, OK, seed), curves) for rank, seed, curves in curves_of]
-        ranks = dict.fromkeys(rank for rank, *_ in found)
-        rows = [rank_row([row for row, _ in runs if row["rank"] == rank]) for rank in ranks]
+    is_ours, ranks = config.seeds and rows, {row["rank"] for row in rows}
+    if is_ours:
+        found = [(rank, seed, run) for rank, seed, run in found if rank in ranks and seed in config.seeds]
+    runs = [(rank, seed, read_curves(run.curves_csv, rank)) for rank, seed, run in found]
+    if not is_ours:  # of the 2025 scripts, whose summary has no more than the curves
+        by_rank: dict[int, list[dict]] = {}
+        for rank, seed, curves in runs:
+            by_rank.setdefault(rank, []).append(run_row(rank, curves, OK, seed))
+        rows = [*map(rank_row, by_rank.values())]
     floors = read_table(files.floor_csv, columns.FLOOR, FLOOR_NAMES) if files.floor_csv.is_file() else []
-    tables = (_drawn_curves(runs), summary_frame(rows), pd.DataFrame(floors, columns=FLOOR_NAMES), files)
-    if config is None:
-        return Study(files.directory.name, *tables)
-    return Study(
-        files.directory.name,
-        *tables,
-        title=config.title,
-        chain=config.problem.chain,
-        weight_sha256=config.problem.weight.sha256,
-        loss_label=_loss_label(config),
-        answer=tuple(config.answer),
-        predict_zero_loss=config.problem.predict_zero_loss,
-        held_out_predict_zero_loss=config.problem.held_out_predict_zero_loss,
-        target=next((row["target_relative_loss"] for row in rows), None),
-        config=config,
-    )
-
-
-def _loss_label(config: StudyRecord) -> str:
-    """Return the label of a study's losses: MEAN_SQUARED_ERROR for the toolkit's own criterion, and for no other."""
-    criterion = config.settings.get("criterion")
-    if criterion is None:  # an earlier version, whose config may hold the label itself
-        return config.loss or MEAN_SQUARED_ERROR
-    if criterion == "mean_squared_error":
-        return MEAN_SQUARED_ERROR
-    name = re.sub(r" (of \S+ [\d.]+|sha256 [0-9a-f]+)$", "", str(criterion))
-    return f"loss, {one_line(name, 40)}"
+    summary, floor = pd.DataFrame(rows, columns=written_columns(rows)), pd.DataFrame(floors, columns=FLOOR_NAMES)
+    return Study(files.directory.name, _drawn_curves(files, rows, runs), summary, floor, files, config)
 
 
 def _summary_rows(files: SweepFiles) -> list[dict]:
@@ -246,28 +223,19 @@ def _summary_rows(files: SweepFiles) -> list[dict]:
     return []
 
 
-def _runs_of_study(
-    files: SweepFiles, found: list[tuple[int, int | None, RunFiles]], rows: list[dict], seeds: list
-) -> list[tuple[dict, list[dict]]]:
-    """Return (row, curves) of the runs of a study; the status of each seed comes from the runs file."""
+def read_runs(files: SweepFiles, rows: list[dict]) -> list[dict]:
+    """Return rank, seed, status and seconds of every run; for a folder without the runs file, the rows of its ranks."""
+    if not files.runs_csv.is_file():
+        return rows
+    needed = ("rank", "seed", "status")
+    return read_table(files.runs_csv, columns.chosen(columns.RUNS, (*needed, "train_seconds")), needed)
+
+
+def _drawn_curves(files: SweepFiles, rows: list[dict], runs: list[tuple[int, int | None, list[dict]]]) -> pd.DataFrame:
+    """Return the curves to draw, with their seeds: failed runs only for ranks of which no seed finished."""
+    status_of = {(run["rank"], run.get("seed")): run["status"] for run in read_runs(files, rows)}
     ranks = {row["rank"]: row["status"] for row in rows}
-    status_of: dict = {}
-    if files.runs_csv.is_file():
-        read = ("rank", "seed", "status")
-        known = read_table(files.runs_csv, columns.chosen(columns.RUNS, read), read)
-        status_of = {(row["rank"], row["seed"]): row["status"] for row in known}
-    return [
-        (
-            {"rank": rank, "seed": seed, "status": status_of.get((rank, seed), ranks[rank])},
-            read_curves(run.curves_csv, rank),
-        )
-        for rank, seed, run in found
-        if rank in ranks and seed in seeds
-    ]
-
-
-def _drawn_curves(runs: list[tuple[dict, list[dict]]]) -> pd.DataFrame:
-    """Return the curves to draw: failed runs only for ranks of which no seed finished."""
-    well = {row["rank"] for row, _ in runs if ended_well(row["status"])}
-    drawn = [run for run in runs if ended_well(run[0]["status"]) or run[0]["rank"] not in well]
-    return pd.DataFrame([epoch | {"seed": row["seed"]} for row, curves in drawn for epoch in curves])
+    well = {(rank, seed) for rank, seed, _ in runs if ended_well(status_of.get((rank, seed), ranks[rank]))}
+    finished = {rank for rank, _ in well}
+    drawn = [run for run in runs if run[:2] in well or run[0] not in finished]
+    return pd.DataFrame([epoch | {"seed": seed} for _, seed, curves in drawn for epoch in curves])

@@ -9,7 +9,7 @@ from ks.files.status import ended_well
 from ks.report.answer import LOWRANK, best_known, named_row, trained_and_reachable
 from ks.report.read_results import Study
 from ks.report.summary import times_of
-from ks.report.verdict import ROUNDING, SMALL_EXCESS, Limit, converged_loss
+from ks.report.verdict import ROUNDING, SMALL_EXCESS, Limit, Mark, converged_loss, parts_of
 from ks.report.words import Words
 
 NONE_FINISHED = "no rank has finished"
@@ -64,49 +64,38 @@ def advice(rows: list[dict], sampling: str | None = None) -> list[str]:
     """
     sentences, words = [], Words.of(rows[0])
     for row in rows:
-        rank, verdict = row["rank"], row["verdict"]
-        limit = None if verdict is None else verdict.limit
+        rank, verdict, best = row["rank"], parts_of(row), row["relative_floor_upper"]
+        goal = "the floor" if row["loss_floor_is_exact"] else "that of the best known chain"
         if row["failed"]:
             sentences.append(f"Rank {rank}: {row['status']}; see its train.log.")
-        elif limit is Limit.SAMPLES:
-            remedy = "--sampling auto or more samples" if sampling == "fixed" else "more samples"
+        elif Limit.SAMPLES in verdict or Limit.TRAINING in verdict:
+            distance, limit = words.amounts(row["excess"], max(converged_loss(best) - best, SMALL_EXCESS))
+            text = f"its loss is {words.whole(distance)} above {goal}, where at most {limit} would do"
+            remedy = "Increase --num_epochs."
+            if Limit.SAMPLES in verdict:
+                text += ", and the training loss shows less than half of this distance"
+                remedy = f"Use {'--sampling auto or ' if sampling == 'fixed' else ''}more samples."
+            sentences.append(f"Rank {rank} is {verdict[0]}: {text}. {remedy}")
+        elif words.small in verdict:
             sentences.append(
-                f"Rank {rank} is sample-limited: its loss is {_above(row, words)}, and the training loss shows less "
-                f"than half of this distance. Use {remedy}."
+                f"Rank {rank} is {words.small}: its loss exceeds {goal} by {words.show(row['excess'])}. A larger "
+                "--num_epochs gains little."
             )
-        elif limit is Limit.TRAINING:
-            sentences.append(f"Rank {rank} is undertrained: its loss is {_above(row, words)}. Increase --num_epochs.")
-        elif limit is words.small:
-            sentences.append(
-                f"Rank {rank} is {limit}: its loss exceeds {_reference(row)} by {words.show(row['excess'])}. "
-                "A larger --num_epochs gains little."
-            )
-        if verdict is not None and verdict.calibration_limited:
+        if Mark.CALIBRATION_LIMITED in verdict:
             held_out, measured = words.amounts(words.held_out(row), row["relative_loss"])
             sentences.append(
                 f"Rank {rank} is calibration-limited: it {words.loses} {held_out} on held-out inputs, {measured} on "
                 "the measured ones. Measure more inputs."
             )
-    larger = [str(row["rank"]) for row in rows if row["verdict"] is not None and row["verdict"].larger_than_dense]
+    larger = [str(row["rank"]) for row in rows if Mark.LARGER_THAN_DENSE in parts_of(row)]
     if larger:
         sentences.append(f"Larger than the dense weight: rank {', '.join(larger)}.")
     if slow := _slower(rows, "dense", AS_FAST):
         sentences.append(f"Not faster than dense: {slow}.")
-    is_lowrank = str(rows[0].get("chain")).split()[0] == "lowrank"  # two nn.Linear of the very same products
+    is_lowrank = (rows[0]["chain"] or "").split(" ")[0] == "lowrank"  # two nn.Linear of the very same products
     if not is_lowrank and (slow := _slower(rows, "lowrank", 1 / AS_FAST)):
         sentences.append(f"Slower than a low-rank factorisation of the same size: {slow}.")
     return sentences
-
-
-def _reference(row: dict) -> str:
-    return "the floor" if row.get("loss_floor_is_exact") else "that of the best known chain"
-
-
-def _above(row: dict, words: Words) -> str:
-    """Return how far a loss is above the best known one, and the distance at which the verdict would change."""
-    best = row["relative_floor_upper"]
-    distance, limit = words.amounts(row["excess"], max(converged_loss(best) - best, SMALL_EXCESS))
-    return f"{words.whole(distance)} above {_reference(row)}, where at most {limit} would do"
 
 
 def recommendation(study: Study) -> list[str]:
@@ -114,24 +103,24 @@ def recommendation(study: Study) -> list[str]:
 
     Low-rank is better if it can lose less than the rank that the answer names can, with no more parameters.
     """
-    row = named_row(study.rows, study.target)
-    if not study.answer or row is None or study.floor.empty or study.family == "lowrank":
-        return list(study.answer)
+    row, answer = named_row(study.rows, study.target), study.config.answer
+    if not answer or row is None or study.floor.empty or study.family == "lowrank":
+        return answer
     beside = study.lowrank_beside(pd.Series([row["parameters"]])).iloc[0]
     rank, loss = int(beside["rank"]), beside["relative_loss"]
     if loss >= best_known(row):
-        return list(study.answer)
+        return answer
     least, ours = trained_and_reachable(row, loss)
     first = (
         f"Prefer a low-rank factorisation: at rank {rank} it can reach {least}, with no more parameters than this "
         f"chain at rank {row['rank']}, which {ours}."
     )
-    return [first, *(sentence for sentence in study.answer if not sentence.startswith(LOWRANK))]
+    return [first, *(sentence for sentence in answer if not sentence.startswith(LOWRANK))]
 
 
 def of_losses(study: Study) -> str:
     """Return the loss of the best rank, and which ranks are not at their floors."""
-    return "; ".join(filter(None, [_of_best(study), _of_limits(study.summary)]))
+    return "; ".join(filter(None, [_of_best(study), _of_limits(study.rows)]))
 
 
 def _of_best(study: Study) -> str:
@@ -143,20 +132,18 @@ def _of_best(study: Study) -> str:
     return f"rank {best['rank']} {verb} {study.units.whole(best['best'])}"
 
 
-def _of_limits(summary: pd.DataFrame) -> str:
+def _of_limits(rows: list[dict]) -> str:
     """Return which ranks are not at their floors; empty if no rank has a verdict on its floor."""
-    verdicts = dict(zip(summary["rank"], summary["verdict"].map(lambda verdict: str(verdict).split(", ")[0])))
-    judged = {rank: verdict for rank, verdict in verdicts.items() if verdict in [*Limit]}
-    texts = []
-    for limit in Limit:
-        ranks = [rank for rank, verdict in judged.items() if verdict == limit]
-        if ranks and limit is not Limit.CONVERGED:
-            subject = "it" if len(summary) == 1 else listed(ranks, len(summary))
-            texts.append(f"{subject} {'is' if len(ranks) in (1, len(summary)) else 'are'} {limit}")
-    if texts or not judged:
+    limited = {limit: [row["rank"] for row in rows if limit in parts_of(row)] for limit in Limit}
+    converged, texts = limited.pop(Limit.CONVERGED), []
+    for limit, ranks in limited.items():
+        if ranks:
+            subject = "it" if len(rows) == 1 else listed(ranks, len(rows))
+            texts.append(f"{subject} {'is' if len(ranks) in (1, len(rows)) else 'are'} {limit}")
+    if texts or not converged:
         return ", ".join(texts)
-    state = "at its floor" if summary["loss_floor_is_exact"].fillna(True).all() else "converged"
-    return f"every rank is {state}" if len(judged) > 1 else f"it is {state}"
+    state = "converged" if any(row["loss_floor_is_exact"] is False for row in rows) else "at its floor"
+    return f"every rank is {state}" if len(converged) > 1 else f"it is {state}"
 
 
 def of_range(study: Study) -> str:
@@ -207,8 +194,8 @@ def of_gaps(study: Study) -> str:
         return f"no rank ends above {goal}"
     if worst <= SMALL_EXCESS * units.zero:
         return f"every rank ends at most {units.whole(worst)} above {goal}"
-    verdict = str(study.summary.set_index("rank")["verdict"].get(rank)).split(", ")[0]
-    return f"rank {rank} ends furthest above {goal}, by {units.whole(worst)}; it is {verdict}"
+    limit = [f"it is {parts_of(row)[0]}" for row in study.rows if row["rank"] == rank and row["verdict"]]
+    return "; ".join([f"rank {rank} ends furthest above {goal}, by {units.whole(worst)}", *limit])
 
 
 def of_front(study: Study, losses: pd.DataFrame) -> str:
@@ -235,10 +222,8 @@ def of_front(study: Study, losses: pd.DataFrame) -> str:
 def of_metric(metric: str, summary: pd.DataFrame) -> str:
     """Return where a metric ends, for the smallest and the largest finished rank that has it."""
     column = f"{FINAL}{metric}"
-    known = summary.dropna(subset=[column]).sort_values("rank") if column in summary else summary.iloc[:0]
-    if known.empty:
+    if column not in summary or (values := summary.set_index("rank")[column].dropna().sort_index()).empty:
         return NONE_FINISHED
-    values = known.set_index("rank")[column]
     ends = dict.fromkeys((values.index[0], values.index[-1]))
     return f"at the end, {metric} is " + " and ".join(f"{values[rank]:.4g} at rank {rank}" for rank in ends)
 

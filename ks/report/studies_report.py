@@ -10,7 +10,7 @@ from ks.report.figures.draw import chains_figures, inline_svg
 from ks.report.figures.parts import Sheet
 from ks.report.read_results import Study
 from ks.report.sentences import recommendation
-from ks.report.weight_report import GLOSSARY, GLOSSARY_OF_LOSSES, is_squashed, reproducing_command
+from ks.report.weight_report import GLOSSARY, is_squashed, reproducing_command
 
 CAPTION = "Points: trained ranks. Lines: no chain of this family and size can have a smaller loss."
 TERMS = {
@@ -18,7 +18,7 @@ TERMS = {
     "relative loss": "the loss of a chain, as a fraction of that of the zero predictor on the same weight and inputs",
     "loss increase": "the increase of the loss of the model per token that is predicted to second order",
     "target": "the largest loss that the study was asked for",
-    **{name: GLOSSARY_OF_LOSSES[name] for name in ("zero predictor", "floor")},
+    **{name: GLOSSARY[name] for name in ("zero predictor", "floor")},
 }
 
 
@@ -42,9 +42,9 @@ def write_studies_report(
     if not log_scale and any(map(is_squashed, studies)):
         drawn = chains_figures(studies, log_scale=True)
     answers = [f"{study.name}: {sentences[0]}" for study in studies if (sentences := recommendation(study))]
-    recorded = [(study.name, study.config) for study in studies if study.config and study.config.arguments]
+    recorded = [(study.name, study.config) for study in studies if study.config.arguments]
     commands = [f"# {name}\n{reproducing_command(config)}\n" for name, config in recorded]
-    figures = [page.figure(inline_svg(figure, name), _caption(name)) for name, figure in drawn.items()]
+    figures = [(inline_svg(figure, name), _caption(name)) for name, figure in drawn.items()]
     sections = [
         ("Studies", page.table(results, rows, units.pop() if len(units) == 1 else "", links)),
         ("The same in every study", page.definitions({name.replace("_", " "): text for name, text in shared.items()})),

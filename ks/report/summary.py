@@ -16,21 +16,16 @@ from ks.files.layout import SweepFiles
 from ks.files.schema import TrainingLog
 from ks.files.status import OK, Ending, Status, ended_well
 from ks.files.table import is_missing, table
-from ks.report.verdict import NEGLIGIBLE_FLOOR, ROUNDING, Verdict, is_calibration_limited, limit_of
+from ks.report.verdict import NEGLIGIBLE_FLOOR, ROUNDING, Mark, is_calibration_limited, limit_of
 from ks.report.words import Words
 
-LOSSES = ("final_train_loss", "final_val_loss", "min_train_loss", "min_val_loss", "population_loss", *columns.EFFECTS)
+FINAL_LOSSES = ("final_train_loss", "final_val_loss", "population_loss")  # with standard errors over seeds
+AVERAGED = (*FINAL_LOSSES, "min_train_loss", "min_val_loss", *columns.EFFECTS, *names(LATENCIES))
 NO_LOG = TrainingLog("")
-COPIED = ("rank", "min_train_epoch", "min_val_epoch", "num_epochs", "segments")
-WITH_ERROR = ("final_train_loss", "final_val_loss", "population_loss")
 
 
 def run_row(
-    rank: int,
-    curves: list[dict],
-    ending: Ending = OK,
-    seed: int | None = None,
-    log: TrainingLog = NO_LOG,
+    rank: int, curves: list[dict], ending: Ending = OK, seed: int | None = None, log: TrainingLog = NO_LOG
 ) -> dict:
     """Return the row of one run, with the keys of `ks.files.columns.RUNS`, its latencies and its metrics.
 
@@ -54,7 +49,7 @@ def run_row(
         best, epoch = min(values, default=(None, None))
         row |= {f"min_{split}_loss": best, f"min_{split}_epoch": epoch}
     last = curves[-1] if curves and ended_well(ending) else {}
-    for name in ("final_train_loss", "final_val_loss", "population_loss"):
+    for name in FINAL_LOSSES:
         row[name] = finite(last.get(name.removeprefix("final_")))
     chosen: dict = next((entry for entry in curves if entry["epoch"] == row["min_val_epoch"]), {})
     for metric in columns.metric_names(curves):
@@ -98,31 +93,33 @@ def rank_row(
     finished = [run for run in runs if ended_well(run["status"])]
     good = finished or runs
     row: dict[str, Any] = dict.fromkeys(names(SUMMARY))
-    row |= {key: good[0][key] for key in COPIED}
+    row |= {name: good[0][name] for name in ("rank", "min_train_epoch", "min_val_epoch", "num_epochs", "segments")}
     row |= {"num_seeds": len(finished), "train_seconds": _mean([run["train_seconds"] for run in runs])}
-    row |= {name: _mean([run[name] for run in good]) for name in LOSSES}
-    row |= {f"{name}_se": _standard_error([run[name] for run in good]) for name in WITH_ERROR}
-    row |= {name: _mean([run.get(name) for run in good]) for name in [*names(LATENCIES), *summary_metrics(runs)]}
+    row |= {name: _mean([run.get(name) for run in good]) for name in (*AVERAGED, *summary_metrics(runs))}
+    row |= {f"{name}_se": _standard_error([run[name] for run in good]) for name in FINAL_LOSSES}
     if row["population_loss_se"] is not None:
         row["relative_loss_se"] = row["population_loss_se"] / predict_zero
     row |= {"predict_zero_loss": predict_zero, "target_relative_loss": reference.target, **reference.identity}
     row["status"] = _joint_ending(runs)
     row["failed"] = row["status"].status not in (Status.OK, Status.INTERRUPTED, Status.NOT_STARTED)
-    if chain is not None:
-        row["parameters"] = chain.parameters(row["rank"])
-        row["compression_ratio"] = chain.rows * chain.cols / row["parameters"]
-        row["share_of_dense"] = 1 / row["compression_ratio"]
-        row["saturated"] = row["rank"] >= chain.saturation_rank
+    if chain is None:  # of the 2025 scripts, which computed nothing to compare
+        return row
+    row["parameters"] = chain.parameters(row["rank"])
+    row["compression_ratio"] = chain.rows * chain.cols / row["parameters"]
+    row["share_of_dense"] = 1 / row["compression_ratio"]
+    row["saturated"] = row["rank"] >= chain.saturation_rank
     if floor is not None:
         upper = floor.lower if floor.exact else floor.upper
         row |= {"relative_floor": floor.lower, "relative_floor_upper": upper}
         row |= {"loss_floor": floor.lower * predict_zero, "loss_floor_upper": upper * predict_zero}
         row["loss_floor_is_exact"] = floor.exact
-    limit, better, calibration = None, False, False
-    if row["population_loss"] is not None and chain is not None:
+    if not finished:
+        return row
+    limit, better, calibration_limited = None, False, False
+    if row["population_loss"] is not None:
         relative = row["relative_loss"] = row["population_loss"] / predict_zero
         if reference.target is not None:
-            row["reached_target"] = bool(finished) and relative <= reference.target
+            row["reached_target"] = relative <= reference.target
         if floor is not None:
             row |= _distance(relative, floor)
             if reference.isotropic_floors is not None:
@@ -131,11 +128,14 @@ def rank_row(
             better = not floor.exact and row["excess"] < -ROUNDING
         if reference.held_out_predict_zero_loss and row["final_val_loss"] is not None:
             held_out = row["held_out_relative_loss"] = row["final_val_loss"] / reference.held_out_predict_zero_loss
-            calibration = is_calibration_limited(relative, held_out, reference.held_out_count)
-    row["verdict"] = None
-    if finished and chain is not None:
-        verdict = Verdict(limit, row["saturated"], row["compression_ratio"] < 1, better, calibration)
-        row["verdict"] = verdict if str(verdict) else None
+            calibration_limited = is_calibration_limited(relative, held_out, reference.held_out_count)
+    marks = {
+        Mark.SATURATED: row["saturated"],
+        Mark.LARGER_THAN_DENSE: row["compression_ratio"] < 1,
+        Mark.BETTER: better,
+        Mark.CALIBRATION_LIMITED: calibration_limited,
+    }
+    row["verdict"] = ", ".join([*filter(None, [limit]), *(mark for mark in marks if marks[mark])]) or None
     return row
 
 
@@ -169,12 +169,9 @@ def _standard_error(values: list) -> float | None:
 
 def times_of(row: dict, other: str = "dense") -> dict[int, tuple[float, float]]:
     """Return the milliseconds of the chain and of "dense" or "lowrank" at every batch size at which both are known."""
-    found: dict[int, Any] = {}
-    for batch in BATCHES:
-        chain, beside = (row.get(f"{kind}latency_ms_batch_{batch}") for kind in ("", f"{other}_"))
-        if not is_missing(chain) and not is_missing(beside):
-            found[batch] = (chain, beside)
-    return found
+    name = "latency_ms_batch_{}".format
+    times: dict[int, Any] = {batch: (row.get(name(batch)), row.get(f"{other}_{name(batch)}")) for batch in BATCHES}
+    return {batch: pair for batch, pair in times.items() if not any(map(is_missing, pair))}
 
 
 def measured_batches(rows: list[dict]) -> list[int]:

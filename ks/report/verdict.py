@@ -1,7 +1,11 @@
-"""The verdict on a rank: whether it has converged to its floor, else what limits it. All rules are here."""
+"""The verdict on a rank: whether it has converged to its floor, else what limits it. All rules are here.
 
-from dataclasses import dataclass
+It is a text, as in the files: the `Limit` of the rank if it has a floor, then its marks, separated by commas.
+"""
+
+from collections.abc import Mapping
 from enum import StrEnum
+from typing import Any
 
 from ks.bounds.floors import Floor
 from ks.errors import InternalError
@@ -32,25 +36,18 @@ class Limit(StrEnum):
     TRAINING = "undertrained"
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """The limit of a rank, None if there is no floor, and its marks; `str` is the text of the summary."""
+class Mark(StrEnum):
+    """A property of a rank that its verdict lists after the limit."""
 
-    limit: Limit | None
-    saturated: bool
-    larger_than_dense: bool
-    beats_best_known: bool = False
-    calibration_limited: bool = False
+    SATURATED = "saturated"
+    LARGER_THAN_DENSE = "larger than dense"
+    BETTER = "better than the best known chain"
+    CALIBRATION_LIMITED = "calibration-limited"
 
-    def __str__(self) -> str:
-        marks = {
-            "saturated": self.saturated,
-            "larger than dense": self.larger_than_dense,
-            "better than the best known chain": self.beats_best_known,
-            "calibration-limited": self.calibration_limited,
-        }
-        words = [str(self.limit)] if self.limit else []
-        return ", ".join(words + [mark for mark, holds in marks.items() if holds])
+
+def parts_of(row: Mapping[str, Any]) -> list[str]:
+    """Return the limit and the marks in the verdict of a row of the summary."""
+    return row["verdict"].split(", ") if row["verdict"] else []
 
 
 def limit_of(population_loss: float, train_loss: float, floor: Floor, small: Limit = Limit.SMALL) -> Limit:

@@ -40,20 +40,13 @@ GLOSSARY = {
     "chain": "a product of sparse factors that takes the place of the dense weight",
     "saturated": "a rank so large that a larger one changes nothing",
     "held out": "inputs that were measured and kept back from the runs",
-}
-GLOSSARY_OF_LOSSES = {
     "zero predictor": "outputs that are all 0",
     "floor": "the least loss that any chain of the rank can have; where two bounds stand, it lies between them",
     "best known chain": "the chain whose loss is the upper bound of the floor; a run may beat it",
     "optimality gap": "how far the loss is above that of the best known chain, as a fraction of it",
     "front": "the least loss with at most so many parameters, over all families",
-}
-GLOSSARY_OF_ENERGY = {
-    "zero predictor": "outputs that are all 0; its loss is the energy of the dense outputs",
     "relative loss": "E‖Wx − Ŵx‖² / E‖Wx‖², the fraction of the output energy that is lost: 0% is dense, 100% is the "
-    "zero predictor",
-}
-GLOSSARY_OF_INCREASES = {
+    "zero predictor, whose loss is the energy of the dense outputs",
     "loss increase": "½ tr(G (W − Ŵ) C (W − Ŵ)ᵀ), with C = E[x xᵀ] of the inputs and G = E[g gᵀ] of the gradients of "
     "the loss of the model at the outputs of the layer: the increase of the loss{unit}, that is predicted to "
     "second order, with x and g taken as independent. The prediction ranks chains; the increase that was measured on a "
@@ -61,6 +54,7 @@ GLOSSARY_OF_INCREASES = {
     "energy loss": "E‖Wx − Ŵx‖² / E‖Wx‖², the fraction of the output energy that is lost; a chain that loses less of "
     "it may cost the model more",
 }
+OF_LOSSES = ("zero predictor", "floor", "best known chain", "optimality gap", "front")  # terms of the glossary
 FRACTIONS_OF_ENERGY = (0.5, 0.9, 0.99)
 
 
@@ -84,10 +78,10 @@ def write_report(study: Study, files: SweepFiles, drawn: dict[str, Sheet], *, lo
     for name, figure in shown.items():
         caption, other = CAPTIONS.get(name, CAPTIONS["metric"]), logarithmic.get(name, figure)
         if name in logarithmic and name in ON_BOTH_AXES:
-            figures.append(page.figure(inline_svg(figure, f"{name}_linear"), f"{caption} Linear axis."))
+            figures.append((inline_svg(figure, f"{name}_linear"), f"{caption} Linear axis."))
             caption += " Logarithmic axis."
-        figures.append(page.figure(inline_svg(other, name), caption))
-    name = study.title or study.name
+        figures.append((inline_svg(other, name), caption))
+    name = study.config.title or study.name
     page.write_page(files.report, name, recommendation(study) or [name], _sections(study, figures))
 
 
@@ -97,21 +91,21 @@ def is_squashed(study: Study) -> bool:
     return len(losses) > 0 and np.nanmax([losses.max(), study.units.zero]) > SQUASHED * losses.min()
 
 
-def _sections(study: Study, drawn: list[str]) -> list[tuple[str, str]]:
+def _sections(study: Study, drawn: list[tuple[str, str]]) -> list[tuple[str, str]]:
     config, rows = study.config, study.rows
     metrics = [f"{columns.FINAL}{metric}" for metric in study.metrics]
     shown = [*summary_columns(rows, ("held_out_loss_increase", "parameters")), *columns.metric_columns(metrics)]
     timed = [row for row in rows if any(not is_missing(row.get(column.name)) for column in LATENCIES)]
-    sections = [
+    return [
         ("Ranks", page.table(shown, rows, study.words.axis_unit)),
         ("Figures", page.figures(drawn)),
-        ("Remarks", page.items(config.advice if config else [])),
+        ("Remarks", page.items(config.advice)),
         ("Latency: median milliseconds of a forward pass", page.table([SUMMARY[0], *LATENCIES], timed)),
-        ("Weight", page.definitions(_weight(study, config)) if config else ""),
-        ("Inputs", page.definitions(_inputs(config)) if config else ""),
+        ("Weight", page.definitions(_weight(study))),
+        ("Inputs", page.definitions(_inputs(config))),
         ("Glossary", page.definitions(_glossary(study))),
+        *ending(config),
     ]
-    return [*sections, *ending(config)] if config else sections
 
 
 def ending(config: StudyRecord) -> list[tuple[str, str]]:
@@ -122,16 +116,16 @@ def ending(config: StudyRecord) -> list[tuple[str, str]]:
 
 def _glossary(study: Study) -> dict[str, str]:
     """Return the terms that the page uses."""
-    glossary = dict(GLOSSARY)
+    terms = ["rank", "chain", "saturated", "held out"]
     if study.loss_label == MEAN_SQUARED_ERROR:
-        glossary |= GLOSSARY_OF_LOSSES | ({} if study.words.of_model else GLOSSARY_OF_ENERGY)
+        terms += OF_LOSSES if study.words.of_model else [*OF_LOSSES, "relative loss"]
     if study.summary["loss_increase"].notna().any():
-        glossary |= {term: text.format(unit=study.words.in_unit) for term, text in GLOSSARY_OF_INCREASES.items()}
-    return glossary
+        terms += ["loss increase", "energy loss"]
+    return {term: GLOSSARY[term].format(unit=study.words.in_unit) for term in terms}
 
 
-def _weight(study: Study, config: StudyRecord) -> dict[str, str | None]:
-    weight, criterion = config.problem.weight, config.settings.get("criterion")
+def _weight(study: Study) -> dict[str, str | None]:
+    config, weight, criterion = study.config, study.config.problem.weight, study.config.settings.get("criterion")
     if study.loss_label == MEAN_SQUARED_ERROR:
         criterion = None
     return {
@@ -140,7 +134,7 @@ def _weight(study: Study, config: StudyRecord) -> dict[str, str | None]:
         "shape (out × in)": weight.shape
         and f"{weight.shape[0]} × {weight.shape[1]}, {weight.shape[0] * weight.shape[1]:,} parameters",
         "dtype": weight.dtype,
-        "chain": study.chain,
+        "chain": config.problem.chain,
         "criterion": criterion
         and f"{criterion}; losses are those of outputs in units of the root mean square of W x, and no floor holds",
         "spectrum": _spectrum(study),

@@ -7,13 +7,12 @@ from drawn_study import DIVERGED, make_study, texts
 
 from ks.files.atomic import write_csv, write_json
 from ks.files.layout import SweepFiles, run_files
-from ks.files.schema import StudyRecord
 from ks.report.comparison import findings, machines_of, shared_columns, study_row, what_compares
 from ks.report.figures.draw import chains_figures
 
 
-def study_of(name, ranks=(2, 4), summary=None, **described):
-    study = make_study(list(ranks), **{"weight_sha256": "a"} | described)
+def study_of(name, ranks=(2, 4), summary=None, sha256="a", **described):
+    study = make_study(list(ranks), weight={"sha256": sha256}, **described)
     return dataclasses.replace(study, name=name, summary=study.summary.assign(**summary or {}))
 
 
@@ -34,7 +33,7 @@ def test_studies_of_one_weight_and_one_target_open_with_the_smallest_chain_that_
         "of the dense weight: small (rank 4)."
     ]
     assert findings_of(studies[0])[0] == "No study reaches the target of 50% of the output energy."
-    other = dataclasses.replace(studies[1], weight_sha256="b")
+    other = study_of("large", (8,), {"reached_target": True}, "b", target=target)
     assert findings_of(studies[0], other) == ["2 studies of 2 weights.", "Targets that are reached: 1 of 2."]
 
 
@@ -72,11 +71,11 @@ def test_a_run_that_failed_is_in_the_findings_and_in_its_row():
 @pytest.mark.parametrize(
     ("summary", "described", "sentence"),
     [
-        ({}, {"weight_sha256": "b"}, "Only sizes and relative losses compare"),
+        ({}, {"sha256": "b"}, "Only sizes and relative losses compare"),
         ({"loss_metric": "model_loss"}, {}, "by output energy and by the loss of the model do not compare"),
         ({"inputs": "isotropic"}, {}, "under isotropic inputs and under measured ones do not compare"),
         ({"inputs": "measured 13"}, {}, "The inputs were measured on different data"),
-        ({}, {"loss_label": "another criterion"}, "Not in a figure, without a relative loss: b."),
+        ({}, {"criterion": "another"}, "Not in a figure, without a relative loss: b."),
     ],
 )
 def test_what_does_not_compare_is_stated(summary, described, sentence):
@@ -97,12 +96,12 @@ def test_machines_and_times_are_those_of_the_runs(tmp_path):
         write_json(run.config, {"settings": {"device": device}, "provenance": where})
     runs = [{"rank": 2, "status": "ok", "train_seconds": 1.5}, {"rank": 4, "status": "ok", "train_seconds": 4.0}]
     copied = {"rank": 8, "status": "ok (as rank 4)", "train_seconds": 4.0}
-    rows = [row | {"seed": 0} for row in (*runs, copied)]
+    rows = [row | {"seed": 0} for row in (*runs, copied, {"rank": 16, "status": "not started"})]
     write_csv(files.runs_csv, ["rank", "seed", "status", "train_seconds"], rows)
-    study = study_of("a", (2, 4, 8), config=StudyRecord({}, [2, 4, 8], [0]), files=files)
+    study = study_of("a", (2, 4, 8), files=files)
     assert machines_of(study) == ["n1, n2: A CPU, 1 thread", "n3: A GPU, 1 thread"]
     row = study_row(study)
-    assert (row["train_seconds"], row["longest_run"], row["runs"]) == (5.5, "rank 4: 4.0 s", "2 ok")
+    assert (row["train_seconds"], row["longest_run"], row["runs"]) == (5.5, "rank 4: 4.0 s", "2 ok, 1 not started")
 
 
 def test_only_texts_that_every_study_has_are_left_out_of_the_table():

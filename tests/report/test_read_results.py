@@ -7,7 +7,7 @@ from ks.files.atomic import write_csv, write_json
 from ks.files.curves import write_curves
 from ks.files.layout import SweepFiles, run_files
 from ks.files.status import OK, Ending, Status
-from ks.report.read_results import read_study, summary_frame
+from ks.report.read_results import read_study
 from ks.report.summary import rank_row, run_row, write_summary
 
 DIVERGED = Ending(Status.DIVERGED)
@@ -25,19 +25,19 @@ def folder(tmp_path):
         write_curves(run, [row | {"rank": rank} for row in CURVES])
     rows = [rank_row(runs[:2], CHAIN), rank_row(runs[2:], CHAIN)]
     write_csv(files.runs_csv, columns.names(columns.RUNS), runs)
-    write_json(files.summary_json, summary_frame(rows).to_dict("records"))
+    write_summary(files, rows)
     return files
 
 
 def test_a_study_is_read_without_the_runs_of_other_studies(folder):
     """Failed runs are drawn only for ranks of which no seed finished."""
-    problem = {"chain": "monarch", "weight": {"sha256": "abc"}}
-    write_json(folder.config, {"settings": {}, "ranks": [2, 4], "seeds": [7, 8], "title": "T", "problem": problem})
+    record = {"settings": {}, "ranks": [2, 4], "seeds": [7, 8], "title": "T", "problem": {"chain": "monarch"}}
+    write_json(folder.config, record)
     study = read_study(folder)
     assert list(study.summary["rank"]) == [2, 4]
     assert list(study.summary["status"]) == ["diverged (1 of 2 seeds)", "diverged (2 of 2 seeds)"]
     assert list(study.curves.groupby(["rank", "seed"]).groups) == [(2, 7), (4, 7), (4, 8)]
-    assert (study.title, study.chain, study.weight_sha256) == ("T", "monarch", "abc")
+    assert (study.config.title, study.config.problem.chain) == ("T", "monarch")
     assert (len(study.floor), list(study.floor)) == (0, columns.names(columns.FLOOR))
 
 
@@ -85,29 +85,18 @@ def test_what_is_no_study_is_one_line(tmp_path, folder):
             read_study(files)
 
 
-@pytest.mark.parametrize("name", ["runs_csv", "floor_csv"])
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00\x80", b"a,b\n1,2\n"], ids=["empty", "binary", "other columns"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *((name, text) for name in ("runs_csv", "floor_csv") for text in (b"", b"\xff\xfe\x00\x80", b"a,b\n1,2\n")),
+        *(("summary_json", text) for text in (b"[1, 2]", b'{"rank": 2}', b'[{"rank": 2}, {"status": "ok"}]')),
+    ],
+)
 def test_a_damaged_table_is_one_line_with_its_name(folder, name, content):
     write_json(folder.config, {"settings": {}, "ranks": [2], "seeds": [7, 8]})
     path = getattr(folder, name)
     path.write_bytes(content)
-    with pytest.raises(UsageError, match="cannot be read|lacks the columns") as raised:
+    with pytest.raises(UsageError, match="cannot be read|lacks the columns|is not valid") as raised:
         read_study(folder)
     assert str(raised.value).startswith(str(path))
     assert "\n" not in str(raised.value)
-
-
-@pytest.mark.parametrize("content", [[1, 2], {"rank": 2}, [{"rank": 2}, {"status": "ok"}]], ids=str)
-def test_a_summary_of_another_kind_is_one_line_with_its_name(folder, content):
-    write_json(folder.summary_json, content)
-    with pytest.raises(UsageError, match="is not valid") as raised:
-        read_study(folder)
-    assert str(raised.value).startswith(str(folder.summary_json))
-    assert "\n" not in str(raised.value)
-
-
-def test_a_summary_without_a_config_is_one_of_2025(folder):
-    """Its ranks are those that have curves."""
-    study = read_study(folder)
-    assert list(study.summary["rank"]) == [2, 4, 16]
-    assert list(study.summary["num_seeds"]) == [3, 2, 1]

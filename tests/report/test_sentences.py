@@ -12,50 +12,49 @@ from ks.report.figures.draw import study_figures
 from ks.report.sentences import advice, listed, recommendation
 
 
-def headings(study):
-    return {name: figure.finding for name, figure in study_figures(study).items()}
+def heading(name, study):
+    return study_figures(study, names=[name])[name].finding
 
 
 def test_ranks_at_their_floors():
     study = make_study([2, 4], level=1.0, num_epochs=3000)
-    found, floors = headings(study), PLAN.floors([2, 4])
-    first, last = study.summary["relative_loss"]
-    assert found["loss_curves"] == f"Rank 4 loses {last:.2%} of the output energy; every rank is at its floor"
-    assert found["final_losses"] == f"From rank 2 to rank 4, the relative loss falls from {first:.2%} to {last:.2%}"
-    assert found["floor"] == f"No chain of rank 4 loses less than {floors[4].lower:.2%}"
-    worst = study.summary["excess"].max()
-    assert found["gap"] == f"Every rank ends at most {100 * worst:.2g}% of the output energy above its floor"
-    study.summary["verdict"] = "within 0.1% of the energy, saturated"
-    assert headings(study)["loss_curves"].endswith("; every rank is within 0.1% of the energy")
+    (first, last), worst = study.summary["relative_loss"], study.summary["excess"].max()
+    expected = {
+        "loss_curves": f"Rank 4 loses {last:.2%} of the output energy; every rank is at its floor",
+        "final_losses": f"From rank 2 to rank 4, the relative loss falls from {first:.2%} to {last:.2%}",
+        "floor": f"No chain of rank 4 loses less than {PLAN.floor(4).lower:.2%}",
+        "gap": f"Every rank ends at most {100 * worst:.2g}% of the output energy above its floor",
+    }
+    assert {name: heading(name, study) for name in expected} == expected
+    small = dataclasses.replace(study, summary=study.summary.assign(verdict="within 0.1% of the energy, saturated"))
+    assert heading("loss_curves", small).endswith("; every rank is within 0.1% of the energy")
 
 
 def test_ranks_away_from_their_floors():
     study = make_study([2, 4])
-    found, worst = headings(study), study.summary["excess"].max()
-    assert found["loss_curves"].endswith("; every rank is undertrained")
-    assert (
-        found["gap"] == f"Rank 2 ends furthest above its floor, by {worst:.2%} of the output energy; it is undertrained"
-    )
-    assert headings(make_study([4]))["loss_curves"].endswith("; it is undertrained")
+    excess = f"{study.summary['excess'].max():.2%} of the output energy"
+    assert heading("gap", study) == f"Rank 2 ends furthest above its floor, by {excess}; it is undertrained"
+    assert heading("loss_curves", study).endswith("; every rank is undertrained")
+    assert heading("loss_curves", make_study([4])).endswith("; it is undertrained")
     many = make_study(range(1, 13))
     many.summary.loc[0, "verdict"] = "converged"
-    assert headings(many)["loss_curves"].endswith("; 11 of 12 ranks are undertrained")
+    assert heading("loss_curves", many).endswith("; 11 of 12 ranks are undertrained")
 
 
 def test_a_failed_rank_is_not_the_best():
-    assert headings(make_study([2, 4], endings={4: DIVERGED}))["loss_curves"].startswith("Rank 2 loses ")
+    assert heading("loss_curves", make_study([2, 4], endings={4: DIVERGED})).startswith("Rank 2 loses ")
 
 
 def test_ranks_between_two_bounds():
     study = make_study([2, 4], spread=1.2)
     bounds = study.summary["loss_floor"].iloc[1] / 2, study.summary["loss_floor_upper"].iloc[1] / 2
-    assert headings(study)["floor"] == (
+    assert heading("floor", study) == (
         f"At rank 4, the best known chain loses {bounds[1]:.2%}, and no chain loses less than {bounds[0]:.2%}"
     )
-    assert "above its best known chain" in headings(study)["gap"]
+    assert "above its best known chain" in heading("gap", study)
     better = make_study([2, 4], level=0.9, num_epochs=3000, spread=1.3)
     assert (better.summary["excess"] < 0).all()
-    assert headings(better)["gap"] == "No rank ends above its best known chain"
+    assert heading("gap", better) == "No rank ends above its best known chain"
 
 
 @pytest.mark.parametrize(
@@ -70,7 +69,7 @@ def test_ranks_between_two_bounds():
 def test_a_target_is_answered_by_the_floors(target, spread, expected):
     curve = PLAN.curve.tolist()
     ranks = {"least": next(rank for rank, loss in enumerate(curve) if loss <= target), "saturation": len(curve) - 1}
-    assert headings(make_study([2, 4], target=target, spread=spread))["floor"] == expected.format(**ranks)
+    assert heading("floor", make_study([2, 4], target=target, spread=spread)) == expected.format(**ranks)
 
 
 @pytest.mark.parametrize(
@@ -86,34 +85,24 @@ def test_the_front_compares_what_chains_can_lose_with_what_low_rank_can_at_equal
     study = make_study([2, 4], level=1.3, spread=spread)  # every run ends above low-rank
     for rank, factor in zip(study.lowrank_beside(study.summary["parameters"])["rank"], factors):
         study.floor.loc[(study.floor["chain"] == "lowrank") & (study.floor["rank"] == rank), "relative_loss"] *= factor
-    assert headings(study)["front"] == expected
+    assert heading("front", study) == expected
 
 
-def test_low_rank_opens_the_report_once_where_it_can_lose_less_than_the_rank_of_the_answer():
-    beside = "A low-rank factorisation of the same size (rank 16) can reach {}; this chain is trained to {}"
-    for level, factor, better in (
-        (1.3, 0.1, True),
-        (1.3, 1, False),
-        (0.1, 1, False),
-    ):  # in the second, more epochs help
-        study = make_study([2, 4], level=level, num_epochs=1000)
-        losses = study.floor["relative_loss"].where(
-            study.floor["chain"] != "lowrank", study.floor["relative_loss"] * factor
-        )
-        study = dataclasses.replace(study, floor=study.floor.assign(relative_loss=losses))
-        row = study.summary.set_index("rank").loc[4]
-        lowrank = study.floor[(study.floor["chain"] == "lowrank") & (study.floor["parameters"] <= row["parameters"])]
-        least, ours = f"{lowrank['relative_loss'].min():.2%}", f"{row['relative_loss']:.2%}"
-        if row["relative_loss"] > row["relative_floor"]:
-            ours += f" and can reach {row['relative_floor']:.2%}"
-        sentence = beside.format(least, ours) + ("; sweep --chain lowrank as well." if better else ".")
-        answer = ("Nothing below here has a number of a rank.", sentence)
-        first = (
-            f"Prefer a low-rank factorisation: at rank {len(lowrank)} it can reach {least}, with no more parameters "
-            f"than this chain at rank 4, which is trained to {ours}."
-        )
-        expected = [first, answer[0]] if better else [*answer]
-        assert recommendation(dataclasses.replace(study, answer=answer)) == expected
+@pytest.mark.parametrize(("level", "factor", "better"), [(1.3, 0.1, True), (1.3, 1, False), (0.1, 1, False)])
+def test_low_rank_opens_the_report_once_where_it_can_lose_less_than_the_rank_of_the_answer(level, factor, better):
+    """In the second case, more epochs help."""
+    others = ["Nothing below here has a number of a rank."]
+    beside = "A low-rank factorisation of the same size (rank 16) can reach x."
+    study = make_study([2, 4], level=level, num_epochs=1000, answer=[*others, beside])
+    study.floor.loc[study.floor["chain"] == "lowrank", "relative_loss"] *= factor
+    row = study.rows[1]
+    lowrank = study.floor[(study.floor["chain"] == "lowrank") & (study.floor["parameters"] <= row["parameters"])]
+    first = (
+        f"Prefer a low-rank factorisation: at rank {len(lowrank)} it can reach {lowrank['relative_loss'].min():.2%}, "
+        f"with no more parameters than this chain at rank 4, which is trained to {row['relative_loss']:.2%} and can "
+        f"reach {row['relative_floor']:.2%}."
+    )
+    assert recommendation(study) == ([first, *others] if better else [*others, beside])
 
 
 def row(rank, kind="dense", **times):
@@ -151,10 +140,10 @@ def test_low_rank_is_not_advised_against_itself():
 
 def test_the_figure_of_latency_says_whether_chains_are_faster_than_dense():
     slow, fast = (make_study([2, 4], times={2: (1.0, 2.0), 4: (time, 2.0)}) for time in (3.0, 1.0))
-    assert headings(slow)["latency"] == (
+    assert heading("latency", slow) == (
         "Not faster than dense: rank 4 at batch 1; rank 4 at batch 32; rank 4 at batch 1024"
     )
-    assert headings(fast)["latency"] == "Every chain is faster than dense at every batch size"
+    assert heading("latency", fast) == "Every chain is faster than dense at every batch size"
 
 
 def test_lists_of_ranks():

@@ -63,7 +63,7 @@ def test_the_gap_refers_to_the_best_known_chain_and_may_be_negative():
     row = make_row(population=0.19, lower=0.1, upper=0.2)
     assert row["optimality_gap"] == pytest.approx(-0.05)
     assert row["excess"] == pytest.approx(-0.01)
-    assert str(row["verdict"]) == "between its bounds, better than the best known chain"
+    assert row["verdict"] == "between its bounds, better than the best known chain"
     exact = make_row(population=0.2 - 1e-12, lower=0.2)
     assert (exact["optimality_gap"], exact["excess"]) == (0.0, 0.0)
 
@@ -72,7 +72,7 @@ def test_measured_inputs_have_columns_of_their_own():
     measured = Reference(2.0, held_out_predict_zero_loss=1.0, held_out_count=10_000, isotropic_floors=[*range(9)])
     row = rank_row([run_row(2, CURVES)], CHAIN, Floor(2, 0.13, 0.13, True), measured)
     assert (row["held_out_relative_loss"], row["isotropic_floor"]) == (0.35, 2.0)
-    assert str(row["verdict"]) == "converged, calibration-limited"
+    assert row["verdict"] == "converged, calibration-limited"
     assert make_row()["isotropic_floor"] is None
 
 

@@ -7,7 +7,7 @@ import re
 import shlex
 
 import pytest
-from drawn_study import make_study
+from drawn_study import CHAIN, PREDICT_ZERO, make_study
 from html_page import Page
 
 import rank_sweep_study
@@ -24,9 +24,11 @@ CONFIG = {
     "ranks": [2, 4],
     "seeds": [0],
     "title": "weight.pth",
+    "answer": ["Rank 4 loses <45%> of the output energy.", "Rank 2 & more."],
     "advice": ["Rank 4 is undertrained. Increase --num_epochs."],
     "arguments": {"weight_path": "/home/someone/models/weight.pth", "ranks": [2, 4], "num_epochs": 10},
     "problem": {
+        "chain": CHAIN.describe(), "predict_zero_loss": PREDICT_ZERO,
         "weight": {"sha256": HASH, "shape": [64, 96], "key": "layer.weight", "dtype": "float32"},
         "inputs": {"kind": "measured", "key": "layer", "sha256": "ab" * 32, "count": 5000, "held_out_count": 1200,
                    "effective_rank": 12.34},
@@ -45,10 +47,8 @@ def page_of(tmp_path, study: Study, log_scale=False) -> tuple[str, Page]:
 
 
 def measured_study(**changes) -> Study:
-    study = make_study([2, 4], times={2: (1.0, 2.0), 4: (3.0, 2.0)}, title="weight.pth", target=0.5)
-    answer = ("Rank 4 loses <45%> of the output energy.", "Rank 2 & more.")
-    config = convert(CONFIG | changes, StudyRecord, "a test")
-    return dataclasses.replace(study, answer=answer, config=config)
+    study = make_study([2, 4], times={2: (1.0, 2.0), 4: (3.0, 2.0)}, target=0.5)
+    return dataclasses.replace(study, config=convert(CONFIG | changes, StudyRecord, "a test"))
 
 
 @pytest.mark.parametrize("log_scale", [False, True])
@@ -69,28 +69,25 @@ def test_the_report_holds_all_its_parts(tmp_path, log_scale):
         assert words in page.text, words
 
 
-def test_the_loss_of_the_model_is_explained_once_and_stands_beside_the_energy(tmp_path):
-    study = measured_study()
-    energy = study.summary.assign(loss_increase=0.01, energy_loss=0.5, loss_unit="nats")
+@pytest.mark.parametrize(
+    ("metric", "headings"),
+    [
+        ("output_energy", ["relative loss", "loss increase, nats per token"]),
+        ("model_loss", ["loss increase, nats per token", "energy loss", "loss floor, nats per token"]),
+    ],
+)
+def test_the_loss_of_the_model_is_explained_once_and_stands_beside_the_energy(tmp_path, metric, headings):
     inputs = CONFIG["problem"]["inputs"] | {"gradients_sha256": "cd" * 32, "damping": 0.1}
-    config = measured_study(problem=CONFIG["problem"] | {"inputs": inputs}).config
-    for metric, headings, terms in (
-        ("output_energy", ["relative loss", "loss increase, nats per token"], ["relative loss", "loss increase"]),
-        (
-            "model_loss",
-            ["loss increase, nats per token", "energy loss", "loss floor, nats per token"],
-            ["loss increase", "energy loss"],
-        ),
-    ):
-        shown = dataclasses.replace(study, summary=energy.assign(loss_metric=metric), config=config)
-        text, page = page_of(tmp_path, shown)
-        heads = re.findall(r"<th [^>]*>(.*?)</th>", text)
-        assert [head for head in heads if head in headings] == headings
-        assert page.text.count("½ tr(G (W − Ŵ) C (W − Ŵ)ᵀ)") == 1
-        assert "the increase of the loss, in nats per token, that is predicted to second order" in page.text
-        assert all(f"<dt>{term}</dt>" in text for term in terms)
-        assert ("<dt>relative loss</dt>" in text) == (metric == "output_energy")
-        assert "damped by 0.1 of its mean diagonal" in page.text
+    study = measured_study(problem=CONFIG["problem"] | {"inputs": inputs})
+    summary = study.summary.assign(loss_increase=0.01, energy_loss=0.5, loss_unit="nats", loss_metric=metric)
+    text, page = page_of(tmp_path, dataclasses.replace(study, summary=summary))
+    heads = re.findall(r"<th [^>]*>(.*?)</th>", text)
+    assert [head for head in heads if head in headings] == headings
+    assert page.text.count("½ tr(G (W − Ŵ) C (W − Ŵ)ᵀ)") == 1
+    assert "the increase of the loss, in nats per token, that is predicted to second order" in page.text
+    assert {"<dt>loss increase</dt>", "<dt>energy loss</dt>"} <= {*re.findall("<dt>.*?</dt>", text)}
+    assert ("<dt>relative loss</dt>" in text) == (metric == "output_energy")
+    assert "damped by 0.1 of its mean diagonal" in page.text
     assert "loss increase" not in page_of(tmp_path, study)[1].text
 
 
@@ -144,10 +141,9 @@ def test_a_page_shows_every_panel_of_a_figure_and_its_legend_in_turn():
 
 def test_what_a_user_named_is_text_and_never_markup(tmp_path):
     nasty = '<script>alert("x")</script> & $\\frac$ "'
-    study = measured_study(
-        advice=[nasty], problem={"weight": {"key": nasty, "sha256": nasty}}, arguments={"weight_path": nasty}
-    )
-    study = dataclasses.replace(study, title=nasty, answer=(nasty, nasty), name=nasty, chain=nasty)
+    problem = {"weight": {"key": nasty, "sha256": nasty}, "chain": nasty}
+    texts = {"title": nasty, "answer": [nasty, nasty], "advice": [nasty], "arguments": {"weight_path": nasty}}
+    study = dataclasses.replace(measured_study(problem=problem, **texts), name=nasty)
     text, page = page_of(tmp_path, study)
     assert page.count("script") == 0
     assert "<script" not in text

@@ -19,8 +19,6 @@ from ks.report.read_results import Study, Units
 from ks.report.sentences import of_front, of_latency
 from ks.report.summary import measured_batches
 
-FAMILY_LINES = ((0, (4, 2)), (0, (1, 1)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
-
 
 def _floors_of(study: Study) -> dict[str, pd.DataFrame]:
     """Return the floors of every family of a study, by its name; rows by parameters."""
@@ -52,25 +50,22 @@ def loss_by_parameters(figure: Figure, study: Study, log_scale: bool) -> str:
     look: dict[str, Any] = {"color": "#F0C800", "linewidth": 7, "alpha": 0.45, "solid_capstyle": "butt"}
     look |= {"label": "front: the least loss of all", "drawstyle": "steps-post"}
     axes.plot(front["parameters"], front["relative_loss"] * units.zero, **look)
-    own, bracketed, others = study.family, bool(losses["bracketed"].any()), 0
-    for index, (name, rows) in enumerate(_floors_of(study).items()):
-        look = {"color": FAMILY_COLORS[index % len(FAMILY_COLORS)], "linewidth": 1.4, "linestyle": "-"}
-        if name != own:
-            look["linestyle"] = FAMILY_LINES[others % len(FAMILY_LINES)]
-            others += 1
-        label = parts.floor_label(name, quick=bracketed and name == own)
+    for color, (name, rows) in zip(FAMILY_COLORS, _floors_of(study).items()):
+        own = name == study.family
+        look = {"color": color, "linewidth": 1.4, "linestyle": "-" if own else (0, (4, 2))}
+        label = parts.floor_label(name, quick=own and bool(losses["bracketed"].any()))
         axes.plot(rows["parameters"], rows["relative_loss"] * units.zero, label=label, **look)
     color = FAMILY_COLORS[0]
-    look = {"markeredgecolor": color, "markeredgewidth": 1.8}
     at_front = np.interp(losses["parameters"], front["parameters"], front["relative_loss"] * units.zero)
-    for row, least in zip(losses.itertuples(), at_front):
-        inside = paper() if least < 0.99 * row.exact else color
-        axes.plot(row.parameters, row.exact, "o", color=inside, markersize=8, clip_on=False, zorder=4, **look)
+    off = at_front < 0.99 * losses["exact"]
+    inside = [paper() if hollow else color for hollow in off]
+    look = {"edgecolors": color, "linewidths": 1.8, "clip_on": False, "zorder": 4}
+    axes.scatter(losses["parameters"], losses["exact"], 64, color=inside, **look)
     _label_points(axes, losses, color)
     _finish_parameter_axis(axes, study.dense_parameters, losses["parameters"])
     axes.plot([], [], "o", color=color, label="trained (number: rank)")
-    if (at_front < 0.99 * losses["exact"]).any():
-        axes.plot([], [], "o", color=paper(), label="trained, and off the front", **look)
+    if off.any():
+        axes.scatter([], [], color=paper(), label="trained, and off the front", **look)
     parts.write_legend(figure, axes.get_legend_handles_labels()[0])
     return of_front(study, losses)
 
@@ -102,7 +97,7 @@ def chains(figure: Figure, studies: list[Study], log_scale: bool) -> str:
             axes.plot(sizes, own["relative_loss"] * units.zero, color=color, linewidth=1.2, alpha=0.7)
         marker = MARKERS[(index + index // len(FAMILY_COLORS)) % len(MARKERS)]  # 36 studies look different
         look: dict[str, Any] = {"color": color, "marker": marker, "linestyle": ""}
-        label = textwrap.fill(parts.literal(f"{study.name}: {study.chain}"), int(13 * parts.PANEL_WIDTH))
+        label = textwrap.fill(parts.literal(f"{study.name}: {study.config.problem.chain}"), int(13 * parts.PANEL_WIDTH))
         look |= {"markersize": 8, "label": label, "clip_on": False}
         axes.plot(losses["parameters"], losses["exact"], **look)
         _label_points(axes, losses, color, index)

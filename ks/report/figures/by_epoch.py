@@ -20,7 +20,7 @@ FLOOR_LINE: dict[str, Any] = {"linestyle": (0, (4, 3)), "linewidth": 1.0}
 LEAST = 1e-6  # a gap this small, as a fraction of the zero predictor's loss, is drawn at the foot of a logarithmic axis
 
 
-def _draw_ranks(axes: Axes, curves: pd.DataFrame, column: str, summary: pd.DataFrame) -> list[tuple]:
+def _draw_ranks(axes: Axes, curves: pd.DataFrame, column: str, summary: pd.DataFrame, **look) -> list[tuple]:
     """Draw a column of the curves by epoch, a line for each rank with a value; return what `parts.label_ends` writes.
 
     A rank with several seeds has a band of one standard error to each side of its mean. The line of a rank that did
@@ -32,14 +32,17 @@ def _draw_ranks(axes: Axes, curves: pd.DataFrame, column: str, summary: pd.DataF
         band = run[np.isfinite(run[column])].groupby("epoch")[column].agg(["mean", "sem"])
         if band.empty:
             continue
-        look: dict[str, Any] = {"color": colors[rank], "linewidth": 1.8, "marker": "o" if len(band) == 1 else None}
-        axes.plot(band.index, band["mean"], ":" if rank in failed else "-", **look)
+        line: dict[str, Any] = {"color": colors[rank], "linewidth": 1.8, "marker": "o" if len(band) == 1 else None}
+        axes.plot(band.index, band["mean"], ":" if rank in failed else "-", **line | look)
         spread = band["sem"].fillna(0.0)
         if spread.any():
             limits = (band["mean"] - spread, band["mean"] + spread)
             axes.fill_between(band.index, *limits, color=colors[rank], alpha=0.25, linewidth=0)
         label = f"{rank} (failed)" if rank in failed else f"{rank}"
         ends.append((band.index[-1], band["mean"].iloc[-1], label, colors[rank]))
+    axes.set_xlabel("epoch")
+    axes.margins(x=0.02)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return ends
 
 
@@ -56,17 +59,15 @@ def loss_curves(figure: Figure, study: Study, log_scale: bool) -> str:
     )
     floored = losses[losses["lower"].notna()]
     values, floors = curves[["train_loss", "val_loss"]].to_numpy().ravel(), floored[["lower", "upper"]].to_numpy()
-    held_out = study.held_out_predict_zero_loss is not None
+    held_out = study.config.problem.held_out_predict_zero_loss
     names = ("Training", "Held-out inputs" if held_out else "Validation")
-    held_out_zero = study.held_out_predict_zero_loss if units.words.of_model else None  # fractions are of their own
-    zeros = (units.zero, held_out_zero or units.zero)
+    zeros = (units.zero, held_out if held_out and units.words.of_model else units.zero)  # fractions are of their own
     for axes, column, name, zero in zip(panels, ("train_loss", "val_loss"), names, zeros):
         ends = _draw_ranks(axes, curves, column, study.summary)
         axes.set_title(name, fontsize="medium", y=1.0)
-        parts.finish_epoch_axis(axes)
         own = dataclasses.replace(units, zero=zero)
         parts.finish_loss_axis(axes, own, [*values, *zeros], floors.ravel(), log_scale=log_scale)
-        parts.label_ends(axes, ends, "rank")
+        parts.label_ends(axes, ends)
         axes.tick_params(labelleft=True)
     low = panels[0].get_ylim()[0] if log_scale else -1.0
     for axes in panels[:1] if held_out else panels:
@@ -98,23 +99,14 @@ def gap_by_epoch(figure: Figure, study: Study, log_scale: bool) -> str:
     """
     del log_scale
     (axes,) = parts.make_panels(figure)
-    units, losses, colors = study.units, study.losses, rank_colors(study.summary["rank"])
-    floors = losses.set_index("rank")["upper"].dropna()
-    gaps = study.curves[["epoch", "rank", "population_loss"]].dropna()
-    gaps = gaps[gaps["rank"].isin(floors.index)]
-    gaps = gaps.assign(gap=gaps["population_loss"] / units.train - gaps["rank"].map(floors))
-    zero = units.zero
-    means = gaps.groupby(["rank", "epoch"])["gap"].mean().clip(lower=LEAST * zero)
-    parts.finish_loss_axis(axes, units, [*means, SMALL_EXCESS / 5 * zero], log_scale=True)
+    units, losses, zero = study.units, study.losses, study.units.zero
+    floors = study.curves["rank"].map(losses.set_index("rank")["upper"])
+    gaps = study.curves.assign(gap=(study.curves["population_loss"] / units.train - floors).clip(lower=LEAST * zero))
+    ends = _draw_ranks(axes, gaps, "gap", study.summary, marker="o", markersize=4, linewidth=1.6)
+    parts.finish_loss_axis(axes, units, [*gaps["gap"], SMALL_EXCESS / 5 * zero], log_scale=True)
     axes.axhspan(axes.get_ylim()[0], SMALL_EXCESS * zero, color=GREY, alpha=0.12, linewidth=0, zorder=0)
     axes.annotate(f"shaded: {units.words.small}", (0.01, 0.02), xycoords="axes fraction", **parts.NOTE)
-    ends = []
-    for rank, line in means.groupby(level="rank"):
-        line = line.droplevel("rank")
-        axes.plot(line.index, line, "o-", color=colors[rank], linewidth=1.6, markersize=4)
-        ends.append((line.index[-1], line.iloc[-1], str(rank), colors[rank]))
-    parts.finish_epoch_axis(axes)
-    parts.label_ends(axes, ends, "rank")
+    parts.label_ends(axes, ends)
     goal = "the best known chain" if losses["bracketed"].any() else "the floor"
     axes.set_ylabel(f"{units.label}, above\n{goal} of the rank")
     return of_gaps(study)
@@ -131,7 +123,6 @@ def metric_by_epoch(figure: Figure, study: Study, log_scale: bool, metric: str) 
     else:
         axes.yaxis.set_major_locator(MaxNLocator(6))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
-    parts.finish_epoch_axis(axes)
-    parts.label_ends(axes, ends, "rank")
+    parts.label_ends(axes, ends)
     axes.set_ylabel(metric)
     return of_metric(metric, study.summary)

@@ -67,7 +67,8 @@ def final_losses(figure: Figure, study: Study, log_scale: bool) -> str:
 
 
 def _legend(study: Study, log_scale: bool) -> list[Artist]:
-    losses, checked = study.losses, "held out" if study.held_out_predict_zero_loss is not None else "validation"
+    held_out = study.config.problem.held_out_predict_zero_loss is not None
+    losses, checked = study.losses, "held out" if held_out else "validation"
     number = "number: exact" if losses["exact"].notna().any() else f"number: {checked}"
     handles: list[Artist] = []
     for text, light in (("training", True), (f"{checked} ({number})", False)):
@@ -98,21 +99,20 @@ def floor_by_rank(figure: Figure, study: Study, log_scale: bool) -> str:
     between = losses[losses["bracketed"]]
     bounds = losses[["lower", "upper"]].to_numpy().ravel()
     parts.finish_loss_axis(axes, units, losses["exact"], bounds, log_scale=log_scale)
-    label = parts.floor_label(family, quick=len(between) > 0)
-    axes.plot(own["rank"], own["relative_loss"] * units.zero, color=ink(), linewidth=1.5, label=label)
+    look: dict[str, Any] = {"color": ink(), "linewidth": 1.5, "label": parts.floor_label(family, len(between) > 0)}
+    axes.plot(own["rank"], own["relative_loss"] * units.zero, **look)
     if len(isotropic):
-        look: dict[str, Any] = {"color": GREY, "linestyle": (0, (1, 2)), "label": "floor if inputs were isotropic"}
+        look = {"color": GREY, "linestyle": (0, (1, 2)), "label": "floor if inputs were isotropic"}
         axes.plot(isotropic["rank"], isotropic["relative_loss"] * units.zero, **look)
     parts.mark_ranks(axes, losses["rank"], losses["rank"], losses["exact"], colors)
     if len(between):
         axes.vlines(between["rank"], between["lower"], between["upper"], color=ink(), linewidth=1.2, zorder=3)
-        caps: dict[str, Any] = {"color": ink(), "linestyle": "", "markersize": 9, "markeredgewidth": 1.4, "zorder": 3}
-        axes.plot(between["rank"], between["lower"], marker="_", **caps)
-        axes.plot(between["rank"], between["upper"], marker="_", label="bounds of a trained rank", **caps)
+        ends = between.melt("rank", ["lower", "upper"])
+        caps: dict[str, Any] = {"color": ink(), "markersize": 9, "markeredgewidth": 1.4, "zorder": 3}
+        axes.plot(ends["rank"], ends["value"], "_", label="bounds of a trained rank", **caps)
     if study.target is not None:
-        axes.axhline(
-            study.target * units.zero, color="#009E73", linewidth=1.2, linestyle=(0, (6, 2)), label="target", zorder=1
-        )
+        look = {"color": "#009E73", "linewidth": 1.2, "linestyle": (0, (6, 2)), "zorder": 1}
+        axes.axhline(study.target * units.zero, label="target", **look)
     parts.set_log_axis(axes.xaxis, 1, max(own["rank"].max(), losses["rank"].max()), parts.count)
     dense = own["rank"][own["parameters"] >= study.dense_parameters]
     if len(dense):

@@ -60,7 +60,7 @@ def study_figures(
     """
     if has_several_layers(study.rows):  # their losses share no axis
         return {}
-    shown = study.title if title is None else title
+    shown = study.config.title if title is None else title
     chosen = {name: draw for name, (draw, has_data) in DRAWN.items() if name in names and has_data(study)}
     known = [metric for metric in metrics if metric in study.metrics]
     chosen |= {metric_figure(metric): partial(metric_by_epoch, metric=metric) for metric in known}
@@ -71,7 +71,7 @@ def chains_figures(studies: Sequence[Study], *, log_scale: bool = False, title: 
     """Return a figure for each kind of studies whose losses compare, by the name in its file name."""
     title = title or "points: trained (number: rank); lines: floors"
     kinds = comparable(studies)
-    names = {kind: "chains" if len(kinds) == 1 else f"chains_{kind}" for kind in kinds}
+    names = {kind: "chains" if len(kinds) == 1 else "_".join(["chains", *kind]) for kind in kinds}
     return {names[kind]: _figure(by_cost.chains, found, log_scale, title) for kind, found in kinds.items()}
 
 

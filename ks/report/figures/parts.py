@@ -74,24 +74,25 @@ class Sheet(Figure):
         self.finding = finding[:1].upper() + finding[1:]
         width, panel = self.get_size_inches()
         written, top = [], 0.08
-        looks: tuple[tuple[str | None, float, dict[str, Any]], ...] = (
-            (self.finding, 1.1, {"weight": "bold"}),
-            (name, 0.9, {"color": GREY}),
-        )
-        for text, scale, look in looks:
+        looks = ((self.finding, 1.1, "bold", ink()), (name or "", 0.9, rcParams["font.weight"], GREY))
+        for text, scale, weight, color in looks:
             size = scale * rcParams["font.size"]
-            wrapped = textwrap.wrap(one_line(text or "", 300), int((width - 0.2) * 72 / (LETTER * size)))
+            wrapped = textwrap.wrap(one_line(text, 300), int((width - 0.2) * 72 / (LETTER * size)))
             shown = "\n".join(wrapped).replace("$", r"\$")
-            look |= {"va": "top", "ha": "left", "linespacing": 1.2, "fontsize": size}
-            written.append((self.text(0.1 / width, 1.0, shown, **look), top))
+            look: dict[str, Any] = {"va": "top", "ha": "left", "linespacing": 1.2, "fontsize": size}
+            written.append((self.text(0.1 / width, 1.0, shown, weight=weight, color=color, **look), top))
             top += len(wrapped) * 1.35 * size / 72
         renderer, dpi = FigureCanvasAgg(self).get_renderer(), self.dpi
         legends = [legend.get_window_extent(renderer).height for legend in self.legends]
         self.above, self.below = top, sum(legends) / dpi
         height = self.above + panel + self.below
-        outside = np.array([_labels_of(axes, renderer) for axes in self.axes]).max(axis=0, initial=0.0) / dpi + PAD
+        reach = np.zeros(4)  # of the labels beyond the axes: left, below, right and above
+        for axes in self.axes:
+            box = axes.get_tightbbox(renderer, bbox_extra_artists=[*axes.texts, *axes.child_axes])
+            assert box is not None  # it is visible
+            reach = np.maximum(reach, np.subtract(axes.bbox.extents, box.extents) * (1, 1, -1, -1))
+        left, bottom, right, above = reach / dpi + PAD
         self.set_figheight(height)
-        left, bottom, right, above = outside
         size = ((PANEL_WIDTH - left - right) / width, (panel - bottom - above) / height)
         for index, axes in enumerate(self.axes):
             axes.set_position(((index * PANEL_WIDTH + left) / width, (self.below + bottom) / height, *size))
@@ -105,13 +106,6 @@ class Sheet(Figure):
         boxes = [(left, self.above, PANEL_WIDTH, height - self.above - self.below) for left in lefts]
         boxes.append(((width - PANEL_WIDTH) / 2, height - self.below, PANEL_WIDTH, self.below))
         return [" ".join(f"{72 * inches:.1f}" for inches in box) for box in boxes if box[-1] > 0]
-
-
-def _labels_of(axes: Axes, renderer) -> tuple[float, float, float, float]:
-    """Return how far the labels of a panel reach beyond its axes: left, below, right and above."""
-    inside, whole = axes.bbox, axes.get_tightbbox(renderer)
-    assert whole is not None  # it is visible
-    return inside.x0 - whole.x0, inside.y0 - whole.y0, whole.x1 - inside.x1, whole.y1 - inside.y1
 
 
 def make_panels(figure: Figure, count: int = 1, height: float = PANEL_HEIGHT) -> list[Axes]:
@@ -222,25 +216,18 @@ def mark_dense(axes: Axes, at: float, text: str) -> None:
 
 def mark_ranks(axes: Axes, ranks: pd.Series, at: pd.Series, losses: pd.Series, colors: dict[int, tuple]) -> None:
     """Draw a point with its rank beside it for every rank."""
-    look: dict[str, Any] = {"markersize": 8, "markeredgecolor": paper(), "clip_on": False, "zorder": 4}
+    points = [colors[rank] for rank in ranks]
+    axes.scatter(at, losses, 64, color=points, edgecolors=paper(), linewidths=1.0, clip_on=False, zorder=4)
     for rank, x, y in zip(ranks, at, losses):
-        axes.plot(x, y, "o", color=colors[rank], **look)
         axes.annotate(f"{rank}", (x, y), (6, 5), color=colors[rank], zorder=5, **BESIDE)
 
 
-def finish_epoch_axis(axes: Axes) -> None:
-    axes.set_xlabel("epoch")
-    axes.margins(x=0.02)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-
-
-def label_ends(axes: Axes, ends: list, heading: str) -> None:
-    """Write labels at the ends of lines, below a heading; those of lines that end close together are moved apart.
+def label_ends(axes: Axes, ends: list) -> None:
+    """Write the ranks of lines at their ends; those of lines that end close together are moved apart.
 
     Args:
         axes: with final limits.
         ends: x, y, label and color of the end of each line.
-        heading: above the labels.
     """
     if not ends:
         return
@@ -261,4 +248,4 @@ def label_ends(axes: Axes, ends: list, heading: str) -> None:
     joined = LineCollection(lines, colors=colors, linewidths=0.6, transform=axes.transAxes, clip_on=False)
     axes.add_collection(joined, autolim=False)
     place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "bottom"}
-    axes.annotate(heading, (1.02, apart[-1]), (0, 7), **place, **NOTE)
+    axes.annotate("rank", (1.02, apart[-1]), (0, 7), **place, **NOTE)

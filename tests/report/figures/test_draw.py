@@ -3,12 +3,13 @@ import dataclasses
 import numpy as np
 import pytest
 from drawn_study import CHAIN, DIVERGED, PREDICT_ZERO, make_study, texts
-from matplotlib.collections import PolyCollection
+from matplotlib.collections import PathCollection, PolyCollection
+from matplotlib.colors import to_rgba
 
 from ks.files.layout import FIGURES, SweepFiles
 from ks.report.figures.by_cost import front_of
 from ks.report.figures.draw import DRAWN, chains_figures, save_figures, study_figures
-from ks.report.figures.parts import rank_colors
+from ks.report.figures.parts import FAMILY_COLORS, rank_colors
 
 
 def test_every_figure_has_its_name_in_the_layout():
@@ -61,11 +62,16 @@ def test_bars_stand_on_zero_and_a_log_axis_has_points_and_the_right_axis_has_squ
     assert squared.get_ylim() == pytest.approx(2.0 * np.array(linear.get_ylim()))
 
 
+def points_in(axes) -> dict[float, float]:
+    """Return the losses of the points that `mark_ranks` drew, by their places."""
+    (points,) = (drawn for drawn in axes.collections if isinstance(drawn, PathCollection))
+    return dict(points.get_offsets().tolist())
+
+
 def test_the_floor_figure_has_the_trained_ranks_and_the_target():
     study = make_study([2, 4], target=0.9)
     axes = study_figures(study, log_scale=True)["floor"].axes[0]
-    points = {line.get_xdata()[0]: line.get_ydata()[0] for line in axes.lines if len(line.get_xdata()) == 1}
-    assert points == dict(zip(study.summary["rank"], study.summary["relative_loss"]))
+    assert points_in(axes) == dict(zip(study.summary["rank"], study.summary["relative_loss"]))
     assert 0.9 in [line.get_ydata()[0] for line in axes.lines if line.get_label() == "target"]
 
 
@@ -83,8 +89,7 @@ def test_latency_has_the_times_of_every_rank_and_of_dense_for_each_measured_batc
         f"batch {batch} (dense: 2.5 ms)" for batch in (1, 32, 1024)
     ]
     for axes in figure.axes:
-        points = {line.get_xdata()[0]: line.get_ydata()[0] for line in axes.lines if line.get_marker() == "o"}
-        assert points == dict(zip((1.0, 3.0, 5.0), study.summary["relative_loss"]))
+        assert points_in(axes) == dict(zip((1.0, 3.0, 5.0), study.summary["relative_loss"]))
         assert [2.5, 2.5] in [list(line.get_xdata()) for line in axes.lines]
     study = dataclasses.replace(study, summary=study.summary.assign(latency_ms_batch_1024=np.nan))
     assert len(study_figures(study)["latency"].axes) == 2
@@ -104,10 +109,12 @@ def test_the_front_is_the_least_loss_of_all_families_and_of_what_was_trained():
     assert (at_own > own["relative_loss"])[:-1].all()
 
 
-def test_a_trained_rank_is_hollow_where_as_many_parameters_can_lose_less():
-    figure = study_figures(make_study([2, 4], level=1.3))["front"]
-    points = [line for line in figure.axes[0].lines if line.get_marker() == "o" and len(line.get_xdata())]
-    assert {line.get_markerfacecolor() for line in points} == {"white"}
+@pytest.mark.parametrize(("level", "off"), [(1.0, False), (1.3, True)])
+def test_a_trained_rank_is_hollow_where_as_many_parameters_can_lose_less(level, off):
+    figure = study_figures(make_study([2, 4], level=level, num_epochs=3000))["front"]
+    points = next(drawn for drawn in figure.axes[0].collections if isinstance(drawn, PathCollection))
+    assert points.get_facecolors().tolist() == [[*to_rgba("white" if off else FAMILY_COLORS[0])]] * 2
+    assert ("trained, and off the front" in [text.get_text() for text in figure.legends[0].get_texts()]) == off
 
 
 def test_seeds_give_bands_and_whiskers():
@@ -118,7 +125,7 @@ def test_seeds_give_bands_and_whiskers():
     assert whiskers[1] == whiskers[0] + 2
 
 
-def test_a_failed_rank_is_shown_with_its_status_and_no_bar(tmp_path):
+def test_a_failed_rank_is_shown_with_its_status_and_no_bar():
     drawn = study_figures(make_study([2, 4], endings={4: DIVERGED}))
     assert "diverged" in texts(drawn["final_losses"])
     assert "4 (failed)" in texts(drawn["loss_curves"])
@@ -126,15 +133,15 @@ def test_a_failed_rank_is_shown_with_its_status_and_no_bar(tmp_path):
     drawn = study_figures(nothing, log_scale=True)
     assert list(drawn) == ["final_losses"]
     assert "No rank has finished" in texts(drawn["final_losses"])
-    save_figures(drawn, SweepFiles(tmp_path, "p"), ["svg"], dpi=40)
+    drawn["final_losses"].draw_without_rendering()
 
 
-def test_nan_epochs_and_floors_of_zero_do_not_break_a_log_axis(tmp_path):
+def test_nan_epochs_and_floors_of_zero_do_not_break_a_log_axis():
     study = make_study([2, CHAIN.saturation_rank])
     study.curves.loc[study.curves["rank"] == 2, ["train_loss", "val_loss"]] = np.nan
     study.summary.loc[1, ["loss_floor", "loss_floor_upper"]] = 0.0
-    drawn = study_figures(study, log_scale=True)
-    save_figures(drawn, SweepFiles(tmp_path, "p"), ["png"], 40)
+    for figure in study_figures(study, log_scale=True).values():
+        figure.draw_without_rendering()
 
 
 def test_a_metric_has_a_line_for_each_rank_that_has_it():
@@ -161,31 +168,24 @@ def test_a_metric_has_a_line_for_each_rank_that_has_it():
         assert study_figures(short, log_scale=True, metrics=["r2"])["metric_r2"].axes[0].get_yscale() == scale
 
 
-@pytest.mark.parametrize(("level", "off"), [(1.0, False), (1.3, True)])
-def test_the_legend_has_points_off_the_front_only_where_there_are_some(level, off):
-    legend = study_figures(make_study([2, 4], level=level, num_epochs=3000))["front"].legends[0]
-    assert ("trained, and off the front" in [text.get_text() for text in legend.get_texts()]) == off
-
-
-def test_chains_side_by_side(tmp_path):
+def test_chains_side_by_side():
     studies = [make_study([2, 4]), make_study([4, 8])]
-    drawn = chains_figures(studies, log_scale=True)
-    figure = drawn["chains"]
-    save_figures(drawn, SweepFiles(tmp_path, "p"), ["png"], 40)
+    figure = chains_figures(studies, log_scale=True)["chains"]
+    figure.draw_without_rendering()
     assert len(figure.legends[0].get_texts()) == 2
     assert texts(figure)[0].startswith("At equal size")
     both = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text() == "4"]
     assert not both[0].overlaps(both[1])
     old = studies[0].summary.assign(population_loss=np.nan)
-    assert chains_figures([dataclasses.replace(studies[0], summary=old, predict_zero_loss=None)]) == {}
+    assert chains_figures([dataclasses.replace(make_study([2, 4], predict_zero_loss=None), summary=old)]) == {}
 
 
 def test_different_weights_are_drawn_relative_to_the_zero_predictor_and_dense_of_each():
     beyond = CHAIN.saturation_rank  # larger than the dense weight
-    small, large = make_study([2, 4], weight_sha256="a"), make_study([1, beyond], weight_sha256="b")
+    small = make_study([2, 4], weight={"sha256": "a"}, predict_zero_loss=10.0)
+    large = make_study([1, beyond], weight={"sha256": "b"})
     large = dataclasses.replace(large, summary=large.summary.assign(loss_metric="model_loss"))
     small = dataclasses.replace(small, summary=small.summary.assign(loss_metric="model_loss", predict_zero_loss=10.0))
-    small = dataclasses.replace(small, predict_zero_loss=10.0)
     (figure,) = chains_figures([small, large]).values()
     (axes,) = figure.axes
     assert axes.get_ylabel() == "loss relative to the zero predictor"
@@ -198,7 +198,7 @@ def test_different_weights_are_drawn_relative_to_the_zero_predictor_and_dense_of
 
 
 def test_losses_that_do_not_compare_have_figures_of_their_own():
-    energy, measured, model = (make_study([2, 4], weight_sha256="a") for _ in range(3))
+    energy, measured, model = (make_study([2, 4]) for _ in range(3))
     measured = dataclasses.replace(measured, summary=measured.summary.assign(inputs="measured 1234"))
     model = dataclasses.replace(model, summary=model.summary.assign(loss_metric="model_loss"))
     drawn = chains_figures([energy, measured, model, energy])
@@ -216,7 +216,7 @@ RELATIVE = "relative loss (output energy lost)"
     ("described", "label"),
     [
         ({}, RELATIVE),
-        ({"loss_label": "l1_loss"}, "l1_loss"),
+        ({"criterion": "l1_loss of torch 2.13.0"}, "loss, l1_loss"),
         ({"predict_zero_loss": None}, "mean squared error per output"),
     ],
 )

@@ -103,7 +103,7 @@ def test_nothing_in_a_figure_is_cut_and_every_panel_stays_in_its_part(font_size,
 @pytest.mark.parametrize("at", [np.full(12, 0.0), np.full(12, 1.0), np.linspace(0.5, 0.51, 12)])
 def test_labels_of_lines_that_end_together_are_moved_apart_and_stay_beside_the_axes(at):
     axes = Figure().subplots()
-    label_ends(axes, [(1.0, y, str(number), "black") for number, y in enumerate(at)], "rank")
+    label_ends(axes, [(1.0, y, str(number), "black") for number, y in enumerate(at)])
     heights = [text.get_position()[1] for text in axes.texts[:-1]]
     assert sorted(heights) == heights
     assert min(np.diff(heights)) > 0.02
