@@ -30,34 +30,25 @@ from ks.moments.metric import Metric, MetricLike
 from ks.training.optimizer import Optimizer
 from ks.training.steps import cuda_graph
 
-# At this rate, a step removes 1 / (largest eigenvalue of the second moment of a batch) of an error at first, or
-# LARGEST_STEP if that is less; white inputs have (1 + √(n/B))² there. In batches of 512 with 768 inputs, a step of 0.2
-# diverged and 0.13 did not.
+# At this rate, a step removes 1 / (largest eigenvalue of the second moment of a batch) of an error at first; white
+# inputs have (1 + √(n/B))² there.
 REFERENCE_LR = 1e-3
-LARGEST_STEP = 0.125
-# Damping, relative to the mean diagonal of each matrix.
-DAMPING = 1e-4
-# Damping, relative to the mean over all matrices of a split: at small ranks noise takes single ones through zero.
-SHARED_DAMPING = 1e-3
+# Damping, relative to the mean diagonal of all matrices of a split: noise takes single ones through zero.
+DAMPING = 1e-3
+ALMOST_ZERO = 1e-30  # for the prefix of the left-most factor, which starts from zero
 # Eigenvalues of a matrix, relative to its largest, that count as zero in epochs of least squares.
 SMALLEST_EIGENVALUE = 1e-6
-# Levenberg–Marquardt damping of the prefixes, times the squared relative loss and less with every step. The left-most
-# factor starts from zero, and while the loss is high, noise drives the weak directions of a prefix: without this, steps
-# with inverses that are a few steps old diverge, and a warm-up of the rate is needed.
-LOSS_DAMPING = 0.5
-LOSS_MEMORY = 0.9  # of the running mean of the loss, ten steps
-# Steps that all refresh. Those that remove less than SMALL_STEP of an error may have older matrices; with 60 refreshes,
-# larger steps diverged in batches of 128.
-FIRST_REFRESHES, FIRST_REFRESHES_OF_SMALL_STEPS = 100, 30
-SMALL_STEP = 0.03
-LONGEST_INTERVAL = 64  # steps between two refreshes
+# Steps between two refreshes: half as many after the matrices have changed by more than MUCH, and twice as many after
+# less than LITTLE, as `_invert` measures it. A step diverges where a matrix has more than doubled.
+LONGEST_INTERVAL = 64
+LITTLE, MUCH = 0.35, 0.7
 # Near-ties of singular values leave slow directions, and so do coupled inputs or outputs. So the step grows to GROWTH
 # times what it is at first, but not at once: a large step diverges while the factors still change fast.
 GROWTH = 3.0
 GROWTH_STEPS = 1000  # until half of it; under white inputs slower before and faster after
-# Under white inputs it grows until it removes SMALL_STEP of an error, h, and the inner factors, whose c inputs are few,
+# Under white inputs it grows until it removes MOST_STEP of an error, h, and the inner factors, whose c inputs are few,
 # grow by the square, until their noise h c / B is INNER_NOISE.
-INNER_NOISE = 0.4
+MOST_STEP, INNER_NOISE = 0.03, 0.4
 # Largest noise of a step at first and at last, h (n + c) / B with c inputs of a block of the left-most factor: 1.2 at
 # first diverged at saturation in batches of 8, 2.0 at last trained all layers of MiniLM tried. The largest eigenvalue
 # of a coupled G multiplies it for the left-most factor, whose step G does not divide.
@@ -108,11 +99,9 @@ class GaussNewton(Optimizer):
         rows, cols = patterns[0].rows, patterns[-1].cols
         metric = Metric.of(metric)
         outputs, inputs = metric.outputs.coupling(patterns[0].d), metric.inputs.coupling(patterns[-1].a)
-        first_step = min(1 / metric.inputs.largest_of_batch(batch_size, cols), LARGEST_STEP)
+        first_step = 1 / metric.inputs.largest_of_batch(batch_size, cols)
         # The curvature belongs to half the squared error summed over outputs, the loss is its mean.
         self._whole_step, self._first_step = rows / 2, first_step
-        # The mean diagonal of PᵀP if outputs of mean square 1 are spread evenly over features of mean square 1.
-        self._natural = [rows / pattern.cols for pattern in patterns[:-1]]
         device = self.parameters[0].device
         splits = split_patterns(patterns)
         before = splits if outputs is None else [Pattern(a, b, b, d) for a, b, _, d in patterns[1:]]
@@ -128,23 +117,23 @@ class GaussNewton(Optimizer):
         if outputs is not None:
             noises[0] *= torch.linalg.eigvalsh(outputs)[-1].item()
         # What the step of every factor is multiplied by, at first and at last.
-        self._sizes = [min(1.0, FIRST_NOISE / noise) if self._is_coupled else 1.0 for noise in noises]
-        growth = min(GROWTH, LAST_NOISE / max(size * noise for size, noise in zip(self._sizes, noises)))
-        self._last_sizes = [size * growth for size in self._sizes]
+        first = [min(1.0, FIRST_NOISE / noise) if self._is_coupled else 1.0 for noise in noises]
+        growth = min(GROWTH, LAST_NOISE / max(size * noise for size, noise in zip(first, noises)))
+        last = [size * growth for size in first]
         if not self._is_coupled:
-            growth = max(1.0, min(growth, SMALL_STEP / first_step)) if rate_decays else 1.0
+            growth = max(1.0, min(growth, MOST_STEP / first_step)) if rate_decays else 1.0
             inner = [max(1.0, INNER_NOISE * batch_size / pattern.c / first_step) for pattern in patterns[:-1]]
-            self._last_sizes = [*(min(growth**2, limit) for limit in inner), growth]
-        small = first_step < SMALL_STEP and not self._is_coupled
-        self._first_refreshes = FIRST_REFRESHES_OF_SMALL_STEPS if small else FIRST_REFRESHES
+            last = [*(min(growth**2, limit) for limit in inner), growth]
+        self._first_sizes, self._last_sizes = torch.tensor(first, device=device), torch.tensor(last, device=device)
+        self._sizes = torch.ones(len(patterns), device=device)  # those in the inverses
         self._steps_per_epoch, self._num_epochs = whitened_run
         last_epochs = 0 if self._is_coupled else self._num_epochs // LEAST_SQUARES_PART
         self._least_squares_epochs = last_epochs if last_epochs >= len(patterns) else 0
         self._sums = [torch.empty_like(values) for values in self.parameters] if self._least_squares_epochs else []
-        self.relative_loss = torch.ones((), device=device)
         self.failures = torch.zeros((), dtype=torch.int32, device=device)
-        # The settings of a refresh stay on the device, so that a captured one reads new values.
-        self._loss_damping, self._grown = torch.zeros((), device=device), torch.zeros((), device=device)
+        self._pace = torch.tensor([1, 0])  # steps between two refreshes; the step before which one is due
+        # What a refresh reads and writes stays on the device, so that a captured one reads new values.
+        self._grown, self._change = torch.zeros((), device=device), torch.zeros((), device=device)
         self._replay: Callable[[], None] | None = None
         self._warnings: list[str] = []
         self._reported = False
@@ -152,30 +141,28 @@ class GaussNewton(Optimizer):
 
     def state(self) -> list[torch.Tensor]:
         changed = self._sums if self.phase else ()
-        return [
-            *super().state(),
-            *self._inverses.left,
-            *self._inverses.right,
-            self.relative_loss,
-            self.failures,
-            *changed,
-        ]
+        refresh = (*self._inverses.left, *self._inverses.right, self._sizes, self._pace, self.failures)
+        return [*super().state(), *refresh, *changed]
 
     def prepare(self, step: int) -> None:
-        """Invert the matrices again if that is due: before each of the first steps, then ever less often.
-
-        The fraction by which the factors change in a step falls about as 1 / step, so the interval grows with it, in
-        powers of two.
-        """
+        """Begin an epoch of least squares, or invert the matrices again if that is due: the less often, the less they
+        change. Each time, this reads the device."""
         epoch, in_epoch = divmod(step, self._steps_per_epoch)
         if 0 < (left := self._num_epochs - epoch) <= self._least_squares_epochs:
             if in_epoch == 0:
                 self._begin_least_squares(-left % len(self.parameters))
             return
-        interval = min(2 ** ((1 + step // self._first_refreshes).bit_length() - 1), LONGEST_INTERVAL)
-        if step % interval == 0:
-            time = (step / GROWTH_STEPS) ** (1 if self._is_coupled else 2)
-            self.refresh(LOSS_DAMPING / (1 + step / 200) ** 2, time / (1 + time))
+        interval, due = self._pace.tolist()
+        if step < due:
+            return
+        time = (step / GROWTH_STEPS) ** (1 if self._is_coupled else 2)
+        self.refresh(time / (1 + time))
+        change = self._change.item()
+        if not change < MUCH:
+            interval = max(1, interval // 2)
+        elif change < LITTLE:
+            interval = min(2 * interval, LONGEST_INTERVAL)
+        self._pace.copy_(torch.tensor([interval, step + interval]))
 
     def end_epoch(self) -> None:
         if not self.phase:
@@ -198,17 +185,15 @@ class GaussNewton(Optimizer):
         self.places = [None] * len(self.parameters)
         self.places[index] = (self.gradients if self._is_buffered else self._sums)[index]
 
-    def refresh(self, loss_damping: float, grown: float = 0.0) -> None:
+    def refresh(self, grown: float = 0.0) -> None:
         """Compute the inverses from the factors; one that fails keeps its last good value and is counted.
 
         On a GPU this is about a hundred small kernels, so it is captured as a CUDA graph when it is first due. If the
         capture fails, they are launched one by one, with a warning.
 
         Args:
-            loss_damping: what the squared loss is multiplied by for the damping of the prefixes.
             grown: fraction of the way from the first size of the steps to the last.
         """
-        self._loss_damping.fill_(loss_damping)
         self._grown.fill_(grown)
         if self._replay is None:
             self._replay = self._captured() if self.failures.is_cuda else self._compute_inverses
@@ -229,31 +214,43 @@ class GaussNewton(Optimizer):
 
     @torch.no_grad()
     def _compute_inverses(self) -> None:
-        damping = self._loss_damping * self.relative_loss.clamp(max=1.0).square()
-        # Every factor meets its size once: the right-most one from its left, the others from their right.
-        *inner, last = ((at_last - size) * self._grown + size for size, at_last in zip(self._sizes, self._last_sizes))
+        before, self._change[...] = self._sizes.clone(), 0
+        torch.lerp(self._first_sizes, self._last_sizes, self._grown, out=self._sizes)
         values, outputs, inputs = self.parameters, self._outputs, self._inputs
+        # Every factor meets its size once: the right-most one from its left, the others from their right.
         grams = prefix_grams(values) if outputs is None else coupled_grams(values, outputs)
-        sizes = [None] * (len(grams) - 1) + [last]
-        for place, gram, natural, size in zip(self._inverses.left, grams, self._natural, sizes, strict=True):
-            self._invert(gram, damping * natural, place, size)
+        for index, (place, gram) in enumerate(zip(self._inverses.left, grams, strict=True), 1):
+            sizes = (before[index], self._sizes[index]) if index == len(grams) else (1.0, 1.0)
+            self._invert(gram, place, *sizes)
         grams = suffix_grams(values) if inputs is None else coupled_moments(values, inputs)
-        for place, gram, size in zip(self._inverses.right, grams, inner, strict=True):
-            self._invert(gram, 0.0, place, size)
+        for index, (place, gram) in enumerate(zip(self._inverses.right, grams, strict=True)):
+            self._invert(gram, place, before[index], self._sizes[index])
 
     def _invert(
-        self, gram: torch.Tensor, damping: torch.Tensor | float, place: torch.Tensor, size: torch.Tensor | None
+        self,
+        gram: torch.Tensor,
+        place: torch.Tensor,
+        before: torch.Tensor | float,
+        size: torch.Tensor | float,
     ) -> None:
-        """Write `size` times the inverses of damped matrices, shape (a, c, c, d), into `place`; failures stay."""
+        """Write `size` times the inverses of damped matrices, shape (a, c, c, d), into `place`; failures stay.
+
+        Args:
+            before: what the inverses in `place` are multiplied by.
+        """
         matrices = gram.permute(0, 3, 1, 2)
         diagonal = matrices.diagonal(dim1=-2, dim2=-1)
-        diagonal += DAMPING * diagonal.mean(-1, keepdim=True) + SHARED_DAMPING * diagonal.mean() + damping
+        diagonal += DAMPING * diagonal.mean() + ALMOST_ZERO
+        kept = place.permute(0, 3, 1, 2)
+        changed = (kept / before) @ matrices
+        changed.diagonal(dim1=-2, dim2=-1).sub_(1)
+        squared = changed @ changed
+        torch.maximum(self._change, (squared * squared.mT).sum((-2, -1)).max() ** 0.25, out=self._change)
         root, info = torch.linalg.cholesky_ex(matrices)
         inverse = torch.cholesky_inverse(torch.where((info == 0)[..., None, None], root, 1.0))
         # No entry of a positive definite matrix is larger than its diagonal.
         good = (info == 0) & inverse.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()
-        kept = place.permute(0, 3, 1, 2)
-        torch.where(good[..., None, None], inverse if size is None else inverse.mul_(size), kept, out=kept)
+        torch.where(good[..., None, None], inverse.mul_(size), kept, out=kept)
         self.failures += (~good).sum()
 
     def scale(self, lr: float | torch.Tensor) -> float | torch.Tensor:
@@ -265,7 +262,6 @@ class GaussNewton(Optimizer):
         return self._whole_step * part
 
     def update(self, lr: float | torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
-        self.relative_loss.lerp_(loss, 1 - LOSS_MEMORY)
         found_inf = None if self.loss_scale is None else self.loss_scale.unscale(self.gradient)
         if self._is_buffered:
             changed = [self.phase - 1] if self.phase else range(len(self.parameters))

@@ -45,15 +45,6 @@ def step_of(patterns, factors, optimizer, **layout):
     return step, passes.output_rows
 
 
-def damped(matrix, groups, shared):
-    """A curvature matrix with the damping of each of its groups of features, and a shared one, on the diagonal."""
-    result = matrix.clone()
-    for group in groups.unique():
-        members = (groups == group).nonzero()[:, 0]
-        result[members, members] += 1e-4 * matrix.diagonal()[members].mean() + shared
-    return result
-
-
 def coupled_moment(groups, features):
     """Inputs of second moment I within every group of features and a strong coupling between groups."""
     width = features // groups
@@ -83,14 +74,13 @@ def dense_step(values, x, residual, metric):
     residual: ŷ − y, shape (batch, m).
     """
     moment, outputs = metric.inputs, metric.outputs.coupling(values[0].shape[3])
-    coupling = moment.coupling(values[-1].shape[0])
     (batch, m), n = residual.shape, x.shape[1]
     dense = [factor_to_dense(value.double()) for value in values]
     prefixes = list(itertools.accumulate([torch.eye(m).double(), *dense[:-1]], torch.matmul))
     suffixes = [torch.eye(n).double()]
     for factor in dense[:0:-1]:
         suffixes.insert(0, factor @ suffixes[0])
-    rate = min(1 / moment.largest_of_batch(batch, n), 0.125)
+    rate = 1 / moment.largest_of_batch(batch, n)
     rates = [rate] * len(values)
     if outputs is not None:
         noise = rate * (n + values[0].shape[2]) / batch
@@ -107,15 +97,10 @@ def dense_step(values, x, residual, metric):
             rows, cols = (i * size * d + torch.arange(size) * d + t for size in (b, c))
             left = grams[rows][:, rows]
             right = energies[cols][:, cols]
-            if index > 0:  # j = (s, w)
-                natural = m / values[index - 1][:, 0].numel()
-                shared = 1e-3 * grams.diagonal().mean() + 0.5 * natural
-                groups = torch.arange(b) % (values[index - 1].shape[3] // d)
-                left = damped(left, groups if outputs is None else torch.zeros(b), shared)
-            if index < len(values) - 1:  # k = (u, ρ)
-                shared = 1e-3 * energies.diagonal().mean()
-                groups = torch.arange(c) // (c * a // values[index + 1].shape[0])
-                right = damped(right, groups if coupling is None else torch.zeros(c), shared)
+            if index > 0:
+                left = left + 1e-3 * grams.diagonal().mean() * torch.eye(b)
+            if index < len(values) - 1:
+                right = right + 1e-3 * energies.diagonal().mean() * torch.eye(c)
             block = torch.linalg.solve(left, gradient[rows][:, cols])
             step[rows[:, None], cols] = torch.linalg.solve(right, block.t()).t()
         moved.append(dense[index] - rates[index] * step)
@@ -140,7 +125,7 @@ def test_the_step_is_that_of_dense_curvature_matrices(chain, layout, batch, coup
     optimizer.prepare(0)
     step(*(each.t().contiguous() if layout.get("batch_last") else each for each in (x, targets)), 1e-3)
     for pattern, factor, dense in zip(patterns, factors, expected, strict=True):
-        torch.testing.assert_close(factor_to_dense(factor).double(), dense, rtol=2e-4, atol=2e-5)
+        torch.testing.assert_close(factor_to_dense(factor).double(), dense, rtol=1e-3, atol=5e-4)
         assert torch.equal(factor_to_dense(factor) != 0, support(pattern) != 0)
 
 
@@ -203,9 +188,7 @@ def test_a_captured_step_does_what_the_eager_one_does(epochs, settings):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_a_step_reads_nothing_of_the_device():
-    """Neither a step nor the refresh before it."""
-
+def test_a_step_and_a_refresh_read_nothing_of_the_device():
     class Reads(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
@@ -216,7 +199,7 @@ def test_a_step_reads_nothing_of_the_device():
     _, factors = chain_of(*CHAINS[2])
     optimizer = GaussNewton(factors, UNIT_MOMENT, 8, weight_decay=0.1, loss_scaling=True)
     with Reads():
-        optimizer.prepare(0)
+        optimizer.refresh()
         optimizer.update(1e-3, torch.ones(()))
         assert seen == []
         optimizer.trouble()
@@ -233,10 +216,9 @@ def test_a_captured_refresh_takes_its_settings_from_the_device(monkeypatch, coup
     captured._replay = captured._captured()
     for step in (0, 3000):
         for optimizer in (eager, captured):
-            optimizer.relative_loss.fill_(0.9 / (1 + step))
             for factor in optimizer.parameters:
                 factor.add_(0.1)
-            optimizer.refresh(0.5 / (1 + step), step / 4000)
+            optimizer.refresh(step / 4000)
         for side in ("left", "right"):
             assert all(map(torch.equal, getattr(captured.scaling, side), getattr(eager.scaling, side)))
 
@@ -270,7 +252,6 @@ def test_a_restored_state_goes_on_to_the_bit(restored):
         step, _ = step_of(patterns, own, optimizer)
         losses_of(step, samples, optimizer, range(1, stop + 1))
         states.append([tensor.clone() for tensor in optimizer.state()])
-    assert samples.steps_per_epoch * 5 > 50  # the refresh is no longer due before every step
     resumed = [factor.clone() for factor in factors]
     optimizer = GaussNewton(resumed, UNIT_MOMENT, samples.batch_size, **run)
     for tensor, value in zip(optimizer.state(), states[1], strict=True):
@@ -318,7 +299,7 @@ def test_float32_inverts_the_curvature_of_a_steep_spectrum(rank):
     optimizer.refresh(0.0)
     assert optimizer.trouble() is None
     gram = mixed.double().t() @ mixed.double()
-    gram += 1.1e-3 * gram.diagonal().mean() * torch.eye(rank)
+    gram += 1e-3 * gram.diagonal().mean() * torch.eye(rank)
     ours = optimizer.scaling.left[0][0, :, :, 0].double()
     assert torch.linalg.eigvalsh(ours).min() > 0
     root = torch.linalg.cholesky(gram)
@@ -345,23 +326,38 @@ def test_weight_decay_is_decoupled():
         torch.testing.assert_close(factor, value * (1 - 0.5e-3))
 
 
-@pytest.mark.parametrize(("small", "first"), [(0.0, 100), (1.0, 30)])
-def test_matrices_are_inverted_ever_less_often_and_sooner_so_for_small_steps(monkeypatch, small, first):
-    monkeypatch.setattr(gauss_newton, "SMALL_STEP", small)
+def test_matrices_are_inverted_the_less_often_the_less_they_change():
     _, factors = chain_of(*CHAINS[1])
     optimizer = GaussNewton(factors, UNIT_MOMENT, 8)
-    shares = {}
-    for step in range(7000):
-        monkeypatch.setattr(optimizer, "refresh", lambda damping, _, step=step: shares.update({step: damping}))
+    due = []
+
+    def refresh(grown):
+        due.append(step)
+        optimizer._change.fill_(0.1 if step < 400 else 0.5 if step < 800 else 0.9)
+
+    optimizer.refresh = refresh
+    for step in range(1200):
         optimizer.prepare(step)
-    due = list(shares)
     gaps = [later - earlier for earlier, later in itertools.pairwise(due)]
-    assert due[:first] == list(range(first))
-    assert gaps[first] > 1
-    assert gaps == sorted(gaps)
-    assert set(gaps) == {1, 2, 4, 8, 16, 32, 64}
-    assert shares[0] == 0.5
-    assert shares[200] == 0.125
+    assert gaps == [*(2, 4, 8, 16, 32), *[64] * gaps.count(64), *(32, 16, 8, 4, 2), *[1] * gaps.count(1)]
+    assert sum(gaps[: gaps.index(16, 5)]) > 800
+
+
+def test_the_change_of_a_matrix_is_that_of_its_eigenvalues():
+    """(Σ (λ − 1)⁴)^(1/4), which scaling all inputs of a matrix and the size of the step leave alone."""
+    _, factors = chain_of(*CHAINS[0])
+    factors[1] *= torch.logspace(-1, 1, 9).unsqueeze(1)
+    optimizer = GaussNewton(factors, UNIT_MOMENT, 8)
+    optimizer.refresh(0.0)
+    before = torch.linalg.inv(optimizer.scaling.right[0][0, :, :, 0].double())
+    factors[1][0, 0] *= 1.05
+    optimizer.refresh(0.5)
+    gram = factors[1][0, :, :, 0].double()
+    after = gram @ gram.t()
+    after += 1e-3 * after.diagonal().mean() * torch.eye(3)
+    expected = (torch.linalg.eigvals(torch.linalg.solve(before, after)).real - 1).pow(4).sum() ** 0.25
+    assert 0.1 < expected < 0.3
+    assert optimizer._change.item() == pytest.approx(expected.item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("settings", [{}, {"measure_norm": True}], ids=["added at once", "by gradients"])
@@ -409,7 +405,6 @@ def growths_of(chain, moment, **settings):
     """The growth of the step of every factor after 64,000 steps: 4096 of 4097 of the most, 64 of 65 if coupled."""
     _, factors = chain_of(*chain)
     optimizer = GaussNewton(factors, moment, 8, **settings)
-    optimizer.relative_loss.zero_()
     gradients = [torch.randn(values.shape, generator=torch.Generator().manual_seed(4)) for values in factors]
     steps = []
     for number in (0, 64_000):
@@ -431,9 +426,9 @@ def test_the_step_of_coupled_inputs_grows_once_for_every_factor(chain):
 @pytest.mark.parametrize("chain", CHAINS[1:])
 def test_the_step_of_white_inputs_grows_by_the_square_for_inner_factors_within_their_noise(monkeypatch, chain):
     patterns, _ = chain_of(*chain)
-    step = min(1 / UNIT_MOMENT.largest_of_batch(8, patterns[-1].cols), gauss_newton.LARGEST_STEP)
+    step = 1 / UNIT_MOMENT.largest_of_batch(8, patterns[-1].cols)
     assert growths_of(chain, UNIT_MOMENT) == pytest.approx([1.0] * len(patterns))  # the step is large at once
-    monkeypatch.setattr(gauss_newton, "SMALL_STEP", 1.5 * step)
+    monkeypatch.setattr(gauss_newton, "MOST_STEP", 1.5 * step)
     monkeypatch.setattr(gauss_newton, "INNER_NOISE", 1.8 * step * patterns[0].c / 8)
     inner = [min(1.5**2, max(1.0, 1.8 * patterns[0].c / pattern.c)) for pattern in patterns[:-1]]
     expected = [1 + (most - 1) * 4096 / 4097 for most in (*inner, 1.5)]
