@@ -32,7 +32,7 @@ from ks.cli.parser import (
 )
 from ks.errors import UsageError
 from ks.files.globs import is_glob
-from ks.files.layout import FIGURE_FORMATS
+from ks.files.layout import FIGURE_FORMATS, SweepFiles
 from ks.files.make_weight import INIT_METHODS
 from ks.files.weights import DTYPES
 from ks.moments.metric import LossMetric
@@ -346,6 +346,10 @@ class SweepConfig(LayersFlags, TargetFlags, TrainingFlags, OutputFlags, PlotFlag
         if self.loss_metric == LossMetric.OUTPUT_ENERGY:
             raise UsageError(f"{target} --loss_metric output_energy: it is a target of model_loss")
         object.__setattr__(self, "loss_metric", LossMetric.MODEL_LOSS.value)  # frozen
+
+    def files(self) -> SweepFiles:
+        """Return the files of the sweep in its results folder."""
+        return SweepFiles(Path(self.output_dir).absolute(), self.save_prefix, self.metric)
 
     def is_of_several_layers(self) -> bool:
         """Return whether the flags ask for the layers of a checkpoint instead of one weight."""

@@ -21,7 +21,7 @@ from ks.model.candidates import Candidates, check_inputs, find_candidates, floor
 from ks.model.layer_weights import select_weights
 from ks.model.model_plan import ModelPlan
 from ks.moments.moments_file import as_moments
-from ks.study.folder import checkpoint_record_of, claim_folder, held, remedies_of
+from ks.study.folder import checkpoint_record_of, claim_folder, held
 from ks.study.processes import Exit, Start
 from ks.study.run_all import finished_before, run_all
 from ks.study.runs import Result, Run, result_of, seeds_of
@@ -67,7 +67,7 @@ class CheckpointStudy(Study):
         if not config.dry_run:
             names = [weight.name for weight in self.selection.weights]
             record = checkpoint_record_of(config, edits_of(self.trainer), self.selection.source, names)
-            claim_folder(files, [], record, config.files_read(), config.overwrite, remedies_of(config))
+            claim_folder(config, [], record)
         delete_leftovers([*files.planned(), *files.outputs()])
         owned = recorded(files.plan_record)
         check_free(files.planned(), owned, config.files_read(), "choose another --output_dir or --save_prefix")

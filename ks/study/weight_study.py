@@ -25,7 +25,6 @@ from ks.cli.parser import to_arguments
 from ks.errors import UsageError
 from ks.files import columns
 from ks.files.atomic import delete_leftovers, write_csv
-from ks.files.layout import SweepFiles
 from ks.files.status import Status, ended_well
 from ks.files.table import filled, table
 from ks.files.weights import packed
@@ -33,7 +32,7 @@ from ks.moments.read import packed_inputs
 from ks.report.answer import answer, named_row, target_note
 from ks.report.verdict import check_above_floor
 from ks.report.words import Words
-from ks.study.folder import claim_folder, held, record_of, refuse_another_study, remedies_of, study_in
+from ks.study.folder import claim_folder, held, record_of, refuse_another_study, study_in
 from ks.study.launcher import launcher_of
 from ks.study.processes import Exit, Start, wait_for_one
 from ks.study.run_all import finished_before, run_all
@@ -68,7 +67,7 @@ class Study:
 
     def __init__(self, config: SweepConfig, trainer: Path, start: Start):
         self.config, self.trainer, self.start = config, trainer, start
-        self.files = SweepFiles(Path(config.output_dir).absolute(), config.save_prefix, config.metric)
+        self.files = config.files()
         self.results: dict[Run, Result] = {}
         self.places = contextlib.ExitStack()  # the launcher, until all has run
         self.locks = contextlib.ExitStack()  # of the folders, until all is written
@@ -136,7 +135,7 @@ class WeightStudy(Study):
             UsageError: ranks that cannot be studied, or --stop_at without what it refers to.
         """
         config, problem = self.config, self.problem
-        self.planned = plan_floors(config, problem, self.files.bounds)
+        self.planned = plan_floors(config, problem)
         self.chosen, self.ranks = ranks_of(config, self.planned, self.before, self.target)
         if self.before and not config.ranks and (added := self.chosen.difference(self.before.ranks)):
             new, old = (" ".join(map(str, sorted(ranks))) for ranks in (added, self.before.ranks))
@@ -180,8 +179,7 @@ class WeightStudy(Study):
     def check_folder(self) -> None:
         if self.files.directory.is_dir():
             with held(self.files):
-                if not self.config.overwrite:
-                    refuse_another_study(self.files, self.record["settings"], remedies_of(self.config))
+                refuse_another_study(self.config, self.record["settings"])
 
     def runs_at_most(self) -> int:
         return len(self.chosen) * len(seeds_of(self.config))
@@ -207,7 +205,7 @@ class WeightStudy(Study):
         config, files = self.config, self.files
         self.locks.enter_context(held(files))
         delete_leftovers(files.all(seeds_of(config)))
-        claim_folder(files, self.runs, self.record, config.files_read(), config.overwrite, remedies_of(config))
+        claim_folder(config, self.runs, self.record)
         if not self.floors_can_wait():
             self.write_floors()
 
@@ -219,7 +217,7 @@ class WeightStudy(Study):
 
     def write_floors(self) -> None:
         """Write the floors of every rank into the results folder, and the bounds for a rerun."""
-        keep_floors(self.planned, self.problem, self.files.bounds)
+        keep_floors(self.config, self.problem, self.planned)
         rows = floor_rows(self.planned, self.problem.predict_zero_loss)
         write_csv(self.files.floor_csv, columns.names(columns.FLOOR), rows)
 

@@ -1,5 +1,6 @@
 """A results folder belongs to one study."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ CONFIG = rank_sweep_study.build_parser().parse(["--weight_path", "w.pth"])
 
 def claim_it(files, runs, settings=None, *, overwrite=False):
     record = {"settings": settings or {"lr": 0.1}, "ranks": [run.rank for run in runs]}
-    claim_folder(files, runs, record, [], overwrite)
+    place = {"output_dir": str(files.directory), "save_prefix": files.prefix}
+    claim_folder(dataclasses.replace(CONFIG, **place, overwrite=overwrite), runs, record)
 
 
 def test_a_claim_is_repeated_but_not_for_another_study(tmp_path):
