@@ -17,7 +17,7 @@ from ks.errors import UsageError, one_line
 from ks.files.globs import nearest
 from ks.files.memory import check_fits
 from ks.files.schema import CheckpointIndex, read_json_as
-from ks.files.tensor_kinds import REFUSED, kinds_of
+from ks.files.tensor_kinds import REFUSED, kinds_of, shape_of
 from ks.files.torch_files import plain, read_torch_file, tensors_in
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -175,11 +175,6 @@ def _read_sharded(path: Path, what: str) -> dict:
     if missing := [key for key in file_of if key not in entries]:
         raise UsageError(f"{path} names {one_line(missing[0])!r}, which is not in {file_of[missing[0]]}")
     return {key: entries[key] for key in file_of}
-
-
-def shape_of(entry) -> tuple:
-    """Return the sizes of an entry; a nested tensor has none."""
-    return () if entry.is_nested else tuple(entry.shape)
 
 
 def is_matrix(entry) -> bool:
