@@ -145,19 +145,17 @@ class SlurmLauncher(Launcher):
 
     def _executor(self, elements: int):
         executor = self._submitit.SlurmExecutor(self.folder)
-        known = executor._valid_parameters()
         path = [str(Path(ks.__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         executor.update_parameters(
-            **{"time": None, "wckey": None}  # submitit has defaults for them
-            | {key: value for key, value in self.settings.items() if key in known},
             job_name=self.name,
+            time=None,  # submitit has defaults for this one and the next
+            wckey=None,
             array_parallelism=elements if self.config.jobs == "auto" else self.config.jobs,
             setup=[
                 f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(os.pathsep.join(path))}",
                 '[ -z "$SLURM_CPUS_PER_TASK" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK',  # srun forgets it
             ],
-            additional_parameters={"signal": SIGNAL, "requeue": True}
-            | {key: value for key, value in self.settings.items() if key not in known},
+            additional_parameters={"signal": SIGNAL, "requeue": True} | self.settings,
         )
         return executor
 

@@ -34,9 +34,6 @@ class FakeSlurm:
             def __init__(self, folder):
                 self.parameters = {}
 
-            def _valid_parameters(self):
-                return {"partition", "time", "gpus_per_node", "exclusive"}
-
             def update_parameters(self, **parameters):
                 self.parameters |= parameters
 
