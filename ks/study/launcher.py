@@ -18,15 +18,11 @@ from ks.errors import UsageError, one_line
 from ks.files.limits import cpu_cores
 from ks.study.processes import Exit, Launcher, LocalLauncher, Start, Task
 from ks.study.slurm_cluster import SlurmLauncher
+from ks.training.problem import choose_device
 
 
 def launcher_of(
-    config: SweepConfig,
-    device: torch.device,
-    runs: int,
-    trainer: Path,
-    files: dict[str, tuple[str, bytes]],
-    start: Start,
+    config: SweepConfig, runs: int, trainer: Path, files: dict[str, tuple[str, bytes]], start: Start
 ) -> Launcher:
     """Return the launcher that the flags choose, for at most this many runs.
 
@@ -37,6 +33,7 @@ def launcher_of(
     Raises:
         UsageError: places that do not exist.
     """
+    device = choose_device(config.device)
     if config.launcher == "local":
         return LocalLauncher(slots_of(config, device, runs), config.timeout_per_rank, start)
     if config.launcher == "inline":

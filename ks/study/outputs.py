@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ks.bounds.floors import Floor
 from ks.bounds.rank_floors import RankFloors
 from ks.cli.console import note
 from ks.cli.flags import PlotFlags, SweepConfig
@@ -24,11 +23,7 @@ from ks.training.problem import Problem, relative_target
 
 
 def summarise(
-    config: SweepConfig,
-    problem: Problem,
-    plan: RankFloors,
-    floors: dict[int, Floor | None],
-    results: list[Result],
+    config: SweepConfig, problem: Problem, plan: RankFloors, results: list[Result]
 ) -> tuple[list[dict], list[dict]]:
     """Return the rows of the runs, and the row of every rank.
 
@@ -54,7 +49,7 @@ def summarise(
     measured = all(row["population_loss"] is not None for row in runs if ended_well(row["status"]))
     rows = [
         rank_row([row for row in runs if row["rank"] == rank], problem.chain, floor if measured else None, reference)
-        for rank, floor in floors.items()
+        for rank, floor in plan.floors(sorted({row["rank"] for row in runs})).items()
     ]
     if not problem.edits.criterion_is_ours:  # whose losses have another unit
         for row in rows:

@@ -117,19 +117,20 @@ def seeds_of(config: SweepConfig) -> list[int]:
 
 
 def runs_of(
-    config: SweepConfig, ranks: list[int], output_dir: Path, trainer: Path, stop_below: Mapping[int, float] = {}
+    config: SweepConfig, ranks: list[int], trainer: Path, stop_below: Mapping[int, float] = {}, layer: str = ""
 ) -> list[Run]:
     """Return the runs of a sweep, by rank and seed.
 
     Args:
-        output_dir, trainer: absolute paths of the results folder and of the training script.
+        trainer: absolute path of the training script.
         stop_below: relative population loss that ends a rank early, for the ranks that have one.
+        layer: part of the names of the runs, in a study of several layers.
     """
     seeds = seeds_of(config)
     runs = []
     for rank in ranks:
         for seed in seeds:
-            files = run_files(output_dir, rank, seed, seeds[0])
+            files = run_files(config.files().directory, rank, seed, seeds[0])
             settings = config.training_settings() | {
                 "weight_path": Path(config.weight_path).absolute(),
                 "inputs": Path(config.inputs).absolute() if config.inputs else None,
@@ -140,7 +141,7 @@ def runs_of(
                 "output_dir": files.directory,
                 "save_prefix": files.prefix,
             }
-            name = f"rank {rank}" if len(seeds) == 1 else f"rank {rank}, seed {seed}"
+            name = ", ".join(filter(None, [layer, f"rank {rank}", f"seed {seed}" if len(seeds) > 1 else ""]))
             command = (sys.executable, str(trainer), *to_arguments(settings))
             runs.append(Run(rank, seed, files, Task(name, command, files.log), stop_below.get(rank)))
     return runs

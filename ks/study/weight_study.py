@@ -50,7 +50,7 @@ from ks.study.runs import (
 )
 from ks.study.study_floors import certify, find_facts, is_large, keep_floors, plan_floors, ranks_of_answer
 from ks.training.criterion_identity import TOOLKIT, Edits, edits_of
-from ks.training.problem import chain_notes, choose_device, relative_target, resolve
+from ks.training.problem import chain_notes, relative_target, resolve
 from ks.training.run_state import changes, settings_in
 from ks.training.samples import samples_in_files
 
@@ -86,6 +86,25 @@ class Study:
     def check_folder(self) -> None:
         """Raise UsageError if the results folder is in use or holds another study, before floors are computed."""
 
+    def packed(self) -> tuple[bytes, bytes]:
+        """Return the content of files with the weights and, with --inputs, the inputs of the runs alone."""
+        raise NotImplementedError
+
+    def open_launcher(self) -> None:
+        """Open the launcher with the files that runs elsewhere read, before anything of the folder is claimed.
+
+        Raises:
+            UsageError: places that do not exist, or a cluster that cannot be joined.
+        """
+        config, files = self.config, {}
+        if config.launcher == "ray":
+            weights, inputs = self.packed()
+            weight_path, *inputs_path = (path.absolute() for path in config.files_read())
+            files[str(weight_path)] = (f"{weight_path.stem}.pth", weights)
+            files |= {str(path): (f"inputs_{path.name}", inputs) for path in inputs_path}
+        launcher = launcher_of(config, self.runs_at_most(), self.trainer, files, self.start)
+        self.launcher = self.places.enter_context(launcher)
+
     def until_the_last(self, runs: list[Run]) -> Generator[None]:
         """Wait in steps until all of these runs but one have ended, and load what `conclude` needs."""
         while len(self.results) < len(runs) - 1:
@@ -94,17 +113,18 @@ class Study:
 
         yield
 
-    def _open(self, files: dict[str, tuple[str, bytes]]) -> None:
-        """Open the launcher that the flags choose; see `launcher_of`."""
-        device = choose_device(self.config.device)
-        launcher = launcher_of(self.config, device, self.runs_at_most(), self.trainer, files, self.start)
-        self.launcher = self.places.enter_context(launcher)
+    def check_floors(self) -> None:
+        """Raise InternalError if a finished run is below its floor, unless `conclude` has done so."""
 
 
 class WeightStudy(Study):
-    """The ranks of one chain family on one weight."""
+    """The ranks of one chain family on one weight; `layer` is its name in a study of several."""
 
     found: Mapping[int, Certified] = {}  # lower bounds, while the last run trained, of ranks that the answer may need
+
+    def __init__(self, config: SweepConfig, trainer: Path, start: Start, layer: str = ""):
+        super().__init__(config, trainer, start)
+        self.layer = layer
 
     def load(self) -> None:
         """Read the weight, its inputs and the record of the study that the folder holds; write nothing.
@@ -147,7 +167,7 @@ class WeightStudy(Study):
         if config.dry_run:
             certify(self.planned, [], self.ranks, config.tight_bounds)
         stops = stop_losses(config, {} if self.floors_can_wait() else self.floors, self.target)
-        self.runs = runs_of(config, self.ranks, self.files.directory, self.trainer, stops)
+        self.runs = runs_of(config, self.ranks, self.trainer, stops, self.layer)
         self.record["ranks"] = self.ranks
         self.trained = trained_ranks(self.ranks, problem.chain.saturation_rank, self.files.directory)
 
@@ -184,21 +204,10 @@ class WeightStudy(Study):
     def runs_at_most(self) -> int:
         return len(self.chosen) * len(seeds_of(self.config))
 
-    def open_launcher(self) -> None:
-        """Open the launcher with the files that runs elsewhere read, before anything of the folder is claimed.
-
-        Raises:
-            UsageError: places that do not exist, or a cluster that cannot be joined.
-        """
-        config, files = self.config, {}
-        if config.launcher == "ray":
-            weight_path = Path(config.weight_path).absolute()
-            files[str(weight_path)] = (f"{weight_path.stem}.pth", packed([self.problem.weight], config.transpose))
-            if config.inputs:
-                inputs = Path(config.inputs).absolute()
-                content = packed_inputs(inputs, config.inputs_key or self.problem.weight.key)
-                files[str(inputs)] = (f"inputs_{inputs.name}", content)
-        self._open(files)
+    def packed(self) -> tuple[bytes, bytes]:
+        config, weight = self.config, self.problem.weight
+        inputs = packed_inputs(config.inputs, config.inputs_key or weight.key) if config.inputs else b""
+        return packed([weight], config.transpose), inputs
 
     def claim(self) -> None:
         """Claim the results folder, and write the floors of every rank into it unless they can wait for the runs."""
@@ -210,9 +219,12 @@ class WeightStudy(Study):
             self.write_floors()
 
     def floors_can_wait(self) -> bool:
-        """Return whether nothing but the report needs floors, and they take a second: while the first runs train."""
+        """Return whether nothing but the report needs floors, and they take a second: while the first runs train.
+
+        Those of a layer cannot: its weight does not stay in memory until then.
+        """
         config, planned = self.config, self.planned
-        needed = config.dry_run or config.stop_at != "never" or self.target is not None
+        needed = self.layer or config.dry_run or config.stop_at != "never" or self.target is not None
         return not needed and planned.has_floors and planned.curve_is_exact and not is_large(self.problem)
 
     def write_floors(self) -> None:
@@ -257,8 +269,7 @@ class WeightStudy(Study):
         results = [result for result in self.results.values() if ended_well(result.ending)]
         if not results:
             return
-        floors = {result.run.rank: self.floors[result.run.rank] for result in results}
-        _, rows = summarise(self.config, self.problem, self.planned, floors, results)
+        _, rows = summarise(self.config, self.problem, self.planned, results)
         ranks = ranks_of_answer(rows, self.planned, self.target)
         guess = copy.copy(self.planned)
         guess.known = dataclasses.replace(guess.known, certified={**guess.known.certified})
@@ -293,9 +304,9 @@ class WeightStudy(Study):
 
         target, seconds = self.target, self.config.tight_bounds
         results = self._all_results()
-        _, rows = summarise(self.config, self.problem, self.planned, self.floors, results)
+        _, rows = summarise(self.config, self.problem, self.planned, results)
         certify(self.planned, ranks_of_answer(rows, self.planned, target), self.ranks, seconds, self.found)
-        self.rows_of_runs, self.rows = summarise(self.config, self.problem, self.planned, self.floors, results)
+        self.rows_of_runs, self.rows = summarise(self.config, self.problem, self.planned, results)
         facts = find_facts(self.rows, self.planned, target, seconds)
         if named := named_row(self.rows, target):
             disturbed = self.config.launcher != "slurm" and were_disturbed(results, named["rank"])
@@ -318,7 +329,6 @@ class WeightStudy(Study):
         return {row["status"].status for row in self.rows_of_runs if row["rank"] in self.chosen}
 
     def check_floors(self) -> None:
-        """Raise InternalError if a finished run is below its floor."""
         floors = self.floors
         for row in self.rows_of_runs:
             check_above_floor(row["population_loss"], floors[row["rank"]], self.problem.predict_zero_loss)

@@ -31,14 +31,14 @@ def write(weight_path, tmp_path):
         config = rank_sweep_study.build_parser().parse(arguments)
         problem = resolve(config)
         plan = RankFloors(problem.internal_weight(), problem.chain, problem.metric)
-        runs = runs_of(config, [2, 4], tmp_path, Path("trainer.py"))
+        runs = runs_of(config, [2, 4], Path("trainer.py"))
         row = {"epoch": 1, "train_loss": 9.0, "val_loss": 9.5, "rank": 4} | added
         for run in runs:
             run.files.directory.mkdir()
         write_curves(runs[1].files, [row])
         results = [Result(runs[0], Ending(Status.INTERRUPTED), [], TrainingLog(""))]
         results.append(Result(runs[1], OK, [row], TrainingLog("ok", 1.5, loss_increase=0.01)))
-        run_rows, rows = summarise(config, problem, plan, plan.floors([2, 4]), results)
+        run_rows, rows = summarise(config, problem, plan, results)
         record = record_of(config, problem, [2, 4])
         record["settings"]["criterion"] = criterion
         files = SweepFiles(tmp_path, "p")
