@@ -56,7 +56,7 @@ from ks.training.samples import samples_in_files
 
 
 class Study:
-    """What studies share; each kind has the steps load, plan, claim, run and conclude, in this order.
+    """A study of any kind, with the steps load, plan, claim, run and conclude, in this order.
 
     load reads and checks what the flags name. plan computes floors and chooses what to train. claim takes the results
     folder. run trains whatever has not ended well before. conclude writes summary and figures.
@@ -278,7 +278,7 @@ class WeightStudy(Study):
             done = pool.submit(certify, guess, ranks, self.ranks, self.config.tight_bounds)
             while not done.done():
                 yield
-        yield from rehearse(self.config, self.files, rows)
+        yield from rehearse(self.config, rows)
 
     def chosen_runs(self) -> list[Run]:
         """Return the runs that are to be trained, or were before, for the chosen ranks."""
@@ -315,7 +315,7 @@ class WeightStudy(Study):
         self.record["facts"] = dataclasses.asdict(facts)
         self.record["answer"] = answer(self.rows, facts, target)
         self.record["advice"] = advice(self.rows, self.problem.sampling)
-        written = write_outputs(self.config, self.files, self.record, results, self.rows_of_runs, self.rows)
+        written = write_outputs(self.config, self.record, results, self.rows_of_runs, self.rows)
         return [
             *filled(self.record["answer"]),
             "",
