@@ -59,7 +59,7 @@ def slots_of(config: SweepConfig, device: torch.device, runs: int) -> list[dict[
     A GPU has one run. On a CPU, one run per core is the fastest (benchmarks/README.md).
 
     Raises:
-        UsageError: --gpus names a GPU that does not exist, or is given for another device.
+        UsageError: a GPU in --gpus that does not exist, or --gpus is given for another device.
     """
     cores, jobs = cpu_cores(), None if config.jobs == "auto" else int(config.jobs)
     if device.type == "cpu":
@@ -100,7 +100,7 @@ def choose_gpus(gpus: str, device_count: int) -> list[str]:
 class InlineLauncher(Launcher):
     """Calls the main function of a task's script in this process, so that `breakpoint()` stops at the terminal.
 
-    The output of a run stays on the terminal; its log says so.
+    The output of a run stays on the terminal; its log has a line about that.
     """
 
     def run(self, tasks: Iterable[Task], poll: Callable[[list[Task]], None]) -> Iterator[tuple[Task, Exit]]:

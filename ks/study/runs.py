@@ -163,7 +163,7 @@ def result_of(run: Run, num_epochs: int, exit: Exit | None = None, study: dict |
 
 
 def _ending_after(exit: Exit, state: RunState) -> Ending:
-    """Return how a run ended whose process has ended in this sweep; the word in its log counts if it is this one's."""
+    """Return how a run ended in this sweep; the status in its log counts only if the exit code agrees with it."""
     if exit.error:
         return Ending(Status.FAILED, exit.error)
     if exit.timed_out:
@@ -176,7 +176,7 @@ def _ending_after(exit: Exit, state: RunState) -> Ending:
 
 
 def _replaced(files: RunFiles, study: dict) -> str:
-    """Return what was another one when the run began than when the study did; empty if nothing was."""
+    """Return which input or edit changed between the start of the study and that of the run; empty if none did."""
     try:
         config = read_json_as(files.config, RunConfig)
         trained = settings_in(config.settings, config.loss and config.loss.name)

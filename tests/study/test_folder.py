@@ -52,7 +52,7 @@ def test_results_without_a_record_are_refused(config, run):
     run.files.final.touch()
     with pytest.raises(UsageError, match="results of something else"):
         claim(config, run)
-    with pytest.raises(UsageError, match="no record says that this toolkit wrote it"):
+    with pytest.raises(UsageError, match="no record lists it as the toolkit's"):
         claim(config, run, overwrite=True)
     assert run.files.final.exists()
 
