@@ -334,8 +334,10 @@ class SweepConfig(LayersFlags, TargetFlags, TrainingFlags, OutputFlags, PlotFlag
         """Let a target in the unit of the loss choose its metric, so that the runs get it.
 
         Raises:
-            UsageError: two targets, a target of another metric, or flags of another launcher.
+            UsageError: two targets, a target of another metric, two choices of families, or flags of another launcher.
         """
+        if self.chain is not None and self.chains is not None:
+            raise UsageError(f"--chain {self.chain} together with --chains: give one or the other")
         if self.launcher != "slurm" and (self.slurm or self.runs_per_job != 1):
             raise UsageError(f"--slurm and --runs_per_job are for --launcher slurm, not for {self.launcher}")
         if self.target_loss_increase is None:

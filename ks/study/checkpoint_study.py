@@ -73,7 +73,7 @@ class CheckpointStudy(Study):
             console.note(text, config.quiet)
 
         def make(rows: int, cols: int, family: str) -> Chain:
-            return chain_of(dataclasses.replace(config, chain=family), rows, cols)
+            return chain_of(dataclasses.replace(config, chain=family, chains=None), rows, cols)
 
         self.candidates = find_candidates(
             self.selection.weights,
@@ -190,8 +190,6 @@ def _check_flags(config: SweepConfig, goal: Goal | None) -> None:
     """Raise UsageError if flags do not go together in a study of several layers."""
     if config.row_splits is not None or config.col_splits is not None:
         raise UsageError("--row_splits and --col_splits are for one weight; name families by --chains")
-    if config.chain is not None and config.chains is not None:
-        raise UsageError(f"--chain {config.chain} together with --chains: give one or the other")
     if goal is None:
         if config.rank_multiple != 1:
             raise UsageError("--rank_multiple is for a plan; give --budget or a target too")

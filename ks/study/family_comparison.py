@@ -10,7 +10,6 @@ from ks.chain.patterns import Chain
 from ks.cli import console
 from ks.cli.flags import SweepConfig
 from ks.cli.parser import command_line
-from ks.errors import UsageError
 from ks.files.columns import FAMILIES, Column, Text
 from ks.files.table import filled, table
 from ks.model.layer_weights import select_weights
@@ -44,10 +43,8 @@ def compare_families(config: SweepConfig) -> str:
     Bounds that the results folder holds are not computed again; nothing is written.
 
     Raises:
-        UsageError: flags that do not go together, or a weight or inputs that cannot be studied.
+        UsageError: a weight or inputs that cannot be studied.
     """
-    if config.chain is not None:
-        raise UsageError(f"--chain {config.chain} together with --chains: give one or the other")
     alone = config.of_layer(config.weight_key[0] if config.weight_key else None, dry_run=False)
     problems = [resolve(dataclasses.replace(alone, chain=family)) for family in config.chains or ()]
     target, family = relative_target(config, problems[0]), problems[0].chain.family

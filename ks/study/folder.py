@@ -24,7 +24,7 @@ from ks.training.run_state import NOT_COMPARED, changes, settings_in, settings_o
 
 # They are not taken from a study: where the weight is, and what changes reports and files only.
 NOT_TAKEN = ("weight_path", "log_to", "log_interval", "verbose", "quiet", "save_interval")
-TRAINING = tuple(field.name for _, fields in groups(TrainingFlags) for field in fields)
+TRAINING = [field.name for _, fields in groups(TrainingFlags) for field in fields]
 TAKEN = (*(name for name in TRAINING if name not in NOT_TAKEN), *TARGETS, "tight_bounds", "stop_at")
 SPLITS = {"row_splits", "col_splits"}
 REMEDY = "choose another --output_dir"
@@ -78,9 +78,10 @@ def parse(parser: Parser[SweepConfig], argv: list[str]) -> SweepConfig:
     study = study_in(config)
     if study is None or not _is_of_same_weight(config, given, study):
         return config
-    splits = {"chain"} if given & SPLITS else SPLITS if "chain" in given else set()  # they exclude each other
+    chains = {"chain"} if given & SPLITS else SPLITS if "chain" in given else set()  # they exclude each other
+    chains = {"chain", *SPLITS} if "chains" in given else chains
     targets = {*TARGETS} if given & {*TARGETS} else set()
-    taken = {name: study.arguments.get(name) for name in TAKEN if name not in given | splits | targets}
+    taken = {name: study.arguments.get(name) for name in TAKEN if name not in given | chains | targets}
     merged = parser.parse([*to_arguments(taken), *argv])
     if not given & {"ranks", *TARGETS}:
         merged = dataclasses.replace(merged, ranks=tuple(study.ranks))  # so that a refusal prints them

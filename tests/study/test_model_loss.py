@@ -133,6 +133,8 @@ def test_a_rerun_takes_the_target_of_the_study_or_the_one_that_is_given(given, t
     write_json(SweepFiles(tmp_path / "out", "rank_sweep").config, record)
     again = parse(rank_sweep_study.build_parser(), given)
     assert (again.target_loss_increase, again.loss_metric, again.ranks) == (0.01, "model_loss", (2,))
+    families = parse(rank_sweep_study.build_parser(), [*given[:-2], "--chains", "lowrank", "monarch"])
+    assert (families.chain, families.chains) == (None, ("lowrank", "monarch"))
     other = parse(rank_sweep_study.build_parser(), [*given, "--target_relative_loss", "0.5"])
     assert (other.target_loss_increase, other.target_relative_loss, other.loss_metric) == (None, 0.5, "model_loss")
     problem = resolve(config)
