@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import itertools
 import os
 import re
 import shlex
@@ -62,6 +63,20 @@ setting = _checked(
     re.compile(r"[a-z][a-z_-]*(=[ -~]+)?").fullmatch,
     "{} is not KEY=VALUE, nor a KEY without a value",
 )
+
+
+def _entries(flag: "Flag") -> Callable[[str], Any]:
+    """Return a converter of an argument to entries of a list; commas separate all but paths, keys and settings."""
+
+    def parse(text: str) -> list:
+        texts = [] if flag.convert in (path, key, setting) else filter(None, map(str.strip, text.split(",")))
+        values = [flag.convert(entry) for entry in [*texts] or [text]]
+        for value in values if flag.choices else ():
+            if value not in flag.choices:
+                raise argparse.ArgumentTypeError(f"invalid choice: {value!r} (choose from {', '.join(flag.choices)})")
+        return values
+
+    return parse
 
 
 def auto_or(convert: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -151,14 +166,10 @@ class Parser(argparse.ArgumentParser, Generic[Config]):
         self._main: tuple[str, ...] = getattr(config, "MAIN", ())
         if self._main:
             self.add_argument("--help_all", action=_PrintAllFlags, nargs=0, help="show all flags, by group, and exit")
-        self._lists: set[str] = set()
         for title, fields in groups(config):
             group = self.add_argument_group(title)
             for field in fields:
                 _add(group, field)
-                described: Flag = field.metadata["flag"]
-                if described.nargs not in (None, "?") and described.convert not in (path, key, setting):
-                    self._lists |= {f"--{field.name}", *described.aliases}
 
     def error(self, message: str):
         self.exit(EXIT_USAGE, f"{self.prog}: error: {one_line(message)} (--help lists the flags)\n")
@@ -197,21 +208,6 @@ class Parser(argparse.ArgumentParser, Generic[Config]):
         values, others = self.parse_known_args(argv)
         return self._frozen(values), others
 
-    def parse_known_args(self, args=None, namespace=None):
-        arguments = sys.argv[1:] if args is None else args
-        return super().parse_known_args(list(self._separated(arguments)), namespace)
-
-    def _separated(self, arguments: Sequence[str]) -> Iterator[str]:
-        """Yield the arguments, with an argument for each entry of a list that is written with commas."""
-        inside = False
-        for argument in arguments:
-            name, equals, value = argument.partition("=")
-            if argument.startswith("--"):
-                inside = name in self._lists
-                yield from [name, *_entries(value)] if inside and equals else [argument]
-            else:
-                yield from _entries(argument) if inside else [argument]
-
     def _unknown(self, arguments: Sequence[str]) -> list[str]:
         """Return the names that are no flags; argparse would report them only after missing ones."""
         known = self._option_string_actions
@@ -227,12 +223,9 @@ class Parser(argparse.ArgumentParser, Generic[Config]):
         return f"unknown flag {one_line(name, 60)}" + (f": did you mean {' or '.join(found)}?" if found else "")
 
     def _frozen(self, values: argparse.Namespace) -> Config:
-        found = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(values).items()}
+        flat = itertools.chain.from_iterable
+        found = {name: tuple(flat(value)) if isinstance(value, list) else value for name, value in vars(values).items()}
         return self.config(**found)
-
-
-def _entries(text: str) -> list[str]:
-    return [entry.strip() for entry in text.split(",") if entry.strip()]
 
 
 def _add(group, field: dataclasses.Field) -> None:
@@ -246,6 +239,8 @@ def _add(group, field: dataclasses.Field) -> None:
     else:
         options |= {name: getattr(described, name) for name in ("choices", "nargs", "const", "required")}
         options |= {"type": described.convert, "metavar": _metavar(field)}
+        if described.nargs == "+":
+            options |= {"type": _entries(described), "choices": None}
     group.add_argument(f"--{field.name}", *described.aliases, **options)
 
 
