@@ -71,8 +71,8 @@ def _entries(flag: "Flag") -> Callable[[str], Any]:
     def parse(text: str) -> list:
         texts = [] if flag.convert in (path, key, setting) else filter(None, map(str.strip, text.split(",")))
         values = [flag.convert(entry) for entry in [*texts] or [text]]
-        for value in values if flag.choices else ():
-            if value not in flag.choices:
+        for value in values:
+            if flag.choices and value not in flag.choices:
                 raise argparse.ArgumentTypeError(f"invalid choice: {value!r} (choose from {', '.join(flag.choices)})")
         return values
 

@@ -106,7 +106,7 @@ class CheckpointStudy(Study):
     def runs_at_most(self) -> int:
         return len(self.selection.weights) * len(self.config.ranks or [1]) * len(seeds_of(self.config))
 
-    def packed(self) -> tuple[bytes, bytes]:
+    def packed_files(self) -> tuple[bytes, bytes]:
         weights = [weight.read() for weight in self.selection.weights]
         inputs = Path(self.config.inputs).read_bytes() if self.config.inputs else b""
         return packed(weights, self.config.transpose), inputs

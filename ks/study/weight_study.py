@@ -86,7 +86,7 @@ class Study:
     def check_folder(self) -> None:
         """Raise UsageError if the results folder is in use or holds another study, before floors are computed."""
 
-    def packed(self) -> tuple[bytes, bytes]:
+    def packed_files(self) -> tuple[bytes, bytes]:
         """Return the content of files with the weights and, with --inputs, the inputs of the runs alone."""
         raise NotImplementedError
 
@@ -98,7 +98,7 @@ class Study:
         """
         config, files = self.config, {}
         if config.launcher == "ray":
-            weights, inputs = self.packed()
+            weights, inputs = self.packed_files()
             weight_path, *inputs_path = (path.absolute() for path in config.files_read())
             files[str(weight_path)] = (f"{weight_path.stem}.pth", weights)
             files |= {str(path): (f"inputs_{path.name}", inputs) for path in inputs_path}
@@ -204,7 +204,7 @@ class WeightStudy(Study):
     def runs_at_most(self) -> int:
         return len(self.chosen) * len(seeds_of(self.config))
 
-    def packed(self) -> tuple[bytes, bytes]:
+    def packed_files(self) -> tuple[bytes, bytes]:
         config, weight = self.config, self.problem.weight
         inputs = packed_inputs(config.inputs, config.inputs_key or weight.key) if config.inputs else b""
         return packed([weight], config.transpose), inputs

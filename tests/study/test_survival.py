@@ -3,7 +3,6 @@
 `make test-faults` kills twenty times where `make test` kills three times.
 """
 
-import json
 import os
 import random
 import shutil
@@ -133,20 +132,6 @@ def test_a_sweep_that_is_stopped_leaves_no_samples(weight_path, tmp_path, sent):
         done = sweep(tmp_path, *FEW, "--seed", 2, "--output_dir", "out", "--overwrite")
         assert done.returncode == 0, done.stderr
         assert [path.name for path in folder.glob(".*")] == [".rank_sweep_samples_7.pth"]
-
-
-def test_finished_ranks_are_kept_and_new_ones_added_until_overwrite(weight_path, tmp_path):
-    folder = tmp_path / "rank_sweep_results"
-    assert sweep(tmp_path, *FEW).returncode == 0
-    before = {rank: files_of(folder, rank).final.stat().st_mtime_ns for rank in (1, 2)}
-    done = sweep(tmp_path, *FEW, "--ranks", "1", "2", "4")
-    assert done.returncode == 0, done.stderr
-    assert {rank: files_of(folder, rank).final.stat().st_mtime_ns for rank in (1, 2)} == before
-    assert done.stderr.count("finished before") == 2
-    assert "rank 4: training (1 of 1)" in done.stderr
-    assert [row["rank"] for row in json.loads((folder / "rank_sweep_summary.json").read_text())] == [1, 2, 4]
-    assert sweep(tmp_path, *FEW, "--overwrite").returncode == 0
-    assert files_of(folder, 1).final.stat().st_mtime_ns > before[1]
 
 
 def test_two_sweeps_in_one_folder(weight_path, tmp_path):
