@@ -5,6 +5,7 @@ The record, PREFIX_config.json, holds the settings that identify the study and t
 
 import contextlib
 import dataclasses
+import os
 from pathlib import Path
 
 from ks.cli import console
@@ -195,6 +196,8 @@ def refuse_another_study(config: SweepConfig, settings: dict) -> None:
         difference = f"results of something else (no readable {files.config.name})"
     if difference:
         folder, number = config.output_dir.rstrip("/"), 2
+        if not folder.strip("./"):  # ._2 would be a hidden folder in the one that is meant
+            folder = os.path.abspath(config.output_dir)
         while Path(f"{folder}_{number}").exists():
             number += 1
         beside, instead = (

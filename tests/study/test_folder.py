@@ -29,7 +29,7 @@ def claim(config, run, lr=0.1, **flags):
     claim_folder(dataclasses.replace(config, **flags), [run], {"settings": {"lr": lr}, "ranks": [run.rank]})
 
 
-def test_a_claim_is_repeated_but_not_for_another_study(config, run):
+def test_a_claim_is_repeated_but_not_for_another_study(config, run, monkeypatch):
     files = config.files()
     claim(config, run)
     assert not run.files.directory.exists()
@@ -42,6 +42,9 @@ def test_a_claim_is_repeated_but_not_for_another_study(config, run):
     assert not files.summary_csv.exists()
     with pytest.raises(UsageError, match=r"another study \(lr was 0.1, now 0.2\)"):
         claim(config, run, 0.2)
+    monkeypatch.chdir(files.directory)
+    with pytest.raises(UsageError, match=f"to keep it: .* --output_dir {files.directory}_2 "):
+        claim(config, run, 0.2, output_dir="./")
     claim(config, run, 0.2, overwrite=True)
     assert read_json(files.config)["settings"] == {"lr": 0.2}
     assert list(run.files.directory.iterdir()) == []
