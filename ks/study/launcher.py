@@ -37,8 +37,8 @@ def launcher_of(
     if config.launcher == "local":
         return LocalLauncher(slots_of(config, device, runs), config.timeout_per_rank, start)
     if config.launcher == "inline":
-        if config.timeout_per_rank is not None:
-            raise UsageError("--launcher inline stops no run: leave out --timeout_per_rank")
+        if config.timeout_per_rank is not None or config.gpus not in ("auto", "none"):
+            raise UsageError("--launcher inline trains here, on --device: leave out --timeout_per_rank and --gpus")
         return InlineLauncher()
     if config.gpus not in ("auto", "none") or device.index is not None:
         raise UsageError(
@@ -66,7 +66,7 @@ def slots_of(config: SweepConfig, device: torch.device, runs: int) -> list[dict[
         if config.gpus not in ("auto", "none"):
             raise UsageError(f"--gpus {config.gpus}: the device is {device}; leave it out or use --device cuda")
         slots: list[dict[str, str]] = [{}] * min(jobs or cores, runs)
-    elif device.index is not None:  # the runs are given --device as it is
+    elif device.index is not None or config.gpus == "none":  # the runs are given --device as it is
         if config.gpus != "auto":
             raise UsageError(f"--gpus {config.gpus} together with --device {config.device}: give one or the other")
         slots = [{}]

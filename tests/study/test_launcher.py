@@ -65,6 +65,11 @@ def test_bad_gpus_are_refused(slots, gpus):
         slots("cuda", gpus=gpus)
 
 
+def test_no_gpu_and_a_gpu_contradict_each_other(slots):
+    with pytest.raises(UsageError, match="--gpus none together with --device cuda: give one or the other"):
+        slots("cuda", gpus="none")
+
+
 @pytest.fixture
 def task(tmp_path):
     """Write a script with a main function, and return the task that calls it with the argument 7."""
@@ -122,8 +127,9 @@ def test_the_results_of_inline_runs_are_those_of_processes(weight_path, tmp_path
     assert "--launcher inline" in files_of(tmp_path / "inline", 2).log.read_text()
 
 
-def test_a_timeout_of_inline_runs_is_refused(weight_path, tmp_path, capsys):
+@pytest.mark.parametrize("flag", ["--timeout_per_rank", "--gpus"])
+def test_a_timeout_and_a_gpu_of_inline_runs_are_refused(weight_path, tmp_path, capsys, flag):
     arguments = ["--weight_path", str(weight_path), "--output_dir", str(tmp_path / "out"), "--ranks", "2"]
-    assert rank_sweep_study.main([*arguments, "--launcher", "inline", "--timeout_per_rank", "5"]) == 2
-    assert "leave out --timeout_per_rank" in capsys.readouterr().err
+    assert rank_sweep_study.main([*arguments, "--launcher", "inline", flag, "1"]) == 2
+    assert "leave out --timeout_per_rank and --gpus" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
