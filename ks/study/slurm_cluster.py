@@ -50,7 +50,6 @@ class _Run:
 
     task: Task
     record: Path
-    timeout: float | None
     lost: int = 0
     begun: bool = False
     written: int = 0
@@ -58,8 +57,7 @@ class _Run:
     def reset(self, lost: int) -> None:
         """Prepare the record for a submission."""
         self.written = self._bytes()
-        entries = dataclasses.asdict(self.task) | {"timeout": self.timeout, "lost": lost}
-        write_json(self.record, entries | {"started": None, "exit": None})
+        write_json(self.record, dataclasses.asdict(self.task) | {"lost": lost, "started": None, "exit": None})
 
     def read(self) -> Exit | None:
         """Read the record; return the exit of the run, if it has one."""
@@ -135,10 +133,9 @@ class SlurmLauncher(Launcher):
         return done is not None
 
     def script(self, elements: int | None = None, jobs: str = "jobs.json") -> str:
-        """Return the script that sbatch gets.
+        """Return the script that sbatch gets, for so many elements of the job array, or for those of all runs.
 
         Args:
-            elements: of the job array; None for all runs.
             jobs: the name of the file with the records of each element.
         """
         elements = elements or -(-self.runs // self.config.runs_per_job)
@@ -165,8 +162,7 @@ class SlurmLauncher(Launcher):
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def run(self, tasks: Iterable[Task], poll: Callable[[list[Task]], None]) -> Iterator[tuple[Task, Exit]]:
-        timeout = self.config.timeout_per_rank
-        waiting = [_Run(task, self.folder / f"run_{number}.json", timeout) for number, task in enumerate(tasks)]
+        waiting = [_Run(task, self.folder / f"run_{number}.json") for number, task in enumerate(tasks)]
         if not waiting:
             return
         self._done = False
@@ -209,7 +205,8 @@ class SlurmLauncher(Launcher):
         count = self.config.runs_per_job
         parts = [runs[start : start + count] for start in range(0, len(runs), count)]
         jobs = f"jobs_{uuid.uuid4().hex[:8]}.json"
-        write_json(self.folder / jobs, [[str(run.record) for run in part] for part in parts])
+        elements = [[run.record for run in part] for part in parts]
+        write_json(self.folder / jobs, {"elements": elements, "timeout": self.config.timeout_per_rank})
         done = call(["sbatch", "--parsable"], self.script(len(parts), jobs), seconds=None)
         if done is None or done.returncode:
             raise UsageError(f"sbatch: {_reason(done.stderr) if done else 'it does not answer'}")
@@ -239,8 +236,7 @@ class SlurmLauncher(Launcher):
     def _lost(self, run: _Run, job: str, state: str, first: bool) -> Exit | None:
         """Return the exit of a run that its job has left without an end; None if it is to be submitted again.
 
-        Args:
-            first: it has not begun or was cut off; the other runs of the job were not reached.
+        The first one has not begun or was cut off; the other runs of the job were not reached.
         """
         if state in ENDED_FOR_GOOD:
             return self._explained(run, job, state, Exit(EXIT_FAILED, 0.0))

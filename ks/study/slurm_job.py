@@ -2,7 +2,7 @@
 
     python -m ks.study.slurm_job JOBS.json
 
-The driver (`ks.study.slurm_cluster`) has written the file, a list of records for each element of the job array.
+The driver (`ks.study.slurm_cluster`) has written the file: the records of each element of the job array.
 """
 
 import contextlib
@@ -31,12 +31,13 @@ def main(jobs: str) -> None:
     signals.install(__file__)
     signals.begin()
     with contextlib.suppress(KeyboardInterrupt), signals.deferred():
-        for record in json.loads(Path(jobs).read_text("utf-8"))[int(os.environ["SLURM_ARRAY_TASK_ID"])]:
+        content = json.loads(Path(jobs).read_text("utf-8"))
+        for record in content["elements"][int(os.environ["SLURM_ARRAY_TASK_ID"])]:
             if not signals.came():
-                _run_recorded(Path(record))
+                _run_recorded(Path(record), content["timeout"])
 
 
-def _run_recorded(path: Path) -> None:
+def _run_recorded(path: Path, timeout: float | None) -> None:
     record = read_json_object(path)
     ended = record["exit"] and Exit(**record["exit"])
     if ended and ended.code != EXIT_INTERRUPTED:
@@ -52,7 +53,7 @@ def _run_recorded(path: Path) -> None:
     else:
         task = Task(record["name"], tuple(record["command"]), Path(record["log"]))
         try:
-            with LocalLauncher([{"OMP_NUM_THREADS": cores}], record["timeout"]) as local:
+            with LocalLauncher([{"OMP_NUM_THREADS": cores}], timeout) as local:
                 [(_, ended)] = local.run([task], lambda running: signals.check())
         except KeyboardInterrupt:
             ended = Exit(EXIT_INTERRUPTED, 0.0)

@@ -40,8 +40,8 @@ class FakeSlurm:
     def submit(self, script: str) -> CompletedProcess:
         self.number += 1
         self.name = re.search(r"--job-name=(\S+)", script)[1]
-        records = json.loads(Path(script.split()[-1]).read_text())
-        parts = [[(json.loads(Path(path).read_text())["name"], path) for path in part] for part in records]
+        elements = json.loads(Path(script.split()[-1]).read_text())["elements"]
+        parts = [[(json.loads(Path(path).read_text())["name"], path) for path in part] for part in elements]
         self.submitted.append((script, [[name for name, _ in part] for part in parts]))
         try:
             for index, part in enumerate(parts):

@@ -311,15 +311,15 @@ def job(tmp_path):
         "while not pathlib.Path('go').exists(): time.sleep(0.02)\n"
     )
     (tmp_path / "sleep.py").write_text(code)
-    write_json(tmp_path / "jobs.json", [["first.json", "second.json"]])
     call = "import sys; from ks.study.slurm_job import main; main('jobs.json'); assert 'torch' not in sys.modules"
     ids = {"SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "0", "SLURM_CPUS_PER_TASK": "3"}
 
+    for name in ("first", "second"):
+        task = Task(name, (sys.executable, "sleep.py"), tmp_path / f"{name}.log")
+        slurm_cluster._Run(task, tmp_path / f"{name}.json").reset(0)
+
     def start(timeout=None):
-        for name in ("first", "second"):
-            task = Task(name, (sys.executable, "sleep.py"), tmp_path / f"{name}.log")
-            if not (tmp_path / f"{name}.json").exists():
-                slurm_cluster._Run(task, tmp_path / f"{name}.json", timeout).reset(0)
+        write_json(tmp_path / "jobs.json", {"elements": [["first.json", "second.json"]], "timeout": timeout})
         environment = os.environ | {"PYTHONPATH": str(ROOT)} | ids
         return subprocess.Popen([sys.executable, "-c", call], cwd=tmp_path, env=environment)
 
