@@ -30,7 +30,7 @@ from ks.cli.parser import Parser
 from ks.files.status import Status
 from ks.study.folder import parse
 from ks.study.fork_server import starting_runs
-from ks.study.processes import Start, start_afresh, stop_with_parent
+from ks.study.processes import Start, stop_with_parent
 from ks.study.slurm_cluster import SlurmLauncher
 from ks.study.weight_study import WeightStudy
 
@@ -64,9 +64,7 @@ def study_of(config: SweepConfig, start: Start):
 @console.script
 def main(argv=None) -> int:
     config = parse(build_parser(), sys.argv[1:] if argv is None else argv)
-    if config.dry_run or config.launcher != "local":
-        return sweep(config, start_afresh)
-    with starting_runs(argv is None, config.verbose) as start:
+    with starting_runs(config, is_script=argv is None) as start:
         return sweep(config, start)
 
 
@@ -81,29 +79,23 @@ def sweep(config: SweepConfig, start: Start) -> int:
         if compares_families(config):
             print(compare_families(config))
             return console.EXIT_OK
-    try:
-        with study_of(config, start) as study:
-            study.load()
-            if not config.dry_run:
-                study.check_folder()
-            study.plan()
-            if config.dry_run:
-                print(study.plan_text())
-                if config.launcher == "slurm":
-                    launcher = SlurmLauncher(config, study.runs_at_most())
-                    print(f"\n{launcher.script()}")
-                    launcher.check()
-                return console.EXIT_OK
-            study.open_launcher()
-            with signals.deferred():
-                study.claim()
-                study.run()
-                lines = study.conclude()
-    except OSError as error:
-        place = error.filename or Path(config.output_dir).absolute()
-        remedy = "fix the cause, then rerun the same command to resume"
-        print(f"rank_sweep_study.py: {error.strerror}: {place}; {remedy}", file=sys.stderr)
-        return console.EXIT_FAILED
+    with study_of(config, start) as study:
+        study.load()
+        if not config.dry_run:
+            study.check_folder()
+        study.plan()
+        if config.dry_run:
+            print(study.plan_text())
+            if config.launcher == "slurm":
+                launcher = SlurmLauncher(config, study.runs_at_most())
+                print(f"\n{launcher.script()}")
+                launcher.check()
+            return console.EXIT_OK
+        study.open_launcher()
+        with signals.deferred():
+            study.claim()
+            study.run()
+            lines = study.conclude()
     if signals.came():
         print("rank_sweep_study.py: interrupted; the same command resumes", file=sys.stderr)
     print("\n".join(lines))

@@ -153,15 +153,19 @@ def edited(tmp_path):
     return edit
 
 
+def copy_toolkit(folder: Path) -> None:
+    for script in ROOT.glob("*.py"):
+        shutil.copy(script, folder)
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "ks", folder / "ks", ignore=ignored, dirs_exist_ok=True)
+
+
 @pytest.fixture
 def edited_toolkit(tmp_path):
     """Copy the toolkit to tmp_path, and edit its training script as a user would; again to edit it again."""
 
     def edit(criterion: str = "", metrics: str = "") -> None:
-        for script in ROOT.glob("*.py"):
-            shutil.copy(script, tmp_path)
-        if not (tmp_path / "ks").exists():
-            shutil.copytree(ROOT / "ks", tmp_path / "ks", ignore=shutil.ignore_patterns("__pycache__"))
+        copy_toolkit(tmp_path)
         (tmp_path / "train_with_random.py").write_text(edited_text(criterion, metrics))
 
     return edit

@@ -32,7 +32,7 @@ from ks.cli.parser import (
 )
 from ks.errors import UsageError
 from ks.files.globs import is_glob
-from ks.files.layout import FIGURE_FORMATS
+from ks.files.layout import FIGURE_FORMATS, SweepFiles
 from ks.files.make_weight import INIT_METHODS
 from ks.files.weights import DTYPES
 from ks.moments.metric import LossMetric
@@ -334,8 +334,10 @@ class SweepConfig(LayersFlags, TargetFlags, TrainingFlags, OutputFlags, PlotFlag
         """Let a target in the unit of the loss choose its metric, so that the runs get it.
 
         Raises:
-            UsageError: two targets, a target of another metric, or flags of another launcher.
+            UsageError: two targets, a target of another metric, two choices of families, or flags of another launcher.
         """
+        if self.chain is not None and self.chains is not None:
+            raise UsageError(f"--chain {self.chain} together with --chains: give one or the other")
         if self.launcher != "slurm" and (self.slurm or self.runs_per_job != 1):
             raise UsageError(f"--slurm and --runs_per_job are for --launcher slurm, not for {self.launcher}")
         if self.target_loss_increase is None:
@@ -346,6 +348,10 @@ class SweepConfig(LayersFlags, TargetFlags, TrainingFlags, OutputFlags, PlotFlag
         if self.loss_metric == LossMetric.OUTPUT_ENERGY:
             raise UsageError(f"{target} --loss_metric output_energy: it is a target of model_loss")
         object.__setattr__(self, "loss_metric", LossMetric.MODEL_LOSS.value)  # frozen
+
+    def files(self) -> SweepFiles:
+        """Return the files of the sweep in its results folder."""
+        return SweepFiles(Path(self.output_dir).absolute(), self.save_prefix, self.metric)
 
     def is_of_several_layers(self) -> bool:
         """Return whether the flags ask for the layers of a checkpoint instead of one weight."""

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import itertools
 import os
 import re
 import shlex
@@ -19,14 +20,16 @@ from ks.files.columns import METRIC
 Config = TypeVar("Config")
 
 
-def _number(convert: Callable[[str], Any], accept: Callable[[Any], bool], description: str) -> Callable[[str], Any]:
+def _checked(convert: Callable[[str], Any], accept: Callable[[Any], Any], message: str) -> Callable[[str], Any]:
+    """Return a converter that refuses values; {} in the message stands for the text."""
+
     def parse(text: str) -> Any:
         try:
             value = convert(text)
         except ValueError:
             value = None
         if value is None or not accept(value):
-            raise argparse.ArgumentTypeError(f"{one_line(text, 60)!r} is not {description}")
+            raise argparse.ArgumentTypeError(message.format(repr(one_line(text, 60))))
         return value
 
     return parse
@@ -34,56 +37,51 @@ def _number(convert: Callable[[str], Any], accept: Callable[[Any], bool], descri
 
 def integer(low: int, high: int = 2**31 - 1) -> Callable[[str], Any]:
     """Return a converter for whole numbers from low to high."""
-    return _number(int, lambda value: low <= value <= high, f"a whole number from {low} to {high}")
+    return _checked(int, lambda value: low <= value <= high, f"{{}} is not a whole number from {low} to {high}")
 
 
-def number(low: float, high: float) -> Callable[[str], Any]:
-    """Return a converter for numbers from low to high."""
-    return _number(float, lambda value: low <= value <= high, f"a number from {low:g} to {high:g}")
+def _real(accept: Callable[[float], bool], allowed: str) -> Callable[[str], Any]:
+    return _checked(float, accept, f"{{}} is not {allowed}")
 
 
 positive_int, non_negative_int, seed_number = integer(1), integer(0), integer(0, 2**63 - 1)
-positive_float, non_negative_float = (
-    number(1e-100, 1e100),
-    _number(float, lambda value: value == 0 or 1e-100 <= value <= 1e100, "0 or a number from 1e-100 to 1e+100"),
+positive_float = _real(lambda value: 1e-100 <= value <= 1e100, "a number from 1e-100 to 1e+100")
+non_negative_float = _real(lambda value: value == 0 or 1e-100 <= value <= 1e100, "0 or a number from 1e-100 to 1e+100")
+open_fraction = _real(lambda value: 0 < value < 1, "a number between 0 and 1, both excluded")
+fraction = _real(lambda value: 0 < value <= 1, "a number above 0, at most 1")
+# A shell leaves ~ alone in --flag=~/x.
+path = _checked(os.path.expanduser, bool, "a path must not be empty; . is the current folder")
+key = _checked(str, bool, "a key must not be empty; leave the flag out if the file holds one tensor")
+metric_name = _checked(str, METRIC.fullmatch, "{} cannot be the name of a metric")
+file_prefix = _checked(
+    str,
+    re.compile(r"[^./\\][^/\\]*").fullmatch,
+    "{} is not a file name prefix; it must not be empty or hold a path",
 )
-open_fraction = _number(float, lambda value: 0 < value < 1, "a number between 0 and 1, both excluded")
-fraction = _number(float, lambda value: 0 < value <= 1, "a number above 0, at most 1")
+setting = _checked(
+    str,
+    re.compile(r"[a-z][a-z_-]*(=[ -~]+)?").fullmatch,
+    "{} is not KEY=VALUE, nor a KEY without a value",
+)
+
+
+def _entries(flag: "Flag") -> Callable[[str], Any]:
+    """Return a converter of an argument to entries of a list; commas separate all but paths, keys and settings."""
+
+    def parse(text: str) -> list:
+        texts = [] if flag.convert in (path, key, setting) else filter(None, map(str.strip, text.split(",")))
+        values = [flag.convert(entry) for entry in [*texts] or [text]]
+        for value in values:
+            if flag.choices and value not in flag.choices:
+                raise argparse.ArgumentTypeError(f"invalid choice: {value!r} (choose from {', '.join(flag.choices)})")
+        return values
+
+    return parse
 
 
 def auto_or(convert: Callable[[str], Any]) -> Callable[[str], Any]:
     """Return a converter that also accepts 'auto'."""
     return lambda text: text if text == "auto" else convert(text)
-
-
-def path(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("a path must not be empty; . is the current folder")
-    return os.path.expanduser(text)  # a shell leaves ~ alone in --flag=~/x
-
-
-def key(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("a key must not be empty; leave the flag out if the file holds one tensor")
-    return text
-
-
-def metric_name(text: str) -> str:
-    if not METRIC.fullmatch(text):
-        raise argparse.ArgumentTypeError(f"{one_line(text, 60)!r} cannot be the name of a metric")
-    return text
-
-
-def setting(text: str) -> str:
-    if not re.fullmatch(r"[a-z][a-z_-]*(=[ -~]+)?", text):
-        raise argparse.ArgumentTypeError(f"{one_line(text, 60)!r} is not KEY=VALUE, nor a KEY without a value")
-    return text
-
-
-def file_prefix(text: str) -> str:
-    if not text or "/" in text or "\\" in text or text.startswith("."):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a file name prefix; it must not be empty or hold a path")
-    return text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,14 +166,10 @@ class Parser(argparse.ArgumentParser, Generic[Config]):
         self._main: tuple[str, ...] = getattr(config, "MAIN", ())
         if self._main:
             self.add_argument("--help_all", action=_PrintAllFlags, nargs=0, help="show all flags, by group, and exit")
-        self._lists: set[str] = set()
         for title, fields in groups(config):
             group = self.add_argument_group(title)
             for field in fields:
                 _add(group, field)
-                described: Flag = field.metadata["flag"]
-                if described.nargs not in (None, "?") and described.convert not in (path, key, setting):
-                    self._lists |= {f"--{field.name}", *described.aliases}
 
     def error(self, message: str):
         self.exit(EXIT_USAGE, f"{self.prog}: error: {one_line(message)} (--help lists the flags)\n")
@@ -214,21 +208,6 @@ class Parser(argparse.ArgumentParser, Generic[Config]):
         values, others = self.parse_known_args(argv)
         return self._frozen(values), others
 
-    def parse_known_args(self, args=None, namespace=None):
-        arguments = sys.argv[1:] if args is None else args
-        return super().parse_known_args(list(self._separated(arguments)), namespace)
-
-    def _separated(self, arguments: Sequence[str]) -> Iterator[str]:
-        """Yield the arguments, with an argument for each entry of a list that is written with commas."""
-        inside = False
-        for argument in arguments:
-            name, equals, value = argument.partition("=")
-            if argument.startswith("--"):
-                inside = name in self._lists
-                yield from [name, *_entries(value)] if inside and equals else [argument]
-            else:
-                yield from _entries(argument) if inside else [argument]
-
     def _unknown(self, arguments: Sequence[str]) -> list[str]:
         """Return the names that are no flags; argparse would report them only after missing ones."""
         known = self._option_string_actions
@@ -244,12 +223,9 @@ class Parser(argparse.ArgumentParser, Generic[Config]):
         return f"unknown flag {one_line(name, 60)}" + (f": did you mean {' or '.join(found)}?" if found else "")
 
     def _frozen(self, values: argparse.Namespace) -> Config:
-        found = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(values).items()}
+        flat = itertools.chain.from_iterable
+        found = {name: tuple(flat(value)) if isinstance(value, list) else value for name, value in vars(values).items()}
         return self.config(**found)
-
-
-def _entries(text: str) -> list[str]:
-    return [entry.strip() for entry in text.split(",") if entry.strip()]
 
 
 def _add(group, field: dataclasses.Field) -> None:
@@ -263,6 +239,8 @@ def _add(group, field: dataclasses.Field) -> None:
     else:
         options |= {name: getattr(described, name) for name in ("choices", "nargs", "const", "required")}
         options |= {"type": described.convert, "metavar": _metavar(field)}
+        if described.nargs == "+":
+            options |= {"type": _entries(described), "choices": None}
     group.add_argument(f"--{field.name}", *described.aliases, **options)
 
 

@@ -39,10 +39,10 @@ def matching(names: Iterable[str], globs: str | Sequence[str]) -> list[str]:
     return [name for name in names if any(matches(name, glob) for glob in globs)]
 
 
-def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     """Return the known names that resemble a name most, and how many there are, for an error message."""
     known = [each for each in known if each]  # a model is a module of itself, with an empty name
-    found = difflib.get_close_matches(name, known, limit, cutoff=0.3) or known[:limit]
+    found = difflib.get_close_matches(name, known, cutoff=0.3) or known[:3]
     return one_line(f"nearest of {len(known)}: {', '.join(found)}" if found else "it holds none")
 
 

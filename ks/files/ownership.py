@@ -1,4 +1,4 @@
-"""Who may write in a folder: one process at a time, and only over files that a record there names as the toolkit's.
+"""Who may write in a folder: one process at a time, and only over files that a record there lists as the toolkit's.
 
 A record is a JSON config with the names under `files`: `PREFIX_config.json` of a run or a sweep, or
 `PREFIX_figures.json` of a plot. Everything else in a folder is the user's, and so is whatever a symbolic link leads to.
@@ -20,7 +20,7 @@ LEASE_SECONDS = 30.0  # all processes that use a folder must agree on it
 
 
 def recorded(record: Path, without_list: Iterable[Path] = ()) -> set[Path]:
-    """Return the paths that a record names as written by this toolkit, and the record itself.
+    """Return the paths that a record lists as written by this toolkit, and the record itself.
 
     Args:
         record: path of the record; if it is missing or damaged, nothing is known to be ours.
@@ -60,7 +60,7 @@ def check_free(paths: Iterable[Path], owned: set[Path], inputs: Iterable[Path], 
         if path.is_symlink():
             raise UsageError(f"{path} is a symbolic link, and nothing is written through one; remove it, or {remedy}")
         if path.exists() and (path not in owned or not path.is_file()):
-            raise UsageError(f"{path} is in the way: no record says that this toolkit wrote it; move it, or {remedy}")
+            raise UsageError(f"{path} is in the way: no record lists it as the toolkit's; move it, or {remedy}")
 
 
 def delete(paths: Iterable[Path], inputs: Iterable[Path] = ()) -> None:
@@ -73,7 +73,7 @@ def delete(paths: Iterable[Path], inputs: Iterable[Path] = ()) -> None:
 
 @contextlib.contextmanager
 def locked(path, what: str, wait: float = 0.0) -> Iterator[None]:
-    """Hold a lock file that names host and process, and whose date shows every ten seconds that the process lives.
+    """Hold a lock file that has host and process, and whose date shows every ten seconds that the process lives.
 
     It needs nothing of a file system but that two processes cannot both create a file: flock is missing on some network
     file systems, and on others each host sees its own locks alone. The lock of a process that has ended is taken over,
@@ -164,7 +164,7 @@ def _remove(path: str, owner: OwnerRecord | None) -> None:
 
 
 def _holder(lock: SoftFileLease) -> str:
-    """Return the process that a lock file names; the host is without the number of its process namespace."""
+    """Return the holder of a lock in words; its host is without the number of its process namespace."""
     owner = lock.owner
     return f"process {owner.pid} on {owner.hostname.partition('?')[0]}" if owner else "an unknown process"
 

@@ -27,7 +27,7 @@ def kinds_of(entries: Mapping[str, Any]) -> dict[str, str]:
     Args:
         entries: tensors, or entries of `ks.files.weights.entries_of`, by name.
     """
-    shapes = {name: () if entry.is_nested else tuple(entry.shape) for name, entry in entries.items()}
+    shapes = {name: shape_of(entry) for name, entry in entries.items()}
     packed = {name for name, entry in entries.items() if PACKED_DTYPE.fullmatch(str(entry.dtype))}
     quantised = {_module(name) for name in packed if len(shapes[name]) == 2} - {""}
     originals = defaultdict(set)
@@ -45,6 +45,11 @@ def kinds_of(entries: Mapping[str, Any]) -> dict[str, str]:
         elif any(map(TABLE.search, name.lower().split("."))) and not LINEAR.search(_end(name).lower().split(".")[0]):
             kinds[name] = EMBEDDING
     return kinds
+
+
+def shape_of(entry: Any) -> tuple:
+    """Return the sizes of an entry; a nested tensor has none."""
+    return () if entry.is_nested else tuple(entry.shape)
 
 
 def _module(name: str) -> str:

@@ -17,7 +17,7 @@ from ks.errors import UsageError, one_line
 from ks.files.globs import nearest
 from ks.files.memory import check_fits
 from ks.files.schema import CheckpointIndex, read_json_as
-from ks.files.tensor_kinds import REFUSED, kinds_of
+from ks.files.tensor_kinds import REFUSED, kinds_of, shape_of
 from ks.files.torch_files import plain, read_torch_file, tensors_in
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -82,9 +82,10 @@ def load_weight(path, key: str | None = None, transpose: bool = False) -> Weight
         tensors = entries_of(path)
     except OSError as error:  # a folder above it is closed, or the name is too long
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
-    key = _find_key(path, tensors, key)
-    if (kind := kinds_of(tensors).get(key)) in REFUSED:
-        raise UsageError(f"{path}, key {key!r} is no weight of a layer: {kind}")
+    refused = {name: kind for name, kind in kinds_of(tensors).items() if kind in REFUSED}
+    key = _find_key(path, tensors, refused, key)
+    if key in refused:
+        raise UsageError(f"{path}, key {key!r} is no weight of a layer: {refused[key]}")
     return load_entry(tensors[key], key, f"{path}, key {key!r}" if key else f"{path}", transpose)
 
 
@@ -170,16 +171,11 @@ def _read_sharded(path: Path, what: str) -> dict:
     entries: dict = {}
     for name in sorted(set(file_of.values())):
         if Path(name).name != name or not name.endswith((".safetensors", ".bin")):
-            raise UsageError(f"{path} names {one_line(name)!r}; .safetensors or .bin files in its folder are needed")
+            raise UsageError(f"{path} lists {one_line(name)!r}; .safetensors or .bin files in its folder are needed")
         entries |= entries_of(path.with_name(name), what)
     if missing := [key for key in file_of if key not in entries]:
-        raise UsageError(f"{path} names {one_line(missing[0])!r}, which is not in {file_of[missing[0]]}")
+        raise UsageError(f"{path} lists {one_line(missing[0])!r}, which is not in {file_of[missing[0]]}")
     return {key: entries[key] for key in file_of}
-
-
-def shape_of(entry) -> tuple:
-    """Return the sizes of an entry; a nested tensor has none."""
-    return () if entry.is_nested else tuple(entry.shape)
 
 
 def is_matrix(entry) -> bool:
@@ -197,13 +193,12 @@ def _names_and_shapes(tensors: dict) -> str:
     return ", ".join(f"{names[0]} {shape}{more[names[0]]}" for (_, shape), names in alike.items())
 
 
-def _find_key(path: Path, tensors: dict, key: str | None) -> str:
+def _find_key(path: Path, tensors: dict, refused: dict[str, str], key: str | None) -> str:
     """Return the key if the file has it; without a key, that of its only 2-D weight."""
     if key is not None and key in tensors:
         return key
     if key is None and list(tensors) == [""]:
         return ""
-    refused = {name: kind for name, kind in kinds_of(tensors).items() if kind in REFUSED}
     matrices = {name: entry for name, entry in tensors.items() if is_matrix(entry) and name not in refused}
     if key is None and len(matrices) == 1:
         return next(iter(matrices))

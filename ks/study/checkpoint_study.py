@@ -17,12 +17,12 @@ from ks.files.provenance import provenance
 from ks.files.status import Status
 from ks.files.weights import packed
 from ks.model.allocate import USUAL_FAMILIES, Goal, allocate, goal_of, plan_metric
-from ks.model.candidates import Candidates, check_inputs, find_candidates, floors_table
+from ks.model.candidates import check_inputs, find_candidates, floors_table
 from ks.model.layer_weights import select_weights
 from ks.model.model_plan import ModelPlan
 from ks.moments.moments_file import as_moments
-from ks.study.folder import checkpoint_record_of, claim_folder, held, remedies_of
-from ks.study.processes import Exit, Start
+from ks.study.folder import checkpoint_record_of, claim_folder, held
+from ks.study.processes import Exit
 from ks.study.run_all import finished_before, run_all
 from ks.study.runs import Result, Run, result_of, seeds_of
 from ks.study.weight_study import Study, WeightStudy
@@ -34,11 +34,7 @@ from ks.training.problem import chain_of, choose_device
 class CheckpointStudy(Study):
     """Several weights of a checkpoint, each with a results folder of its own in that of the study."""
 
-    def __init__(self, config: SweepConfig, trainer: Path, start: Start):
-        super().__init__(config, trainer, start)
-        self.settings: dict[Run, dict] = {}  # of the study of its layer, for each run
-        self.planned: ModelPlan | None = None
-        self.ended: list[Status] = []
+    planned: ModelPlan | None = None
 
     def load(self) -> None:
         """Find the weights that --weight_key matches, or all 2-D weights of the file; write nothing.
@@ -67,7 +63,7 @@ class CheckpointStudy(Study):
         if not config.dry_run:
             names = [weight.name for weight in self.selection.weights]
             record = checkpoint_record_of(config, edits_of(self.trainer), self.selection.source, names)
-            claim_folder(files, [], record, config.files_read(), config.overwrite, remedies_of(config))
+            claim_folder(config, [], record)
         delete_leftovers([*files.planned(), *files.outputs()])
         owned = recorded(files.plan_record)
         check_free(files.planned(), owned, config.files_read(), "choose another --output_dir or --save_prefix")
@@ -77,7 +73,7 @@ class CheckpointStudy(Study):
             console.note(text, config.quiet)
 
         def make(rows: int, cols: int, family: str) -> Chain:
-            return chain_of(dataclasses.replace(config, chain=family), rows, cols)
+            return chain_of(dataclasses.replace(config, chain=family, chains=None), rows, cols)
 
         self.candidates = find_candidates(
             self.selection.weights,
@@ -93,7 +89,9 @@ class CheckpointStudy(Study):
         names = [name for entry in self.candidates for name in (entry.dense.layer, *entry.dense.shared_with)]
         learnable = tuple(weight for weight in self.selection.weights if weight.name in names)
         self.selection = dataclasses.replace(self.selection, weights=learnable)
-        write_csv(files.layer_floors_csv, columns.names(columns.LAYER_FLOORS), _floor_rows(self.candidates))
+        found = ((entry, floors) for entry in self.candidates for floors in entry.floors)
+        rows = (entry.plan(floors, int(rank)).row() for entry, floors in found for rank in floors.ranks)
+        write_csv(files.layer_floors_csv, columns.names(columns.LAYER_FLOORS), rows)
         if self.goal is not None:
             self.planned = allocate(self.candidates, self.goal, config.rank_multiple, self.selection)
             self.planned.save(files.plan_json)
@@ -108,17 +106,10 @@ class CheckpointStudy(Study):
     def runs_at_most(self) -> int:
         return len(self.selection.weights) * len(self.config.ranks or [1]) * len(seeds_of(self.config))
 
-    def open_launcher(self) -> None:
-        """Open the launcher with the files that runs elsewhere read; see `WeightStudy.open_launcher`."""
-        files = {}
-        if self.config.launcher == "ray":
-            path = Path(self.config.weight_path).absolute()
-            weights = [weight.read() for weight in self.selection.weights]
-            files[str(path)] = (f"{path.stem}.pth", packed(weights, self.config.transpose))
-            if self.config.inputs:
-                inputs = Path(self.config.inputs).absolute()
-                files[str(inputs)] = (f"inputs_{inputs.name}", inputs.read_bytes())
-        self._open(files)
+    def packed_files(self) -> tuple[bytes, bytes]:
+        weights = [weight.read() for weight in self.selection.weights]
+        inputs = Path(self.config.inputs).read_bytes() if self.config.inputs else b""
+        return packed(weights, self.config.transpose), inputs
 
     def claim(self) -> None:
         """Claim a folder in that of the study for every layer that a chain replaces.
@@ -128,13 +119,14 @@ class CheckpointStudy(Study):
         """
         for text in self.planned.sentences() if self.planned is not None else ():
             console.note(text, self.config.quiet)
+        self.settings: dict[Run, dict] = {}  # of the study of its layer, for each run
         for study in self._layer_studies():
             signals.check()
             study.claim()
             self.locks.push(study.locks.pop_all())
             self.settings |= dict.fromkeys(study.chosen_runs(), study.record["settings"])
 
-    def _layer_studies(self) -> Iterator["_LayerStudy"]:
+    def _layer_studies(self) -> Iterator[WeightStudy]:
         """Yield the planned study of each layer to train, one at a time, since memory may not hold all weights."""
         config, plan = self.config, self.planned
         if plan is None:
@@ -148,7 +140,7 @@ class CheckpointStudy(Study):
             folder = str(layer_folder(self.files.directory, name))
             flags = {"chain": family, "ranks": ranks, "loss_metric": self.loss_metric.value, "output_dir": folder}
             flags |= {"target_relative_loss": None, "target_loss_increase": None}
-            study = _LayerStudy(config.of_layer(name, **flags), self.trainer, self.start)
+            study = WeightStudy(config.of_layer(name, **flags), self.trainer, self.start, name)
             study.load()
             study.plan()
             yield study
@@ -172,14 +164,14 @@ class CheckpointStudy(Study):
         from ks.report.read_results import read_study
         from ks.report.summary import summary_table, write_summary
 
-        rows = []
+        rows, self.ended = [], set[Status]()
         result_in = {run.files: result for run, result in self.results.items()}
         for study in self._layer_studies():
             console.note(f"{study.config.weight_key}: summary and figures", self.config.quiet)
             study.results = {run: result_in[run.files] for run in study.runs if run.files in result_in}
             study.conclude()
             study.check_floors()
-            self.ended += [row["status"].status for row in study.rows_of_runs]
+            self.ended |= {row["status"].status for row in study.rows_of_runs}
             rows += study.rows
         write_summary(self.files, rows)
         try:
@@ -191,32 +183,13 @@ class CheckpointStudy(Study):
         return [summary_table(rows), str(self.files.summary_csv), str(self.files.report)]
 
     def statuses(self) -> set[Status]:
-        return set(self.ended)
-
-    def check_floors(self) -> None:
-        """Do nothing: `conclude` has checked every layer."""
-
-
-class _LayerStudy(WeightStudy):
-    """The study of one layer, whose runs have its name."""
-
-    def plan(self) -> None:
-        super().plan()
-        names = [f"{self.config.weight_key}, {run.task.name}" for run in self.runs]
-        tasks = [dataclasses.replace(run.task, name=name) for run, name in zip(self.runs, names)]
-        self.runs = [dataclasses.replace(run, task=task) for run, task in zip(self.runs, tasks)]
-
-    def floors_can_wait(self) -> bool:
-        """Return that they cannot: no layer's weight stays in memory while runs train."""
-        return False
+        return self.ended
 
 
 def _check_flags(config: SweepConfig, goal: Goal | None) -> None:
     """Raise UsageError if flags do not go together in a study of several layers."""
     if config.row_splits is not None or config.col_splits is not None:
         raise UsageError("--row_splits and --col_splits are for one weight; name families by --chains")
-    if config.chain is not None and config.chains is not None:
-        raise UsageError(f"--chain {config.chain} together with --chains: give one or the other")
     if goal is None:
         if config.rank_multiple != 1:
             raise UsageError("--rank_multiple is for a plan; give --budget or a target too")
@@ -230,9 +203,3 @@ def _check_flags(config: SweepConfig, goal: Goal | None) -> None:
     for name in ("inputs_key", "fit_bias"):
         if getattr(config, name):
             raise UsageError(f"--{name} is for one weight; leave it out in a study of several layers")
-
-
-def _floor_rows(candidates: list[Candidates]) -> Iterator[dict]:
-    for entry in candidates:
-        for floors in entry.floors:
-            yield from (entry.plan(floors, rank).row() for rank in map(int, floors.ranks))

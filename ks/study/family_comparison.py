@@ -4,16 +4,13 @@ import dataclasses
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from ks.bounds.rank_floors import RankFloors, TargetRanks
 from ks.chain.patterns import Chain
 from ks.cli import console
 from ks.cli.flags import SweepConfig
 from ks.cli.parser import command_line
-from ks.errors import UsageError
 from ks.files.columns import FAMILIES, Column, Text
-from ks.files.layout import SweepFiles
 from ks.files.table import filled, table
 from ks.model.layer_weights import select_weights
 from ks.report.words import Words, percents
@@ -46,15 +43,12 @@ def compare_families(config: SweepConfig) -> str:
     Bounds that the results folder holds are not computed again; nothing is written.
 
     Raises:
-        UsageError: flags that do not go together, or a weight or inputs that cannot be studied.
+        UsageError: a weight or inputs that cannot be studied.
     """
-    if config.chain is not None:
-        raise UsageError(f"--chain {config.chain} together with --chains: give one or the other")
-    path = SweepFiles(Path(config.output_dir).absolute(), config.save_prefix).bounds
     alone = config.of_layer(config.weight_key[0] if config.weight_key else None, dry_run=False)
     problems = [resolve(dataclasses.replace(alone, chain=family)) for family in config.chains or ()]
     target, family = relative_target(config, problems[0]), problems[0].chain.family
-    found = [plan_floors(config, problem, path) for problem in problems]
+    found = [plan_floors(config, problem) for problem in problems]
     for text in problems[0].layer_inputs.notes:
         console.note(text, config.quiet)
     words = Words(problems[0].loss_metric, problems[0].unit, problems[0].predict_zero_loss)

@@ -5,6 +5,7 @@ The record, PREFIX_config.json, holds the settings that identify the study and t
 
 import contextlib
 import dataclasses
+import os
 from pathlib import Path
 
 from ks.cli import console
@@ -24,7 +25,7 @@ from ks.training.run_state import NOT_COMPARED, changes, settings_in, settings_o
 
 # They are not taken from a study: where the weight is, and what changes reports and files only.
 NOT_TAKEN = ("weight_path", "log_to", "log_interval", "verbose", "quiet", "save_interval")
-TRAINING = tuple(field.name for _, fields in groups(TrainingFlags) for field in fields)
+TRAINING = [field.name for _, fields in groups(TrainingFlags) for field in fields]
 TAKEN = (*(name for name in TRAINING if name not in NOT_TAKEN), *TARGETS, "tight_bounds", "stop_at")
 SPLITS = {"row_splits", "col_splits"}
 REMEDY = "choose another --output_dir"
@@ -60,11 +61,11 @@ def _record(config: SweepConfig, settings: dict, ranks: list[int]) -> dict:
 
 def study_in(config: SweepConfig) -> StudyRecord | None:
     """Return the record of the study in --output_dir; None if there is none, it is not valid, or it is overwritten."""
-    files = SweepFiles(Path(config.output_dir).absolute(), config.save_prefix)
-    if config.overwrite or not files.config.is_file():
+    path = config.files().config
+    if config.overwrite or not path.is_file():
         return None
     try:
-        return read_json_as(files.config, StudyRecord)
+        return read_json_as(path, StudyRecord)
     except UsageError:
         return None  # claiming the folder refuses it
 
@@ -78,9 +79,10 @@ def parse(parser: Parser[SweepConfig], argv: list[str]) -> SweepConfig:
     study = study_in(config)
     if study is None or not _is_of_same_weight(config, given, study):
         return config
-    splits = {"chain"} if given & SPLITS else SPLITS if "chain" in given else set()  # they exclude each other
+    chains = {"chain"} if given & SPLITS else SPLITS if "chain" in given else set()  # they exclude each other
+    chains = {"chain", *SPLITS} if "chains" in given else chains
     targets = {*TARGETS} if given & {*TARGETS} else set()
-    taken = {name: study.arguments.get(name) for name in TAKEN if name not in given | splits | targets}
+    taken = {name: study.arguments.get(name) for name in TAKEN if name not in given | chains | targets}
     merged = parser.parse([*to_arguments(taken), *argv])
     if not given & {"ranks", *TARGETS}:
         merged = dataclasses.replace(merged, ranks=tuple(study.ranks))  # so that a refusal prints them
@@ -104,18 +106,6 @@ def _is_of_same_weight(config: SweepConfig, given: set[str], study: StudyRecord)
     return Path(config.weight_path).name == Path(str(path)).name and same_key
 
 
-def remedies_of(config: SweepConfig) -> str:
-    """Return the two commands that run a study although the results folder holds another one."""
-    folder, number = config.output_dir.rstrip("/"), 2
-    while Path(f"{folder}_{number}").exists():
-        number += 1
-    beside, instead = (
-        command_line("rank_sweep_study.py", dataclasses.replace(config, **changed))
-        for changed in ({"output_dir": f"{folder}_{number}"}, {"overwrite": True})
-    )
-    return f"to keep it: {beside}; to replace it: {instead}"
-
-
 def held(files: SweepFiles) -> contextlib.AbstractContextManager[None]:
     """Make the results folder if needed, and return a context in which no other sweep works there.
 
@@ -126,23 +116,19 @@ def held(files: SweepFiles) -> contextlib.AbstractContextManager[None]:
     return locked(files.lock, "another sweep")
 
 
-def claim_folder(
-    files: SweepFiles, runs: list[Run], record: dict, inputs: list[Path], overwrite: bool, remedies: str = ""
-) -> None:
+def claim_folder(config: SweepConfig, runs: list[Run], record: dict) -> None:
     """Claim a results folder for a study: record its settings and files, delete old outputs, cancel jobs left by SLURM.
 
     Args:
-        files, runs: of the sweep; the folder exists.
+        config: of the sweep; its folder exists. With `overwrite`, results in it are deleted, also those of another
+            study, as far as they are ours.
         record: content of the config file; `record["settings"]` identifies the study, `record["files"]` is added.
-        inputs: files that the study reads.
-        overwrite: delete the results in the folder, also those of another study, as far as they are ours.
-        remedies: the commands that would work, for the message.
     Raises:
         UsageError: the folder holds another study, or a file of the user's is in the way.
     """
+    refuse_another_study(config, record["settings"])
+    files, inputs = config.files(), config.files_read()
     folder, all_files = files.directory, files.all({run.seed for run in runs})
-    if not overwrite:
-        refuse_another_study(files, record["settings"], remedies)
     cancel_left(folder)
     present = [run for _, _, run in find_runs(folder)]
     owned = recorded(files.config, [*files.all(), *(path for run in present for path in run.all())])
@@ -152,7 +138,7 @@ def claim_folder(
                 raise UsageError(f"{inside} is a symbolic link, and nothing is written through one; {REMEDY}")
         check_free(run.files.all(), owned | owned_by_run(run.files), inputs, REMEDY)
     check_free(all_files, owned | _plotted(files), inputs, REMEDY)
-    if overwrite:
+    if config.overwrite:
         for path in _other_studies(files):
             delete(recorded(path), inputs)
         for found in present:
@@ -191,18 +177,31 @@ def _other_studies(files: SweepFiles) -> list[Path]:
     return [path for path in found if not path.is_symlink() and {"settings", "ranks"} <= read_json_object(path).keys()]
 
 
-def refuse_another_study(files: SweepFiles, settings: dict, remedies: str = "") -> None:
-    """Raise UsageError, with the remedies, if a results folder holds another study than one with these settings."""
-    config = read_json_object(files.config)
-    before, others = config.get("settings"), _other_studies(files)
+def refuse_another_study(config: SweepConfig, settings: dict) -> None:
+    """Raise UsageError if the results folder holds another study than one with these settings, unless it is replaced.
+
+    The message has the two commands that run the study nevertheless.
+    """
+    if config.overwrite:
+        return
+    files = config.files()
+    record, others = read_json_object(files.config), _other_studies(files)
+    before, difference = record.get("settings"), ""
     if others:
         difference = f"the study of --save_prefix {others[0].name.removesuffix('_config.json')}"
     elif isinstance(before, dict):
-        changed = changes(settings_in(before, config.get("loss")), settings)
-        difference = f"another study ({changed})" if changed else ""
+        if changed := changes(settings_in(before, record.get("loss")), settings):
+            difference = f"another study ({changed})"
     elif find_runs(files.directory) or files.config.exists() or files.summary_csv.exists():
         difference = f"results of something else (no readable {files.config.name})"
-    else:
-        difference = ""
     if difference:
-        raise UsageError(f"{files.directory} holds {difference}; {remedies or f'{REMEDY} or give --overwrite'}")
+        folder, number = config.output_dir.rstrip("/"), 2
+        if not folder.strip("./"):  # ._2 would be a hidden folder in the one that is meant
+            folder = os.path.abspath(config.output_dir)
+        while Path(f"{folder}_{number}").exists():
+            number += 1
+        beside, instead = (
+            command_line("rank_sweep_study.py", dataclasses.replace(config, **other))
+            for other in ({"output_dir": f"{folder}_{number}"}, {"overwrite": True})
+        )
+        raise UsageError(f"{files.directory} holds {difference}; to keep it: {beside}; to replace it: {instead}")

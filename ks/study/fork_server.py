@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from ks.cli.console import note
+from ks.cli.flags import SweepConfig
 from ks.study.forked_script import run_script
 from ks.study.processes import SET_PARENT_DEATH_SIGNAL, Process, Start, start_afresh
 
@@ -28,7 +29,7 @@ RUNS_NEED = ("ks.training.recorder", "ks.training.samples", "ks.training.steps",
 
 
 def unsafe_to_fork(is_script: bool) -> str:
-    """Return why runs cannot be forks, or nothing. is_script: whether a script runs, not a call of its main."""
+    """Return why runs cannot be forks, or nothing; see `starting_runs`."""
     monitoring = getattr(sys, "monitoring", None)  # since Python 3.12
     if sys.platform != "linux":
         return "only on Linux can a sweep adopt a run"
@@ -42,15 +43,21 @@ def unsafe_to_fork(is_script: bool) -> str:
 
 
 @contextlib.contextmanager
-def starting_runs(is_script: bool, verbose: bool) -> Iterator[Start]:
-    """Return how a sweep starts its runs: by a server, or afresh where a fork is not safe."""
-    if reason := unsafe_to_fork(is_script):
-        note(f"every run imports torch itself: {reason}", quiet=not verbose)
+def starting_runs(config: SweepConfig, is_script: bool) -> Iterator[Start]:
+    """Return how a sweep starts its runs on this machine: by a server, or afresh where a fork is not safe.
+
+    Args:
+        is_script: whether a script runs, not a call of its main.
+    """
+    if config.dry_run or config.launcher != "local":
         yield start_afresh
-        return
-    note("torch is imported once: runs are forks of a process that has it", quiet=not verbose)
-    with contextlib.closing(ForkServer()) as server:
-        yield server.start
+    elif reason := unsafe_to_fork(is_script):
+        note(f"every run imports torch itself: {reason}", quiet=not config.verbose)
+        yield start_afresh
+    else:
+        note("torch is imported once: runs are forks of a process that has it", quiet=not config.verbose)
+        with contextlib.closing(ForkServer()) as server:
+            yield server.start
 
 
 class Forked(Process):

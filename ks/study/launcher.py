@@ -18,15 +18,11 @@ from ks.errors import UsageError, one_line
 from ks.files.limits import cpu_cores
 from ks.study.processes import Exit, Launcher, LocalLauncher, Start, Task
 from ks.study.slurm_cluster import SlurmLauncher
+from ks.training.problem import choose_device
 
 
 def launcher_of(
-    config: SweepConfig,
-    device: torch.device,
-    runs: int,
-    trainer: Path,
-    files: dict[str, tuple[str, bytes]],
-    start: Start,
+    config: SweepConfig, runs: int, trainer: Path, files: dict[str, tuple[str, bytes]], start: Start
 ) -> Launcher:
     """Return the launcher that the flags choose, for at most this many runs.
 
@@ -37,11 +33,12 @@ def launcher_of(
     Raises:
         UsageError: places that do not exist.
     """
+    device = choose_device(config.device)
     if config.launcher == "local":
         return LocalLauncher(slots_of(config, device, runs), config.timeout_per_rank, start)
     if config.launcher == "inline":
-        if config.timeout_per_rank is not None:
-            raise UsageError("--launcher inline stops no run: leave out --timeout_per_rank")
+        if config.timeout_per_rank is not None or config.gpus not in ("auto", "none"):
+            raise UsageError("--launcher inline trains here, on --device: leave out --timeout_per_rank and --gpus")
         return InlineLauncher()
     if config.gpus not in ("auto", "none") or device.index is not None:
         raise UsageError(
@@ -62,14 +59,14 @@ def slots_of(config: SweepConfig, device: torch.device, runs: int) -> list[dict[
     A GPU has one run. On a CPU, one run per core is the fastest (benchmarks/README.md).
 
     Raises:
-        UsageError: --gpus names a GPU that does not exist, or is given for another device.
+        UsageError: a GPU in --gpus that does not exist, or --gpus is given for another device.
     """
     cores, jobs = cpu_cores(), None if config.jobs == "auto" else int(config.jobs)
     if device.type == "cpu":
         if config.gpus not in ("auto", "none"):
             raise UsageError(f"--gpus {config.gpus}: the device is {device}; leave it out or use --device cuda")
         slots: list[dict[str, str]] = [{}] * min(jobs or cores, runs)
-    elif device.index is not None:  # the runs are given --device as it is
+    elif device.index is not None or config.gpus == "none":  # the runs are given --device as it is
         if config.gpus != "auto":
             raise UsageError(f"--gpus {config.gpus} together with --device {config.device}: give one or the other")
         slots = [{}]
@@ -103,7 +100,7 @@ def choose_gpus(gpus: str, device_count: int) -> list[str]:
 class InlineLauncher(Launcher):
     """Calls the main function of a task's script in this process, so that `breakpoint()` stops at the terminal.
 
-    The output of a run stays on the terminal; its log says so.
+    The output of a run stays on the terminal; its log has a line about that.
     """
 
     def run(self, tasks: Iterable[Task], poll: Callable[[list[Task]], None]) -> Iterator[tuple[Task, Exit]]:

@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ks.bounds.floors import Floor
 from ks.bounds.rank_floors import RankFloors
 from ks.cli.console import note
-from ks.cli.flags import PlotFlags, SweepConfig
+from ks.cli.flags import SweepConfig
 from ks.files import columns
 from ks.files.atomic import write_csv, write_json
 from ks.files.curves import long_form
-from ks.files.layout import FIGURES, SweepFiles
+from ks.files.layout import FIGURES
 from ks.files.status import ended_well
 from ks.report.figures.draw import inline_svg, save_figures, study_figures
 from ks.report.read_results import read_study
@@ -24,11 +23,7 @@ from ks.training.problem import Problem, relative_target
 
 
 def summarise(
-    config: SweepConfig,
-    problem: Problem,
-    plan: RankFloors,
-    floors: dict[int, Floor | None],
-    results: list[Result],
+    config: SweepConfig, problem: Problem, plan: RankFloors, results: list[Result]
 ) -> tuple[list[dict], list[dict]]:
     """Return the rows of the runs, and the row of every rank.
 
@@ -54,7 +49,7 @@ def summarise(
     measured = all(row["population_loss"] is not None for row in runs if ended_well(row["status"]))
     rows = [
         rank_row([row for row in runs if row["rank"] == rank], problem.chain, floor if measured else None, reference)
-        for rank, floor in floors.items()
+        for rank, floor in plan.floors(sorted({row["rank"] for row in runs})).items()
     ]
     if not problem.edits.criterion_is_ours:  # whose losses have another unit
         for row in rows:
@@ -63,17 +58,18 @@ def summarise(
 
 
 def write_outputs(
-    config: PlotFlags, files: SweepFiles, record: dict, results: list[Result], runs: list[dict], rows: list[dict]
+    config: SweepConfig, record: dict, results: list[Result], runs: list[dict], rows: list[dict]
 ) -> list[Path]:
     """Write the tables of a sweep and, from the files alone as a later plot would, its figures and its report.
 
     Args:
-        files: to write; the table of the floors is there.
+        config: of the sweep; the table of the floors is in its folder.
         record: content of the sweep's config file, with the answer.
         runs, rows: as `summarise` returns them.
     Returns:
         the paths of the summary, the figures and the report.
     """
+    files = config.files()
     gc.freeze()  # a full collection would search all that torch and pandas have loaded
     write_json(files.config, record)
     write_csv(files.runs_csv, [*columns.names(columns.RUNS), *columns.summary_metrics(runs)], runs)
@@ -91,13 +87,13 @@ def write_outputs(
     return [files.summary_csv, *written, files.report]
 
 
-def rehearse(config: PlotFlags, files: SweepFiles, rows: list[dict]) -> Iterator[None]:
+def rehearse(config: SweepConfig, rows: list[dict]) -> Iterator[None]:
     """Draw the figures of some ranks in short steps and keep none: those of all ranks then find fonts and code ready.
 
     Args:
         rows: of the ranks that have finished, as `summarise` returns them.
     """
-    study = read_study(files, rows)
+    study = read_study(config.files(), rows)
     for name in FIGURES:
         for figure in study_figures(study, names=[name], log_scale=config.log_scale).values():
             yield

@@ -58,7 +58,7 @@ def run_all(
         floors: the best known loss of each rank, in the unit of the curves; `meanwhile` may add to it.
     """
     run_of = {run.task: run for run in runs}
-    progress = Progress(runs, config.num_epochs, config.quiet, floors, config.loss_metric == LossMetric.MODEL_LOSS)
+    progress = Progress(config, runs, floors)
 
     def poll(running: list[Task]) -> None:
         signals.check()
@@ -79,23 +79,20 @@ def run_all(
 class Progress:
     """One bar over the epochs of all runs on a terminal, a line for each run elsewhere, nothing if quiet.
 
-    Each run has `num_epochs`; `floors` are the best known losses of the ranks, in the unit of the curves; `of_model`
-    is whether that is the loss of the model.
+    `floors` are the best known losses of the ranks, in the unit of the curves.
     """
 
-    def __init__(
-        self, runs: list[Run], num_epochs: int, quiet: bool, floors: Mapping[int, float] = {}, of_model: bool = False
-    ):
-        self.num_runs, self.num_epochs, self.quiet, self.floors = len(runs), num_epochs, quiet, floors
-        self.of_model = of_model
+    def __init__(self, config: SweepConfig, runs: list[Run], floors: Mapping[int, float] = {}):
+        self.num_epochs, self.quiet, self.floors = config.num_epochs, config.quiet, floors
+        self.of_model = config.loss_metric == LossMetric.MODEL_LOSS
         self.run_of = {run.task: run for run in runs}
         self.tails = {run.task: CurvesTail(run.files.curves_csv) for run in runs}
         self.ended = 0
         self.started: set[Task] = set()
         self.resuming: dict[Task, float] = {}
         self.bar = None
-        if sys.stderr.isatty() and not quiet:
-            total = len(runs) * num_epochs
+        if sys.stderr.isatty() and not self.quiet:
+            total = len(runs) * self.num_epochs
             self.bar = tqdm(total=total, bar_format=BAR, dynamic_ncols=True, smoothing=0.05)
 
     def say(self, message: str) -> None:
@@ -123,7 +120,7 @@ class Progress:
         if self.run_of[task].files.resume.exists():
             self.resuming[task] = time.time()
         if self.bar is None:
-            self.say(f"{task.name}: training ({len(self.started)} of {self.num_runs})")
+            self.say(f"{task.name}: training ({len(self.started)} of {len(self.run_of)})")
         else:  # epochs of an earlier sweep say nothing about the time that is left
             for count in ("initial", "n", "last_print_n"):
                 setattr(self.bar, count, getattr(self.bar, count) + self.tails[task].epochs)

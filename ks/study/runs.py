@@ -117,19 +117,20 @@ def seeds_of(config: SweepConfig) -> list[int]:
 
 
 def runs_of(
-    config: SweepConfig, ranks: list[int], output_dir: Path, trainer: Path, stop_below: Mapping[int, float] = {}
+    config: SweepConfig, ranks: list[int], trainer: Path, stop_below: Mapping[int, float] = {}, layer: str = ""
 ) -> list[Run]:
     """Return the runs of a sweep, by rank and seed.
 
     Args:
-        output_dir, trainer: absolute paths of the results folder and of the training script.
+        trainer: absolute path of the training script.
         stop_below: relative population loss that ends a rank early, for the ranks that have one.
+        layer: part of the names of the runs, in a study of several layers.
     """
     seeds = seeds_of(config)
     runs = []
     for rank in ranks:
         for seed in seeds:
-            files = run_files(output_dir, rank, seed, seeds[0])
+            files = run_files(config.files().directory, rank, seed, seeds[0])
             settings = config.training_settings() | {
                 "weight_path": Path(config.weight_path).absolute(),
                 "inputs": Path(config.inputs).absolute() if config.inputs else None,
@@ -140,7 +141,7 @@ def runs_of(
                 "output_dir": files.directory,
                 "save_prefix": files.prefix,
             }
-            name = f"rank {rank}" if len(seeds) == 1 else f"rank {rank}, seed {seed}"
+            name = ", ".join(filter(None, [layer, f"rank {rank}", f"seed {seed}" if len(seeds) > 1 else ""]))
             command = (sys.executable, str(trainer), *to_arguments(settings))
             runs.append(Run(rank, seed, files, Task(name, command, files.log), stop_below.get(rank)))
     return runs
@@ -162,7 +163,7 @@ def result_of(run: Run, num_epochs: int, exit: Exit | None = None, study: dict |
 
 
 def _ending_after(exit: Exit, state: RunState) -> Ending:
-    """Return how a run ended whose process has ended in this sweep; the word in its log counts if it is this one's."""
+    """Return how a run ended in this sweep; the status in its log counts only if the exit code agrees with it."""
     if exit.error:
         return Ending(Status.FAILED, exit.error)
     if exit.timed_out:
@@ -175,7 +176,7 @@ def _ending_after(exit: Exit, state: RunState) -> Ending:
 
 
 def _replaced(files: RunFiles, study: dict) -> str:
-    """Return what was another one when the run began than when the study did; empty if nothing was."""
+    """Return which input or edit changed between the start of the study and that of the run; empty if none did."""
     try:
         config = read_json_as(files.config, RunConfig)
         trained = settings_in(config.settings, config.loss and config.loss.name)

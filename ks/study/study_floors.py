@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
 from ks import signals
 from ks.bounds.floors_file import FloorsFile
@@ -19,10 +18,10 @@ DEFAULT_SECONDS = 30.0  # of --tight_bounds, for the lower bounds of the ranks t
 LARGE_WEIGHT = 2**22  # entries from which on the floors for isotropic inputs take seconds
 
 
-def plan_floors(config: SweepConfig, problem: Problem, path: Path) -> RankFloors:
-    """Return the floors of the study's chain family, with all bounds of the file that `keep_floors` writes."""
+def plan_floors(config: SweepConfig, problem: Problem) -> RankFloors:
+    """Return the floors of the study's chain family, with all bounds that `keep_floors` has left in its folder."""
     ours = problem.edits.criterion_is_ours
-    known = FloorsFile(path).find_bounds(*_identity(problem)) if ours else None
+    known = FloorsFile(config.files().bounds).find_bounds(*_identity(problem)) if ours else None
     if known is not None and known.curve is None and (is_large(problem) or config.inputs):
         key = f"{one_line(problem.weight.key)}, " if problem.weight.key else ""
         weight = f"{key}{problem.rows} × {problem.cols}, {problem.chain.family}"
@@ -44,10 +43,10 @@ def is_large(problem: Problem) -> bool:
     return problem.rows * problem.cols > LARGE_WEIGHT
 
 
-def keep_floors(floors: RankFloors, problem: Problem, path: Path) -> None:
+def keep_floors(config: SweepConfig, problem: Problem, floors: RankFloors) -> None:
     """Write all bounds that are known into the folder of the study, so that no rerun computes them again."""
     if floors.has_floors:
-        file = FloorsFile(path)
+        file = FloorsFile(config.files().bounds)
         file.add_bounds(*_identity(problem), floors.known)
         file.save()
 

@@ -25,7 +25,6 @@ from ks.cli.parser import to_arguments
 from ks.errors import UsageError
 from ks.files import columns
 from ks.files.atomic import delete_leftovers, write_csv
-from ks.files.layout import SweepFiles
 from ks.files.status import Status, ended_well
 from ks.files.table import filled, table
 from ks.files.weights import packed
@@ -33,7 +32,7 @@ from ks.moments.read import packed_inputs
 from ks.report.answer import answer, named_row, target_note
 from ks.report.verdict import check_above_floor
 from ks.report.words import Words
-from ks.study.folder import claim_folder, held, record_of, refuse_another_study, remedies_of, study_in
+from ks.study.folder import claim_folder, held, record_of, refuse_another_study, study_in
 from ks.study.launcher import launcher_of
 from ks.study.processes import Exit, Start, wait_for_one
 from ks.study.run_all import finished_before, run_all
@@ -51,13 +50,13 @@ from ks.study.runs import (
 )
 from ks.study.study_floors import certify, find_facts, is_large, keep_floors, plan_floors, ranks_of_answer
 from ks.training.criterion_identity import TOOLKIT, Edits, edits_of
-from ks.training.problem import chain_notes, choose_device, relative_target, resolve
+from ks.training.problem import chain_notes, relative_target, resolve
 from ks.training.run_state import changes, settings_in
 from ks.training.samples import samples_in_files
 
 
 class Study:
-    """What studies share; each kind has the steps load, plan, claim, run and conclude, in this order.
+    """A study of any kind, with the steps load, plan, claim, run and conclude, in this order.
 
     load reads and checks what the flags name. plan computes floors and chooses what to train. claim takes the results
     folder. run trains whatever has not ended well before. conclude writes summary and figures.
@@ -68,7 +67,7 @@ class Study:
 
     def __init__(self, config: SweepConfig, trainer: Path, start: Start):
         self.config, self.trainer, self.start = config, trainer, start
-        self.files = SweepFiles(Path(config.output_dir).absolute(), config.save_prefix, config.metric)
+        self.files = config.files()
         self.results: dict[Run, Result] = {}
         self.places = contextlib.ExitStack()  # the launcher, until all has run
         self.locks = contextlib.ExitStack()  # of the folders, until all is written
@@ -87,6 +86,25 @@ class Study:
     def check_folder(self) -> None:
         """Raise UsageError if the results folder is in use or holds another study, before floors are computed."""
 
+    def packed_files(self) -> tuple[bytes, bytes]:
+        """Return the content of files with the weights and, with --inputs, the inputs of the runs alone."""
+        raise NotImplementedError
+
+    def open_launcher(self) -> None:
+        """Open the launcher with the files that runs elsewhere read, before anything of the folder is claimed.
+
+        Raises:
+            UsageError: places that do not exist, or a cluster that cannot be joined.
+        """
+        config, files = self.config, {}
+        if config.launcher == "ray":
+            weights, inputs = self.packed_files()
+            weight_path, *inputs_path = (path.absolute() for path in config.files_read())
+            files[str(weight_path)] = (f"{weight_path.stem}.pth", weights)
+            files |= {str(path): (f"inputs_{path.name}", inputs) for path in inputs_path}
+        launcher = launcher_of(config, self.runs_at_most(), self.trainer, files, self.start)
+        self.launcher = self.places.enter_context(launcher)
+
     def until_the_last(self, runs: list[Run]) -> Generator[None]:
         """Wait in steps until all of these runs but one have ended, and load what `conclude` needs."""
         while len(self.results) < len(runs) - 1:
@@ -95,17 +113,18 @@ class Study:
 
         yield
 
-    def _open(self, files: dict[str, tuple[str, bytes]]) -> None:
-        """Open the launcher that the flags choose; see `launcher_of`."""
-        device = choose_device(self.config.device)
-        launcher = launcher_of(self.config, device, self.runs_at_most(), self.trainer, files, self.start)
-        self.launcher = self.places.enter_context(launcher)
+    def check_floors(self) -> None:
+        """Raise InternalError if a finished run is below its floor, unless `conclude` has done so."""
 
 
 class WeightStudy(Study):
-    """The ranks of one chain family on one weight."""
+    """The ranks of one chain family on one weight; `layer` is its name in a study of several."""
 
     found: Mapping[int, Certified] = {}  # lower bounds, while the last run trained, of ranks that the answer may need
+
+    def __init__(self, config: SweepConfig, trainer: Path, start: Start, layer: str = ""):
+        super().__init__(config, trainer, start)
+        self.layer = layer
 
     def load(self) -> None:
         """Read the weight, its inputs and the record of the study that the folder holds; write nothing.
@@ -136,7 +155,7 @@ class WeightStudy(Study):
             UsageError: ranks that cannot be studied, or --stop_at without what it refers to.
         """
         config, problem = self.config, self.problem
-        self.planned = plan_floors(config, problem, self.files.bounds)
+        self.planned = plan_floors(config, problem)
         self.chosen, self.ranks = ranks_of(config, self.planned, self.before, self.target)
         if self.before and not config.ranks and (added := self.chosen.difference(self.before.ranks)):
             new, old = (" ".join(map(str, sorted(ranks))) for ranks in (added, self.before.ranks))
@@ -148,7 +167,7 @@ class WeightStudy(Study):
         if config.dry_run:
             certify(self.planned, [], self.ranks, config.tight_bounds)
         stops = stop_losses(config, {} if self.floors_can_wait() else self.floors, self.target)
-        self.runs = runs_of(config, self.ranks, self.files.directory, self.trainer, stops)
+        self.runs = runs_of(config, self.ranks, self.trainer, stops, self.layer)
         self.record["ranks"] = self.ranks
         self.trained = trained_ranks(self.ranks, problem.chain.saturation_rank, self.files.directory)
 
@@ -180,46 +199,37 @@ class WeightStudy(Study):
     def check_folder(self) -> None:
         if self.files.directory.is_dir():
             with held(self.files):
-                if not self.config.overwrite:
-                    refuse_another_study(self.files, self.record["settings"], remedies_of(self.config))
+                refuse_another_study(self.config, self.record["settings"])
 
     def runs_at_most(self) -> int:
         return len(self.chosen) * len(seeds_of(self.config))
 
-    def open_launcher(self) -> None:
-        """Open the launcher with the files that runs elsewhere read, before anything of the folder is claimed.
-
-        Raises:
-            UsageError: places that do not exist, or a cluster that cannot be joined.
-        """
-        config, files = self.config, {}
-        if config.launcher == "ray":
-            weight_path = Path(config.weight_path).absolute()
-            files[str(weight_path)] = (f"{weight_path.stem}.pth", packed([self.problem.weight], config.transpose))
-            if config.inputs:
-                inputs = Path(config.inputs).absolute()
-                content = packed_inputs(inputs, config.inputs_key or self.problem.weight.key)
-                files[str(inputs)] = (f"inputs_{inputs.name}", content)
-        self._open(files)
+    def packed_files(self) -> tuple[bytes, bytes]:
+        config, weight = self.config, self.problem.weight
+        inputs = packed_inputs(config.inputs, config.inputs_key or weight.key) if config.inputs else b""
+        return packed([weight], config.transpose), inputs
 
     def claim(self) -> None:
         """Claim the results folder, and write the floors of every rank into it unless they can wait for the runs."""
         config, files = self.config, self.files
         self.locks.enter_context(held(files))
         delete_leftovers(files.all(seeds_of(config)))
-        claim_folder(files, self.runs, self.record, config.files_read(), config.overwrite, remedies_of(config))
+        claim_folder(config, self.runs, self.record)
         if not self.floors_can_wait():
             self.write_floors()
 
     def floors_can_wait(self) -> bool:
-        """Return whether nothing but the report needs floors, and they take a second: while the first runs train."""
+        """Return whether nothing but the report needs floors, and they take a second: while the first runs train.
+
+        Those of a layer cannot: its weight does not stay in memory until then.
+        """
         config, planned = self.config, self.planned
-        needed = config.dry_run or config.stop_at != "never" or self.target is not None
+        needed = self.layer or config.dry_run or config.stop_at != "never" or self.target is not None
         return not needed and planned.has_floors and planned.curve_is_exact and not is_large(self.problem)
 
     def write_floors(self) -> None:
         """Write the floors of every rank into the results folder, and the bounds for a rerun."""
-        keep_floors(self.planned, self.problem, self.files.bounds)
+        keep_floors(self.config, self.problem, self.planned)
         rows = floor_rows(self.planned, self.problem.predict_zero_loss)
         write_csv(self.files.floor_csv, columns.names(columns.FLOOR), rows)
 
@@ -259,8 +269,7 @@ class WeightStudy(Study):
         results = [result for result in self.results.values() if ended_well(result.ending)]
         if not results:
             return
-        floors = {result.run.rank: self.floors[result.run.rank] for result in results}
-        _, rows = summarise(self.config, self.problem, self.planned, floors, results)
+        _, rows = summarise(self.config, self.problem, self.planned, results)
         ranks = ranks_of_answer(rows, self.planned, self.target)
         guess = copy.copy(self.planned)
         guess.known = dataclasses.replace(guess.known, certified={**guess.known.certified})
@@ -269,7 +278,7 @@ class WeightStudy(Study):
             done = pool.submit(certify, guess, ranks, self.ranks, self.config.tight_bounds)
             while not done.done():
                 yield
-        yield from rehearse(self.config, self.files, rows)
+        yield from rehearse(self.config, rows)
 
     def chosen_runs(self) -> list[Run]:
         """Return the runs that are to be trained, or were before, for the chosen ranks."""
@@ -295,9 +304,9 @@ class WeightStudy(Study):
 
         target, seconds = self.target, self.config.tight_bounds
         results = self._all_results()
-        _, rows = summarise(self.config, self.problem, self.planned, self.floors, results)
+        _, rows = summarise(self.config, self.problem, self.planned, results)
         certify(self.planned, ranks_of_answer(rows, self.planned, target), self.ranks, seconds, self.found)
-        self.rows_of_runs, self.rows = summarise(self.config, self.problem, self.planned, self.floors, results)
+        self.rows_of_runs, self.rows = summarise(self.config, self.problem, self.planned, results)
         facts = find_facts(self.rows, self.planned, target, seconds)
         if named := named_row(self.rows, target):
             disturbed = self.config.launcher != "slurm" and were_disturbed(results, named["rank"])
@@ -306,7 +315,7 @@ class WeightStudy(Study):
         self.record["facts"] = dataclasses.asdict(facts)
         self.record["answer"] = answer(self.rows, facts, target)
         self.record["advice"] = advice(self.rows, self.problem.sampling)
-        written = write_outputs(self.config, self.files, self.record, results, self.rows_of_runs, self.rows)
+        written = write_outputs(self.config, self.record, results, self.rows_of_runs, self.rows)
         return [
             *filled(self.record["answer"]),
             "",
@@ -320,7 +329,6 @@ class WeightStudy(Study):
         return {row["status"].status for row in self.rows_of_runs if row["rank"] in self.chosen}
 
     def check_floors(self) -> None:
-        """Raise InternalError if a finished run is below its floor."""
         floors = self.floors
         for row in self.rows_of_runs:
             check_above_floor(row["population_loss"], floors[row["rank"]], self.problem.predict_zero_loss)

@@ -8,7 +8,7 @@ import pytest
 
 from ks.cli import flags
 from ks.cli.flags import SweepConfig, TrainerConfig, TrainingFlags
-from ks.cli.parser import Parser, groups, to_arguments
+from ks.cli.parser import Parser, to_arguments
 
 CONFIGS = {
     "train_with_random": flags.TrainerConfig,
@@ -40,10 +40,6 @@ UNUSUAL = {field.name: unusual(field) for field in SHARED}  # of the flags that 
 
 def required_of(config):
     return [word for field in dataclasses.fields(config) for word in REQUIRED.get(field.name, [])]
-
-
-def actions_of(config):
-    return {action.dest: action for action in Parser(config, "")._actions if not action.dest.startswith("help")}
 
 
 BRIEF = (
@@ -85,34 +81,6 @@ def test_a_retired_flag_is_one_line_with_what_to_do_instead(capsys, config, name
     (line,) = capsys.readouterr().err.splitlines()
     assert raised.value.code == 2
     assert f"error: --{name} no longer exists: " in line
-
-
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_every_field_reaches_the_parser_with_its_default(config):
-    fields, actions = {field.name: field for field in dataclasses.fields(config)}, actions_of(config)
-    assert actions.keys() == fields.keys()
-    parsed = Parser(config, "").parse(required_of(config))
-    for name, field in fields.items():
-        described = field.metadata["flag"]
-        assert actions[name].option_strings == [f"--{name}", *described.aliases]
-        assert actions[name].required is described.required
-        assert described.help
-        if not described.required:
-            assert getattr(parsed, name) == field.default
-
-
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_every_field_is_in_one_group_under_its_title(config):
-    titles = [title for title, _ in groups(config)]
-    assert len(set(titles)) == len(titles)
-    assert titles[0] == config.TITLE
-    grouped = [field.name for _, fields in groups(config) for field in fields]
-    assert sorted(grouped) == sorted(field.name for field in dataclasses.fields(config))
-
-
-def test_the_settings_of_a_run_are_all_shared_flags_and_no_others():
-    for config in (TrainerConfig, SweepConfig):
-        assert {*config(weight_path="w.pth").training_settings()} == {*UNUSUAL}
 
 
 @pytest.mark.parametrize("changed", [{}, UNUSUAL], ids=["defaults", "unusual"])

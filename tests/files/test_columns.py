@@ -27,12 +27,6 @@ def test_every_column_is_declared_once_and_explained():
     assert len({*plurals}) == len(plurals)
 
 
-def test_what_is_printed_is_declared_and_printed_once():
-    printed = [*columns.PRINTED, *columns.DETAILS]
-    assert {*printed} <= {*columns.names(columns.SUMMARY)}
-    assert len({*printed}) == len(printed)
-
-
 def test_metrics_are_what_is_declared_nowhere():
     rows = [{"epoch": 1, "r2": 0.5}, {"epoch": 2, "cosine": 0.5, "r2": 0.5}]
     assert columns.metric_names(rows) == ["r2", "cosine"]

@@ -57,7 +57,9 @@ def machine(tmp_path, monkeypatch):
     return make
 
 
-def test_without_groups_the_cores_that_the_process_is_bound_to_count(machine):
+@pytest.mark.parametrize("given", ["", "0", "many", "²"])
+def test_without_groups_the_cores_that_the_process_is_bound_to_count(machine, monkeypatch, given):
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
     root = machine({"proc/self/status": ""})
     assert (cpu_cores(root), memory_left(root)) == (8, [])
 

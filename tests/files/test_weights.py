@@ -33,13 +33,6 @@ def test_a_single_weight_is_found_in_any_container(tmp_path, content, key, suffi
     assert loaded.key == key
 
 
-def test_npy_and_safetensors(tmp_path):
-    np.save(tmp_path / "w.npy", WEIGHT.numpy())
-    save_file({"a.weight": WEIGHT, "a.bias": torch.zeros(4)}, tmp_path / "w.safetensors")
-    assert torch.equal(load_weight(tmp_path / "w.npy").tensor, WEIGHT)
-    assert load_weight(tmp_path / "w.safetensors").key == "a.weight"
-
-
 def test_key_and_transpose(tmp_path):
     save_file({"a": WEIGHT, "b": WEIGHT + 1}, tmp_path / "w.safetensors")
     loaded = load_weight(tmp_path / "w.safetensors", "b", transpose=True)

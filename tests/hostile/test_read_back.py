@@ -321,7 +321,7 @@ def test_results_whose_record_is_lost_are_the_users(trained, tmp_path, capsys, d
     RUN_CONFIGS[damage](files.config)
     before = snapshot(files.directory)
     assert train(trained / "weight.pth", files.directory, "--save_prefix", "rank_2", "--resume") == 2
-    assert "no record says that this toolkit wrote it" in capsys.readouterr().err.splitlines()[-1]
+    assert "no record lists it as the toolkit's" in capsys.readouterr().err.splitlines()[-1]
     assert snapshot(files.directory) == before
 
 

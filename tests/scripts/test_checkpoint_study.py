@@ -284,7 +284,7 @@ def test_a_file_of_the_user_is_not_overwritten(checkpoint, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "rank_sweep_plan.json").write_text("mine")
     study(checkpoint, tmp_path / "out", "--budget", 0.5, "--dry_run", code=2)
-    assert "no record says that this toolkit wrote it" in capsys.readouterr().err
+    assert "no record lists it as the toolkit's" in capsys.readouterr().err
     assert (tmp_path / "out" / "rank_sweep_plan.json").read_text() == "mine"
 
 

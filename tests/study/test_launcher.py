@@ -11,7 +11,7 @@ from conftest import QUICK, ROOT, files_of, read_table
 import rank_sweep_study
 from ks import signals
 from ks.errors import UsageError
-from ks.study.launcher import InlineLauncher, cpu_cores, slots_of
+from ks.study.launcher import InlineLauncher, slots_of
 from ks.study.processes import Task
 
 
@@ -65,14 +65,9 @@ def test_bad_gpus_are_refused(slots, gpus):
         slots("cuda", gpus=gpus)
 
 
-@pytest.mark.parametrize("given", ["", "0", "many", "²"])
-def test_omp_num_threads_counts_only_if_it_is_a_number_of_cores(monkeypatch, given):
-    monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    assert cpu_cores() == 4
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    available = cpu_cores()
-    monkeypatch.setenv("OMP_NUM_THREADS", given)
-    assert cpu_cores() == available >= 1
+def test_no_gpu_and_a_gpu_contradict_each_other(slots):
+    with pytest.raises(UsageError, match="--gpus none together with --device cuda: give one or the other"):
+        slots("cuda", gpus="none")
 
 
 @pytest.fixture
@@ -132,8 +127,9 @@ def test_the_results_of_inline_runs_are_those_of_processes(weight_path, tmp_path
     assert "--launcher inline" in files_of(tmp_path / "inline", 2).log.read_text()
 
 
-def test_a_timeout_of_inline_runs_is_refused(weight_path, tmp_path, capsys):
+@pytest.mark.parametrize("flag", ["--timeout_per_rank", "--gpus"])
+def test_a_timeout_and_a_gpu_of_inline_runs_are_refused(weight_path, tmp_path, capsys, flag):
     arguments = ["--weight_path", str(weight_path), "--output_dir", str(tmp_path / "out"), "--ranks", "2"]
-    assert rank_sweep_study.main([*arguments, "--launcher", "inline", "--timeout_per_rank", "5"]) == 2
-    assert "leave out --timeout_per_rank" in capsys.readouterr().err
+    assert rank_sweep_study.main([*arguments, "--launcher", "inline", flag, "1"]) == 2
+    assert "leave out --timeout_per_rank and --gpus" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

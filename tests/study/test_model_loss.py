@@ -59,30 +59,30 @@ def test_a_target_in_nats_is_one_of_the_zero_predictor_and_too_large_a_one_is_re
         relative_target(config_of(*given, "--target_loss_increase", 2 * zero), problem)
 
 
-def test_the_note_of_floors_has_the_name_of_the_layer(given, tmp_path, capsys):
+def test_the_note_of_floors_has_the_name_of_the_layer(given, capsys):
     problem = problem_of(given)
     problem = dataclasses.replace(problem, weight=Weight(problem.weight.tensor, "a.up.weight"))
-    plan_floors(config_of(*given), problem, tmp_path / "bounds.npz")
+    plan_floors(config_of(*given), problem)
     assert "computing the floors of a.up.weight, 16 × 24, lowrank" in capsys.readouterr().err
 
 
 def test_floors_are_those_of_the_metric_and_bounds_of_both_metrics_live_in_one_file(given, zero, tmp_path):
-    path = tmp_path / "bounds.npz"
+    (tmp_path / "out").mkdir()
     curves = {}
     for metric in ("output_energy", "model_loss"):
         config = config_of(*given, "--loss_metric", metric)
         problem = resolve(config)
-        floors = plan_floors(config, problem, path)
+        floors = plan_floors(config, problem)
         assert floors.known.curve is None
         curves[metric] = floors.curve
-        keep_floors(floors, problem, path)
+        keep_floors(config, problem, floors)
     metric, weight = problem.layer_inputs.model_metric, problem.weight.tensor.double()
     exact = RankFloors(weight, problem.chain, metric).curve
     torch.testing.assert_close(curves["model_loss"] * zero, exact * len(weight) / 2, rtol=1e-6, atol=1e-9)
     assert floors.isotropic_curve is None  # isotropic inputs have no gradients
     for metric, curve in curves.items():
         config = config_of(*given, "--loss_metric", metric)
-        assert torch.equal(plan_floors(config, resolve(config), path).known.curve, curve)
+        assert torch.equal(plan_floors(config, resolve(config)).known.curve, curve)
 
 
 def test_a_dry_run_prints_floors_in_the_unit_of_the_loss(given, zero, capsys):
@@ -133,10 +133,12 @@ def test_a_rerun_takes_the_target_of_the_study_or_the_one_that_is_given(given, t
     write_json(SweepFiles(tmp_path / "out", "rank_sweep").config, record)
     again = parse(rank_sweep_study.build_parser(), given)
     assert (again.target_loss_increase, again.loss_metric, again.ranks) == (0.01, "model_loss", (2,))
+    families = parse(rank_sweep_study.build_parser(), [*given[:-2], "--chains", "lowrank", "monarch"])
+    assert (families.chain, families.chains) == (None, ("lowrank", "monarch"))
     other = parse(rank_sweep_study.build_parser(), [*given, "--target_relative_loss", "0.5"])
     assert (other.target_loss_increase, other.target_relative_loss, other.loss_metric) == (None, 0.5, "model_loss")
     problem = resolve(config)
-    floors = plan_floors(config, problem, tmp_path / "bounds.npz")
+    floors = plan_floors(config, problem)
     for increase, ranks in ((0.01, {2}), (0.02, {*floors.ranks_around(0.02 / problem.predict_zero_loss)})):
         changed = config_of(*given, "--target_loss_increase", increase)
         target = relative_target(changed, problem)

@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 from conftest import read_table
 
-import rank_sweep_study
 from ks.bounds.rank_floors import RankFloors, floor_rows
+from ks.cli.flags import SweepConfig
 from ks.files import columns
 from ks.files.atomic import read_json, write_csv
 from ks.files.curves import write_curves
-from ks.files.layout import SweepFiles
 from ks.files.schema import TrainingLog
 from ks.files.status import OK, Ending, Status
 from ks.report.read_results import read_study
@@ -26,30 +25,30 @@ def write(weight_path, tmp_path):
     """Write the outputs of a sweep of ranks 2 and 4, of which rank 2 was interrupted before it began."""
 
     def write_study(added, criterion="mean_squared_error"):
-        arguments = ["--weight_path", str(weight_path), "--formats", "svg", "--output_dir", str(tmp_path)]
-        arguments += ["--metric", "r2"]
-        config = rank_sweep_study.build_parser().parse(arguments)
+        places = {"weight_path": str(weight_path), "output_dir": str(tmp_path)}
+        config = SweepConfig(**places, formats=("svg",), metric=("r2",))
         problem = resolve(config)
         plan = RankFloors(problem.internal_weight(), problem.chain, problem.metric)
-        runs = runs_of(config, [2, 4], tmp_path, Path("trainer.py"))
+        runs = runs_of(config, [2, 4], Path("trainer.py"))
         row = {"epoch": 1, "train_loss": 9.0, "val_loss": 9.5, "rank": 4} | added
         for run in runs:
             run.files.directory.mkdir()
         write_curves(runs[1].files, [row])
         results = [Result(runs[0], Ending(Status.INTERRUPTED), [], TrainingLog(""))]
         results.append(Result(runs[1], OK, [row], TrainingLog("ok", 1.5, loss_increase=0.01)))
-        run_rows, rows = summarise(config, problem, plan, plan.floors([2, 4]), results)
+        run_rows, rows = summarise(config, problem, plan, results)
         record = record_of(config, problem, [2, 4])
         record["settings"]["criterion"] = criterion
-        files = SweepFiles(tmp_path, "p")
+        files = config.files()
         write_csv(files.floor_csv, columns.names(columns.FLOOR), floor_rows(plan, problem.predict_zero_loss))
-        return files, write_outputs(config, files, record, results, run_rows, rows)
+        return files, write_outputs(config, record, results, run_rows, rows)
 
     return write_study
 
 
-def test_all_is_written_and_reads_back(write):
+def test_all_is_written_and_reads_back_without_a_metric_that_has_no_values(write, capsys):
     files, written = write({"population_loss": 9.2})
+    assert capsys.readouterr().err.splitlines()[-1].startswith("WARNING: --metric r2: no run of ")
     figures = [files.figure(name, "svg") for name in ("loss_curves", "final_losses", "floor", "gap", "front")]
     assert written == [files.summary_csv, *figures, files.report]
     assert all(path.stat().st_size > 0 for path in written)
@@ -68,14 +67,9 @@ def test_a_rehearsal_draws_what_is_known_and_writes_nothing(write):
     for path in (files.summary_json, files.runs_csv, files.report):
         path.unlink()
     before = {path: path.read_bytes() for path in files.directory.glob("*") if path.is_file()}
-    config = rank_sweep_study.build_parser().parse(["--weight_path", "w.pth"])
-    assert len(list(rehearse(config, files, rows))) == 3 * 5  # five figures have data
+    config = SweepConfig(weight_path="w.pth", output_dir=str(files.directory))
+    assert len(list(rehearse(config, rows))) == 3 * 5  # five figures have data
     assert {path: path.read_bytes() for path in files.directory.glob("*") if path.is_file()} == before
-
-
-def test_figures_are_labelled_with_another_criterion(write):
-    files, _ = write({}, "l1_loss of torch 2.13.0")
-    assert "<!-- loss, l1_loss -->" in files.figure("loss_curves", "svg").read_text()
 
 
 def test_a_metric_is_a_column_of_every_table(write):
@@ -89,15 +83,9 @@ def test_a_metric_is_a_column_of_every_table(write):
     assert "metric_r2-" in files.report.read_text()
 
 
-def test_a_metric_without_values_is_a_warning_and_the_results_are_written(write, capsys):
-    files, written = write({"population_loss": 9.2})
-    assert capsys.readouterr().err.splitlines()[-1].startswith("WARNING: --metric r2: no run of ")
-    assert files.report in written
-    assert files.figure("metric_r2", "svg") not in written
-
-
-def test_floors_are_left_out_without_population_losses(write):
+def test_another_criterion_is_a_label_and_without_population_losses_floors_are_left_out(write):
     files, written = write({}, "l1_loss of torch 2.13.0")
+    assert "<!-- loss, l1_loss -->" in files.figure("loss_curves", "svg").read_text()
     rows = read_json(files.summary_json)
     assert {row[name] for row in rows for name in ("loss_floor", "relative_loss", "removed_share")} == {None}
     assert [row["verdict"] for row in rows] == [None, "saturated, larger than dense"]

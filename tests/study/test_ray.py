@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, files_of, wait_for
+from conftest import copy_toolkit, files_of, wait_for
 from test_survival import assert_same_run, finish
 
 from ks.files.curves import curves_if_any
@@ -52,9 +52,7 @@ def sweep(weight_path, tmp_path):
     """Start a sweep by scripts that only the driver has."""
     driver = tmp_path / "driver"
     driver.mkdir(exist_ok=True)
-    for script in ROOT.glob("*.py"):
-        shutil.copy(script, driver)
-    shutil.copytree(ROOT / "ks", driver / "ks", ignore=shutil.ignore_patterns("__pycache__"))
+    copy_toolkit(driver)
     shutil.move(weight_path, driver)
 
     def start(*arguments):

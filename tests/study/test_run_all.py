@@ -10,6 +10,7 @@ from conftest import QUICK
 import rank_sweep_study
 import train_with_random
 from ks.cli.console import EXIT_INTERNAL, EXIT_OK
+from ks.cli.flags import SweepConfig
 from ks.files.atomic import write_json
 from ks.files.curves import write_curves
 from ks.files.layout import run_files
@@ -33,6 +34,10 @@ def runs(tmp_path):
     return made
 
 
+def progress_of(runs, *floors, **flags):
+    return Progress(SweepConfig(weight_path="w.pth", num_epochs=10, **flags), runs, *floors)
+
+
 def train(run, epochs, **losses):
     row = {"train_loss": 1.0, "val_loss": 1.0, "rank": run.rank} | losses
     write_curves(run.files, [row | {"epoch": epoch} for epoch in range(1, epochs + 1)])
@@ -45,7 +50,7 @@ def ended(run, ending, val_loss=None, **losses):
 
 
 def test_elsewhere_there_is_a_line_for_every_start_and_end(runs, capsys):
-    progress = Progress(runs, 10, quiet=False)
+    progress = progress_of(runs)
     first, second = (run.task for run in runs)
     progress.poll([first])
     progress.poll([first, second])
@@ -59,7 +64,7 @@ def test_elsewhere_there_is_a_line_for_every_start_and_end(runs, capsys):
 
 
 def test_by_the_loss_of_the_model_the_energy_that_is_lost_has_its_name(runs, capsys):
-    progress = Progress(runs, 10, quiet=False, of_model=True)
+    progress = progress_of(runs, loss_metric="model_loss")
     progress.end(*ended(runs[0], OK, relative_loss=0.26, energy_loss=0.28, loss_increase=0.004))
     assert capsys.readouterr().err == "rank 1: ok, energy loss 28.00%, loss increase 0.004, 1.5 s\n"
 
@@ -67,7 +72,7 @@ def test_by_the_loss_of_the_model_the_energy_that_is_lost_has_its_name(runs, cap
 @pytest.mark.parametrize("terminal", [False, True])
 def test_quiet_is_quiet(runs, monkeypatch, capsys, terminal):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    progress = Progress(runs, 10, quiet=True)
+    progress = progress_of(runs, quiet=True)
     progress.poll([run.task for run in runs])
     progress.end(*ended(runs[0], OK))
     progress.close()
@@ -77,7 +82,7 @@ def test_quiet_is_quiet(runs, monkeypatch, capsys, terminal):
 def test_a_terminal_has_a_bar_of_all_epochs(runs, monkeypatch, capsys):
     """An ended run counts as all its epochs, so that the bar is full at the end also if one has failed."""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    progress = Progress(runs, 10, quiet=False, floors={1: 0.8})
+    progress = progress_of(runs, {1: 0.8})
     first, second = runs
     progress.poll([first.task, second.task])
     assert (progress.bar.n, progress.bar.total) == (0, 20)
@@ -107,7 +112,7 @@ def test_a_resumed_run_prints_where_it_resumes_and_its_old_epochs_take_no_time(r
     write_json(run.files.training_log, {"status": "interrupted", "resumed_after": 1})
     hour_ago = time.time() - 3600
     os.utime(run.files.training_log, (hour_ago, hour_ago))
-    progress = Progress(runs, 10, quiet=False)
+    progress = progress_of(runs)
     progress.poll([run.task, other.task])
     assert (progress.bar.n, progress.bar.initial) == (4, 4)
     write_json(run.files.training_log, {"status": "running"})

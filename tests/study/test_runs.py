@@ -21,14 +21,15 @@ EPOCHS = 2
 FAILED = Ending(Status.FAILED, "exit 1")
 
 
-def config_of(*arguments):
-    return rank_sweep_study.build_parser().parse(["--weight_path", "w.pth", *arguments])
+def runs_in(folder, ranks, *arguments):
+    config = rank_sweep_study.build_parser().parse(["--weight_path", "w.pth", "--output_dir", str(folder), *arguments])
+    return runs_of(config, ranks, Path("trainer.py"))
 
 
 @pytest.fixture
 def finished(tmp_path):
     """A run of rank 2 with all the files of a finished run."""
-    (run,) = runs_of(config_of(), [2], tmp_path, Path("trainer.py"))
+    (run,) = runs_in(tmp_path, [2])
     run.files.directory.mkdir()
     rows = [{"epoch": epoch, "train_loss": 1.0, "val_loss": 0.5, "rank": 2} for epoch in range(1, EPOCHS + 1)]
     write_curves(run.files, rows)
@@ -39,8 +40,8 @@ def finished(tmp_path):
 
 
 def test_every_rank_and_seed_has_a_command_that_the_trainer_takes(tmp_path):
-    config = config_of("--seeds", "3", "5", "3", "--lr", "0.01", "--bs_last", "--row_splits", "4", "4")
-    runs = runs_of(config, [2, 8], tmp_path, Path("trainer.py"))
+    flags = ("--seeds", "3", "5", "3", "--lr", "0.01", "--bs_last", "--row_splits", "4", "4")
+    runs = runs_in(tmp_path, [2, 8], *flags)
     assert [(run.rank, run.seed, run.task.name) for run in runs] == [
         (rank, seed, f"rank {rank}, seed {seed}") for rank in (2, 8) for seed in (3, 5)
     ]
@@ -96,7 +97,7 @@ def test_a_damaged_log_is_reported_and_the_run_is_judged_without_it(finished, ca
 
 
 def test_a_run_without_files_is_unfinished(tmp_path):
-    (run,) = runs_of(config_of(), [2], tmp_path, Path("trainer.py"))
+    (run,) = runs_in(tmp_path, [2])
     result = result_of(run, EPOCHS)
     assert (result.ending, result.curves, result.log.train_seconds) == (Ending(Status.NOT_STARTED), [], None)
 
@@ -112,7 +113,7 @@ def test_a_run_without_files_is_unfinished(tmp_path):
     ids=str,
 )
 def test_one_rank_is_trained_for_all_from_saturation_on(tmp_path, ranks, begun, trained):
-    for run in runs_of(config_of(), begun, tmp_path, Path("trainer.py")):
+    for run in runs_in(tmp_path, begun):
         run.files.directory.mkdir()
         run.files.resume.touch()
     assert trained_ranks(ranks, 4, tmp_path) == trained
@@ -121,7 +122,7 @@ def test_one_rank_is_trained_for_all_from_saturation_on(tmp_path, ranks, begun, 
 def test_a_rank_above_saturation_has_the_result_of_the_trained_one_in_its_own_folder(finished, tmp_path):
     settings = {"weight": "w", "inputs": "isotropic"}
     write_json(finished.files.config, {"settings": {**settings, "rank": 2}, "files": ["rank_2_final.pth"]})
-    (run,) = runs_of(config_of(), [9], tmp_path, Path("trainer.py"))
+    (run,) = runs_in(tmp_path, [9])
     result = as_rank(result_of(finished, EPOCHS), run)
     assert (result.run, str(result.ending), result.log.train_seconds) == (run, "ok (as rank 2)", 1.5)
     assert result_of(run, EPOCHS, study=settings).ending == OK
@@ -142,7 +143,7 @@ def test_a_trained_rank_keeps_its_files_even_as_another_run_object(finished):
 
 
 def test_a_failed_run_stands_for_a_rank_above_saturation_too(finished, tmp_path):
-    (run,) = runs_of(config_of(), [9], tmp_path, Path("trainer.py"))
+    (run,) = runs_in(tmp_path, [9])
     assert as_rank(result_of(finished, EPOCHS, Exit(-9, 1.0)), run).ending == Ending(Status.FAILED, "exit -9")
 
 
@@ -160,7 +161,7 @@ def test_a_failed_run_stands_for_a_rank_above_saturation_too(finished, tmp_path)
 def test_times_are_disturbed_by_a_run_that_was_going_on_at_the_end_of_another(
     named, other, device, disturbed, tmp_path
 ):
-    runs = runs_of(config_of(), [2, 4, 8], tmp_path, Path("trainer.py"))
+    runs = runs_in(tmp_path, [2, 4, 8])
     logs = [
         TrainingLog("ok", started=a, ended=b, latency=Latency(threads=1, dtype="float32", device=device))
         for a, b in (named, other)

@@ -6,7 +6,6 @@ The training script is edited so that each epoch waits while a file `slow` exist
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, edited_text, files_of, read_table, wait_for
+from conftest import copy_toolkit, edited_text, files_of, read_table, wait_for
 from test_survival import assert_same_run
 from two_nodes import TwoNodes, environment_of, parent_of, processes
 
@@ -90,7 +89,6 @@ class Sweep:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
-    pytest.importorskip("submitit")
     return TwoNodes(tmp_path_factory.mktemp("cluster"))
 
 
@@ -105,9 +103,7 @@ def slurm(cluster):
 def local(tmp_path_factory):
     """The sweep on this machine."""
     toolkit = tmp_path_factory.mktemp("toolkit")
-    for script in ROOT.glob("*.py"):
-        shutil.copy(script, toolkit)
-    shutil.copytree(ROOT / "ks", toolkit / "ks", ignore=shutil.ignore_patterns("__pycache__"))
+    copy_toolkit(toolkit)
     (toolkit / "train_with_random.py").write_text(edited_text(metrics=SLOW.format(path=str(toolkit / "slow"))))
     torch.save(torch.randn(16, 24, generator=torch.Generator().manual_seed(1)), toolkit / "weight.pth")
     sweep = Sweep(toolkit, toolkit / "local")
