@@ -5,17 +5,20 @@
     python benchmarks/bench_sweep.py --device cuda
     python benchmarks/bench_sweep.py --overhead 20
     python benchmarks/bench_sweep.py --shares --init_method xavier_uniform --rounds 3
+    python benchmarks/bench_sweep.py --shares --sweep --weight_path model.safetensors --inputs moments.safetensors …
 
 Both train the same ranks of a weight like the demo's (2 … 64 of 1024 × 2048) on the same number of samples and epochs,
 each rank in a process of its own. The sweep also computes floors, validates, saves and draws; the plain loop only
 trains. With `--num_epochs 1` nearly all of the time is overhead: its share for one rank is what a rank costs besides
 its steps. `--overhead` measures only what a launcher adds to a program that does nothing; `--shares` prints where the
-wall time of a sweep goes.
+wall time of a sweep goes, and the memory of its largest process; `--sweep`, with flags of rank_sweep_study.py behind
+it, takes another sweep.
 """
 
 import argparse
 import csv
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -58,13 +61,16 @@ def overhead(launcher_of: Callable[[Path], Launcher], tasks: int) -> float:
         return (time.perf_counter() - started - connected) / tasks - alone
 
 
-def shares(command: list[str], results: Path) -> dict[str, float]:
-    """Return the seconds until the first run starts, of all runs, of a run beside its training, and after the last run.
+def shares(flags: list, results: Path) -> dict[str, float]:
+    """Return the seconds until the first run starts, of all runs, of a run beside its training, and after the last run,
+    with the memory of the largest process.
 
     Args:
-        command: of a sweep that is not quiet.
+        flags: of a sweep that is not quiet.
         results: the folder that it writes.
     """
+    script, more = str(ROOT / "rank_sweep_study.py"), ("--latency_seconds", 0, "--output_dir", results)
+    command = [sys.executable, script, *map(str, (*flags, *more))]
     started = time.perf_counter()
     first = last = 0.0
     of_runs: list[float] = []
@@ -74,16 +80,19 @@ def shares(command: list[str], results: Path) -> dict[str, float]:
             now = time.perf_counter() - started
             if ": training (1 of " in line:
                 first = now
-            elif ended := re.match(r"rank \d+.*, ([\d.]+) s$", line):
+            elif ended := re.search(r"rank \d+: ok.*, ([\d.]+) s$", line):
                 last = now
                 of_runs.append(float(ended[1]))
     assert process.returncode == 0
     whole = time.perf_counter() - started
-    with open(results / "rank_sweep_runs.csv", newline="") as file:
-        trained = [float(row["train_seconds"]) for row in csv.DictReader(file)]
+    trained = []
+    for table in results.rglob("*_runs.csv"):
+        with open(table, newline="") as file:
+            trained += [float(row["train_seconds"]) for row in csv.DictReader(file)]
     beside = (sum(of_runs) - sum(trained)) / len(trained)
+    largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     return {"seconds": whole, "until_the_first_run": first, "runs": last - first, "beside_training": beside,
-            "end": whole - last}  # fmt: skip
+            "end": whole - last, "largest_process_mib": largest}  # fmt: skip
 
 
 @console.script
@@ -101,6 +110,7 @@ def main(argv=None) -> int:
     parser.add_argument("--overhead", type=int, metavar="TASKS", help="measure only what launching adds to a task")
     parser.add_argument("--ray_address", help="with --overhead: measure this Ray cluster too")
     parser.add_argument("--csv", type=Path)
+    parser.add_argument("--sweep", nargs=argparse.REMAINDER, help="with --shares: the flags of another sweep, at last")
     options = parser.parse_args(argv)
     device = choose_device(options.device)
     if options.overhead:
@@ -118,17 +128,9 @@ def main(argv=None) -> int:
         m, n = options.shape
         shape = ("--output_features", m, "--input_features", n, "--init_method", options.init_method)
         seconds(ROOT / "generate_test_weight.py", *shape, "--output_path", weight)
+        sweep = options.sweep or ["--weight_path", weight, "--ranks", *options.ranks, *size]
         for number in range(options.rounds if options.shares else 0):
-            results = Path(folder) / f"shares_{number}"
-            flags = ("--ranks", *options.ranks, *size, "--latency_seconds", 0, "--output_dir", results)
-            command = [
-                sys.executable,
-                str(ROOT / "rank_sweep_study.py"),
-                "--weight_path",
-                str(weight),
-                *map(str, flags),
-            ]
-            Rows(options.csv).add(shares(command, results) | place(device))
+            Rows(options.csv).add(shares(sweep, Path(folder) / f"shares_{number}") | place(device))
         if options.shares:
             return 0
         for number in range(options.rounds):

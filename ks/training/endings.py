@@ -64,13 +64,12 @@ def check_validation(
         rounding *= torch.linalg.cond(
             problem.validation_root
         ).item()  # the outputs may be far larger than they are after it
-    held_out = problem.held_out_samples()
-    if held_out is None:
+    if problem.layer_inputs.held_out is None:
         low, high = sampled_loss_range(weight, model.factors, problem.num_validation, problem.metric)
     else:  # its samples have exactly the held-out second moment
         low = high = problem.held_out_loss(model)
         # Held-out inputs may be far larger than those that were whitened, also where their outputs nearly cancel.
-        rounding *= 1 + high**0.5 + _uncancelled_size(model, held_out[0].square().mean(0))
+        rounding *= 1 + high**0.5 + _uncancelled_size(model, problem.held_out_energies())
     low, high = max(0.0, max(low, 0.0) ** 0.5 - rounding) ** 2, (high**0.5 + rounding) ** 2
     if not low <= val_loss <= high:
         raise InternalError(

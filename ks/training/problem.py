@@ -140,6 +140,12 @@ class Problem:
         unit = torch.eye(self.cols, dtype=torch.float64).mul_(self.cols**0.5)
         return self._inside(self.layer_inputs.held_out.inputs.transform(unit))
 
+    def held_out_energies(self) -> torch.Tensor:
+        """Return the mean squares of the held-out inputs x', shape (n,), float64."""
+        assert self.layer_inputs.held_out is not None
+        half = self.coordinates.samples(self.layer_inputs.held_out.inputs.matrix)
+        return self.coordinates.samples(half.mT).diagonal()
+
     def given_samples(self) -> Pair | None:
         """Return the raw samples to train on as x', and their targets y', float64; None unless sampling is fixed."""
         given, centre = self.layer_inputs.given, self.coordinates.centre

@@ -10,7 +10,7 @@ fewer steps there: inputs of real layers have conditions up to 1e9.
 import copy
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
 
 import torch
 
@@ -27,16 +27,18 @@ from ks.moments.second_moment import FLOAT32_ROUNDING, SecondMoment, is_semi_def
 LARGEST_FLOAT32_CONDITION = 1e4
 
 
-class Roots(NamedTuple):
+@dataclass(frozen=True)
+class Roots:
     """Roots F_i of the second moments F_i F_iᵀ of p groups of features, and F_i⁺, both of shape (p, n/p, n/p)."""
 
     root: torch.Tensor
     inverse: torch.Tensor
 
+    @cached_property
     def condition(self) -> float:
-        """Return the largest condition of a root."""
-        norms = [torch.linalg.matrix_norm(matrices, 2) for matrices in self]
-        return (norms[0] * norms[1]).max().item()
+        """The largest condition of a root."""
+        squared = [torch.linalg.eigvalsh(matrices.mT @ matrices)[:, -1] for matrices in (self.root, self.inverse)]
+        return (squared[0] * squared[1]).max().sqrt().item()
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class Coordinates:
             right.copy_(folded.unsqueeze(-1))
         if self.rows is not None:
             left.copy_(torch.einsum("tji,ajct->aict", self.rows.inverse.to(left.device), left))
-        condition = math.prod(roots.condition() for roots in (self.columns, self.rows) if roots)
+        condition = math.prod(roots.condition for roots in (self.columns, self.rows) if roots)
         scale = self.unit ** (1 / len(outside.factors))
         for factor in outside.factors:
             factor.mul_(scale)

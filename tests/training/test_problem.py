@@ -38,6 +38,7 @@ def test_held_out_samples_have_exactly_the_held_out_second_moment_and_loss(tmp_p
     config, problem = problem_of(tmp_path, "--inputs", moments(tmp_path, kind), *flags)
     mean = layer_rows(kind).mean(0) if config.fit_bias else torch.zeros(24).double()
     inputs, targets = problem.held_out_samples()
+    torch.testing.assert_close(problem.held_out_energies(), inputs.square().mean(0))
     assert inputs.shape == (24, 24)
     torch.testing.assert_close(second_moment(inputs), second_moment(problem.coordinates.samples(UNSEEN - mean)))
     energy = SecondMoment(second_moment(layer_rows(kind))).output_energy(WEIGHT) / 16
