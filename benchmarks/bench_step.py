@@ -10,7 +10,6 @@ outputs before it times anything, and interleaves the timings of a row: CPU time
 """
 
 import argparse
-import copy
 import functools
 import sys
 import time
@@ -29,9 +28,9 @@ from ks.layer import KSLinear
 from ks.moments.second_moment import UNIT_MOMENT
 from ks.training.choose_optimizer import make_optimizer
 from ks.training.criterion import loss_and_gradient, mean_squared_error
-from ks.training.gauss_newton import GaussNewton
 from ks.training.optimizer import Optimizer
 from ks.training.samples import Samples
+from ks.training.schedule import Schedule
 from ks.training.steps import runnable
 
 STEPS = 50
@@ -45,20 +44,27 @@ def our_epoch(layer, samples, impl, name):
     optimizer.prepare(0)
     passes = ChainPasses(layer.patterns, block_order=True, impl=impl)
     step = our_step(passes, factors, optimizer)
-    step, (_, _, warning) = runnable(step, *samples.first(), optimizer.state())
+    step, (_, _, warning) = runnable(step, *samples.first(), optimizer)
     if warning:
         print(f"WARNING: {warning}", file=sys.stderr)
-    return lambda: torch.stack([step(x, y, 1e-4)[0] for _, x, y in samples.epoch(1)]).mean().item(), optimizer
+    return lambda: torch.stack([step(x, y, 1e-6)[0] for _, x, y in samples.epoch(1)]).mean().item(), optimizer
 
 
-def refreshes(optimizer: GaussNewton) -> int:
-    """Return how often a run of RUN steps measures the curvature."""
-    counted = copy.copy(optimizer)
-    due = []
-    counted.refresh = lambda *settings: due.append(settings)
-    for step in range(RUN):
-        counted.prepare(step)
-    return len(due)
+def refreshes(layer, samples) -> int:
+    """Return how often a run of RUN steps, from a zero left-most factor, measures the curvature."""
+    factors = training_factors(layer)
+    factors[0].zero_()
+    config = TrainerConfig(batch_size=samples.batch_size, num_epochs=RUN // STEPS)
+    optimizer = make_optimizer("gauss_newton", config, factors, UNIT_MOMENT)
+    schedule, counted = Schedule(config, STEPS), []
+    refresh = optimizer.refresh
+    optimizer.refresh = lambda grown: counted.append(refresh(grown))
+    step = our_step(ChainPasses(layer.patterns, block_order=True), factors, optimizer)
+    for epoch in range(config.num_epochs):
+        for number, x, y in samples.epoch(epoch + 1):
+            optimizer.prepare(number)
+            step(x, y, schedule.rate(number))
+    return len(counted)
 
 
 def bare_epoch(layer, samples, name):
@@ -121,6 +127,7 @@ def measure_steps(options, device, rows: Rows) -> None:
             if is_chainable(patterns):
                 functions["step"], optimizer = our_epoch(layer, samples, options.impl, "gauss_newton")
                 functions["refresh"] = functools.partial(optimizer.refresh, 0.0)
+                due = refreshes(layer, samples) / RUN
             if len(patterns) == 2 and device.type == "cpu":
                 functions |= {"bare": bare_epoch(layer, samples, "sgd")}
                 functions |= {"bare_adamw": bare_epoch(layer, samples, "adamw")}
@@ -128,7 +135,7 @@ def measure_steps(options, device, rows: Rows) -> None:
             found = interleaved_ms(functions, device, options.rounds, clock)
             step_ms = {kind: value / STEPS for kind, value in found.items() if kind not in ("step", "refresh")}
             if "step" in found:
-                step_ms["gauss_newton"] = found["step"] / STEPS + found["refresh"] * refreshes(optimizer) / RUN
+                step_ms["gauss_newton"] = found["step"] / STEPS + found["refresh"] * due
             row = {"what": "step", "chain": name, "shape": f"{m}x{n}", "batch": options.batch_size, "rank": rank}
             kinds = ("gauss_newton", "adamw", "bare", "bare_adamw", "plain", "dense")
             row |= {f"{kind}_ms": step_ms.get(kind, "") for kind in kinds}

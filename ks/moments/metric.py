@@ -73,7 +73,10 @@ class Metric:
             error: E, shape (m, n), any float dtype; multiplied and summed in float64.
         """
         self.check_shape(error)
-        return self.inputs.output_energy(self.weighted(error))
+        if self.outputs.is_isotropic:
+            return self.inputs.output_energy(self.weighted(error))
+        wide = error.double()
+        return self.inputs.output_energy(wide, self.outputs.matrix.to(wide.device) @ wide)
 
     def weighted(self, weight: torch.Tensor) -> torch.Tensor:
         """Return G^{1/2} W in float64: a one-sided problem has it in the place of W."""

@@ -88,16 +88,19 @@ class SecondMoment:
         eigenvalues, vectors = self._spectrum
         return (vectors * eigenvalues.clamp(min=0).sqrt()) @ vectors.mT
 
-    def output_energy(self, weight: torch.Tensor) -> float:
-        """Return tr(W C Wᵀ), the expected squared norm of W x.
+    def output_energy(self, weight: torch.Tensor, weighted: torch.Tensor | None = None) -> float:
+        """Return tr(W C Wᵀ), the expected squared norm of W x, or tr(G W C Wᵀ).
 
         Args:
             weight: W, shape (m, n), any float dtype; multiplied and summed in float64.
+            weighted: G W, float64; None for G = I.
         """
         if self._std is not None:
-            return sum_of_squares(self.times_root(weight))  # scaled before squaring, which would overflow earlier
+            rooted = self.times_root(weight)  # scaled before squaring, which would overflow earlier
+            return sum_of_squares(rooted) if weighted is None else (rooted * self.times_root(weighted)).sum().item()
         wide = self._sized(weight)
-        return ((wide @ self.matrix.to(wide.device)) * wide).sum().clamp(min=0).item()  # NaN stays NaN
+        products = (wide @ self.matrix.to(wide.device)) * (wide if weighted is None else weighted)
+        return products.sum().clamp(min=0).item()  # NaN stays NaN
 
     def times_root(self, weight: torch.Tensor) -> torch.Tensor:
         """Return W C^{1/2} in float64: its squared singular values are the output energies of W's directions."""

@@ -38,9 +38,8 @@ def test_a_validation_loss_that_contradicts_the_population_loss_is_a_fault(dtype
     weight = WEIGHT.double() * 6**0.5 / WEIGHT.norm()
     torch.manual_seed(0)
     model = KSLinear(10, 6, rank=2)
-    problem = SimpleNamespace(
-        num_validation=10**7, metric=Metric(), held_out_samples=lambda: None, validation_root=None
-    )
+    inputs = SimpleNamespace(held_out=None)
+    problem = SimpleNamespace(num_validation=10**7, metric=Metric(), layer_inputs=inputs, validation_root=None)
     loss = population_loss(weight, model.factors)
     check_validation(loss, weight, model, problem, dtype, tf32)
     for factor in (1 - wrong, 1 + wrong):
@@ -61,7 +60,8 @@ def test_a_validation_loss_on_held_out_inputs_must_be_the_exact_one(energy, hold
     problem = SimpleNamespace(
         validation_root=None,
         held_out_loss=lambda model: 0.25,
-        held_out_samples=lambda: (torch.full((1, 10), energy**0.5, dtype=torch.float64), None),
+        layer_inputs=SimpleNamespace(held_out=Metric()),
+        held_out_energies=lambda: torch.full((10,), energy, dtype=torch.float64),
     )
     for factor in (1, 1 - 1e-4, 1 + 1e-4):
         refused = contextlib.nullcontext() if holds or factor == 1 else pytest.raises(InternalError, match="wrongly")
