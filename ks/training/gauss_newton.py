@@ -35,7 +35,6 @@ from ks.training.steps import cuda_graph
 REFERENCE_LR = 1e-3
 # Damping, relative to the mean diagonal of all matrices of a split: noise takes single ones through zero.
 DAMPING = 1e-3
-ALMOST_ZERO = 1e-30  # for the prefix of the left-most factor, which starts from zero
 # Eigenvalues of a matrix, relative to its largest, that count as zero in epochs of least squares.
 SMALLEST_EIGENVALUE = 1e-6
 # Steps between two refreshes: half as many after the matrices have changed by more than MUCH, and twice as many after
@@ -53,13 +52,13 @@ MOST_STEP, INNER_NOISE = 0.03, 0.4
 # first diverged at saturation in batches of 8, 2.0 at last trained all layers of MiniLM tried. The largest eigenvalue
 # of a coupled G multiplies it for the left-most factor, whose step G does not divide.
 FIRST_NOISE, LAST_NOISE = 0.8, 2.0
-# The last 1 / LEAST_SQUARES_PART of the epochs are of least squares. They remove all noise, so that the steps before
-# may be large; more of them came no closer, because steps turn near-tied directions faster.
-LEAST_SQUARES_PART = 3
+# The last half of the epochs are of least squares. They remove all noise, so that the steps before may be large. With a
+# third of them, ends are as close to the floors, but later.
+LEAST_SQUARES_PART = 0.5
 
 
 class GaussNewton(Optimizer):
-    """Gauss–Newton steps on batches, then epochs of alternating least squares; it clips nothing and has no host read.
+    """Gauss–Newton steps on batches, then epochs of alternating least squares; nothing is clipped.
 
     A step changes all factors. It adds the scaled gradients to their values as they are made, without a buffer in
     between, unless their norm or, in float16, their overflow must be known before.
@@ -127,7 +126,7 @@ class GaussNewton(Optimizer):
         self._first_sizes, self._last_sizes = torch.tensor(first, device=device), torch.tensor(last, device=device)
         self._sizes = torch.ones(len(patterns), device=device)  # those in the inverses
         self._steps_per_epoch, self._num_epochs = whitened_run
-        last_epochs = 0 if self._is_coupled else self._num_epochs // LEAST_SQUARES_PART
+        last_epochs = 0 if self._is_coupled else int(LEAST_SQUARES_PART * self._num_epochs)
         self._least_squares_epochs = last_epochs if last_epochs >= len(patterns) else 0
         self._sums = [torch.empty_like(values) for values in self.parameters] if self._least_squares_epochs else []
         self.failures = torch.zeros((), dtype=torch.int32, device=device)
@@ -145,8 +144,10 @@ class GaussNewton(Optimizer):
         return [*super().state(), *refresh, *changed]
 
     def prepare(self, step: int) -> None:
-        """Begin an epoch of least squares, or invert the matrices again if that is due: the less often, the less they
-        change. Each time, this reads the device."""
+        """Begin an epoch of least squares, or refresh the inverses if that is due, which reads the device once.
+
+        The less the matrices change, the less often it is due.
+        """
         epoch, in_epoch = divmod(step, self._steps_per_epoch)
         if 0 < (left := self._num_epochs - epoch) <= self._least_squares_epochs:
             if in_epoch == 0:
@@ -200,7 +201,8 @@ class GaussNewton(Optimizer):
         self._replay()
 
     def _captured(self) -> Callable[[], None]:
-        failures = self.failures.clone()
+        changed = (*self._inverses.left, *self._inverses.right, self._sizes, self.failures)
+        before = [tensor.clone() for tensor in changed]
         try:
             return cuda_graph(self._compute_inverses)
         except torch.OutOfMemoryError:
@@ -210,7 +212,7 @@ class GaussNewton(Optimizer):
             self._warnings.append(f"the curvature is measured without a CUDA graph, which is slower ({reason})")
             return self._compute_inverses
         finally:
-            self.failures.copy_(failures)
+            torch._foreach_copy_(changed, before)
 
     @torch.no_grad()
     def _compute_inverses(self) -> None:
@@ -240,7 +242,8 @@ class GaussNewton(Optimizer):
         """
         matrices = gram.permute(0, 3, 1, 2)
         diagonal = matrices.diagonal(dim1=-2, dim2=-1)
-        diagonal += DAMPING * diagonal.mean() + ALMOST_ZERO
+        mean = diagonal.mean()
+        diagonal += DAMPING * mean + (mean == 0)  # the left-most factor starts from zero
         kept = place.permute(0, 3, 1, 2)
         changed = (kept / before) @ matrices
         changed.diagonal(dim1=-2, dim2=-1).sub_(1)
