@@ -28,11 +28,9 @@ from ks.chain.split_grams import (
 )
 from ks.moments.metric import Metric, MetricLike
 from ks.training.optimizer import Optimizer
+from ks.training.step_sizes import GROWTH_STEPS, REFERENCE_LR, step_sizes
 from ks.training.steps import cuda_graph
 
-# At this rate, a step removes 1 / (largest eigenvalue of the second moment of a batch) of an error at first; white
-# inputs have (1 + √(n/B))² there.
-REFERENCE_LR = 1e-3
 # Damping, relative to the mean diagonal of all matrices of a split: noise takes single ones through zero.
 DAMPING = 1e-3
 # Eigenvalues of a matrix, relative to its largest, that count as zero in epochs of least squares.
@@ -41,17 +39,6 @@ SMALLEST_EIGENVALUE = 1e-6
 # less than LITTLE, as `_invert` measures it. A step diverges where a matrix has more than doubled.
 LONGEST_INTERVAL = 64
 LITTLE, MUCH = 0.35, 0.7
-# Near-ties of singular values leave slow directions, and so do coupled inputs or outputs. So the step grows to GROWTH
-# times what it is at first, but not at once: a large step diverges while the factors still change fast.
-GROWTH = 3.0
-GROWTH_STEPS = 1000  # until half of it; under white inputs slower before and faster after
-# Under white inputs it grows until it removes MOST_STEP of an error, h, and the inner factors, whose c inputs are few,
-# grow by the square, until their noise h c / B is INNER_NOISE.
-MOST_STEP, INNER_NOISE = 0.03, 0.4
-# Largest noise of a step at first and at last, h (n + c) / B with c inputs of a block of the left-most factor: 1.2 at
-# first diverged at saturation in batches of 8, 2.0 at last trained all layers of MiniLM tried. The largest eigenvalue
-# of a coupled G multiplies it for the left-most factor, whose step G does not divide.
-FIRST_NOISE, LAST_NOISE = 0.8, 2.0
 # The last half of the epochs are of least squares. They remove all noise, so that the steps before may be large. With a
 # third of them, ends are as close to the floors, but later.
 LEAST_SQUARES_PART = 0.5
@@ -95,12 +82,10 @@ class GaussNewton(Optimizer):
         self._is_buffered = self.measure_norm or self.loss_scale is not None
         self.accumulates = not self._is_buffered
         patterns = [Pattern(*values.shape) for values in self.parameters]
-        rows, cols = patterns[0].rows, patterns[-1].cols
         metric = Metric.of(metric)
         outputs, inputs = metric.outputs.coupling(patterns[0].d), metric.inputs.coupling(patterns[-1].a)
-        first_step = 1 / metric.inputs.largest_of_batch(batch_size, cols)
         # The curvature belongs to half the squared error summed over outputs, the loss is its mean.
-        self._whole_step, self._first_step = rows / 2, first_step
+        self._whole_step = patterns[0].rows / 2
         device = self.parameters[0].device
         splits = split_patterns(patterns)
         before = splits if outputs is None else [Pattern(a, b, b, d) for a, b, _, d in patterns[1:]]
@@ -112,17 +97,8 @@ class GaussNewton(Optimizer):
             *([_identities(pattern, device) for pattern in side] for side in (before, behind))
         )
         self._is_coupled = outputs is not None or inputs is not None
-        noises = [first_step * (cols + patterns[0].c) / batch_size] * len(patterns)
-        if outputs is not None:
-            noises[0] *= torch.linalg.eigvalsh(outputs)[-1].item()
+        self._first_step, first, last = step_sizes(patterns, metric, batch_size, rate_decays)
         # What the step of every factor is multiplied by, at first and at last.
-        first = [min(1.0, FIRST_NOISE / noise) if self._is_coupled else 1.0 for noise in noises]
-        growth = min(GROWTH, LAST_NOISE / max(size * noise for size, noise in zip(first, noises)))
-        last = [size * growth for size in first]
-        if not self._is_coupled:
-            growth = max(1.0, min(growth, MOST_STEP / first_step)) if rate_decays else 1.0
-            inner = [max(1.0, INNER_NOISE * batch_size / pattern.c / first_step) for pattern in patterns[:-1]]
-            last = [*(min(growth**2, limit) for limit in inner), growth]
         self._first_sizes, self._last_sizes = torch.tensor(first, device=device), torch.tensor(last, device=device)
         self._sizes = torch.ones(len(patterns), device=device)  # those in the inverses
         self._steps_per_epoch, self._num_epochs = whitened_run

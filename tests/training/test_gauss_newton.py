@@ -16,7 +16,7 @@ from ks.chain.split_grams import scale_gradient
 from ks.layer import KSLinear
 from ks.moments.metric import Metric
 from ks.moments.second_moment import UNIT_MOMENT, SecondMoment
-from ks.training import gauss_newton
+from ks.training import gauss_newton, step_sizes
 from ks.training.criterion import loss_and_gradient, mean_squared_error
 from ks.training.gauss_newton import GaussNewton
 from ks.training.steps import CapturedStep
@@ -428,8 +428,8 @@ def test_the_step_of_white_inputs_grows_by_the_square_for_inner_factors_within_t
     patterns, _ = chain_of(*chain)
     step = 1 / UNIT_MOMENT.largest_of_batch(8, patterns[-1].cols)
     assert growths_of(chain, UNIT_MOMENT) == pytest.approx([1.0] * len(patterns))  # the step is large at once
-    monkeypatch.setattr(gauss_newton, "MOST_STEP", 1.5 * step)
-    monkeypatch.setattr(gauss_newton, "INNER_NOISE", 1.8 * step * patterns[0].c / 8)
+    monkeypatch.setattr(step_sizes, "MOST_STEP", 1.5 * step)
+    monkeypatch.setattr(step_sizes, "INNER_NOISE", 1.8 * step * patterns[0].c / 8)
     inner = [min(1.5**2, max(1.0, 1.8 * patterns[0].c / pattern.c)) for pattern in patterns[:-1]]
     expected = [1 + (most - 1) * 4096 / 4097 for most in (*inner, 1.5)]
     assert growths_of(chain, UNIT_MOMENT) == pytest.approx(expected, rel=1e-4)
