@@ -16,7 +16,7 @@ from ks.moments.metric import Metric
 REFERENCE_LR = 1e-3
 # Near-ties of singular values leave slow directions, and so do coupled inputs or outputs. So the step grows to GROWTH
 # times what it is at first, but not at once: a large step diverges while the factors still change fast.
-GROWTH = 3.0
+GROWTH = 5.0
 GROWTH_STEPS = 1000  # until half of it; under white inputs slower before and faster after
 # Under white inputs it grows until it removes MOST_STEP of an error, h, and the inner factors, whose c inputs are few,
 # grow by the square, until their noise h c / B is INNER_NOISE.
@@ -37,7 +37,8 @@ def step_sizes(
         patterns: of a chainable chain, output side first.
         metric: G ⊗ C, as in `GaussNewton`.
         batch_size: B.
-        rate_decays: whether the schedule takes lr to zero; otherwise steps grow only under a metric that couples groups.
+        rate_decays: whether the schedule takes lr to zero; otherwise steps grow under a metric that couples groups
+            alone.
     """
     cols = patterns[-1].cols
     outputs, inputs = metric.outputs.coupling(patterns[0].d), metric.inputs.coupling(patterns[-1].a)

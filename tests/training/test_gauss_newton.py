@@ -420,7 +420,7 @@ def growths_of(chain, moment, **settings):
 def test_the_step_of_coupled_inputs_grows_once_for_every_factor(chain):
     patterns, _ = chain_of(*chain)
     moment = coupled_moment(patterns[-1].a, patterns[-1].cols)
-    assert growths_of(chain, moment) == pytest.approx([1 + 2 * 64 / 65] * len(patterns), rel=1e-4)
+    assert growths_of(chain, moment) == pytest.approx([1 + 4 * 64 / 65] * len(patterns), rel=1e-4)
 
 
 @pytest.mark.parametrize("chain", CHAINS[1:])
