@@ -40,7 +40,7 @@ def multiply(
     """
     a, d, m, _ = left.shape
     if out is None:
-        return torch.bmm(left.flatten(0, 1), right.flatten(0, 1)).view(a, d, m, -1)
+        return torch.bmm(left.flatten(0, 1), right.flatten(0, 1)).view(a, d, m, right.shape[3])
     left, right = _readable(left), _readable(right)
     is_view = a == 1 or d == 1 or out.stride(0) == d * out.stride(1)
     if not is_view or out.dtype != left.dtype or 1 not in out.stride()[2:]:

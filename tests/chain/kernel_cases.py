@@ -68,7 +68,7 @@ def assert_as_exact_as_plain(ours, plain, exact, block_dims):
 
 
 def check_multiply(multiply, case, dtype, device="cpu", out_dtype=None):
-    """out = left @ right for one of the CASES, amid NaN."""
+    """out = left @ right for one of the CASES, amid NaN, and then the product added to it."""
     (a, d, m, k, n), orders = case
     generator = torch.Generator().manual_seed(0)
     guarded = []
@@ -81,6 +81,12 @@ def check_multiply(multiply, case, dtype, device="cpu", out_dtype=None):
     for buffer in guarded:
         buffer.check()
     assert_as_exact_as_plain(out, left @ right, left.double() @ right.double(), (2, 3))
+    product = out.clone()
+    multiply(left, right, out, True)
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(out, 2 * product, rtol=tolerance, atol=tolerance * product.abs().max().item())
+    for buffer in guarded:
+        buffer.check()
 
 
 FAMILIES = ("monarch", "lowrank", "butterfly", "lowrank_butterfly", "explicit")
