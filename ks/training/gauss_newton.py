@@ -28,7 +28,7 @@ from ks.chain.split_grams import (
 )
 from ks.moments.metric import Metric, MetricLike
 from ks.training.optimizer import Optimizer
-from ks.training.step_sizes import GROWTH_STEPS, REFERENCE_LR, step_sizes
+from ks.training.step_sizes import GROWTH_STEPS, REFERENCE_LR, coupled_step_sizes, step_sizes
 from ks.training.steps import cuda_graph
 
 # Damping, relative to the mean diagonal of all matrices of a split: noise takes single ones through zero.
@@ -97,14 +97,18 @@ class GaussNewton(Optimizer):
             *([_identities(pattern, device) for pattern in side] for side in (before, behind))
         )
         self._is_coupled = outputs is not None or inputs is not None
-        self._first_step, first, last = step_sizes(patterns, metric, batch_size, rate_decays)
+        self._first_step = 1 / metric.inputs.largest_of_batch(batch_size, patterns[-1].cols)
+        if self._is_coupled:
+            first, last = coupled_step_sizes(patterns, self._first_step, batch_size, outputs)
+        else:
+            first, last = step_sizes(patterns, self._first_step, batch_size, rate_decays)
         # What the step of every factor is multiplied by, at first and at last.
         self._first_sizes, self._last_sizes = torch.tensor(first, device=device), torch.tensor(last, device=device)
         self._sizes = torch.ones(len(patterns), device=device)  # those in the inverses
         self._steps_per_epoch, self._num_epochs = whitened_run
         last_epochs = 0 if self._is_coupled else int(LEAST_SQUARES_PART * self._num_epochs)
         self._least_squares_epochs = last_epochs if last_epochs >= len(patterns) else 0
-        self._sums = [torch.empty_like(values) for values in self.parameters] if self._least_squares_epochs else []
+        self._sums = [torch.empty_like(values) for values in self.parameters] if self._is_buffered else self.gradients
         self.failures = torch.zeros((), dtype=torch.int32, device=device)
         self._pace = torch.tensor([1, 0])  # steps between two refreshes; the step before which one is due
         # What a refresh reads and writes stays on the device, so that a captured one reads new values.
@@ -160,7 +164,7 @@ class GaussNewton(Optimizer):
         self._sums[index].zero_()
         self.gradient.zero_()
         self.places = [None] * len(self.parameters)
-        self.places[index] = (self.gradients if self._is_buffered else self._sums)[index]
+        self.places[index] = self.gradients[index]
 
     def refresh(self, grown: float = 0.0) -> None:
         """Compute the inverses from the factors; one that fails keeps its last good value and is counted.
@@ -251,12 +255,9 @@ class GaussNewton(Optimizer):
                 [],
                 lr=self._rate(lr),
                 weight_decay=0.0,
-                momentum=0.0,
-                dampening=0.0,
-                nesterov=False,
                 maximize=False,
-                is_first_step=False,
                 found_inf=found_inf,
+                **self._settings | {"momentum": 0.0},
             )
         if self.weight_decay:
             taken = 1.0 if found_inf is None else 1.0 - found_inf

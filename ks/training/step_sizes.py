@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import torch
 
 from ks.chain.patterns import Pattern
-from ks.moments.metric import Metric
 
 # At this rate, a step removes 1 / (largest eigenvalue of the second moment of a batch) of an error at first; white
 # inputs have (1 + √(n/B))² there.
@@ -28,29 +27,38 @@ FIRST_NOISE, LAST_NOISE = 0.8, 2.0
 
 
 def step_sizes(
-    patterns: Sequence[Pattern], metric: Metric, batch_size: int, rate_decays: bool
-) -> tuple[float, list[float], list[float]]:
-    """Return the fraction of an error that a step removes at `REFERENCE_LR`, and what the step of each factor is
-    multiplied by, at first and at last.
+    patterns: Sequence[Pattern], step: float, batch_size: int, rate_decays: bool
+) -> tuple[list[float], list[float]]:
+    """Return what the step of each factor is multiplied by, at first and at last, for a metric that couples no groups.
 
     Args:
         patterns: of a chainable chain, output side first.
-        metric: G ⊗ C, as in `GaussNewton`.
+        step: the fraction of an error that a step removes at `REFERENCE_LR`.
         batch_size: B.
-        rate_decays: whether the schedule takes lr to zero; otherwise steps grow under a metric that couples groups
-            alone.
+        rate_decays: whether the schedule takes lr to zero; otherwise the noise of larger steps stays.
     """
-    cols = patterns[-1].cols
-    outputs, inputs = metric.outputs.coupling(patterns[0].d), metric.inputs.coupling(patterns[-1].a)
-    step = 1 / metric.inputs.largest_of_batch(batch_size, cols)
-    noises = [step * (cols + patterns[0].c) / batch_size] * len(patterns)
-    if outputs is not None:
-        noises[0] *= torch.linalg.eigvalsh(outputs)[-1].item()
-    if outputs is not None or inputs is not None:
-        first = [min(1.0, FIRST_NOISE / noise) for noise in noises]
-        growth = min(GROWTH, LAST_NOISE / max(size * noise for size, noise in zip(first, noises)))
-        return step, first, [size * growth for size in first]
-    growth = min(GROWTH, LAST_NOISE / max(noises), MOST_STEP / step) if rate_decays else 1.0
+    growth = min(GROWTH, LAST_NOISE / _noise(patterns, step, batch_size), MOST_STEP / step) if rate_decays else 1.0
     growth = max(1.0, growth)
     inner = [max(1.0, INNER_NOISE * batch_size / pattern.c / step) for pattern in patterns[:-1]]
-    return step, [1.0] * len(patterns), [*(min(growth**2, limit) for limit in inner), growth]
+    return [1.0] * len(patterns), [*(min(growth**2, limit) for limit in inner), growth]
+
+
+def coupled_step_sizes(
+    patterns: Sequence[Pattern], step: float, batch_size: int, outputs: torch.Tensor | None
+) -> tuple[list[float], list[float]]:
+    """Return the same for a metric that couples groups.
+
+    Args:
+        patterns, step, batch_size: as in `step_sizes`.
+        outputs: G if it couples row groups, shape (m, m); otherwise None.
+    """
+    noises = [_noise(patterns, step, batch_size)] * len(patterns)
+    if outputs is not None:
+        noises[0] *= torch.linalg.eigvalsh(outputs)[-1].item()
+    first = [min(1.0, FIRST_NOISE / noise) for noise in noises]
+    growth = min(GROWTH, LAST_NOISE / max(size * noise for size, noise in zip(first, noises)))
+    return first, [size * growth for size in first]
+
+
+def _noise(patterns: Sequence[Pattern], step: float, batch_size: int) -> float:
+    return step * (patterns[-1].cols + patterns[0].c) / batch_size
