@@ -113,6 +113,11 @@ class Optimizer:
     def prepare(self, step: int) -> None:
         """Do what is due before step `step`, counted from 0 over the whole run."""
 
+    @property
+    def destination(self) -> dict[str, Any]:
+        """Where a step writes its gradients, and how: arguments of `ks.chain.passes.ChainPasses.backward`."""
+        return {"out": self.places, "accumulate": self.accumulates, "scaling": self.scaling}
+
     def end_epoch(self) -> None:
         """Do what is due after the steps of an epoch, before the parameters are read."""
 

@@ -76,8 +76,7 @@ class TrainableChain:
     def backward(self, gradient: torch.Tensor, optimizer: Optimizer) -> None:
         """Write the gradients of the factors to `optimizer`; `gradient` is that of the last prediction, (batch, m)."""
         kept, self._kept = self._kept, ()  # memory that is free again stays in the cache for the next step
-        settings: dict[str, Any] = {"accumulate": optimizer.accumulates, "scaling": optimizer.scaling}
-        self._passes.backward(self._rows(gradient), *kept, out=optimizer.places, **settings)
+        self._passes.backward(self._rows(gradient), *kept, **optimizer.destination)
 
     def predict(self, x: torch.Tensor) -> torch.Tensor:
         """Return x Ŵᵀ in the order of W's rows, times `Problem.validation_root`; shape (batch, m), float32.

@@ -38,8 +38,7 @@ def step_of(patterns, factors, optimizer, **layout):
     def step(inputs, targets, lr):
         prediction, *inner = passes.forward(inputs, factors)
         loss, gradient = loss_and_gradient(mean_squared_error, prediction, targets, optimizer.scale(lr))
-        settings = {"accumulate": optimizer.accumulates, "scaling": optimizer.scaling}
-        passes.backward(gradient, inputs, factors, inner, out=optimizer.places, **settings)
+        passes.backward(gradient, inputs, factors, inner, **optimizer.destination)
         return loss, optimizer.update(lr, loss)
 
     return step, passes.output_rows
