@@ -24,7 +24,7 @@ test-ray: $(VENV)/requirements-dev $(VENV)/requirements-ray
 
 # Starts a SLURM cluster of two nodes on this machine, in namespaces of its own that end all processes. Takes six minutes;
 # needs Linux with unshare and ip. Where 127.0.0.1 is the only address, SLURM resolves none.
-test-slurm: $(VENV)/requirements-dev /usr/sbin/slurmctld
+test-slurm: $(VENV)/requirements-dev $(VENV)/requirements-slurm /usr/sbin/slurmctld
 	PATH=$$PATH:/usr/sbin unshare $$(test $$(id -u) = 0 || echo --map-current-user --keep-caps) \
 	    --net --pid --fork --kill-child --mount-proc \
 	    sh -c 'ip link set lo up && ip address add 192.0.2.1/32 dev lo && $(RUN) -m pytest -m slurm tests/study; exit $$?'

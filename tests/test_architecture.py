@@ -77,6 +77,7 @@ HOMES = {
     "triton": {"chain.triton_kernels", "chain.backend"},
     "tqdm": {"study.run_all"},
     "ray": {"study.ray_cluster"},
+    "submitit": {"study.slurm_cluster"},
     "wandb": {"training.trackers"},
     "trackio": {"training.trackers"},
     "pandas": {*(name for name in FILES if room_of(name) == "report"), "study.outputs"},  # for tables that people see

@@ -1,47 +1,46 @@
 """The launcher of a SLURM cluster: each run is a process in an element of a job array; nodes share the file system.
 
-A job (`ks.study.slurm_job`) writes how each of its runs stands into a record in the results folder. The driver reads
-the records, and asks the queue only about jobs that leave a run without an end.
+A job writes how each of its runs stands into a record in the results folder. The driver reads the records, and asks the
+queue only about jobs that leave a run without an end.
 """
 
+import contextlib
 import dataclasses
 import os
+import platform
 import shlex
 import shutil
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import ks
-from ks.cli.console import EXIT_FAILED, EXIT_INTERRUPTED, note
-from ks.cli.flags import SweepConfig
+from ks import signals
+from ks.cli.console import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, note
 from ks.errors import UsageError, one_line
 from ks.files.atomic import read_json_object, write_json
-from ks.study.processes import POLL_SECONDS, Exit, Launcher, Task
-from ks.study.slurm_job import LOSSES, TOO_OFTEN
+from ks.study.processes import POLL_SECONDS, Exit, Launcher, LocalLauncher, Task
 from ks.study.slurm_queue import ENDED_FOR_GOOD, Queue, call, in_queue, in_words, wait_for_end
 
-FOLDER = ".ks_slurm"  # in the results folder: the name of the jobs, a record for each run, the output of each job
+if TYPE_CHECKING:  # a job does without torch, which this module loads
+    from ks.cli.flags import SweepConfig
+
+FOLDER = ".ks_slurm"  # in the results folder: the name of the jobs, a record for each run, the files of submitit
 PROGRAMS = ("sbatch", "squeue", "scancel", "srun")
 SIGNAL = "USR1@90"  # comes so many seconds before the time limit
+LOSSES = 2  # after which a run is not submitted again
+TOO_OFTEN = f"SLURM job {{}} was lost, as {LOSSES} before it"
 POLLS = 10  # between two looks at the records
 CANCEL_SECONDS = 40.0  # 30 seconds after it has asked processes to end, SLURM kills them
-# Settings of sbatch that the launcher chooses.
+# Settings of sbatch and of submitit that the launcher chooses.
 OWN = {
-    *("array", "job_name", "output", "error", "open_mode", "nodes", "ntasks", "ntasks_per_node"),
+    *("array", "array_parallelism", "job_name", "output", "error", "open_mode", "stderr_to_stdout", "signal_delay_s"),
+    *("nodes", "ntasks", "ntasks_per_node", "setup", "teardown", "srun_args", "use_srun", "additional_parameters"),
     *("wrap", "parsable", "wait", "test_only", "chdir"),
 }
-SCRIPT = """\
-#!/bin/bash
-{options}
-export PYTHONSAFEPATH=1 PYTHONPATH={path}
-[ -z "$SLURM_CPUS_PER_TASK" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun forgets it
-srun --unbuffered {python} -u -m ks.study.slurm_job {jobs}
-"""
 
 
 @dataclass
@@ -57,7 +56,7 @@ class _Run:
     def reset(self, lost: int) -> None:
         """Prepare the record for a submission."""
         self.written = self._bytes()
-        write_json(self.record, dataclasses.asdict(self.task) | {"lost": lost, "started": None, "exit": None})
+        write_json(self.record, {"lost": lost, "started": None, "exit": None})
 
     def read(self) -> Exit | None:
         """Read the record; return the exit of the run, if it has one."""
@@ -82,15 +81,20 @@ class SlurmLauncher(Launcher):
         config: of the sweep; the nodes share the file system of its results.
         runs: the number of tasks, at most.
     Raises:
-        UsageError: SLURM is not here, or a setting that the launcher chooses itself.
+        UsageError: SLURM or submitit is not here, or a setting that the launcher chooses itself.
     """
 
-    def __init__(self, config: SweepConfig, runs: int):
+    def __init__(self, config: "SweepConfig", runs: int):
         if missing := [program for program in PROGRAMS if shutil.which(program) is None]:
             raise UsageError(
                 f"--launcher slurm: {missing[0]} is not on PATH; start the sweep on a login node, or choose another "
                 "--launcher"
             )
+        try:
+            import submitit.slurm.slurm as submitit
+        except ImportError as error:
+            raise UsageError("--launcher slurm needs submitit: pip install -r requirements-slurm.txt") from error
+        self._submitit = submitit
         split = [setting.partition("=") for setting in config.slurm]
         self.settings = {key.replace("-", "_"): value if equals else True for key, equals, value in split}
         if chosen := OWN & self.settings.keys():
@@ -132,25 +136,28 @@ class SlurmLauncher(Launcher):
             raise UsageError(f"sbatch refuses --slurm {given or 'without a setting'}: {_reason(done.stderr)}")
         return done is not None
 
-    def script(self, elements: int | None = None, jobs: str = "jobs.json") -> str:
-        """Return the script that sbatch gets, for so many elements of the job array, or for those of all runs.
+    def script(self) -> str:
+        """Return the script that sbatch gets for all runs."""
+        elements = -(-self.runs // self.config.runs_per_job)
+        executor = self._executor(elements)
+        executor.parameters |= {"map_count": elements} if elements > 1 else {}
+        return executor._make_submission_file_text(executor._submitit_command_str, "")
 
-        Args:
-            jobs: the name of the file with the records of each element.
-        """
-        elements = elements or -(-self.runs // self.config.runs_per_job)
-        at_a_time = elements if self.config.jobs == "auto" else self.config.jobs
-        options = {"array": f"0-{elements - 1}%{at_a_time}", "job_name": self.name, "nodes": 1}
-        options |= {"output": self.folder / "%A_%a.log", "open_mode": "append", "signal": SIGNAL, "requeue": True}
-        flags = {f"--{key.replace('_', '-')}": value for key, value in (options | self.settings).items()}
-        lines = [flag if value is True else f"{flag}={shlex.quote(str(value))}" for flag, value in flags.items()]
+    def _executor(self, elements: int):
+        executor = self._submitit.SlurmExecutor(self.folder)
         path = [str(Path(ks.__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-        return SCRIPT.format(
-            options="\n".join(f"#SBATCH {line}" for line in lines),
-            path=shlex.quote(os.pathsep.join(path)),
-            python=shlex.quote(sys.executable),
-            jobs=shlex.quote(str(self.folder / jobs)),
+        executor.update_parameters(
+            job_name=self.name,
+            time=None,  # submitit has defaults for this one and the next
+            wckey=None,
+            array_parallelism=elements if self.config.jobs == "auto" else self.config.jobs,
+            setup=[
+                f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(os.pathsep.join(path))}",
+                '[ -z "$SLURM_CPUS_PER_TASK" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK',  # srun forgets it
+            ],
+            additional_parameters={"signal": SIGNAL, "requeue": True} | self.settings,
         )
+        return executor
 
     def __exit__(self, kind, error, traceback) -> None:
         if not self._done:
@@ -176,8 +183,10 @@ class SlurmLauncher(Launcher):
             if waiting:
                 try:
                     jobs |= self._submit(waiting)
-                except UsageError as error:
-                    yield from ((run.task, Exit(EXIT_FAILED, 0.0, error=str(error))) for run in waiting)
+                except (RuntimeError, OSError) as error:
+                    poll([])  # after Ctrl-C, which ends sbatch too
+                    refused = Exit(EXIT_FAILED, 0.0, error=f"sbatch: {_reason(str(error))}")
+                    yield from ((run.task, refused) for run in waiting)
                 waiting = []
             queue.ask(jobs)
             for job, runs in list(jobs.items()):
@@ -197,20 +206,13 @@ class SlurmLauncher(Launcher):
         self._done = True
 
     def _submit(self, runs: list[_Run]) -> dict[str, list[_Run]]:
-        """Submit runs as one array; return the runs of each job by its id.
-
-        Raises:
-            UsageError: sbatch refuses them.
-        """
+        """Submit runs as one array; return the runs of each job by its id."""
         count = self.config.runs_per_job
         parts = [runs[start : start + count] for start in range(0, len(runs), count)]
-        jobs = f"jobs_{uuid.uuid4().hex[:8]}.json"
-        elements = [[run.record for run in part] for part in parts]
-        write_json(self.folder / jobs, {"elements": elements, "timeout": self.config.timeout_per_rank})
-        done = call(["sbatch", "--parsable"], self.script(len(parts), jobs), seconds=None)
-        if done is None or done.returncode:
-            raise UsageError(f"sbatch: {_reason(done.stderr) if done else 'it does not answer'}")
-        submitted = [f"{done.stdout.strip().partition(';')[0]}_{element}" for element in range(len(parts))]
+        executor = self._executor(len(parts))
+        arguments = [[(run.task, run.record) for run in part] for part in parts]
+        timeouts = [self.config.timeout_per_rank] * len(parts)
+        submitted = [job.job_id for job in executor.map_array(run_in_job, arguments, timeouts)]
         shared = f" in {len(parts)} array elements" if len(parts) > 1 else ""
         note(f"{in_words(submitted[:1])}: {len(runs)} run{'s' * (len(runs) > 1)}{shared}", self.config.quiet)
         return dict(zip(submitted, parts))
@@ -236,7 +238,8 @@ class SlurmLauncher(Launcher):
     def _lost(self, run: _Run, job: str, state: str, first: bool) -> Exit | None:
         """Return the exit of a run that its job has left without an end; None if it is to be submitted again.
 
-        The first one has not begun or was cut off; the other runs of the job were not reached.
+        Args:
+            first: it has not begun or was cut off; the other runs of the job were not reached.
         """
         if state in ENDED_FOR_GOOD:
             return self._explained(run, job, state, Exit(EXIT_FAILED, 0.0))
@@ -254,7 +257,7 @@ class SlurmLauncher(Launcher):
     def _explained(self, run: _Run, job: str, state: str, ended: Exit) -> Exit:
         """Return the exit of a run that was killed or never began, in the words of SLURM; its log gets the details."""
         try:
-            lines = (self.folder / f"{job}.log").read_text("utf-8", errors="replace").splitlines()[-12:]
+            lines = (self.folder / f"{job}_0_log.err").read_text("utf-8", errors="replace").splitlines()[-12:]
         except OSError:
             lines = [f"it left no output; is {self.folder.parent} on a file system that the nodes share?"]
         run.task.log.parent.mkdir(parents=True, exist_ok=True)
@@ -289,3 +292,42 @@ def cancel_left(results: Path) -> None:
             f"Then delete {folder}"
         )
     shutil.rmtree(folder)
+
+
+def run_in_job(tasks: list[tuple[Task, Path]], timeout: float | None) -> None:
+    """Run tasks one after the other, on a node; each comes with its record.
+
+    A requeued job goes on where it was. A signal of SLURM ends the current run, which writes its resume state, and no
+    other one begins.
+    """
+    signals.install(__file__)
+    signals.begin()
+    with contextlib.suppress(KeyboardInterrupt), signals.deferred():
+        for task, path in tasks:
+            if not signals.came():
+                _run_recorded(task, path, timeout)
+
+
+def _run_recorded(task: Task, path: Path, timeout: float | None) -> None:
+    record = read_json_object(path)
+    ended = record["exit"] and Exit(**record["exit"])
+    if ended and ended.code != EXIT_INTERRUPTED:
+        return
+    array = [os.environ[name] for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID") if name in os.environ]
+    job = "_".join(array) or os.environ["SLURM_JOB_ID"]
+    if record["started"] and not ended:
+        record["lost"] += 1
+    record |= {"started": f"{platform.node()}, job {job}", "exit": None}
+    write_json(path, record)
+    cores = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE", "1")
+    if record["lost"] > LOSSES:
+        ended = Exit(EXIT_FAILED, 0.0, error=TOO_OFTEN.format(job))
+    else:
+        try:
+            with LocalLauncher([{"OMP_NUM_THREADS": cores}], timeout) as local:
+                [(_, ended)] = local.run([task], lambda running: signals.check())
+        except KeyboardInterrupt:
+            ended = Exit(EXIT_INTERRUPTED, 0.0)
+        if signals.came() and ended.code != EXIT_OK:
+            ended = dataclasses.replace(ended, code=EXIT_INTERRUPTED)
+    write_json(path, record | {"exit": dataclasses.asdict(ended)})

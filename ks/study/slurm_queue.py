@@ -5,7 +5,6 @@ import os
 import subprocess
 import time
 from collections.abc import Iterable
-from typing import Any
 
 from ks.cli.console import note
 from ks.study.processes import POLL_SECONDS
@@ -92,12 +91,13 @@ def _is_held(reason: str) -> bool:
     return reason.replace("_", " ").startswith(("launch failed", "JobHoldMaxRequeue"))
 
 
-def call(command: list[str], input: str = "", seconds: float | None = 30) -> subprocess.CompletedProcess | None:
-    """Call a program of SLURM, without the filters of a user's squeue; return None if it does not answer so soon."""
+def call(command: list[str], input: str = "") -> subprocess.CompletedProcess | None:
+    """Call a program of SLURM, without the filters of a user's squeue; return None if it does not answer."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
-    options: dict[str, Any] = {"capture_output": True, "text": True, "env": environment, "start_new_session": True}
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        return subprocess.run(command, input=input, timeout=seconds, **options)
+        return subprocess.run(
+            command, input=input, capture_output=True, text=True, timeout=30, env=environment, start_new_session=True
+        )
     return None
 
 

@@ -1,12 +1,9 @@
-"""A stand-in for SLURM: `sbatch`, `squeue` and `scancel` on PATH, a table of jobs, and what a job does."""
+"""A stand-in for SLURM and submitit: `sbatch`, `squeue` and `scancel` on PATH, a table of jobs, and what a job does."""
 
-import json
 import os
-import re
+import sys
+import types
 from pathlib import Path
-from subprocess import CompletedProcess
-
-from ks.study import slurm_cluster
 
 PROGRAMS = {
     "sbatch": "cat > script; [ ! -f refusal ] || { cat refusal >&2; exit 1; }",
@@ -17,10 +14,9 @@ PROGRAMS = {
 
 
 class FakeSlurm:
-    """Jobs do what `self.job(number, part)` does when they are submitted, and end in the state it returns.
+    """Jobs do what `self.job(number, tasks_and_records)` does when they are submitted, and end in the state it returns.
 
-    A part has the name and the record of each run of a job. A state that is no end (PENDING, RUNNING) stays until the
-    test changes `states`. The numbers count submissions; `job` refuses one by a RuntimeError.
+    A state that is no end (PENDING, RUNNING) stays until the test changes `states`. The numbers count submissions.
     """
 
     def __init__(self, folder: Path, monkeypatch):
@@ -30,25 +26,40 @@ class FakeSlurm:
             path.write_text(f"#!/bin/sh\ncd {folder}\n{code}\n")
             path.chmod(0o755)
         monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-        call = slurm_cluster.call
+        slurm = self
 
-        def call_or_submit(command, input="", seconds=30):
-            return self.submit(input) if command[1:] == ["--parsable"] else call(command, input, seconds)
+        class SlurmExecutor:
+            _submitit_command_str = "python -m submitit"
 
-        monkeypatch.setattr(slurm_cluster, "call", call_or_submit)
+            def __init__(self, folder):
+                self.parameters = {}
 
-    def submit(self, script: str) -> CompletedProcess:
+            def update_parameters(self, **parameters):
+                self.parameters |= parameters
+
+            def _make_submission_file_text(self, command, uid):
+                return "\n".join([*(f"{key}={value}" for key, value in self.parameters.items()), command])
+
+            def map_array(self, function, parts, timeouts):
+                assert function.__module__ == "ks.study.slurm_cluster"
+                return slurm.submit(self.parameters, parts)
+
+        module = types.SimpleNamespace(SlurmExecutor=SlurmExecutor)
+        parents = {name: types.ModuleType(name) for name in ("submitit", "submitit.slurm")}
+        parents["submitit"].slurm, parents["submitit.slurm"].slurm = parents["submitit.slurm"], module
+        for name, value in (parents | {"submitit.slurm.slurm": module}).items():
+            monkeypatch.setitem(sys.modules, name, value)
+
+    def submit(self, parameters, parts):
         self.number += 1
-        self.name = re.search(r"--job-name=(\S+)", script)[1]
-        elements = json.loads(Path(script.split()[-1]).read_text())["elements"]
-        parts = [[(json.loads(Path(path).read_text())["name"], path) for path in part] for part in elements]
-        self.submitted.append((script, [[name for name, _ in part] for part in parts]))
-        try:
-            for index, part in enumerate(parts):
-                self.set(f"{self.number}_{index}", self.job(self.number, part))
-        except RuntimeError as refusal:
-            return CompletedProcess([], 1, "", str(refusal))
-        return CompletedProcess([], 0, f"{self.number};cluster\n", "")
+        self.name = parameters["job_name"]
+        self.submitted.append((parameters, [[task.name for task, _ in part] for part in parts]))
+        jobs = []
+        for index, part in enumerate(parts):
+            job = f"{self.number}_{index}"
+            self.set(job, self.job(self.number, part))
+            jobs.append(types.SimpleNamespace(job_id=job))
+        return jobs
 
     def set(self, job: str, state: str, reason: str = "None") -> None:
         self.states[job] = f"{job}|{state}" if "|" in state else f"{job}|{state}|{reason}"

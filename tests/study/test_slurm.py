@@ -89,6 +89,7 @@ class Sweep:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
+    pytest.importorskip("submitit")
     return TwoNodes(tmp_path_factory.mktemp("cluster"))
 
 

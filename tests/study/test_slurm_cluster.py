@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -68,9 +67,9 @@ def test_runs_are_one_array_and_end_as_their_records_have_it(slurm, tmp_path, ta
     slurm.job = job
     ended = run_all(tmp_path, tasks, runs_per_job=2, jobs=7)
     assert ended == {"rank 4": OK, "rank 2": Exit(1, 2.0), "rank 1": OK}
-    [(script, parts)] = slurm.submitted
+    [(parameters, parts)] = slurm.submitted
     assert parts == [["rank 4", "rank 2"], ["rank 1"]]
-    assert "#SBATCH --array=0-1%7\n" in script
+    assert parameters["array_parallelism"] == 7
     assert capsys.readouterr().err == "SLURM job 1: 3 runs in 2 array elements\n"
     assert not (tmp_path / ".ks_slurm").exists()
     assert not (slurm.folder / "cancelled").exists()
@@ -83,7 +82,7 @@ def test_only_runs_that_have_begun_are_polled_and_the_reason_for_waiting_is_prin
     seen, records = [], {}
 
     def job(number, part):
-        records[part[0][0]] = part[0][1]
+        records[part[0][0].name] = part[0][1]
         return f"PENDING|{reason}"
 
     def poll(running):
@@ -106,7 +105,7 @@ def test_only_runs_that_have_begun_are_polled_and_the_reason_for_waiting_is_prin
 
 @pytest.mark.parametrize("state", ["NODE_FAIL", "TIMEOUT", "PREEMPTED", "COMPLETED"])
 def test_a_lost_run_is_submitted_again_twice(slurm, tmp_path, tasks, capsys, state):
-    slurm.job = lambda number, part: leave(part, None if part[0][0] == "rank 2" else OK, state)
+    slurm.job = lambda number, part: leave(part, None if part[0][0].name == "rank 2" else OK, state)
     ended = run_all(tmp_path, tasks)
     assert ended["rank 4"] == ended["rank 1"] == OK
     assert ended["rank 2"].error == "SLURM job 3_0 was lost, as 2 before it"
@@ -164,7 +163,7 @@ def test_runs_that_a_lost_job_did_not_reach_lose_nothing(slurm, tmp_path, tasks)
 def test_a_job_that_fails_is_not_submitted_again_and_shows_the_words_of_slurm(slurm, tmp_path, tasks, state, error):
     def job(number, part):
         if error:
-            (tmp_path / ".ks_slurm" / "1_0.log").write_text(error)
+            (tmp_path / ".ks_slurm" / "1_0_0_log.err").write_text(error)
         return state
 
     slurm.job = job
@@ -180,7 +179,7 @@ def test_a_job_that_fails_is_not_submitted_again_and_shows_the_words_of_slurm(sl
 )
 def test_a_killed_run_waits_for_the_words_of_slurm(slurm, tmp_path, tasks, state, error):
     def job(number, part):
-        (tmp_path / ".ks_slurm" / "1_0.log").write_text("slurmstepd: error: Detected 1 oom_kill event\n")
+        (tmp_path / ".ks_slurm" / "1_0_0_log.err").write_text("slurmstepd: error: Detected 1 oom_kill event\n")
         return leave(part, Exit(-9, 3.0), state)
 
     slurm.job = job
@@ -282,6 +281,8 @@ def test_flags_that_do_not_go_together_are_refused(slurm, tmp_path, weight_path,
     assert line(*on_slurm).startswith("--launcher slurm: sbatch does not answer")
     assert rank_sweep_study.main(["--weight_path", str(weight_path), "--ranks", "2", "--dry_run", *on_slurm]) == 0
     capsys.readouterr()
+    monkeypatch.setitem(sys.modules, "submitit.slurm.slurm", None)
+    assert line(*on_slurm) == "--launcher slurm needs submitit: pip install -r requirements-slurm.txt"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert line(*on_slurm).startswith("--launcher slurm: sbatch is not on PATH")
 
@@ -290,8 +291,8 @@ def test_flags_that_do_not_go_together_are_refused(slurm, tmp_path, weight_path,
 def test_settings_reach_sbatch_and_a_dry_run_prints_them(slurm, tmp_path, weight_path, capsys, text):
     arguments = ["--weight_path", str(weight_path), "--ranks", "2", "--launcher", "slurm", "--dry_run", "--slurm", text]
     assert rank_sweep_study.main(arguments) == 0
-    key, equals, value = text.partition("=")
-    assert f"#SBATCH --{key}{equals}{shlex.quote(value) if equals else ''}\n" in capsys.readouterr().out
+    name, equals, value = text.replace("-", "_").partition("=")
+    assert repr({name: value if equals else True})[1:-1] in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["", "=a", "Partition=a", "partition=", "partition=a\nsrun", "time 5"])
@@ -303,7 +304,7 @@ def test_what_is_no_setting_is_refused(text, capsys):
 
 @pytest.fixture
 def job(tmp_path):
-    """Start a job as a node does, with two tasks; the first one sleeps until it is told to end."""
+    """Start run_in_job as a node does, with two tasks; the first one sleeps until it is told to end."""
     code = (
         "import os, pathlib, signal, sys, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))\n"
@@ -311,16 +312,17 @@ def job(tmp_path):
         "while not pathlib.Path('go').exists(): time.sleep(0.02)\n"
     )
     (tmp_path / "sleep.py").write_text(code)
-    call = "import sys; from ks.study.slurm_job import main; main('jobs.json'); assert 'torch' not in sys.modules"
-    ids = {"SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "0", "SLURM_CPUS_PER_TASK": "3"}
-
-    for name in ("first", "second"):
-        task = Task(name, (sys.executable, "sleep.py"), tmp_path / f"{name}.log")
-        slurm_cluster._Run(task, tmp_path / f"{name}.json").reset(0)
+    tasks = [
+        (Task(name, (sys.executable, "sleep.py"), tmp_path / f"{name}.log"), tmp_path / f"{name}.json")
+        for name in ("first", "second")
+    ]
+    for _, record in tasks:
+        write_json(record, {"lost": 0, "started": None, "exit": None})
 
     def start(timeout=None):
-        write_json(tmp_path / "jobs.json", {"elements": [["first.json", "second.json"]], "timeout": timeout})
-        environment = os.environ | {"PYTHONPATH": str(ROOT)} | ids
+        call = "import sys; from pathlib import PosixPath; from ks.study.slurm_cluster import Task, run_in_job; "
+        call += f"run_in_job({tasks!r}, {timeout}); assert 'torch' not in sys.modules"
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "SLURM_JOB_ID": "9", "SLURM_CPUS_PER_TASK": "3"}
         return subprocess.Popen([sys.executable, "-c", call], cwd=tmp_path, env=environment)
 
     return start
@@ -358,7 +360,7 @@ def test_a_job_that_is_requeued_without_an_end_of_its_run_has_lost_it(job, tmp_p
     (tmp_path / "go").touch()
     assert job().wait(20) == 0
     first, second = records(tmp_path)
-    assert first["exit"]["error"] == "SLURM job 9_0 was lost, as 2 before it"
+    assert first["exit"]["error"] == "SLURM job 9 was lost, as 2 before it"
     assert second["exit"]["code"] == 0
 
 
